@@ -1,0 +1,111 @@
+"""runs.py: configurations go round, and every mistake is one line that says what to do."""
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+import runs
+from conftest import ROOT
+
+
+@dataclass(frozen=True)
+class Inner:
+    root: str = "dat"                       # where
+    channels: tuple[int, ...] = (1, 2)      # which
+
+
+@dataclass(frozen=True)
+class Demo:
+    steps: int                              # optimiser steps
+    lr: float = 1e-4                        # per step
+    device: Literal["auto", "cpu"] = "auto"  # where it runs
+    cap: float | None = None                # px
+    flip: bool = False                      # mirror
+    name: str = "x"                         # text
+    data: Inner = field(default_factory=Inner)
+
+    def __post_init__(self):
+        if self.cap is not None and self.cap <= 0:
+            raise ValueError(f"cap={self.cap}: expected more than 0 px")
+
+
+def write(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_yaml_and_overrides_and_back(tmp_path):
+    path = write(tmp_path, "steps: 10\nlr: 3e-4\ndata:\n  channels: [3]\n")
+    config = runs.load(Demo, path, ["data.root=/x", "cap=4", "flip=true", "name=7", "steps=1e3"])
+    assert config == Demo(1000, 3e-4, "auto", 4.0, True, "7", Inner("/x", (3,)))
+    assert isinstance(config.lr, float) and isinstance(config.steps, int)
+    assert runs.load(Demo, write(tmp_path, runs.to_yaml(config))) == config
+
+
+def test_lists_and_null_on_the_command_line():
+    config = runs.load(Demo, None, ["steps=1", "data.channels=4,5", "cap=null", "device=cpu"])
+    assert config.data.channels == (4, 5) and config.cap is None and config.device == "cpu"
+
+
+@pytest.mark.parametrize("text,overrides,said", [
+    ("stpes: 3", [], "c.yaml: unknown key 'stpes', did you mean 'steps'?"),
+    ("steps: 3\ndata: {rot: 1}", [], "c.yaml: unknown key 'data.rot', did you mean 'root'?"),
+    ("lr: 3", [], "c.yaml: key 'steps' is missing"),
+    ("steps: many", [], "c.yaml: steps is 'many', expected a whole number"),
+    ("steps: 1.5", [], "c.yaml: steps is 1.5, expected a whole number"),
+    ("steps: true", [], "c.yaml: steps is True, expected a whole number"),
+    ("steps: 3\nflip: 1", [], "c.yaml: flip is 1, expected true or false"),
+    ("steps: 3\ndevice: gpu", [], "c.yaml: device is 'gpu', expected auto or cpu"),
+    ("steps: 3\ndata: 4", [], "c.yaml: data is 4, expected a section with keys"),
+    ("steps: 3\ncap: -1", [], "c.yaml: cap=-1.0: expected more than 0 px"),
+    ("steps: 3", ["cap=wide"], "cap=wide: cap is 'wide', expected a number or null"),
+    ("steps: 3", ["zzz=1"], "zzz=1: unknown key 'zzz'; known keys: steps, lr"),
+    ("steps: 3", ["steps.a=1"], "steps.a=1: 'steps' is a value"),
+    ("- 1\n- 2", [], "c.yaml: got a list, expected lines `key: value`"),
+    ("steps: [1", [], "c.yaml: not valid YAML in line 1"),
+])
+def test_mistakes_are_named(tmp_path, text, overrides, said):
+    with pytest.raises(ValueError) as error:
+        runs.load(Demo, write(tmp_path, text), overrides)
+    assert said in str(error.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone.yaml: no such configuration"):
+        runs.load(Demo, tmp_path / "gone.yaml")
+
+
+def test_what_exists_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b.tif").touch()
+    assert runs.split_arguments(["a=b.tif", "img.tif", "out=x", "data.root=y"]) == (["a=b.tif", "img.tif"],
+                                                                                  ["out=x", "data.root=y"])
+
+
+def test_describe_lists_every_key_with_its_comment():
+    text = runs.describe(Demo)
+    assert "steps=..." in text and "optimiser steps" in text and "device=auto" in text and "flip=false" in text
+
+
+def test_script_ends_in_one_line_and_a_code(tmp_path):
+    script = tmp_path / "s.py"
+    script.write_text(
+        f"'''Says hello.'''\nimport sys; sys.path.insert(0, {str(ROOT)!r})\nimport runs\n"
+        "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass C:\n    n: int = 1   # times\n"
+        "def main(config, files):\n    if config.n == 3: open('no/such/file')\n    print('hello', config.n, files)\n"
+        "runs.script(__doc__, C, main)\n")
+
+    def run(*arguments):
+        done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, cwd=tmp_path)
+        return done.returncode, done.stdout, done.stderr
+
+    assert run("a.tif", "n=2") == (0, "hello 2 ['a.tif']\n", "")
+    code, out, err = run("m=2")
+    assert code == 1 and out == "" and err == "error: m=2: unknown key 'm'; known keys: n\n"
+    assert run("n=3")[2] == "error: no/such/file: No such file or directory\n"
+    assert run("--fast")[2].startswith("error: unknown option --fast; options are written key=value")
+    code, out, err = run("--help")
+    assert code == 0 and "Says hello." in out and "n=1" in out and "times" in out

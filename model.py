@@ -1,0 +1,488 @@
+"""The network: a ViT with 2-D RoPE and registers (DINOv3's architecture), a U-Net decoder, weights in and out.
+
+    python model.py [size=224] [weights=FILE]     table of parameters and FLOPs per part, and one timed forward pass
+
+    vit = ViT()                                   S/8: 384 wide, 12 blocks, 6 heads, patch 8, 4 registers
+    vit = load_backbone("dinov3_vits16.pth")      DINOv3 (official or Hugging Face), patch 16 turned into 8
+    net = DINOCell(vit)                           (B, 3, H, W) in [0, 1] -> (B, 1, H, W) distance to the cell's edge
+    save(net, "final_models/x.pt"); net = load("final_models/x.pt")
+
+Letters: B images, H W pixels, P patch, h w the token grid (H/P, W/P), N = h*w patch tokens, R registers,
+T = 1 + R + N all tokens, D width.
+"""
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import pickle
+import struct
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FORMAT = "dinocell-1"      # first entry of every file that save() writes
+
+
+class Tokens(NamedTuple):
+    """What the backbone says about an image, after the final norm."""
+    cls: Tensor            # (B, D)
+    registers: Tensor      # (B, R, D)
+    patches: Tensor        # (B, N, D), row-major
+
+
+# --------------------------------------------------------------------------------------------- backbone
+
+def rope_periods(head: int) -> Tensor:
+    """Wavelengths of the rotations, from 1 to nearly 100 half-images: (head / 4,)."""
+    i = torch.arange(head // 4, dtype=torch.float32)
+    return 100.0 ** (2 * i / (head / 2))
+
+
+def rope_table(periods: Tensor, h: int, w: int, plain: int, scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """cos and sin per token, (T, head), float32: patches turn by their place, the `plain` first tokens do not.
+
+    Coordinates are the centres of the patches in [-1, 1], each axis by its own extent: what the network sees of a
+    position is where it lies in the image, so that the patch size and the crop size may change.
+    """
+    y = (torch.arange(h, device=periods.device) + 0.5) / h * 2 - 1
+    x = (torch.arange(w, device=periods.device) + 0.5) / w * 2 - 1
+    yx = torch.cartesian_prod(y, x) * scale                                  # (N, 2)
+    angle = 2 * math.pi * yx[:, :, None] / periods.float()                   # (N, 2, head/4)
+    angle = angle.flatten(1).repeat(1, 2)                                    # (N, head): rows, columns, again
+    angle = F.pad(angle, (0, 0, plain, 0))                                   # (T, head): angle 0 turns nothing
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x cos + rotate_half(x) sin, in float32: x (B, heads, T, head)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return (torch.cat((a, b), -1) * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention with RoPE. Queries and values have a bias, keys none (softmax would hardly see it)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        B, T, D = x.shape
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, bias)                             # (B, T, 3D)
+        q, k, v = qkv.view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, T, head) each
+        x = F.scaled_dot_product_attention(rotate(q, *rope), rotate(k, *rope), v)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, both branches scaled by a learned factor per feature (LayerScale)."""
+
+    def __init__(self, dim: int, heads: int, layerscale: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
+        self.attn = Attention(dim, heads)
+        self.scale1 = nn.Parameter(torch.full((dim,), layerscale))
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+        self.scale2 = nn.Parameter(torch.full((dim,), layerscale))
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.scale1 * self.attn(self.norm1(x), rope)
+        return x + self.scale2 * self.fc2(F.gelu(self.fc1(self.norm2(x))))   # (B, T, D)
+
+
+class ViT(nn.Module):
+    """Vision transformer as DINOv3 builds it; every size is free.
+
+    layerscale : start value of LayerScale; 1e-5 is DINOv3's, for long training. Short training from scratch
+        starts faster near 0.1.
+    rope_jitter : in training, coordinates are multiplied by a log-uniform factor in [1/j, j], drawn anew at every
+        block (DINOv3: 2), so that the size of the crop cannot be read off them. 1 turns it off.
+    """
+
+    def __init__(self, dim: int = 384, depth: int = 12, heads: int = 6, patch: int = 8, registers: int = 4,
+                 layerscale: float = 1e-5, rope_jitter: float = 1.0):
+        super().__init__()
+        if dim % heads or (dim // heads) % 4:
+            raise ValueError(f"dim={dim}, heads={heads}: the head width dim / heads must be a multiple of 4 for RoPE")
+        self.architecture = dict(dim=dim, depth=depth, heads=heads, patch=patch, registers=registers)
+        self.dim, self.depth, self.patch, self.registers = dim, depth, patch, registers
+        self.rope_jitter = rope_jitter
+        self.patch_embed = nn.Conv2d(3, dim, patch, patch)
+        self.cls_token = nn.Parameter(torch.randn(dim) * 0.02)
+        self.register_tokens = nn.Parameter(torch.randn(registers, dim) * 0.02)
+        self.mask_token = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("periods", rope_periods(dim // heads))
+        self.blocks = nn.ModuleList(Block(dim, heads, layerscale) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def _embed(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        B, _, H, W = x.shape
+        if H % self.patch or W % self.patch:
+            raise ValueError(f"image of {H} x {W} px: both sides must be multiples of the patch ({self.patch} px); "
+                             "segment.segment pads for you")
+        x = self.patch_embed(x).flatten(2).mT                                # (B, N, D)
+        if mask is not None:                                                 # mask (B, N), True: hidden
+            x = torch.where(mask[:, :, None], self.mask_token.to(x.dtype), x)
+        first = torch.cat((self.cls_token[None], self.register_tokens)).to(x.dtype)
+        return torch.cat((first.expand(B, -1, -1), x), 1)                    # (B, T, D)
+
+    def _run(self, x: Tensor, mask: Tensor | None, taps: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
+        """All tokens after the last block, before the norm, and the patch tokens after the blocks named in taps."""
+        h, w = x.shape[2] // self.patch, x.shape[3] // self.patch
+        plain = 1 + self.registers
+        x, seen = self._embed(x, mask), []
+        rope = rope_table(self.periods, h, w, plain)
+        for i, block in enumerate(self.blocks):
+            if self.training and self.rope_jitter > 1:
+                scale = self.rope_jitter ** (2 * torch.rand((), device=x.device) - 1)
+                rope = rope_table(self.periods, h, w, plain, scale)
+            x = block(x, rope)
+            if i in taps:
+                seen.append(x[:, plain:])                                    # (B, N, D)
+        return x, seen
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
+        x = self.norm(self._run(x, mask)[0])
+        return Tokens(x[:, 0], x[:, 1:1 + self.registers], x[:, 1 + self.registers:])
+
+    def features(self, x: Tensor, taps: tuple[int, ...], mask: Tensor | None = None) -> list[Tensor]:
+        """Patch tokens (B, N, D) after the blocks whose numbers are in taps (ascending), before any norm."""
+        return self._run(x, mask, taps)[1]
+
+
+# ---------------------------------------------------------------------------------------------- decoder
+
+def convolutions(width: int, inputs: int | None = None) -> nn.Sequential:
+    """Twice 3 x 3 convolution, GroupNorm, ReLU. GroupNorm looks at one image alone: batch and ranks change nothing."""
+    def one(c: int) -> list[nn.Module]:
+        return [nn.Conv2d(c, width, 3, padding=1, bias=False),
+                nn.GroupNorm(math.gcd(8, width), width), nn.ReLU()]
+    return nn.Sequential(*one(inputs or width), *one(width))
+
+
+class Decoder(nn.Module):
+    """U-Net decoder on the token grids of equally spaced blocks, down to one distance per pixel.
+
+    Each stage doubles the grid by a transposed convolution and adds the next shallower block as skip. The skip is
+    projected to the stage's width while it is still a token grid, and enlarged afterwards: at full size a 384-wide
+    skip would cost more than the backbone. The last stage stays at full size and adds a stem that sees the pixels
+    themselves: tokens alone cannot say where inside its 8 px an edge lies.
+    """
+
+    def __init__(self, dim: int, patch: int, widths: tuple[int, ...], last: int):
+        super().__init__()
+        if 2 ** len(widths) != patch:
+            raise ValueError(f"decoder widths {widths}: {len(widths)} stages enlarge {2 ** len(widths)} times, the patch "
+                             f"is {patch} px; give {patch.bit_length() - 1} widths")
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(len(widths) + 1))
+        self.skips = nn.ModuleList(nn.Linear(dim, width) for width in widths)
+        self.ups = nn.ModuleList(nn.ConvTranspose2d(c, width, 2, 2) for c, width in zip((dim, *widths), widths))
+        self.stages = nn.ModuleList(convolutions(width) for width in widths)
+        self.stem = convolutions(last, 3)
+        self.narrow = nn.Conv2d(widths[-1], last, 1)
+        self.refine = convolutions(last)
+        self.head = nn.Conv2d(last, 1, 1)
+
+    def forward(self, image: Tensor, taps: list[Tensor], h: int, w: int) -> Tensor:
+        """image (B, 3, H, W), taps: (B, N, D) from shallow to deep -> (B, 1, H, W) before the sigmoid."""
+        def grid(tokens: Tensor) -> Tensor:
+            return tokens.mT.unflatten(2, (h, w))                            # (B, c, h, w)
+
+        *shallow, deepest = [norm(tap) for norm, tap in zip(self.norms, taps)]
+        x = grid(deepest)                                                    # (B, D, h, w)
+        for i, (up, project, stage) in enumerate(zip(self.ups, self.skips, self.stages)):
+            skip = grid(project(shallow[-1 - i]))
+            skip = F.interpolate(skip, scale_factor=2 ** (i + 1), mode="bilinear")
+            x = stage(up(x) + skip)                                          # (B, width, 2^(i+1) h, 2^(i+1) w)
+        return self.head(self.refine(self.narrow(x) + self.stem(image)))     # (B, 1, H, W)
+
+
+# ------------------------------------------------------------------------------------------ whole network
+
+@dataclass
+class Settings:
+    """What inference must know beside the tensors; kept in the weights file."""
+    tile: int = 256                   # px, side of the training crops and so of the tiles
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)   # subtracted from inputs in [0, 1]; DINOv3's
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    low: float = 1.0                  # percentile of the image that becomes 0
+    high: float = 99.8                # percentile that becomes 1
+    cap: float | None = None          # px, data.distance_map(cap=) of the training targets
+    peak: float = 0.47                # watershed: a cell's marker lies above
+    fill: float = 0.09                # watershed: a cell reaches down to
+    min_area: int = 0                 # px, smaller cells are dropped
+    diameter: float | None = None     # px, median equivalent diameter of the training cells
+    pixel_size: float | None = None   # µm per px of the training data, where it has one
+    provenance: dict = field(default_factory=dict)    # what it was trained on, how, with which scores
+
+
+class DINOCell(nn.Module):
+    """Image in [0, 1] -> per pixel the distance to the edge of its cell, 0 outside cells, 1 deep inside."""
+
+    def __init__(self, backbone: ViT | None = None, widths: tuple[int, ...] = (256, 128, 64), last: int = 32,
+                 settings: Settings | None = None):
+        super().__init__()
+        self.backbone = backbone or ViT()
+        self.settings = settings or Settings()
+        vit = self.backbone
+        quarters = len(widths) + 1
+        if vit.depth < quarters:
+            raise ValueError(f"depth={vit.depth}: the decoder needs a backbone of {quarters} blocks or more")
+        self.taps = tuple(vit.depth * (i + 1) // quarters - 1 for i in range(quarters))     # 12 blocks: 2, 5, 8, 11
+        self.architecture = dict(backbone=vit.architecture, widths=tuple(widths), last=last)
+        self.decoder = Decoder(vit.dim, vit.patch, tuple(widths), last)
+        self.register_buffer("mean", torch.tensor(self.settings.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.settings.std).view(1, 3, 1, 1), persistent=False)
+        for name in ("norm.weight", "norm.bias", "mask_token"):              # no part in supervised training
+            vit.get_parameter(name).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - self.mean) / self.std
+        taps = self.backbone.features(x, self.taps)
+        h, w = x.shape[2] // self.backbone.patch, x.shape[3] // self.backbone.patch
+        return self.decoder(x, taps, h, w).float().sigmoid()                 # (B, 1, H, W)
+
+
+# --------------------------------------------------------------------------------------- weights: writing
+
+def save(model: DINOCell | ViT, path: str | Path, half: bool = False) -> None:
+    """Write architecture, settings and tensors; half=True stores float16. The file appears whole or not at all."""
+    path = Path(path)
+    tensors = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+    if half:                           # periods stay exact: angles multiply their error by the image's extent
+        tensors = {k: v.half() if v.is_floating_point() and not k.endswith("periods") else v
+                   for k, v in tensors.items()}
+    content = dict(format=FORMAT, kind=type(model).__name__, architecture=model.architecture,
+                   settings=asdict(model.settings) if isinstance(model, DINOCell) else {}, state_dict=tensors)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(content, beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------- weights: reading
+
+def load(path: str | Path) -> DINOCell:
+    """A network written by save(), in float32, on the CPU, ready for inference."""
+    content = _read(path)
+    if content.get("format") != FORMAT or content.get("kind") != "DINOCell":
+        what = "a backbone without decoder" if content.get("format") == FORMAT else "no DINOCell file"
+        raise ValueError(f"{path}: {what}; expected weights exported by train_seg.py "
+                         "(model.load_backbone reads backbones)")
+    shape = content["architecture"]
+    known = {f.name for f in fields(Settings)}
+    if surplus := set(content["settings"]) - known:
+        raise ValueError(f"{path}: unknown settings {sorted(surplus)}; the file is newer than this code: update it")
+    with torch.device("meta"):
+        net = DINOCell(ViT(**shape["backbone"]), tuple(shape["widths"]), shape["last"], Settings(**content["settings"]))
+    net.to_empty(device="cpu")
+    net.mean.copy_(torch.tensor(net.settings.mean).view(1, 3, 1, 1))
+    net.std.copy_(torch.tensor(net.settings.std).view(1, 3, 1, 1))
+    _fill(net, content["state_dict"], path)
+    return net.eval()
+
+
+def load_backbone(path: str | Path, patch: int = 8, **options) -> ViT:
+    """A backbone from DINOv3's official file, a training checkpoint of it, the Hugging Face file, or our own.
+
+    A kernel of larger patches is turned into `patch` by shrink_patch. `options` go to ViT (rope_jitter).
+    """
+    content = _read(path)
+    if content.get("format") == FORMAT:
+        tensors = content["state_dict"]
+        if content["kind"] == "DINOCell":
+            tensors = {k[9:]: v for k, v in tensors.items() if k.startswith("backbone.")}
+    else:
+        tensors = _from_dinov3(content, path)
+    kernel = tensors.get("patch_embed.weight")
+    depth = 1 + max((int(k.split(".")[1]) for k in tensors if k.startswith("blocks.")), default=-1)
+    if kernel is None or depth == 0 or "register_tokens" not in tensors:
+        raise ValueError(f"{path}: no vision transformer with registers in it (its first keys: {_some(content)}); "
+                         "expected a DINOv3 checkpoint or a file of this project")
+    dim = kernel.shape[0]
+    if "periods" not in tensors:       # Hugging Face files have none, and there heads are 64 wide
+        tensors["periods"] = rope_periods(64)
+    vit = ViT(dim, depth, dim // (4 * len(tensors["periods"])), patch, len(tensors["register_tokens"]), **options)
+    if kernel.shape[-1] != patch:
+        tensors["patch_embed.weight"] = shrink_patch(kernel.float(), patch)
+    _fill(vit, tensors, path)
+    return vit
+
+
+def shrink_patch(kernel: Tensor, patch: int) -> Tensor:
+    """Kernel (D, 3, P, P) -> (D, 3, p, p), p < P, that answers on a patch as the old one on the patch enlarged.
+
+    With U the matrix of the enlargement of one patch (bicubic, patch by patch), <x, U'w> = <Ux, w>: the transpose
+    does it exactly. Resizing the kernel instead is off by a factor of about four in gain.
+    """
+    old = kernel.shape[-1]
+    if patch > old:
+        raise ValueError(f"patch={patch}: the checkpoint has patches of {old} px and can only be turned into smaller ones")
+    unit = torch.eye(patch * patch).view(-1, 1, patch, patch)
+    U = F.interpolate(unit, size=(old, old), mode="bicubic").flatten(1)      # (p*p, P*P), row i: pixel i enlarged
+    return (kernel.flatten(2) @ U.T).unflatten(2, (patch, patch))
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """The format by hand: 8 bytes of length, a JSON header, raw little-endian tensors."""
+    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+             "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+    raw = Path(path).read_bytes()
+    try:
+        size = struct.unpack("<Q", raw[:8])[0]
+        header = json.loads(raw[8:8 + size])
+        body = memoryview(bytearray(raw[8 + size:]))
+        return {name: torch.frombuffer(body[slice(*entry["data_offsets"])], dtype=types[entry["dtype"]])
+                .view(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    except (struct.error, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a whole .safetensors file ({error}); download it again") from None
+
+
+def _read(path: str | Path) -> dict:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}; train with train_seg.py or pass weights=FILE")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: not a file of PyTorch weights, or damaged ({reason})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dictionary of weights")
+    return content
+
+
+def _some(names, count: int = 4) -> str:
+    names = sorted(map(str, names))
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def _from_dinov3(content: dict, path: str | Path) -> dict[str, Tensor]:
+    """Official or Hugging Face names -> ours. What has no counterpart keeps its name, and _fill names it."""
+    if isinstance(content.get("teacher"), dict):           # a training checkpoint: heads are not ours to load
+        content = {k[9:]: v for k, v in content["teacher"].items() if k.startswith("backbone.")}
+    hugging_face = "embeddings.cls_token" in content
+    rename = [("model.layer.", "layer."), ("layer.", "blocks."), ("embeddings.patch_embeddings.", "patch_embed."),
+              ("embeddings.", ""), ("layer_scale1.lambda1", "scale1"), ("layer_scale2.lambda1", "scale2"),
+              ("mlp.up_proj", "fc1"), ("mlp.down_proj", "fc2"), ("attention.o_proj", "attn.proj"),
+              ("attention.q_proj.bias", "attn.q_bias"), ("attention.v_proj.bias", "attn.v_bias"),
+              ] if hugging_face else [
+              ("storage_tokens", "register_tokens"), ("patch_embed.proj.", "patch_embed."),
+              ("rope_embed.periods", "periods"), ("ls1.gamma", "scale1"), ("ls2.gamma", "scale2"), ("mlp.", "")]
+    ours = {}
+    for name, tensor in content.items():
+        for old, new in rename:
+            name = name.replace(old, new) if not old.startswith(("layer.", "model.")) or name.startswith(old) else name
+        ours[name] = tensor
+    for name in ("cls_token", "mask_token", "register_tokens"):              # (1, 1, D), (1, D), (1, R, D)
+        if name in ours:
+            width = ours[name].shape[-1]
+            ours[name] = ours[name].reshape((-1, width) if name == "register_tokens" else width)
+    for name in [n for n in ours if n.endswith("attn.qkv.bias")]:            # its middle third is masked to zero
+        stem = name.removesuffix("qkv.bias")
+        ours[stem + "q_bias"], _, ours[stem + "v_bias"] = ours.pop(name).chunk(3)
+        ours.pop(name + "_mask", None)                     # 1 for q and v, 0 for k; NaN where never initialised
+    for name in [n for n in ours if n.endswith("attention.q_proj.weight")]:
+        stem = name.removesuffix("q_proj.weight")
+        parts = [ours.pop(stem + f"{letter}_proj.weight", None) for letter in "qkv"]
+        if any(part is None for part in parts):
+            raise ValueError(f"{path}: {stem}k_proj.weight or v_proj.weight is missing beside {name}")
+        ours[stem.replace("attention.", "attn.qkv.weight")] = torch.cat(parts)
+    return ours
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
+    """load_state_dict with an error a person can act on, and with float16 files read into float32."""
+    wanted = module.state_dict()
+    missing, surplus = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
+    wrong = [f"{k} {tuple(tensors[k].shape)} instead of {tuple(v.shape)}" for k, v in wanted.items()
+             if k in tensors and tensors[k].shape != v.shape]
+    problems = [f"{what}: {_some(names)}" for what, names in
+                (("missing", missing), ("surplus", surplus), ("wrong shape", wrong)) if names]
+    if problems:
+        raise ValueError(f"{path}: does not fit the network; " + "; ".join(problems))
+    module.load_state_dict({k: v.float() for k, v in tensors.items()})
+
+
+# ------------------------------------------------------------------------------------------------- table
+
+def cost(net: DINOCell, size: int) -> list[tuple[str, int, float]]:
+    """(part, parameters, FLOPs of one image of size x size); a multiplication and an addition are two FLOPs."""
+    from torch.utils.flop_counter import FlopCounterMode
+    parts = {"backbone: patch embedding": ["backbone.patch_embed"],
+             f"backbone: {net.backbone.depth} blocks": ["backbone.blocks"],
+             "decoder: skips": ["decoder.norms", "decoder.skips"],
+             "decoder: transposed convolutions": ["decoder.ups"],
+             "decoder: stages": ["decoder.stages"],
+             "decoder: last stage, stem, head": [f"decoder.{n}" for n in ("narrow", "stem", "refine", "head")]}
+    ghost = copy.deepcopy(net).to("meta")                  # shapes only: any size in no time
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        ghost(torch.empty(1, 3, size, size, device="meta"))
+    flops = {name.removeprefix("DINOCell."): sum(work.values()) for name, work in counter.get_flop_counts().items()}
+    rows = []
+    for label, prefixes in parts.items():
+        modules = [net.get_submodule(prefix) for prefix in prefixes]
+        leaves = [name for prefix, m in zip(prefixes, modules)          # a list of modules is never called itself
+                  for name in ([f"{prefix}.{i}" for i in range(len(m))] if isinstance(m, nn.ModuleList) else [prefix])]
+        rows.append((label, sum(p.numel() for m in modules for p in m.parameters()),
+                     float(sum(flops.get(leaf, 0) for leaf in leaves))))
+    total = sum(p.numel() for p in net.parameters())
+    rows.insert(2, ("backbone: class, register tokens, norm", total - sum(row[1] for row in rows), 0.0))
+    return rows
+
+
+def main(arguments: list[str]) -> None:
+    if "--help" in arguments or "-h" in arguments:
+        return print(__doc__.strip())
+    options = dict(argument.partition("=")[::2] for argument in arguments)
+    if unknown := options.keys() - {"size", "weights"}:
+        raise ValueError(f"unknown key '{min(unknown)}'; known keys: size, weights")
+    net = load(options["weights"]) if "weights" in options else DINOCell().eval()
+    size, patch = options.get("size", "224"), net.backbone.patch
+    if not size.isdigit() or int(size) % patch or not int(size):
+        raise ValueError(f"size={size}: expected a multiple of the patch, {patch} px")
+    size = int(size)
+    rows = cost(net, size)
+    parameters, flops = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    print(f"{'part':40}{'parameters':>12}{f'GFLOPs at {size} px':>20}{'share':>8}")
+    for label, count, work in rows + [("total", parameters, flops)]:
+        print(f"{label:40}{count:12,d}{work / 1e9:20.2f}{work / flops:8.1%}")
+    x = torch.rand(1, 3, size, size)
+    with torch.inference_mode():
+        net(x)
+        start = time.perf_counter()
+        y = net(x)
+    print(f"forward {tuple(x.shape)} -> {tuple(y.shape)} in {time.perf_counter() - start:.3f} s on the CPU, "
+          f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as problem:
+        sys.exit(f"error: {problem}")

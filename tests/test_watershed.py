@@ -1,0 +1,205 @@
+"""watershed.py against scikit-image, and against its own promises on maps where flooding order decides."""
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from skimage.morphology import reconstruction
+from skimage.segmentation import watershed as reference
+
+from watershed import components, watershed
+
+PEAK, FILL = 0.47, 0.09
+
+
+def oracle(d, peak=PEAK, fill=FILL):
+    return reference(-d, ndimage.label(d > peak)[0], mask=d > fill)
+
+
+def discs(seed, size, cells):
+    """Discs in random places, some touching: the distance to their edge, divided by its largest value."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size]
+    d = np.zeros((size, size))
+    for _ in range(cells):
+        cy, cx, r = rng.uniform(0, size), rng.uniform(0, size), rng.uniform(3, size / 6)
+        d = np.maximum(d, 1 - np.hypot(y - cy, x - cx) / r)
+    return d.clip(0, 1).astype(np.float32)
+
+
+def noise(seed, size):
+    return np.random.default_rng(seed).random((size, size + 3)).astype(np.float32)
+
+
+def smooth_noise(seed, size, sigma=2.0):
+    d = ndimage.gaussian_filter(np.random.default_rng(seed).random((size, size + 5)), sigma)
+    return ((d - d.min()) / np.ptp(d)).astype(np.float32)
+
+
+def quantised(d, levels):
+    return (np.round(d * levels) / levels).astype(np.float32)
+
+
+def capped(d, cap):
+    return np.minimum(d, cap) / np.float32(cap)
+
+
+MAPS = {
+    "discs": lambda seed: discs(seed, 96, 25),
+    "smooth noise": lambda seed: smooth_noise(seed, 80),
+    "salt": lambda seed: noise(seed, 48),
+    "discs in 6 levels": lambda seed: quantised(discs(seed, 96, 25), 6),
+    "discs capped": lambda seed: capped(discs(seed, 96, 25), 0.3),
+    "capped in 5 levels": lambda seed: quantised(capped(discs(seed, 96, 30), 0.6), 5),
+    "salt in 4 levels": lambda seed: quantised(noise(seed, 48), 4),
+    "smooth noise in 8 levels": lambda seed: quantised(smooth_noise(seed, 64, 3.0), 8),
+}
+
+
+def check_promises(d, labels, peak=PEAK, fill=FILL):
+    markers, count = ndimage.label(d > peak)
+    mask = d > fill
+    islands, _ = ndimage.label(mask)
+    assert labels.max(initial=0) == count
+    np.testing.assert_array_equal(labels[markers > 0], markers[markers > 0])                 # one marker, its own
+    reachable = np.isin(islands, np.unique(islands[markers > 0])) & mask
+    np.testing.assert_array_equal(labels > 0, reachable)                                     # all that is connected
+    best = reconstruction(np.where(markers > 0, d, 0), np.where(mask, d, 0), footprint=ndimage.generate_binary_structure(2, 1))
+    for k in range(1, count + 1):
+        region = labels == k
+        assert ndimage.label(region)[1] == 1, f"region {k} is in pieces"
+        own = reconstruction(np.where(markers == k, d, 0), np.where(region, d, 0),
+                             footprint=ndimage.generate_binary_structure(2, 1))
+        np.testing.assert_array_equal(own[region], best[region])          # highest lowest point from any marker
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_promises_hold_on_every_kind_of_map(name):
+    for seed in range(12):
+        d = MAPS[name](seed)
+        check_promises(d, watershed(d))
+
+
+@pytest.mark.parametrize("name,least", [("discs", 0.999), ("smooth noise", 0.999), ("salt", 0.99),
+                                        ("discs capped", 0.999)])
+def test_agrees_with_scikit_image(name, least):
+    equal = total = 0
+    for seed in range(60):
+        d = MAPS[name](seed)
+        ours, theirs = watershed(d), oracle(d)
+        assert ours.max() == theirs.max()
+        np.testing.assert_array_equal(ours > 0, theirs > 0)
+        equal, total = equal + (ours == theirs).sum(), total + d.size
+    assert equal / total >= least
+
+
+def test_same_pixels_and_cells_on_flat_ground():
+    for name in ("discs in 6 levels", "capped in 5 levels", "salt in 4 levels", "smooth noise in 8 levels"):
+        for seed in range(15):
+            d = MAPS[name](seed)
+            ours, theirs = watershed(d), oracle(d)
+            assert ours.max() == theirs.max()
+            np.testing.assert_array_equal(ours > 0, theirs > 0)
+
+
+def test_flat_ground_between_two_cells_is_shared_in_the_middle():
+    """A plateau nine px wide between two markers: each side takes its nearest four, the middle either."""
+    d = np.full((5, 11), 0.3, np.float32)
+    d[:, 0] = d[:, -1] = 1
+    labels = watershed(d)
+    assert (labels[:, :5] == 1).all() and (labels[:, 6:] == 2).all()
+
+
+def test_basin_without_marker_joins_over_its_highest_saddle():
+    """Heights in a row: marker A, saddle .10, hill .4, saddle .2, marker B: the hill belongs to B."""
+    d = np.array([[0.9, 0.10, 0.4, 0.2, 0.9]], np.float32)
+    np.testing.assert_array_equal(watershed(d), [[1, 1, 2, 2, 2]])
+
+
+def test_hill_without_any_marker_stays_background():
+    d = np.zeros((9, 9), np.float32)
+    d[1:3, 1:3], d[6:8, 6:8] = 0.4, 0.8
+    assert watershed(d)[1, 1] == 0 and watershed(d)[7, 7] == 1
+
+
+def test_spiral_plateau_is_one_cell():
+    """A corridor of one height, a thousand px long, with the marker at its end."""
+    d = np.zeros((64, 64), np.float32)
+    d[1::2] = 0.2
+    d[2:-1:4, -1] = d[4:-1:4, 0] = 0.2
+    d[1, 0] = 0.6
+    labels = watershed(d)
+    np.testing.assert_array_equal(labels, oracle(d))
+    assert labels.max() == 1 and (labels > 0).sum() > 1000
+
+
+def test_small_and_empty_and_full_maps():
+    assert watershed(np.zeros((7, 5), np.float32)).sum() == 0
+    np.testing.assert_array_equal(watershed(np.ones((7, 5), np.float32)), np.ones((7, 5)))
+    np.testing.assert_array_equal(watershed(np.full((1, 1), 0.5, np.float32)), [[1]])
+    np.testing.assert_array_equal(watershed(np.full((1, 1), 0.3, np.float32)), [[0]])
+    assert watershed(np.zeros((0, 4), np.float32)).shape == (0, 4)
+    board = np.indices((20, 20)).sum(0) % 2                                   # one-pixel cells, none 4-connected
+    np.testing.assert_array_equal(watershed(board.astype(np.float32)), oracle(board.astype(np.float32)))
+
+
+def test_cells_do_not_wrap_around_the_border():
+    d = np.zeros((4, 6), np.float32)
+    d[1, -1], d[2, 0] = 1, 1
+    assert watershed(d).max() == 2
+
+
+def test_min_area_drops_and_renumbers():
+    d = np.zeros((12, 12), np.float32)
+    d[0, 0] = d[2:6, 2:6] = d[8:11, 8:11] = 1                                # 1, 16 and 9 px
+    labels = watershed(d, min_area=10)
+    assert labels.max() == 1 and (labels == 1).sum() == 16
+    labels = watershed(d, min_area=9)
+    assert [(labels == k).sum() for k in (1, 2)] == [16, 9]
+
+
+def test_kind_and_dtype_and_input_are_kept():
+    d = discs(3, 64, 10)
+    before = d.copy()
+    array, tensor = watershed(d), watershed(torch.from_numpy(d))
+    assert isinstance(array, np.ndarray) and isinstance(tensor, torch.Tensor)
+    assert array.dtype == np.int32 and tensor.dtype == torch.int32
+    np.testing.assert_array_equal(array, tensor.numpy())
+    np.testing.assert_array_equal(array, watershed(d.astype(np.float64)))
+    np.testing.assert_array_equal(array.T > 0, watershed(d.T) > 0)           # not contiguous
+    np.testing.assert_array_equal(d, before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_same_labels_on_the_gpu():
+    for make in MAPS.values():
+        d = torch.from_numpy(make(1))
+        on_gpu = watershed(d.cuda())
+        assert on_gpu.is_cuda
+        assert torch.equal(on_gpu.cpu(), watershed(d))
+
+
+def test_wrong_input_is_named():
+    good = np.zeros((4, 4), np.float32)
+    bad = good.copy()
+    bad[1, 2] = np.nan
+    for call, said in [(lambda: watershed(bad), "NaN"), (lambda: watershed(good, peak=0.1, fill=0.2), "fill=0.2, peak=0.1"),
+                       (lambda: watershed(good[0]), r"\(4,\)"), (lambda: watershed(good.astype(int)), "floats")]:
+        with pytest.raises(ValueError, match=said):
+            call()
+
+
+def test_infinity_is_no_nan():
+    d = np.array([[np.inf, 0.2, -np.inf, 0.9]], np.float32)
+    np.testing.assert_array_equal(watershed(d), [[1, 1, 0, 2]])
+
+
+def test_components_are_scipys():
+    for seed in range(30):
+        for density in (0.2, 0.5, 0.65, 0.9):
+            mask = np.random.default_rng(seed).random((23, 31)) < density
+            padded = np.pad(mask, ((1, 1), (0, 1)))
+            pixels, labels, count = components(torch.from_numpy(padded.ravel()), 32)
+            expected, n = ndimage.label(padded)
+            assert count == n
+            np.testing.assert_array_equal(labels.numpy(), expected.ravel()[pixels.numpy()])
+            assert (np.diff(pixels.numpy()) > 0).all() and len(pixels) == mask.sum()

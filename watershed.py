@@ -1,0 +1,196 @@
+"""Distance map -> cells: a marker watershed in whole-array passes, the same on NumPy, CPU and CUDA tensors.
+
+    labels = watershed(distance, peak=0.47, fill=0.09, min_area=0)
+
+What is flooded. Markers are the 4-connected components of distance > peak; from them labels flood down the map inside
+distance > fill. Every region is 4-connected and holds exactly one marker; every mask pixel connected to a marker is
+labelled; and no pixel could be reached from another marker over a higher lowest point than from its own. That is
+skimage.segmentation.watershed(-distance, ndimage.label(distance > peak)[0], mask=distance > fill) up to ties.
+
+How, without a queue. Between fill and peak every pixel points to its highest neighbour if that is higher (steepest
+ascent), across flat ground to the nearest pixel that does, and pointer doubling finds where the climb ends: in a marker,
+nearly always. Climbs that end on a lower summit are basins without a marker; these join the neighbour across
+their highest saddle, again and again, which is Boruvka's maximum spanning forest with the markers as roots.
+Since a climb never goes down and the forest takes the highest saddles, the highest lowest point is kept exactly.
+
+Flat index: pixels are numbered in a map padded by one column and two rows of ground, so that the neighbours of pixel p
+are p - S, p - 1, p + 1, p + S and no test for the border is needed. L its length, P pixels between fill and peak.
+"""
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0.09, min_area: int = 0):
+    """Cells of a distance map.
+
+    distance : (H, W) floats; array or tensor. Compared in float32.
+    peak : a cell's marker lies above; fill : a cell reaches down to; 0 <= fill <= peak.
+    min_area : cells of fewer px are dropped and the rest renumbered.
+    Returns labels (H, W) int32 of the same kind and on the same device; 1..n in raster order of the markers.
+    """
+    if isinstance(distance, np.ndarray):
+        return watershed(torch.from_numpy(np.ascontiguousarray(distance)), peak, fill, min_area).numpy()
+    if distance.ndim != 2 or not distance.is_floating_point():
+        raise ValueError(f"distance map of shape {tuple(distance.shape)}, {distance.dtype}: expected (H, W) floats")
+    if not 0 <= fill <= peak:
+        raise ValueError(f"fill={fill}, peak={peak}: expected 0 <= fill <= peak")
+    H, W = distance.shape
+    S = W + 1
+    d = distance.new_full((H + 2, S), -1.0, dtype=torch.float32)
+    d[1:-1, :W] = distance
+    d = d.view(-1)                                                           # (L,)
+    if torch.isnan(d.sum()) and torch.isnan(d).any():
+        raise ValueError("the distance map holds NaN; the network or its input is broken")
+
+    high = d > peak
+    marker, label, markers = components(high, S)
+    node = torch.zeros_like(d, dtype=torch.int32)                            # (L,) 0: ground; 1..markers; see climb
+    if not markers:
+        return node.view(H + 2, S)[1:-1, :W].contiguous()
+    node[marker] = label
+    slope = ((d > fill) ^ high).nonzero().squeeze(1)                         # (P,)
+    regions = climb(d, node, markers, slope, S)
+    if regions > markers:
+        join(d, node, markers, regions, slope, S)
+    label = node.view(H + 2, S)[1:-1, :W]
+    return drop_small(label, min_area, markers) if min_area > 1 else label.contiguous()
+
+
+def climb(d: Tensor, node: Tensor, markers: int, slope: Tensor, S: int) -> int:
+    """Write into node where every slope pixel climbs to: a marker, or a summit without one, numbered above markers.
+
+    Returns the highest number. On the way node k is marker k, slope pixel i is node markers + 1 + i, and the summits
+    without marker come after these.
+    """
+    height = d.take(slope)
+    best, parent = height, slope
+    for step in (-S, -1, 1, S):
+        beside = slope + step
+        value = d.take(beside)
+        higher = value > best
+        best, parent = torch.where(higher, value, best), torch.where(higher, beside, parent)
+
+    first, last = markers + 1, markers + 1 + len(slope)
+    node[slope] = torch.arange(first, last, dtype=torch.int32, device=d.device)
+    flat = slope[best == height]                                             # (F,) nothing higher beside them
+    basins = 0
+    if len(flat):
+        summit, basin, basins = components(drain(d, parent, node, first, flat, S), S)
+        node[summit] = basin + (last - 1)
+    up = torch.arange(last + basins, device=d.device)                        # markers and summits point to themselves
+    up[first:last] = node.take(parent).long()
+    end = compress(up)[first:last]
+    node[slope] = torch.where(end < first, end, end - len(slope)).int()
+    return markers + basins
+
+
+def drain(d: Tensor, parent: Tensor, node: Tensor, first: int, flat: Tensor, S: int) -> Tensor:
+    """Across flat ground, point to the nearest pixel of the same height that climbs, ring by ring; changes parent.
+
+    Returns (L,) bool: the flat summits, from which nothing climbs.
+    """
+    closed = torch.zeros_like(d, dtype=torch.bool)
+    closed[flat] = True
+    ring = flat
+    exits = torch.zeros_like(ring)
+    for step in (-S, -1, 1, S):                                              # first ring: who has an exit beside it
+        beside = ring + step
+        exits = torch.where((d[beside] == d[ring]) & ~closed[beside], beside, exits)
+    found = exits > 0
+    ring, exits = ring[found], exits[found]
+    parent[node[ring].long() - first] = exits
+    closed[ring] = False
+    while len(ring):                                                         # then every ring takes the next one
+        outer = []
+        for step in (-S, -1, 1, S):
+            beside = ring + step
+            free = closed[beside] & (d[beside] == d[ring])
+            beside = beside[free]
+            parent[node[beside].long() - first] = ring[free]
+            closed[beside] = False
+            outer.append(beside)
+        ring = torch.cat(outer)
+    return closed
+
+
+def join(d: Tensor, label: Tensor, markers: int, regions: int, slope: Tensor, S: int) -> None:
+    """Give regions numbered above markers to the neighbour across their highest saddle; 0 where no marker is in reach."""
+    bare = slope[label[slope] > markers]                                     # their pixels
+    mine, edges = label[bare], []
+    for step in (-S, -1, 1, S):
+        other = label[bare + step]
+        across = (other > 0) & (other != mine) & ((other <= markers) | (step > 0))       # every border once
+        p = bare[across]
+        edges.append(torch.stack((mine[across].long(), other[across].long(),
+                                  torch.minimum(d[p], d[p + step]).view(torch.int32).long())))
+    a, b, saddle = torch.cat(edges, 1)                                       # (E,) each; bits of floats > 0 sort as they do
+    E = len(a)
+    number = torch.arange(E, device=d.device)
+    order = (saddle << 32) | (E - number)                                    # a total order, so no cycles of equals
+    root = torch.arange(regions + 1, device=d.device)
+    first, second = a, b
+    while True:
+        live = (first != second) & ((first > markers) | (second > markers))
+        if not live.any():
+            break
+        first, second, order = first[live], second[live], order[live]
+        best = torch.zeros_like(root).scatter_reduce_(0, first, order, "amax").scatter_reduce_(0, second, order, "amax")
+        best[:markers + 1] = 0                                               # markers are roots: they wait
+        chooser = best.nonzero().squeeze(1)
+        edge = E - (best[chooser] & 0xFFFFFFFF)
+        parent = torch.arange(regions + 1, device=d.device)
+        parent[chooser] = root[a[edge]] + root[b[edge]] - chooser            # the other end
+        pair = chooser[(parent[parent[chooser]] == chooser) & (chooser < parent[chooser])]
+        parent[pair] = pair                                                  # two that chose each other: one stays
+        root = compress(parent)[root]
+        first, second = root[first], root[second]
+    label[bare] = torch.where(root <= markers, root, 0).int()[mine]
+
+
+def components(mask: Tensor, S: int) -> tuple[Tensor, Tensor, int]:
+    """4-connected components of a flat (L,) mask: its pixels (K,), their labels (K,) int32, the number of labels.
+
+    Labels count from 1 in raster order of the components' first pixels. The nodes are the runs of set pixels in a
+    row, a few dozen to a cell, so the union costs next to nothing.
+    """
+    pixels = mask.nonzero().squeeze(1)                                       # (K,)
+    start = edge_of(mask).nonzero().squeeze(1)                               # (R,) first pixel of each run
+    touch = edge_of(mask[:-S] & mask[S:]).nonzero().squeeze(1)               # first pixel that two runs share
+    above = torch.searchsorted(start, touch, right=True) - 1
+    below = torch.searchsorted(start, touch + S, right=True) - 1
+    themselves = root = torch.arange(len(start), device=mask.device)
+    while len(above):                                                        # hook the later root to the earlier
+        a, b = root[above], root[below]
+        root = compress(root.scatter_reduce(0, torch.maximum(a, b), torch.minimum(a, b), "amin"))
+        apart = root[above] != root[below]
+        above, below = above[apart], below[apart]
+    number = (root == themselves).cumsum(0)                                  # (R,) counts the roots
+    place = torch.searchsorted(pixels, start)                                # where each run begins among the pixels
+    length = torch.diff(place, append=place.new_tensor([len(pixels)]))
+    return pixels, number[root].int().repeat_interleave(length), int(number[-1]) if len(number) else 0
+
+
+def edge_of(mask: Tensor) -> Tensor:
+    """Set pixels whose predecessor is not set."""
+    edge = mask.clone()
+    edge[1:] &= ~mask[:-1]
+    return edge
+
+
+def compress(parent: Tensor) -> Tensor:
+    """Pointer doubling until every node points to its root."""
+    while True:
+        grand = parent[parent]
+        if torch.equal(grand, parent):
+            return parent
+        parent = grand
+
+
+def drop_small(label: Tensor, min_area: int, count: int) -> Tensor:
+    """Cells of fewer than min_area px become background, the rest is numbered 1..n again."""
+    keep = torch.bincount(label.flatten(), minlength=count + 1) >= min_area
+    keep[0] = False
+    return (keep.cumsum(0) * keep).int()[label]

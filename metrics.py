@@ -1,0 +1,608 @@
+"""Scores of a segmentation against the truth, read from one sparse overlap table; nothing is written.
+
+    import metrics
+    table = metrics.overlap(truth, pred)              # one pass over the two label images
+    metrics.match(table, threshold=0.5).tp            # any function takes the table or the two images
+    metrics.scores(truth, pred)["AP@0.5"]             # every score of one image
+    metrics.set_scores(tables).pooled["SEG"]          # a set: image by image, mean, pooled, intervals
+
+A label image holds non-negative integers, 0 = background, ids may have gaps. R is a true cell, S a predicted
+one, IoU = |R & S| / |R | S|. No cells x cells matrix is ever made: the table lists only the pairs that touch.
+
+Edge rules. With neither truth nor prediction AP, precision, recall, F1, PQ, SQ, RQ, AJI, MMA and DSB are 1,
+with one of the two only 0. SEG, DET, OP_CSB and the error rate count per true cell: without any they are NaN.
+"""
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+
+THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # IoU; of the DSB score and by default
+COUNTS = ("n_true", "n_pred", "TP", "FP", "FN", "count_error")        # scores that are whole numbers
+
+
+# ------------------------------------------------------------------------------------- the overlap table
+
+class Overlap(NamedTuple):
+    """Sparse table of two label images: R true cells, S predicted cells, P pairs that share a pixel."""
+    truth_ids: NDArray    # (R,) labels of the truth, ascending
+    pred_ids: NDArray     # (S,) labels of the prediction, ascending
+    truth_areas: NDArray  # (R,) px
+    pred_areas: NDArray   # (S,) px
+    rows: NDArray         # (P,) index into truth_ids
+    cols: NDArray         # (P,) index into pred_ids
+    counts: NDArray       # (P,) shared px
+
+    @property
+    def ious(self) -> NDArray:  # (P,)
+        return self.counts / (self.truth_areas[self.rows] + self.pred_areas[self.cols] - self.counts)
+
+
+Labels = ArrayLike | Overlap  # the first of two label images, or the table of both
+
+
+def overlap(truth: ArrayLike, pred: ArrayLike) -> Overlap:
+    """Count the pixels that each true cell shares with each predicted cell, in one pass.
+
+    Parameters
+    ----------
+    truth, pred : array of integers, same shape
+        Label images, 0 = background; any integer type, ids up to 2^63 - 1, gaps allowed.
+
+    Returns
+    -------
+    Overlap
+        Every other function takes it in place of the two images.
+
+    Examples
+    --------
+    >>> table = overlap([[7, 7, 0], [0, 9, 9]], [[4, 0, 0], [0, 4, 4]])
+    >>> table.truth_ids.tolist(), table.pred_areas.tolist(), table.counts.tolist()
+    ([7, 9], [3], [1, 2])
+    """
+    truth, pred = np.asarray(truth), np.asarray(pred)
+    if truth.shape != pred.shape:
+        raise ValueError(f"truth has shape {truth.shape}, prediction {pred.shape}, expected the same shape")
+    for side, labels in (("truth", truth), ("prediction", pred)):
+        if labels.dtype.kind not in "iu":
+            raise ValueError(f"{side} has type {labels.dtype}, expected a label image of integers")
+    truth, pred = truth.ravel(), pred.ravel()
+    # Neighbours in a row mostly carry the same two labels: only runs are counted, weighted by their length.
+    starts = np.ones(truth.size, bool)
+    np.not_equal(truth[1:], truth[:-1], out=starts[1:])
+    starts[1:] |= pred[1:] != pred[:-1]
+    starts = np.flatnonzero(starts)
+    lengths = np.diff(starts, append=truth.size)  # px
+    truth_ids, rows = _compact(truth[starts], "truth")
+    pred_ids, cols = _compact(pred[starts], "prediction")
+    joint = coo_array((lengths, (rows, cols)), shape=(len(truth_ids), len(pred_ids))).tocsr()
+    truth_areas, pred_areas = joint.sum(axis=1), joint.sum(axis=0)  # px
+    joint = joint.tocoo()
+    cells = (joint.row > 0) & (joint.col > 0)     # index 0 is the background on either side
+    return Overlap(truth_ids[1:], pred_ids[1:], truth_areas[1:], pred_areas[1:],
+                   joint.row[cells] - 1, joint.col[cells] - 1, joint.data[cells])
+
+
+def _compact(labels: NDArray, side: str) -> tuple[NDArray, NDArray]:
+    """Ids that occur, with 0 always first, and the index of each label among them."""
+    given, labels = labels, labels.astype(np.int64)  # a uint64 from 2^63 on turns negative here
+    if (labels < 0).any():
+        raise ValueError(f"{side} has the label {given[labels < 0][0]}, expected labels from 0 to 2^63 - 1")
+    if labels.max(initial=0) > labels.size:  # ids with wide gaps: sort them instead of a table over all ids
+        ids, index = np.unique(np.append(labels, 0), return_inverse=True)
+        return ids, index[:-1]
+    present = np.zeros(labels.max(initial=0) + 1, bool)
+    present[labels] = present[0] = True
+    return np.flatnonzero(present), (np.cumsum(present) - 1)[labels]
+
+
+def _table(truth: Labels, pred: ArrayLike | None) -> Overlap:
+    if isinstance(truth, Overlap) and pred is None:
+        return truth
+    if isinstance(truth, Overlap) or pred is None:
+        raise ValueError("expected two label images, or one overlap table with every option given by name")
+    return overlap(truth, pred)
+
+
+# ------------------------------------------------------------------------------------------- pairs of cells
+
+class Rates(NamedTuple):
+    average_precision: float  # each a number, or an array over thresholds or images
+    precision: float
+    recall: float
+    f1: float
+
+
+class Match(NamedTuple):
+    """One-to-one pairs of true and predicted cells at a threshold."""
+    tp: int
+    fp: int
+    fn: int
+    pairs: NDArray  # (tp, 2) true id, predicted id
+    ious: NDArray   # (tp,)
+
+    @property
+    def rates(self) -> Rates:
+        return Rates(*map(float, rates(self.tp, self.fp, self.fn)))
+
+
+def match(truth: Labels, pred: ArrayLike | None = None, threshold: float = 0.5) -> Match:
+    """Pair cells one to one with IoU >= threshold.
+
+    Above 0.5 the pairs are unique; at or below, the number of pairs is maximised, then the sum of their IoU.
+
+    Parameters
+    ----------
+    truth, pred : label images, or an overlap table and None
+    threshold : float
+        Smallest IoU of a pair, in (0, 1].
+
+    Returns
+    -------
+    Match
+        tp, fp, fn, the paired ids, their IoU; `.rates` has AP, precision, recall and F1.
+
+    Examples
+    --------
+    >>> match([[1, 1, 1, 0, 2, 2]], [[5, 5, 0, 0, 0, 8]], threshold=0.6).pairs.tolist()
+    [[1, 5]]
+    """
+    table = _table(truth, pred)
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold is {threshold}, expected an IoU in (0, 1]")
+    ious = table.ious
+    chosen = np.flatnonzero(ious >= threshold)
+    if threshold <= 0.5:
+        # One more pair outweighs any gain in IoU, which sums to less than `cells` over the pairs.
+        cells = 1 + min(len(table.truth_ids), len(table.pred_ids))
+        chosen = chosen[_assign(table.rows[chosen], table.cols[chosen], cells + ious[chosen])]
+    pairs = np.stack([table.truth_ids[table.rows[chosen]], table.pred_ids[table.cols[chosen]]], axis=1)
+    tp = len(chosen)
+    return Match(tp, len(table.pred_ids) - tp, len(table.truth_ids) - tp, pairs, ious[chosen])
+
+
+def _assign(rows: NDArray, cols: NDArray, weights: NDArray) -> NDArray:
+    """Indices of the edges, no two at one cell, whose positive weights have the largest sum; exact."""
+    edges, chosen = np.arange(len(rows)), []
+    for _ in range(10):  # an edge that outweighs its best rivals on both sides together is in an optimum
+        r, c, w = rows[edges], cols[edges], weights[edges]
+        safe = np.flatnonzero(w >= _rival(r, w) + _rival(c, w))
+        safe = safe[np.unique(r[safe], return_index=True)[1]]  # of equal edges at one cell, the first
+        safe = safe[np.unique(c[safe], return_index=True)[1]]
+        if len(safe) == 0:
+            break
+        chosen.append(edges[safe])
+        edges = edges[~np.isin(r, r[safe]) & ~np.isin(c, c[safe])]
+    if len(edges):  # the few that are left: a full matching in which a row may also take its own spare column
+        row_ids, r = np.unique(rows[edges], return_inverse=True)
+        col_ids, c = np.unique(cols[edges], return_inverse=True)
+        spare = np.arange(len(row_ids))
+        ends = np.array([np.append(r, spare), np.append(c, len(col_ids) + spare)], np.int32)  # for SciPy
+        # Every row takes exactly one edge, so that adding 1 to each changes nothing, but no edge weighs 0.
+        graph = coo_array((np.append(1 + weights[edges], np.ones(len(spare))), tuple(ends))).tocsr()
+        _, partner = min_weight_full_bipartite_matching(graph, maximize=True)
+        chosen.append(edges[partner[r] == c])
+    return np.sort(np.concatenate([np.empty(0, np.int64), *chosen]))
+
+
+def _rival(ends: NDArray, weights: NDArray) -> NDArray:
+    """For each edge, the weight of the heaviest other edge at the same end, 0 where there is none."""
+    best, second = np.zeros((2, ends.max(initial=0) + 1))
+    np.maximum.at(best, ends, weights)
+    top = weights == best[ends]
+    np.maximum.at(second, ends[~top], weights[~top])
+    alone = top & (np.bincount(ends[top], minlength=len(best))[ends] == 1)
+    return np.where(alone, second[ends], best[ends])
+
+
+# ------------------------------------------------------- sums that add up over images, scores as their ratios
+
+def _sums(table: Overlap, thresholds: tuple[float, ...]) -> NDArray:
+    """What the scores are ratios of, (9 + thresholds,); the first threshold is 0.5. Pooling is adding."""
+    rows, cols, counts, ious = table.rows, table.cols, table.counts, table.ious
+    n_true, n_pred = len(table.truth_ids), len(table.pred_ids)
+    area = table.truth_areas.sum() + table.pred_areas.sum()
+    matches = [match(table, threshold=t) for t in thresholds]
+    # AJI+ maximises summed IoU; 2^-40 of the shared pixels decides ties, which the order of ids must not.
+    aji_overlap = counts[_assign(rows, cols, ious + counts * 2.0**-40)].sum()
+    mma_overlap = counts[_assign(rows, cols, counts.astype(float))].sum()
+    covers = 2 * counts > table.truth_areas[rows]           # S covers more than half of R: at most one S
+    detects = np.bincount(cols[covers], minlength=n_pred)   # (S,) true cells that each prediction detects
+    splits = np.maximum(detects - 1, 0).sum()
+    aogm = 5 * splits + 10 * (n_true - covers.sum()) + (detects == 0).sum()
+    return np.array([n_true, n_pred, matches[0].ious.sum(), area, area - counts.sum(), aji_overlap,
+                     mma_overlap, ious[covers].sum(), aogm, *(m.tp for m in matches)], float)
+
+
+def _ratios(sums: NDArray, thresholds: tuple[float, ...]) -> dict[str, NDArray]:
+    """Scores of one row of sums or of many at once: sums ([rows,] 9 + thresholds) -> name: ([rows])."""
+    n_true, n_pred, paired_iou, area, union, aji_overlap, mma_overlap, covered_iou, aogm = sums.T[:9]
+    at = {t: rates(tp, n_pred - tp, n_true - tp) for t, tp in zip(thresholds, sums.T[9:])}
+    tp, half, empty = sums.T[9], at[0.5], (n_true + n_pred == 0).astype(float)
+    seg_score = _ratio(covered_iou, n_true, np.nan)
+    det_score = 1 - np.minimum(_ratio(aogm, 10 * n_true, np.nan), 1)
+    return {**{f"AP@{t:g}": at[t].average_precision for t in thresholds},
+            "precision": half.precision, "recall": half.recall, "F1": half.f1,
+            "TP": tp, "FP": n_pred - tp, "FN": n_true - tp, "n_true": n_true, "n_pred": n_pred,
+            "PQ": _ratio(paired_iou, (n_true + n_pred) / 2, empty), "RQ": half.f1,
+            "SQ": _ratio(paired_iou, tp, empty), "AJI": _ratio(aji_overlap, area - aji_overlap, empty),
+            "MMA": _ratio(mma_overlap, union, empty),
+            "SEG": seg_score, "DET": det_score, "OP_CSB": (seg_score + det_score) / 2,
+            "DSB": np.mean([at[t].average_precision for t in THRESHOLDS], axis=0),
+            "error_rate": _ratio(n_true + n_pred - 2 * tp, n_true, np.nan),
+            "count_error": np.abs(n_pred - n_true)}
+
+
+def rates(tp: ArrayLike, fp: ArrayLike, fn: ArrayLike) -> Rates:
+    """AP = tp / (tp + fp + fn), precision, recall and F1 from counts, element by element.
+
+    Parameters
+    ----------
+    tp, fp, fn : int or array
+        Of one image, or added up over a set for the pooled rates.
+
+    Returns
+    -------
+    Rates
+        1 where all three counts are 0, otherwise 0 where a rate would divide by 0.
+
+    Examples
+    --------
+    >>> rates([6, 0, 0], [2, 3, 0], [0, 0, 0]).average_precision.tolist()
+    [0.75, 0.0, 1.0]
+    """
+    tp, fp, fn = np.asarray(tp), np.asarray(fp), np.asarray(fn)
+    empty = (tp + fp + fn == 0).astype(float)
+    return Rates(_ratio(tp, tp + fp + fn, empty), _ratio(tp, tp + fp, empty), _ratio(tp, tp + fn, empty),
+                 _ratio(2 * tp, 2 * tp + fp + fn, empty))
+
+
+def _ratio(part: NDArray, whole: NDArray, otherwise: ArrayLike) -> NDArray:
+    """part / whole, and `otherwise` where whole is 0."""
+    out = np.array(np.broadcast_to(otherwise, np.shape(whole)), float)
+    return np.divide(part, whole, out=out, where=np.asarray(whole) > 0)
+
+
+# ------------------------------------------------------------------------------------- one image, one set
+
+def scores(truth: Labels, pred: ArrayLike | None = None,
+           thresholds: Iterable[float] = ()) -> dict[str, float]:
+    """Every score of one image.
+
+    Parameters
+    ----------
+    truth, pred : label images, or an overlap table and None
+    thresholds : floats
+        Of AP@t, beside 0.5, 0.55 ... 0.95, which are always there.
+
+    Returns
+    -------
+    dict
+        AP@0.5 ... AP@0.95; at 0.5 precision, recall, F1, TP, FP, FN, PQ, SQ, RQ, error_rate; n_true, n_pred,
+        AJI (AJI+), MMA, SEG, DET, OP_CSB, DSB, count_error. Plain floats, counts as ints.
+
+    Examples
+    --------
+    >>> one = scores([[1, 1, 1, 1], [0, 0, 2, 2]], [[3, 3, 3, 0], [0, 0, 0, 0]])
+    >>> one["AP@0.75"], one["AP@0.8"], one["PQ"], one["FN"]
+    (0.5, 0.0, 0.5, 1)
+    """
+    thresholds = _with_standard(thresholds)
+    return _plain(_ratios(_sums(_table(truth, pred), thresholds), thresholds))
+
+
+class SetScores(NamedTuple):
+    images: list[dict[str, float]]                   # `scores` of each image
+    mean: dict[str, float]                           # over the images on which the score is defined
+    pooled: dict[str, float]                         # cells and pixels of all images counted together
+    mean_interval: dict[str, tuple[float, float]]    # bootstrap over images
+    pooled_interval: dict[str, tuple[float, float]]
+
+
+def set_scores(tables: Iterable[Overlap], thresholds: Iterable[float] = (), n: int = 1000, seed: int = 0,
+               level: float = 0.95) -> SetScores:
+    """Every score of a set: image by image, their mean, pooled, and bootstrap intervals over images of both.
+
+    SEG, DET and OP_CSB of a set are the pooled ones by definition; DSB and count_error are means over images
+    and not among the pooled; AP is reported both ways.
+
+    Parameters
+    ----------
+    tables : iterable of Overlap
+        One per image; a generator is read once.
+    thresholds, n, seed, level
+        As in `scores` and `bootstrap`.
+
+    Examples
+    --------
+    >>> both = set_scores([overlap([[1, 2]], [[1, 2]]), overlap([[1, 0]], [[0, 0]])])
+    >>> both.mean["AP@0.5"], round(both.pooled["AP@0.5"], 3), both.mean_interval["AP@0.5"]
+    (0.5, 0.667, (0.0, 1.0))
+    """
+    thresholds = _with_standard(thresholds)
+    sums = np.array([_sums(table, thresholds) for table in tables])  # (images, 9 + thresholds)
+    if len(sums) == 0:
+        raise ValueError("no image to score, expected at least one overlap table")
+    columns = _ratios(sums, thresholds)                              # name: (images,)
+    images = [_plain({name: column[i] for name, column in columns.items()}) for i in range(len(sums))]
+    defined = {name: column[~np.isnan(column)] for name, column in columns.items()}
+    mean = {name: float(column.mean()) if len(column) else np.nan for name, column in defined.items()}
+    mean_interval = {name: bootstrap(column, n=n, seed=seed, level=level) for name, column in columns.items()}
+    # How often a resample draws an image, times the image's sums: all resamples of all pooled scores at once.
+    share = np.full(len(sums), 1 / len(sums))
+    drawn = np.random.default_rng(seed).multinomial(len(sums), share, n)  # (n, images)
+    pooled, resampled = _plain(_ratios(sums.sum(0), thresholds)), _ratios(drawn @ sums, thresholds)
+    for name in ("DSB", "count_error"):
+        del pooled[name]
+    return SetScores(images, mean, pooled, mean_interval,
+                     {name: _interval(resampled[name], level) for name in pooled})
+
+
+def bootstrap(values: ArrayLike, statistic: Callable = np.mean, n: int = 1000, seed: int = 0,
+              level: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval of a statistic over images (Efron, 1979).
+
+    Parameters
+    ----------
+    values : (images,) or (images, ...)
+        One entry per image: a score, or the paired difference of two models. Images with a NaN are left out.
+    statistic : callable(resampled, axis=1)
+        From (n, images, ...) to (n,): np.mean, np.median, or a ratio of sums.
+    n, seed, level
+        Number of resamples, seed of the draw, coverage of the interval in (0, 1).
+
+    Returns
+    -------
+    (low, high), NaN where nothing is defined
+
+    Examples
+    --------
+    >>> bootstrap([0.5, 0.5, 0.5])
+    (0.5, 0.5)
+    >>> low, high = bootstrap(np.arange(101))
+    >>> low < 50 < high
+    True
+    """
+    values = np.asarray(values, float)
+    values = values[~np.isnan(values).any(axis=tuple(range(1, values.ndim)))]
+    if len(values) == 0:
+        return np.nan, np.nan
+    rng, images = np.random.default_rng(seed), len(values)
+    block = max(1, 2**22 // values.size)  # resamples at once: about 32 MB
+    resampled = [statistic(values[rng.integers(0, images, (min(block, n - done), images))], axis=1)
+                 for done in range(0, n, block)]
+    return _interval(np.concatenate(resampled), level)
+
+
+def _interval(resampled: NDArray, level: float) -> tuple[float, float]:
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}, expected a coverage in (0, 1)")
+    resampled = resampled[~np.isnan(resampled)]
+    if len(resampled) == 0:
+        return np.nan, np.nan
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _plain(values: dict[str, NDArray]) -> dict[str, float]:
+    return {name: int(value) if name in COUNTS else float(value) for name, value in values.items()}
+
+
+def _with_standard(thresholds: Iterable[float]) -> tuple[float, ...]:
+    """The ten of the DSB score, then the others; rounded, so that arange's 0.6000000000000001 is 0.6."""
+    return (*THRESHOLDS, *sorted({round(float(t), 6) for t in thresholds} - set(THRESHOLDS)))
+
+
+# ------------------------------------------------------------------------------------ single scores by name
+
+def average_precision(truth: Labels, pred: ArrayLike | None = None,
+                      thresholds: ArrayLike = THRESHOLDS) -> NDArray:
+    """AP(t) = tp / (tp + fp + fn) of one image at each threshold.
+
+    Parameters
+    ----------
+    truth, pred : label images, or an overlap table and None
+    thresholds : float or floats in (0, 1]
+
+    Returns
+    -------
+    array, or float for one threshold
+
+    Examples
+    --------
+    >>> average_precision([[1, 1, 1, 1, 2]], [[1, 1, 1, 0, 2]], thresholds=[0.5, 0.75, 0.8]).round(3).tolist()
+    [1.0, 1.0, 0.333]
+    """
+    table = _table(truth, pred)
+    tp, fp, fn = np.array([match(table, threshold=t)[:3] for t in np.ravel(thresholds)]).reshape(-1, 3).T
+    return rates(tp, fp, fn).average_precision.reshape(np.shape(thresholds))[()]
+
+
+class PanopticQuality(NamedTuple):
+    pq: float  # = sq * rq
+    sq: float  # mean IoU of the pairs at 0.5
+    rq: float  # F1 at 0.5
+
+
+def panoptic_quality(truth: Labels, pred: ArrayLike | None = None) -> PanopticQuality:
+    """Summed IoU of the pairs at 0.5 / (tp + fp/2 + fn/2) (Kirillov et al., 2019, eq. 1-2).
+
+    Examples
+    --------
+    >>> panoptic_quality([[1, 1, 1, 1, 2]], [[1, 1, 1, 0, 0]])
+    PanopticQuality(pq=0.5, sq=0.75, rq=0.6666666666666666)
+    """
+    every = scores(truth, pred)
+    return PanopticQuality(every["PQ"], every["SQ"], every["RQ"])
+
+
+def aji(truth: Labels, pred: ArrayLike | None = None) -> float:
+    """AJI+: paired for the largest summed IoU, shared pixels / (union of the pairs + areas of the unpaired).
+
+    Examples
+    --------
+    >>> aji([[1, 1, 1, 1, 2]], [[5, 5, 5, 0, 0]])
+    0.6
+    """
+    return scores(truth, pred)["AJI"]
+
+
+def mma(truth: Labels, pred: ArrayLike | None = None) -> float:
+    """Paired for the largest total overlap, shared pixels / pixels of any cell (DINOCell, 2026).
+
+    Examples
+    --------
+    >>> mma([[1, 1, 1, 1]], [[2, 2, 2, 3]])
+    0.75
+    """
+    return scores(truth, pred)["MMA"]
+
+
+def dsb_score(truth: Labels, pred: ArrayLike | None = None) -> float:
+    """Mean of AP over 0.50, 0.55 ... 0.95; of a set, `set_scores(...).mean["DSB"]` (Data Science Bowl 2018).
+
+    Examples
+    --------
+    >>> round(dsb_score([[1, 1, 1, 1]], [[1, 1, 1, 0]]), 3)
+    0.6
+    """
+    return scores(truth, pred)["DSB"]
+
+
+def error_rate(truth: Labels, pred: ArrayLike | None = None) -> float:
+    """(FP + FN) / true cells at 0.5; may exceed 1, NaN without a true cell.
+
+    Examples
+    --------
+    >>> error_rate([[1, 0, 2, 0]], [[1, 3, 0, 0]])
+    1.0
+    """
+    return scores(truth, pred)["error_rate"]
+
+
+def count_error(truth: Labels, pred: ArrayLike | None = None) -> int:
+    """|predicted - true| number of cells; of a set, `set_scores(...).mean["count_error"]`.
+
+    Examples
+    --------
+    >>> count_error([[1, 0, 2, 0]], [[1, 0, 0, 0]])
+    1
+    """
+    return scores(truth, pred)["count_error"]
+
+
+def seg(truths: Iterable, preds: Iterable | None = None) -> float:
+    """SEG of the Cell Tracking Challenge: the mean, over all true cells of all frames, of the IoU with the
+    prediction that covers more than half of the cell, 0 where there is none.
+
+    Parameters
+    ----------
+    truths, preds : lists of label images, or a list of overlap tables and None
+        The frames of a set; one image or one table is a set of one frame.
+
+    Returns
+    -------
+    float
+        NaN without a true cell.
+
+    Examples
+    --------
+    >>> seg([[[1, 1, 1, 1]], [[1, 1, 0, 2]]], [[[9, 9, 9, 0]], [[4, 0, 0, 2]]])  # 3/4, exactly half: 0, 1
+    0.5833333333333334
+    """
+    return _frames(truths, preds)["SEG"]
+
+
+def det(truths: Iterable, preds: Iterable | None = None) -> float:
+    """DET of the Cell Tracking Challenge: 1 - min(AOGM-D, 10 R) / 10 R with AOGM-D = 5 NS + 10 FN + 1 FP over
+    all frames (Matula et al., 2015); a prediction that detects k > 1 true cells adds k - 1 to NS.
+
+    Examples
+    --------
+    >>> det([[[1, 1, 2, 2]]], [[[7, 7, 7, 7]]])  # merged: one split is missing, 1 - 5 / 20
+    0.75
+    """
+    return _frames(truths, preds)["DET"]
+
+
+def op_csb(truths: Iterable, preds: Iterable | None = None) -> float:
+    """(SEG + DET) / 2, of the pooled values.
+
+    Examples
+    --------
+    >>> op_csb([[[1, 1, 2, 2]]], [[[7, 7, 7, 7]]])  # SEG (1/2 + 1/2) / 2, DET 3/4
+    0.625
+    """
+    return _frames(truths, preds)["OP_CSB"]
+
+
+def _frames(truths: Iterable, preds: Iterable | None) -> dict[str, float]:
+    if isinstance(truths, Overlap) or (isinstance(truths, np.ndarray) and truths.ndim == 2):
+        truths, preds = [truths], None if preds is None else [preds]
+    truths = list(truths)
+    preds = [None] * len(truths) if preds is None else list(preds)
+    if len(truths) != len(preds):
+        raise ValueError(f"{len(truths)} frames of truth, {len(preds)} of prediction, expected as many")
+    total = np.zeros(9 + len(THRESHOLDS))
+    for truth, pred in zip(truths, preds):
+        total += _sums(_table(truth, pred), THRESHOLDS)
+    return _plain(_ratios(total, THRESHOLDS))
+
+
+# --------------------------------------------------------------------------------- features, not labels
+
+class ChannelConsistency(NamedTuple):
+    consistency: float         # mean cosine between two channels of the same field
+    control: float             # mean cosine between two channels of different fields
+    margin: float              # consistency - control
+    retrieval: float           # share of channel i's that find channel j of their own field first
+    retrieval_matrix: NDArray  # (K, K) the same for each query channel i and searched channel j
+    cosine_matrix: NDArray     # (K, K) mean cosine between channels i and j of the same field
+
+
+def channel_consistency(features: ArrayLike) -> ChannelConsistency:
+    """Do the channels of a field get the same features, and other fields other ones?
+
+    A collapsed network scores 1 on consistency alone: read it beside its control. Consistency, control and
+    retrieval are means over the pairs of different channels. A tie with another field is not a find.
+
+    Parameters
+    ----------
+    features : (F, K, D) array
+        F fields in K channels each, D features; F and K at least 2.
+
+    Returns
+    -------
+    ChannelConsistency
+
+    Examples
+    --------
+    >>> fields = np.eye(3)[:, None].repeat(2, axis=1)  # (3, 2, 3): each field its own axis, in both channels
+    >>> result = channel_consistency(fields)
+    >>> result.consistency, result.control, result.retrieval
+    (1.0, 0.0, 1.0)
+    """
+    x = np.asarray(features, float)
+    if x.ndim != 3 or min(x.shape[:2]) < 2:
+        raise ValueError(f"features have shape {x.shape}, expected (fields, channels, width) with 2 or more "
+                         "fields and channels")
+    norm = np.linalg.norm(x, axis=2, keepdims=True)
+    if not (np.isfinite(norm).all() and norm.all()):
+        raise ValueError("features hold a vector that is zero or not finite, which has no direction")
+    x = x / norm
+    f, k, _ = x.shape
+    same = (x @ x.transpose(0, 2, 1)).sum(0)  # (K, K) over the fields
+    across = x.sum(0) @ x.sum(0).T - same     # (K, K) over the ordered pairs of different fields
+    retrieval = np.zeros((k, k))
+    for i, j in np.ndindex(k, k):
+        cosine = x[:, i] @ x[:, j].T              # (F, F) query field, searched field
+        own = cosine.diagonal().copy()
+        np.fill_diagonal(cosine, -2)              # below the cosine of any other field
+        retrieval[i, j] = (own > cosine.max(1) + 1e-12).mean()  # a difference of rounding is a tie
+    pairs = ~np.eye(k, dtype=bool)
+    consistency, control = same[pairs].mean() / f, across[pairs].mean() / (f * (f - 1))
+    return ChannelConsistency(float(consistency), float(control), float(consistency - control),
+                              float(retrieval[pairs].mean()), retrieval, same / f)

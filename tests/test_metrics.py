@@ -1,0 +1,537 @@
+"""metrics.py against what one can work out on paper, slow oracles, invariants, and three other programs."""
+import doctest
+import inspect
+import itertools
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings, strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.optimize import linear_sum_assignment
+
+import metrics
+from metrics import Overlap, match, overlap, scores, set_scores
+
+AP = [f"AP@{t:g}" for t in metrics.THRESHOLDS]
+UNIT = [*AP, "precision", "recall", "F1", "PQ", "SQ", "RQ", "AJI", "MMA", "DSB"]
+PER_TRUTH = ["SEG", "DET", "OP_CSB"]
+LABELS = arrays(np.int32, (6, 8), elements=st.integers(0, 4))
+
+
+def image(*boxes, shape=(20, 40)):
+    """Boxes (top, left, height, width) in px, labelled 1, 2, ... in this order."""
+    labels = np.zeros(shape, np.int32)
+    for i, (top, left, height, width) in enumerate(boxes, 1):
+        labels[top:top + height, left:left + width] = i
+    return labels
+
+
+def random_pair(rng, size=32):
+    """Boxes, and the same moved a little, one merged or lost, one split, one new; row 0 is background."""
+    truth = np.zeros((size, size), np.uint16)
+    for i in range(1, rng.integers(3, 12)):
+        (top, left), (height, width) = rng.integers(1, size - 6, 2), rng.integers(3, 12, 2)
+        truth[top:top + height, left:left + width] = i
+    pred = np.roll(truth, rng.integers(-2, 3, 2), axis=(0, 1))
+    ids = rng.permutation(np.unique(truth[truth > 0]))
+    pred[pred == ids[0]] = rng.choice([0, ids[-1]])            # lost or merged
+    columns = np.flatnonzero((pred == ids[-1]).any(0))
+    if len(columns):                                           # split
+        right = np.arange(size) >= rng.choice(columns)
+        pred[(pred == ids[-1]) & right] = 30
+    top, left = rng.integers(1, size - 4, 2)
+    pred[top:top + 4, left:left + 4] = 31                      # new
+    truth[0] = pred[0] = 0
+    return truth, pred
+
+
+def same(a, b, tolerance=1e-12):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name] == pytest.approx(b[name], abs=tolerance, nan_ok=True), name
+
+
+# ------------------------------------------------------------------------------------------- on paper
+
+def test_docstrings_run_and_every_public_function_has_one():
+    result = doctest.testmod(metrics)
+    public = [f for name, f in inspect.getmembers(metrics, inspect.isfunction) if name[0] != "_"]
+    public = [f for f in public if f.__module__ == "metrics"]
+    assert result.failed == 0 and len(public) >= 16 and all(">>>" in f.__doc__ for f in public)
+
+
+def test_shifted_square():
+    """10 x 10 moved by 2: 80 shared of 120."""
+    result = scores(image((2, 2, 10, 10)), image((2, 4, 10, 10)))
+    for name in ("PQ", "SQ", "AJI", "MMA", "SEG"):
+        assert result[name] == pytest.approx(2 / 3)
+    assert result["DSB"] == pytest.approx(0.4)  # found at .5, .55, .6, .65
+    assert (result["AP@0.65"], result["AP@0.7"], result["DET"], result["error_rate"]) == (1, 0, 1, 0)
+
+
+def test_shifted_disc():
+    """Two discs of radius r at distance d share 2 r^2 acos(d / 2r) - d/2 sqrt(4r^2 - d^2)."""
+    r, d = 60, 40
+    y, x = np.mgrid[-80:81, -80:121]
+    lens = 2 * r**2 * math.acos(d / (2 * r)) - d / 2 * math.sqrt(4 * r**2 - d**2)
+    iou = match((y**2 + x**2 <= r**2).astype(int), (y**2 + (x - d)**2 <= r**2).astype(int), 0.1).ious
+    assert iou == pytest.approx([lens / (2 * math.pi * r**2 - lens)], rel=5e-3)
+
+
+def test_split_in_two_halves():
+    """Each half has IoU exactly 1/2: one pair at 0.5; neither covers more than half: no SEG, no DET."""
+    result = scores(image((0, 0, 10, 10)), image((0, 0, 10, 5), (0, 5, 10, 5)))
+    assert (result["TP"], result["FP"], result["FN"]) == (1, 1, 0)
+    assert (result["AP@0.5"], result["AP@0.55"]) == (0.5, 0)
+    assert result["PQ"] == pytest.approx(0.5 / 1.5) and result["AJI"] == pytest.approx(50 / 150)
+    assert result["MMA"] == 0.5 and result["SEG"] == 0
+    assert result["DET"] == 0  # min(10 FN + 2 FP, 10) / 10
+
+
+def test_split_seven_to_three():
+    result = scores(image((0, 0, 10, 10)), image((0, 0, 10, 7), (0, 7, 10, 3)))
+    assert result["SEG"] == pytest.approx(0.7) and result["DET"] == pytest.approx(0.9)  # one FP of weight 1
+    assert result["OP_CSB"] == pytest.approx(0.8) and result["error_rate"] == 1 and result["count_error"] == 1
+
+
+def test_three_merged():
+    """One prediction over three cells of 40, 30 and 30 px: two splits of weight 5 out of 3 x 10."""
+    truth, pred = image((0, 0, 10, 4), (0, 4, 10, 3), (0, 7, 10, 3)), image((0, 0, 10, 10))
+    result = scores(truth, pred)
+    assert result["SEG"] == pytest.approx((0.4 + 0.3 + 0.3) / 3) and result["DET"] == pytest.approx(2 / 3)
+    assert (result["TP"], result["FN"], result["AP@0.5"]) == (0, 3, 0)
+    assert result["AJI"] == pytest.approx(40 / (100 + 60)) and result["MMA"] == pytest.approx(0.4)
+
+
+def test_pairing_takes_the_optimum_not_the_best_pair_first():
+    """R1 = [0, 10), R2 = [10, 14), S1 = [3, 13), S2 = [0, 3): IoU 7/13, and 3/10 + 3/11 is more than that."""
+    truth = image((0, 0, 1, 10), (0, 10, 1, 4), shape=(1, 14))
+    pred = image((0, 3, 1, 10), (0, 0, 1, 3), shape=(1, 14))
+    assert match(truth, pred, 0.5).pairs.tolist() == [[1, 1]]
+    found = match(truth, pred, 0.25)
+    assert found.pairs.tolist() == [[1, 2], [2, 1]] and found.ious == pytest.approx([3 / 10, 3 / 11])
+    assert metrics.aji(truth, pred) == pytest.approx(6 / (27 - 6))  # both pairs: 6 px of 14 + 13
+    assert metrics.mma(truth, pred) == pytest.approx(7 / 14)        # the one pair of 7 px
+
+
+def test_equal_iou_goes_to_the_larger_overlap():
+    """S1 = [0, 30), R = [20, 50), S2 = [30, 120): IoU 10/50 and 20/100, which no order of ids may decide."""
+    truth = image((0, 20, 1, 30), shape=(1, 120))
+    pred = image((0, 0, 1, 30), (0, 30, 1, 90), shape=(1, 120))
+    for labels in (pred, np.array([0, 2, 1])[pred]):
+        assert metrics.aji(truth, labels) == pytest.approx(20 / (30 + 120 - 20))
+
+
+def test_seg_and_det_are_pooled_over_frames():
+    """1 of 1 cells in one frame and 0 of 3 in the other: 1/4, not the mean of 1 and 0."""
+    truths = [image((0, 0, 4, 4)), image((0, 0, 4, 4), (8, 8, 4, 4), (14, 0, 4, 4))]
+    preds = [truths[0], np.zeros_like(truths[1])]
+    assert metrics.seg(truths, preds) == metrics.det(truths, preds) == metrics.op_csb(truths, preds) == 0.25
+    assert metrics.seg(map(overlap, truths, preds)) == 0.25
+    assert metrics.seg(truths[0], truths[0]) == metrics.seg(overlap(truths[0], truths[0])) == 1  # one frame
+
+
+def test_det_false_positives_never_cost_more_than_everything():
+    """20 false positives of weight 1 against one truth of weight 10, found."""
+    truth = image((0, 0, 2, 2))
+    pred = image((0, 0, 2, 2), *[(4 + 4 * (i // 10), 4 * (i % 10), 2, 2) for i in range(20)], shape=(20, 40))
+    assert metrics.det([truth], [pred]) == 0
+    assert metrics.det([truth] * 10, [truth] * 9 + [pred]) == pytest.approx(0.8)  # pooled: 20 of 100
+
+
+def test_average_precision_of_a_set_is_reported_twice():
+    hit, miss = image((0, 0, 4, 4)), image((0, 0, 4, 4), (8, 8, 4, 4), (14, 0, 4, 4))
+    result = set_scores([overlap(hit, hit), overlap(miss, 0 * miss)])
+    assert result.mean["AP@0.5"] == 0.5 and result.pooled["AP@0.5"] == 0.25
+    assert result.mean["count_error"] == 1.5 and not {"DSB", "count_error"} & result.pooled.keys()
+
+
+def test_empty_sides():
+    none, one = image(), image((0, 0, 4, 4))
+    for truth, pred, value in ((none, none, 1), (one, none, 0), (none, one, 0)):
+        result = scores(truth, pred)
+        assert {name: result[name] for name in UNIT} == dict.fromkeys(UNIT, value)
+        assert tuple(metrics.panoptic_quality(truth, pred)) == (value,) * 3
+        assert match(truth, pred).rates == (value,) * 4
+        assert all(np.isnan(result[name]) != (truth is one) for name in PER_TRUTH + ["error_rate"])
+    assert scores(one, none)["SEG"] == scores(one, none)["DET"] == 0 and scores(one, none)["error_rate"] == 1
+    assert all(np.isnan(score([none], [one])) for score in (metrics.seg, metrics.det, metrics.op_csb))
+    assert metrics.seg([none, one], [one, one]) == 1  # a frame without truth leaves the set defined
+    result = set_scores([overlap(none, one), overlap(one, one)])
+    assert result.mean["SEG"] == 1 and result.mean_interval["SEG"] == (1, 1)
+    assert result.pooled_interval["SEG"] == (1, 1)
+    assert np.isnan(set_scores([overlap(none, one)]).mean["SEG"])
+    assert scores(np.zeros((0, 5), int), np.zeros((0, 5), int))["F1"] == 1  # no pixel at all
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", ">u2", "int32", "uint32", "uint64", "int64"])
+def test_types_of_labels(dtype):
+    truth, pred = random_pair(np.random.default_rng(1))
+    same(scores(truth.astype(dtype), pred), scores(truth, pred))
+    same(scores(truth, pred.astype(dtype)), scores(truth, pred))
+
+
+def test_ids_with_gaps_come_back_as_they_were():
+    truth, pred = image((0, 0, 4, 4), (8, 8, 4, 4)), image((8, 8, 4, 4), (0, 0, 4, 4))
+    truth = np.array([0, 2**62, 5])[truth]
+    pred = np.array([0, 70_000, 9], np.uint64)[pred]
+    assert match(truth, pred).pairs.tolist() == [[5, 70_000], [2**62, 9]]
+    assert overlap(truth, pred).truth_ids.tolist() == [5, 2**62]
+
+
+def test_no_background_at_all():
+    truth = np.repeat([[1, 1, 2, 2]], 3, axis=0)
+    assert scores(truth, 3 - truth)["PQ"] == 1 and scores(truth, np.ones_like(truth))["SEG"] == 0.5
+
+
+def test_errors_say_what_was_expected():
+    labels = image((0, 0, 4, 4))
+    for bad, words in (((labels, labels[:5]), r"\(20, 40\).*\(5, 40\)"),
+                       ((labels, labels * 1.0), "prediction.*float64"),
+                       ((labels > 0, labels), "truth.*bool"),
+                       ((labels, -labels), "prediction.*-1"),
+                       ((labels, labels.astype(np.uint64) << np.uint64(63)), "9223372036854775808"),
+                       ((labels,), "two label images"),
+                       ((overlap(labels, labels), 0.5), "by name")):
+        with pytest.raises(ValueError, match=words):
+            match(*bad)
+    for threshold in (0, 1.01, np.nan):
+        with pytest.raises(ValueError, match="threshold"):
+            match(labels, labels, threshold)
+    with pytest.raises(ValueError, match="2 frames of truth, 1 of prediction"):
+        metrics.seg([labels, labels], [labels])
+    with pytest.raises(ValueError, match="two label images"):
+        metrics.seg([labels, labels])
+    with pytest.raises(ValueError, match="no image"):
+        set_scores([])
+    with pytest.raises(ValueError, match="level"):
+        metrics.bootstrap([1, 2], level=95)
+
+
+# ---------------------------------------------------------------------------------------- slow oracles
+
+def by_hand(truth, pred):
+    """IoU and shared pixels of every pair, one mask at a time: (R, S) each."""
+    cells = [[labels == i for i in np.unique(labels[labels > 0])] for labels in (truth, pred)]
+    shared = np.array([[(r & s).sum() for s in cells[1]] for r in cells[0]])
+    return shared / np.array([[(r | s).sum() for s in cells[1]] for r in cells[0]]), shared
+
+
+def best_pairing(value):
+    """The lexicographically largest sum of (R, S, V) over every one-to-one pairing of rows and columns."""
+    if value.shape[0] > value.shape[1]:
+        value = value.transpose(1, 0, 2)
+    rows = range(value.shape[0])
+    return max(tuple(sum(value[i, j] for i, j in zip(rows, columns)).round(12))
+               for columns in itertools.permutations(range(value.shape[1]), value.shape[0]))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_tiny_images_against_every_permutation(seed):
+    rng = np.random.default_rng(seed)
+    truth, pred = np.sort(rng.integers(0, 5, (2, 3, 12)), axis=2)  # stripes: every cell meets several
+    truth[0, 0], pred[0, 0] = 4, 4                                   # neither side empty
+    iou, shared = by_hand(truth, pred)
+    for threshold in (0.05, 0.2, 0.3, 0.5, 0.7):
+        above = iou >= threshold
+        pairs, summed = best_pairing(np.stack([above, iou * above], axis=2))
+        found = match(truth, pred, threshold)
+        assert (found.tp, found.fp, found.fn) == (pairs, iou.shape[1] - pairs, iou.shape[0] - pairs)
+        assert found.ious.sum() == pytest.approx(summed) and (found.ious >= threshold).all()
+        assert all(len(set(side)) == len(side) for side in found.pairs.T)
+    areas = (truth > 0).sum() + (pred > 0).sum()
+    _, paired = best_pairing(np.stack([iou, shared], axis=2))
+    assert metrics.aji(truth, pred) == pytest.approx(paired / (areas - paired))
+    summed, = best_pairing(shared[..., None])
+    assert metrics.mma(truth, pred) == pytest.approx(summed / ((truth > 0) | (pred > 0)).sum())
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_tangled_tables_against_a_dense_assignment(seed, ties):
+    """60 x 80 cells with about five partners each in one component, where no pair is obvious."""
+    rng = np.random.default_rng(seed)
+    shared = np.where(rng.random((60, 80)) < 0.08, rng.integers(1, 4 if ties else 200, (60, 80)), 0)
+    rows, cols = np.nonzero(shared)
+    truth_areas, pred_areas = (np.full(n, 1000) if ties else rng.integers(900, 1100, n) for n in shared.shape)
+    truth_ids, pred_ids = np.arange(1, 61), np.arange(1, 81)
+    table = Overlap(truth_ids, pred_ids, truth_areas, pred_areas, rows, cols, shared[rows, cols])
+    iou, areas = shared / (truth_areas[:, None] + pred_areas - shared), truth_areas.sum() + pred_areas.sum()
+    result, most = scores(table), shared[linear_sum_assignment(-shared)].sum()
+    assert result["MMA"] == pytest.approx(most / (areas - shared.sum()))
+    paired = shared[linear_sum_assignment(-iou)].sum()
+    assert result["AJI"] == pytest.approx(paired / (areas - paired))
+    for threshold in (1e-3, 0.02):
+        above = iou >= threshold
+        best = linear_sum_assignment(-1 * above * (100 + iou))
+        found = match(table, threshold=threshold)
+        assert found.tp == above[best].sum() and found.ious.sum() == pytest.approx((iou * above)[best].sum())
+
+
+def test_table_against_one_mask_at_a_time():
+    truth, pred = random_pair(np.random.default_rng(3))
+    table, (iou, shared) = overlap(truth, pred), by_hand(truth, pred)
+    dense = np.zeros_like(shared)
+    dense[table.rows, table.cols] = table.counts
+    assert (dense == shared).all() and (table.counts > 0).all()
+    assert table.ious == pytest.approx(iou[table.rows, table.cols])
+    assert table.truth_areas.tolist() == [(truth == i).sum() for i in table.truth_ids]
+
+
+def test_a_hundred_thousand_cells_stay_sparse():
+    """3 x 3 px cells, moved by a pixel, ids up to 2^60: IoU 6/12 each; a dense table would take 80 GB."""
+    side = 317
+    grid = np.kron(np.arange(1, side**2 + 1).reshape(side, side), np.ones((3, 3), int))
+    ids = np.random.default_rng(0).choice(2**60, side**2 + 1, replace=False)
+    ids[0] = 0
+    padded = np.pad(grid, ((0, 0), (0, 1)))
+    tracemalloc.start()
+    result = scores(ids[padded], np.roll(padded, 1, axis=1))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert result["n_true"] == side**2 and result["TP"] == side**2 and result["AP@0.55"] == 0
+    assert result["PQ"] == pytest.approx(0.5) and result["SEG"] == pytest.approx(0.5) and peak < 500e6
+
+
+# ------------------------------------------------------------------------------------------ invariants
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(LABELS, LABELS, st.permutations(range(1, 5)), st.permutations([3, 40, 5000, 2**40]))
+def test_relabelling_changes_nothing(truth, pred, dense, gaps):
+    same(scores(np.array([0, *dense])[truth], np.array([0, *gaps])[pred]), scores(truth, pred))
+    for threshold in (0.1, 0.4):
+        before, after = match(truth, pred, threshold), match(np.array([0, *gaps])[truth], pred, threshold)
+        assert before[:3] == after[:3] and before.ious.sum() == pytest.approx(after.ious.sum())
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(LABELS, LABELS)
+def test_swapping_truth_and_prediction(truth, pred):
+    one, other = scores(truth, pred), scores(pred, truth)
+    assert (one["TP"], one["FP"], one["FN"]) == (other["TP"], other["FN"], other["FP"])
+    assert one["precision"] == other["recall"] and one["recall"] == other["precision"]
+    symmetric = set(UNIT) - {"precision", "recall"}
+    same({name: one[name] for name in symmetric}, {name: other[name] for name in symmetric})
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(LABELS, LABELS)
+def test_ranges_and_identity(truth, pred):
+    result = scores(truth, pred)
+    assert all(0 <= result[name] <= 1 for name in UNIT)
+    assert all(0 <= result[name] <= 1 for name in PER_TRUTH) or not truth.any()
+    assert result["PQ"] == pytest.approx(result["SQ"] * result["RQ"])
+    curve = [result[name] for name in AP]
+    assert curve == sorted(curve, reverse=True)
+    itself = scores(truth, truth)
+    assert all(itself[name] == 1 for name in UNIT) and itself["count_error"] == 0
+
+
+def test_single_functions_agree_with_all_scores():
+    truth, pred = random_pair(np.random.default_rng(5))
+    result, table = scores(truth, pred, [0.3, 0.75]), overlap(truth, pred)
+    for pair in ((truth, pred), (table,)):
+        assert metrics.panoptic_quality(*pair) == (result["PQ"], result["SQ"], result["RQ"])
+        for function, name in ((metrics.aji, "AJI"), (metrics.mma, "MMA"), (metrics.dsb_score, "DSB"),
+                               (metrics.error_rate, "error_rate"), (metrics.count_error, "count_error")):
+            assert function(*pair) == result[name]
+        assert metrics.average_precision(*pair).mean() == pytest.approx(result["DSB"])
+        assert metrics.average_precision(*pair, thresholds=0.3) == result["AP@0.3"]
+        assert match(*pair).rates == (result["AP@0.5"], result["precision"], result["recall"], result["F1"])
+
+
+def test_a_threshold_is_reached_exactly():
+    """IoU 6/10 counts at 0.6, also where arange means 0.6 but says 0.6000000000000001."""
+    truth, pred = image((0, 0, 1, 10)), image((0, 0, 1, 6))
+    assert match(truth, pred, 0.6).tp == 1 and match(truth, pred, 0.61).tp == 0
+    result = scores(truth, pred, np.arange(0.5, 1, 0.05))
+    assert result["AP@0.6"] == 1 and result == scores(truth, pred)
+
+
+def test_pooling_is_laying_the_images_side_by_side():
+    rng = np.random.default_rng(6)
+    pairs = [random_pair(rng) for _ in range(8)]
+    result = set_scores((overlap(*pair) for pair in pairs), thresholds=[0.3])
+    truth, pred = (np.hstack([np.where(labels, labels + 100 * i, 0) for i, labels in enumerate(side)])
+                   for side in zip(*pairs))
+    together = scores(truth, pred, [0.3])
+    del together["DSB"], together["count_error"]
+    same(result.pooled, together)
+    for one, pair in zip(result.images, pairs):
+        same(one, scores(*pair, [0.3]))
+    same(result.mean, {name: np.mean([one[name] for one in result.images]) for name in result.mean})
+    for values, intervals in ((result.mean, result.mean_interval), (result.pooled, result.pooled_interval)):
+        assert all(intervals[name][0] <= values[name] <= intervals[name][1] for name in values)
+    f1 = np.array([[2 * one["TP"], one["n_true"] + one["n_pred"]] for one in result.images])
+    ratio = metrics.bootstrap(f1, lambda drawn, axis: np.divide(*drawn.sum(axis).T), n=4000)
+    assert result.pooled_interval["F1"] == pytest.approx(ratio, abs=0.03)  # other draws
+    alone = set_scores([overlap(*pairs[0])])
+    for name, value in alone.pooled.items():
+        assert alone.pooled_interval[name] == pytest.approx((value, value))
+
+
+# ------------------------------------------------------------------------------------------- bootstrap
+
+def test_bootstrap_of_a_mean_is_its_standard_error():
+    values = np.random.default_rng(0).normal(0.7, 0.1, 400)
+    low, high = metrics.bootstrap(values, n=4000)
+    half = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
+    assert metrics.bootstrap(values, n=4000, level=0.5)[1] < high
+    assert metrics.bootstrap(values) == metrics.bootstrap(values) != metrics.bootstrap(values, seed=1)
+
+
+def test_bootstrap_leaves_undefined_images_out():
+    assert metrics.bootstrap([np.nan, 3, np.nan, 3]) == (3, 3)
+    assert np.isnan(metrics.bootstrap([np.nan])).all() and np.isnan(metrics.bootstrap([])).all()
+    assert metrics.bootstrap([0, 1]) == (0, 1)  # either image alone is drawn a quarter of the time
+
+
+def test_bootstrap_draws_n_times_in_blocks_that_fit():
+    seen = []
+
+    def statistic(drawn, axis):
+        seen.append(drawn.shape)
+        return drawn.mean(axis)
+
+    metrics.bootstrap(np.zeros(2**21), statistic, n=5)
+    assert seen == [(2, 2**21), (2, 2**21), (1, 2**21)]
+
+
+# --------------------------------------------------------------------------------- channel consistency
+
+def test_channels_of_a_collapsed_network():
+    """One feature for everything: consistent, and worth nothing."""
+    result = metrics.channel_consistency(np.random.default_rng(0).normal(size=7) * np.ones((4, 3, 7)))
+    assert (result.consistency, result.control, result.margin) == pytest.approx((1, 1, 0))
+    assert result.retrieval == 0
+
+
+def test_channels_against_loops():
+    rng = np.random.default_rng(1)
+    features = rng.normal(size=(6, 3, 5)) + rng.normal(size=(6, 1, 5))  # noise + what the channels share
+
+    def cosine(f, i, g, j):
+        a, b = features[f, i], features[g, j]
+        return a @ b / math.sqrt((a @ a) * (b @ b))
+
+    pairs, fields = list(itertools.permutations(range(3), 2)), range(6)
+    within = [cosine(f, i, f, j) for f in fields for i, j in pairs]
+    between = [cosine(f, i, g, j) for f, g in itertools.permutations(fields, 2) for i, j in pairs]
+    found = {(i, j): np.mean([f == max(fields, key=lambda g: cosine(f, i, g, j)) for f in fields])
+             for i, j in pairs}
+    result = metrics.channel_consistency(features)
+    assert result.consistency == pytest.approx(np.mean(within))
+    assert result.control == pytest.approx(np.mean(between))
+    assert result.margin == pytest.approx(np.mean(within) - np.mean(between))
+    assert result.retrieval == pytest.approx(np.mean(list(found.values())))
+    for (i, j), share in found.items():
+        assert result.retrieval_matrix[i, j] == pytest.approx(share)
+        assert result.cosine_matrix[i, j] == pytest.approx(np.mean([cosine(f, i, f, j) for f in fields]))
+    scaled = metrics.channel_consistency(features * np.arange(1, 19).reshape(6, 3, 1))
+    assert scaled.margin == pytest.approx(result.margin) and scaled.retrieval == result.retrieval
+
+
+def test_channels_found_from_one_side_only():
+    """Channel 0 tells the fields apart, channel 1 does not: 0 cannot find 1, and 1 cannot find 0."""
+    features = np.stack([np.eye(4), np.ones((4, 4))], axis=1)  # (4, 2, 4)
+    result = metrics.channel_consistency(features)
+    assert result.consistency == pytest.approx(0.5) == result.control and result.retrieval == 0
+    assert np.diag(result.retrieval_matrix).tolist() == [1, 0]  # a channel finds itself where fields differ
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4), (3, 1, 4), (3, 4)])
+def test_channels_need_fields_and_channels(shape):
+    with pytest.raises(ValueError, match="expected"):
+        metrics.channel_consistency(np.ones(shape))
+    with pytest.raises(ValueError, match="zero or not finite"):
+        metrics.channel_consistency(np.zeros((2, 2, 2)))
+
+
+# ------------------------------------------------------------------------------- three other programs
+
+def peer(module):
+    return pytest.importorskip(module, reason=f"needs {module}, see tests/requirements-peers.txt")
+
+
+def test_agrees_with_stardist():
+    """300 pairs, exact counts at every threshold. It keeps IoU as float32: PQ agrees to that."""
+    matching = peer("stardist.matching").matching
+    rng, thresholds = np.random.default_rng(10), (0.1, 0.3, 0.5, 0.65, 0.8, 0.95)
+    for _ in range(300):
+        truth, pred = random_pair(rng)
+        table = overlap(truth, pred)
+        for threshold, theirs in zip(thresholds, matching(truth, pred, thresholds)):
+            ours = match(table, threshold=threshold)
+            assert ours[:3] == (theirs.tp, theirs.fp, theirs.fn)
+            same_rates = theirs.accuracy, theirs.precision, theirs.recall, theirs.f1
+            assert ours.rates == pytest.approx(same_rates, abs=1e-9)
+            if threshold == 0.5:
+                assert metrics.panoptic_quality(table).pq == pytest.approx(theirs.panoptic_quality, abs=1e-6)
+    # Below 0.5 it settles equal numbers of pairs by IoU summed over all pairs, also those that do not count:
+    # its counts are ours, but which pairs they are may differ, and so may its PQ there.
+    none, one = image(), image((0, 0, 4, 4))
+    assert matching(none, none).f1 == 0 and match(none, none).rates.f1 == 1  # it has no rule for no cells
+    assert matching(one, none).f1 == match(one, none).rates.f1 == 0
+
+
+def test_stardist_pools_as_we_do():
+    stardist = peer("stardist.matching")
+    rng = np.random.default_rng(11)
+    pairs = [random_pair(rng) for _ in range(40)]
+    result = set_scores(overlap(*pair) for pair in pairs)
+    theirs = stardist.matching_dataset(*zip(*pairs), thresh=0.5, show_progress=False)
+    assert [result.pooled[name] for name in ("TP", "FP", "FN")] == [theirs.tp, theirs.fp, theirs.fn]
+    for name, value in (("AP@0.5", theirs.accuracy), ("F1", theirs.f1), ("precision", theirs.precision)):
+        assert result.pooled[name] == pytest.approx(value, abs=1e-9)
+    assert result.pooled["PQ"] == pytest.approx(theirs.panoptic_quality, abs=1e-6)
+    theirs = stardist.matching_dataset(*zip(*pairs), thresh=0.5, by_image=True, show_progress=False)
+    assert result.mean["AP@0.5"] == pytest.approx(theirs.accuracy, abs=1e-9)
+
+
+def test_agrees_with_cellpose():
+    """300 pairs at ten thresholds: equal counts, equal AP in its float32, PQ from its IoU to 1e-9."""
+    cellpose = peer("cellpose.metrics")
+    rng, thresholds = np.random.default_rng(12), list(metrics.THRESHOLDS)
+    for _ in range(300):
+        truth, pred = random_pair(rng)
+        # It takes the largest label for the number of cells: ids without gaps.
+        truth, pred = (np.searchsorted(np.unique(labels), labels) for labels in (truth, pred))
+        ap, tp, fp, fn = cellpose.average_precision(truth, pred, thresholds)
+        table = overlap(truth, pred)
+        ours = np.transpose([match(table, threshold=t)[:3] for t in thresholds])
+        assert ours.tolist() == np.stack([tp, fp, fn]).tolist()
+        assert (metrics.average_precision(table).astype(np.float32) == ap).all()
+        iou, _ = cellpose.mask_ious(truth, pred)
+        pq = iou[iou >= 0.5].sum() / (tp[0] + fp[0] / 2 + fn[0] / 2)
+        assert metrics.panoptic_quality(table).pq == pytest.approx(pq, abs=1e-9)
+    with np.errstate(invalid="ignore"):  # 0 / 0: it does not define the empty image, which counts 1 here
+        assert np.isnan(cellpose.average_precision(image(), image(), [0.5])[0]).all()
+    assert scores(image(), image())["AP@0.5"] == 1
+
+
+def test_agrees_with_ctcmetrics(tmp_path):
+    """SEG and DET of 60 sets of 1 to 9 frames, pooled. It reads files, takes the smallest label for the
+    background and fails on a set without truth, NaN here: every frame has a background pixel and a cell.
+    """
+    theirs = peer("ctc_metrics.metrics")
+    graph = peer("ctc_metrics.utils.representations")
+    rng = np.random.default_rng(13)
+    for _ in range(60):
+        pairs = [random_pair(rng) for _ in range(rng.integers(1, 10))]
+        frames = []
+        for truth, pred in pairs:
+            tifffile.imwrite(tmp_path / "truth.tif", truth)
+            tifffile.imwrite(tmp_path / "pred.tif", pred)
+            frames.append(graph.match(str(tmp_path / "truth.tif"), str(tmp_path / "pred.tif")))
+        truth_ids, pred_ids, truth_found, pred_found, ious = (list(column) for column in zip(*frames))
+        counts = graph.count_acyclic_graph_correction_operations(None, None, truth_ids, pred_ids, truth_found,
+                                                                 pred_found)
+        truths, preds = zip(*pairs)
+        seg, det = theirs.seg(truth_ids, ious), theirs.det(**counts)
+        assert metrics.seg(truths, preds) == pytest.approx(seg, abs=1e-9)
+        assert metrics.det(truths, preds) == pytest.approx(det, abs=1e-9)
+        assert metrics.op_csb(truths, preds) == pytest.approx(theirs.op_csb(seg, det), abs=1e-9)

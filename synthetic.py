@@ -1,0 +1,460 @@
+"""Synthetic Cell Painting fields with their truth: the same cells in 5 stains and 3 brightfield planes.
+
+    drawn = synthetic.field(seed=0, size=512, cells=60)       # .pixels (8, H, W), .labels, .nuclei, ...
+    python synthetic.py out=DIR [n=10] [size=512] [cells=60] [diameter=56] [seed=0]
+
+The command writes the fields seed, seed + 1, ... as DIR/field_SEED.tif (ImageJ TIFF, CYX, channels named)
+and their labels beside them as DIR/field_SEED_cells.tif; size is one number or HEIGHTxWIDTH, in px.
+
+A population of cells is drawn first: size, outline, nucleus, polarity, grain, how much of each stain a cell
+takes up. The cells are placed in clumps and grow until they touch; then every channel stains these *same*
+cells, so that a cell seen in one channel is recognisable in another. All else (texture, blur, uneven light,
+gain, offset, haze, debris, noise, hot pixels) comes for each channel from a random stream of its own: nothing
+but the cells ties channels together. The same arguments give the same field, in whatever order fields are
+drawn, up to the last digit of the platform's exp and cos.
+
+Letters: n cells, M pixels inside cells, A directions. Lengths are in px.
+"""
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy import ndarray as Array
+from numpy.random import Generator
+from scipy import fft, ndimage
+from skimage.measure import label
+from skimage.segmentation import watershed
+
+CHANNELS = ("Mito", "AGP", "RNA", "ER", "DNA", "HighZBF", "LowZBF", "Brightfield")    # JUMP's ch1 to ch8
+FOCUS = (3.0, -3.0, 1.0)                                               # px off the cells, of the last three
+PIXEL_SIZE = 0.598                                                     # µm, JUMP's
+A = 360                                                                # directions an outline is tabulated in
+TAU = 2 * np.pi
+
+
+class Field(NamedTuple):
+    pixels: Array                 # (8, H, W) uint16
+    labels: Array                 # (H, W) int32, whole cells: 0 ground, 1..n
+    nuclei: Array                 # (H, W) int32, with the ids of their cells
+    channels: tuple[str, ...]
+    pixel_size: float             # µm
+
+
+def field(seed: int, size: int | tuple[int, int] = 512, cells: int = 60, diameter: float = 56) -> Field:
+    """Draw one field.
+
+    size : H = W or (H, W), at least 32 px.
+    cells : how many to place; 0 draws mere background. Centres fall on the field and on a margin of a
+        quarter diameter, so that the edge cuts cells as under a microscope. A cell that finds no room, or
+        shows fewer than (diameter / 6)² px, is left out: the field holds at most `cells`. A cell whose
+        nucleus lies beyond the edge has none in `nuclei`.
+    diameter : of a disc as large as the average cell that has room, 8 to 1000 px; crowded cells are smaller.
+    """
+    H, W = size if isinstance(size, (tuple, list)) else (size, size)
+    for name, value, least, most in (("size", min(H, W), 32, 10 ** 5), ("cells", cells, 0, 10 ** 6),
+                                     ("diameter", diameter, 8, 1000), ("seed", seed, 0, 2 ** 64)):
+        if not least <= value <= most:
+            raise ValueError(f"{name}={value}: expected {least} to {most}")
+    streams = np.random.SeedSequence(seed).spawn(1 + len(CHANNELS))
+    born, *streams = map(np.random.default_rng, streams)               # the cells' stream, the channels'
+    population = populate(born, cells, diameter)
+    centre = place(born, (H, W), population, margin=diameter / 4)
+    labels, owner, edge = grow((H, W), population, centre, int(diameter / 2), (diameter / 6) ** 2)
+    inside = look_inside(born, population, centre, labels, owner, edge)
+    nuclei = np.where(spread_out(inside.deep, inside, (H, W)) > 0, labels, 0)
+    pixels = np.empty((len(CHANNELS), H, W), np.uint16)
+    for k, rng in enumerate(streams):
+        draw, which = (fluorescence, k) if k < len(STAINS) else (brightfield, FOCUS[k - len(STAINS)])
+        pixels[k] = draw(rng, population, inside, (H, W), which)
+    return Field(pixels, labels, nuclei, CHANNELS, PIXEL_SIZE)
+
+
+# --------------------------------------------------------------------------------------------- the cells
+
+class Population(NamedTuple):
+    """What makes a cell this cell in every channel."""
+    unit: float                   # px that a px of a cell of 56 px takes: organelles scale with the cells
+    radius: Array                 # (n,) of a disc of the cell's area, if it has room
+    outline: Array                # (n, A) centre to edge, if it has room
+    nucleus: Array                # (n, A) centre to nuclear envelope
+    axis: Array                   # (n,) rad, direction of the long axis and of the fibres
+    grain: Array                  # (n,) coarseness of all its textures
+    load: Array                   # (n,) its brightness in every channel
+    amount: Array                 # (n, 5) of each stain, on top of that
+    spread: Array                 # (n,) nuclear radii over which the cytoplasm thins out
+    ramp: Array                   # (n,) px over which it rises at the edge
+    mitotic: Array                # (n,) 1: rounded up, chromosomes condensed, no envelope, no nucleoli
+    nucleoli: Array               # (n, 4, 3) y and x from the centre, radius; radius 0: none
+    golgi: Array                  # (n, 9, 3) the same, stacks on one side of the nucleus
+
+
+class Inside(NamedTuple):
+    """The pixels inside cells, as vectors (M,)."""
+    where: Array                  # flat index into the field
+    cell: Array                   # row of the population
+    y: Array                      # from the cell's centre
+    x: Array
+    edge: Array                   # px to the cell's own edge
+    deep: Array                   # px below the nuclear envelope, negative outside the nucleus
+    nucleus: Array                # 1 inside, 0 outside, soft by a pixel; 0 in mitosis
+    far: Array                    # nuclear radii away from the envelope, 0 inside
+    thick: Array                  # height of the cell over the glass, 1 around the nucleus
+    nucleoli: Array               # 1 inside, 0 outside
+    vesicles: Array               # droplets, 0 to 1: no stain enters them, light shows them
+
+
+def populate(rng: Generator, n: int, diameter: float) -> Population:
+    """Draw cells, each with a look of its own: most spread and cornered, a few rounded up in mitosis."""
+    mitotic = (rng.random(n) < 0.05).astype(float)
+    calm = 1 - 0.85 * mitotic[:, None]                                 # a mitotic cell is nearly round
+    unit = diameter / 56
+    radius = diameter / 2 * np.exp(rng.normal(-0.02, 0.28, n)) * (1 - 0.42 * mitotic)
+    axis = rng.uniform(0, TAU, n)
+    turn = np.arange(A) * (TAU / A) - axis[:, None]                    # (n, A) rad from the long axis
+
+    outline = ellipse(turn, 1 + calm * rng.gamma(1.6, 0.38, (n, 1)))
+    outline *= 1 + calm * rng.uniform(0, 0.3, (n, 1)) * np.cos(turn)   # the nucleus lies off the middle
+    for _ in range(5):                                                 # corners, blunt or drawn out to a tail
+        height = calm * rng.uniform(0, 0.7, (n, 1)) * (rng.random((n, 1)) < 0.5)
+        sharp = np.exp(rng.uniform(np.log(5), np.log(60), (n, 1)))
+        outline *= 1 + height * np.exp(sharp * (np.cos(turn - rng.uniform(0, TAU, (n, 1))) - 1))
+    outline *= np.exp(calm * 0.07 * wobble(rng, turn, range(3, 16)))
+    outline *= radius[:, None] / np.sqrt((outline ** 2).mean(1, keepdims=True))
+
+    # Nuclei vary less than cells; the plate of a mitotic cell is a bar.
+    size = 0.46 * diameter / 2 * (2 * radius / diameter) ** 0.45 * np.exp(rng.normal(0, 0.09, n))
+    ratio = np.where(mitotic[:, None], 2.4, 1 + rng.gamma(2.5, 0.12, (n, 1)))
+    nucleus = ellipse(turn - rng.normal(0, 0.35, (n, 1)), ratio)
+    nucleus *= np.exp(0.05 * wobble(rng, turn, range(2, 6))) * size[:, None]
+
+    def spots(angle: Array, distance: Array, r: Array) -> Array:
+        return np.stack([distance * np.sin(angle), distance * np.cos(angle), r], -1)       # (n, K, 3)
+    size = size[:, None]
+    shown = (np.arange(4) < rng.integers(1, 5, (n, 1))) & (mitotic[:, None] == 0)
+    nucleoli = spots(rng.uniform(0, TAU, (n, 4)), size * rng.uniform(0.1, 0.6, (n, 4)),
+                     size * rng.uniform(0.13, 0.27, (n, 4)) * shown)
+    pole = (axis + rng.normal(0, 0.8, n))[:, None]
+    golgi = spots(pole + rng.normal(0, 0.4, (n, 9)), size * rng.uniform(1.05, 1.7, (n, 9)),
+                  unit * rng.uniform(1, 3.2, (n, 9)))
+    return Population(unit, radius, outline, nucleus, axis, nucleoli=nucleoli, golgi=golgi, mitotic=mitotic,
+                      grain=np.exp(rng.normal(0, 0.22, n)),
+                      load=np.exp(rng.normal(0, 0.3, n) + 0.55 * mitotic),
+                      amount=np.exp(rng.normal(0, 0.22, (n, len(STAINS)))),
+                      spread=rng.uniform(0.6, 1.5, n) + mitotic,
+                      ramp=unit * rng.uniform(1.5, 5, n) * (1 + mitotic))
+
+
+def ellipse(turn: Array, ratio: Array) -> Array:
+    """Radius of an ellipse of area pi, at the angle turn from its long axis."""
+    return 1 / np.sqrt(np.cos(turn) ** 2 / ratio + np.sin(turn) ** 2 * ratio)
+
+
+def wobble(rng: Generator, turn: Array, waves: range) -> Array:
+    """Random waves around the circle, the finer the smaller."""
+    each = (len(waves), len(turn), 1)
+    height, phase = rng.standard_normal(each), rng.uniform(0, TAU, each)
+    return sum((waves[0] / k) ** 1.5 * h * np.cos(k * turn + at) for k, h, at in zip(waves, height, phase))
+
+
+def place(rng: Generator, shape: tuple[int, int], cells: Population, margin: float) -> Array:
+    """Centres (n, 2), many of them beside an earlier cell, for clumps; NaN where no room was found."""
+    centre = np.full((len(cells.radius), 2), np.nan)
+    reach = cells.nucleus.max(1)
+    clumped = rng.uniform(0.3, 0.9)
+    low, high = -margin, np.add(shape, margin)
+    for i, r in enumerate(cells.radius):
+        room = np.maximum(reach[:i] + reach[i] + 2, 0.45 * (cells.radius[:i] + r))     # nuclei keep apart
+        for _ in range(30):
+            spot = rng.uniform(low, high)
+            if i and rng.random() < clumped:
+                j, angle = rng.integers(i), rng.uniform(0, TAU)
+                apart = rng.uniform(0.6, 1.15) * (cells.radius[j] + r)
+                spot = centre[j] + apart * np.array([np.sin(angle), np.cos(angle)])
+            within = ((low <= spot) & (spot <= high)).all()            # false beside a cell not placed: NaN
+            if within and not (np.hypot(*(centre[:i] - spot).T) < room).any():
+                centre[i] = spot
+                break
+    return centre
+
+
+def grow(shape: tuple[int, int], cells: Population, centre: Array, pad: int, smallest: float
+         ) -> tuple[Array, Array, Array]:
+    """Cells spread from their nuclei until they meet their outlines or a neighbour.
+
+    Drawn on a field padded by `pad`: the edge of the field is none for the cells it cuts. Returns labels
+    (H, W), the row of the population behind each label (the first is unused), px to the cell's edge (H, W).
+    """
+    level = np.ones([side + 2 * pad for side in shape], np.float32)    # 0 at nuclei, 1 at outlines
+    seeds = np.zeros(level.shape, np.int32)
+    for i in np.flatnonzero(~np.isnan(centre[:, 0])):
+        window, y, x = around(centre[i] + pad, cells.outline[i].max() + 1, level.shape)
+        rho, angle = polar(y[:, None], x[None])
+        np.minimum(level[window], rho / cells.outline[i][angle], out=level[window])
+        seeds[window][rho < cells.nucleus[i][angle]] = i + 1
+    level[seeds > 0] = 0
+    grown = watershed(level, seeds, mask=level < 1)                    # every cell one 4-connected piece
+    inner = grown > 0
+    for one, next_ in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        inner[one] &= grown[one] == grown[next_]
+        inner[next_] &= grown[one] == grown[next_]
+    edge = ndimage.distance_transform_edt(inner) + 0.5
+    crop = tuple(slice(pad, pad + side) for side in shape)
+    labels, number = largest_pieces(grown[crop], smallest)
+    return labels, number - 1, edge[crop]
+
+
+def around(at: Array, reach: float, shape: tuple[int, int]) -> tuple[tuple[slice, slice], Array, Array]:
+    """The part of an image within reach of a point, and its pixels' y and x from there."""
+    first = [max(int(v - reach), 0) for v in at]
+    last = [min(max(int(v + reach) + 2, 0), side) for v, side in zip(at, shape)]
+    y, x = (np.arange(a, b) - v for a, b, v in zip(first, last, at))
+    return np.s_[first[0]:last[0], first[1]:last[1]], y, x
+
+
+def polar(y: Array, x: Array) -> tuple[Array, Array]:
+    """Distance, and direction as an index into the tabulated ones."""
+    return np.hypot(y, x), (np.arctan2(y, x) * (A / TAU)).astype(np.int32) % A
+
+
+def largest_pieces(grown: Array, smallest: float) -> tuple[Array, Array]:
+    """Of each cell that the edge cut up its largest piece, renumbered 1..n; and the old number of each."""
+    piece = label(grown, connectivity=1)
+    area = np.bincount(piece.ravel())
+    area[0] = 0
+    old = np.zeros(len(area), np.int32)
+    old[piece] = grown
+    largest = np.zeros(grown.max() + 1, np.int64)
+    by_area = np.argsort(area, kind="stable")
+    largest[old[by_area]] = by_area                                    # the last one written stays
+    kept = np.sort(largest[(largest > 0) & (area[largest] >= smallest)])
+    new = np.zeros(len(area), np.int32)
+    new[kept] = np.arange(1, len(kept) + 1)
+    return new[piece], np.append(0, old[kept])
+
+
+def look_inside(rng: Generator, cells: Population, centre: Array, labels: Array, owner: Array, edge: Array
+                ) -> Inside:
+    """Where every pixel lies within its cell, and what all channels see there."""
+    where = np.flatnonzero(labels)
+    cell, edge = owner[labels.flat[where]], edge.flat[where].astype(np.float32)
+    y, x = (np.unravel_index(where, labels.shape) - centre[cell].T).astype(np.float32)
+    rho, angle = polar(y, x)
+    deep = (cells.nucleus[cell, angle] - rho).astype(np.float32)
+    far = np.maximum(-deep, 0) / cells.nucleus.mean(1)[cell]
+    thick = 0.22 + 0.78 * np.exp(-(far / cells.spread[cell]) ** 1.4)
+    thick *= 1 - np.exp(-edge / cells.ramp[cell])
+    nucleus = np.clip(deep + 0.5, 0, 1) * (1 - cells.mitotic[cell])
+    p = Inside(where, cell, y, x, edge, deep, nucleus, far, thick, None, None)
+    crowd = rng.uniform(-2.7, -0.8, len(cells.radius))[cell] - 0.9 * far    # some cells are full
+    return p._replace(nucleoli=blobs(cells.nucleoli, p, 2),
+                      vesicles=np.clip((texture(rng, cells, p, 1.3) + crowd) * 2, 0, 1) * (1 - nucleus))
+
+
+# ------------------------------------------------------------------------------------- textures and stains
+
+def texture(rng: Generator, cells: Population, p: Inside, size: float, stretch: float = 1) -> Array:
+    """Smooth noise (M,) of mean 0 and variance 1, drawn in each cell's own frame.
+
+    Its grain is `size` px times the cell's own, and `stretch` times longer along the cell's axis. The cells
+    take it from different places of one tile that wraps around.
+    """
+    side, sigma = 256, 4
+    tile = rng.standard_normal((side, side), np.float32)
+    tile = ndimage.gaussian_filter(tile, sigma, mode="wrap", truncate=3)
+    tile /= tile.std()
+    step = sigma / (size * cells.unit * cells.grain)                   # (n,) px of the tile per px
+    start = rng.uniform(0, side, (2, len(step))) + 64 * side           # positive, for & to wrap it
+    c, s, k = np.cos(cells.axis) * step, np.sin(cells.axis) * step, p.cell
+    along = (p.x * (c / stretch)[k] + p.y * (s / stretch)[k] + start[0][k]).astype(np.int32) & side - 1
+    across = (p.y * c[k] - p.x * s[k] + start[1][k]).astype(np.int32) & side - 1
+    return tile[across, along]
+
+
+def threads(noise: Array, width: float) -> Array:
+    """Thin winding lines, 0 to 1: where noise crosses zero."""
+    return np.exp(-(noise / width) ** 2)
+
+
+def blobs(spots: Array, p: Inside, sharp: float) -> Array:
+    """Round spots (M,), 0 to 1, from (n, K, 3) of the population; sharp 1 is a Gaussian, more has a rim."""
+    value = np.zeros(len(p.cell), np.float32)
+    for y, x, r in spots.astype(np.float32).transpose(1, 2, 0):
+        near = ((p.y - y[p.cell]) ** 2 + (p.x - x[p.cell]) ** 2) / np.maximum(r, 0.1)[p.cell] ** 2
+        value = np.maximum(value, np.exp(-near ** sharp) * (r > 0)[p.cell])
+    return value
+
+
+def mitochondria(rng: Generator, cells: Population, p: Inside) -> Array:
+    """Worm-like threads in patches, dense by the nucleus, absent from it."""
+    patches = np.clip(0.8 + 0.7 * texture(rng, cells, p, 3.5), 0, 2)
+    worms = threads(texture(rng, cells, p, 1.6, 1.7), 0.5) * patches
+    reach = np.exp(-(p.far / (1.4 * cells.spread[p.cell])) ** 1.5)
+    return p.thick * (0.05 + 0.2 * reach + worms * reach) * (1 - 0.85 * p.nucleus) * (1 - p.vesicles)
+
+
+def actin_golgi_membrane(rng: Generator, cells: Population, p: Inside) -> Array:
+    """Stress fibres along the cell's axis, a bright ruffled rim, specks, and the Golgi beside the nucleus."""
+    bundles = np.clip(0.4 + 0.6 * texture(rng, cells, p, 7), 0, 1.5)
+    fibres = threads(texture(rng, cells, p, 1.7, 9), 0.4) * bundles
+    ruffles = np.clip(0.45 + 0.45 * texture(rng, cells, p, 5), 0.05, 2)
+    rim = np.exp(-p.edge / (1.6 * cells.unit)) * ruffles
+    specks = np.clip(texture(rng, cells, p, 1) - 1.6, 0, 2)
+    golgi = blobs(cells.golgi, p, 1) * np.clip(0.8 + 0.6 * texture(rng, cells, p, 1.2), 0, 3)
+    golgi *= (1 - 0.8 * p.nucleus) * (1 - cells.mitotic[p.cell])
+    flat = 0.16 + 0.26 * p.thick + 0.12 * p.nucleus
+    return (flat + 0.14 * fibres + 0.5 * rim + 0.25 * specks + 0.8 * golgi) * (1 - 0.4 * p.vesicles)
+
+
+def rna(rng: Generator, cells: Population, p: Inside) -> Array:
+    """Bright nucleoli in a dimmer nucleus, and a grainy cytoplasm that is brightest around it."""
+    cytoplasm = p.thick * (1 + 0.1 * texture(rng, cells, p, 2.5) + 0.08 * texture(rng, cells, p, 8))
+    return cytoplasm * (1 - 0.45 * p.nucleus) * (1 - 0.6 * p.vesicles) + 0.75 * p.nucleoli * p.nucleus
+
+
+def endoplasmic_reticulum(rng: Generator, cells: Population, p: Inside) -> Array:
+    """A net around the nucleus that thins out towards the edge, and the nuclear envelope."""
+    net = threads(texture(rng, cells, p, 2), 0.7) * (1 + 0.3 * texture(rng, cells, p, 6))
+    reach = np.exp(-p.far / (1.5 * cells.spread[p.cell]))
+    envelope = np.exp(-((p.deep + 0.5) / (1.2 * cells.unit)) ** 2) * (1 - cells.mitotic[p.cell])
+    cytoplasm = p.thick * (0.12 + 0.55 * reach + 0.5 * net * reach)
+    return cytoplasm * (1 - 0.7 * p.nucleus) * (1 - 0.7 * p.vesicles) + 0.12 * envelope
+
+
+def dna(rng: Generator, cells: Population, p: Inside) -> Array:
+    """Chromatin with dark nucleoli, condensed in mitosis; a trace of the dye in the cytoplasm."""
+    chromatin = 1 + 0.12 * texture(rng, cells, p, 2.6) + 0.1 * texture(rng, cells, p, 1.1)
+    lens = 0.55 + 0.45 * np.clip(p.deep / (2.5 * cells.unit), 0, 1) ** 0.5     # thin at its rim
+    chromatin *= lens * (1 + 0.9 * cells.mitotic[p.cell]) * (1 - 0.5 * p.nucleoli)
+    return np.clip(p.deep + 0.5, 0, 1) * chromatin + 0.035 * p.thick
+
+
+STAINS = (mitochondria, actin_golgi_membrane, rna, endoplasmic_reticulum, dna)
+
+
+# ---------------------------------------------------------------------------------- microscope and camera
+
+def fluorescence(rng: Generator, cells: Population, p: Inside, shape: tuple[int, int], stain: int) -> Array:
+    """One stain through optics of its own: blur, haze, uneven light, gain and offset."""
+    value = STAINS[stain](rng, cells, p) * cells.load[p.cell] * cells.amount[p.cell, stain]
+    image = spread_out(value, p, shape) + 0.6 * debris(rng, shape)
+    image = ndimage.gaussian_filter(image, rng.uniform(0.6, 1.3))
+    image += rng.uniform(0.01, 0.06) * (1 + 0.5 * uneven(rng, shape, 6))       # dye in the medium
+    image *= 1 + rng.uniform(0.05, 0.3) * uneven(rng, shape, 2)
+    counts = rng.uniform(100, 400) + np.exp(rng.uniform(np.log(2000), np.log(6000))) * image
+    return expose(rng, counts, gain=rng.uniform(0.3, 2))
+
+
+def brightfield(rng: Generator, cells: Population, p: Inside, shape: tuple[int, int], focus: float) -> Array:
+    """Light through the cells, `focus` px off their plane.
+
+    Cells absorb a little: in every plane they are darker than the ground. They also bend light: off focus
+    the intensity follows the curvature of the optical path (transport of intensity), and the halos of rims,
+    nuclei and droplets flip with the sign of the focus.
+    """
+    load = np.sqrt(cells.load[p.cell])
+    path = p.thick * (1 + 0.08 * texture(rng, cells, p, 1.8)) + 0.12 * np.clip(p.deep, 0, 3)
+    path = load * (path + 0.25 * p.nucleoli + 0.5 * p.vesicles)
+    focus += rng.uniform(-0.5, 0.5)
+    blur = rng.uniform(0.7, 1) + 0.35 * abs(focus)
+    dark = load * (0.2 + 0.8 * p.thick) + p.vesicles
+    dark = ndimage.gaussian_filter(spread_out(dark, p, shape), blur)
+    path = spread_out(path, p, shape) + 0.8 * debris(rng, shape)
+    bent = ndimage.gaussian_laplace(path, blur) * focus * blur
+    image = np.clip(1 - rng.uniform(0.035, 0.065) * dark + rng.uniform(0.12, 0.2) * bent, 0.05, 3)
+    image *= 1 + rng.uniform(0.01, 0.05) * uneven(rng, shape, 2) + 0.006 * uneven(rng, shape, 12)
+    image += 0.001 * rng.standard_normal((1, shape[1]), np.float32)            # the sensor's columns differ
+    counts = np.exp(rng.uniform(np.log(8000), np.log(20000))) * image
+    return expose(rng, counts, gain=rng.uniform(0.05, 0.4))
+
+
+def spread_out(values: Array, p: Inside, shape: tuple[int, int]) -> Array:
+    """(M,) -> (H, W), 0 outside cells."""
+    image = np.zeros(shape, np.float32)
+    image.flat[p.where] = values
+    return image
+
+
+def uneven(rng: Generator, shape: tuple[int, int], waves: int) -> Array:
+    """A smooth surface (H, W) in -1..1: cosines of up to `waves` half periods, the finer the smaller."""
+    order = np.add.outer(np.arange(waves + 1), np.arange(waves + 1)).astype(np.float32)
+    height = rng.standard_normal(order.shape, np.float32) * (order > 0) / np.maximum(order, 1)
+    surface = fft.idctn(height, s=shape)                               # zeros for the finer waves
+    return surface / np.abs(surface).max()
+
+
+def debris(rng: Generator, shape: tuple[int, int]) -> Array:
+    """What lies in one channel's light: specks, some far out of focus, now and then a clump of grains."""
+    image = np.zeros(shape, np.float32)
+    grains = []                                                                # (y, x), radius, height
+    for _ in range(rng.poisson(3e-5 * image.size)):
+        r = rng.uniform(0.7, 2) if rng.random() < 0.7 else rng.uniform(3, 9)
+        grains.append((rng.uniform(0, shape), r, rng.uniform(0.2, 1.2) / max(r - 1, 1)))
+    for _ in range(rng.poisson(1.2e-6 * image.size)):
+        at = rng.uniform(0, shape)
+        for _ in range(rng.integers(5, 25)):
+            at = at + rng.normal(0, 3, 2)
+            grains.append((at, rng.uniform(1, 4), rng.uniform(0.1, 0.8)))
+    for at, r, height in grains:
+        window, y, x = around(at, 3 * r, shape)
+        image[window] += height * np.outer(np.exp(-(y / r) ** 2), np.exp(-(x / r) ** 2))
+    return image
+
+
+def expose(rng: Generator, counts: Array, gain: float) -> Array:
+    """Counts -> what the camera stores, uint16, with noise and hot pixels; gain in counts per electron.
+
+    Shot noise is drawn as Gaussian: close to Poisson at these counts, and faster.
+    """
+    spread = np.sqrt(gain * np.maximum(counts, 0) + rng.uniform(3, 15) ** 2)
+    counts = counts + spread * rng.standard_normal(counts.shape, np.float32)
+    hot = rng.integers(counts.size, size=rng.poisson(2e-5 * counts.size))
+    counts.flat[hot] += rng.uniform(500, 15000, len(hot))
+    return np.clip(np.rint(counts), 0, 65535).astype(np.uint16)
+
+
+# -------------------------------------------------------------------------------------------- the command
+
+def main(arguments: list[str]) -> None:
+    """Write fields and their labels, each file whole or not at all."""
+    import tifffile
+    given = dict(out="", n="10", size="512", cells="60", diameter="56", seed="0")
+    for text in arguments:
+        key, _, value = text.partition("=")
+        if key not in given or not value:
+            raise ValueError(f"{text}: expected key=value with a key of {', '.join(given)}")
+        given[key] = value
+    if not given["out"]:
+        raise ValueError("no folder to write to: say out=DIR")
+    try:
+        n, cells, seed = (int(given[key]) for key in ("n", "cells", "seed"))
+        sides = given["size"].split("x")
+        H, W = map(int, sides * 2 if len(sides) == 1 else sides)
+        diameter = float(given["diameter"])
+    except ValueError:
+        raise ValueError(f"{' '.join(arguments)}: expected whole numbers, size=512 or size=480x640") from None
+    if n < 1 or cells > 65535:
+        raise ValueError(f"n={n}, cells={cells}: expected n=1 or more, and at most 65535 cells (uint16)")
+    folder = Path(given["out"])
+    folder.mkdir(parents=True, exist_ok=True)
+    form = {"photometric": "minisblack", "imagej": True, "resolution": (1 / PIXEL_SIZE, 1 / PIXEL_SIZE)}
+    named = {"axes": "CYX", "Labels": list(CHANNELS), "unit": "um", "mode": "grayscale"}
+    for k in range(seed, seed + n):
+        drawn = field(k, (H, W), cells, diameter)
+        labels = drawn.labels.astype(np.uint16)
+        for name, image, metadata in ((f"field_{k}_cells.tif", labels, {"unit": "um"}),
+                                      (f"field_{k}.tif", drawn.pixels, named)):
+            tifffile.imwrite(folder / f".{name}.part", image, metadata=metadata, **form)
+            os.replace(folder / f".{name}.part", folder / name)
+
+
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        sys.exit(print(__doc__))
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

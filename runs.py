@@ -1,4 +1,4 @@
-"""Configurations: frozen dataclass <-> YAML <-> `key=value`, and how a script starts and fails.
+"""Configurations (frozen dataclass <-> YAML <-> `key=value`), how a script starts and fails, and the run folder.
 
 A script declares one frozen dataclass, every field with a default where one is sane and a comment with unit and
 reason (`--help` prints them), and ends with
@@ -8,15 +8,28 @@ reason (`--help` prints them), and ends with
 
 A user's mistake anywhere below raises ValueError or OSError and ends as one line `error: ...`, exit code 1
 (DINOCELL_DEBUG=1 shows the traceback).
+
+A training script opens a Run and asks it for everything that must survive the process:
+
+    run = runs.Run(config)                       runs/<experiment>/: config.yaml, log.jsonl, logs/, images/, checkpoints/
+    state = run.resume()                         the newest whole checkpoint, or None
+    run.log(step, loss=..., lr=...)              one line of JSON, and the same on the screen
+    run.save(step, model=..., optimiser=...)     atomic, the last few kept; is_best=True besides
+    if run.should_stop(step): ...                SIGTERM, SIGUSR1 (Slurm's warning) or Ctrl-C came: save and exit
 """
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import inspect
+import json
+import math
 import os
+import random
 import re
+import signal
 import sys
+import time
 import types
 import typing
 from pathlib import Path
@@ -121,7 +134,7 @@ def _convert(value: Any, hint: Any, key: str, origin: str) -> Any:
             return tuple(_convert(item, inner[0], key, origin) for item in value)
     elif kind is dict or hint is dict:
         if isinstance(value, dict):
-            return value
+            return {k: v.value if isinstance(v, _Given) else v for k, v in value.items()}
     elif hint is bool:
         if isinstance(value, bool):
             return value
@@ -195,7 +208,8 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
 def script(doc: str, cls: type, main: Callable[..., int | None], arguments: list[str] | None = None) -> None:
     """Run main(config, files) as a command: --help, key=value, errors of one line, exit code.
 
-    A first file that ends in .yaml or .yml is the configuration; the other files go to main.
+    A first file that ends in .yaml or .yml is the configuration; the other files go to main. A main with a
+    parameter `check` is called with check=True for --check: it says what it would do, and stops.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--help" in arguments or "-h" in arguments:
@@ -204,10 +218,12 @@ def script(doc: str, cls: type, main: Callable[..., int | None], arguments: list
 
     def run() -> int:
         files, overrides = split_arguments(arguments)
+        flags = {"check": True} if "--check" in files and "check" in inspect.signature(main).parameters else {}
+        files = [a for a in files if not (flags and a == "--check")]
         if unknown := [a for a in files if a.startswith("--")]:
             raise ValueError(f"unknown option {unknown[0]}; options are written key=value, --help lists them")
         given = files.pop(0) if files and files[0].endswith((".yaml", ".yml")) else None
-        return main(load(cls, given, overrides), files) or 0
+        return main(load(cls, given, overrides), files, **flags) or 0
 
     sys.exit(guarded(run))
 
@@ -219,15 +235,218 @@ def guarded(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("\nstopped; finished parts are kept, the same command goes on", file=sys.stderr)
         return 130
+    except BrokenPipeError:                                    # the reader has seen enough: python x.py | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         if os.environ.get("DINOCELL_DEBUG"):
             raise
-        print("error: " + " ".join(_sentence(error).split()), file=sys.stderr)
+        print("error: " + " ".join(sentence(error).split()), file=sys.stderr)
         return 1
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
     """OSError from the system as `file: reason`; ours and ValueError as they are."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
+
+
+# --------------------------------------------------------------------------------------------- run folder
+
+REQUEUE = 85                                     # exit code: saved, not finished; slurm/train.sh queues the job again
+FREE = ("output_base_dir", "data.root", "device", "log_every", "save_every", "keep", "wandb", "compile")
+
+
+class Run:
+    """The folder of one experiment; in a group of processes (torchrun) only the first writes into it."""
+
+    def __init__(self, config: Any, rank: int = 0, world: int = 1, device: str = "cpu"):
+        self.config, self.rank, self.world, self.device, self.stopping = config, rank, world, device, False
+        self.signal = None
+        self.folder = Path(config.output_base_dir) / "runs" / config.experiment
+        self.checkpoints = self.folder / "checkpoints" / config.checkpoint_name
+        self.wandb = None
+        self.began = time.perf_counter()
+        self._check_same_run()
+        for folder in (self.folder / "logs", self.folder / "images", self.checkpoints):
+            folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            write_text(self.folder / "config.yaml", to_yaml(config))
+            if getattr(config, "wandb", "off") != "off":
+                self.wandb = start_wandb(config, self.folder)
+        for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM)):
+            signal.signal(number, self._stop)
+
+    def _stop(self, number: int, frame) -> None:
+        if self.stopping and number == signal.SIGINT:         # a second Ctrl-C means now
+            raise KeyboardInterrupt
+        self.stopping, self.signal = True, number
+
+    def should_stop(self, step: int) -> bool:
+        """Whether a signal came. Processes of a group must stop after the same step, so they ask each other, on log steps."""
+        if self.world == 1:
+            return self.stopping
+        if step % self.config.log_every:
+            return False
+        import torch
+        flag = torch.tensor(float(self.stopping), device=self.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag)
+
+    def _check_same_run(self) -> None:
+        """A folder goes on with the configuration it was begun with; places and habits may change, and are named."""
+        before = self.folder / "config.yaml"
+        if not before.exists() or not any(self.checkpoints.glob("step_*.pt")):
+            return
+        old = flatten(yaml.safe_load(before.read_text(encoding="utf-8")))
+        new = flatten(yaml.safe_load(to_yaml(self.config)))
+        changed = {k: (old.get(k), new.get(k)) for k in {**old, **new} if old.get(k) != new.get(k)}
+        said = ", ".join(f"{k}: {a} -> {b}" for k, (a, b) in changed.items())
+        if any(k not in FREE for k in changed):
+            raise ValueError(f"{self.folder} was begun with another configuration ({said}); "
+                             "give a new experiment= name, or remove the folder to begin anew")
+        if changed and self.rank == 0:
+            print(f"going on in {self.folder} with {said}", file=sys.stderr)
+
+    # ------------------------------------------------------------------------------------------ log
+
+    def log(self, step: int, **values: Any) -> None:
+        """One JSON line in log.jsonl and the same, shorter, on the screen."""
+        if self.rank:
+            return
+        line = {"step": step, "time": round(time.perf_counter() - self.began, 1), **values}
+        line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        from tqdm import tqdm
+        tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def log_picture(self, step: int, name: str, rgb) -> None:
+        """A picture (h, w, 3) uint8 for wandb; on disk the scripts keep their own."""
+        if self.wandb:
+            import wandb
+            self.wandb.log({name: wandb.Image(rgb)}, step=step)
+
+    def history(self) -> list[dict]:
+        """The log so far; a line cut by a crash is passed over, and of a step logged twice the later counts."""
+        lines: dict[tuple, dict] = {}
+        path = self.folder / "log.jsonl"
+        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue
+            lines[line["step"], tuple(sorted(line))] = line
+        return sorted(lines.values(), key=lambda line: line["step"])
+
+    def check_finite(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            good = self.newest()
+            raise ValueError(f"{self.folder}: the loss is {loss} at step {step}; last good checkpoint: "
+                             f"{good or 'none'}. Lower lr, or look at the data with `python data.py check`")
+
+    # ---------------------------------------------------------------------------------- checkpoints
+
+    def newest(self) -> Path | None:
+        return max(self.checkpoints.glob("step_*.pt"), default=None, key=lambda p: int(p.stem[5:]))
+
+    def save(self, step: int, is_best: bool = False, **state: Any) -> None:
+        """Everything that the next start needs, with every random state; whole or not at all."""
+        if self.rank:
+            return
+        import numpy as np
+        import torch
+        name, *numpy_state = np.random.get_state()
+        state |= dict(step=step, config=to_yaml(self.config), torch=torch.get_rng_state(),
+                      cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                      python=list(random.getstate()[1]), numpy=[name, numpy_state[0].tolist(), *numpy_state[1:]])
+        path = self.checkpoints / f"step_{step:08d}.pt"
+        beside = path.with_suffix(".tmp")
+        with open(beside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        if is_best:
+            copy = self.checkpoints / "best.tmp"
+            copy.unlink(missing_ok=True)
+            os.link(path, copy)                               # the same bytes under a second name
+            os.replace(copy, self.checkpoints / "best.pt")
+        for old in sorted(self.checkpoints.glob("step_*.pt"))[:-self.config.keep]:
+            old.unlink()
+
+    def resume(self) -> dict | None:
+        """The newest checkpoint with its random states put back, or None for a fresh start."""
+        path = self.newest()
+        if path is None:
+            return None
+        import numpy as np
+        import torch
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        torch.set_rng_state(state["torch"])
+        if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])
+        random.setstate((3, tuple(state["python"]), None))
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, np.array(keys, np.uint32), *rest))
+        if self.rank == 0:
+            print(f"going on from step {state['step']} ({path})", file=sys.stderr)
+        return state
+
+    def exit_code(self) -> int:
+        """After a stop: Slurm's signals ask to be queued again, Ctrl-C does not."""
+        return 130 if self.signal == signal.SIGINT else REQUEUE
+
+
+def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
+    """{'data': {'root': x}} -> {'data.root': x}"""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def start_wandb(config: Any, folder: Path):
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(f"wandb={config.wandb}: the package is not installed; pip install wandb, or wandb=off") from None
+    return wandb.init(project="dinocell", name=config.experiment, dir=str(folder), id=config.experiment,
+                      resume="allow", mode=config.wandb, config=dataclasses.asdict(config))
+
+
+# ----------------------------------------------------------------------------------------- schedule, ranks
+
+def cosine(step: int, steps: int, start: float, end: float, warmup: int = 0) -> float:
+    """From 0 up to `start` in `warmup` steps, then along half a cosine to `end` at the last step."""
+    if step < warmup:
+        return start * (step + 1) / warmup
+    share = (step - warmup) / max(1, steps - 1 - warmup)
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+def join_group(device: str) -> tuple[int, int, str]:
+    """(rank, number of processes, device): alone, or one of those that torchrun started."""
+    import torch
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda: PyTorch finds no CUDA device here; use device=cpu or auto")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return 0, 1, device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return torch.distributed.get_rank(), world, device

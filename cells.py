@@ -391,7 +391,7 @@ def overlay(image: np.ndarray, labels: np.ndarray, max_side: int = 4096) -> np.n
     labels : (H, W)
     max_side : px; larger images are reduced by a whole number.
 
-    Images below 1000 px are enlarged by a whole number or a half, lines are antialiased up to 1400 px. A line
+    Images below 1000 px are enlarged by a whole number or a half, which smooths the lines. A line
     runs inside its cell, with a thin shadow on the ground outside. Cells near each other differ in colour.
     """
     step = -(-max(image.shape[1:]) // max_side)
@@ -407,7 +407,7 @@ def overlay(image: np.ndarray, labels: np.ndarray, max_side: int = 4096) -> np.n
     colours = np.array([list(bytes.fromhex(colour)) for colour in hexes], np.uint8)
     colours = colours[different(near_pairs(r, max(width / 3, 2)), len(r.ids), len(hexes))]     # (n, 3)
     side = max(labels.shape)
-    zoom = 1 if side > 1400 else min(-(-2000 // side), 16)
+    zoom = 1 if side > 1000 else min(-(-2000 // side), 16)
     if zoom > 1:
         large = (zoom * labels.shape[1], zoom * labels.shape[0])
         rgb, numbers = np.asarray(Image.fromarray(rgb).resize(large, Image.BICUBIC)), enlarged(numbers, zoom)

@@ -135,7 +135,7 @@ class Source:
             pixels = pixels[:-1]
         if self.dtype.kind == "f" and not (finite := np.isfinite(pixels)).all():
             raise ValueError(f"{self.path}: {finite.size - finite.sum()} of {finite.size} values in rows "
-                             f"{y0}..{y1 - 1} are NaN or infinite; replace them (numpy.nan_to_num), save again")
+                             f"{y0}..{y1 - 1} are NaN or infinite; replace them (numpy.nan_to_num), save it")
         return pixels
 
     def __enter__(self) -> Source:
@@ -213,14 +213,15 @@ def _decoding(path: Path, codec: str = "") -> Iterator[None]:
                          f"copy or export it again") from None
 
 
-def _from_array(array: np.ndarray, axes: str, **more: Any) -> dict[str, Any]:
-    """Arguments of Source for an array in memory or memory-mapped, with axes of C, S, Y, X in any order."""
-    array = array.transpose([axes.index(a) for a in "CSYX" if a in axes])
-    planes = [array[i] for i in np.ndindex(array.shape[:-2])]      # one (H, W) view for each channel
+def _from_arrays(arrays: Iterable[np.ndarray], axes: str, **more: Any) -> dict[str, Any]:
+    """Arguments of Source for arrays in memory or memory-mapped, with axes of C, S, Y, X in any order."""
+    order = [axes.index(a) for a in "CSYX" if a in axes]
+    arrays = [array.transpose(order) for array in arrays]
+    planes = [array[i] for array in arrays for i in np.ndindex(array.shape[:-2])]    # (H, W) views, by channel
 
     def read(channels: Sequence[int], rows: slice, columns: slice) -> np.ndarray:
         return np.stack([planes[i][rows, columns] for i in channels])
-    return dict(read=read, shape=(len(planes), *array.shape[-2:]), dtype=array.dtype, **more)
+    return dict(read=read, shape=(len(planes), *arrays[0].shape[-2:]), dtype=arrays[0].dtype, **more)
 
 
 # -------------------------------------------------------------------------------------------- .npy, PNG, JPEG
@@ -232,7 +233,7 @@ def _open_npy(path: Path, index: Index, files: ExitStack) -> dict[str, Any]:
         raise ValueError(f"{path}: shape {array.shape}, expected (H, W), (C, H, W) or (H, W, C)")
     axes = "YX" if array.ndim == 2 else "YXC" if array.shape[2] <= 4 < array.shape[0] else "CYX"
     index(axes, array.shape)
-    return _from_array(array, axes)
+    return _from_arrays([array], axes)
 
 
 def _open_png_jpeg(path: Path, index: Index, files: ExitStack) -> dict[str, Any]:
@@ -244,7 +245,7 @@ def _open_png_jpeg(path: Path, index: Index, files: ExitStack) -> dict[str, Any]
     if image.mode not in ("1", "L", "LA", "I", "I;16", "RGB", "RGBA"):
         raise ValueError(f"{path}: colours are {image.mode}, expected gray or RGB; save it as RGB")
     index("YX", array.shape[:2])
-    return _from_array(array, "YXC"[:array.ndim], alpha=array.shape[2:] in ((2,), (4,)))
+    return _from_arrays([array], "YXC"[:array.ndim], alpha=array.shape[2:] in ((2,), (4,)))
 
 
 def _sixteen_bits(path: Path, image: PIL.Image.Image) -> np.ndarray:
@@ -281,22 +282,28 @@ def _open_tiff(path: Path, index: Index, files: ExitStack) -> dict[str, Any]:
         raise ValueError(f"{path}: {dtype} pixels, axes {axes} of {shape} in {len(pages)} pages of {inner}; "
                          f"expected 8 to 64 bits, rows and columns in a page; save it as ImageJ or OME-TIFF")
     kept, where = index(axes, shape)
+    stored_as = dtype.newbyteorder(tif.byteorder)
     if offset is not None:                                         # one run of bytes; pages may be unlisted
         _check_extent(path, offset + math.prod(shape) * dtype.itemsize)
-        array = np.memmap(path, dtype.newbyteorder(tif.byteorder), "r", offset, shape)
-        stored = _from_array(array[where], kept)
+        stored = _from_arrays([np.memmap(path, stored_as, "r", offset, shape)[where]], kept)
     else:
         chosen = np.arange(len(pages)).reshape(lead)[where[:len(lead)]]
         with _decoding(path):
             pages = [pages[int(i)] for i in chosen.flat]
-        stored = dict(read=_Segments(path, pages), dtype=dtype,
-                      shape=(len(pages) * page.samplesperpixel, page.imagelength, page.imagewidth))
+            mapped = all(page.is_memmappable for page in pages)
+            offsets = [page.dataoffsets[0] for page in pages]
+        if mapped:
+            _check_extent(path, max(offsets) + math.prod(page.shape) * dtype.itemsize)
+            stored = _from_arrays([np.memmap(path, stored_as, "r", o, page.shape) for o in offsets], inner)
+        else:
+            stored = dict(read=_Segments(path, pages), dtype=dtype,
+                          shape=(len(pages) * page.samplesperpixel, page.imagelength, page.imagewidth))
     if page.photometric == tifffile.PHOTOMETRIC.PALETTE and not tif.is_imagej:
         colours = page.colormap                                    # (3, 2 ** bits) uint16
         if not (colours % 257).any() or not (colours % 256).any():
             colours = (colours >> 8).astype(np.uint8)              # colours of 8 bits, as nearly everywhere
         _, H, W = stored["shape"]
-        stored = _from_array(colours[:, stored["read"]([0], slice(0, H), slice(0, W))[0]], "CYX")
+        stored = _from_arrays([colours[:, stored["read"]([0], slice(0, H), slice(0, W))[0]]], "CYX")
     alpha = stored["shape"][0] == page.samplesperpixel and page.extrasamples[-1:] in ((1,), (2,))
     return dict(stored, alpha=alpha, **more)
 
@@ -579,7 +586,7 @@ def distance_map(labels: np.ndarray, cap: float | None = None) -> np.ndarray:
 
     reach = DEEP if cap is None else min(DEEP, math.ceil(cap))                   # px; exact as far as this
     v, g = _to_other(cells, reach + 1), _to_other(cells.T, reach + 1).T          # (H, W) int16
-    v[background] = g[background] = 0
+    v[background] = 0
     g *= g
     square = np.minimum(v * v, g)
     away = v                                                                     # its memory is free
@@ -591,10 +598,10 @@ def distance_map(labels: np.ndarray, cap: float | None = None) -> np.ndarray:
         np.minimum(square[:-k], away[k:], out=square[:-k])
     d = np.sqrt(square, dtype=np.float32)
 
-    deep = square > reach * reach
-    if (cap is None or cap > reach) and deep.any():
+    deep = np.unique(run[np.maximum.reduceat(square.ravel(), starts) > reach * reach])
+    if len(deep) and (cap is None or cap > reach):
         boxes = ndimage.find_objects(cells + 1)
-        for i in np.unique(cells[deep]):
+        for i in deep:
             box = tuple(slice(max(s.start - 1, 0), s.stop + 1) for s in boxes[i])
             own = cells[box] == i
             d[box][own] = 1 if own.all() else ndimage.distance_transform_edt(own)[own]

@@ -1,4 +1,4 @@
-"""data.py: every kind of file written by another hand and read back, every mistake, distances cell by cell."""
+"""data.py: every kind of file written by another hand and read back, every mistake, distances one by one."""
 import importlib.util
 import os
 import struct
@@ -196,6 +196,18 @@ def test_only_overlapping_tiles_are_decoded_and_once(tmp_path, monkeypatch):
             source.region(y, min(y + 40, 512), 0, 640)
         assert len(seen) == 80
         assert source._read.bytes <= 64 * 640 * 2
+
+
+@pytest.mark.parametrize("byteorder", "<>")
+def test_uncompressed_pages_apart_are_mapped_not_decoded(tmp_path, monkeypatch, byteorder):
+    """As Bio-Formats writes them: a whole page in one strip, headers between the pages."""
+    pixels = noise(3, 40, 50)
+    with tifffile.TiffWriter(tmp_path / "x.tif", byteorder=byteorder) as tif:
+        for page in pixels:
+            tif.write(page, metadata=None, contiguous=False, rowsperstrip=40)
+    with open_image(tmp_path / "x.tif", channels=[3, 1]) as source:
+        monkeypatch.setattr(tifffile.FileHandle, "read", None)
+        np.testing.assert_array_equal(source.region(5, 30, 2, 41), pixels[[2, 0], 5:30, 2:41])
 
 
 def test_sparse_tiles_are_zero(tmp_path):
@@ -433,8 +445,9 @@ def test_files_that_are_no_images(tmp_path):
         (tmp_path / name).write_bytes(content)
     for name, expected in {
             "empty.tif": "empty file", "empty.png": "empty file", "empty.npy": "empty file",
-            "text.tif": "no .tif", "text.png": "no .png", "text.npy": "no .npy", "text.jpg": "no .jpg", "cut.tif": "truncated",
-            "cut.png": "truncated", "image.czi": "unknown suffix '.czi'", "noname": "unknown suffix ''",
+            "text.tif": "no .tif", "text.png": "no .png", "text.npy": "no .npy", "text.jpg": "no .jpg",
+            "cut.tif": "truncated", "cut.png": "truncated", "image.czi": "unknown suffix '.czi'",
+            "noname": "unknown suffix ''",
             "objects.npy": "object", "complex.npy": "complex128", "nothing.npy": "at least one pixel",
             "line.npy": "(H, W)", "hyper.npy": "(C, H, W)", "complex.tif": "complex64", "volume.tif": "ZYX",
             "inks.jpg": "CMYK"}.items():

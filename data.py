@@ -424,13 +424,16 @@ def percentiles(image: Source | np.ndarray, low: float = 1.0, high: float = 99.8
 
     Exactly numpy.percentile, for every dtype, in passes over bands of the image: a radix selection that
     counts 16 bits of every value in a pass, so one pass for images of 8 and 16 bits, two for 32, four for 64.
+    Where the two are equal, as in a black image with few cells, the high one is the channel's largest value.
     """
     _, H, W = image.shape
     at = np.array([low, high]) / 100 * (H * W - 1)                 # ranks, between two values
     below = at.astype(np.int64)
-    values = _ranked(image, [*below, *np.minimum(below + 1, H * W - 1)])         # (C, 4)
-    a, b, t = values[:, :2], values[:, 2:], at - below
-    return np.where(t < 0.5, a + (b - a) * t, b - (b - a) * (1 - t))             # rounded as NumPy does
+    values = _ranked(image, [*below, *np.minimum(below + 1, H * W - 1), H * W - 1])       # (C, 5)
+    a, b, t = values[:, :2], values[:, 2:4], at - below
+    limits = np.where(t < 0.5, a + (b - a) * t, b - (b - a) * (1 - t))           # rounded as NumPy does
+    limits[:, 1] = np.where(limits[:, 0] < limits[:, 1], limits[:, 1], values[:, 4])
+    return limits
 
 
 def _ranked(image: Source | np.ndarray, ranks: Sequence[int]) -> np.ndarray:

@@ -262,6 +262,11 @@ class DINOCell(nn.Module):
         h, w = x.shape[2] // self.backbone.patch, x.shape[3] // self.backbone.patch
         return self.decoder(x, taps, h, w).float().sigmoid()                 # (B, 1, H, W)
 
+    def autocast(self) -> torch.autocast:
+        """bfloat16 inside a with block, where this network's device computes in it."""
+        device = self.mean.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=has_bf16(device))
+
 
 # --------------------------------------------------------------------------------------- weights: writing
 
@@ -375,6 +380,19 @@ def _read(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dictionary of weights")
     return content
+
+
+def kind(path: str | Path) -> str:
+    """What a file of weights holds: "DINOCell" (with decoder), or "ViT"."""
+    content = _read(path)
+    return content["kind"] if content.get("format") == FORMAT else "ViT"
+
+
+def has_bf16(device: str) -> bool:
+    """Whether the hardware computes in bfloat16 itself; elsewhere it would only be slower."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
 def _some(names, count: int = 4) -> str:

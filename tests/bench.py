@@ -1,7 +1,7 @@
 """Speed, as ratios in one run on one machine: every row stands beside what it is compared with.
 
-    python tests/bench.py                         everything
-    python tests/bench.py watershed network       some of it: watershed, network
+    python tests/bench.py                         everything but what is slow
+    python tests/bench.py watershed segment       some of it: watershed, network, metrics, segment; seams, memory (slow)
 
 Medians of several runs; the header names hardware and versions. With a CUDA device the network and the watershed
 run there as well.
@@ -133,13 +133,146 @@ def network() -> None:
           ["px, device", "time", "rate", "GFLOPs", "time backbone / decoder", "FLOPs backbone / decoder"], rows)
 
 
-PARTS = {"watershed": watershed, "network": network}
+def cell_pair(size: int = 2048, cells: int = 5000, move: float = 2.0, seed: int = 0):
+    """Two int32 label images of touching cells about size / sqrt(cells) px wide; the second's centres are moved."""
+    import numpy as np
+    from scipy.spatial import cKDTree
+    rng, across = np.random.default_rng(seed), int(np.ceil(np.sqrt(cells)))
+    pitch = size / across  # px
+    grid = np.stack(np.divmod(np.arange(cells), across), axis=1)
+    centres = (grid + 0.5 + rng.uniform(-0.25, 0.25, (cells, 2))) * pitch
+    pixels = np.stack(np.mgrid[:size, :size], axis=-1).reshape(-1, 2)
+    for points in (centres, centres + rng.normal(0, move, (cells, 2))):
+        distance, nearest = cKDTree(points).query(pixels, workers=2)
+        yield np.where(distance < 0.6 * pitch, nearest + 1, 0).reshape(size, size).astype(np.int32)
+
+
+def metrics() -> None:
+    """All scores at ten thresholds of two 2048 x 2048 images of 5,000 cells, against one joint bincount of them."""
+    import numpy as np
+    from metrics import THRESHOLDS, match, scores
+    truth, pred = cell_pair()
+
+    def joint():
+        np.bincount(truth.ravel() * np.int64(pred.max() + 1) + pred.ravel())
+    reference, ours = seconds(joint, 15), seconds(lambda: scores(truth, pred), 15)
+    rows = [["one joint np.bincount", f"{reference * 1e3:.0f} ms", "1"],
+            ["metrics.scores, every score, ten thresholds", f"{ours * 1e3:.0f} ms", f"{ours / reference:.2f}"]]
+    try:
+        from cellpose.metrics import average_precision
+        from stardist.matching import matching
+        matching(truth[:64, :64], pred[:64, :64])            # numba compiles on the first call
+        theirs = {}
+        for name, run in (("stardist.matching", lambda: theirs.update(s=matching(truth, pred, thresh=THRESHOLDS))),
+                          ("cellpose.metrics.average_precision",
+                           lambda: theirs.update(c=average_precision(truth, pred, list(THRESHOLDS))))):
+            took = seconds(run, 1)
+            rows.append([f"{name}, ten thresholds", f"{took * 1e3:.0f} ms", f"{took / reference:.0f}"])
+        tps = [match(truth, pred, t).tp for t in THRESHOLDS]
+        assert tps == [one.tp for one in theirs["s"]] == theirs["c"][1].tolist(), "peers count other pairs"
+    except ImportError as missing:
+        rows.append([f"peers left out ({missing}); see tests/requirements-peers.txt", "-", "-"])
+    table("Scores of a pair of 2048 x 2048 label images, 5,000 cells each", ["what", "time", "ratio"], rows)
+
+
+def mosaic(size: int, channel: str = "AGP"):
+    """A synthetic field repeated, every other copy mirrored, to (size, size) uint16; yields tiles of 512 px row by row."""
+    import numpy as np
+    import synthetic
+    field = synthetic.field(0, 1024, 260)
+    one = field.pixels[field.channels.index(channel)]
+    block = np.block([[one, one[:, ::-1]], [one[::-1], one[::-1, ::-1]]])
+    for y in range(0, size, 512):
+        for x in range(0, size, 512):
+            y0, x0 = y % 2048, x % 2048
+            yield block[y0:y0 + 512, x0:x0 + 512][:size - y, :size - x]
+
+
+def whole_image(size: int, folder: Path) -> Path:
+    """mosaic() as a tiled, compressed TIFF."""
+    import numpy as np
+    import tifffile
+    path = folder / f"mosaic_{size}.tif"
+    full = (np.pad(t, [(0, 512 - t.shape[0]), (0, 512 - t.shape[1])]) for t in mosaic(size))
+    tifffile.imwrite(path, full, shape=(size, size), dtype=np.uint16, tile=(512, 512), compression="zlib",
+                     bigtiff=True, photometric="minisblack")
+    return path
+
+
+def segment() -> None:
+    """infer.py's work on one image, part by part, with the weights that ship."""
+    import tempfile
+    from collections import Counter
+    import infer
+    import model
+    weights = infer.find_weights("default", Path(infer.__file__).parent / "final_models")
+    net, rows = model.load(weights), []
+    with tempfile.TemporaryDirectory() as folder:
+        for size in (1024, 2048):
+            path = whole_image(size, Path(folder))
+            runs = []
+            for _ in range(3):
+                clock, start = Counter(), time.perf_counter()
+                row = infer.segment_file(path, path.stem, Path(folder), net, infer.Config(), clock=clock)
+                runs.append((time.perf_counter() - start, clock))
+            took, clock = sorted(runs, key=lambda run: run[0])[1]
+            rows.append([f"{size} x {size}", str(row["cells"]), f"{took:.2f} s", f"{size**2 / 1e6 / took:.2f}",
+                         *(f"{clock[part] / took:.1%}" for part in ("read", "network", "watershed", "measure", "write"))])
+    table(f"infer.py, one image to all its files, {weights.name} on the CPU",
+          ["px", "cells", "time", "MP/s", "read", "network", "watershed", "measure", "write"], rows)
+
+
+def memory(sizes: tuple[int, ...] = (1024, 4096, 20000)) -> None:
+    """Peak memory (RSS) of the whole infer.py process on tiled 16-bit TIFFs. The largest takes minutes to hours."""
+    import subprocess
+    import tempfile
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for size in sizes:
+            path = whole_image(size, Path(folder))
+            watch = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
+                     "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
+            start = time.perf_counter()
+            done = subprocess.run([sys.executable, "-c", watch, sys.executable,
+                                   str(Path(__file__).resolve().parent.parent / "infer.py"), str(path),
+                                   f"out={folder}/{size}"], capture_output=True, text=True)
+            took = time.perf_counter() - start
+            if done.returncode:
+                raise RuntimeError(done.stderr)
+            unit = 1 if sys.platform == "darwin" else 1024
+            rows.append([f"{size} x {size}", f"{size**2 * 2 / 1e6:.0f} MB", f"{took:.0f} s",
+                         f"{int(done.stdout.split()[-1]) * unit / 2**30:.2f} GiB"])
+            table("Peak memory of infer.py", ["px", "16-bit image", "time", "peak RSS"], rows[-1:])
+
+
+def seams(size: int = 4096) -> None:
+    """One block against blocks of 1024 px on one large image: the cells must be the same."""
+    import tempfile
+    import data
+    import infer
+    import model
+    import segment
+    from metrics import average_precision
+    weights = infer.find_weights("default", Path(infer.__file__).parent / "final_models")
+    net = model.load(weights)
+    with tempfile.TemporaryDirectory() as folder, data.open_image(whole_image(size, Path(folder))) as source:
+        limits = data.percentiles(source)
+        one = segment.segment(source, net, limits=limits, block=size)
+        many = segment.segment(source, net, limits=limits, block=1024)
+    table(f"Seams: {size} x {size} px in one block against blocks of 1024 px, {weights.name}",
+          ["cells in one block", "in blocks", "AP@0.9 of one against the other"],
+          [[str(one.max()), str(many.max()), f"{average_precision(one, many, [0.9])[0]:.5f}"]])
+
+
+PARTS = {"watershed": watershed, "network": network, "metrics": metrics, "segment": segment, "seams": seams,
+         "memory": memory}
+SLOW = ("seams", "memory")
 
 
 if __name__ == "__main__":
     if "--help" in sys.argv or "-h" in sys.argv:
         sys.exit(print(__doc__.strip()))
-    chosen = sys.argv[1:] or list(PARTS)
+    chosen = sys.argv[1:] or [part for part in PARTS if part not in SLOW]
     if unknown := set(chosen) - set(PARTS):
         sys.exit(f"error: unknown part '{min(unknown)}'; parts: {', '.join(PARTS)}")
     print(f"{hardware()}; {versions()}; {time.strftime('%Y-%m-%d')}")

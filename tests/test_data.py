@@ -541,6 +541,7 @@ def test_percentiles_are_those_of_numpy(pixels, limits):
         pixels = np.nan_to_num(pixels, nan=0, posinf=1, neginf=-1) % 1000
     got = data.percentiles(pixels, *limits)
     expected = np.percentile(pixels.reshape(len(pixels), -1).astype(np.float64), limits, axis=1).T
+    expected[:, 1] = np.where(expected[:, 0] < expected[:, 1], expected[:, 1], pixels.max((1, 2)))
     assert got.shape == (len(pixels), 2) and got.dtype == np.float64
     np.testing.assert_array_equal(got, expected)
 
@@ -738,3 +739,11 @@ def test_real_images_and_labels(shared):
     labels = read_labels(min((shared / "data/phase_usiigaci/train").glob("*_cells.png")))[200:450, 200:450]
     assert len(np.unique(labels)) > 5
     check(labels, caps=(None, 4))
+
+
+def test_few_cells_on_black_are_not_clipped_away():
+    """1 in 1,000 pixels is not black: percentiles 1 and 99.8 are both 0, the limits reach to the brightest."""
+    pixels = np.zeros((1, 100, 100), np.uint16)
+    pixels[0, :2, :5] = 700
+    assert data.percentiles(pixels).tolist() == [[0, 700]]
+    assert data.normalise(pixels, data.percentiles(pixels)).sum() == 10

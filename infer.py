@@ -1,0 +1,354 @@
+"""Find the cells in images: python infer.py img.tif [more files, folders, globs] [out=DIR] [key=value ...]
+
+    python infer.py                                   the demo image
+    python infer.py plate1/ "scans/*.tif" out=cells   folders (every image in them) and globs
+    python infer.py img.tif channels=DNA,AGP diameter=auto geojson=true
+
+For each image NAME it writes into out=
+
+    NAME_labels.tif      every cell its own number, 0 is background (uint16, uint32 past 65,535 cells)
+    NAME_cells.csv       one row per cell: place, size, shape, intensity per channel, neighbours; in µm where known
+    NAME_overlay.png     the image with coloured outlines
+    NAME_distance.tif, NAME.geojson (QuPath), NAME_rois.zip (ImageJ)      with distance=, geojson=, rois=true
+    summary.csv          one row per image: cells, mean area, confluency, seconds
+
+Results that exist are kept unless overwrite=true, so that the same command goes on where it stopped.
+Channels, planes and time points are counted from 1.
+"""
+from __future__ import annotations
+
+import csv
+import glob
+import itertools
+import os
+import re
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+import runs
+
+SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".npy")
+OURS = ("_labels", "_overlay", "_distance", "_cells", "_masks", "_nuclei")    # ends of names that are no images
+PICTURE = 4096                                                                 # px, longest side of an overlay
+HALO = 256                                                                     # px around a block, at least
+TILE = 512                                                                     # px, of label files written in blocks
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = "results"                            # folder for all results
+    weights: str = "default"                        # file, or the name of one in final_models/ (tiny)
+    channels: tuple[str, ...] | None = None         # names or numbers, one to three: what the network sees; null: all
+    plane: int | None = None                        # which z plane of a stack
+    time: int | None = None                         # which time point of a stack
+    diameter: str | None = None                     # how wide cells are here: 40 (px), 12um, auto; null: as trained
+    peak: float | None = None                       # a cell's marker lies above this distance; null: the weights' own
+    fill: float | None = None                       # a cell reaches down to this distance; null: the weights' own
+    min_area: int | None = None                     # px, smaller cells are dropped; null: the weights' own
+    border: Literal["keep", "drop"] = "keep"        # drop: leave out cells cut by the edge of the image
+    near: float | None = None                       # px, neighbours are counted within this distance; null: a cell's width
+    geojson: bool = False                           # polygons for QuPath
+    rois: bool = False                              # ImageJ ROI zip
+    distance: bool = False                          # the distance map the network predicts
+    overlay: bool = True                            # the picture
+    tile: int | None = None                         # px, side of the network's tiles; null: as trained
+    overlap: int | None = None                      # px shared by tiles; null: a cell's width, from an eighth to half the tile
+    batch: int | None = None                        # tiles at once; null: 4 on the CPU, 32 on a GPU
+    block: int = 2048                               # px, larger images are worked off in blocks of this side
+    pattern: str = "*"                              # which files of a folder, such as *_w1.tif
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    overwrite: bool = False                         # make results anew
+
+    def __post_init__(self):
+        for name in ("peak", "fill"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name}={value:g}: expected a distance from 0 to below 1")
+        if self.peak is not None and self.fill is not None and self.fill > self.peak:
+            raise ValueError(f"fill={self.fill:g} is above peak={self.peak:g}: cells would end above their markers")
+        for name in ("tile", "batch", "block", "plane", "time"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected 1 or more")
+        if self.min_area is not None and self.min_area < 0:
+            raise ValueError(f"min_area={self.min_area}: expected 0 px or more")
+        if self.diameter not in (None, "auto"):
+            parse_diameter(self.diameter, 1.0, None)
+
+
+def main(config: Config, files: list[str]) -> int:
+    root = Path(__file__).resolve().parent
+    images = find_images(files or [str(root / "demo")], config.pattern)
+    out = prepare(Path(config.out))
+    weights = find_weights(config.weights, root / "final_models")
+    todo = {path: name for path, name in images.items()
+            if config.overwrite or not all((out / f).exists() for f in results(name, config))}
+    kept, failed, megapixels, start = len(images) - len(todo), [], 0.0, time.perf_counter()
+    if todo:
+        from tqdm import tqdm                                 # what follows needs torch: half the start-up time
+        import torch
+        import model
+        device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device=cuda: PyTorch finds no CUDA device here; use device=cpu or auto")
+        net = model.load(weights).to(device)
+        table = Summary(out / "summary.csv")
+        with tqdm(total=len(todo), unit="image", delay=1, file=sys.stderr, smoothing=0.05,
+                  bar_format="{l_bar}{bar}| {n:.2f}/{total} images [{elapsed}<{remaining}]") as bar:
+            for done, (path, name) in enumerate(todo.items()):
+                def progress(share: float) -> None:
+                    bar.update(done + share - bar.n)
+                try:
+                    row = segment_file(path, name, out, net, config, progress)
+                except (ValueError, OSError) as error:        # this image's fault: the others are done all the same
+                    if len(images) == 1:
+                        raise
+                    bar.clear()
+                    print(f"warning: {runs.sentence(error)}", file=sys.stderr)
+                    failed.append(str(path))
+                    continue
+                table.add(row)
+                megapixels += row["height"] * row["width"] / 1e6
+                bar.update(done + 1 - bar.n)
+    seconds = time.perf_counter() - start
+    done = len(todo) - len(failed)
+    if done:
+        print(f"{done} image{'s' * (done != 1)}, {megapixels:.1f} megapixels in {seconds:.1f} s "
+              f"({done / seconds:.2f} images/s, {megapixels / seconds:.2f} MP/s) with {weights.name} -> {out}")
+    if kept:
+        print(f"{kept} of {len(images)} images have their results in {out} already; overwrite=true makes them anew")
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(images)} images could not be done: {', '.join(failed)}")
+    return 0
+
+
+# -------------------------------------------------------------------------------------------- one image
+
+def segment_file(path: Path, name: str, out: Path, net, config: Config, progress=None, clock=None) -> dict:
+    """Segment one image and write its results; returns its row of the summary."""
+    import tifffile
+    import cells
+    import data
+    import segment
+    start, clock = time.perf_counter(), Counter() if clock is None else clock
+    with data.open_image(path, config.channels, config.plane, config.time) as source:
+        C, H, W = source.shape
+        for notice in source.notices:
+            print(f"{path}: {notice}", file=sys.stderr)
+        if C > 3:
+            raise ValueError(f"{path}: has {C} channels ({', '.join(source.channels or map(str, range(1, C + 1)))}); "
+                             "choose what the network sees, up to three, with channels=1,2 or by name")
+        with segment.timed(clock, "read"):
+            limits = data.percentiles(source, net.settings.low, net.settings.high)
+        options = dict(limits=limits, peak=config.peak, fill=config.fill, tile=config.tile, overlap=config.overlap,
+                       batch=config.batch)
+        scale = choose_scale(config, source, net, options, path)
+        reduce = -(-max(H, W) // PICTURE)                      # the overlay is reduced by this whole number
+        near = config.near or (net.settings.diameter or 40) / scale
+        columns, polygons, labelled = [], [], 0
+        small = (-(-H // reduce), -(-W // reduce))
+        picture = (np.zeros((C, *small), source.dtype), np.zeros(small, np.int32)) if config.overlay else None
+        distance = np.zeros((H, W), np.float16) if config.distance else None
+
+        def walk():
+            """Every block measured; yields what the label file needs."""
+            nonlocal labelled
+            for block in segment.blocks(source, net, scale=scale, min_area=config.min_area, border=config.border,
+                                        block=max(1, config.block // reduce) * reduce, halo=max(HALO, round(4 * near)),
+                                        clock=clock, progress=progress,
+                                        **options):
+                labels = block.labels
+                with segment.timed(clock, "read"):
+                    pixels = source.region(*edges(block.view))
+                with segment.timed(clock, "measure"):
+                    labelled += np.count_nonzero(labels)
+                    top, bottom, left, right = edges(block.view)
+                    rows = cells.table(block.local, pixels, channels=source.channels, pixel_size=source.pixel_size,
+                                       near=near, ids=block.new, origin=(top, left),
+                                       edges=(top == 0, left == 0, bottom == H, right == W))
+                    columns.append({**rows, "id": block.ids[rows["id"]]})
+                    if config.geojson or config.rois:
+                        mine = np.zeros_like(block.ids)
+                        mine[block.new] = block.ids[block.new]
+                        polygons.append(cells.polygons(mine[block.local], (top, left)))
+                    if picture is not None:                    # blocks are multiples of `reduce`: no seams here either
+                        part = cells.reduced(pixels[(slice(None), *block.inner)], labels, reduce)
+                        place = tuple(slice(c.start // reduce, -(-c.stop // reduce)) for c in block.core)
+                        picture[0][(slice(None), *place)], picture[1][place] = part
+                    if distance is not None:
+                        distance[block.core] = block.distance
+                yield block.core, labels
+
+        save_labels(out / f"{name}_labels.tif", (H, W), walk(), source.pixel_size, clock)
+    with segment.timed(clock, "write"):
+        table = {key: np.concatenate([part[key] for part in columns]) for key in columns[0]}
+        cells.write_csv(out / f"{name}_cells.csv", table)
+        if picture is not None:
+            cells.write_png(out / f"{name}_overlay.png", cells.overlay(*picture))
+        if distance is not None:
+            with cells.replacing(out / f"{name}_distance.tif") as beside:
+                tifffile.imwrite(beside, distance.astype(np.float32), compression="zlib", photometric="minisblack")
+        shapes = [pair for found in polygons for pair in found.items()]
+        if config.geojson:
+            cells.write_geojson(out / f"{name}.geojson", shapes, table)
+        if config.rois:
+            cells.write_rois(out / f"{name}_rois.zip", shapes)
+    n = len(table["id"])
+    row = {"image": name, "height": H, "width": W, "cells": n,
+           "mean_area_px": round(float(table["area_px"].mean()), 2) if n else "",
+           "confluency": round(labelled / (H * W), 4), "scale": round(scale, 4),
+           "seconds": round(time.perf_counter() - start, 2)}
+    if source.pixel_size:
+        row["mean_area_um2"] = round(float(table["area_um2"].mean()), 3) if n else ""
+    return row
+
+
+def save_labels(path: Path, size: tuple[int, int], parts, pixel_size: float | None, clock: Counter) -> None:
+    """One block: a plain TIFF. Several: a tiled BigTIFF that grows with them, a band of blocks in memory at a time."""
+    import data
+    import segment
+    H, W = size
+    core, labels = next(parts)
+    if core == (slice(0, H), slice(0, W)):
+        list(parts)                                           # no further block: lets the walk come to its end
+        with segment.timed(clock, "write"):
+            data.write_labels(path, labels, pixel_size)
+        return
+
+    def tiles():
+        rows = np.zeros((0, W), np.uint32)                    # not yet written
+        for place, part in itertools.chain([(core, labels)], parts):
+            top, bottom = place[0].start, place[0].stop
+            if place[1].start == 0:
+                rows = np.concatenate((rows, np.zeros((bottom - top, W), np.uint32)))
+            rows[len(rows) - (bottom - top):, place[1]] = part
+            if place[1].stop == W:
+                while len(rows) >= TILE or (len(rows) and bottom == H):
+                    yield from (rows[:TILE, x:x + TILE] for x in range(0, W, TILE))
+                    rows = rows[TILE:]
+
+    data.write_label_tiles(path, size, tiles(), (TILE, TILE), pixel_size)
+
+
+def choose_scale(config: Config, source, net, options: dict, path: Path) -> float:
+    import segment
+    settings = net.settings
+    if config.diameter is None:
+        if source.pixel_size and settings.pixel_size:
+            return segment.scale_for(settings.diameter * settings.pixel_size / source.pixel_size, net)
+        return 1.0
+    if config.diameter == "auto":
+        diameter = segment.find_diameter(source, net, **options)
+        if diameter is None:
+            print(f"{path}: diameter=auto found no cells to measure; taking the image as it is", file=sys.stderr)
+    else:
+        diameter = parse_diameter(config.diameter, source.pixel_size, path)
+    return segment.scale_for(diameter, net)
+
+
+def parse_diameter(text: str, pixel_size: float | None, path: Path | None) -> float:
+    """'40' px or '12um' -> px."""
+    match = re.fullmatch(r"(\d+\.?\d*)\s*(px|um|µm|μm)?", text)
+    if not match or not float(match[1]):
+        raise ValueError(f"diameter={text}: expected px (40), µm (12um) or auto")
+    if match[2] in (None, "px"):
+        return float(match[1])
+    if pixel_size is None:
+        raise ValueError(f"{path}: diameter={text} is in µm, but the file does not say how large a pixel is; give px")
+    return float(match[1]) / pixel_size
+
+
+def edges(view: tuple[slice, slice]) -> tuple[int, int, int, int]:
+    return view[0].start, view[0].stop, view[1].start, view[1].stop
+
+
+# ------------------------------------------------------------------------------------- files in and out
+
+def find_images(arguments: list[str], pattern: str) -> dict[Path, str]:
+    """Image file -> name of its results. Folders are searched whole; results of earlier runs are no images."""
+    found: dict[Path, str] = {}
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            inside = [p for p in sorted(path.rglob(pattern)) if p.is_file() and p.suffix.lower() in SUFFIXES
+                      and not p.stem.endswith(OURS)]
+            if not inside:
+                raise FileNotFoundError(f"{argument}: no image in this folder ({', '.join(SUFFIXES)}; pattern={pattern})")
+            found.update((p, "_".join(p.relative_to(path).with_suffix("").parts)) for p in inside)
+        elif path.exists() or not glob.has_magic(argument):
+            if not path.exists():
+                raise FileNotFoundError(f"{argument}: no such file or folder")
+            found[path] = path.stem
+        else:
+            matches = [Path(p) for p in sorted(glob.glob(argument, recursive=True)) if Path(p).is_file()]
+            if not matches:
+                raise FileNotFoundError(f"{argument}: nothing matches")
+            found.update((p, p.stem) for p in matches)
+    owner: dict[str, Path] = {}
+    for path, name in found.items():
+        if name in owner:
+            raise ValueError(f"{owner[name]} and {path} would both write {name}_labels.tif; "
+                             "run them one after the other with different out=")
+        owner[name] = path
+    return found
+
+
+def results(name: str, config: Config) -> list[str]:
+    return [f"{name}_labels.tif", f"{name}_cells.csv"] + [
+        f for f, wanted in ((f"{name}_overlay.png", config.overlay), (f"{name}_distance.tif", config.distance),
+                            (f"{name}.geojson", config.geojson), (f"{name}_rois.zip", config.rois)) if wanted]
+
+
+def find_weights(name: str, folder: Path) -> Path:
+    if name == "default":
+        choices = [folder / f for f in ("dinocell_s8.pt", "dinocell_tiny.pt", "demo_synthetic.pt")]
+    elif name.endswith(".pt") or "/" in name:
+        choices = [Path(name)]
+    else:
+        choices = [folder / f"{name}.pt", folder / f"dinocell_{name}.pt"]
+    for path in choices:
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"no weights at {choices[0]}; train with train_seg.py or pass weights=FILE")
+
+
+def prepare(out: Path) -> Path:
+    """Make the folder, and find out now whether one may write there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"out={out}: cannot write there ({error.strerror}); choose another folder") from None
+    return out
+
+
+class Summary:
+    """summary.csv, written anew after each image; rows of earlier runs stay."""
+
+    def __init__(self, path: Path):
+        self.path, self.rows = path, {}
+        if path.exists():
+            with open(path, newline="", encoding="utf-8") as file:
+                self.rows = {row["image"]: row for row in csv.DictReader(file)}
+
+    def add(self, row: dict) -> None:
+        self.rows[row["image"]] = row
+        names = list(dict.fromkeys(key for r in self.rows.values() for key in r))
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        with open(beside, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names, restval="")
+            writer.writeheader()
+            writer.writerows(self.rows.values())
+        os.replace(beside, self.path)
+
+
+if __name__ == "__main__":
+    runs.script(__doc__, Config, main)

@@ -1,0 +1,221 @@
+"""infer.py as a user meets it: files in, files out, one line for every mistake. Uses the weights that ship."""
+import csv
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import tifffile
+
+from skimage.io import imread
+
+import data
+import infer
+import metrics
+import synthetic
+from conftest import ROOT
+from infer import Config
+
+
+@pytest.fixture(scope="module")
+def field():
+    return synthetic.field(7, (240, 300), 60, diameter=32)
+
+
+def write(path, field, *names, **options):
+    pixels = np.stack([field.pixels[field.channels.index(name)] for name in names])
+    tifffile.imwrite(path, pixels if len(names) > 1 else pixels[0], imagej=True,
+                     metadata={"axes": "CYX", "Labels": list(names)} if len(names) > 1 else None, **options)
+    return path
+
+
+def run(*arguments, cwd=None):
+    done = subprocess.run([sys.executable, str(ROOT / "infer.py"), *map(str, arguments)], capture_output=True, text=True,
+                          cwd=cwd)
+    return done.returncode, done.stdout, done.stderr
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_all_results_of_one_image(tmp_path, field):
+    image = write(tmp_path / "a.tif", field, "AGP", "Brightfield")
+    out = tmp_path / "out"
+    config = Config(out=str(out), channels=("AGP",), geojson=True, rois=True, distance=True)
+    assert infer.main(config, [str(image)]) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["a.geojson", "a_cells.csv", "a_distance.tif", "a_labels.tif",
+                                                     "a_overlay.png", "a_rois.zip", "summary.csv"]
+    labels = tifffile.imread(out / "a_labels.tif")
+    assert labels.shape == (240, 300) and labels.dtype == np.uint16 and labels.max() > 5
+    table, found = rows(out / "a_cells.csv"), labels.max()
+    assert [int(row["id"]) for row in table] == list(range(1, found + 1))
+    assert [int(row["area_px"]) for row in table] == np.bincount(labels.ravel())[1:].tolist()
+    summary = rows(out / "summary.csv")[0]
+    assert int(summary["cells"]) == found and summary["image"] == "a"
+    assert float(summary["confluency"]) == pytest.approx((labels > 0).mean(), abs=1e-4)
+    features = json.loads((out / "a.geojson").read_text())["features"]
+    assert len(features) == found == len(zipfile.ZipFile(out / "a_rois.zip").namelist())
+    distance = tifffile.imread(out / "a_distance.tif")
+    assert distance.shape == labels.shape and 0 <= distance.min() and distance.max() <= 1
+    assert distance[labels > 0].mean() > 5 * distance[labels == 0].mean()
+
+
+def test_it_finds_the_cells_of_a_field_it_never_saw(field, tmp_path):
+    for name in ("AGP", "Brightfield"):
+        infer.main(Config(out=str(tmp_path)), [str(write(tmp_path / f"{name}.tif", field, name))])
+        found = data.read_labels(tmp_path / f"{name}_labels.tif")
+        assert metrics.average_precision(field.labels, found, [0.5])[0] > 0.5
+
+
+def test_large_images_go_block_by_block_with_the_same_result(tmp_path, field, monkeypatch):
+    image = write(tmp_path / "a.tif", field, "AGP")
+    outs = tmp_path / "one", tmp_path / "many"
+    infer.main(Config(out=str(outs[0]), geojson=True), [str(image)])
+    monkeypatch.setattr(infer, "HALO", 70)
+    infer.main(Config(out=str(outs[1]), geojson=True, block=64, near=10), [str(image)])
+    one, many = (tifffile.imread(out / "a_labels.tif") for out in outs)
+    assert many.dtype == np.uint32 and tifffile.TiffFile(outs[1] / "a_labels.tif").pages[0].is_tiled
+    assert metrics.average_precision(one, many, [0.9])[0] >= 0.999
+    tables = [rows(out / "a_cells.csv") for out in outs]
+    assert len(tables[0]) == len(tables[1]) == one.max() == many.max()
+    areas = [sorted(int(row["area_px"]) for row in table) for table in tables]
+    assert areas[0] == areas[1]
+    places = [sorted((row["centroid_y_px"], row["centroid_x_px"], row["touches_border"]) for row in table) for table in tables]
+    assert places[0] == places[1]
+
+
+def test_pictures_of_large_images_are_reduced(tmp_path, field, monkeypatch):
+    image = write(tmp_path / "a.tif", field, "AGP")
+    monkeypatch.setattr(infer, "PICTURE", 100)
+    monkeypatch.setattr(infer, "HALO", 70)
+    pictures = []
+    for block in (64, 2048):
+        out = tmp_path / str(block)
+        infer.main(Config(out=str(out), block=block, near=10), [str(image)])
+        pictures.append(np.ptp(imread(out / "a_overlay.png").astype(int), axis=2) > 60)      # where it is coloured
+    assert pictures[0].shape[0] * 100 == pictures[0].shape[1] * 80 and pictures[0].any()                # 80 x 100, enlarged to be seen
+    assert (pictures[0] == pictures[1]).mean() > 0.99                            # other ids, other colours, same lines
+
+
+def test_results_are_kept_unless_overwritten(tmp_path, field, capsys):
+    images = [write(tmp_path / f"{name}.tif", field, "AGP") for name in "ab"]
+    out = tmp_path / "out"
+    infer.main(Config(out=str(out)), [str(images[0])])
+    first = (out / "a_labels.tif").stat().st_mtime_ns
+    infer.main(Config(out=str(out)), [str(tmp_path)])
+    assert (out / "a_labels.tif").stat().st_mtime_ns == first and (out / "b_labels.tif").exists()
+    assert "1 of 2 images have their results" in capsys.readouterr().out
+    assert [row["image"] for row in rows(out / "summary.csv")] == ["a", "b"]
+    infer.main(Config(out=str(out), overwrite=True), [str(images[0])])
+    assert (out / "a_labels.tif").stat().st_mtime_ns > first
+
+
+def test_one_bad_file_among_many(tmp_path, field):
+    write(tmp_path / "a.tif", field, "AGP")
+    write(tmp_path / "c.tif", field, "RNA")
+    (tmp_path / "b.tif").write_bytes(b"")
+    code, out, err = run(tmp_path, f"out={tmp_path / 'out'}")
+    assert code == 1 and "2 images" in out
+    assert err.count("warning: ") == 1 and "b.tif" in err
+    assert err.strip().splitlines()[-1].startswith("error: 1 of 3 images could not be done:")
+    assert (tmp_path / "out" / "a_labels.tif").exists() and (tmp_path / "out" / "c_labels.tif").exists()
+    assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith((".", "b"))]
+
+
+def test_folders_globs_and_patterns(tmp_path):
+    for name in ("p1/x_w1.tif", "p1/x_w2.tif", "p2/deep/x_w1.png", "p1/x_w1_labels.tif", "p1/notes.txt", "p1/x_overlay.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = infer.find_images([str(tmp_path)], "*")
+    assert list(found.values()) == ["p1_x_w1", "p1_x_w2", "p2_deep_x_w1"]
+    assert list(infer.find_images([str(tmp_path)], "*_w1.*").values()) == ["p1_x_w1", "p2_deep_x_w1"]
+    assert list(infer.find_images([str(tmp_path / "p1" / "*_w?.tif")], "*").values()) == ["x_w1", "x_w2"]
+    with pytest.raises(ValueError, match="would both write x_w1_labels.tif"):
+        infer.find_images([str(tmp_path / "p1/x_w1.tif"), str(tmp_path / "p2/deep/x_w1.png")], "*")
+    for wrong in (["gone"], [str(tmp_path / "*.jpg")]):
+        with pytest.raises(FileNotFoundError):
+            infer.find_images(wrong, "*")
+
+
+def test_diameter_in_px_and_micrometres():
+    assert infer.parse_diameter("40", None, None) == 40 and infer.parse_diameter("12um", 0.5, None) == 24
+    assert infer.parse_diameter("12 µm", 0.5, None) == 24
+    with pytest.raises(ValueError, match="does not say how large a pixel is"):
+        infer.parse_diameter("12um", None, "a.tif")
+    with pytest.raises(ValueError, match="diameter=wide: expected px"):
+        Config(diameter="wide")
+
+
+def test_enlarged_cells_are_found_with_diameter(tmp_path, field):
+    """Cells three times as wide as in training: told so, or told to find out, the network finds them all the same."""
+    agp = field.pixels[field.channels.index("AGP")][:120, :150]
+    large, truth = np.kron(agp, np.ones((3, 3), np.uint16)), np.kron(field.labels[:120, :150], np.ones((3, 3), int))
+    tifffile.imwrite(tmp_path / "a.tif", large)
+    area = np.bincount(truth.ravel())[1:]
+    diameter = 2 * np.sqrt(np.median(area[area > 0]) / np.pi)
+    scores = {}
+    for given in (f"{diameter:.0f}", "auto"):
+        infer.main(Config(out=str(tmp_path / given), diameter=given), [str(tmp_path / "a.tif")])
+        found = data.read_labels(tmp_path / given / "a_labels.tif")
+        scores[given] = metrics.average_precision(truth, found, [0.5])[0]
+    assert min(scores.values()) > 0.3, scores
+
+
+def constant(tmp_path):
+    tifffile.imwrite(tmp_path / "x.tif", np.full((50, 60), 9, np.uint16))
+
+
+def test_a_constant_image_has_no_cells(tmp_path):
+    constant(tmp_path)
+    code, out, err = run(tmp_path / "x.tif", f"out={tmp_path / 'out'}")
+    assert code == 0 and tifffile.imread(tmp_path / "out/x_labels.tif").max() == 0
+    assert rows(tmp_path / "out/x_cells.csv") == [] and rows(tmp_path / "out/summary.csv")[0]["cells"] == "0"
+
+
+def test_every_mistake_is_one_line(tmp_path):
+    constant(tmp_path)
+    (tmp_path / "empty.tif").touch()
+    (tmp_path / "text.tif").write_text("this is no image\n" * 50)
+    tifffile.imwrite(tmp_path / "whole.tif", np.random.default_rng(0).integers(0, 999, (300, 300)).astype(np.uint16))
+    (tmp_path / "cut.tif").write_bytes((tmp_path / "whole.tif").read_bytes()[:50000])
+    tifffile.imwrite(tmp_path / "stack.tif", np.zeros((25, 40, 40), np.uint16), imagej=True, metadata={"axes": "ZYX"})
+    broken = np.ones((40, 40), np.float32)
+    broken[3, 4] = np.nan
+    tifffile.imwrite(tmp_path / "nan.tif", broken)
+    tifffile.imwrite(tmp_path / "five.tif", np.zeros((5, 40, 40), np.uint16), imagej=True, metadata={"axes": "CYX"})
+    (tmp_path / "a file").touch()
+    (tmp_path / "none.pt").write_text("no weights")
+    good = tmp_path / "x.tif"
+    for arguments, said in [
+            (["empty.tif"], "empty"), (["text.tif"], "text.tif"), (["cut.tif"], "cut.tif"),
+            (["stack.tif"], "plane=1..25"), (["nan.tif"], "NaN"), (["five.tif"], "channels="),
+            (["gone"], "gone: no such file or folder"), ([good, "out=a file/x"], "cannot write there"),
+            ([good, "weights=none.pt"], "none.pt: not a file of PyTorch weights"),
+            ([good, "weights=gone"], "no weights at"), ([good, "peak=2"], "peak=2: expected"),
+            ([good, "peka=0.3"], "unknown key 'peka', did you mean 'peak'?"),
+            ([good, "tile=60"], "tile=60: expected a multiple of the patch"),
+            ([good, "channels=3"], "no channel '3'"), ([good, "diameter=12um"], "does not say how large a pixel is")]:
+        code, out, err = run(*arguments, *(["out=o"] if not any("out=" in str(a) for a in arguments) else []), cwd=tmp_path)
+        last = err.strip().splitlines()
+        assert code == 1 and last[-1].startswith("error: ") and said in err, (arguments, err)
+        assert "Traceback" not in err and len(last) <= 2, err
+    left = [p for p in (tmp_path / "o").iterdir()] if (tmp_path / "o").exists() else []
+    assert left == []
+
+
+def test_help_comes_at_once_and_lists_the_keys():
+    code, out, err = run("--help")
+    assert code == 0 and "diameter=null" in out and "NAME_labels.tif" in out
+
+
+def test_no_arguments_segment_the_demo(tmp_path):
+    code, out, err = run(f"out={tmp_path}", cwd=tmp_path)
+    assert code == 0, err
+    demo = [p for p in os.listdir(ROOT / "demo") if p.endswith((".tif", ".png"))]
+    assert len(list(tmp_path.glob("*_labels.tif"))) == len(demo) >= 1
+    assert all(int(row["cells"]) > 5 for row in rows(tmp_path / "summary.csv"))

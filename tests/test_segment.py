@@ -1,0 +1,218 @@
+"""segment.py with a network that passes its input on: then tiles, blending, scale and blocks must not show at all."""
+import math
+from collections import Counter
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+import metrics
+import model
+import segment
+import watershed
+
+
+class PassOn(torch.nn.Module):
+    """Its distance map is the mean of the three channels it sees."""
+
+    def __init__(self, tile=64, diameter=16.0):
+        super().__init__()
+        self.settings = model.Settings(tile=tile, diameter=diameter, peak=0.5, fill=0.1, min_area=0)
+        self.backbone = torch.nn.Module()
+        self.backbone.patch = 8
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.sizes = Counter()
+
+    def autocast(self):
+        return nullcontext()
+
+    def forward(self, x):
+        self.sizes[tuple(x.shape)] += 1
+        return x.mean(1, keepdim=True) * self.weight
+
+
+def cones(seed, height, width, count, radius=8.0):
+    """Round cells in random places, as the image of their distances in [0, 1]."""
+    rng = np.random.default_rng(seed)
+    d = np.zeros((height, width), np.float32)
+    yx = np.stack((rng.uniform(0, height, count), rng.uniform(0, width, count)), 1)
+    for y, x in yx:
+        r = radius * rng.uniform(0.7, 1.3)
+        top, left = max(0, int(y - r)), max(0, int(x - r))
+        gy, gx = np.mgrid[top:min(height, int(y + r) + 2), left:min(width, int(x + r) + 2)]
+        window = d[top:gy[-1, 0] + 1, left:gx[0, -1] + 1]
+        np.maximum(window, 1 - np.hypot(gy - y, gx - x) / r, out=window)
+    return d.clip(0, 1)
+
+
+def same_cells(a, b):
+    """Equal up to the numbers of the cells."""
+    table = metrics.overlap(a, b)
+    return len(table.counts) == len(table.truth_ids) == len(table.pred_ids) and bool((table.ious == 1).all())
+
+
+UNIT = segment.UNIT[:1]
+
+
+@pytest.mark.parametrize("shape", [(1, 50), (7, 3), (64, 64), (65, 64), (63, 200), (150, 131)])
+def test_tiles_do_not_show(shape):
+    image = cones(0, *shape, count=1 + shape[0] * shape[1] // 300)
+    net = PassOn()
+    np.testing.assert_allclose(segment.distance_map(image, net, limits=UNIT), image, atol=1e-5)
+    assert {size[1:] for size in net.sizes} <= {(3, 64, 64)}                  # one static shape
+    labels = segment.segment(image, net, limits=UNIT)
+    assert labels.shape == shape and labels.dtype == np.int32
+    assert same_cells(labels, watershed.watershed(image, 0.5, 0.1))
+
+
+def test_blocks_do_not_show():
+    image = cones(1, 700, 900, 700)
+    whole = segment.segment(image, PassOn(), limits=UNIT)
+    for block, halo in ((128, 64), (200, 50), (333, 40)):
+        parts = segment.segment(image, PassOn(), limits=UNIT, block=block, halo=halo)
+        assert same_cells(whole, parts)
+        assert len(np.unique(parts)) - 1 == parts.max()                      # ids 1..n without gaps
+
+
+def test_every_cell_is_new_once_and_whole_in_that_view():
+    image = cones(2, 400, 500, 250)
+    whole = segment.segment(image, PassOn(), limits=UNIT)
+    area = np.bincount(whole.ravel())
+    met = {}
+    for block in segment.blocks(image, PassOn(), limits=UNIT, block=100, halo=40):
+        for local in block.new:
+            assert block.ids[local] not in met
+            met[block.ids[local]] = (block.local == local).sum()
+        assert block.distance.shape == block.labels.shape == (block.core[0].stop - block.core[0].start,
+                                                              block.core[1].stop - block.core[1].start)
+    assert sorted(met) == list(range(1, whole.max() + 1))
+    assert sorted(met.values()) == sorted(area[1:])
+
+
+def test_a_cell_larger_than_the_halo_keeps_one_id():
+    image = np.zeros((64, 600), np.float32)
+    image[20:40, 30:570] = 1
+    labels = segment.segment(image, PassOn(), limits=UNIT, block=100, halo=20)
+    np.testing.assert_array_equal(labels, image.astype(int))
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.37, 2.0, 1.6])
+def test_scale_gives_the_cells_back_at_full_size(scale):
+    image = cones(3, 300, 260, 60, radius=12)
+    expected = watershed.watershed(image, 0.5, 0.1)
+    labels = segment.segment(image, PassOn(), limits=UNIT, scale=scale)
+    assert labels.shape == image.shape
+    assert metrics.average_precision(expected, labels, [0.6])[0] > 0.9
+    in_blocks = segment.segment(image, PassOn(), limits=UNIT, scale=scale, block=90, halo=60)
+    assert metrics.average_precision(labels, in_blocks, [0.9])[0] >= 0.999
+
+
+def test_reducing_is_an_average_and_enlarging_is_bilinear():
+    """A fine checkerboard reduced four times is grey; a ramp enlarged stays a ramp."""
+    board = (np.indices((64, 64)).sum(0) % 2).astype(np.float32)[None]
+    small = segment._read(segment.as_source(board), UNIT, (16, 16), slice(0, 16))
+    assert small.shape == (3, 16, 16) and (small - 0.5).abs().max() < 0.05
+    ramp = np.tile(np.linspace(0, 1, 32, dtype=np.float32), (8, 1))[None]
+    large = segment._read(segment.as_source(ramp), UNIT, (8, 64), slice(2, 5))
+    expected = np.interp((np.arange(64) + 0.5) / 2 - 0.5, np.arange(32), ramp[0, 0])
+    np.testing.assert_allclose(large[1, 1].numpy(), expected, atol=1e-6)
+
+
+def test_starts_cover_the_axis_with_the_overlap_asked_for():
+    for length in range(1, 400, 7):
+        starts = segment._starts(length, 64, 16)
+        assert starts[0] == 0 and (length <= 64 or starts[-1] == length - 64)
+        assert all(0 < b - a <= 48 for a, b in zip(starts, starts[1:]))
+
+
+def test_reflection_continues_an_axis():
+    assert segment._reflect(3, 8).tolist() == [0, 1, 2, 1, 0, 1, 2, 1]
+    assert segment._reflect(1, 3).tolist() == [0, 0, 0]
+    for n in (2, 5, 9):
+        np.testing.assert_array_equal(segment._reflect(n, 30), np.pad(np.arange(n), (0, 30 - n), "reflect"))
+
+
+def test_flat_tiles_are_not_shown_to_the_network():
+    image = np.zeros((64, 640), np.float32)
+    image[:, :64] = cones(4, 64, 64, 4)
+    net = PassOn()
+    segment.segment(image, net, limits=UNIT, overlap=0)
+    assert sum(size[0] * n for size, n in net.sizes.items()) == 1
+    assert segment.segment(np.full((50, 40), 7, np.uint16), net).sum() == 0           # a constant image: no cells
+
+
+def test_border_cells_are_dropped_when_asked():
+    image = cones(5, 300, 300, 120)
+    kept = segment.segment(image, PassOn(), limits=UNIT, border="drop")
+    full = segment.segment(image, PassOn(), limits=UNIT)
+    edge = np.unique(np.concatenate((full[0], full[-1], full[:, 0], full[:, -1])))
+    expected = np.where(np.isin(full, edge), 0, full)
+    assert same_cells(kept, expected) and kept.max() < full.max()
+    assert same_cells(kept, segment.segment(image, PassOn(), limits=UNIT, border="drop", block=90, halo=40))
+
+
+def test_min_area_is_counted_in_px_of_the_image():
+    image = np.zeros((64, 64), np.float32)
+    image[4:8, 4:8] = image[20:40, 20:40] = 1                                # 16 and 400 px
+    for scale in (1.0, 2.0, 0.5):
+        assert segment.segment(image, PassOn(), limits=UNIT, scale=scale, min_area=100).max() == 1
+        assert segment.segment(image, PassOn(), limits=UNIT, scale=scale, min_area=0).max() == 2
+
+
+def test_diameter_is_found_from_the_image():
+    for radius in (5.0, 10.0, 24.0):
+        image = cones(6, 512, 512, int(0.15 * 512**2 / (math.pi * radius**2)), radius)
+        found = segment.find_diameter(image, PassOn(), UNIT)
+        area = np.bincount(watershed.watershed(image, 0.5, 0.1).ravel())[1:]
+        assert 0.7 < found / (2 * math.sqrt(np.median(area) / math.pi)) < 1.4
+    assert segment.find_diameter(np.zeros((99, 99), np.float32), PassOn(), UNIT) is None
+
+
+def test_scale_follows_the_diameter():
+    net = PassOn(diameter=16.0)
+    assert segment.scale_for(None, net) == 1 and segment.scale_for(32, net) == 0.5
+    assert segment.scale_for(16.3, net) == 1, "a few per cent are not worth resampling"
+    net.settings.diameter = None
+    with pytest.raises(ValueError, match="do not say how large"):
+        segment.scale_for(32, net)
+
+
+def test_memory_runs_out_and_the_batch_shrinks():
+    class Small(PassOn):
+        def forward(self, x):
+            if len(x) > 2:
+                raise torch.cuda.OutOfMemoryError("full")
+            return super().forward(x)
+
+    image = cones(7, 64, 600, 60)
+    net = Small()
+    np.testing.assert_allclose(segment.distance_map(image, net, limits=UNIT, batch=16), image, atol=1e-5)
+    assert max(size[0] for size in net.sizes) == 2
+
+
+def test_wrong_values_are_named():
+    image = np.zeros((9, 9), np.float32)
+    for options, said in [(dict(tile=60), "tile=60: expected a multiple of the patch, 8"),
+                          (dict(overlap=40), "overlap=40"), (dict(peak=2), "peak=2"), (dict(fill=0.6), "fill=0.6")]:
+        with pytest.raises(ValueError, match=said):
+            segment.segment(image, PassOn(), **options)
+    for bad in (np.zeros((2, 3, 4, 5)), np.zeros(4), np.array([["a"]]), np.zeros((0, 5))):
+        with pytest.raises(ValueError, match="expected"):
+            segment.segment(bad, PassOn())
+    with pytest.raises(ValueError, match="NaN"):
+        segment.segment(np.full((5, 5), np.nan), PassOn())
+
+
+def test_progress_and_clock():
+    seen, clock = [], Counter()
+    segment.segment(cones(8, 200, 100, 20), PassOn(), limits=UNIT, progress=seen.append, clock=clock)
+    assert seen == sorted(seen) and seen[-1] == 1
+    assert set(clock) == {"read", "network", "watershed"} and min(clock.values()) > 0
+
+
+def test_components_touching_only_at_block_corners_stay_apart():
+    image = np.kron(np.indices((6, 6)).sum(0) % 2, np.ones((20, 20))).astype(np.float32)
+    labels = segment.segment(image, PassOn(), limits=UNIT, block=40, halo=20)
+    assert same_cells(labels, ndimage.label(image)[0])

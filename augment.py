@@ -1,0 +1,642 @@
+"""Augmentation of labelled images, batched on their own device; `python augment.py` writes an augmented set.
+
+    python augment.py configs/augment.yaml [key=value ...]
+
+reads the images and labels in `data`, leaves them as they are, and writes `copies` augmented crops of each to
+output/images and output/labels (16-bit and label TIFF of the same name), with the configuration beside them.
+Crops that exist are kept, so that the same command goes on where it stopped.
+
+In training the images lie on the device, and nothing is decoded, resized or drawn per pixel on the CPU:
+
+    resident = Resident(entries, groups, device)        # entries: (name, (3, H, W) in [0, 1], labels (H, W))
+    numbers = np.arange(B) + step * B                   # numbers that no other sample of the run has
+    x, target, labels = sample(resident, resident.draw(seed, numbers), numbers, Augment(), 256, seed, cap=4)
+
+Every random value is a hash of (seed, number of the sample, its name): a sample does not depend on its batch,
+on ranks, workers or on what was drawn before. The few values per sample are drawn on the host, so the host
+knows which samples an operation touches, and never waits for a GPU; noise per pixel is drawn on the device.
+
+Letters: N images, B samples, k some of them, S side of a crop, C channels worked on: 1 for gray images, whose
+three channels are equal, noise included.
+"""
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+
+import runs
+
+Range = tuple[float, ...]                   # low, high
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Probabilities, each with the range of its strength, even in the logarithm (brightness: even)."""
+    scale: Range = (0.6, 1.67)              # factor on the size of cells, beyond the image's nominal scale
+    on_cell: float = 0.7                    # probability that a crop lies around a cell; else anywhere
+    flip: float = 0.5                       # of a mirror image
+    quarter: float = 1.0                    # of a turn by 0, 90, 180 or 270 degrees, which loses nothing
+    rotate: float = 0.5                     # of a turn by any angle instead
+    elastic: float = 0.3                    # of elastic jitter
+    elastic_px: Range = (0.5, 3.0)          # px of the crop, standard deviation of the displacement
+    negative: float = 0.04                  # of noise, texture or even ground, without cells, for the image
+    light: float = 0.3                      # of uneven light, a smooth field that multiplies
+    light_range: Range = (0.05, 0.35)       # standard deviation of the field's logarithm
+    blur: float = 0.2                       # of a Gaussian blur
+    blur_px: Range = (0.4, 2.0)             # px of the crop, its sigma
+    noise: float = 0.3                      # of Gaussian noise
+    noise_range: Range = (0.005, 0.1)       # its sigma; the image is in [0, 1]
+    shot: float = 0.3                       # of shot noise, which grows as the square root of intensity
+    shot_photons: Range = (20.0, 1000.0)    # photons at intensity 1
+    dim: float = 0.15                       # of so short an exposure that photons count, normalised again
+    dim_photons: Range = (1.5, 60.0)        # photons at intensity 1
+    invert: float = 0.2                     # of inverted polarity: dark cells on light become light on dark
+    contrast: float = 0.4                   # of a stretch around the image's mean
+    contrast_range: Range = (0.5, 1.6)      # its factor
+    brightness: float = 0.4                 # of an offset
+    brightness_range: Range = (-0.15, 0.15)  # in intensity
+    gamma: float = 0.3                      # of x ** gamma
+    gamma_range: Range = (0.6, 1.67)        # the exponent
+    shuffle: float = 0.2                    # of another order of the channels (colour images)
+    mix: float = 0.1                        # of channels that are weighted means of all (colour images)
+    gray: float = 0.2                       # of one such mean in all three channels (colour images)
+    drop: float = 0.05                      # of one or two black channels
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type == "float" and not 0 <= value <= 1:
+                raise ValueError(f"{f.name}={value:g}: expected a probability from 0 to 1")
+            if f.type == "Range" and not (len(value) == 2 and value[0] <= value[1]):
+                raise ValueError(f"{f.name}={list(value)}: expected two numbers, low and high")
+            if f.type == "Range" and f.name != "brightness_range" and value[0] <= 0:
+                raise ValueError(f"{f.name}={list(value)}: expected numbers above 0")
+
+    def still(self) -> Augment:
+        """The same without moving anything, for sets that this script has written."""
+        return replace(self, scale=(1.0, 1.0), on_cell=0.0, flip=0.0, quarter=0.0, rotate=0.0, elastic=0.0)
+
+
+@dataclass(frozen=True)
+class Config:
+    data: tuple[str, ...]                   # folders: NAME.tif and NAME_masks.tif, or images/ and labels/
+    output: str = "dat/augmented_training_data"    # folder for images/ and labels/
+    copies: int = 4                         # crops of each image
+    size: int = 256                         # px, their side
+    seed: int = 0                           # of everything random
+    diameter: float | None = None           # px, an image's median cell is scaled to this; null: as it is
+    overwrite: bool = False                 # make crops anew that exist
+    augment: Augment = field(default_factory=lambda: Augment(invert=0.0, negative=0.0))  # section, below
+
+    def __post_init__(self):
+        if not self.data or Path(self.output) in map(Path, self.data):
+            raise ValueError(f"data={list(self.data)}: expected folders other than output={self.output}")
+        if min(self.copies, self.size) < 1:
+            raise ValueError(f"copies={self.copies}, size={self.size}: expected 1 or more")
+        if self.diameter is not None and not self.diameter > 0:
+            raise ValueError(f"diameter={self.diameter:g}: expected more than 0 px")
+
+
+if __name__ == "__main__":                  # here, so that --help does not wait for torch
+    runs.script(f"{__doc__}\nSection augment, as augment.key=value:\n{runs.describe(Augment)}", Config,
+                lambda config, files: __import__("augment").main(config, files))
+
+import tifffile                             # noqa: E402
+import torch                                # noqa: E402
+import torch.nn.functional as F             # noqa: E402
+from scipy import ndimage                   # noqa: E402
+from scipy.special import ndtri             # noqa: E402
+from skimage.measure import label           # noqa: E402
+from torch import Tensor                    # noqa: E402
+from tqdm import tqdm                       # noqa: E402
+
+import data                                 # noqa: E402
+
+
+# ---------------------------------------------------------------------------------------------- random
+
+GOLDEN, FIRST, SECOND = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def scramble(z):
+    """splitmix64 (Steele et al., 2014), int64 arrays or tensors: products wrap, masks make shifts logical."""
+    z = z + GOLDEN
+    z = (z ^ (z >> 30 & (1 << 34) - 1)) * FIRST
+    z = (z ^ (z >> 27 & (1 << 37) - 1)) * SECOND
+    return z ^ (z >> 31 & (1 << 33) - 1)
+
+
+def hashed(text: str) -> int:
+    """64 bits, signed."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+class Draws:
+    """The random values of B samples, on the host, with the probabilities and ranges that they follow."""
+
+    def __init__(self, key: np.ndarray, config: Augment | None = None):
+        self.key, self.config = key, config                                  # (B,) int64
+
+    @classmethod
+    def of(cls, seed: int, numbers: np.ndarray, config: Augment | None = None) -> Draws:
+        return cls(scramble(scramble(np.array([seed], np.int64)) ^ np.asarray(numbers, np.int64)), config)
+
+    def at(self, rows: np.ndarray) -> Draws:
+        return Draws(self.key[rows], self.config)
+
+    def streams(self, name: str, channels: int = 1, length: int = 0) -> np.ndarray:
+        """(B, channels) int64 where sequences of hashes begin: the i-th is scramble(stream + i GOLDEN)."""
+        return scramble(self.key ^ hashed(name))[:, None] + GOLDEN * (length * np.arange(channels))
+
+    def uniform(self, name: str, *shape: int) -> np.ndarray:
+        """(B, *shape) in (0, 1)."""
+        bits = scramble(self.streams(name, math.prod(shape), 1))
+        return (((bits >> 12 & (1 << 52) - 1) + 0.5) * 2.0 ** -52).reshape(-1, *shape)
+
+    def happens(self, name: str) -> np.ndarray:
+        return self.uniform(f"{name} happens") < getattr(self.config, name)  # (B,) bool
+
+    def within(self, name: str, limits: Range | None = None) -> np.ndarray:
+        """(B,) in a range of the configuration; factors and widths are in (1, 2) as often as in (2, 4)."""
+        (low, high), u = limits or getattr(self.config, name), self.uniform(name)
+        return low * (high / low) ** u if low > 0 else low + (high - low) * u
+
+    def knots(self, name: str, strength: str, channels: int, n: int) -> np.ndarray:
+        """(B, channels, n, n) normal values for smooth(), each sample with its own standard deviation."""
+        return ndtri(self.uniform(name, channels, n, n)) * self.within(strength)[:, None, None, None]
+
+
+@functools.lru_cache
+def quantiles(device: torch.device) -> Tensor:
+    """65,536 equally likely values of the normal distribution."""
+    return torch.from_numpy(ndtri((np.arange(65536) + 0.5) / 65536)).float().to(device)
+
+
+def noise(streams: Tensor, size: int) -> Tensor:
+    """Standard normal values (k, C, S, S) for streams (k, C), on their device; 16 bits of a hash give one."""
+    steps = GOLDEN * torch.arange(-(-size ** 2 // 4), device=streams.device)
+    bits = scramble(streams[:, :, None] + steps).view(torch.int16)[..., :size ** 2]
+    values = quantiles(streams.device).index_select(0, bits.flatten().int() + 32768)
+    return values.view(*streams.shape, size, size)
+
+
+# -------------------------------------------------------------------------------------------- resident
+
+LEVELS = 4              # the image; a half, a quarter, an eighth of its side
+
+
+class Resident:
+    """N images of any size and their labels, on one device.
+
+    entries : (name, pixels (3, H, W) floats in [0, 1], labels (H, W) integers) each; may be a generator.
+    groups : one name per image; draw() takes every group equally often. None: all images are one group.
+    cap : px; None keeps the uncapped distance maps as well, which sample(cap=None) needs.
+    diameter : px, to which an image's median cell is scaled before the random factor. None: left as it is.
+
+    A pixel is one 64-bit word: three channels and the uncapped distance, 16 bits each, so that a camera's 16
+    bits survive and one gather brings all. Images of all sizes lie end to end, each with its reductions by 2,
+    4 and 8: a crop that shrinks samples the nearest of these, since bilinear sampling of the full image would
+    skip pixels and turn fine texture into grain. 14.6 bytes a pixel in all.
+    """
+
+    def __init__(self, entries: Iterable[tuple[str, np.ndarray, np.ndarray]], groups: list[str] | None = None,
+                 device: str | torch.device = "cpu", cap: float | None = 4.0, diameter: float | None = None):
+        words, labels, depths, centres, rows = [], [], [], [], []
+        for name, pixels, truth in entries:
+            if pixels.shape != (3, *truth.shape) or truth.dtype.kind not in "iu" or truth.size == 0:
+                raise ValueError(f"{name}: pixels {pixels.shape}, labels {truth.shape} {truth.dtype}; "
+                                 "expected (3, H, W) and integers (H, W)")
+            if not (pixels.min() >= 0 and pixels.max() <= 1):
+                raise ValueError(f"{name}: values {pixels.min():g} to {pixels.max():g}; expected 0 to 1")
+            ids = np.unique(np.append(truth, 0))                             # ground first
+            truth = np.searchsorted(ids, truth).astype(np.int32)             # 0..n
+            width, centre, depth = measure(truth, len(ids))
+            far = data.distance_map(truth) if cap is None else np.zeros(truth.shape, np.float32)
+            levels = pyramid(np.concatenate((pixels, far[None])))
+            rows.append((width, pixels.mean(), (pixels == pixels[0]).all(), pixels.any((1, 2)), len(ids) - 1,
+                         [level.shape[:2] for level in levels]))
+            words += [np.round(v * 65535 - 32768).astype(np.int16).view(np.int64).ravel() for v in levels]
+            labels.append(truth.ravel())
+            centres.append(centre)
+            depths.append(depth)
+        if not rows:
+            raise ValueError("no images to augment")
+        widths, self.mean, self.gray, self.alive, self.cells, self.shape = map(np.array, zip(*rows))
+        # (N,) intensity, (N,) channels are equal, (N, 3) channel is not black, (N,) count, (N, LEVELS, 2) px
+        self.word, self.label, self.cell = starts(words).reshape(-1, LEVELS), starts(labels), starts(depths)
+        self.centre = np.concatenate(centres)                              # (cells, 2) y, x px, ground first
+        self.scale = np.ones(len(rows))                                      # (N,) nominal
+        if diameter is not None:
+            self.scale[widths > 0] = diameter / widths[widths > 0]
+        seen = (widths * self.scale)[widths > 0]
+        self.diameter = float(np.median(seen)) if len(seen) else None        # px, a median cell in crops
+        self.words, self.labels, self.depth = (torch.from_numpy(np.concatenate(parts)).to(device)
+                                               for parts in (words, labels, depths))
+        self.group = np.unique(groups or ["all"] * len(rows), return_inverse=True)[1]        # (N,)
+        self.cap = cap
+
+    def __len__(self) -> int:
+        return len(self.scale)
+
+    def draw(self, seed: int, numbers: np.ndarray) -> np.ndarray:
+        """(B,) which image each sample shows: every group as often as the others, every image of it too."""
+        draws, count = Draws.of(seed, numbers), np.bincount(self.group)
+        group = (draws.uniform("group") * len(count)).astype(int)
+        place = (np.cumsum(count) - count)[group] + (draws.uniform("image") * count[group]).astype(int)
+        return np.argsort(self.group, kind="stable")[place]
+
+
+def measure(labels: np.ndarray, n: int) -> tuple[float, np.ndarray, np.ndarray]:
+    """Of labels 0..n-1: median diameter (px, of discs of that area; 0 without cells), centres (n, 2), and
+    largest distances to the own edge (n,), to half a px."""
+    flat = labels.ravel()
+    area = np.bincount(flat, minlength=n)
+    sums = [np.bincount(flat, at.ravel(), minlength=n) for at in np.indices(labels.shape)]
+    edge = np.zeros(labels.shape, bool)
+    for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        edge[a] |= labels[a] != labels[b]
+        edge[b] |= labels[a] != labels[b]
+    away = ndimage.distance_transform_edt(~edge) if edge.any() else np.full(edge.shape, np.hypot(*edge.shape))
+    depth = np.zeros(n, np.float32)
+    np.maximum.at(depth, flat, 1 + away.ravel().astype(np.float32))
+    width = math.sqrt(4 / math.pi * np.median(area[1:])) if n > 1 else 0.0
+    return width, np.stack(sums, 1) / np.maximum(area, 1)[:, None], depth
+
+
+def pyramid(planes: np.ndarray) -> list[np.ndarray]:
+    """(4, H, W) -> (H, W, 4), (H/2, W/2, 4), ...: means of 2 x 2 px, an odd last row or column twice."""
+    levels = [np.ascontiguousarray(planes.transpose(1, 2, 0), np.float32)]
+    while len(levels) < LEVELS:
+        v = np.pad(levels[-1], [(0, n % 2) for n in levels[-1].shape], "edge")
+        levels.append((v[::2, ::2] + v[1::2, ::2] + v[::2, 1::2] + v[1::2, 1::2]) / 4)
+    return levels
+
+
+def starts(parts: list[np.ndarray]) -> np.ndarray:
+    """Where each part begins when they lie end to end."""
+    return np.cumsum([0] + [len(part) for part in parts[:-1]])
+
+
+# ---------------------------------------------------------------------------------------------- sample
+
+@contextmanager
+def one_thread():
+    """sample() is many small operations, on a CPU a hundredth of the network's time; more threads than one
+    would wait for each other at each of them, for seconds where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
+def sample(resident: Resident, images: np.ndarray, numbers: np.ndarray, config: Augment, size: int, seed: int,
+           cap: float | None = 4.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Augmented crops of `images` (B,), as the samples `numbers` (B,) of the run.
+
+    Returns x (B, 3, S, S) in [0, 1], target (B, 1, S, S) distances in [0, 1], labels (B, S, S) int32 with
+    numbers 1..n of each image. Beyond its border an image is mirrored, and so are its labels.
+    """
+    if cap is None and resident.cap is not None:
+        raise ValueError("cap=null needs the uncapped distances: make Resident(..., cap=None)")
+    images, draws, device = np.asarray(images), Draws.of(seed, numbers, config), resident.words.device
+    scale, y, x = coordinates(resident, images, draws, size)
+    level = np.clip(np.round(-np.log2(scale)), 0, LEVELS - 1).astype(int)
+    negative = draws.happens("negative")
+    out = y.new_empty(len(images), 3, size, size)
+    far = y.new_empty(len(images), 1, size, size)
+    for C in (1, 3):
+        rows = np.flatnonzero(resident.gray[images] == (C == 1))
+        if len(rows):
+            here, some, index = images[rows], draws.at(rows), send(rows, device)
+            wanted = [*range(C)] + [3] * (cap is None)
+            planes = bilinear(resident, here, level[rows], y[index], x[index], wanted)
+            crop = touch(planes[:, :C], some, negative[rows], texture)       # (k, C, S, S)
+            crop = expose(crop, some, np.where(negative[rows], 0.5, resident.mean[here]))
+            out.index_copy_(0, index, recolour(crop, some, resident.alive[here, :C]))
+            far.index_copy_(0, index, planes[:, -1:])
+    labels = nearest(resident, images, y, x) * send(~negative, device)[:, None, None]
+
+    K = int(resident.cells[images].max()) + 1
+    cell = send(resident.cell[images], device)[:, None] + torch.arange(K, device=device)     # (B, K)
+    depth = resident.depth.take(cell.clamp(max=len(resident.depth) - 1)) * send(scale, device)[:, None]
+    if cap is None:
+        return out, per_cell(far * (labels > 0)[:, None], labels, torch.ones_like(depth)), labels
+    return out, per_cell(capped(labels, cap), labels, depth.clamp(max=cap)), labels
+
+
+def send(array: np.ndarray, device: torch.device) -> Tensor:
+    """A few values per sample to the device; floats as float32."""
+    array = np.ascontiguousarray(array, np.float32 if array.dtype.kind == "f" else None)
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def each(values: np.ndarray, like: Tensor) -> Tensor:
+    """(k,) or (k, C) to the device as (k, 1 or C, 1, 1)."""
+    return send(np.reshape(values, (len(values), -1, 1, 1)).astype(float), like.device)
+
+
+def touch(x: Tensor, draws: Draws, which: np.ndarray, change: Callable[[Tensor, Draws], Tensor]) -> Tensor:
+    """x, with change(x[rows], draws.at(rows)) written over those rows where `which` (B,) is true."""
+    rows = np.flatnonzero(which)
+    if len(rows):
+        index = send(rows, x.device)
+        x.index_copy_(0, index, change(x[index], draws.at(rows)))
+    return x
+
+
+# -------------------------------------------------------------------------------------------- geometry
+
+def coordinates(resident: Resident, images: np.ndarray, draws: Draws, size: int
+                ) -> tuple[np.ndarray, Tensor, Tensor]:
+    """scale (B,), px of crop per px of image; y, x (B, S, S), px, where each pixel looks in its image."""
+    device = resident.words.device
+    scale, extent = resident.scale[images], resident.shape[images, 0].astype(float)          # (B,), (B, 2) px
+    least = np.minimum(1, 0.8 * size / (scale * extent.min(1)))              # else a kaleidoscope of mirrors
+    scale = scale * np.maximum(draws.within("scale"), least)
+    quarter = np.floor(4 * draws.uniform("quarter")) / 4 * draws.happens("quarter")
+    turn = 2 * np.pi * np.where(draws.happens("rotate"), draws.uniform("angle"), quarter)
+    mirror = np.where(draws.happens("flip"), -1, 1)
+    cos, sin = (np.round(f(turn), 12) / scale for f in (np.cos, np.sin))     # quarters stay on the grid
+    matrix = np.stack((cos, -sin * mirror, sin, cos * mirror), 1).reshape(-1, 2, 2)          # (B, 2, 2)
+
+    half = np.minimum(size / scale[:, None], extent) / 2                     # keeps within large images
+    centre = half + draws.uniform("centre", 2) * (extent - 2 * half)
+    cell = resident.cell[images] + 1 + (draws.uniform("cell") * resident.cells[images]).astype(int)
+    beside = (draws.uniform("beside", 2) - 0.5) * 0.8 * size / scale[:, None]
+    beside += resident.centre[np.minimum(cell, len(resident.centre) - 1)] + 0.5
+    on_cell = draws.happens("on_cell") & (resident.cells[images] > 0)
+    centre = np.where(on_cell[:, None], np.clip(beside, half, extent - half), centre)        # (B, 2) px
+    centre = np.round(centre - size / 2) + (size - 1) / 2                    # what is not turned is copied
+
+    at = send(np.arange(size) - (size - 1) / 2, device)                      # (S,)
+    down, right = (send(matrix[:, :, i], device)[:, :, None] * at for i in (0, 1))           # (B, 2, S)
+    down = down + send(centre, device)[:, :, None]
+    yx = [down[:, i, :, None] + right[:, i, None, :] for i in (0, 1)]        # (B, S, S) each
+    rows = np.flatnonzero(draws.happens("elastic"))
+    if len(rows):
+        knots = draws.at(rows).knots("elastic", "elastic_px", 2, 2 + size // 32)
+        shift = smooth(send(np.einsum("kij,kjyx->kiyx", matrix[rows], knots), device), size)
+        for i in (0, 1):
+            yx[i].index_add_(0, send(rows, device), shift[:, i])
+    return scale, *(mirrored(yx[i], send(extent[:, i], device)[:, None, None]) for i in (0, 1))
+
+
+def mirrored(c: Tensor, extent: Tensor) -> Tensor:
+    """Coordinates folded into 0..extent-1, as often as needed: ... 1 0 1 2 1 0 ... for an extent of 3."""
+    c = torch.remainder(c, 2 * (extent - 1).clamp(min=1))
+    return torch.minimum(c, (2 * (extent - 1) - c).clamp(min=0)).minimum(extent - 1)
+
+
+def smooth(knots: Tensor, size: int) -> Tensor:
+    """(k, C, n, n) -> (k, C, S, S): cubic, which is dear, up to a quarter of the size, linear from there."""
+    quarter = max(knots.shape[-1], -(-size // 4))
+    knots = F.interpolate(knots, size=(quarter, quarter), mode="bicubic")
+    return F.interpolate(knots, size=(size, size), mode="bilinear")
+
+
+def nearest(resident: Resident, images: np.ndarray, y: Tensor, x: Tensor) -> Tensor:
+    """Labels (B, S, S) int32 at y, x."""
+    start, width = (send(v, y.device)[:, None, None]
+                    for v in (resident.label[images], resident.shape[images, 0, 1]))
+    index = start + y.round().long() * width + x.round().long()
+    return resident.labels.index_select(0, index.flatten()).view(index.shape)
+
+
+def bilinear(resident: Resident, images: np.ndarray, level: np.ndarray, y: Tensor, x: Tensor,
+             planes: list[int]) -> Tensor:
+    """Planes of the words (k, C, S, S) in [0, 1], at y, x (k, S, S) of the full images, from levels (k,)."""
+    start, height, width, factor = (send(v, y.device)[:, None, None] for v in (
+        resident.word[images, level], *resident.shape[images, level].T, 0.5 ** level))
+    y = ((y + 0.5) * factor - 0.5).clamp(min=0).minimum(height - 1)
+    x = ((x + 0.5) * factor - 0.5).clamp(min=0).minimum(width - 1)
+    top, left = y.floor(), x.floor()
+    corner = start + top.long() * width + left.long()
+    below, beside = (top < height - 1) * width, (left < width - 1).long()    # the last row and column: none
+
+    def look(index: Tensor) -> Tensor:
+        bits = resident.words.index_select(0, index.flatten()).view(torch.int16).view(*index.shape, 4)
+        return torch.stack([bits[..., plane].float() for plane in planes], 1)                # (k, C, S, S)
+
+    down, right = (y - top)[:, None], (x - left)[:, None]
+    upper, lower = look(corner), look(corner + below)
+    upper = upper + right * (look(corner + beside) - upper)
+    lower = lower + right * (look(corner + below + beside) - lower)
+    return (upper + down * (lower - upper) + 32768) / 65535
+
+
+# ------------------------------------------------------------------------------------------- intensity
+
+def expose(x: Tensor, draws: Draws, mean: np.ndarray) -> Tensor:
+    """x (k, C, S, S) in [0, 1], written over, through light, optics, camera, display; mean (k,) of images."""
+    x = touch(x, draws, draws.happens("light"), light)
+    x = touch(x, draws, draws.happens("blur"), blur)
+    x = touch(x, draws, draws.happens("noise") | draws.happens("shot"), grain).clamp_(0, 1)
+    x = touch(x, draws, draws.happens("dim"), dim)
+    invert = draws.happens("invert")                                         # then contrast around the mean
+    factor = np.where(draws.happens("contrast"), draws.within("contrast_range"), 1)
+    offset = draws.within("brightness_range") * draws.happens("brightness")
+    offset += invert * factor + np.where(invert, 1 - mean, mean) * (1 - factor)
+    x = x.mul_(each(np.where(invert, -factor, factor), x)).add_(each(offset, x)).clamp_(0, 1)
+    return touch(x, draws, draws.happens("gamma"), gamma)
+
+
+def light(x: Tensor, draws: Draws) -> Tensor:
+    knots = draws.knots("light", "light_range", 1, 4)
+    knots = np.exp(knots - knots.max((2, 3), keepdims=True))                 # up to 1: nothing is overexposed
+    return (x * smooth(send(knots, x.device), x.shape[-1])).clamp(0, 1)
+
+
+def blur(x: Tensor, draws: Draws) -> Tensor:
+    """Separable Gaussian, edges repeated; cut at 3 times the largest sigma there is, for all alike."""
+    radius = math.ceil(3 * draws.config.blur_px[1])
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / draws.within("blur_px")[:, None]) ** 2)
+    weights /= weights.sum(1, keepdims=True)                                 # (k, 2 radius + 1)
+    for axis, pad in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
+        wide, size = F.pad(x, pad, mode="replicate"), x.shape[axis]
+        x = sum(each(weights[:, i], x) * wide.narrow(axis, i, size) for i in range(2 * radius + 1))
+    return x
+
+
+def grain(x: Tensor, draws: Draws) -> Tensor:
+    """Gaussian and shot noise: of variance sigma^2 + x / photons."""
+    even = draws.within("noise_range") ** 2 * draws.happens("noise")
+    shot = draws.happens("shot") / draws.within("shot_photons")
+    return x + (x * each(shot, x) + each(even, x)).sqrt() * fresh("noise", draws, x)
+
+
+def dim(x: Tensor, draws: Draws) -> Tensor:
+    counts = x * each(draws.within("dim_photons"), x)
+    return stretch((counts + counts.sqrt() * fresh("dim", draws, x)).round().clamp(min=0), least=1)
+
+
+def gamma(x: Tensor, draws: Draws) -> Tensor:
+    """x ** gamma as exp(gamma log x): pow() rounds differently where a batch ends."""
+    return (x.clamp(min=1e-6).log() * each(draws.within("gamma_range"), x)).exp()
+
+
+def fresh(name: str, draws: Draws, like: Tensor) -> Tensor:
+    """Standard normal noise (k, C, S, S)."""
+    return noise(send(draws.streams(name, like.shape[1], like[0, 0].numel()), like.device), like.shape[-1])
+
+
+def stretch(x: Tensor, least: float) -> Tensor:
+    """Percentiles 1 and 99.8 of each channel (k, C, S, S), as every 16th pixel shows them, become 0 and 1.
+
+    least : the smallest span that is stretched, so that nothing does not become something.
+    """
+    few = x[:, :, ::4, ::4].flatten(2).sort(-1).values
+    low, high = (few[..., round(q * (few.shape[-1] - 1)), None, None] for q in (0.01, 0.998))
+    return ((x - low) / (high - low).clamp(min=least)).clamp(0, 1)
+
+
+def texture(x: Tensor, draws: Draws) -> Tensor:
+    """Fields without cells for x (k, C, S, S): noise and smooth structure of several widths on some gray."""
+    weights = draws.uniform("octaves", 6) ** 4                               # one or two of them stand out
+    weights /= np.sqrt((weights ** 2).sum(1, keepdims=True))
+    x = torch.zeros_like(x)
+    size, spread = x.shape[-1], draws.within("spread", (0.003, 0.3))
+    for octave in range(6):                                                  # knots every 1, 2, 4 ... 32 px
+        knots = fresh(f"octave {octave}", draws, x[..., ::2 ** octave, ::2 ** octave])
+        if octave:
+            knots = F.interpolate(knots, size=(size, size), mode="bicubic")
+        x += each(weights[:, octave] * spread, x) * knots
+    x = (x + each(draws.uniform("level"), x)).clamp(0, 1)
+    return touch(x, draws, draws.uniform("stretch") < 0.6, lambda v, _: stretch(v, least=1e-3))
+
+
+def recolour(x: Tensor, draws: Draws, alive: np.ndarray) -> Tensor:
+    """(k, C, S, S) -> (k, 3, S, S), every new channel a weighted mean of the old ones.
+
+    alive : (k, C), false for black channels, which stay black and would only darken means.
+    """
+    weights = draws.uniform("weights", 3, 3)[..., :x.shape[1]] * alive[:, None]
+    weights /= np.maximum(weights.sum(2, keepdims=True), 1e-9)               # (k, 3, C) what new takes of old
+    order = np.argsort(draws.uniform("order", 3), 1)
+    order = np.where(draws.happens("shuffle")[:, None], order, np.arange(3))
+    matrix = np.eye(3)[order] * alive[:, None] if x.shape[1] == 3 else weights
+    matrix = np.where(draws.happens("mix")[:, None, None], weights, matrix)
+    matrix = np.where(draws.happens("gray")[:, None, None], weights[:, :1], matrix)
+    luck = draws.uniform("drop", 3) * matrix.any(2)                          # the luckiest is never dropped
+    lucky = (luck > 0.5) & (luck > luck.min(1, keepdims=True)) | (luck == luck.max(1, keepdims=True))
+    matrix = matrix * (lucky | ~draws.happens("drop")[:, None])[:, :, None]
+    return sum(each(matrix[:, :, c], x) * x[:, c:c + 1] for c in range(x.shape[1]))
+
+
+# ------------------------------------------------------------------------------------------- distances
+
+def capped(labels: Tensor, cap: float) -> Tensor:
+    """min(d, cap), (B, 1, S, S) px, with d from a pixel of a cell in labels (B, S, S) to the nearest outside.
+
+    Exact, in two passes over the distances k below the cap: in each column, to the nearest other label; then
+    along the row, k^2 + what the pixel k columns away says if it is of the same cell, else k^2. The border of
+    the crop is no edge.
+    """
+    reach = math.ceil(cap)
+    kind = torch.uint8 if reach <= 11 else torch.int16 if reach <= 127 else torch.int32      # for 2 reach^2
+    column = torch.full_like(labels, reach ** 2, dtype=kind)
+    for k in range(reach - 1, 0, -1):                                        # nearer ones overwrite
+        other = labels[:, k:] != labels[:, :-k]
+        column[:, k:].masked_fill_(other, k * k)
+        column[:, :-k].masked_fill_(other, k * k)
+    square = column.clone()
+    for k in range(1, reach):
+        same = (labels[:, :, k:] == labels[:, :, :-k]).to(kind)
+        for here, there in ((square[:, :, :-k], column[:, :, k:]), (square[:, :, k:], column[:, :, :-k])):
+            torch.minimum(here, same * there + k * k, out=here)
+    return (square.float().sqrt().clamp(max=cap) * (labels > 0))[:, None]
+
+
+def per_cell(d: Tensor, labels: Tensor, whole: Tensor) -> Tensor:
+    """d (B, 1, S, S) over its maximum in each cell: with capped(), data.distance_map of these labels.
+
+    But cells that the crop cuts are divided by no less than their maximum in the whole image, whole (B, K):
+    else the rim of a large cell, all that is left of it, would pass for the heart of a small one.
+    """
+    B, K = whole.shape
+    cell = labels + K * torch.arange(B, device=labels.device)[:, None, None]                 # (B, S, S)
+    highest = d.new_zeros(B * K).scatter_reduce_(0, cell.flatten(), d.flatten(), "amax")
+    cut = torch.zeros_like(highest, dtype=torch.bool)
+    for rim in (cell[:, 0], cell[:, -1], cell[:, :, 0], cell[:, :, -1]):
+        cut.index_fill_(0, rim.flatten(), True)
+    highest = torch.where(cut, torch.maximum(highest, whole.flatten()), highest).clamp(min=1e-6)
+    return d / highest.index_select(0, cell.flatten()).view(d.shape)
+
+
+# --------------------------------------------------------------------------------------- augmented sets
+
+LABELS = ("_masks", "_labels", "_cells", "_nuclei")
+SUFFIXES = (".tif", ".tiff", ".png", ".npy")
+PIECE = 5               # px, smaller pieces that cutting and turning leave of a cell are dropped
+
+
+def main(config: Config, files: list[str]) -> None:
+    if files:
+        raise ValueError(f"{files[0]}: augment.py takes a configuration and key=value; give data={files[0]}")
+    pairs = find_pairs([Path(folder) for folder in config.data])
+    output = Path(config.output)
+    record = output / "config.yaml"
+    same = dict(data=("any",), output="", copies=1, overwrite=False)         # these change no crop
+    if record.exists() and not config.overwrite and (
+            replace(runs.load(type(config), record), **same) != replace(config, **same)):
+        raise ValueError(f"{record}: its crops were made otherwise; give another output or overwrite=true")
+    for name in ("images", "labels"):
+        (output / name).mkdir(parents=True, exist_ok=True)
+    runs.write_text(record, runs.to_yaml(config))
+    made = 0
+    for stem, (image, truth) in tqdm(pairs.items(), unit="image"):
+        names = [f"{stem}_crop{copy:03d}" for copy in range(config.copies)]
+        names = [n for n in names if config.overwrite or not (output / "images" / f"{n}.tif").exists()]
+        if not names:
+            continue
+        pixels = data.read_image(image).pixels
+        pixels = data.to_rgb(data.normalise(pixels, data.percentiles(pixels)))
+        resident = Resident([(str(image), pixels, data.read_labels(truth))], diameter=config.diameter)
+        for name in names:                                     # its name is its number: sets may grow later
+            x, _, labels = sample(resident, [0], [hashed(name)], config.augment, config.size, config.seed)
+            pieces = label(labels[0].numpy(), connectivity=1)  # what is cut or mirrored falls apart
+            keep = (np.bincount(pieces.ravel()) >= PIECE) & (np.arange(pieces.max() + 1) > 0)
+            data.write_labels(output / "labels" / f"{name}.tif", (keep * keep.cumsum())[pieces])
+            write_image(output / "images" / f"{name}.tif", x[0].numpy())     # last: says that both are there
+        made += len(names)
+    print(f"{output}: {made} crops made, {config.copies * len(pairs) - made} were there")
+
+
+def find_pairs(folders: list[Path]) -> dict[str, tuple[Path, Path]]:
+    """{NAME: (image, labels)} for NAME.tif with NAME_masks.png, or images/NAME.tif with labels/NAME.png."""
+    pairs: dict[str, tuple[Path, Path]] = {}
+    for folder in folders:
+        apart = (folder / "images").is_dir() and (folder / "labels").is_dir()
+        places, ends = ("images", "labels") if apart else (".", "."), ("",) if apart else LABELS
+        images, truths = ({p.stem: p for p in sorted((folder / place).iterdir())
+                           if p.suffix.lower() in SUFFIXES} for place in places)
+        found = [(images[stem], truths[stem + e]) for stem in images for e in ends if stem + e in truths]
+        if not found:
+            raise ValueError(f"{folder}: no image with labels; expected NAME.tif and NAME_masks.tif, or "
+                             "images/ and labels/")
+        for image, truth in found:
+            if image.stem in pairs:
+                raise ValueError(f"{truth}: a second pair named {image.stem}, beside {pairs[image.stem][1]}; "
+                                 "names must differ")
+            pairs[image.stem] = image, truth
+    return pairs
+
+
+def write_image(path: Path, pixels: np.ndarray) -> None:
+    """(3, H, W) in [0, 1] as 16-bit TIFF, whole or not at all; one channel where all are equal."""
+    pixels = np.round(pixels * 65535).astype(np.uint16)
+    gray = (pixels == pixels[0]).all()
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    tifffile.imwrite(beside, pixels[0] if gray else pixels, photometric="minisblack", compression="zlib",
+                     metadata={"axes": "YX" if gray else "CYX"})
+    os.replace(beside, path)

@@ -1,626 +1,283 @@
-"""Files <-> arrays, and the distance map that the network learns.
+"""Labelled sets: groups that stay together, splits, converter, checks. Readers: readers.py, files: images.py.
 
-    image = read_image("well_A1.tif", channels=["DAPI", "actin"])    # .pixels (C, H, W), .pixel_size in µm
-    with open_image("slide.tif") as source:                          # lazy: memory of the region asked for
-        limits = percentiles(source)                                 # (C, 2), over the whole image
-        block = to_rgb(normalise(source.region(0, 512, 0, 512), limits))
-    write_labels("well_A1_labels.tif", labels)
+    held = hold_out(examples("cells"), share=0.1, seed=0)
 
-Reads TIFF (ImageJ, OME, BigTIFF, tiled, 1 to 64 bits, float), PNG, JPEG and .npy, in the file's own dtype and
-native byte order. Channels, planes and time points are counted from 1, as ImageJ does.
-
-What the axes of a file mean is taken from the file and never guessed. C and samples (RGB) are channels. Z and
-T must be chosen where they are longer than 1. Pages that no metadata explains are an error, unless plane=
-says that they are a stack or channels= that they are channels. A 3-D .npy is (C, H, W), or (H, W, C) if only
-its last axis is 4 or less. Alpha is dropped with a notice. A palette becomes RGB, but ImageJ's lookup tables
-only colour the screen: there the stored values stay. MinIsWhite is not inverted, the orientation in a JPEG's
-EXIF is not applied: pixels as stored.
+    python data.py convert SRC DST             any layout below -> NAME.tif and NAME_masks.tif; resumes
+    python data.py split SRC by=donor fractions=0.6,0.2,0.2 [out=DIR]
+                                               SRC/split.tsv; with out= DIR/split.tsv, and images converted
+                                               in DIR/train, DIR/validation, DIR/test
+    python data.py check DIR [DIR ...]         counts, and what is wrong in and between them: exit code 1
 """
 from __future__ import annotations
 
-import difflib
-import itertools
-import logging
-import lzma
-import math
-import os
-import struct
-import warnings
-import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import csv
+import hashlib
+import io
+import re
+import sys
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
-from xml.etree import ElementTree
+from typing import Any, Literal
 
 import numpy as np
-import PIL.Image
 import tifffile
-from scipy import ndimage
 
-TIFF, NPY, PNG_JPEG = (".tif", ".tiff", ".btf"), (".npy",), (".png", ".jpg", ".jpeg")
-CACHE = 256 << 20                       # bytes of decoded tiles or strips that an open image keeps
-BAND = 1 << 22                          # pixels of a channel that percentiles() looks at together
-CALIBRATED = 20.0                       # µm; a larger pixel in resolution tags is a printer's: 1200 dpi is 21
-DEEP = 64                               # px, see distance_map; sums of two squares must fit int16
-MICROMETRES = {"µm": 1.0, "μm": 1.0, "\\u00b5m": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "nm": 1e-3,
-               "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25400.0, "in": 25400.0}
-# What decoders let out when bytes are wrong or missing.
-DAMAGE = (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, AssertionError, AttributeError,
-          OSError, SyntaxError, ImportError, struct.error, zlib.error, lzma.LZMAError, tifffile.TiffFileError)
+import readers
+from images import (Image, Source, distance_map, normalise, open_image, percentiles, read_image,  # noqa: F401
+                    read_labels, replacing, to_rgb, write_label_tiles, write_labels)   # data.read_image and the like
+from readers import TILE, Example, examples, regex, unread
 
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)           # damage is our one line; it would add many
-PIL.Image.MAX_IMAGE_PIXELS = None                                  # a slide is no decompression bomb
+# ------------------------------------------------------------------------------------------ groups and splits
 
-Read = Callable[[Sequence[int], slice, slice], np.ndarray]         # channels from 0, rows, columns: (C, h, w)
-Index = Callable[[str, Sequence[int]], tuple[str, tuple[int | slice, ...]]]      # see _index
+DONOR = r"(?i)(?:donor|patient|subject|case)[-_ ]?([a-z0-9]+)"
+MOMENT = re.compile(r"(?i)[-_. ]?\d+d\d+h\d+m.*")                  # LIVECell's 01d04h00m_2: time and quarter
+FRAME = re.compile(r"(?i)(?<![a-z0-9])(?:t|tp|time|frame|copy|crop)[-_]?\d+(?=xy|[^a-z0-9]|$)")
+FIELD = re.compile(r"(?i)(?<![a-z0-9])(r\d+c\d+|[a-p]\d\d?)(?:[-_]?(?:s|f|site|field)[-_]?|[-_])\d+(?:p\d+)?"
+                   r"(?![a-z0-9])")                                # of a well
 
 
-class Image(NamedTuple):
-    """What read_image returns."""
-    pixels: np.ndarray                                             # (C, H, W) in the file's dtype
-    channels: tuple[str, ...] | None                               # names
-    pixel_size: float | None                                       # µm
+def group_of(name: str) -> str:
+    """What must not be on two sides: a time-lapse, a well, a slide, copies of an image; else the name itself.
 
-
-# ------------------------------------------------------------------------------------------------------- open
-
-def read_image(path: str | Path, channels: Sequence[int | str] | None = None, plane: int | None = None,
-               time: int | None = None) -> Image:
-    """A whole image; arguments as for open_image, whose notices become warnings here."""
-    with open_image(path, channels, plane, time) as source:
-        _, H, W = source.shape
-        image = Image(source.region(0, H, 0, W), source.channels, source.pixel_size)
-    for notice in source.notices:
-        warnings.warn(f"{path}: {notice}", stacklevel=2)
-    return image
-
-
-def open_image(path: str | Path, channels: Sequence[int | str] | None = None, plane: int | None = None,
-               time: int | None = None) -> Source:
-    """Open an image without decoding it (PNG and JPEG are decoded now and kept).
-
-    channels : numbers from 1 or names in any case, in the order wanted; None for all.
-    plane, time : which of a stack's Z planes and time points, from 1.
+    trpL_t09 -> trpL, 01/t012 -> 01, A172_Phase_C7_1_00d04h00m_2 -> A172_Phase_C7, nf1_F7_2 -> nf1_F7,
+    jump_r01c01f03 -> jump_r01c01, slide3_b0c0x0 -> slide3, hela_copy007 -> hela. Bare numbers say nothing:
+    Usiigaci's set46 and set47 are unrelated, but set23, set37 and set40 one place. Nor do DSB2018's hashes.
     """
-    path = Path(path)
-    with open(path, "rb") as file:                                 # the system says if missing, a folder, ...
-        if not file.read(1):
-            raise ValueError(f"{path}: an empty file, 0 bytes; copy or export it again")
-    for suffixes, opener in ((TIFF, _open_tiff), (NPY, _open_npy), (PNG_JPEG, _open_png_jpeg)):
-        if path.suffix.lower() in suffixes:
-            with ExitStack() as files:
-                stored = opener(path, partial(_index, path, plane, time, channels is not None), files)
-                source = Source(path, channels, **stored)
-                source.close = files.pop_all().close
-                return source
-    raise ValueError(f"{path}: unknown suffix '{path.suffix}', expected {' '.join(TIFF + NPY + PNG_JPEG)}; "
-                     f"save the image as TIFF")
+    tile = TILE.search(name)
+    name = name[:tile.start()] if tile else name
+    name = FIELD.sub(r"\1", FRAME.sub("", MOMENT.sub("", name)))
+    return re.sub(r"([-_. ])[-_. ]+", r"\1", name).rstrip("-_. /")
 
 
-class Source:
-    """An open image: path, shape (C, H, W), dtype, channels, pixel_size (µm) and notices; not thread-safe."""
-
-    close: Callable[[], None]
-
-    def __init__(self, path: Path, channels: Sequence[int | str] | None, read: Read,
-                 shape: tuple[int, int, int], dtype: np.dtype, names: Sequence[str] | None = None,
-                 pixel_size: float | None = None, notices: Sequence[str] = (), alpha: bool = False):
-        """shape counts all channels that read() gives; the last one of them may be alpha."""
-        if 0 in shape or dtype.kind not in "buif" or dtype.itemsize > 8:
-            raise ValueError(f"{path}: pixels of {dtype}, (C, H, W) = {shape}; expected at least one pixel, "
-                             f"integers or floats of at most 64 bits")
-        names = tuple(names) if names and len(names) == shape[0] else None
-        self._picked, self._read = _pick_channels(path, channels, shape[0] - alpha, names or ()), read
-        self._alpha = [shape[0] - 1] if alpha else []
-        self.path, self.shape = path, (len(self._picked), *shape[1:])
-        self.dtype = np.dtype(np.uint8) if dtype.kind == "b" else dtype.newbyteorder("=")
-        self.channels = names and tuple(names[i] for i in self._picked)
-        self.pixel_size = pixel_size
-        self.notices = (*notices, "alpha channel dropped") if alpha else tuple(notices)
-
-    def region(self, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
-        """(C, y1 - y0, x1 - x0), a copy in native byte order; decodes only tiles or strips that overlap."""
-        _, H, W = self.shape
-        if not (0 <= y0 < y1 <= H and 0 <= x0 < x1 <= W):
-            raise ValueError(f"{self.path}: no region {y0}:{y1}, {x0}:{x1} in an image of {H} x {W} px")
-        pixels = self._read(self._picked + self._alpha, slice(y0, y1), slice(x0, x1))
-        pixels = pixels.astype(self.dtype, copy=False)
-        if self._alpha:
-            opaque = 1 if self.dtype.kind == "f" else np.iinfo(self.dtype).max
-            if (pixels[-1] != opaque).any():
-                self.notices = (*self.notices[:-1], "alpha channel dropped, though it was not opaque")
-            pixels = pixels[:-1]
-        if self.dtype.kind == "f" and not (finite := np.isfinite(pixels)).all():
-            raise ValueError(f"{self.path}: {finite.size - finite.sum()} of {finite.size} values in rows "
-                             f"{y0}..{y1 - 1} are NaN or infinite; replace them (numpy.nan_to_num), save it")
-        return pixels
-
-    def __enter__(self) -> Source:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+def donor_of(name: str, pattern: str | None = None) -> str:
+    """What the group of a regular expression finds; by default what follows donor, patient, subject, case."""
+    expression = regex("pattern", pattern or DONOR)
+    found = expression.search(name)
+    if expression.groups != 1 or not found or not found[1]:
+        raise ValueError(f"no donor in the name {name}; give pattern=REGEX with one group around it, such as "
+                         f"'^([^_]+)_' for 1234_tile7")
+    return found[1]
 
 
-def _pick_channels(path: Path, channels: Sequence[int | str] | None, count: int,
-                   names: Sequence[str]) -> list[int]:
-    """Channel numbers from 0 for what the user wrote."""
-    if channels is None:
-        return list(range(count))
-    known, picked = [name.lower() for name in names], []
-    if isinstance(channels, (int, str)):
-        channels = str(channels).split(",")
-    for wanted in channels:
-        text = str(wanted).strip().lower()
-        if text in known:
-            picked.append(known.index(text))
-        elif text.isdigit() and 1 <= int(text) <= count:
-            picked.append(int(text) - 1)
-        else:
-            near = difflib.get_close_matches(text, known, 1)
-            hint = f", did you mean '{names[known.index(near[0])]}'" if near else ""
-            raise ValueError(f"{path}: no channel '{wanted}'{hint}; expected 1..{count}, counted from 1"
-                             + (f", or {', '.join(names)}" if names else ""))
-    if not picked:
-        raise ValueError(f"{path}: channels= is empty, expected numbers in 1..{count}")
-    return picked
+def hold_out(examples: list[Example], share: float, seed: int) -> list[Example]:
+    """Whole groups (group_of) of about this share of the images, at least one, never all; by names and seed.
 
-
-def _index(path: Path, plane: int | None, time: int | None, by_channel: bool,
-           axes: str, shape: Sequence[int]) -> tuple[str, tuple[int | slice, ...]]:
-    """The axes to keep, of C, S(amples), Y, X, and an index that takes the user's plane of all others."""
-    letters, index, missing = list(axes), [], []
-    unknown = [i for i, (a, n) in enumerate(zip(axes, shape)) if a not in "CSYXZT" and n > 1]
-    if len(unknown) == 1 and plane is not None and "Z" not in axes:
-        letters[unknown.pop()] = "Z"
-    elif len(unknown) == 1 and by_channel and not {"C", "S"} & set(axes):
-        letters[unknown.pop()] = "C"
-    if unknown:
-        n = " x ".join(str(shape[i]) for i in unknown)
-        raise ValueError(f"{path}: {n} pages and no word on what they are (axes {axes}); " + (
-            f"plane=1..{n} takes one, channels=1,2 takes them as channels" if len(unknown) == 1
-            else "save it with named axes, as ImageJ or OME-TIFF"))
-    for letter, n in zip(letters, shape):
-        key, given = {"Z": ("plane", plane), "T": ("time", time)}.get(letter, ("", None))
-        if given is not None and not 1 <= given <= n:
-            raise ValueError(f"{path}: {key}={given}, expected 1..{n} (axis {letter})")
-        if key and given is None and n > 1:
-            missing.append((f"axis {letter} of {n}", f"{key}=1..{n}"))
-        index.append(slice(None) if letter in "CSYX" else (given or 1) - 1)
-    if missing:
-        found, keys = zip(*missing)
-        raise ValueError(f"{path}: a stack with {' and '.join(found)}; choose with {' '.join(keys)}")
-    for letter, key, given in (("Z", "plane", plane), ("T", "time", time)):
-        if letter not in letters and given not in (None, 1):
-            raise ValueError(f"{path}: {key}={given}, but the image has no axis {letter}; leave {key}= out")
-    return "".join(a for a in letters if a in "CSYX"), tuple(index)
-
-
-@contextmanager
-def _decoding(path: Path, codec: str = "") -> Iterator[None]:
-    """Damage and missing codecs as one line; around calls of the decoders and nothing else."""
-    try:
-        yield
-    except DAMAGE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if "imagecodecs" in reason or isinstance(error, ImportError):
-            raise ValueError(f"{path}: {codec or reason}; to read it pip install imagecodecs, or save the "
-                             f"image again with deflate") from None
-        raise ValueError(f"{path}: damaged, truncated or no {path.suffix} ({reason}); "
-                         f"copy or export it again") from None
-
-
-def _from_arrays(arrays: Iterable[np.ndarray], axes: str, **more: Any) -> dict[str, Any]:
-    """Arguments of Source for arrays in memory or memory-mapped, with axes of C, S, Y, X in any order."""
-    order = [axes.index(a) for a in "CSYX" if a in axes]
-    arrays = [array.transpose(order) for array in arrays]
-    planes = [array[i] for array in arrays for i in np.ndindex(array.shape[:-2])]    # (H, W) views, by channel
-
-    def read(channels: Sequence[int], rows: slice, columns: slice) -> np.ndarray:
-        return np.stack([planes[i][rows, columns] for i in channels])
-    return dict(read=read, shape=(len(planes), *arrays[0].shape[-2:]), dtype=arrays[0].dtype, **more)
-
-
-# -------------------------------------------------------------------------------------------- .npy, PNG, JPEG
-
-def _open_npy(path: Path, index: Index, files: ExitStack) -> dict[str, Any]:
-    with _decoding(path):
-        array = np.lib.format.open_memmap(path, mode="r")          # refuses pickled objects
-    if array.ndim not in (2, 3):
-        raise ValueError(f"{path}: shape {array.shape}, expected (H, W), (C, H, W) or (H, W, C)")
-    axes = "YX" if array.ndim == 2 else "YXC" if array.shape[2] <= 4 < array.shape[0] else "CYX"
-    index(axes, array.shape)
-    return _from_arrays([array], axes)
-
-
-def _open_png_jpeg(path: Path, index: Index, files: ExitStack) -> dict[str, Any]:
-    with _decoding(path), PIL.Image.open(path, formats=("PNG", "JPEG")) as image:
-        deep = str(image.tile[0][3]).endswith(";16B")
-        if image.mode == "P":
-            image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-        array = _sixteen_bits(path, image) if deep else np.asarray(image)
-    if image.mode not in ("1", "L", "LA", "I", "I;16", "RGB", "RGBA"):
-        raise ValueError(f"{path}: colours are {image.mode}, expected gray or RGB; save it as RGB")
-    index("YX", array.shape[:2])
-    return _from_arrays([array], "YXC"[:array.ndim], alpha=array.shape[2:] in ((2,), (4,)))
-
-
-def _sixteen_bits(path: Path, image: PIL.Image.Image) -> np.ndarray:
-    """(H, W) or (H, W, C) uint16 of a 16-bit PNG; by itself Pillow keeps the high byte of colours alone.
-
-    So it decodes twice, told that samples are big-endian, as they are, then that they are little-endian, so
-    that it keeps the low byte. Gray with alpha is unpacked as four samples of 8 bits.
+    Images that are all of one group are cut once, the last held out: neighbours in time meet there alone.
     """
-    def unpacked(raw: str) -> np.ndarray:
-        with PIL.Image.open(path) as again:
-            again.tile = [(*tile[:3], raw) for tile in again.tile]
-            return np.asarray(again).astype(np.uint16)
-
-    if image.mode.startswith("I"):
-        return np.asarray(image).astype(np.uint16)
-    if image.tile[0][3] == "LA;16B":
-        octets = unpacked("RGBA")                                  # (H, W, 4)
-        return octets[..., ::2] << 8 | octets[..., 1::2]           # (H, W, 2)
-    return unpacked(f"{image.mode};16B") << 8 | unpacked(f"{image.mode};16L")
+    if share <= 0 or len(examples) < 2:
+        return []
+    sizes = Counter(group_of(example.name) for example in examples)
+    if len(sizes) == 1:
+        return examples[-min(max(1, round(share * len(examples))), len(examples) - 1):]
+    sides = _divide({group: ("", size) for group, size in sizes.items()}, (1 - share, share), seed)
+    return [example for example in examples if sides[group_of(example.name)] == 1]
 
 
-# ------------------------------------------------------------------------------------------------------- TIFF
+def _divide(groups: dict[str, tuple[Any, int]], fractions: Sequence[float], seed: int) -> dict[str, int]:
+    """A side for each group of (stratum, images): large ones first, to where most is missing; none empty."""
+    def order(group: str) -> tuple:
+        stratum, size = groups[group]
+        return stratum, -size, hashlib.sha256(f"{seed}/{group}".encode()).digest()
 
-def _open_tiff(path: Path, index: Index, files: ExitStack) -> dict[str, Any]:
-    with _decoding(path):
-        tif = files.enter_context(tifffile.TiffFile(path, _multifile=False))   # not the files OME may name
-        series = tif.series[0]
-        axes, shape, dtype, offset = series.axes, series.shape, series.dtype, series.dataoffset
-        page, pages = series.keyframe, series.pages
-        inner, more = page.axes, _tiff_metadata(tif, page)
-    lead = shape[:-len(inner)]
-    if dtype is None or 0 in shape or inner not in ("YX", "YXS", "SYX") or not axes.endswith(inner) \
-            or offset is None and math.prod(lead) != len(pages):
-        raise ValueError(f"{path}: {dtype} pixels, axes {axes} of {shape} in {len(pages)} pages of {inner}; "
-                         f"expected 8 to 64 bits, rows and columns in a page; save it as ImageJ or OME-TIFF")
-    kept, where = index(axes, shape)
-    stored_as = dtype.newbyteorder(tif.byteorder)
-    if offset is not None:                                         # one run of bytes; pages may be unlisted
-        _check_extent(path, offset + math.prod(shape) * dtype.itemsize)
-        stored = _from_arrays([np.memmap(path, stored_as, "r", offset, shape)[where]], kept)
-    else:
-        chosen = np.arange(len(pages)).reshape(lead)[where[:len(lead)]]
-        with _decoding(path):
-            pages = [pages[int(i)] for i in chosen.flat]
-            mapped = all(page.is_memmappable for page in pages)
-            offsets = [page.dataoffsets[0] for page in pages]
-        if mapped:
-            _check_extent(path, max(offsets) + math.prod(page.shape) * dtype.itemsize)
-            stored = _from_arrays([np.memmap(path, stored_as, "r", o, page.shape) for o in offsets], inner)
-        else:
-            stored = dict(read=_Segments(path, pages), dtype=dtype,
-                          shape=(len(pages) * page.samplesperpixel, page.imagelength, page.imagewidth))
-    if page.photometric == tifffile.PHOTOMETRIC.PALETTE and not tif.is_imagej:
-        colours = page.colormap                                    # (3, 2 ** bits) uint16
-        if not (colours % 257).any() or not (colours % 256).any():
-            colours = (colours >> 8).astype(np.uint8)              # colours of 8 bits, as nearly everywhere
-        _, H, W = stored["shape"]
-        stored = _from_arrays([colours[:, stored["read"]([0], slice(0, H), slice(0, W))[0]]], "CYX")
-    alpha = stored["shape"][0] == page.samplesperpixel and page.extrasamples[-1:] in ((1,), (2,))
-    return dict(stored, alpha=alpha, **more)
+    totals = Counter()
+    for stratum, size in groups.values():
+        totals[stratum] += size
+    sides: dict[str, int] = {}
+    missing = np.zeros(len(fractions))                             # images
+    for group in sorted(groups, key=order):
+        stratum, size = groups[group]
+        missing += np.multiply(fractions, totals.pop(stratum, 0))  # the stratum's share, with its first group
+        empty = [side for side in range(len(fractions)) if side not in sides.values()]
+        free = empty if len(groups) - len(sides) <= len(empty) else range(len(fractions))
+        sides[group] = max(free, key=lambda side: missing[side])
+        missing[sides[group]] -= size
+    return sides
 
 
-def _tiff_metadata(tif: tifffile.TiffFile, page: Any) -> dict[str, Any]:
-    """Channel names, pixel size in µm and notices: from OME, else ImageJ, else the resolution tags."""
-    sizes, largest, notices = [], math.inf, []
-    if tif.series[0].kind == "ome":
-        pixels = ElementTree.fromstring(tif.ome_metadata).find(".//{*}Pixels")   # of the first image
-        names = [channel.get("Name") for channel in pixels.iterfind("{*}Channel")]
-        for key in ("PhysicalSizeX", "PhysicalSizeY"):
-            unit = MICROMETRES.get(pixels.get(key + "Unit", "µm").lower(), 0)
-            sizes.append(float(pixels.get(key, 0)) * unit)
-    else:
-        imagej = tif.imagej_metadata or {}
-        names = imagej.get("Labels")
-        if "unit" in imagej:
-            unit = MICROMETRES.get(str(imagej["unit"]).lower(), 0)
-        else:
-            unit, largest = {2: 25400.0, 3: 1e4}.get(int(page.tags.valueof(296, 2)), 0), CALIBRATED
-        for tag in (282, 283):                                     # XResolution, YResolution: a fraction
-            pixels, units = page.tags.valueof(tag, (0, 1))
-            sizes.append(unit * units / pixels if pixels else 0)
-    x, y = sizes
-    if 0 < x < largest and y and not 0.99 < x / y < 1.01:
-        x, notices = 0, [f"pixels of {x:.4g} x {y:.4g} µm are not square; pixel size left out"]
-    if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and page.bitspersample > 1:
-        notices.append("stored with white as 0; values are taken as stored")
-    if len(tif.series) > 1:
-        notices.append(f"{len(tif.series) - 1} further image series in the file left out")
-    return dict(names=names if names and all(names) else None, notices=notices,
-                pixel_size=x if 0 < x < largest else None)
+# --------------------------------------------------------------------------------------------------- commands
+
+@dataclass(frozen=True)
+class Options:
+    channels: tuple[str, ...] | None = None # of images, numbers from 1 or names; 2 of a tile: the marker
+    match: str | None = None                # regular expression: only images with it in their names
+    labels: str | None = None               # which, where an image has several: masks, cells, nuclei, GT, ST
+    by: Literal["image", "group", "donor"] = "image"     # split: what stays together
+    fractions: tuple[float, ...] = (0.8, 0.2)            # split: of train, validation[, test]
+    stratify: Literal["dataset"] | None = None           # split: each folder in SRC in these fractions
+    pattern: str | None = None              # split: regular expression with one group, the donor in a name
+    out: str | None = None                  # split: folder to convert the images to
+    seed: int = 0                           # split
+
+    def __post_init__(self):
+        total = round(sum(self.fractions), 6)
+        if len(self.fractions) not in (2, 3) or min(self.fractions) <= 0 or total != 1:
+            raise ValueError(f"fractions={self.fractions}: expected two or three above 0 that add up to 1")
 
 
-def _check_extent(path: Path, end: int) -> None:
-    if end > (size := path.stat().st_size):
-        raise ValueError(f"{path}: truncated TIFF, {size} bytes of at least {end}; copy or export it again")
+def main(options: Options, paths: list[str]) -> int:
+    commands = {"convert": (convert, "SRC DST"), "split": (split, "SRC"), "check": (check, "DIR ...")}
+    command = paths.pop(0) if paths else "nothing"
+    if command not in commands:
+        raise ValueError(f"got {command}, expected {', '.join(commands)}; --help explains them")
+    run, expected = commands[command]
+    if not paths or "..." not in expected and len(paths) != len(expected.split()):
+        raise ValueError(f"{command}: got {' '.join(paths) or 'no folder'}, expected {expected}")
+    for field in fields(Options):
+        given = getattr(options, field.name) != field.default
+        if given and run is not split and field.name not in ("channels", "match", "labels"):
+            raise ValueError(f"{command} does not use {field.name}=; leave it out")
+    return run(options, *paths)
 
 
-class _Segments:
-    """Reads the tiles or strips of TIFF pages that overlap a region, and keeps the last ones decoded."""
-
-    def __init__(self, path: Path, pages: list[Any]):
-        self.path, self.pages = path, pages
-        with _decoding(path):
-            self.key = key = pages[0].keyframe
-            self.codec = repr(key.compression)
-            self.h, self.w = min(key.rowsperstrip, key.imagelength), key.imagewidth    # px, a strip or tile
-            if key.is_tiled:
-                self.h, self.w = key.tilelength, key.tilewidth
-            self.down, self.across = math.ceil(key.imagelength / self.h), math.ceil(key.imagewidth / self.w)
-            self.separate = key.planarconfig == tifffile.PLANARCONFIG.SEPARATE
-            key.decode(None, 0)                                    # raises here where a codec is missing
-            places = [list(zip(page.dataoffsets, page.databytecounts)) for page in pages]
-        count = self.down * self.across * (key.samplesperpixel if self.separate else 1)
-        if any(len(place) != count for place in places):
-            raise ValueError(f"{path}: damaged TIFF, a page lacks some of its {count} tiles or strips; "
-                             f"copy or export it again")
-        _check_extent(path, max(offset + size for place in places for offset, size in place))
-        self.cache: OrderedDict[tuple[int, int], tuple[np.ndarray, int, int, int]] = OrderedDict()
-        self.bytes = 0                                             # held by cache
-
-    def __call__(self, channels: Sequence[int], rows: slice, columns: slice) -> np.ndarray:
-        S = self.key.samplesperpixel
-        out = np.empty((len(channels), rows.stop - rows.start, columns.stop - columns.start), self.key.dtype)
-        # A walk in bands comes back to the row of tiles that two bands share: it must fit, whatever its size.
-        limit = max(CACHE, len(channels) * self.h * self.key.imagewidth * out.itemsize)
-        for page in dict.fromkeys(i // S for i in channels):
-            samples = {k: i % S for k, i in enumerate(channels) if i // S == page}       # row of out: sample
-            layers = sorted(set(samples.values())) if self.separate else [0]
-            down = range(rows.start // self.h, math.ceil(rows.stop / self.h))
-            across = range(columns.start // self.w, math.ceil(columns.stop / self.w))
-            for layer, i, j in itertools.product(layers, down, across):
-                part, first, top, left = self.decoded(page, (layer * self.down + i) * self.across + j, limit)
-                y0, y1 = max(rows.start, top), min(rows.stop, top + part.shape[0])
-                x0, x1 = max(columns.start, left), min(columns.stop, left + part.shape[1])
-                target = out[:, y0 - rows.start:y1 - rows.start, x0 - columns.start:x1 - columns.start]
-                for k, sample in samples.items():
-                    if first <= sample < first + part.shape[2]:
-                        target[k] = part[y0 - top:y1 - top, x0 - left:x1 - left, sample - first]
-        return out
-
-    def decoded(self, page: int, index: int, limit: int) -> tuple[np.ndarray, int, int, int]:
-        """A tile or strip (h, w, samples) with its first sample, row and column."""
-        place = page, index
-        if place not in self.cache:
-            frame = self.pages[page]
-            with _decoding(self.path, self.codec):
-                handle = frame.parent.filehandle
-                handle.seek(frame.dataoffsets[index])
-                data = handle.read(frame.databytecounts[index]) or None          # None: sparse file
-                part, (first, _, top, left, _), shape = self.key.decode(
-                    data, index, jpegtables=frame.jpegtables, jpegheader=self.key.jpegheader)
-                if part is None:
-                    part = np.full(shape, self.key.nodata, self.key.dtype)       # (1, h, w, samples)
-            self.cache[place] = part[0], first, top, left
-            self.bytes += part.nbytes
-            while self.bytes > limit and len(self.cache) > 1:
-                self.bytes -= self.cache.popitem(last=False)[1][0].nbytes
-        self.cache.move_to_end(place)
-        return self.cache[place]
+def _read(path: str, options: Options) -> list[Example]:
+    return examples(path, options.channels, options.match, options.labels)
 
 
-# ------------------------------------------------------------------------------------------------ intensities
-
-def to_rgb(pixels: np.ndarray) -> np.ndarray:
-    """(3, H, W), what the network sees: one channel three times, two as [a, b, 0], three as they are."""
-    if len(pixels) not in (1, 2, 3):
-        raise ValueError(f"{len(pixels)} channels, expected 1 to 3; choose with channels=1,2 (counted from "
-                         f"1) or by name")
-    if len(pixels) == 2:
-        return np.concatenate([pixels, np.zeros_like(pixels[:1])])
-    return pixels if len(pixels) == 3 else np.repeat(pixels, 3, axis=0)
+def convert(options: Options, source: str, target: str) -> int:
+    found = _read(source, options)
+    made = _write(found, source, Path(target), options)
+    print(f"{target}: {made} images written, {len(found) - made} were there")
+    return 0
 
 
-def percentiles(image: Source | np.ndarray, low: float = 1.0, high: float = 99.8) -> np.ndarray:
-    """The low and high percentile of each channel over the whole image, (C, 2) float64.
-
-    Exactly numpy.percentile, for every dtype, in passes over bands of the image: a radix selection that
-    counts 16 bits of every value in a pass, so one pass for images of 8 and 16 bits, two for 32, four for 64.
-    Where the two are equal, as in a black image with few cells, the high one is the channel's largest value.
-    """
-    _, H, W = image.shape
-    at = np.array([low, high]) / 100 * (H * W - 1)                 # ranks, between two values
-    below = at.astype(np.int64)
-    values = _ranked(image, [*below, *np.minimum(below + 1, H * W - 1), H * W - 1])       # (C, 5)
-    a, b, t = values[:, :2], values[:, 2:4], at - below
-    limits = np.where(t < 0.5, a + (b - a) * t, b - (b - a) * (1 - t))           # rounded as NumPy does
-    limits[:, 1] = np.where(limits[:, 0] < limits[:, 1], limits[:, 1], values[:, 4])
-    return limits
-
-
-def _ranked(image: Source | np.ndarray, ranks: Sequence[int]) -> np.ndarray:
-    """The values of these ranks, from 0, in each channel: (C, K) float64."""
-    C, H, W = image.shape
-    dtype, bits = image.dtype.newbyteorder("="), 8 * image.dtype.itemsize
-    unsigned = np.dtype(f"u{bits // 8}")
-    sign, rows = unsigned.type(1 << bits - 1), max(1, BAND // W)
-    found = np.zeros((C, len(ranks)), unsigned)                    # leading bits of the values, so far
-    left = np.tile(ranks, (C, 1))                                  # their ranks among values that begin so
-    for shift in range(max(bits - 16, 0), -1, -16):
-        counts = {(c, begin): 0 for c in range(C) for begin in found[c]}
-        for y in range(0, H, rows):
-            y1 = min(y + rows, H)
-            band = image.region(y, y1, 0, W) if isinstance(image, Source) else image[:, y:y1]
-            for c in range(C):
-                keys = np.ascontiguousarray(band[c], dtype).view(unsigned)   # then integers of the same order
-                if dtype.kind == "i":
-                    keys = keys ^ sign
-                elif dtype.kind == "f":                            # IEEE 754: negative floats sort backwards
-                    keys = np.where(keys & sign, ~keys, keys | sign)
-                keys = keys >> shift
-                for begin in set(found[c]):
-                    part = keys[keys >> 16 == begin] if shift + 16 < bits else keys
-                    counts[c, begin] += np.bincount(part.astype(np.uint16).ravel(), minlength=1 << 16)
-        for c, k in np.ndindex(found.shape):
-            total = np.cumsum(counts[c, found[c, k]])
-            digit = np.searchsorted(total, left[c, k], side="right")
-            left[c, k] -= total[digit - 1] if digit else 0
-            found[c, k] = int(found[c, k]) << 16 | int(digit) if shift + 16 < bits else digit
-    if dtype.kind == "i":
-        found ^= sign
-    elif dtype.kind == "f":
-        found = np.where(found & sign, found ^ sign, ~found)
-    return found.view(dtype).astype(np.float64)
+def _write(found: list[Example], source: str, target: Path, options: Options) -> int:
+    """NAME.tif and NAME_masks.tif, the image last: it says that both are there."""
+    from tqdm import tqdm
+    if target.resolve().is_relative_to(Path(source).resolve()):
+        raise ValueError(f"{target}: is in {source}, where it would be read as data; choose a folder outside")
+    chosen = {name: getattr(options, name) for name in ("channels", "match", "labels")}
+    _claim(target / "converted.txt", f"from {Path(source).resolve()} with {chosen}\n")
+    made = 0
+    for example in tqdm(found, target.name, unit="image", delay=1, file=sys.stderr, leave=False):
+        path = target / f"{example.name}.tif"
+        if not path.exists():
+            image, labels = example.image(), example.labels()
+            if image.pixels.shape[1:] != labels.shape:
+                raise ValueError(f"{example.files[0]}: {image.pixels.shape[1:]} px, labels {labels.shape}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_labels(target / f"{example.name}_masks.tif", labels, image.pixel_size)
+            write_image(path, image)
+            made += 1
+    return made
 
 
-def normalise(pixels: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """(x - low) / (high - low) per channel, clipped to [0, 1], float32; 0 where low = high.
-
-    Clipped since a hot pixel or a speck of dirt lies far above the high percentile and would rule what the
-    network sees around it. pixels : (C, H, W); limits : (C, 2), as from percentiles().
-    """
-    low, high = np.asarray(limits, np.float64).T[..., None, None]  # (C, 1, 1) each
-    scale = np.divide(1, high - low, out=np.zeros_like(low), where=high > low)
-    enough = np.float32 if pixels.dtype.itemsize <= 2 else np.float64            # holds pixels unrounded
-    x = np.subtract(pixels, low, dtype=enough, casting="same_kind")
-    x *= scale.astype(enough)
-    return x.clip(0, 1, out=x).astype(np.float32, copy=False)
+def _claim(record: Path, text: str) -> None:
+    """Say how the files beside it are made: a folder is gone on with, but never mixed."""
+    if record.exists() and record.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{record}: written for something else before; choose another folder, or remove it "
+                         f"with all that was made beside it")
+    record.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(record) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
-# ----------------------------------------------------------------------------------------------------- labels
-
-def read_labels(path: str | Path) -> np.ndarray:
-    """(H, W) int32 label image from TIFF, PNG or .npy."""
-    with open_image(path) as source:
-        if source.shape[0] != 1 or source.dtype.kind == "f":
-            raise ValueError(f"{path}: {source.shape[0]} channels of {source.dtype}, expected labels: one "
-                             f"channel of integers; give each cell a whole number and save it as uint16")
-        labels = source.region(0, source.shape[1], 0, source.shape[2])[0]
-    _check_labels(labels, path, np.iinfo(np.int32).max)
-    return labels.astype(np.int32)
-
-
-def write_labels(path: str | Path, labels: np.ndarray, pixel_size: float | None = None) -> None:
-    """Compressed TIFF, uint16, uint32 if ids pass 65,535; pixel_size in µm."""
-    _check_labels(labels, path, np.iinfo(np.uint32).max)
-    dtype = np.uint16 if labels.max(initial=0) < 1 << 16 else np.uint32
-    with _beside(path) as temporary:
-        tifffile.imwrite(temporary, labels.astype(dtype), **_label_options(pixel_size))
+def write_image(path: Path, image: Image) -> None:
+    """Compressed TIFF; OME, with channel names and pixel size, if that knows the type. Always equal bytes."""
+    ome: dict[str, Any] = {"UUID": uuid.uuid5(uuid.NAMESPACE_URL, path.name).urn}
+    if image.channels:
+        ome["Channel"] = {"Name": list(image.channels)}
+    if image.pixel_size:
+        ome |= {"PhysicalSizeX": image.pixel_size, "PhysicalSizeY": image.pixel_size}
+    known = image.pixels.dtype.str[1:] in ("u1", "u2", "u4", "i1", "i2", "i4", "f4", "f8")
+    with replacing(path) as temporary:
+        tifffile.imwrite(temporary, image.pixels, photometric="minisblack", compression="zlib", ome=known,
+                         metadata={"axes": "CYX", **(ome if known else {})})
 
 
-def write_label_tiles(path: str | Path, shape: tuple[int, int], tiles: Iterable[np.ndarray],
-                      tile: tuple[int, int] = (512, 512), pixel_size: float | None = None) -> None:
-    """Compressed, tiled uint32 BigTIFF of shape (H, W), written while its tiles come, row-major.
+def split(options: Options, source: str) -> int:
+    found, sides = _read(source, options), ("train", "validation", "test")[:len(options.fractions)]
+    of = {"image": str, "group": group_of, "donor": partial(donor_of, pattern=options.pattern)}[options.by]
+    rows, members = [], defaultdict(set)                           # members: data sets of a group
+    for name in (example.name for example in found):
+        if options.stratify and "/" not in name:
+            raise ValueError(f"{source}: stratify=dataset, but {name} lies in no folder of its own there")
+        dataset = name.rpartition("/")[0].split("/")[0]
+        rows.append({"name": name, "split": "", "group": of(name), "dataset": dataset})
+        members[of(name)].add(dataset if options.stratify else "")
+    sizes = Counter(row["group"] for row in rows)
+    if len(sizes) < len(sides):
+        raise ValueError(f"{source}: {len(sizes)} {options.by}s for {len(sides)} sides; give fewer fractions")
+    side_of = _divide({group: (tuple(sorted(members[group])), size) for group, size in sizes.items()},
+                      options.fractions, options.seed)
+    for row in rows:
+        row["split"] = sides[side_of[row["group"]]]
 
-    tiles : (h, w) integers, at the right and lower rim cut to the image; tile : px, multiples of 16.
-    """
-    (H, W), (h, w) = shape, tile
-    if h % 16 or w % 16 or min(h, w, H, W) < 1:
-        raise ValueError(f"{path}: {H} x {W} px in tiles of {h} x {w}, expected at least 1 px and tiles in "
-                         f"multiples of 16")
-    given = iter(tiles)
-
-    def padded() -> Iterator[np.ndarray]:
-        for y, x in itertools.product(range(0, H, h), range(0, W, w)):
-            part, expected = next(given, None), (min(h, H - y), min(w, W - x))
-            if part is None or part.shape != expected:
-                got = "no tile" if part is None else f"a tile of {part.shape}"
-                raise ValueError(f"{path}: {got} at row {y}, column {x}, expected one of {expected}")
-            yield np.pad(part.astype(np.uint32), [(0, h - expected[0]), (0, w - expected[1])])
-
-    with _beside(path) as temporary:
-        tifffile.imwrite(temporary, padded(), shape=shape, dtype=np.uint32, tile=tile, bigtiff=True,
-                         **_label_options(pixel_size))
-        if next(given, None) is not None:
-            raise ValueError(f"{path}: more tiles than {H} x {W} px hold")
-
-
-def _label_options(pixel_size: float | None) -> dict[str, Any]:
-    calibration = dict(resolution=(1e4 / pixel_size,) * 2, resolutionunit="CENTIMETER") if pixel_size else {}
-    return dict(compression="zlib", photometric="minisblack", **calibration)
-
-
-def _check_labels(labels: np.ndarray, where: str | Path, largest: int) -> None:
-    if labels.ndim != 2 or labels.dtype.kind not in "iu":
-        raise ValueError(f"{where}: labels of shape {labels.shape}, {labels.dtype}; expected (H, W) integers")
-    if labels.min(initial=0) < 0 or labels.max(initial=0) > largest:
-        raise ValueError(f"{where}: labels from {labels.min()} to {labels.max()}, expected 0 to {largest}")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], delimiter="\t", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    table = Path(options.out or source) / "split.tsv"
+    _claim(table, text.getvalue())
+    for side in sides:
+        chosen = [example for example, row in zip(found, rows) if row["split"] == side]
+        if options.out:
+            _write(chosen, source, table.parent / side, options)
+        groups = {row["group"] for row in rows if row["split"] == side}
+        print(f"{side}: {len(chosen)} images, {len(groups)} {options.by}s")
+    print(table)
+    return 0
 
 
-@contextmanager
-def _beside(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside the target, renamed when all is written and gone when anything fails."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder; create it before writing {path.name}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _rows(table: Path) -> list[dict[str, str]]:
+    with open(table, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    if not rows or not {"name", "split", "group"} <= rows[0].keys():
+        raise ValueError(f"{table}: expected columns name, split, group, as `split` writes them")
+    return rows
 
 
-# ----------------------------------------------------------------------------------------------- distance map
-
-def distance_map(labels: np.ndarray, cap: float | None = None) -> np.ndarray:
-    """Per cell min(d, cap) / min(max d, cap), 0 on background: (H, W) float32 in [0, 1]; cap in px.
-
-    d is the distance from a pixel's centre to the nearest pixel centre that is not of the same cell: 1 along
-    a cell's edge, also where another cell touches. The border of the image is no edge, for what lies behind
-    it is unknown: a crop keeps the target of the whole image but for cells that it cuts. A cell without any
-    edge is 1.
-
-    d² separates into rows and columns (Meijster et al., 2000), also with many labels. With g the distance to
-    another label in the same row and v that in the same column, d² = min(v², min over k of k² + g² of the
-    pixel k rows away). Pixels of other cells take part without harm: the edge lies nearer than they, and v²
-    counts it. This takes a pass for each k up to the largest d; cells with d > DEEP, few since they are
-    large, are transformed each in its own box.
-    """
-    _check_labels(labels, "distance_map", np.iinfo(np.int64).max)
-    if cap is not None and not 0 < cap < math.inf:
-        raise ValueError(f"cap={cap}, expected a distance in px above 0, or None")
-    if labels.size == 0:
-        return np.zeros(labels.shape, np.float32)
-    flat = labels.ravel()
-    starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))     # of runs of one label
-    ids, run = np.unique(flat[starts], return_inverse=True)
-    lengths = np.diff(starts, append=flat.size)
-    cells = np.repeat(run.astype(np.int32), lengths).reshape(labels.shape)       # 0..n without gaps
-    background = np.repeat(ids[run] == 0, lengths).reshape(labels.shape)
-
-    reach = DEEP if cap is None else min(DEEP, math.ceil(cap))                   # px; exact as far as this
-    v, g = _to_other(cells, reach + 1), _to_other(cells.T, reach + 1).T          # (H, W) int16
-    v[background] = 0
-    g *= g
-    square = np.minimum(v * v, g)
-    away = v                                                                     # its memory is free
-    for k in range(1, reach):
-        if square.max() <= k * k:
-            break
-        np.add(g, np.int16(k * k), out=away)
-        np.minimum(square[k:], away[:-k], out=square[k:])
-        np.minimum(square[:-k], away[k:], out=square[:-k])
-    d = np.sqrt(square, dtype=np.float32)
-
-    deep = np.unique(run[np.maximum.reduceat(square.ravel(), starts) > reach * reach])
-    if len(deep) and (cap is None or cap > reach):
-        boxes = ndimage.find_objects(cells + 1)
-        for i in deep:
-            box = tuple(slice(max(s.start - 1, 0), s.stop + 1) for s in boxes[i])
-            own = cells[box] == i
-            d[box][own] = 1 if own.all() else ndimage.distance_transform_edt(own)[own]
-    d = d if cap is None else np.minimum(d, np.float32(cap))
-    peak = np.zeros(len(ids), np.float32)
-    np.maximum.at(peak, run, np.maximum.reduceat(d.ravel(), starts))
-    return d / np.repeat(np.where(ids == 0, 1, peak)[run], lengths).reshape(labels.shape)
+def check(options: Options, *paths: str) -> int:
+    from tqdm import tqdm
+    problems, images, cells = [], 0, 0
+    seen = defaultdict(list)                                       # names of images, by content
+    for path in paths:
+        found = _read(path, options)
+        if Path(path).is_dir():
+            problems += unread(Path(path), found) if options.match is None else []
+            problems += _straddling(Path(path, "split.tsv"))
+        for example in tqdm(found, path, unit="image", delay=1, file=sys.stderr, leave=False):
+            where = f"{path}: {example.name}"
+            try:
+                pixels, labels = example.image().pixels, example.labels()
+            except (ValueError, OSError) as error:
+                problems.append(f"{where}: {error}")
+                continue
+            content = hashlib.sha256(f"{pixels.shape} {pixels.dtype}".encode() + pixels.tobytes()).digest()
+            seen[content].append(where)
+            if pixels.shape[1:] != labels.shape:
+                problems.append(f"{where}: image of {pixels.shape[1:]} px, labels of {labels.shape}")
+            count, several = _pieces(labels)
+            if several:
+                problems.append(f"{where}: {len(several)} of {count} cells in pieces, {several[:5]} ...")
+            images, cells = images + 1, cells + count
+    problems += [f"the same image: {', '.join(names)}" for names in seen.values() if len(names) > 1]
+    for problem in problems:
+        print(" ".join(problem.split()))
+    print(f"{images} images, {cells} cells: " + (f"{len(problems)} problems" if problems else "clean"))
+    return 1 if problems else 0
 
 
-def _to_other(labels: np.ndarray, far: int) -> np.ndarray:
-    """Distance in px to the nearest other label in the same column, at most far: (H, W) int16."""
-    y = np.arange(len(labels), dtype=np.int32)[:, None]
-    change = labels[1:] != labels[:-1]
-    above, below = np.full_like(labels, -far), np.full_like(labels, len(labels) + far)   # (H, W) their rows
-    np.copyto(above[1:], y[:-1], where=change)
-    np.copyto(below[:-1], y[1:], where=change)
-    np.maximum.accumulate(above, axis=0, out=above)
-    np.minimum.accumulate(below[::-1], axis=0, out=below[::-1])
-    return np.minimum(np.minimum(y - above, below - y), far).astype(np.int16)
+def _pieces(labels: np.ndarray) -> tuple[int, list[int]]:
+    """The number of cells, and those of several pieces; what touches at a corner is one."""
+    from skimage.measure import label
+    pieces, first = np.unique(label(labels, connectivity=2), return_index=True)
+    ids, counts = np.unique(labels.ravel()[first[pieces > 0]], return_counts=True)
+    return len(ids), ids[counts > 1].tolist()
+
+
+def _straddling(table: Path) -> list[str]:
+    """Groups of a split.tsv that are on two sides."""
+    sides = defaultdict(set)
+    for row in _rows(table) if table.is_file() else []:
+        sides[row["group"]].add(row["split"])
+    return [f"{table}: {group} is in {' and in '.join(sorted(parts))}"
+            for group, parts in sides.items() if len(parts) > 1]
+
+
+if __name__ == "__main__":
+    import runs
+    runs.script(f"{__doc__}\n{readers.__doc__}", Options, main)

@@ -1,749 +1,778 @@
-"""data.py: every kind of file written by another hand and read back, every mistake, distances one by one."""
-import importlib.util
+"""data.py, readers.py, formats.py: each layout is written here, tiny, and must come back."""
+import csv
+import json
 import os
-import struct
-import warnings
-import zlib
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pytest
 import tifffile
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
-from scipy import ndimage
+from hypothesis import given, settings, strategies as st
+from skimage import io
+from skimage.measure import label
 
+import cells
+import formats
 import data
-from data import distance_map, open_image, read_image, read_labels, write_label_tiles, write_labels
+import runs
+from data import to_rgb
 
 
-def noise(*shape, dtype=np.uint16, seed=0):
+def blobs(seed: int, shape=(24, 31), n: int = 6) -> np.ndarray:
+    """(H, W) uint16 labels 1, 2, ...: discs that touch and cut each other, none in pieces."""
     rng = np.random.default_rng(seed)
-    if np.dtype(dtype).kind == "f":
-        return rng.normal(size=shape).astype(dtype)
-    return rng.integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True)
-
-
-def one_line(error) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    return text
-
-
-# ------------------------------------------------------------------------------------------------------- TIFF
-
-LAYOUTS = {
-    "contiguous": {},
-    "big-endian": dict(byteorder=">"),
-    "BigTIFF": dict(bigtiff=True),
-    "strips": dict(compression="zlib", rowsperstrip=16),
-    "strips, predictor": dict(compression="zlib", predictor=True, rowsperstrip=7),
-    "big-endian strips": dict(compression="zlib", rowsperstrip=16, byteorder=">"),
-    "tiles": dict(tile=(32, 48)),
-    "deflated tiles": dict(tile=(32, 48), compression="zlib", predictor=True),
-    "lzma strips": dict(rowsperstrip=64, compression="lzma"),
-    "OME tiles": dict(tile=(32, 48), compression="zlib", ome=True),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", ["u1", "u2", "i2", "u4", "f4", "f8"])
-def test_tiff_layouts_give_back_regions(tmp_path, layout, dtype):
-    pixels = noise(3, 130, 101, dtype=dtype)
-    path = tmp_path / "x.tif"
-    options = dict(LAYOUTS[layout], photometric="minisblack", metadata={"axes": "CYX"})
-    if dtype[0] == "f":
-        options.pop("predictor", None)                                    # that one needs imagecodecs
-    tifffile.imwrite(path, pixels, **options)
-    with open_image(path) as source:
-        assert source.shape == pixels.shape and source.dtype == np.dtype(dtype) and source.dtype.isnative
-        rng = np.random.default_rng(1)
-        for _ in range(12):
-            y0, y1 = sorted(rng.choice(131, 2, replace=False))
-            x0, x1 = sorted(rng.choice(102, 2, replace=False))
-            got = source.region(y0, y1, x0, x1)
-            assert got.dtype.isnative and got.flags.writeable
-            np.testing.assert_array_equal(got, pixels[:, y0:y1, x0:x1])
-    np.testing.assert_array_equal(read_image(path, channels=[3, 1]).pixels, pixels[[2, 0]])
-
-
-@pytest.mark.parametrize("options", [{}, dict(compression="zlib"), dict(tile=(16, 32)),
-                                     dict(tile=(16, 32), compression="zlib", predictor=True)])
-@pytest.mark.parametrize("planar", ["contig", "separate"])
-def test_rgb_samples_are_channels(tmp_path, options, planar):
-    pixels = noise(3, 50, 70, dtype=np.uint8)
-    stored = pixels if planar == "separate" else np.moveaxis(pixels, 0, 2)
-    tifffile.imwrite(tmp_path / "x.tif", stored, photometric="rgb", planarconfig=planar, **options)
-    np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels, pixels)
-    np.testing.assert_array_equal(read_image(tmp_path / "x.tif", channels=[3, 2]).pixels, pixels[[2, 1]])
-    with open_image(tmp_path / "x.tif") as source:
-        np.testing.assert_array_equal(source.region(20, 41, 9, 50), pixels[:, 20:41, 9:50])
-
-
-@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "u4", "i4", "i8", "u8", "i1"])
-def test_other_number_types(tmp_path, dtype):
-    pixels = noise(1, 20, 30, dtype=dtype)
-    tifffile.imwrite(tmp_path / "x.tif", pixels[0])
-    got = read_image(tmp_path / "x.tif")
-    assert got.pixels.dtype == dtype
-    np.testing.assert_array_equal(got.pixels, pixels)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (1, 1, 3), (2, 1, 3)])
-@pytest.mark.parametrize("options", [{}, dict(compression="zlib"), dict(tile=(16, 16))])
-def test_smallest_images(tmp_path, shape, options):
-    pixels = noise(*shape, dtype=np.uint8)
-    colour = len(shape) == 3
-    tifffile.imwrite(tmp_path / "x.tif", pixels, photometric="rgb" if colour else "minisblack", **options)
-    np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels,
-                                  np.moveaxis(pixels, 2, 0) if colour else pixels[None])
-
-
-def test_one_bit(tmp_path):
-    mask = np.random.default_rng(0).random((30, 45)) > 0.5
-    tifffile.imwrite(tmp_path / "x.tif", mask)
-    PIL.Image.fromarray(mask).save(tmp_path / "x.png")
-    for name in ("x.tif", "x.png"):
-        got = read_image(tmp_path / name).pixels
-        assert got.dtype == np.uint8
-        np.testing.assert_array_equal(got[0], mask)
-
-
-STACKS = {"imagej": dict(imagej=True), "ome": dict(ome=True), "shaped": {},
-          "deflated": dict(ome=True, compression="zlib"), "tiles": dict(tile=(16, 16), compression="zlib")}
-
-
-@pytest.mark.parametrize("kind", STACKS)
-def test_stacks_must_be_chosen_from(tmp_path, kind):
-    stack = noise(3, 5, 2, 40, 50)                                        # T, Z, C, Y, X
-    path = tmp_path / "x.tif"
-    tifffile.imwrite(path, stack, metadata={"axes": "TZCYX"}, photometric="minisblack", **STACKS[kind])
-    np.testing.assert_array_equal(read_image(path, plane=4, time=2).pixels, stack[1, 3])
-    np.testing.assert_array_equal(read_image(path, [2], plane=5, time=3).pixels, stack[2, 4, 1:])
-    for arguments, expected in (({}, ["axis T of 3", "axis Z of 5", "time=1..3", "plane=1..5"]),
-                                (dict(plane=2), ["axis T of 3", "time=1..3"]),
-                                (dict(plane=6, time=1), ["plane=6", "1..5", "axis Z"]),
-                                (dict(plane=0, time=1), ["plane=0", "1..5"])):
-        with pytest.raises(ValueError) as error:
-            open_image(path, **arguments)
-        assert all(part in one_line(error) for part in [str(path), *expected])
-
-
-def test_axis_z_of_one_needs_no_choice_and_absent_axes_allow_none(tmp_path):
-    tifffile.imwrite(tmp_path / "x.tif", noise(1, 2, 20, 30), metadata={"axes": "ZCYX"}, imagej=True)
-    assert read_image(tmp_path / "x.tif").pixels.shape == (2, 20, 30)
-    np.save(tmp_path / "x.npy", noise(20, 30))
-    PIL.Image.fromarray(noise(20, 30, dtype=np.uint8)).save(tmp_path / "x.png")
-    for name in ("x.npy", "x.png"):
-        assert read_image(tmp_path / name, plane=1).pixels.shape == (1, 20, 30)
-        with pytest.raises(ValueError, match="no axis Z"):
-            open_image(tmp_path / name, plane=2)
-
-
-@pytest.mark.parametrize("options", [{}, dict(metadata=None), dict(compression="zlib"),
-                                     dict(metadata=None, tile=(16, 16))])
-def test_unexplained_pages_are_never_guessed(tmp_path, options):
-    pages = noise(6, 20, 30)
-    tifffile.imwrite(tmp_path / "x.tif", pages, photometric="minisblack", **options)
-    with pytest.raises(ValueError, match="6 pages.*plane=1..6.*channels=1,2"):
-        open_image(tmp_path / "x.tif")
-    np.testing.assert_array_equal(read_image(tmp_path / "x.tif", plane=4).pixels, pages[3:4])
-    np.testing.assert_array_equal(read_image(tmp_path / "x.tif", channels=[6, 2]).pixels, pages[[5, 1]])
-
-
-def test_channels_with_samples(tmp_path):
-    pixels = noise(2, 20, 30, 3, dtype=np.uint8)                          # C, Y, X, S
-    for options in ({}, dict(compression="zlib")):
-        path = tmp_path / "x.ome.tif"
-        tifffile.imwrite(path, pixels, photometric="rgb", metadata={"axes": "CYXS"}, **options)
-        np.testing.assert_array_equal(read_image(path).pixels,
-                                      pixels.transpose(0, 3, 1, 2).reshape(6, 20, 30))
-
-
-def test_imagej_file_that_lists_only_its_first_page(tmp_path):
-    """As ImageJ writes stacks above 4 GB."""
-    pixels = noise(4, 20, 30)
-    tifffile.imwrite(tmp_path / "x.tif", pixels, imagej=True, metadata={"axes": "CYX"})
-    with tifffile.TiffFile(tmp_path / "x.tif") as tif:
-        following = tif.pages[0].offset + 2 + 12 * len(tif.pages[0].tags)
-    with open(tmp_path / "x.tif", "r+b") as file:
-        file.seek(following)
-        file.write(bytes(4))                                              # no page after the first
-    with tifffile.TiffFile(tmp_path / "x.tif") as tif:
-        assert len(tif.pages) == 1
-    np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels, pixels)
-
-
-def test_only_overlapping_tiles_are_decoded_and_once(tmp_path, monkeypatch):
-    pixels = noise(1, 512, 640)
-    tifffile.imwrite(tmp_path / "x.tif", pixels, tile=(64, 64), compression="zlib", metadata={"axes": "CYX"})
-    seen = []
-    whole = tifffile.FileHandle.read
-    monkeypatch.setattr(tifffile.FileHandle, "read", lambda *a: seen.append(1) or whole(*a))
-    with open_image(tmp_path / "x.tif") as source:
-        assert len(seen) < 20                                             # the header
-        seen.clear()
-        source.region(70, 130, 70, 100)                                   # rows 1 and 2, column 1
-        assert len(seen) == 2
-        for y in range(0, 512, 40):                                       # bands that cut the tiles
-            source.region(y, min(y + 60, 512), 0, 640)
-        assert len(seen) == 80
-    monkeypatch.setattr(data, "CACHE", 0)                                 # a row of tiles stays, no more
-    with open_image(tmp_path / "x.tif") as source:
-        seen.clear()
-        for y in range(0, 512, 40):
-            source.region(y, min(y + 40, 512), 0, 640)
-        assert len(seen) == 80
-        assert source._read.bytes <= 64 * 640 * 2
-
-
-@pytest.mark.parametrize("byteorder", "<>")
-def test_uncompressed_pages_apart_are_mapped_not_decoded(tmp_path, monkeypatch, byteorder):
-    """As Bio-Formats writes them: a whole page in one strip, headers between the pages."""
-    pixels = noise(3, 40, 50)
-    with tifffile.TiffWriter(tmp_path / "x.tif", byteorder=byteorder) as tif:
-        for page in pixels:
-            tif.write(page, metadata=None, contiguous=False, rowsperstrip=40)
-    with open_image(tmp_path / "x.tif", channels=[3, 1]) as source:
-        monkeypatch.setattr(tifffile.FileHandle, "read", None)
-        np.testing.assert_array_equal(source.region(5, 30, 2, 41), pixels[[2, 0], 5:30, 2:41])
-
-
-def test_sparse_tiles_are_zero(tmp_path):
-    pixels = noise(64, 64)
-    tifffile.imwrite(tmp_path / "x.tif", pixels, tile=(32, 32), compression="zlib")
-    with tifffile.TiffFile(tmp_path / "x.tif", mode="r+") as tif:
-        counts = tif.pages[0].databytecounts
-        tif.pages[0].tags["TileByteCounts"].overwrite((counts[0], 0, *counts[2:]))
-    pixels[:32, 32:] = 0
-    np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels[0], pixels)
-
-
-# --------------------------------------------------------------------------------------- names, size, notices
-
-def test_channel_names(tmp_path):
-    pixels = noise(3, 20, 30)
-    tifffile.imwrite(tmp_path / "x.ome.tif", pixels, photometric="minisblack",
-                     metadata={"axes": "CYX", "Channel": {"Name": ["DAPI", "GFP-FKHR", "actin"]}})
-    tifffile.imwrite(tmp_path / "x.tif", pixels, imagej=True,
-                     metadata={"axes": "CYX", "Labels": ["DAPI", "GFP-FKHR", "actin"]})
-    for name in ("x.ome.tif", "x.tif"):
-        path = tmp_path / name
-        assert read_image(path).channels == ("DAPI", "GFP-FKHR", "actin")
-        image = read_image(path, channels=["ACTIN", 1])
-        assert image.channels == ("actin", "DAPI")
-        np.testing.assert_array_equal(image.pixels, pixels[[2, 0]])
-        np.testing.assert_array_equal(read_image(path, channels="gfp-fkhr,1").pixels, pixels[[1, 0]])
-        for wrong, expected in (("dapy", "did you mean 'DAPI'"), (0, "1..3, counted from 1"), (4, "1..3"),
-                                (-1, "1..3")):
-            with pytest.raises(ValueError) as error:
-                open_image(path, channels=[wrong])
-            assert expected in one_line(error) and f"'{wrong}'" in one_line(error)
-    with pytest.raises(ValueError, match="empty"):
-        open_image(path, channels=[])
-
-
-def test_channel_names_that_are_numbers_do_not_shuffle_the_rest(tmp_path):
-    pixels = noise(2, 20, 30)
-    tifffile.imwrite(tmp_path / "x.ome.tif", pixels, photometric="minisblack",
-                     metadata={"axes": "CYX", "Channel": {"Name": ["2", "1"]}})
-    np.testing.assert_array_equal(read_image(tmp_path / "x.ome.tif").pixels, pixels)
-    np.testing.assert_array_equal(read_image(tmp_path / "x.ome.tif", [1]).pixels, pixels[1:])   # its name
-
-
-@pytest.mark.parametrize("options, expected", [
-    (dict(ome=True, metadata={"axes": "YX", "PhysicalSizeX": 0.598, "PhysicalSizeY": 0.598}), 0.598),
-    (dict(ome=True, metadata={"axes": "YX", "PhysicalSizeX": 325.0, "PhysicalSizeXUnit": "nm",
-                              "PhysicalSizeY": 325.0, "PhysicalSizeYUnit": "nm"}), 0.325),
-    (dict(ome=True, metadata={"axes": "YX", "PhysicalSizeX": 1.0, "PhysicalSizeXUnit": "pixel"}), None),
-    (dict(ome=True, metadata={"axes": "YX"}), None),
-    (dict(imagej=True, resolution=(2.0, 2.0), metadata={"unit": "um"}), 0.5),
-    (dict(imagej=True, resolution=(2.0, 2.0), metadata={"unit": "micron"}), 0.5),
-    (dict(imagej=True, resolution=(2.0, 2.0), metadata={"unit": "\\u00B5m"}), 0.5),
-    (dict(imagej=True, resolution=(0.01, 0.01), metadata={"unit": "micron"}), 100.0),
-    (dict(imagej=True, resolution=(10000.0, 10000.0), metadata={"unit": "cm"}), 1.0),
-    (dict(imagej=True, resolution=(2.0, 2.0), metadata={"unit": "pixel"}), None),
-    (dict(imagej=True), None),
-    (dict(resolution=(20000.0, 20000.0), resolutionunit="CENTIMETER"), 0.5),
-    (dict(resolution=(50800.0, 50800.0), resolutionunit="INCH"), 0.5),
-    (dict(resolution=(72.0, 72.0), resolutionunit="INCH"), None),
-    (dict(resolution=(300.0, 300.0), resolutionunit="INCH"), None),
-    (dict(resolution=(37.8, 37.8), resolutionunit="CENTIMETER"), None),
-    (dict(resolution=(1.0, 1.0)), None),
-    ({}, None)])
-def test_pixel_size(tmp_path, options, expected):
-    tifffile.imwrite(tmp_path / "x.tif", noise(20, 30), **options)
-    assert read_image(tmp_path / "x.tif").pixel_size == (expected and pytest.approx(expected, rel=1e-6))
-
-
-def test_pixels_that_are_not_square(tmp_path):
-    tifffile.imwrite(tmp_path / "x.tif", noise(20, 30), imagej=True, resolution=(2.0, 1.0),
-                     metadata={"unit": "um"})
-    with pytest.warns(UserWarning, match="not square"):
-        assert read_image(tmp_path / "x.tif").pixel_size is None
-
-
-@pytest.mark.parametrize("suffix", [".tif", ".png"])
-@pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("options", [{}, dict(tile=(16, 16), compression="zlib")])
-def test_alpha_is_dropped_with_a_notice(tmp_path, suffix, count, options):
-    path = tmp_path / f"x{suffix}"
-
-    def save(pixels):
-        if suffix == ".png":
-            PIL.Image.fromarray(pixels).save(path)
-        else:
-            tifffile.imwrite(path, pixels, photometric="rgb" if count == 4 else "minisblack",
-                             planarconfig="contig", extrasamples=["unassalpha"], **options)
-    pixels = noise(20, 30, count, dtype=np.uint8)
-    pixels[..., -1] = 255
-    save(pixels)
-    with pytest.warns(UserWarning, match="alpha channel dropped$"):
-        got = read_image(path).pixels
-    np.testing.assert_array_equal(got, np.moveaxis(pixels[..., :-1], 2, 0))
-    pixels[3, 4, -1] = 254
-    save(pixels)
-    with open_image(path) as source:
-        assert source.shape == (count - 1, 20, 30)
-        for _ in range(2):
-            source.region(0, 20, 0, 30)
-            assert len(source.notices) == 1 and source.notices[0].endswith("was not opaque")
-    with pytest.raises(ValueError, match=f"1..{count - 1}"):
-        open_image(path, channels=[count])
-
-
-def test_palettes(tmp_path):
-    indices = noise(20, 30, dtype=np.uint8)
-    palette = noise(256, 3, dtype=np.uint8, seed=1)
-    image = PIL.Image.fromarray(indices)
-    image.putpalette(palette.tobytes())
-    image.save(tmp_path / "x.png")
-    colours = np.moveaxis(palette[indices], 2, 0)
-    np.testing.assert_array_equal(read_image(tmp_path / "x.png").pixels, colours)
-    for factor in (257, 256):                                             # both are in use for 8-bit colours
-        tifffile.imwrite(tmp_path / "x.tif", indices, photometric="palette",
-                         colormap=palette.T.astype(np.uint16) * factor)
-        np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels, colours)
-    finer = noise(3, 256, seed=2)
-    tifffile.imwrite(tmp_path / "x.tif", indices, photometric="palette", colormap=finer)
-    np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels, finer[:, indices])
-    tifffile.imwrite(tmp_path / "x.tif", indices, imagej=True, photometric="palette", colormap=finer)
-    np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels, indices[None])   # a lookup table
-
-
-def test_min_is_white_and_further_series_are_said(tmp_path):
-    pixels = noise(20, 30)
-    tifffile.imwrite(tmp_path / "x.tif", pixels, photometric="miniswhite")
-    with pytest.warns(UserWarning, match="white as 0"):
-        np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels[0], pixels)
-    with tifffile.TiffWriter(tmp_path / "x.tif") as tif:
-        tif.write(pixels)
-        tif.write(pixels[:7, :9])
-    with pytest.warns(UserWarning, match="1 further image series"):
-        np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels[0], pixels)
-
-
-def test_an_ome_header_opens_no_other_file(tmp_path):
-    """A TIFF tag that names a file is not followed."""
-    secret = tmp_path / "secret.tif"
-    tifffile.imwrite(secret, noise(20, 30))
-    tifffile.imwrite(tmp_path / "x.ome.tif", noise(1, 20, 30), photometric="minisblack",
-                     metadata={"axes": "CYX"})
-    with tifffile.TiffFile(tmp_path / "x.ome.tif") as tif:
-        header = tif.ome_metadata
-    header = header.replace('SizeC="1"', 'SizeC="2"').replace("</Pixels>", (
-        '<TiffData FirstC="1" IFD="0" PlaneCount="1"><UUID FileName="secret.tif">urn:uuid:1</UUID></TiffData>'
-        '</Pixels>'))
-    tifffile.imwrite(tmp_path / "y.ome.tif", noise(20, 30, seed=5), description=header, metadata=None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pixels = read_image(tmp_path / "y.ome.tif").pixels
-    np.testing.assert_array_equal(pixels, noise(1, 20, 30, seed=5))
-
-
-# -------------------------------------------------------------------------------------------- PNG, JPEG, .npy
-
-def png(pixels: np.ndarray, colour_type: int) -> bytes:
-    """An independent PNG encoder of 16 bits: row y uses filter y % 5 of the specification."""
-    def chunk(name, body):
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-    H, W = pixels.shape[:2]
-    rows = pixels.astype(">u2").reshape(H, -1).view(np.uint8).astype(int)
-    step = rows.shape[1] // W                                             # bytes per pixel
-    above, out = np.zeros(rows.shape[1], int), b""
-    for y, row in enumerate(rows):
-        a, b, c = (np.concatenate([np.zeros(step, int), r[:-step]]) if shift else r
-                   for r, shift in ((row, 1), (above, 0), (above, 1)))
-        pa, pb, pc = abs(b - c), abs(a - c), abs(a + b - 2 * c)
-        paeth = np.where((pa <= pb) & (pa <= pc), a, np.where(pb <= pc, b, c))
-        guess = (0, a, b, (a + b) // 2, paeth)[y % 5]
-        out += bytes([y % 5]) + ((row - guess) % 256).astype(np.uint8).tobytes()
-        above = row
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 16, colour_type, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(out)) + chunk(b"IEND", b""))
-
-
-@pytest.mark.parametrize("samples, colour_type", [(1, 0), (3, 2), (2, 4), (4, 6)])
-def test_png_of_16_bits_is_not_cut_to_8(tmp_path, samples, colour_type):
-    pixels = noise(37, 23, samples)
-    if samples % 2 == 0:
-        pixels[..., -1] = 65535
-    (tmp_path / "x.png").write_bytes(png(pixels, colour_type))
-    with open_image(tmp_path / "x.png") as source:
-        got = source.region(0, 37, 0, 23)
-        assert source.dtype == np.uint16 and source.notices == ("alpha channel dropped",) * (samples % 2 == 0)
-    np.testing.assert_array_equal(got, np.moveaxis(pixels, 2, 0)[:samples - (samples % 2 == 0)])
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_png_and_jpeg_of_8_bits(tmp_path, mode):
-    pixels = noise(*(40, 50, 3)[:2 + (mode == "RGB")], dtype=np.uint8)
-    PIL.Image.fromarray(pixels).save(tmp_path / "x.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "x.png").pixels,
-                                  np.moveaxis(pixels, 2, 0) if mode == "RGB" else pixels[None])
-    exif = PIL.Image.Exif()
-    exif[274] = 6                                                         # turned on its side; left as stored
-    PIL.Image.fromarray(pixels).save(tmp_path / "x.jpg", exif=exif)
-    with PIL.Image.open(tmp_path / "x.jpg") as image:
-        decoded = np.asarray(image)
-    np.testing.assert_array_equal(read_image(tmp_path / "x.jpg").pixels,
-                                  np.moveaxis(decoded, 2, 0) if mode == "RGB" else decoded[None])
-
-
-@pytest.mark.parametrize("shape, expected", [
-    ((20, 30), (1, 20, 30)), ((5, 20, 30), (5, 20, 30)), ((3, 20, 4), (3, 20, 4)),
-    ((20, 30, 3), (3, 20, 30)), ((20, 30, 4), (4, 20, 30)), ((20, 30, 5), (20, 30, 5))])
-@pytest.mark.parametrize("dtype", ["<u2", ">f4"])
-def test_npy(tmp_path, shape, expected, dtype):
-    pixels = noise(*shape, dtype=np.dtype(dtype).newbyteorder("=")).astype(dtype)
-    np.save(tmp_path / "x.npy", pixels)
-    got = read_image(tmp_path / "x.npy").pixels
-    assert got.shape == expected and got.dtype == np.dtype(dtype).newbyteorder("=") and got.dtype.isnative
-    first = expected[-2:] == shape[-2:]
-    np.testing.assert_array_equal(got, pixels.reshape(expected) if first else np.moveaxis(pixels, 2, 0))
-
-
-# --------------------------------------------------------------------------------------------------- mistakes
-
-def test_files_that_are_no_images(tmp_path):
-    np.save(tmp_path / "objects.npy", np.array([{"a": 1}], object), allow_pickle=True)
-    np.save(tmp_path / "complex.npy", np.zeros((4, 4), complex))
-    np.save(tmp_path / "nothing.npy", np.zeros((0, 4)))
-    np.save(tmp_path / "line.npy", np.zeros(4))
-    np.save(tmp_path / "hyper.npy", np.zeros((2, 2, 4, 4)))
-    tifffile.imwrite(tmp_path / "complex.tif", np.zeros((4, 4), np.complex64))
-    tifffile.imwrite(tmp_path / "volume.tif", np.zeros((16, 16, 16), np.uint8), volumetric=True,
-                     tile=(16, 16, 16))
-    PIL.Image.new("CMYK", (4, 4)).save(tmp_path / "inks.jpg")
-    PIL.Image.fromarray(noise(64, 64, dtype=np.uint8)).save(tmp_path / "cut.png")
-    contents = {"empty.tif": b"", "empty.png": b"", "empty.npy": b"", "text.tif": b"hello\nworld",
-                "text.png": b"hello", "text.npy": b"hello", "text.jpg": b"hello", "cut.tif": b"II*\0\x08",
-                "image.czi": b"ZISRAWFILE", "noname": b"x",
-                "cut.png": (tmp_path / "cut.png").read_bytes()[:2000]}
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-    for name, expected in {
-            "empty.tif": "empty file", "empty.png": "empty file", "empty.npy": "empty file",
-            "text.tif": "no .tif", "text.png": "no .png", "text.npy": "no .npy", "text.jpg": "no .jpg",
-            "cut.tif": "truncated", "cut.png": "truncated", "image.czi": "unknown suffix '.czi'",
-            "noname": "unknown suffix ''",
-            "objects.npy": "object", "complex.npy": "complex128", "nothing.npy": "at least one pixel",
-            "line.npy": "(H, W)", "hyper.npy": "(C, H, W)", "complex.tif": "complex64", "volume.tif": "ZYX",
-            "inks.jpg": "CMYK"}.items():
-        with pytest.raises(ValueError) as error:
-            read_image(tmp_path / name)
-        message = one_line(error)
-        assert expected in message and str(tmp_path / name) in message
-    with pytest.raises(FileNotFoundError):
-        open_image(tmp_path / "missing.tif")
-    with pytest.raises(IsADirectoryError):
-        open_image(tmp_path)
-
-
-@pytest.mark.parametrize("options", [{}, dict(compression="zlib"), dict(tile=(16, 16)), dict(imagej=True),
-                                     dict(ome=True)])
-def test_tiff_cut_anywhere_is_one_line(tmp_path, options):
-    pixels, path = noise(3, 48, 64), tmp_path / "x.tif"
-    tifffile.imwrite(path, pixels, photometric="minisblack", metadata={"axes": "CYX"}, **options)
-    whole, complete = path.read_bytes(), 0
-    for length in np.linspace(1, len(whole) - 1, 60).astype(int):
-        path.write_bytes(whole[:length])
+    y, x = np.mgrid[:shape[0], :shape[1]]
+    labels = np.zeros(shape, np.uint16)
+    for i in range(1, n + 1):
+        labels[(y - rng.uniform(0, shape[0])) ** 2 + (x - rng.uniform(0, shape[1])) ** 2 < 20] = i
+    return label(labels, connectivity=1).astype(np.uint16)
+
+
+def picture(seed: int, shape=(24, 31)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, shape, dtype=np.uint8)
+
+
+def save(path: Path, array: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, array)
+    elif path.suffix in (".tif", ".tiff"):
+        tifffile.imwrite(path, array, photometric="minisblack")
+    else:
+        io.imsave(path, array, check_contrast=False)
+    return path
+
+
+def pair(folder: Path, name: str, seed: int, labels="{}_masks.png", image="{}.png") -> np.ndarray:
+    save(folder / image.format(name), picture(seed))
+    save(folder / labels.format(name), blobs(seed))
+    return blobs(seed)
+
+
+def only(path, **choice) -> data.Example:
+    example, = data.examples(path, **choice)
+    return example
+
+
+def command(*arguments, code: int = 0, capsys=None) -> str:
+    with pytest.raises(SystemExit) as stop:
+        runs.script(data.__doc__, data.Options, data.main, [str(a) for a in arguments])
+    out, err = capsys.readouterr() if capsys else ("", "")
+    assert stop.value.code == code, err or out
+    return err if code and err else out
+
+
+# ------------------------------------------------------------------------------------------------------ pairs
+
+@pytest.mark.parametrize("image, labels", [
+    ("{}_img.png", "{}_masks.png"), ("{}.png", "{}_masks.tif"), ("{}.tif", "{}_cp_masks.png"),
+    ("{}.jpg", "{}_mask.npy"), ("{}_img.png", "{}_img_cp_masks.tif"), ("{}.npy", "{}_labels.png"),
+    ("{}.tif", "{}_label.tif"), ("{}.png", "{}_cells.png"), ("{}.PNG", "{}_nuclei.png"),
+    ("{}.tif", "{}_seg.npy"), ("{}.ome.tif", "{}_masks.png"), ("images/{}.tif", "labels/{}.png"),
+    ("images/{}.png", "masks/{}.tif"), ("images/{}.png", "masks/{}_mask.png")])
+def test_pairs(tmp_path, image, labels):
+    truth = pair(tmp_path / "train", "well 1", 3, labels, image)
+    example = only(tmp_path)
+    assert example.name == "train/well 1"
+    assert np.array_equal(example.labels(), truth) and example.labels().dtype == np.int32
+    assert set(example.files) == {p for p in tmp_path.rglob("*") if p.is_file()}
+    assert example.image().pixels.shape == (1, 24, 31)
+    if not image.endswith("jpg"):
+        assert np.array_equal(example.image().pixels[0], picture(3))
+
+
+def test_names_are_sorted_naturally_and_what_is_no_label_is_none(tmp_path):
+    """An image may end as labels do (val_nuclei); classes, overlays and hidden files are neither."""
+    for i, name in enumerate(("t10", "t9", "a/t1", "val_nuclei")):
+        pair(tmp_path, name, i, "{}_nuclei.png")
+    for name in ("t9_types.png", "t9_overlay.png", "t9_distance.tif", ".t9_masks.png"):
+        save(tmp_path / name, blobs(9))
+    found = data.examples(tmp_path)
+    assert [example.name for example in found] == ["a/t1", "t9", "t10", "val_nuclei"]
+    assert np.array_equal(found[1].labels(), blobs(1))
+    assert [e.name for e in data.examples(str(tmp_path), match="^t")] == ["t9", "t10"]
+
+
+def test_of_several_labels_the_first_counts_or_those_asked_for(tmp_path):
+    pair(tmp_path, "x", 0, "{}_cells.png")
+    save(tmp_path / "x_nuclei.tif", blobs(1))
+    save(tmp_path / "x_types.png", blobs(2))
+    assert np.array_equal(only(tmp_path).labels(), blobs(0))
+    assert np.array_equal(only(tmp_path, labels="nuclei").labels(), blobs(1))
+    with pytest.raises(ValueError, match="no labelled images"):
+        data.examples(tmp_path, labels="masks")
+
+
+def test_channels_of_an_image_by_number_and_name(tmp_path):
+    stack = np.stack([picture(i) for i in range(8)])
+    names = {"axes": "CYX", "Labels": list("abcdefgh")}
+    tifffile.imwrite(tmp_path / "f.tif", stack, imagej=True, metadata=names)
+    save(tmp_path / "f_masks.png", blobs(0))
+    image = only(tmp_path, channels=["c", 8]).image()
+    assert image.channels == ("c", "h") and np.array_equal(image.pixels, stack[[2, 7]])
+
+
+@pytest.mark.parametrize("extra", ["x.tif", "x_img.png", "x_masks.tif"])
+def test_what_belongs_together_is_never_guessed(tmp_path, extra):
+    pair(tmp_path, "x", 0)
+    save(tmp_path / extra, blobs(1))
+    with pytest.raises(ValueError, match="which belong together.*Keep one"):
+        data.examples(tmp_path)
+
+
+def test_nothing_labelled(tmp_path):
+    save(tmp_path / "x.png", picture(0))
+    for path, error in ((tmp_path, ValueError), (tmp_path / "gone", OSError), (tmp_path / "x.png", OSError)):
+        with pytest.raises(error, match=re.escape(str(path))) as caught:
+            data.examples(path)
+        assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------ tiles
+
+@pytest.mark.parametrize("labels", ["b0c0x0_masks.png", "b0c1x0_cells.png", "b0x0_masks.tif"])
+def test_tiles_are_joined(tmp_path, labels):
+    for c in (0, 1):
+        save(tmp_path / f"case7_AT8_b0c{c}x0.tif", picture(c))
+    truth = blobs(5)
+    save(tmp_path / f"case7_AT8_{labels}", truth)
+    example = only(tmp_path)
+    image = example.image()
+    assert image.channels == ("DAPI", "marker") and np.array_equal(image.pixels, [picture(0), picture(1)])
+    assert np.array_equal(to_rgb(image.pixels), [picture(0), picture(1), np.zeros((24, 31))])
+    assert np.array_equal(example.labels(), truth) and len(example.files) == 3
+    for marker in ("2", "marker"):                                 # without DAPI
+        assert np.array_equal(only(tmp_path, channels=[marker]).image().pixels, [picture(1)])
+    assert data.donor_of(example.name) == "7" and data.group_of(example.name) == "case7_AT8"
+
+
+def test_a_tile_without_its_marker_is_left_out_and_listed(tmp_path, capsys):
+    for name in ("p1_b0c0.tif", "p1_b0c1.tif", "p2_b0c0.tif"):
+        save(tmp_path / name, picture(len(name)))
+    for name in ("p1_b0c0_masks.png", "p2_b0c0_masks.png"):
+        save(tmp_path / name, np.eye(24, 31, dtype=np.uint8))
+    assert only(tmp_path).name == "p1_b0c0"
+    listed = command("check", tmp_path, code=1, capsys=capsys)
+    assert "p2_b0c0.tif: a tile that lacks a channel or labels" in listed and "p1" not in listed
+
+
+def test_tiles_of_one_channel_and_hashes_are_plain_images(tmp_path):
+    for name in ("q_b0c1x1", "q_b0c1x2"):
+        pair(tmp_path / "marker", name, 0)
+    for name in ("ab3c4f00", "ab3c5f00", "b3c4d", "b3c5d"):        # as DSB2018 names its images
+        pair(tmp_path / "hash", name, 1)
+    assert [e.image().pixels.shape for e in data.examples(tmp_path)] == [(1, 24, 31)] * 6
+
+
+def test_tiles_of_different_size(tmp_path):
+    save(tmp_path / "p_b0c0.tif", picture(0)), save(tmp_path / "p_b0c1.tif", picture(1, (24, 30)))
+    save(tmp_path / "p_b0c0_masks.png", blobs(0))
+    with pytest.raises(ValueError, match=r"p_b0c1.tif: uint8 of \(1, 24, 30\)"):
+        only(tmp_path).image()
+
+
+# ----------------------------------------------------------------------------------- nuclei, arrays, tracking
+
+def test_one_mask_for_each_nucleus(tmp_path):
+    truth = blobs(2)
+    for identity in ("00ae65", "0bcd2c"):
+        save(tmp_path / "stage1_train" / identity / "images" / f"{identity}.png", picture(0))
+        for i in range(1, truth.max() + 1):
+            mask = (truth == i) * np.uint8(255)
+            save(tmp_path / "stage1_train" / identity / "masks" / f"{i:02d}.png", mask)
+    found = data.examples(tmp_path)
+    assert [e.name for e in found] == ["stage1_train/00ae65", "stage1_train/0bcd2c"]
+    assert np.array_equal(found[0].labels(), truth)
+    assert len(found[0].files) == 1 + truth.max()
+    assert only(tmp_path / "stage1_train" / "00ae65").name == "00ae65"
+    save(found[0].files[-1], np.zeros((3, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"a mask of \(3, 3\)"):
+        found[0].labels()
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 31), (3, 24, 31, 3)])
+def test_arrays(tmp_path, shape):
+    images = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
+    truths = np.stack([blobs(i) for i in range(3)]).astype(np.int16)
+    save(tmp_path / "PBL_HEK" / "imgs.npy", images), save(tmp_path / "PBL_HEK" / "anns.npy", truths)
+    found = data.examples(tmp_path)
+    assert [e.name for e in found] == ["PBL_HEK/0000", "PBL_HEK/0001", "PBL_HEK/0002"]
+    expected = images[2][None] if images.ndim == 3 else images[2].transpose(2, 0, 1)
+    assert np.array_equal(found[2].image().pixels, expected) and np.array_equal(found[2].labels(), truths[2])
+
+
+def test_arrays_that_do_not_fit(tmp_path):
+    save(tmp_path / "imgs.npy", np.zeros((3, 5, 5), np.uint8))
+    save(tmp_path / "anns.npy", np.zeros((2, 5, 5), np.int16))
+    with pytest.raises(ValueError, match=r"imgs.npy of \(3, 5, 5\), anns.npy of \(2, 5, 5\)"):
+        data.examples(tmp_path)
+    save(tmp_path / "anns.npy", np.zeros((3, 5, 5), np.float32))
+    with pytest.raises(ValueError, match="anns.npy, number 0.*float32.*integers"):
+        data.examples(tmp_path)[0].labels()
+    np.save(tmp_path / "anns.npy", np.array([{}]))                 # pickled
+    with pytest.raises(ValueError, match="anns.npy"):
+        data.examples(tmp_path)
+
+
+def test_tracking(tmp_path, capsys):
+    """Annotated frames alone; silver truth where there is no gold; the other frames are no mistake."""
+    for sequence, kinds in (("01", ("GT", "ST")), ("02", ("ST",))):
+        for t in range(3):
+            save(tmp_path / sequence / f"t{t:03d}.tif", picture(t + int(sequence)))
+        for kind in kinds:
+            seed = {"01GT": 5, "01ST": 7, "02ST": 6}[sequence + kind]
+            save(tmp_path / f"{sequence}_{kind}" / "SEG" / "man_seg001.tif", blobs(seed))
+            save(tmp_path / f"{sequence}_{kind}" / "TRA" / "man_track001.tif", blobs(0))
+    save(tmp_path / "01_ST" / "SEG" / "man_seg002.tif", blobs(8))
+    assert [e.name for e in data.examples(tmp_path)] == ["01/t001", "02/t001"]
+    gold, silver = data.examples(tmp_path)
+    assert np.array_equal(gold.labels(), blobs(5)) and np.array_equal(silver.labels(), blobs(6))
+    assert [e.name for e in data.examples(tmp_path, labels="ST")] == ["01/t001", "01/t002", "02/t001"]
+    assert [e.name for e in data.examples(tmp_path, labels="gt")] == ["01/t001"]
+    assert "clean" in command("check", tmp_path, capsys=capsys)
+
+    save(tmp_path / "01_GT" / "SEG" / "man_seg007.tif", blobs(1))
+    with pytest.raises(FileNotFoundError, match="man_seg007.tif: its frame 01/t007.tif is missing"):
+        data.examples(tmp_path)
+    (tmp_path / "01_GT" / "SEG" / "man_seg007.tif").rename(tmp_path / "01_GT" / "SEG" / "man_seg_000_012.tif")
+    with pytest.raises(ValueError, match="man_seg_000_012.tif: .*3-D"):
+        data.examples(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- COCO
+
+SQUARE = [2, 3, 7, 3, 7, 9, 2, 9]                                  # columns 2..6, rows 3..8
+
+
+def coco(folder: Path, annotated: dict[str, list], name: str = "set.json", **more) -> Path:
+    """A COCO file for images of 24 x 31 px."""
+    size = {"height": 24, "width": 31} | more
+    images = [{"id": i, "file_name": file} | size for i, file in enumerate(annotated)]
+    parts = [{"id": 0, "image_id": i, "iscrowd": 1, "segmentation": part}
+             for i, file in enumerate(annotated) for part in annotated[file]]
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps({"images": images, "annotations": parts}))
+    return folder / name
+
+
+def uncompressed(mask: np.ndarray) -> dict:
+    """An independent way to runs: counted one pixel after the other down the columns."""
+    counts, value = [0], 0
+    for pixel in mask.T.ravel().tolist():
+        if pixel != value:
+            counts, value = counts + [0], pixel
+        counts[-1] += 1
+    return {"counts": counts, "size": list(mask.shape)}
+
+
+def test_coco_polygons_and_rle(tmp_path):
+    """A square closed form, a ring in two parts, a mask as runs; the smaller lies on top; ids as listed."""
+    save(tmp_path / "images" / "a.tif", picture(0)), save(tmp_path / "images" / "b.tif", picture(1))
+    truth = blobs(4)
+    path = coco(tmp_path, {"a.tif": [[[3, 4, 5, 4, 5, 6, 3, 6]], [SQUARE, [20, 0, 22, 0, 22, 2, 20, 2]]],
+                           "b.tif": [uncompressed(truth == i) for i in range(1, truth.max() + 1)]})
+    a, b = data.examples(path)
+    expected = np.zeros((24, 31), int)
+    expected[3:9, 2:7] = expected[:2, 20:22] = 2
+    expected[4:6, 3:5] = 1
+    assert np.array_equal(a.labels(), expected) and np.array_equal(b.labels(), truth)
+    assert (a.name, a.files) == ("a", (tmp_path / "images" / "a.tif", path))
+    assert [e.name for e in data.examples(tmp_path)] == ["set/a", "set/b"]
+
+
+def test_coco_packed_rle():
+    """Strings that pycocotools 2.0.8 made of a disc and of a square."""
+    y, x = np.mgrid[:12, :10]
+    disc = (y - 5) ** 2 + (x - 4) ** 2 <= 14
+    for text, mask in (("?562O00000001Nf0", disc), ("R[m0X6T3" + "0" * 397 + "nWm0", None)):
+        if mask is None:
+            mask = np.zeros((300, 400), bool)
+            mask[50:250, 100:300] = True
+        pixels = formats.rle_pixels({"counts": text, "size": list(mask.shape)}, mask.shape, "here")
+        assert np.array_equal(np.sort(pixels), np.flatnonzero(mask))
+
+
+def test_livecell_layout(tmp_path):
+    """Images lie beside annotations/, where the JSON has a dictionary, and an image twice, with two ids."""
+    name = "A172_Phase_C7_1_00d04h00m_2"
+    save(tmp_path / "images" / "livecell_test_images" / "A172" / f"{name}.tif", picture(0))
+    path = coco(tmp_path / "annotations" / "LIVECell", {f"{name}.tif": [[SQUARE]]})
+    parsed = json.loads(path.read_text())
+    parsed["images"].append(parsed["images"][0] | {"id": 5})
+    parsed["annotations"] = {"1": parsed["annotations"][0], "2": {"image_id": 5, "segmentation": [SQUARE]}}
+    path.write_text(json.dumps(parsed))
+    found = data.examples(path)
+    assert [e.name for e in found] == [name, f"{name}_copy2"]
+    assert {data.group_of(e.name) for e in found} == {"A172_Phase_C7"}
+    assert all(e.labels().sum() == 30 for e in found)
+
+
+@pytest.mark.parametrize("written", ["../../secret.tif", "/x/secret.tif", "..\\secret.tif", "C:\\secret.tif"])
+def test_coco_reaches_no_file_outside(tmp_path, written):
+    """The name alone is looked up, below the folder: a file elsewhere is missing, one below is read."""
+    save(tmp_path / "secret.tif", picture(0))
+    path = coco(tmp_path / "a" / "b", {written: [[SQUARE]]})
+    with pytest.raises(FileNotFoundError, match="1 of its images are missing, such as secret.tif"):
+        data.examples(path)
+    save(tmp_path / "a" / "b" / "c" / "secret.tif", picture(1))
+    example = only(tmp_path / "a" / "b")
+    assert example.files[0] == tmp_path / "a" / "b" / "c" / "secret.tif" and example.name == "set/secret"
+
+
+def test_coco_names_in_several_folders(tmp_path):
+    for folder in ("p", "q"):
+        save(tmp_path / folder / "1.tif", picture(len(folder)))
+    assert only(coco(tmp_path, {"q/1.tif": [[SQUARE]]})).files[0] == tmp_path / "q" / "1.tif"
+    with pytest.raises(ValueError, match="1.tif may be .*keep one"):
+        data.examples(coco(tmp_path, {"1.tif": [[SQUARE]]}))
+
+
+@pytest.mark.parametrize("part, problem", [
+    ([[1, 2, 3]], "expected polygons"), ("abc", "expected polygons"), (None, "expected polygons"),
+    ([[1, 2, float("nan"), 4, 5, 6]], "no pixel"), ([[1e300, 2, 3, 4, 5, 6]], "no pixel"),
+    ([[100, 100, 110, 100, 110, 110]], "outside of the image"), ({"counts": 7}, "do not fill"),
+    *(({"counts": counts, "size": [24, 31]}, "do not fill")
+      for counts in ([1, 2], [-744, 1488], {}, [10 ** 30], [744.0])),
+    ({"counts": [744], "size": [31, 24]}, "do not fill"),
+    *(({"counts": text, "size": [24, 31]}, "as COCO packs") for text in ("\x7f", "o" * 10000))])
+def test_coco_segmentations_that_are_none(tmp_path, part, problem):
+    save(tmp_path / "a.tif", picture(0))
+    with pytest.raises(ValueError, match=problem) as caught:
+        only(coco(tmp_path, {"a.tif": [part]})).labels()
+    assert "set.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text, problem", [
+    ('{"images": [{"id": 1, "file_na', "no JSON"), ("[" * 100000, "no JSON"),
+    ('{"images": [{"id": 1}], "annotations": []}', "id, file_name"),
+    ('{"images": 7, "annotations": []}', "lists"), ('{"images": [], "annotations": 7}', "lists"),
+    ('{"images": [], "annotations": [{"bbox": [1, 2, 3, 4], "image_id": 1}]}', "without image_id or segm"),
+    ('{"images": [], "annotations": [{"segmentation": [], "image_id": 1}]}', "image_id 1, which is not"),
+    ('{"images": [], "annotations": [{"segmentation": [["x"]], "image_id": 1}]}', "no JSON that can be read"),
+    ('{"some": "settings"}', "no labelled images"), ('{"images": [], "annotations": []}', "no labelled")])
+def test_coco_files_that_are_none(tmp_path, text, problem):
+    (tmp_path / "set.json").write_text(text)
+    with pytest.raises(ValueError, match=problem) as caught:
+        data.examples(tmp_path / "set.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_coco_of_another_size(tmp_path):
+    save(tmp_path / "a.tif", picture(0))
+    with pytest.raises(ValueError, match=r"a.tif is \(48, 31\) px there, but the image has \(24, 31\)"):
+        only(coco(tmp_path, {"a.tif": [[SQUARE]]}, height=48)).labels()
+
+
+# --------------------------------------------------------------------------------------------------- polygons
+
+def holed(seed: int) -> np.ndarray:
+    """Labels with holes, several parts and pixels that hang together by a corner alone."""
+    labels = blobs(seed, n=9).astype(np.int32)
+    labels[np.random.default_rng(seed).random(labels.shape) < 0.2] = 0
+    return np.unique(labels, return_inverse=True)[1].reshape(labels.shape)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_geojson_gives_back_what_cells_outlined(tmp_path, seed):
+    labels = holed(seed)
+    save(tmp_path / "x.tif", picture(0))
+    cells.write_geojson(tmp_path / ("x.geojson" if seed % 2 else "x_cells.geojson"), labels)
+    assert np.array_equal(only(tmp_path).labels(), labels)
+
+
+def oracle(rings: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """Even-odd, one pixel's centre and one side at a time."""
+    inside = np.zeros(shape, bool)
+    for r, c in np.ndindex(shape):
+        for ring in rings:
+            for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, 0)):
+                if (y0 <= r + 0.5) != (y1 <= r + 0.5):
+                    inside[r, c] ^= x0 + (r + 0.5 - y0) * (x1 - x0) / (y1 - y0) <= c + 0.5
+    return inside
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_polygons_against_one_pixel_at_a_time(seed):
+    """Stars that cross themselves and reach over every border, with a hole."""
+    rng = np.random.default_rng(seed)
+    rings = [rng.uniform(-6, 26, (7, 2)), rng.uniform(5, 15, (3, 2))]
+    pixels = formats.polygon_pixels(rings, (18, 20))
+    assert len(np.unique(pixels)) == len(pixels)
+    assert np.array_equal(np.sort(pixels), np.flatnonzero(oracle(rings, (18, 20))))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 36)), min_size=4, max_size=4, unique=True))
+def test_neighbours_share_a_side_without_gap_or_overlap(corners):
+    """Two triangles with a common side, corners on half pixels, make up the quadrangle around them."""
+    a, b, c, d = np.array(corners) / 2
+    one, other = (formats.polygon_pixels([np.array(ring)], (18, 20)) for ring in ((a, b, c), (c, b, d)))
+    around = formats.polygon_pixels([np.array([a, b, d, c])], (18, 20))
+    assert np.array_equal(np.sort(around), np.setxor1d(one, other))    # also where they cross
+
+
+def test_qupath_regions_are_no_cells(tmp_path):
+    def feature(kind, left, shape="Polygon"):
+        ring = [[left, 1], [left + 3, 1], [left + 3, 5], [left, 5], [left, 1]]
+        geometry = {"type": shape, "coordinates": [ring]}
+        return {"type": "Feature", "geometry": geometry, "properties": {"objectType": kind}}
+    region, cell = feature("annotation", 0), feature("detection", 10)
+    path = tmp_path / "x.geojson"
+
+    def labels(features) -> np.ndarray:
+        path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+        return formats.read_geojson(path, (24, 31))
+    alone = [[y, x] for y in range(1, 5) for x in range(10, 13)]
+    assert np.array_equal(np.argwhere(labels([region, cell])), alone) and labels([region]).sum() == 12
+    for features, problem in (([feature("cell", 2, "LineString")], "1 is a LineString"), (7, "expected Geo"),
+                              ([feature("cell", 90)], "outside of the"), ([{"geometry": None}], "is a None")):
+        with pytest.raises(ValueError, match=problem):
+            labels(features)
+
+
+# --------------------------------------------------------------------------------------------------- Cellpose
+
+def seg(path: Path, content, protocol: int, old_numpy: bool = False) -> Path:
+    """As np.save writes it, with the names that NumPy 1 or 2 gives."""
+    stream = pickle.dumps(np.array(content, dtype=object), protocol=protocol)
+    stream = stream.replace(b"numpy._core.multiarray\n" if old_numpy else b"numpy.core.multiarray\n",
+                            b"numpy.core.multiarray\n" if old_numpy else b"numpy._core.multiarray\n")
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})
+        file.write(stream)
+    return path
+
+
+def cellpose(masks: np.ndarray) -> dict:
+    return {"masks": masks, "outlines": masks * 2, "colors": np.zeros((3, 3)), "filename": Path("/x/y.png"),
+            "flows": [np.zeros((1, 3), np.float32), [], None], "est_diam": np.float64(17.5), "model_path": 0}
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "int64", ">u2", "uint8"])
+def test_seg(tmp_path, protocol, dtype):
+    masks = np.asfortranarray(blobs(0).astype(dtype)) if protocol == 3 else blobs(0).astype(dtype)
+    save(tmp_path / "x.png", picture(0))
+    seg(tmp_path / "x_seg.npy", cellpose(masks), protocol, old_numpy=protocol < 4)
+    assert np.array_equal(only(tmp_path).labels(), blobs(0))
+
+
+def test_seg_as_numpy_saves_it(tmp_path):
+    save(tmp_path / "x.png", picture(0))
+    np.save(tmp_path / "x_seg.npy", cellpose(blobs(0)))
+    assert np.array_equal(only(tmp_path).labels(), blobs(0))
+
+
+class Call:
+    """Pickles as a call of any function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("function, arguments", [
+    (os.system, "touch {}"), (exec, "open({!r}, 'w')"), (os.mkdir, "{}"), (np.save, "{}"), (getattr, "{}"),
+    (subprocess.check_call, "touch {}"), (__import__, "this"), (np.load, "{}")])
+def test_seg_runs_nothing(tmp_path, protocol, function, arguments):
+    """The code comes beside masks that are whole, as the masks, or instead of all; os.system would run."""
+    call = Call(function, arguments.format(str(tmp_path / "ran")))
+    for content in (cellpose(blobs(0)) | {"colors": call}, {"masks": call}, call):
+        path = seg(tmp_path / "x_seg.npy", content, protocol)
+        with pytest.raises(ValueError, match="x_seg.npy: .*nothing in it was run") as caught:
+            formats.read_seg(path)
+        assert not list(tmp_path.glob("ran*")) and "\n" not in str(caught.value)
+    if function is os.system:
+        pickle.loads(pickle.dumps(call, protocol))
+        assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [
+    {}, {"masks": [[1, 2]]}, {"masks": 7}, [1], "a", {"masks": np.array(["a"])}, {"masks": np.ones((3, 4))},
+    {"masks": np.array([{}], dtype=object)}, {"masks": np.zeros((2, 3, 4), np.uint16)},
+    {"masks": np.full((3, 4), -1, np.int16)}])
+def test_seg_without_masks(tmp_path, content):
+    with pytest.raises(ValueError, match="x_seg.npy"):
+        formats.read_seg(seg(tmp_path / "x_seg.npy", content, 4))
+
+
+def test_damaged_seg(tmp_path):
+    """Cut anywhere or with any byte changed: labels or one line that names the file, nothing else."""
+    whole = seg(tmp_path / "x_seg.npy", cellpose(blobs(0, (5, 6), 2)), 4).read_bytes()
+    rng = np.random.default_rng(0)
+    for i in range(600):
+        content = bytearray(whole[:rng.integers(len(whole))] if i % 2 else whole)
+        for at in rng.integers(len(content), size=2 if content and not i % 2 else 0):
+            content[at] = rng.integers(256)
+        (tmp_path / "y_seg.npy").write_bytes(content)
         try:
-            got = read_image(path, channels=[1, 2, 3]).pixels
+            assert formats.read_seg(tmp_path / "y_seg.npy").dtype == np.int32
         except ValueError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-        else:                                                             # cut behind the last pixel
-            complete += 1
-            np.testing.assert_array_equal(got, pixels)
-    assert complete < 4
+            assert "y_seg.npy" in str(error)
 
 
-def test_tiff_with_bytes_changed_gives_pixels_or_one_line(tmp_path):
-    rng = np.random.default_rng(0)
-    for options in ({}, dict(compression="zlib", tile=(16, 16))):
-        tifffile.imwrite(tmp_path / "x.tif", noise(48, 64), **options)
-        whole = np.frombuffer((tmp_path / "x.tif").read_bytes(), np.uint8)
-        for _ in range(150):
-            bytes_ = whole.copy()
-            bytes_[rng.integers(0, 400, 3)] = rng.integers(0, 256, 3)
-            bytes_.tofile(tmp_path / "x.tif")
-            try:
-                with open_image(tmp_path / "x.tif") as source:
-                    source.region(0, 1, 0, 1)
-            except ValueError as error:
-                assert str(tmp_path / "x.tif") in str(error) and "\n" not in str(error)
+# --------------------------------------------------------------------------------------------- groups, splits
+
+@pytest.mark.parametrize("name, group", [
+    ("trpL_t09", "trpL"), ("01/t012", "01"), ("t00", ""), ("pg6_t3", "pg6"), ("movie/frame_12", "movie"),
+    ("omnipose_ec_5I_t141xy5c1", "omnipose_ec_5I_xy5c1"), ("SkBr3_Phase_H3_2_03d00h00m_4", "SkBr3_Phase_H3"),
+    ("jump_r01c01f03", "jump_r01c01"), ("pediatric_r03c03f03p01", "pediatric_r03c03"), ("nf1_F7_2", "nf1_F7"),
+    ("A01_s3", "A01"), ("hela_copy007", "hela"), ("s1_slide3_s0b0c0x0-512y0", "s1_slide3"),
+    *((name, name) for name in ("A01", "set46", "T98G_12", "T47D", "gbm12", "he/test_11", "bc_22_2",
+                                "set/007", "3T3_set1", "val_MCF10A", "00ae65c1", "b3c4d5", "2024-05_dish"))])
+def test_group_of(name, group):
+    assert data.group_of(name) == group
 
 
-def test_missing_codec_is_named(tmp_path):
-    if importlib.util.find_spec("imagecodecs"):
-        pytest.skip("imagecodecs is installed")
-    tifffile.imwrite(tmp_path / "x.tif", noise(16, 16))
-    with tifffile.TiffFile(tmp_path / "x.tif", mode="r+") as tif:
-        tif.pages[0].tags["Compression"].overwrite(5)
-    with pytest.raises(ValueError) as error:
-        open_image(tmp_path / "x.tif")
-    assert "LZW" in one_line(error) and "pip install imagecodecs" in one_line(error)
+def named(*names: str) -> list[data.Example]:
+    return [data.Example(name, (), None, None) for name in names]
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_nan_is_found_where_it_is(tmp_path, bad):
-    pixels = noise(2, 40, 50, dtype=np.float32)
-    pixels[1, 30, 7:9] = bad
-    tifffile.imwrite(tmp_path / "x.tif", pixels, metadata={"axes": "CYX"}, photometric="minisblack")
-    with open_image(tmp_path / "x.tif") as source:
-        np.testing.assert_array_equal(source.region(0, 30, 0, 50), pixels[:, :30])
-        with pytest.raises(ValueError) as error:
-            source.region(20, 40, 0, 50)
-        assert "2 of 2000 values" in one_line(error) and "nan_to_num" in one_line(error)
-        for box in ((0, 41, 0, 50), (-1, 4, 0, 50), (4, 4, 0, 50)):
-            with pytest.raises(ValueError, match="no region"):
-                source.region(*box)
+def movies(n: int, frames: int) -> list[data.Example]:
+    return named(*(f"m{i}_t{t:02d}" for i in range(n) for t in range(frames)))
 
 
-# ------------------------------------------------------------------------------------------------ intensities
-
-def test_to_rgb():
-    pixels = noise(3, 4, 5)
-    assert data.to_rgb(pixels) is pixels
-    np.testing.assert_array_equal(data.to_rgb(pixels[:1]), pixels[[0, 0, 0]])
-    np.testing.assert_array_equal(data.to_rgb(pixels[:2]), np.stack([pixels[0], pixels[1], 0 * pixels[0]]))
-    with pytest.raises(ValueError, match="channels=1,2"):
-        data.to_rgb(noise(4, 4, 5))
-
-
-@settings(max_examples=60, deadline=None)
-@given(hnp.arrays(st.sampled_from(["u1", "u2", "i2", "f2", "i4", "u4", "f4", "i8", "u8", "f8", ">u2", ">f4"]),
-                  st.tuples(st.integers(1, 2), st.integers(1, 6), st.integers(1, 6))),
-       st.sampled_from([(1.0, 99.8), (0.0, 100.0), (50.0, 50.0), (12.5, 33.3)]))
-def test_percentiles_are_those_of_numpy(pixels, limits):
-    if pixels.dtype.kind == "f":
-        pixels = np.nan_to_num(pixels, nan=0, posinf=1, neginf=-1) % 1000
-    got = data.percentiles(pixels, *limits)
-    expected = np.percentile(pixels.reshape(len(pixels), -1).astype(np.float64), limits, axis=1).T
-    expected[:, 1] = np.where(expected[:, 0] < expected[:, 1], expected[:, 1], pixels.max((1, 2)))
-    assert got.shape == (len(pixels), 2) and got.dtype == np.float64
-    np.testing.assert_array_equal(got, expected)
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.3, 0.9, 1.0])
+def test_hold_out_takes_whole_groups(share):
+    """Groups stay together, neither side is empty, the share is met to within a group."""
+    everything = movies(10, 4) + named(*(f"img{i}" for i in range(13)))
+    for seed in range(5):
+        held = data.hold_out(everything, share, seed)
+        groups = {data.group_of(e.name) for e in held}
+        assert 0 < len(held) < len(everything)
+        assert held == [e for e in everything if data.group_of(e.name) in groups]
+        assert abs(len(held) - share * 53) <= 4
+        assert {e.name for e in data.hold_out(everything[::-1], share, seed)} == {e.name for e in held}
+    assert len({tuple(e.name for e in data.hold_out(everything, 0.3, seed)) for seed in range(5)}) > 1
 
 
-@pytest.mark.parametrize("dtype", ["u1", "u2", "f4", "i4"])
-def test_percentiles_of_a_file_in_bands(tmp_path, dtype, monkeypatch):
-    pixels = noise(2, 130, 101, dtype=dtype)
-    tifffile.imwrite(tmp_path / "x.tif", pixels, tile=(32, 32), compression="zlib", metadata={"axes": "CYX"},
-                     photometric="minisblack")
-    monkeypatch.setattr(data, "BAND", 1500)
-    with open_image(tmp_path / "x.tif") as source:
-        got = data.percentiles(source)
-    expected = np.percentile(pixels.reshape(2, -1).astype(float), (1, 99.8), axis=1).T
-    np.testing.assert_array_equal(got, expected)
+def test_hold_out_of_few():
+    assert data.hold_out(named("a"), 0.5, 0) == [] and data.hold_out(named("a", "b"), 0, 0) == []
+    assert len(data.hold_out(named("a", "b"), 0.01, 0)) == len(data.hold_out(named("a", "b"), 1, 0)) == 1
+    frames = movies(1, 10)
+    assert data.hold_out(frames, 0.2, 0) == frames[-2:] and data.hold_out(frames, 1, 0) == frames[1:]
 
 
-@pytest.mark.parametrize("dtype", ["u1", "u2", "i4", "f2", "f4", "f8"])
-def test_normalise(dtype):
-    pixels = noise(2, 30, 40, dtype=dtype)
-    pixels[1] = 7                                                         # without contrast
-    limits = data.percentiles(pixels)
-    got = data.normalise(pixels, limits)
-    low, high = limits[0]
-    assert got.dtype == np.float32 and got.shape == pixels.shape
-    expected = np.clip((pixels[0].astype(float) - low) / (high - low), 0, 1)
-    np.testing.assert_allclose(got[0], expected, atol=1e-6)
-    assert got[0].min() == 0 and got[0].max() == 1 and not got[1].any()
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=3, max_size=25), st.sampled_from([(0.6, 0.2, 0.2), (0.9, 0.1)]))
+def test_sides_are_balanced_by_images(sizes, fractions):
+    """No side is empty, and each is as large as wanted to within the largest group."""
+    groups = {f"g{i}": ("", size) for i, size in enumerate(sizes)}
+    sides = data._divide(groups, fractions, seed=1)
+    assert sides.keys() == groups.keys()
+    for side, fraction in enumerate(fractions):
+        have = sum(groups[group][1] for group in sides if sides[group] == side)
+        assert have > 0 and abs(have - fraction * sum(sizes)) <= max(sizes)
 
 
-def test_normalise_keeps_small_steps_on_a_large_offset():
-    steps = np.arange(12).reshape(1, 3, 4)
-    got = data.normalise((steps + 2 ** 30).astype(np.int32), [[2 ** 30, 2 ** 30 + 11]])
-    np.testing.assert_allclose(got, steps / 11, atol=1e-7)
+def table(path: Path) -> list[dict]:
+    return list(csv.DictReader(path.open(encoding="utf-8"), delimiter="\t"))
 
 
-# ----------------------------------------------------------------------------------------------------- labels
+def test_split_by_donor(tmp_path, capsys):
+    source, out = tmp_path / "in", tmp_path / "out"
+    for donor in range(6):
+        for tile in range(donor + 1):
+            pair(source, f"donor-{donor}_tile{tile}", 10 * donor + tile, "{}_masks.tif", "{}.tif")
+    keys = ("by=donor", "fractions=0.6,0.2,0.2")
+    assert "train: " in command("split", source, *keys, capsys=capsys)
+    rows = table(source / "split.tsv")
+    assert [r["name"] for r in rows] == [e.name for e in data.examples(source)]
+    assert all(r["group"] == r["name"][6] for r in rows)
+    assert len({(r["group"], r["split"]) for r in rows}) == 6
+    counts = [sum(r["split"] == side for r in rows) for side in ("train", "validation", "test")]
+    assert sum(counts) == 21 and abs(counts[0] - 12.6) <= 2 and abs(counts[1] - 4.2) <= 2
 
-@pytest.mark.parametrize("top, dtype", [(0, np.uint16), (65535, np.uint16), (65536, np.uint32),
-                                        (2 ** 31 - 1, np.uint32)])
-def test_labels_round_trip(tmp_path, top, dtype):
-    labels = noise(50, 60, dtype=np.uint16).astype(np.int64) % (top + 1)
-    labels[3, 4] = top
-    write_labels(tmp_path / "x.tif", labels, pixel_size=0.325)
-    got = read_labels(tmp_path / "x.tif")
-    assert got.dtype == np.int32 and os.listdir(tmp_path) == ["x.tif"]
-    np.testing.assert_array_equal(got, labels)
-    image = read_image(tmp_path / "x.tif")
-    assert image.pixels.dtype == dtype and image.pixel_size == pytest.approx(0.325, rel=1e-5)
-    assert (tmp_path / "x.tif").stat().st_size < labels.size * np.dtype(dtype).itemsize + 2000
+    command("split", source, *keys, f"out={out}", capsys=capsys)
+    assert (out / "split.tsv").read_bytes() == (source / "split.tsv").read_bytes()         # deterministic
+    for row in rows:
+        moved = {e.name: e for e in data.examples(out / row["split"])}[row["name"]]
+        origin = {e.name: e for e in data.examples(source)}[row["name"]]
+        assert np.array_equal(moved.image().pixels, origin.image().pixels)
+        assert np.array_equal(moved.labels(), origin.labels())
+    assert "written for something else" in command("split", source, f"out={out}", code=1, capsys=capsys)
+    assert "written for something else" in command("split", source, code=1, capsys=capsys)
 
-
-def test_labels_from_png_and_npy_and_what_are_no_labels(tmp_path):
-    labels = noise(20, 30).astype(np.int64) % 900
-    PIL.Image.fromarray(labels.astype(np.uint16)).save(tmp_path / "x.png")
-    np.save(tmp_path / "x.npy", labels)
-    for name in ("x.png", "x.npy"):
-        np.testing.assert_array_equal(read_labels(tmp_path / name), labels)
-    for wrong, expected in ((labels.astype(float), "save it as uint16"), (labels - 5, "0 to 2147483647"),
-                            (labels + 2 ** 31, "0 to 2147483647"), (np.stack([labels] * 3), "one channel")):
-        np.save(tmp_path / "x.npy", wrong)
-        with pytest.raises(ValueError) as error:
-            read_labels(tmp_path / "x.npy")
-        assert expected in one_line(error)
-    for wrong in (labels - 5, labels + 2 ** 32, labels.astype(float), labels[None]):
-        with pytest.raises(ValueError):
-            write_labels(tmp_path / "new.tif", wrong)
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        write_labels(tmp_path / "nowhere" / "new.tif", labels)
-    assert sorted(os.listdir(tmp_path)) == ["x.npy", "x.png"]
+    text = (out / "split.tsv").read_text().replace("donor-5_tile0\ttrain", "donor-5_tile0\ttest")
+    assert "donor-5_tile0\ttest" in text
+    (out / "split.tsv").write_text(text)
+    assert "5 is in test and in train" in command("check", out, code=1, capsys=capsys)
 
 
-def cut(labels, h, w):
-    H, W = labels.shape
-    return (labels[y:y + h, x:x + w] for y in range(0, H, h) for x in range(0, W, w))
+def test_split_with_a_pattern_and_without_donors(tmp_path, capsys):
+    for name in ("77_x", "77_y", "81_x", "90_z"):
+        pair(tmp_path, name, 0)
+    error = command("split", tmp_path, "by=donor", code=1, capsys=capsys)
+    assert "no donor in the name 77_x" in error and not (tmp_path / "split.tsv").exists()
+    command("split", tmp_path, "by=donor", "pattern=^([0-9]+)_", capsys=capsys)
+    assert [row["group"] for row in table(tmp_path / "split.tsv")] == ["77", "77", "81", "90"]
+    for keys, problem in ((("pattern=(", "by=donor"), "not a regular expression"),
+                          (("pattern=_x", "by=donor"), "one group"), (("fractions=0.5,0.4",), "add up to 1"),
+                          (("fractions=1",), "two or three"),
+                          (("stratify=dataset",), "77_x lies in no folder of its own"),
+                          (("by=donor", "pattern=^(7)", "match=^7"), "1 donors for 2 sides")):
+        assert problem in command("split", tmp_path, *keys, code=1, capsys=capsys)
 
 
-@pytest.mark.parametrize("shape", [(300, 333), (64, 32), (1, 1), (65, 33)])
-def test_label_tiles_round_trip(tmp_path, shape):
-    labels = noise(*shape, dtype=np.uint32) // 2
-    path = tmp_path / "x.tif"
-    write_label_tiles(path, shape, cut(labels, 64, 32), tile=(64, 32), pixel_size=0.5)
-    np.testing.assert_array_equal(read_labels(path), labels)
-    assert read_image(path).pixel_size == pytest.approx(0.5) and os.listdir(tmp_path) == ["x.tif"]
-    with tifffile.TiffFile(path) as tif:
-        page = tif.pages[0]
-        assert tif.is_bigtiff and page.tile == (64, 32) and page.dtype == np.uint32 and page.compression > 1
+def test_recipes_for_tiles(tmp_path, capsys):
+    """configs/if_*.yaml: donors split once; of them one marker, or the marker's channel alone."""
+    for donor in range(4):
+        for marker in ("AT8", "GFAP"):
+            for c in (0, 1):
+                save(tmp_path / "in" / f"case{donor}_{marker}_b0c{c}x0.tif", picture(10 * donor + c))
+            save(tmp_path / "in" / f"case{donor}_{marker}_b0c0x0_masks.png", blobs(donor))
+    command("split", tmp_path / "in", "by=donor", f"out={tmp_path}/if", "fractions=0.5,0.5", capsys=capsys)
+    train = data.examples(tmp_path / "if" / "train")
+    assert len(train) == 4 and train[0].image().channels == ("DAPI", "marker")
+    command("convert", tmp_path / "if" / "train", tmp_path / "AT8", "match=AT8", capsys=capsys)
+    command("convert", tmp_path / "if" / "train", tmp_path / "marker", "channels=marker", capsys=capsys)
+    assert [e.name for e in data.examples(tmp_path / "AT8")] == [e.name for e in train if "AT8" in e.name]
+    for both, alone in zip(train, data.examples(tmp_path / "marker"), strict=True):
+        assert np.array_equal(alone.image().pixels, both.image().pixels[1:])
+        assert np.array_equal(alone.labels(), both.labels())
 
 
-def test_label_tiles_that_fail_leave_nothing_and_keep_what_was(tmp_path):
-    labels = noise(100, 100)
-    path = tmp_path / "x.tif"
-    path.write_bytes(b"before")
-
-    def broken():
-        yield labels[:64, :64]
-        raise KeyboardInterrupt
-
-    for tiles, error in ((broken(), KeyboardInterrupt), (list(cut(labels, 64, 64))[:3], ValueError),
-                         ([*cut(labels, 64, 64), labels], ValueError), (cut(labels, 32, 64), ValueError)):
-        with pytest.raises(error):
-            write_label_tiles(path, (100, 100), tiles, tile=(64, 64))
-        assert os.listdir(tmp_path) == ["x.tif"] and path.read_bytes() == b"before"
-    with pytest.raises(ValueError, match="multiples of 16"):
-        write_label_tiles(path, (100, 100), [], tile=(50, 64))
+def test_split_stratified(tmp_path, capsys):
+    """Ten per cent of each data set, not of their sum."""
+    for dataset, n in (("livecell", 30), ("cyto", 20), ("small", 3)):
+        for i in range(n):
+            pair(tmp_path / dataset / "train", f"{i:03d}", i)
+    command("split", tmp_path, "by=image", "stratify=dataset", "fractions=0.9,0.1", capsys=capsys)
+    rows = table(tmp_path / "split.tsv")
+    held = [row["dataset"] for row in rows if row["split"] == "validation"]
+    assert held.count("livecell") == 3 and held.count("cyto") == 2 and len(held) in (5, 6)
 
 
-# ----------------------------------------------------------------------------------------------- distance map
+# ------------------------------------------------------------------------------------------ convert and check
 
-def alone(labels, cap=None):
-    """The definition: each cell by itself, everything else is outside, the border of the image is no edge."""
-    out = np.zeros(labels.shape)
-    for i in np.unique(labels[labels > 0]):
-        own = labels == i
-        d = np.ones(labels.shape) if own.all() else ndimage.distance_transform_edt(own)
-        d = np.minimum(d, np.inf if cap is None else cap)
-        out[own] = d[own] / d[own].max()
-    return out
-
-
-def check(labels, caps=(None, 0.5, 1, 2.5, 4, 20, 70.5)):
-    for cap in caps:
-        got = distance_map(labels, cap)
-        assert got.dtype == np.float32 and got.shape == labels.shape
-        np.testing.assert_allclose(got, alone(labels, cap), atol=1e-6, err_msg=f"cap {cap}")
-
-
-@settings(max_examples=60, deadline=None)
-@given(hnp.arrays(np.int64, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12),
-                  elements=st.sampled_from([0, 1, 2, 70_000, 2 ** 62])))
-def test_distance_map_of_any_small_labels(labels):
-    check(labels)
+def test_convert_keeps_pixels_names_and_pixel_size(tmp_path, capsys):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    stack = np.random.default_rng(0).normal(size=(2, 24, 31))
+    written = {"axes": "CYX", "Channel": {"Name": ["DNA", "ER"]}, "PhysicalSizeX": .65, "PhysicalSizeY": .65}
+    for dtype in ("uint16", "float32", "float64", "int16", "int64"):
+        tifffile.imwrite(source / f"{dtype}.tif", (1000 * stack).astype(dtype), photometric="minisblack",
+                         ome=dtype != "int64", metadata=written)
+        save(source / f"{dtype}_masks.tif", blobs(0).astype(np.uint32) * 30000)
+    command("convert", source, out, capsys=capsys)
+    for before, after in zip(data.examples(source), data.examples(out), strict=True):
+        one, two = before.image(), after.image()
+        assert before.name == after.name and two.pixels.dtype == one.pixels.dtype
+        assert np.array_equal(one.pixels, two.pixels) and np.array_equal(before.labels(), after.labels())
+        assert (one.channels, one.pixel_size) == (two.channels, two.pixel_size)
+    assert data.examples(out)[0].image().channels == ("DNA", "ER")
+    assert data.examples(out)[0].image().pixel_size == pytest.approx(0.65)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_distance_map_of_blobs_that_touch_wrap_and_come_in_pieces(seed):
-    rng = np.random.default_rng(seed)
-    smooth = ndimage.gaussian_filter(rng.random((90, 110)), 4)
-    labels = np.digitize(smooth, np.quantile(smooth, [0.2, 0.4, 0.6, 0.8]))  # rings, holes, many pieces
-    labels[rng.random(labels.shape) > 0.998] = 9                             # holes and cells of one pixel
-    check(labels)
+def test_convert_every_layout_and_go_on(tmp_path, capsys):
+    source, out = tmp_path / "in", tmp_path / "out"
+    pair(source / "pairs", "p", 0)
+    for name, array in (("dsb/ab/images/ab.png", picture(1)), ("dsb/ab/masks/1.png", np.uint8(blobs(1) == 1)),
+                        ("npy/imgs.npy", picture(2)[None]), ("npy/anns.npy", blobs(2)[None]),
+                        ("ctc/01/t000.tif", picture(3)), ("ctc/01_GT/SEG/man_seg000.tif", blobs(3)),
+                        ("coco/c.tif", picture(4)), ("qupath/q.tif", picture(5))):
+        save(source / name, array)
+    coco(source / "coco", {"c.tif": [[SQUARE]]})
+    cells.write_geojson(source / "qupath" / "q.geojson", holed(5))
+    before = data.examples(source)
+    assert len(before) == 6
+    assert "6 images written, 0 were there" in command("convert", source, out, capsys=capsys)
+    after = data.examples(out)
+    assert [e.name for e in before] == [e.name for e in after]
+    for one, two in zip(before, after):
+        assert np.array_equal(one.image().pixels, two.image().pixels)
+        assert np.array_equal(one.labels(), two.labels()) and one.labels().any()
+
+    bytes_before = {path: path.read_bytes() for path in out.rglob("*.tif")}
+    (out / "pairs" / "p.tif").unlink()
+    assert "1 images written, 5 were there" in command("convert", source, out, capsys=capsys)
+    assert {path: path.read_bytes() for path in out.rglob("*.tif")} == bytes_before
+    error = command("convert", source, out, "channels=1", code=1, capsys=capsys)
+    assert "converted.txt: written for something else" in error
+    assert not list(out.rglob(".*"))
 
 
-def test_distance_map_of_cells_deeper_than_the_passes_go():
-    y, x = np.mgrid[:330, :420]
-    labels = np.zeros((330, 420), np.uint16)
-    labels[np.hypot(y - 150, x - 150) < 140] = 3
-    labels[np.hypot(y - 160, x - 330) < 120] = 8                             # touches the first
-    labels[100:110, 100:105] = 5
-    labels[:, 400:] = 6                                                           # cut by the border
-    check(labels)
-    check(np.where(x < 200, 1, 2))                                                # two cells, no background
+def test_convert_stops_before_half_a_pair(tmp_path, capsys):
+    pair(tmp_path / "in", "a", 0), pair(tmp_path / "in", "b", 1)
+    save(tmp_path / "in" / "b_masks.png", blobs(0, (10, 10)))
+    error = command("convert", tmp_path / "in", tmp_path / "out", code=1, capsys=capsys)
+    assert "b.png: (24, 31) px, labels (10, 10)" in error
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.tif", "a_masks.tif", "converted.txt"]
+    within = command("convert", tmp_path / "in", tmp_path / "in" / "x", code=1, capsys=capsys)
+    assert "choose a folder outside" in within and not (tmp_path / "in" / "x").exists()
 
 
-def test_distance_map_closed_forms():
-    assert not distance_map(np.zeros((5, 7), int)).any()
-    assert (distance_map(np.full((5, 7), 3)) == 1).all()                          # without any edge
-    assert distance_map(np.zeros((0, 7), int)).shape == (0, 7)
-    bar = np.zeros((1, 9), int)
-    bar[0, 2:7] = 4
-    np.testing.assert_allclose(distance_map(bar)[0], [0, 0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3, 0, 0], atol=1e-7)
-    np.testing.assert_allclose(distance_map(bar, cap=2)[0], [0, 0, 1 / 2, 1, 1, 1, 1 / 2, 0, 0], atol=1e-7)
-    pair = np.array([[1, 1, 2, 2]])
-    np.testing.assert_allclose(distance_map(pair)[0], [1, 1 / 2, 1 / 2, 1])       # the other cell is an edge
+def test_check_lists_everything(tmp_path, capsys):
+    one, two = tmp_path / "train", tmp_path / "test"
+    for i in range(3):
+        pair(one, f"fine{i}", i), pair(two, f"new{i}", 10 + i)
+    n = sum(int(blobs(i).max()) for i in (0, 1, 2, 10, 11, 12))
+    assert command("check", one, two, capsys=capsys).strip() == f"6 images, {n} cells: clean"
+
+    save(one / "alone.png", picture(90)), save(one / "nobody_masks.png", blobs(0))
+    save(one / "fine0_masks.png", np.eye(10, dtype=np.uint8))
+    pieces = np.zeros((24, 31), np.uint8)
+    pieces[2:4, 2:4] = pieces[10:12, 2:4] = 7
+    save(one / "fine1_masks.png", pieces)
+    (one / "fine2_masks.png").unlink(), save(one / "fine2_masks.tif", np.ones((24, 31), np.float32))
+    save(two / "again.tif", picture(1)), save(two / "again_masks.png", pieces * 0)
+    lines = command("check", one, two, code=1, capsys=capsys).splitlines()
+    expected = [r"alone.png: an image without labels", r"nobody_masks.png: labels without image",
+                r"fine0: image of \(24, 31\) px, labels of \(10, 10\)",
+                r"fine1: 1 of 1 cells in pieces, \[7\]",
+                r"fine2: .*fine2_masks.tif: .*float32, expected labels",
+                r"the same image: .*train: fine1, .*test: again",
+                r"6 images, \d+ cells: 6 problems"]
+    assert len(lines) == len(expected)
+    for pattern in expected:
+        assert sum(bool(re.search(pattern, line)) for line in lines) == 1, (pattern, lines)
 
 
-def test_distance_map_ignores_names_and_turns_with_the_image():
-    rng = np.random.default_rng(0)
-    labels = np.kron(rng.integers(0, 6, (9, 7)), np.ones((9, 11), int))
-    d = distance_map(labels)
-    renamed = np.array([0, 500, 3, 10 ** 12, 8, 77])[labels]
-    np.testing.assert_array_equal(distance_map(renamed), d)
-    np.testing.assert_allclose(distance_map(labels.T).T, d, atol=1e-6)
-    np.testing.assert_allclose(distance_map(labels[::-1, ::-1])[::-1, ::-1], d, atol=1e-6)
+@pytest.mark.parametrize("arguments, problem", [
+    ((), "got nothing, expected convert"), (("chek", "."), "got chek"), (("check",), "DIR"),
+    (("convert", "."), "expected SRC DST"), (("check", ".", "seed=3"), "check does not use seed="),
+    (("split", ".", "by=doner"), "image or group or donor"), (("check", "gone"), "gone: no such folder"),
+    (("check", ".", "match=("), "match=(: not a regular expression"), (("check", "--fast"), "unknown option"),
+    (("check", ".", "chanels=1"), "did you mean 'channels'")])
+def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch, arguments, problem):
+    pair(tmp_path, "x", 0)
+    monkeypatch.chdir(tmp_path)
+    error = command(*arguments, code=1, capsys=capsys)
+    assert problem in error and error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_distance_map_refuses():
-    good = np.zeros((4, 4), int)
-    for wrong, cap in ((good * 1.0, None), (good[None], None), (good - 1, None), (good, 0),
-                       (good, float("nan")), (good, float("inf"))):
-        with pytest.raises(ValueError) as error:
-            distance_map(wrong, cap)
-        one_line(error)
+def test_as_a_command(tmp_path):
+    """In a process of its own: help names every key and needs no torch, check tells by its exit code."""
+    script, folder = data.__file__, Path(data.__file__).parent
+    help_without_torch = f"""import runpy, sys; sys.argv[1:] = ['--help']
+try: runpy.run_path({script!r}, None, '__main__')
+finally: assert 'torch' not in sys.modules"""
+    told = subprocess.check_output([sys.executable, "-c", help_without_torch], text=True, cwd=folder)
+    assert all(f"  {field}=" in told for field in data.Options.__dataclass_fields__) and "man_seg" in told
+    pair(tmp_path, "x", 0), save(tmp_path / "y.png", picture(1))
+    done = subprocess.run([sys.executable, script, "check", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1 and "y.png: an image without labels" in done.stdout and not done.stderr
 
 
-# ------------------------------------------------------------------------------------------------- real files
-
-def test_real_images_and_labels(shared):
-    """Multi-channel fields read as channels, label files as labels; cells get the map they get alone."""
-    for name, shape in (("fields_sbs/A01.tif", (2, 640, 640)),
-                        ("multiplex_mibi/test/fov8.tif", (22, 1024, 1024)),
-                        ("cell_painting/test/pediatric_r03c03f03.tif", (6, 1080, 1080))):
-        image = read_image(shared / "data" / name)
-        assert image.pixels.shape == shape
-        np.testing.assert_array_equal(image.pixels, tifffile.imread(shared / "data" / name))
-    labels = read_labels(min((shared / "data/phase_usiigaci/train").glob("*_cells.png")))[200:450, 200:450]
-    assert len(np.unique(labels)) > 5
-    check(labels, caps=(None, 4))
-
-
-def test_few_cells_on_black_are_not_clipped_away():
-    """1 in 1,000 pixels is not black: percentiles 1 and 99.8 are both 0, the limits reach to the brightest."""
-    pixels = np.zeros((1, 100, 100), np.uint16)
-    pixels[0, :2, :5] = 700
-    assert data.percentiles(pixels).tolist() == [[0, 700]]
-    assert data.normalise(pixels, data.percentiles(pixels)).sum() == 10
+def test_shared_sets(shared):
+    """Every image of the manifest is found, with as many instances as it says, of each kind of labels."""
+    root = shared / "data"
+    rows = {row["image"].rpartition(".")[0]: row for row in csv.DictReader(open(root / "manifest.csv"))}
+    assert {example.name for example in data.examples(root)} == rows.keys()
+    for kind in ("nuclei", "cells"):
+        found = {example.name: example for example in data.examples(root, labels=kind)}
+        with_kind = {name for name, row in rows.items() if kind in row["labels"].split(";")}
+        assert found.keys() == with_kind
+        for name in with_kind:
+            if "dsb2018" not in name:                              # the large ones; they are only found
+                counts = dict(zip(rows[name]["labels"].split(";"), rows[name]["n_instances"].split(";")))
+                labels = found[name].labels()
+                assert np.count_nonzero(np.unique(labels)) == int(counts[kind])
+                assert labels.shape == (int(rows[name]["height"]), int(rows[name]["width"]))

@@ -1,0 +1,749 @@
+"""images.py: every kind of file written by another hand and read back, every mistake, distances one by one."""
+import importlib.util
+import os
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import PIL.Image
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import ndimage
+
+import images
+from images import distance_map, open_image, read_image, read_labels, write_label_tiles, write_labels
+
+
+def noise(*shape, dtype=np.uint16, seed=0):
+    rng = np.random.default_rng(seed)
+    if np.dtype(dtype).kind == "f":
+        return rng.normal(size=shape).astype(dtype)
+    return rng.integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True)
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------- TIFF
+
+LAYOUTS = {
+    "contiguous": {},
+    "big-endian": dict(byteorder=">"),
+    "BigTIFF": dict(bigtiff=True),
+    "strips": dict(compression="zlib", rowsperstrip=16),
+    "strips, predictor": dict(compression="zlib", predictor=True, rowsperstrip=7),
+    "big-endian strips": dict(compression="zlib", rowsperstrip=16, byteorder=">"),
+    "tiles": dict(tile=(32, 48)),
+    "deflated tiles": dict(tile=(32, 48), compression="zlib", predictor=True),
+    "lzma strips": dict(rowsperstrip=64, compression="lzma"),
+    "OME tiles": dict(tile=(32, 48), compression="zlib", ome=True),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["u1", "u2", "i2", "u4", "f4", "f8"])
+def test_tiff_layouts_give_back_regions(tmp_path, layout, dtype):
+    pixels = noise(3, 130, 101, dtype=dtype)
+    path = tmp_path / "x.tif"
+    options = dict(LAYOUTS[layout], photometric="minisblack", metadata={"axes": "CYX"})
+    if dtype[0] == "f":
+        options.pop("predictor", None)                                    # that one needs imagecodecs
+    tifffile.imwrite(path, pixels, **options)
+    with open_image(path) as source:
+        assert source.shape == pixels.shape and source.dtype == np.dtype(dtype) and source.dtype.isnative
+        rng = np.random.default_rng(1)
+        for _ in range(12):
+            y0, y1 = sorted(rng.choice(131, 2, replace=False))
+            x0, x1 = sorted(rng.choice(102, 2, replace=False))
+            got = source.region(y0, y1, x0, x1)
+            assert got.dtype.isnative and got.flags.writeable
+            np.testing.assert_array_equal(got, pixels[:, y0:y1, x0:x1])
+    np.testing.assert_array_equal(read_image(path, channels=[3, 1]).pixels, pixels[[2, 0]])
+
+
+@pytest.mark.parametrize("options", [{}, dict(compression="zlib"), dict(tile=(16, 32)),
+                                     dict(tile=(16, 32), compression="zlib", predictor=True)])
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_rgb_samples_are_channels(tmp_path, options, planar):
+    pixels = noise(3, 50, 70, dtype=np.uint8)
+    stored = pixels if planar == "separate" else np.moveaxis(pixels, 0, 2)
+    tifffile.imwrite(tmp_path / "x.tif", stored, photometric="rgb", planarconfig=planar, **options)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels, pixels)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif", channels=[3, 2]).pixels, pixels[[2, 1]])
+    with open_image(tmp_path / "x.tif") as source:
+        np.testing.assert_array_equal(source.region(20, 41, 9, 50), pixels[:, 20:41, 9:50])
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "u4", "i4", "i8", "u8", "i1"])
+def test_other_number_types(tmp_path, dtype):
+    pixels = noise(1, 20, 30, dtype=dtype)
+    tifffile.imwrite(tmp_path / "x.tif", pixels[0])
+    got = read_image(tmp_path / "x.tif")
+    assert got.pixels.dtype == dtype
+    np.testing.assert_array_equal(got.pixels, pixels)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (1, 1, 3), (2, 1, 3)])
+@pytest.mark.parametrize("options", [{}, dict(compression="zlib"), dict(tile=(16, 16))])
+def test_smallest_images(tmp_path, shape, options):
+    pixels = noise(*shape, dtype=np.uint8)
+    colour = len(shape) == 3
+    tifffile.imwrite(tmp_path / "x.tif", pixels, photometric="rgb" if colour else "minisblack", **options)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels,
+                                  np.moveaxis(pixels, 2, 0) if colour else pixels[None])
+
+
+def test_one_bit(tmp_path):
+    mask = np.random.default_rng(0).random((30, 45)) > 0.5
+    tifffile.imwrite(tmp_path / "x.tif", mask)
+    PIL.Image.fromarray(mask).save(tmp_path / "x.png")
+    for name in ("x.tif", "x.png"):
+        got = read_image(tmp_path / name).pixels
+        assert got.dtype == np.uint8
+        np.testing.assert_array_equal(got[0], mask)
+
+
+STACKS = {"imagej": dict(imagej=True), "ome": dict(ome=True), "shaped": {},
+          "deflated": dict(ome=True, compression="zlib"), "tiles": dict(tile=(16, 16), compression="zlib")}
+
+
+@pytest.mark.parametrize("kind", STACKS)
+def test_stacks_must_be_chosen_from(tmp_path, kind):
+    stack = noise(3, 5, 2, 40, 50)                                        # T, Z, C, Y, X
+    path = tmp_path / "x.tif"
+    tifffile.imwrite(path, stack, metadata={"axes": "TZCYX"}, photometric="minisblack", **STACKS[kind])
+    np.testing.assert_array_equal(read_image(path, plane=4, time=2).pixels, stack[1, 3])
+    np.testing.assert_array_equal(read_image(path, [2], plane=5, time=3).pixels, stack[2, 4, 1:])
+    for arguments, expected in (({}, ["axis T of 3", "axis Z of 5", "time=1..3", "plane=1..5"]),
+                                (dict(plane=2), ["axis T of 3", "time=1..3"]),
+                                (dict(plane=6, time=1), ["plane=6", "1..5", "axis Z"]),
+                                (dict(plane=0, time=1), ["plane=0", "1..5"])):
+        with pytest.raises(ValueError) as error:
+            open_image(path, **arguments)
+        assert all(part in one_line(error) for part in [str(path), *expected])
+
+
+def test_axis_z_of_one_needs_no_choice_and_absent_axes_allow_none(tmp_path):
+    tifffile.imwrite(tmp_path / "x.tif", noise(1, 2, 20, 30), metadata={"axes": "ZCYX"}, imagej=True)
+    assert read_image(tmp_path / "x.tif").pixels.shape == (2, 20, 30)
+    np.save(tmp_path / "x.npy", noise(20, 30))
+    PIL.Image.fromarray(noise(20, 30, dtype=np.uint8)).save(tmp_path / "x.png")
+    for name in ("x.npy", "x.png"):
+        assert read_image(tmp_path / name, plane=1).pixels.shape == (1, 20, 30)
+        with pytest.raises(ValueError, match="no axis Z"):
+            open_image(tmp_path / name, plane=2)
+
+
+@pytest.mark.parametrize("options", [{}, dict(metadata=None), dict(compression="zlib"),
+                                     dict(metadata=None, tile=(16, 16))])
+def test_unexplained_pages_are_never_guessed(tmp_path, options):
+    pages = noise(6, 20, 30)
+    tifffile.imwrite(tmp_path / "x.tif", pages, photometric="minisblack", **options)
+    with pytest.raises(ValueError, match="6 pages.*plane=1..6.*channels=1,2"):
+        open_image(tmp_path / "x.tif")
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif", plane=4).pixels, pages[3:4])
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif", channels=[6, 2]).pixels, pages[[5, 1]])
+
+
+def test_channels_with_samples(tmp_path):
+    pixels = noise(2, 20, 30, 3, dtype=np.uint8)                          # C, Y, X, S
+    for options in ({}, dict(compression="zlib")):
+        path = tmp_path / "x.ome.tif"
+        tifffile.imwrite(path, pixels, photometric="rgb", metadata={"axes": "CYXS"}, **options)
+        np.testing.assert_array_equal(read_image(path).pixels,
+                                      pixels.transpose(0, 3, 1, 2).reshape(6, 20, 30))
+
+
+def test_imagej_file_that_lists_only_its_first_page(tmp_path):
+    """As ImageJ writes stacks above 4 GB."""
+    pixels = noise(4, 20, 30)
+    tifffile.imwrite(tmp_path / "x.tif", pixels, imagej=True, metadata={"axes": "CYX"})
+    with tifffile.TiffFile(tmp_path / "x.tif") as tif:
+        following = tif.pages[0].offset + 2 + 12 * len(tif.pages[0].tags)
+    with open(tmp_path / "x.tif", "r+b") as file:
+        file.seek(following)
+        file.write(bytes(4))                                              # no page after the first
+    with tifffile.TiffFile(tmp_path / "x.tif") as tif:
+        assert len(tif.pages) == 1
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels, pixels)
+
+
+def test_only_overlapping_tiles_are_decoded_and_once(tmp_path, monkeypatch):
+    pixels = noise(1, 512, 640)
+    tifffile.imwrite(tmp_path / "x.tif", pixels, tile=(64, 64), compression="zlib", metadata={"axes": "CYX"})
+    seen = []
+    whole = tifffile.FileHandle.read
+    monkeypatch.setattr(tifffile.FileHandle, "read", lambda *a: seen.append(1) or whole(*a))
+    with open_image(tmp_path / "x.tif") as source:
+        assert len(seen) < 20                                             # the header
+        seen.clear()
+        source.region(70, 130, 70, 100)                                   # rows 1 and 2, column 1
+        assert len(seen) == 2
+        for y in range(0, 512, 40):                                       # bands that cut the tiles
+            source.region(y, min(y + 60, 512), 0, 640)
+        assert len(seen) == 80
+    monkeypatch.setattr(images, "CACHE", 0)                                 # a row of tiles stays, no more
+    with open_image(tmp_path / "x.tif") as source:
+        seen.clear()
+        for y in range(0, 512, 40):
+            source.region(y, min(y + 40, 512), 0, 640)
+        assert len(seen) == 80
+        assert source._read.bytes <= 64 * 640 * 2
+
+
+@pytest.mark.parametrize("byteorder", "<>")
+def test_uncompressed_pages_apart_are_mapped_not_decoded(tmp_path, monkeypatch, byteorder):
+    """As Bio-Formats writes them: a whole page in one strip, headers between the pages."""
+    pixels = noise(3, 40, 50)
+    with tifffile.TiffWriter(tmp_path / "x.tif", byteorder=byteorder) as tif:
+        for page in pixels:
+            tif.write(page, metadata=None, contiguous=False, rowsperstrip=40)
+    with open_image(tmp_path / "x.tif", channels=[3, 1]) as source:
+        monkeypatch.setattr(tifffile.FileHandle, "read", None)
+        np.testing.assert_array_equal(source.region(5, 30, 2, 41), pixels[[2, 0], 5:30, 2:41])
+
+
+def test_sparse_tiles_are_zero(tmp_path):
+    pixels = noise(64, 64)
+    tifffile.imwrite(tmp_path / "x.tif", pixels, tile=(32, 32), compression="zlib")
+    with tifffile.TiffFile(tmp_path / "x.tif", mode="r+") as tif:
+        counts = tif.pages[0].databytecounts
+        tif.pages[0].tags["TileByteCounts"].overwrite((counts[0], 0, *counts[2:]))
+    pixels[:32, 32:] = 0
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels[0], pixels)
+
+
+# --------------------------------------------------------------------------------------- names, size, notices
+
+def test_channel_names(tmp_path):
+    pixels = noise(3, 20, 30)
+    tifffile.imwrite(tmp_path / "x.ome.tif", pixels, photometric="minisblack",
+                     metadata={"axes": "CYX", "Channel": {"Name": ["DAPI", "GFP-FKHR", "actin"]}})
+    tifffile.imwrite(tmp_path / "x.tif", pixels, imagej=True,
+                     metadata={"axes": "CYX", "Labels": ["DAPI", "GFP-FKHR", "actin"]})
+    for name in ("x.ome.tif", "x.tif"):
+        path = tmp_path / name
+        assert read_image(path).channels == ("DAPI", "GFP-FKHR", "actin")
+        image = read_image(path, channels=["ACTIN", 1])
+        assert image.channels == ("actin", "DAPI")
+        np.testing.assert_array_equal(image.pixels, pixels[[2, 0]])
+        np.testing.assert_array_equal(read_image(path, channels="gfp-fkhr,1").pixels, pixels[[1, 0]])
+        for wrong, expected in (("dapy", "did you mean 'DAPI'"), (0, "1..3, counted from 1"), (4, "1..3"),
+                                (-1, "1..3")):
+            with pytest.raises(ValueError) as error:
+                open_image(path, channels=[wrong])
+            assert expected in one_line(error) and f"'{wrong}'" in one_line(error)
+    with pytest.raises(ValueError, match="empty"):
+        open_image(path, channels=[])
+
+
+def test_channel_names_that_are_numbers_do_not_shuffle_the_rest(tmp_path):
+    pixels = noise(2, 20, 30)
+    tifffile.imwrite(tmp_path / "x.ome.tif", pixels, photometric="minisblack",
+                     metadata={"axes": "CYX", "Channel": {"Name": ["2", "1"]}})
+    np.testing.assert_array_equal(read_image(tmp_path / "x.ome.tif").pixels, pixels)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.ome.tif", [1]).pixels, pixels[1:])   # its name
+
+
+@pytest.mark.parametrize("options, expected", [
+    (dict(ome=True, metadata={"axes": "YX", "PhysicalSizeX": 0.598, "PhysicalSizeY": 0.598}), 0.598),
+    (dict(ome=True, metadata={"axes": "YX", "PhysicalSizeX": 325.0, "PhysicalSizeXUnit": "nm",
+                              "PhysicalSizeY": 325.0, "PhysicalSizeYUnit": "nm"}), 0.325),
+    (dict(ome=True, metadata={"axes": "YX", "PhysicalSizeX": 1.0, "PhysicalSizeXUnit": "pixel"}), None),
+    (dict(ome=True, metadata={"axes": "YX"}), None),
+    (dict(imagej=True, resolution=(2.0, 2.0), metadata={"unit": "um"}), 0.5),
+    (dict(imagej=True, resolution=(2.0, 2.0), metadata={"unit": "micron"}), 0.5),
+    (dict(imagej=True, resolution=(2.0, 2.0), metadata={"unit": "\\u00B5m"}), 0.5),
+    (dict(imagej=True, resolution=(0.01, 0.01), metadata={"unit": "micron"}), 100.0),
+    (dict(imagej=True, resolution=(10000.0, 10000.0), metadata={"unit": "cm"}), 1.0),
+    (dict(imagej=True, resolution=(2.0, 2.0), metadata={"unit": "pixel"}), None),
+    (dict(imagej=True), None),
+    (dict(resolution=(20000.0, 20000.0), resolutionunit="CENTIMETER"), 0.5),
+    (dict(resolution=(50800.0, 50800.0), resolutionunit="INCH"), 0.5),
+    (dict(resolution=(72.0, 72.0), resolutionunit="INCH"), None),
+    (dict(resolution=(300.0, 300.0), resolutionunit="INCH"), None),
+    (dict(resolution=(37.8, 37.8), resolutionunit="CENTIMETER"), None),
+    (dict(resolution=(1.0, 1.0)), None),
+    ({}, None)])
+def test_pixel_size(tmp_path, options, expected):
+    tifffile.imwrite(tmp_path / "x.tif", noise(20, 30), **options)
+    assert read_image(tmp_path / "x.tif").pixel_size == (expected and pytest.approx(expected, rel=1e-6))
+
+
+def test_pixels_that_are_not_square(tmp_path):
+    tifffile.imwrite(tmp_path / "x.tif", noise(20, 30), imagej=True, resolution=(2.0, 1.0),
+                     metadata={"unit": "um"})
+    with pytest.warns(UserWarning, match="not square"):
+        assert read_image(tmp_path / "x.tif").pixel_size is None
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".png"])
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("options", [{}, dict(tile=(16, 16), compression="zlib")])
+def test_alpha_is_dropped_with_a_notice(tmp_path, suffix, count, options):
+    path = tmp_path / f"x{suffix}"
+
+    def save(pixels):
+        if suffix == ".png":
+            PIL.Image.fromarray(pixels).save(path)
+        else:
+            tifffile.imwrite(path, pixels, photometric="rgb" if count == 4 else "minisblack",
+                             planarconfig="contig", extrasamples=["unassalpha"], **options)
+    pixels = noise(20, 30, count, dtype=np.uint8)
+    pixels[..., -1] = 255
+    save(pixels)
+    with pytest.warns(UserWarning, match="alpha channel dropped$"):
+        got = read_image(path).pixels
+    np.testing.assert_array_equal(got, np.moveaxis(pixels[..., :-1], 2, 0))
+    pixels[3, 4, -1] = 254
+    save(pixels)
+    with open_image(path) as source:
+        assert source.shape == (count - 1, 20, 30)
+        for _ in range(2):
+            source.region(0, 20, 0, 30)
+            assert len(source.notices) == 1 and source.notices[0].endswith("was not opaque")
+    with pytest.raises(ValueError, match=f"1..{count - 1}"):
+        open_image(path, channels=[count])
+
+
+def test_palettes(tmp_path):
+    indices = noise(20, 30, dtype=np.uint8)
+    palette = noise(256, 3, dtype=np.uint8, seed=1)
+    image = PIL.Image.fromarray(indices)
+    image.putpalette(palette.tobytes())
+    image.save(tmp_path / "x.png")
+    colours = np.moveaxis(palette[indices], 2, 0)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png").pixels, colours)
+    for factor in (257, 256):                                             # both are in use for 8-bit colours
+        tifffile.imwrite(tmp_path / "x.tif", indices, photometric="palette",
+                         colormap=palette.T.astype(np.uint16) * factor)
+        np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels, colours)
+    finer = noise(3, 256, seed=2)
+    tifffile.imwrite(tmp_path / "x.tif", indices, photometric="palette", colormap=finer)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels, finer[:, indices])
+    tifffile.imwrite(tmp_path / "x.tif", indices, imagej=True, photometric="palette", colormap=finer)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels, indices[None])   # a lookup table
+
+
+def test_min_is_white_and_further_series_are_said(tmp_path):
+    pixels = noise(20, 30)
+    tifffile.imwrite(tmp_path / "x.tif", pixels, photometric="miniswhite")
+    with pytest.warns(UserWarning, match="white as 0"):
+        np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels[0], pixels)
+    with tifffile.TiffWriter(tmp_path / "x.tif") as tif:
+        tif.write(pixels)
+        tif.write(pixels[:7, :9])
+    with pytest.warns(UserWarning, match="1 further image series"):
+        np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels[0], pixels)
+
+
+def test_an_ome_header_opens_no_other_file(tmp_path):
+    """A TIFF tag that names a file is not followed."""
+    secret = tmp_path / "secret.tif"
+    tifffile.imwrite(secret, noise(20, 30))
+    tifffile.imwrite(tmp_path / "x.ome.tif", noise(1, 20, 30), photometric="minisblack",
+                     metadata={"axes": "CYX"})
+    with tifffile.TiffFile(tmp_path / "x.ome.tif") as tif:
+        header = tif.ome_metadata
+    header = header.replace('SizeC="1"', 'SizeC="2"').replace("</Pixels>", (
+        '<TiffData FirstC="1" IFD="0" PlaneCount="1"><UUID FileName="secret.tif">urn:uuid:1</UUID></TiffData>'
+        '</Pixels>'))
+    tifffile.imwrite(tmp_path / "y.ome.tif", noise(20, 30, seed=5), description=header, metadata=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pixels = read_image(tmp_path / "y.ome.tif").pixels
+    np.testing.assert_array_equal(pixels, noise(1, 20, 30, seed=5))
+
+
+# -------------------------------------------------------------------------------------------- PNG, JPEG, .npy
+
+def png(pixels: np.ndarray, colour_type: int) -> bytes:
+    """An independent PNG encoder of 16 bits: row y uses filter y % 5 of the specification."""
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    H, W = pixels.shape[:2]
+    rows = pixels.astype(">u2").reshape(H, -1).view(np.uint8).astype(int)
+    step = rows.shape[1] // W                                             # bytes per pixel
+    above, out = np.zeros(rows.shape[1], int), b""
+    for y, row in enumerate(rows):
+        a, b, c = (np.concatenate([np.zeros(step, int), r[:-step]]) if shift else r
+                   for r, shift in ((row, 1), (above, 0), (above, 1)))
+        pa, pb, pc = abs(b - c), abs(a - c), abs(a + b - 2 * c)
+        paeth = np.where((pa <= pb) & (pa <= pc), a, np.where(pb <= pc, b, c))
+        guess = (0, a, b, (a + b) // 2, paeth)[y % 5]
+        out += bytes([y % 5]) + ((row - guess) % 256).astype(np.uint8).tobytes()
+        above = row
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 16, colour_type, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(out)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("samples, colour_type", [(1, 0), (3, 2), (2, 4), (4, 6)])
+def test_png_of_16_bits_is_not_cut_to_8(tmp_path, samples, colour_type):
+    pixels = noise(37, 23, samples)
+    if samples % 2 == 0:
+        pixels[..., -1] = 65535
+    (tmp_path / "x.png").write_bytes(png(pixels, colour_type))
+    with open_image(tmp_path / "x.png") as source:
+        got = source.region(0, 37, 0, 23)
+        assert source.dtype == np.uint16 and source.notices == ("alpha channel dropped",) * (samples % 2 == 0)
+    np.testing.assert_array_equal(got, np.moveaxis(pixels, 2, 0)[:samples - (samples % 2 == 0)])
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_png_and_jpeg_of_8_bits(tmp_path, mode):
+    pixels = noise(*(40, 50, 3)[:2 + (mode == "RGB")], dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(tmp_path / "x.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png").pixels,
+                                  np.moveaxis(pixels, 2, 0) if mode == "RGB" else pixels[None])
+    exif = PIL.Image.Exif()
+    exif[274] = 6                                                         # turned on its side; left as stored
+    PIL.Image.fromarray(pixels).save(tmp_path / "x.jpg", exif=exif)
+    with PIL.Image.open(tmp_path / "x.jpg") as image:
+        decoded = np.asarray(image)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.jpg").pixels,
+                                  np.moveaxis(decoded, 2, 0) if mode == "RGB" else decoded[None])
+
+
+@pytest.mark.parametrize("shape, expected", [
+    ((20, 30), (1, 20, 30)), ((5, 20, 30), (5, 20, 30)), ((3, 20, 4), (3, 20, 4)),
+    ((20, 30, 3), (3, 20, 30)), ((20, 30, 4), (4, 20, 30)), ((20, 30, 5), (20, 30, 5))])
+@pytest.mark.parametrize("dtype", ["<u2", ">f4"])
+def test_npy(tmp_path, shape, expected, dtype):
+    pixels = noise(*shape, dtype=np.dtype(dtype).newbyteorder("=")).astype(dtype)
+    np.save(tmp_path / "x.npy", pixels)
+    got = read_image(tmp_path / "x.npy").pixels
+    assert got.shape == expected and got.dtype == np.dtype(dtype).newbyteorder("=") and got.dtype.isnative
+    first = expected[-2:] == shape[-2:]
+    np.testing.assert_array_equal(got, pixels.reshape(expected) if first else np.moveaxis(pixels, 2, 0))
+
+
+# --------------------------------------------------------------------------------------------------- mistakes
+
+def test_files_that_are_no_images(tmp_path):
+    np.save(tmp_path / "objects.npy", np.array([{"a": 1}], object))
+    np.save(tmp_path / "complex.npy", np.zeros((4, 4), complex))
+    np.save(tmp_path / "nothing.npy", np.zeros((0, 4)))
+    np.save(tmp_path / "line.npy", np.zeros(4))
+    np.save(tmp_path / "hyper.npy", np.zeros((2, 2, 4, 4)))
+    tifffile.imwrite(tmp_path / "complex.tif", np.zeros((4, 4), np.complex64))
+    tifffile.imwrite(tmp_path / "volume.tif", np.zeros((16, 16, 16), np.uint8), volumetric=True,
+                     tile=(16, 16, 16))
+    PIL.Image.new("CMYK", (4, 4)).save(tmp_path / "inks.jpg")
+    PIL.Image.fromarray(noise(64, 64, dtype=np.uint8)).save(tmp_path / "cut.png")
+    contents = {"empty.tif": b"", "empty.png": b"", "empty.npy": b"", "text.tif": b"hello\nworld",
+                "text.png": b"hello", "text.npy": b"hello", "text.jpg": b"hello", "cut.tif": b"II*\0\x08",
+                "image.czi": b"ZISRAWFILE", "noname": b"x",
+                "cut.png": (tmp_path / "cut.png").read_bytes()[:2000]}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    for name, expected in {
+            "empty.tif": "empty file", "empty.png": "empty file", "empty.npy": "empty file",
+            "text.tif": "no .tif", "text.png": "no .png", "text.npy": "no .npy", "text.jpg": "no .jpg",
+            "cut.tif": "truncated", "cut.png": "truncated", "image.czi": "unknown suffix '.czi'",
+            "noname": "unknown suffix ''",
+            "objects.npy": "object", "complex.npy": "complex128", "nothing.npy": "at least one pixel",
+            "line.npy": "(H, W)", "hyper.npy": "(C, H, W)", "complex.tif": "complex64", "volume.tif": "ZYX",
+            "inks.jpg": "CMYK"}.items():
+        with pytest.raises(ValueError) as error:
+            read_image(tmp_path / name)
+        message = one_line(error)
+        assert expected in message and str(tmp_path / name) in message
+    with pytest.raises(FileNotFoundError):
+        open_image(tmp_path / "missing.tif")
+    with pytest.raises(IsADirectoryError):
+        open_image(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{}, dict(compression="zlib"), dict(tile=(16, 16)), dict(imagej=True),
+                                     dict(ome=True)])
+def test_tiff_cut_anywhere_is_one_line(tmp_path, options):
+    pixels, path = noise(3, 48, 64), tmp_path / "x.tif"
+    tifffile.imwrite(path, pixels, photometric="minisblack", metadata={"axes": "CYX"}, **options)
+    whole, complete = path.read_bytes(), 0
+    for length in np.linspace(1, len(whole) - 1, 60).astype(int):
+        path.write_bytes(whole[:length])
+        try:
+            got = read_image(path, channels=[1, 2, 3]).pixels
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+        else:                                                             # cut behind the last pixel
+            complete += 1
+            np.testing.assert_array_equal(got, pixels)
+    assert complete < 4
+
+
+def test_tiff_with_bytes_changed_gives_pixels_or_one_line(tmp_path):
+    rng = np.random.default_rng(0)
+    for options in ({}, dict(compression="zlib", tile=(16, 16))):
+        tifffile.imwrite(tmp_path / "x.tif", noise(48, 64), **options)
+        whole = np.frombuffer((tmp_path / "x.tif").read_bytes(), np.uint8)
+        for _ in range(150):
+            bytes_ = whole.copy()
+            bytes_[rng.integers(0, 400, 3)] = rng.integers(0, 256, 3)
+            bytes_.tofile(tmp_path / "x.tif")
+            try:
+                with open_image(tmp_path / "x.tif") as source:
+                    source.region(0, 1, 0, 1)
+            except ValueError as error:
+                assert str(tmp_path / "x.tif") in str(error) and "\n" not in str(error)
+
+
+def test_missing_codec_is_named(tmp_path):
+    if importlib.util.find_spec("imagecodecs"):
+        pytest.skip("imagecodecs is installed")
+    tifffile.imwrite(tmp_path / "x.tif", noise(16, 16))
+    with tifffile.TiffFile(tmp_path / "x.tif", mode="r+") as tif:
+        tif.pages[0].tags["Compression"].overwrite(5)
+    with pytest.raises(ValueError) as error:
+        open_image(tmp_path / "x.tif")
+    assert "LZW" in one_line(error) and "pip install imagecodecs" in one_line(error)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_is_found_where_it_is(tmp_path, bad):
+    pixels = noise(2, 40, 50, dtype=np.float32)
+    pixels[1, 30, 7:9] = bad
+    tifffile.imwrite(tmp_path / "x.tif", pixels, metadata={"axes": "CYX"}, photometric="minisblack")
+    with open_image(tmp_path / "x.tif") as source:
+        np.testing.assert_array_equal(source.region(0, 30, 0, 50), pixels[:, :30])
+        with pytest.raises(ValueError) as error:
+            source.region(20, 40, 0, 50)
+        assert "2 of 2000 values" in one_line(error) and "nan_to_num" in one_line(error)
+        for box in ((0, 41, 0, 50), (-1, 4, 0, 50), (4, 4, 0, 50)):
+            with pytest.raises(ValueError, match="no region"):
+                source.region(*box)
+
+
+# ------------------------------------------------------------------------------------------------ intensities
+
+def test_to_rgb():
+    pixels = noise(3, 4, 5)
+    assert images.to_rgb(pixels) is pixels
+    np.testing.assert_array_equal(images.to_rgb(pixels[:1]), pixels[[0, 0, 0]])
+    np.testing.assert_array_equal(images.to_rgb(pixels[:2]), np.stack([pixels[0], pixels[1], 0 * pixels[0]]))
+    with pytest.raises(ValueError, match="channels=1,2"):
+        images.to_rgb(noise(4, 4, 5))
+
+
+@settings(max_examples=60, deadline=None)
+@given(hnp.arrays(st.sampled_from(["u1", "u2", "i2", "f2", "i4", "u4", "f4", "i8", "u8", "f8", ">u2", ">f4"]),
+                  st.tuples(st.integers(1, 2), st.integers(1, 6), st.integers(1, 6))),
+       st.sampled_from([(1.0, 99.8), (0.0, 100.0), (50.0, 50.0), (12.5, 33.3)]))
+def test_percentiles_are_those_of_numpy(pixels, limits):
+    if pixels.dtype.kind == "f":
+        pixels = np.nan_to_num(pixels, nan=0, posinf=1, neginf=-1) % 1000
+    got = images.percentiles(pixels, *limits)
+    expected = np.percentile(pixels.reshape(len(pixels), -1).astype(np.float64), limits, axis=1).T
+    expected[:, 1] = np.where(expected[:, 0] < expected[:, 1], expected[:, 1], pixels.max((1, 2)))
+    assert got.shape == (len(pixels), 2) and got.dtype == np.float64
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "f4", "i4"])
+def test_percentiles_of_a_file_in_bands(tmp_path, dtype, monkeypatch):
+    pixels = noise(2, 130, 101, dtype=dtype)
+    tifffile.imwrite(tmp_path / "x.tif", pixels, tile=(32, 32), compression="zlib", metadata={"axes": "CYX"},
+                     photometric="minisblack")
+    monkeypatch.setattr(images, "BAND", 1500)
+    with open_image(tmp_path / "x.tif") as source:
+        got = images.percentiles(source)
+    expected = np.percentile(pixels.reshape(2, -1).astype(float), (1, 99.8), axis=1).T
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "i4", "f2", "f4", "f8"])
+def test_normalise(dtype):
+    pixels = noise(2, 30, 40, dtype=dtype)
+    pixels[1] = 7                                                         # without contrast
+    limits = images.percentiles(pixels)
+    got = images.normalise(pixels, limits)
+    low, high = limits[0]
+    assert got.dtype == np.float32 and got.shape == pixels.shape
+    expected = np.clip((pixels[0].astype(float) - low) / (high - low), 0, 1)
+    np.testing.assert_allclose(got[0], expected, atol=1e-6)
+    assert got[0].min() == 0 and got[0].max() == 1 and not got[1].any()
+
+
+def test_normalise_keeps_small_steps_on_a_large_offset():
+    steps = np.arange(12).reshape(1, 3, 4)
+    got = images.normalise((steps + 2 ** 30).astype(np.int32), [[2 ** 30, 2 ** 30 + 11]])
+    np.testing.assert_allclose(got, steps / 11, atol=1e-7)
+
+
+# ----------------------------------------------------------------------------------------------------- labels
+
+@pytest.mark.parametrize("top, dtype", [(0, np.uint16), (65535, np.uint16), (65536, np.uint32),
+                                        (2 ** 31 - 1, np.uint32)])
+def test_labels_round_trip(tmp_path, top, dtype):
+    labels = noise(50, 60, dtype=np.uint16).astype(np.int64) % (top + 1)
+    labels[3, 4] = top
+    write_labels(tmp_path / "x.tif", labels, pixel_size=0.325)
+    got = read_labels(tmp_path / "x.tif")
+    assert got.dtype == np.int32 and os.listdir(tmp_path) == ["x.tif"]
+    np.testing.assert_array_equal(got, labels)
+    image = read_image(tmp_path / "x.tif")
+    assert image.pixels.dtype == dtype and image.pixel_size == pytest.approx(0.325, rel=1e-5)
+    assert (tmp_path / "x.tif").stat().st_size < labels.size * np.dtype(dtype).itemsize + 2000
+
+
+def test_labels_from_png_and_npy_and_what_are_no_labels(tmp_path):
+    labels = noise(20, 30).astype(np.int64) % 900
+    PIL.Image.fromarray(labels.astype(np.uint16)).save(tmp_path / "x.png")
+    np.save(tmp_path / "x.npy", labels)
+    for name in ("x.png", "x.npy"):
+        np.testing.assert_array_equal(read_labels(tmp_path / name), labels)
+    for wrong, expected in ((labels.astype(float), "save it as uint16"), (labels - 5, "0 to 2147483647"),
+                            (labels + 2 ** 31, "0 to 2147483647"), (np.stack([labels] * 3), "one channel")):
+        np.save(tmp_path / "x.npy", wrong)
+        with pytest.raises(ValueError) as error:
+            read_labels(tmp_path / "x.npy")
+        assert expected in one_line(error)
+    for wrong in (labels - 5, labels + 2 ** 32, labels.astype(float), labels[None]):
+        with pytest.raises(ValueError):
+            write_labels(tmp_path / "new.tif", wrong)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        write_labels(tmp_path / "nowhere" / "new.tif", labels)
+    assert sorted(os.listdir(tmp_path)) == ["x.npy", "x.png"]
+
+
+def cut(labels, h, w):
+    H, W = labels.shape
+    return (labels[y:y + h, x:x + w] for y in range(0, H, h) for x in range(0, W, w))
+
+
+@pytest.mark.parametrize("shape", [(300, 333), (64, 32), (1, 1), (65, 33)])
+def test_label_tiles_round_trip(tmp_path, shape):
+    labels = noise(*shape, dtype=np.uint32) // 2
+    path = tmp_path / "x.tif"
+    write_label_tiles(path, shape, cut(labels, 64, 32), tile=(64, 32), pixel_size=0.5)
+    np.testing.assert_array_equal(read_labels(path), labels)
+    assert read_image(path).pixel_size == pytest.approx(0.5) and os.listdir(tmp_path) == ["x.tif"]
+    with tifffile.TiffFile(path) as tif:
+        page = tif.pages[0]
+        assert tif.is_bigtiff and page.tile == (64, 32) and page.dtype == np.uint32 and page.compression > 1
+
+
+def test_label_tiles_that_fail_leave_nothing_and_keep_what_was(tmp_path):
+    labels = noise(100, 100)
+    path = tmp_path / "x.tif"
+    path.write_bytes(b"before")
+
+    def broken():
+        yield labels[:64, :64]
+        raise KeyboardInterrupt
+
+    for tiles, error in ((broken(), KeyboardInterrupt), (list(cut(labels, 64, 64))[:3], ValueError),
+                         ([*cut(labels, 64, 64), labels], ValueError), (cut(labels, 32, 64), ValueError)):
+        with pytest.raises(error):
+            write_label_tiles(path, (100, 100), tiles, tile=(64, 64))
+        assert os.listdir(tmp_path) == ["x.tif"] and path.read_bytes() == b"before"
+    with pytest.raises(ValueError, match="multiples of 16"):
+        write_label_tiles(path, (100, 100), [], tile=(50, 64))
+
+
+# ----------------------------------------------------------------------------------------------- distance map
+
+def alone(labels, cap=None):
+    """The definition: each cell by itself, everything else is outside, the border of the image is no edge."""
+    out = np.zeros(labels.shape)
+    for i in np.unique(labels[labels > 0]):
+        own = labels == i
+        d = np.ones(labels.shape) if own.all() else ndimage.distance_transform_edt(own)
+        d = np.minimum(d, np.inf if cap is None else cap)
+        out[own] = d[own] / d[own].max()
+    return out
+
+
+def check(labels, caps=(None, 0.5, 1, 2.5, 4, 20, 70.5)):
+    for cap in caps:
+        got = distance_map(labels, cap)
+        assert got.dtype == np.float32 and got.shape == labels.shape
+        np.testing.assert_allclose(got, alone(labels, cap), atol=1e-6, err_msg=f"cap {cap}")
+
+
+@settings(max_examples=60, deadline=None)
+@given(hnp.arrays(np.int64, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12),
+                  elements=st.sampled_from([0, 1, 2, 70_000, 2 ** 62])))
+def test_distance_map_of_any_small_labels(labels):
+    check(labels)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_distance_map_of_blobs_that_touch_wrap_and_come_in_pieces(seed):
+    rng = np.random.default_rng(seed)
+    smooth = ndimage.gaussian_filter(rng.random((90, 110)), 4)
+    labels = np.digitize(smooth, np.quantile(smooth, [0.2, 0.4, 0.6, 0.8]))  # rings, holes, many pieces
+    labels[rng.random(labels.shape) > 0.998] = 9                             # holes and cells of one pixel
+    check(labels)
+
+
+def test_distance_map_of_cells_deeper_than_the_passes_go():
+    y, x = np.mgrid[:330, :420]
+    labels = np.zeros((330, 420), np.uint16)
+    labels[np.hypot(y - 150, x - 150) < 140] = 3
+    labels[np.hypot(y - 160, x - 330) < 120] = 8                             # touches the first
+    labels[100:110, 100:105] = 5
+    labels[:, 400:] = 6                                                           # cut by the border
+    check(labels)
+    check(np.where(x < 200, 1, 2))                                                # two cells, no background
+
+
+def test_distance_map_closed_forms():
+    assert not distance_map(np.zeros((5, 7), int)).any()
+    assert (distance_map(np.full((5, 7), 3)) == 1).all()                          # without any edge
+    assert distance_map(np.zeros((0, 7), int)).shape == (0, 7)
+    bar = np.zeros((1, 9), int)
+    bar[0, 2:7] = 4
+    np.testing.assert_allclose(distance_map(bar)[0], [0, 0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3, 0, 0], atol=1e-7)
+    np.testing.assert_allclose(distance_map(bar, cap=2)[0], [0, 0, 1 / 2, 1, 1, 1, 1 / 2, 0, 0], atol=1e-7)
+    pair = np.array([[1, 1, 2, 2]])
+    np.testing.assert_allclose(distance_map(pair)[0], [1, 1 / 2, 1 / 2, 1])       # the other cell is an edge
+
+
+def test_distance_map_ignores_names_and_turns_with_the_image():
+    rng = np.random.default_rng(0)
+    labels = np.kron(rng.integers(0, 6, (9, 7)), np.ones((9, 11), int))
+    d = distance_map(labels)
+    renamed = np.array([0, 500, 3, 10 ** 12, 8, 77])[labels]
+    np.testing.assert_array_equal(distance_map(renamed), d)
+    np.testing.assert_allclose(distance_map(labels.T).T, d, atol=1e-6)
+    np.testing.assert_allclose(distance_map(labels[::-1, ::-1])[::-1, ::-1], d, atol=1e-6)
+
+
+def test_distance_map_refuses():
+    good = np.zeros((4, 4), int)
+    for wrong, cap in ((good * 1.0, None), (good[None], None), (good - 1, None), (good, 0),
+                       (good, float("nan")), (good, float("inf"))):
+        with pytest.raises(ValueError) as error:
+            distance_map(wrong, cap)
+        one_line(error)
+
+
+# ------------------------------------------------------------------------------------------------- real files
+
+def test_real_images_and_labels(shared):
+    """Multi-channel fields read as channels, label files as labels; cells get the map they get alone."""
+    for name, shape in (("fields_sbs/A01.tif", (2, 640, 640)),
+                        ("multiplex_mibi/test/fov8.tif", (22, 1024, 1024)),
+                        ("cell_painting/test/pediatric_r03c03f03.tif", (6, 1080, 1080))):
+        image = read_image(shared / "data" / name)
+        assert image.pixels.shape == shape
+        np.testing.assert_array_equal(image.pixels, tifffile.imread(shared / "data" / name))
+    labels = read_labels(min((shared / "data/phase_usiigaci/train").glob("*_cells.png")))[200:450, 200:450]
+    assert len(np.unique(labels)) > 5
+    check(labels, caps=(None, 4))
+
+
+def test_few_cells_on_black_are_not_clipped_away():
+    """1 in 1,000 pixels is not black: percentiles 1 and 99.8 are both 0, the limits reach to the brightest."""
+    pixels = np.zeros((1, 100, 100), np.uint16)
+    pixels[0, :2, :5] = 700
+    assert images.percentiles(pixels).tolist() == [[0, 700]]
+    assert images.normalise(pixels, images.percentiles(pixels)).sum() == 10

@@ -1,0 +1,719 @@
+"""evaluate.py end to end at toy size: closed forms, the same numbers another way, nothing done twice."""
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+import yaml
+
+import data
+import evaluate
+import metrics
+import model
+import report
+import runs
+import watershed
+from conftest import ROOT
+from test_report import browse
+
+
+# ------------------------------------------------------------------------------------------------- toys
+
+def discs(seed, size=64, count=5):
+    """An image of bright discs on dark ground, and their labels with gaps between the ids."""
+    rng = np.random.default_rng(seed)
+    labels = np.zeros((size, size), np.int32)
+    yx = np.mgrid[:size, :size].transpose(1, 2, 0)
+    for k in range(count):
+        centre, r = rng.uniform(0, size, 2), rng.uniform(3, 7)
+        free = np.hypot(*(yx - centre).transpose(2, 0, 1)) < r
+        if not labels[free].any():
+            labels[free] = 3 * k + 1
+    return (rng.normal(60, 8, (1, size, size)) + 120 * (labels > 0)).astype(np.uint8), labels
+
+
+def write_image(path, pixels, names=None):
+    metadata = {"axes": "CYX", **({"Labels": names} if names else {})}
+    tifffile.imwrite(path, pixels, imagej=True, metadata=metadata)
+
+
+def a_set(folder, seeds, name="{}"):
+    folder.mkdir(parents=True)
+    for seed in seeds:
+        pixels, labels = discs(seed)
+        stem = name.format(seed)
+        write_image(folder / f"{stem}.tif", pixels)
+        data.write_labels(folder / f"{stem}_masks.tif", labels)
+    return folder
+
+
+def peer(folder, source, change):
+    """Labels of another program: change(labels, number), or None for an image it does not have."""
+    folder.mkdir(parents=True)
+    for number, example in enumerate(data.examples(source)):
+        labels = change(example.labels(), number)
+        if labels is not None:
+            data.write_labels(folder / f"{example.name}.tif", labels)
+    return folder
+
+
+def weights(path, gain=2.0, peak=0.5, fill=0.3):
+    """A network that sees how bright a place is: all convolutions on the pixels' own path are box filters."""
+    settings = model.Settings(tile=64, peak=peak, fill=fill, diameter=10.0)
+    net = model.DINOCell(model.ViT(16, 4, 2, 8, 1), (8, 8, 8), 8, settings)
+    with torch.no_grad():
+        for layer in (*net.decoder.stem, *net.decoder.refine):
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.weight.zero_()
+                for i in range(8):
+                    layer.weight[i, i % layer.in_channels] = 1 / 9
+        net.decoder.narrow.weight.zero_()
+        net.decoder.head.weight.fill_(gain / 8)
+        net.decoder.head.bias.fill_(-2.0)
+    model.save(net, path)
+    return path
+
+
+def run(verb, folder, **config):
+    path = folder / f"{verb}.yaml"
+    path.write_text(yaml.safe_dump({"output_base_dir": str(folder), **config}))
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([verb, str(path)])
+    return end.value.code
+
+
+def fails(capsys, verb, folder, **config):
+    capsys.readouterr()
+    assert run(verb, folder, **config) == 1
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: ") and "\n" not in said
+    return said
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def entry(name, path, **more):
+    return dict(name=name, path=str(path), **more)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the batches and tiles that the network sees."""
+    seen = []
+    forward = model.DINOCell.forward
+    monkeypatch.setattr(model.DINOCell, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
+    return seen
+
+
+def eroded(labels, number):
+    """Every second image loses a pixel all around its cells, and its first cell."""
+    if number % 2:
+        return labels
+    return np.where((data.distance_map(labels, 2) == 1) & (labels > 1), labels, 0)
+
+
+# ------------------------------------------------------------------------------------------------- bench
+
+def test_bench_closed_forms(tmp_path, capsys):
+    """A perfect prediction scores 1 everywhere, an empty one 0; groups add up; so do differences."""
+    place = a_set(tmp_path / "set", range(12), "plate{}")
+    models = [entry_of("perfect", peer(tmp_path / "a", place, lambda labels, n: labels)),
+              entry_of("empty", peer(tmp_path / "b", place, lambda labels, n: 0 * labels)),
+              entry_of("half", peer(tmp_path / "c", place, eroded))]
+    assert run("bench", tmp_path, models=models, sets=[entry("discs", place, group=r"\d$", note="toys")]) == 0
+    folder = tmp_path / "runs/evaluate"
+    for name, value in (("perfect", 1.0), ("empty", 0.0)):
+        scores = json.loads((folder / name / "discs/metrics.json").read_text())
+        for score in ("AP@0.95", "precision", "recall", *evaluate.COMPARED):
+            assert scores[score] == pytest.approx(value), (name, score)
+            assert scores["intervals"][score] == pytest.approx([value, value])
+        assert scores["n"] == 12 and scores["missing"] == [] and scores["seconds"] is None
+    found = data.examples(place)
+    tables = [metrics.overlap(e.labels(), eroded(e.labels(), n)) for n, e in enumerate(found)]
+    expected = metrics.set_scores(tables)
+    scores = json.loads((folder / "half/discs/metrics.json").read_text())
+    assert scores["mean"] == pytest.approx(expected.mean)
+    assert scores["pooled"] == pytest.approx(expected.pooled)
+    assert scores["AP@0.5"] == pytest.approx(expected.mean["AP@0.5"])
+    assert scores["SEG"] == pytest.approx(expected.pooled["SEG"]) != pytest.approx(expected.mean["SEG"])
+    assert scores["images"][found[3].name] == pytest.approx(expected.images[3])
+    np.testing.assert_array_equal(data.read_labels(folder / f"half/discs/{found[2].name}_pred.tif"),
+                                  eroded(found[2].labels(), 2))
+
+    rows = {row["model"]: row for row in table(folder / "metrics_all_models.tsv")}
+    assert list(rows) == ["ceiling", "perfect", "empty", "half"]
+    assert float(rows["half"]["F1_low"]) < float(rows["half"]["F1"]) < float(rows["half"]["F1_high"])
+    groups = [row for row in table(folder / "groups.tsv") if row["model"] == "half"]
+    assert len(groups) == 10 and {row["group"]: row["n"] for row in groups}["1"] == "2"   # plate1, plate11
+    for count in ("TP", "FP", "FN", "n_true", "n"):
+        assert sum(int(row[count]) for row in groups) == int(rows["half"][count])
+    delta = {(row["model"], row["score"]): row for row in table(folder / "delta.tsv")}
+    empty, half = delta["empty", "AP@0.5"], delta["half", "AP@0.9"]
+    assert [float(empty[k]) for k in ("difference", "low", "high")] == [-1, -1, -1] and empty["n"] == "12"
+    assert float(half["difference"]) == pytest.approx(expected.mean["AP@0.9"] - 1, abs=1e-4)
+    low, high = metrics.bootstrap([image["AP@0.9"] - 1 for image in expected.images])
+    assert (float(half["low"]), float(half["high"])) == pytest.approx((low, high), abs=1e-4)
+    page = (folder / "report.html").read_text()
+    assert page.count("<h2>") == 2 and page.count("data:image/png") == 12 and "toys" in page
+    assert "report.html" in capsys.readouterr().out
+
+
+def entry_of(name, labels):
+    return dict(name=name, labels=str(labels))
+
+
+def test_few_images_are_listed_one_by_one(tmp_path):
+    place = a_set(tmp_path / "set", range(3))
+    models = [entry_of("all", peer(tmp_path / "a", place, lambda labels, n: labels)),
+              entry_of("first", peer(tmp_path / "b", place, lambda labels, n: labels * (n == 0)))]
+    assert run("bench", tmp_path, models=models, sets=[entry("few", place)], ceiling=dict(cap=[])) == 0
+    folder = tmp_path / "runs/evaluate"
+    rows = [row for row in table(folder / "delta.tsv") if row["score"] == "F1"]
+    assert [(row["image"], row["difference"], row["low"]) for row in rows] == [
+        ("mean", "-0.6667", "-"), ("0", "0.0000", "-"), ("1", "-1.0000", "-"), ("2", "-1.0000", "-")]
+    assert {row["F1_low"] for row in table(folder / "metrics_all_models.tsv")} == {"-"}
+    assert json.loads((folder / "all/few/metrics.json").read_text())["intervals"] == {}
+
+
+def test_an_image_without_cells_is_null_and_a_dash(tmp_path):
+    place = a_set(tmp_path / "set", [0])
+    data.write_labels(place / "0_masks.tif", np.zeros((64, 64), np.uint16))
+    models = [entry_of("a", peer(tmp_path / "a", place, lambda labels, n: labels))]
+    assert run("bench", tmp_path, models=models, sets=[entry("bare", place)]) == 0
+    folder = tmp_path / "runs/evaluate"
+    text = (folder / "a/bare/metrics.json").read_text()
+    assert json.loads(text)["SEG"] is None and json.loads(text)["AP@0.5"] == 1 and "NaN" not in text
+    assert {row["SEG"] for row in table(folder / "metrics_all_models.tsv")} == {"-"}
+
+
+def test_peers_are_matched_by_stem(tmp_path, capsys):
+    place = a_set(tmp_path / "set", range(3), "im.{}")
+    folder = peer(tmp_path / "peer" / "dots", place, lambda labels, n: labels if n < 2 else None)
+    (folder / "im.0.tif").rename(folder / "im.0_cp_masks.tif")
+    data.write_labels(folder / "im.0.tif", np.ones((64, 64), np.uint8))          # the image beside them
+    good = dict(models=[entry_of("peer", tmp_path / "peer")], sets=[entry("dots", place)])
+    assert run("bench", tmp_path, **good) == 0
+    assert "1 of 3 images have no labels and are left out: im.2" in capsys.readouterr().err
+    scores = json.loads((tmp_path / "runs/evaluate/peer/dots/metrics.json").read_text())
+    assert scores["n"] == 2 and scores["missing"] == ["im.2"] and scores["F1"] == 1
+    shutil.copy(folder / "im.1.tif", folder / "im.1_pred.tif")
+    shutil.copy(folder / "im.1.tif", folder / "im.1_masks.tif")
+    assert "both may be the labels of im.1" in fails(capsys, "bench", tmp_path, **good)
+    for file in folder.iterdir():
+        file.rename(folder / f"other_{file.name}")
+    assert "labels for none of the 3 images" in fails(capsys, "bench", tmp_path, **good)
+    other = dict(good, models=[entry_of("peer", tmp_path / "nowhere")])
+    assert "nowhere: no such folder" in fails(capsys, "bench", tmp_path, **other)
+
+
+def test_peers_of_nested_sets(tmp_path):
+    """By their folders, or by names alone where these are not ambiguous."""
+    for sub, seeds in (("p", (0, 1)), ("q", (1, 2))):
+        a_set(tmp_path / "set" / sub, seeds)
+    found = data.examples(tmp_path / "set")
+    assert [example.name for example in found] == ["p/0", "p/1", "q/1", "q/2"]
+    for name in ("p/0", "q/1", "2", "1"):                             # 1 could be either
+        path = tmp_path / "peer" / f"{name}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data.write_labels(path, np.ones((64, 64), np.uint8))
+    who = evaluate.Model("m", labels=str(tmp_path / "peer"))
+    files = evaluate.Peer(who, evaluate.DataSet("s", "x"), found).files
+    assert {name: path.relative_to(tmp_path / "peer").as_posix() for name, path in files.items()} == {
+        "p_0": "p/0.tif", "q_1": "q/1.tif", "q_2": "2.tif"}
+
+
+def test_nothing_is_done_twice(tmp_path, calls):
+    """A prediction is made again for other weights, another image or another option, and for nothing else."""
+    place = a_set(tmp_path / "set", range(3))
+    net = weights(tmp_path / "net.pt")
+    config = dict(models=[dict(name="net", weights=str(net))], sets=[entry("discs", place)], pictures=0)
+    folder = tmp_path / "runs/evaluate"
+
+    def tiles(**changes):
+        calls.clear()
+        assert run("bench", tmp_path, **{**config, **changes}) == 0
+        return sum(calls)
+    whole = tiles()
+    one = whole // 3
+    assert whole == 3 * one > 0
+    written = folder / "net/discs/metrics.json", folder / "metrics_all_models.tsv"
+    before = [path.read_text() for path in written]
+    assert json.loads(before[0])["seconds"] > 0
+    assert tiles() == 0
+    assert before == [path.read_text() for path in written]
+
+    (folder / "net/discs/1_pred.tif").unlink()                        # as if it had been interrupted
+    assert tiles() == one
+    (folder / "net/discs/2_pred.json").unlink()
+    assert tiles() == one
+    moved = shutil.copytree(place, tmp_path / "elsewhere")
+    assert tiles(sets=[entry("discs", moved)]) == 0                   # the content counts, not the place
+    data.write_labels(place / "0_masks.tif", discs(9)[1])
+    assert tiles() == 0                                               # other labels: only scored anew
+    assert written[0].read_text() != before[0]
+    write_image(place / "0.tif", discs(9)[0])
+    assert tiles() == one
+    assert tiles(models=[dict(name="net", weights=str(net), peak=0.6)]) == whole
+    assert tiles() == whole
+    assert tiles(sets=[entry("discs", place, diameter=20)]) > 0
+    assert tiles() == whole
+    weights(net, gain=3)
+    assert tiles() == whole
+    assert tiles(overwrite=True) == whole
+    copy = str(shutil.copy(net, tmp_path / "copy.pt"))
+    assert tiles(models=[dict(name="net", weights=copy)]) == 0
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path, calls, monkeypatch, capsys):
+    place = a_set(tmp_path / "set", range(4))
+    config = dict(models=[dict(name="net", weights=str(weights(tmp_path / "net.pt")))],
+                  sets=[entry("discs", place)], pictures=0, ceiling=dict(cap=[]))
+    forward = model.DINOCell.forward
+
+    def interrupted(self, x):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return forward(self, x)
+    with monkeypatch.context() as context:
+        context.setattr(model.DINOCell, "forward", interrupted)
+        assert run("bench", tmp_path, **config) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    folder = tmp_path / "runs/evaluate/net/discs"
+    assert len(list(folder.glob("*_pred.tif"))) == 2 and not (folder / "metrics.json").exists()
+    (folder / "0_pred.json").write_text('{"key": ')                   # damaged: counts as not done
+    calls.clear()
+    assert run("bench", tmp_path, **config) == 0 and len(calls) == 3
+
+
+def test_predictions_are_those_of_segment(tmp_path):
+    import segment
+    place, net = a_set(tmp_path / "set", range(2)), weights(tmp_path / "net.pt")
+    models = [dict(name="net", weights=str(net), peak=0.55, fill=0.2, min_area=5, tile=32, scale=0.8)]
+    assert run("bench", tmp_path, models=models, sets=[entry("discs", place, diameter=8)]) == 0
+    scale = 0.8 * 10 / 8
+    for example in data.examples(place):
+        expected = segment.segment(example.image().pixels, model.load(net), peak=0.55, fill=0.2, min_area=5,
+                                   tile=32, scale=scale)
+        assert expected.max() > 1
+        found = data.read_labels(tmp_path / f"runs/evaluate/net/discs/{example.name}_pred.tif")
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_manifest_groups(tmp_path, capsys):
+    """Rows of a manifest are found by folder and name; the same stem in another folder is another image."""
+    place = a_set(tmp_path / "root/here", range(3))
+    lines = ["image\tline", "there/0.tif\tB", "here/0.tif\tA", "here/1.tif\tA", "here/2.tif\tB",
+             "there/2.tif\tA"]
+    (tmp_path / "root/m.tsv").write_text("\n".join(lines))
+    models = [entry_of("a", peer(tmp_path / "a", place, lambda labels, n: labels))]
+    config = dict(models=models, root=str(tmp_path / "root"))
+
+    def said(**group):
+        return fails(capsys, "bench", tmp_path, **config, sets=[entry("s", "here", **group)])
+    assert run("bench", tmp_path, **config, sets=[entry("s", "here", manifest="m.tsv", group="line")]) == 0
+    rows = table(tmp_path / "runs/evaluate/groups.tsv")
+    assert {row["group"]: row["n"] for row in rows} == {"A": "2", "B": "1"}
+    assert "no column 'plate' for set 's'; it has image, line" in said(manifest="m.tsv", group="plate")
+    assert "no regular expression" in said(group="(")
+    assert "fits none of its 3 images" in said(group="donor")
+
+
+def test_document(tmp_path, capsys):
+    """The tables stand between two comments; text around them stays, and a second run changes nothing."""
+    place = a_set(tmp_path / "set", range(2))
+    models = [entry_of("a", peer(tmp_path / "a", place, lambda labels, n: labels)),
+              dict(name="b", note="no GPU yet")]
+    document = tmp_path / "results.md"
+    sets = [entry("discs", place, note="never trained on")]
+    config = dict(models=models, sets=sets, markdown=str(document))
+    document.write_text("before\n")
+    assert "<!-- begin bench evaluate -->" in fails(capsys, "bench", tmp_path, **config)
+    document.write_text("before\n<!-- begin bench evaluate -->\nold\n<!-- end bench evaluate -->\nafter\n")
+    assert run("bench", tmp_path, **config) == 0
+    text = document.read_text()
+    assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "old" not in text
+    assert "**discs**, never trained on" in text and "| b (no GPU yet) | not run | - |" in text
+    assert "| a | 2 | 1.000 | 1.000 |" in text and "| AP@0.5 of each image | ceiling | a |" in text
+    assert run("bench", tmp_path, **config) == 0 and document.read_text() == text
+
+
+def test_report_page_of_a_network(tmp_path):
+    """The whole page in a browser: nothing is fetched, no error, everything has a size."""
+    place = a_set(tmp_path / "set", range(11))
+    models = [dict(name="net", weights=str(weights(tmp_path / "net.pt"))),
+              entry_of("half", peer(tmp_path / "half", place, eroded)), dict(name="later", note="no GPU yet")]
+    sets = [entry("discs", place), entry("again", place, limit=2)]
+    assert run("bench", tmp_path, models=models, sets=sets) == 0
+    seen = browse(tmp_path / "runs/evaluate/report.html")
+    assert seen["requests"] == [] and seen["errors"] == []
+    assert len(seen["boxes"]) == 4 + 2 * 3 + (3 + 2) * 3              # charts, keys of legends, pictures
+    assert all(width > 10 and height > 5 for width, height in seen["boxes"])
+
+
+def test_found_by_size():
+    """Small cells missed, large ones found: a curve from 0 to 1."""
+    truth = np.zeros((40, 400), np.int32)
+    for k in range(20):
+        side = 4 if k < 10 else 12
+        truth[5:5 + side, 20 * k:20 * k + side] = k + 1
+    tables = [metrics.overlap(truth, np.where(truth > 10, truth, 0))]
+    result = evaluate.Result("a", None, ["x"], tables, metrics.set_scores(tables), [], None)
+    (small, missed), (large, hit) = evaluate.found_by_size({"a": result})["a"]
+    assert (missed, hit) == (0, 1) and small == pytest.approx(2 * (16 / np.pi) ** 0.5)
+    assert large == pytest.approx(2 * (144 / np.pi) ** 0.5)
+
+
+@pytest.mark.parametrize("shape,cell,expected", [
+    ((300, 200), 8, (0, 0, 512, 1)), ((2000, 3000), 100, (0, 0, 3072, 6)), ((2000, 3000), 10, None)])
+def test_part_worth_showing(shape, cell, expected):
+    """Whole images where cells stay visible; otherwise the square that holds the cells."""
+    truth = np.zeros(shape, np.int32)
+    truth[-60:-60 + cell, -90:-90 + cell] = 1
+    top, left, px, step, _ = part = evaluate.worth_showing(truth)
+    if expected:
+        assert part[:4] == expected
+    else:
+        assert (px, step) == (512, 1) and top <= 1940 < top + px and left <= 2910 < left + px
+
+
+# ---------------------------------------------------------------------------------------------- ceiling
+
+def test_ceiling(tmp_path):
+    """Its rows are true labels encoded and decoded by hand, best first; the best is bench's first row."""
+    place = a_set(tmp_path / "set", range(4))
+    grid = dict(cap=[None, 3.0], peak=[0.4, 0.9], fill=[0.1, 0.5])
+    assert run("ceiling", tmp_path, sets=[entry("discs", place)], **grid) == 0
+    rows = table(tmp_path / "runs/ceiling/ceiling.tsv")
+    assert len(rows) == 6                                                        # fill <= peak only
+    scores = [float(row["DSB"]) for row in rows]
+    assert scores == sorted(scores, reverse=True) and scores[0] > scores[-1]
+    for row in rows:
+        cap = None if row["cap"] == "-" else float(row["cap"])
+        truths = [example.labels() for example in data.examples(place)]
+        tables = [metrics.overlap(truth, watershed.watershed(
+            data.distance_map(truth, cap), float(row["peak"]), float(row["fill"]))) for truth in truths]
+        assert float(row["AP@0.9"]) == pytest.approx(metrics.set_scores(tables).mean["AP@0.9"], abs=1e-4)
+    models = [entry_of("a", peer(tmp_path / "a", place, lambda labels, n: labels))]
+    assert run("bench", tmp_path, models=models, sets=[entry("discs", place)], ceiling=grid) == 0
+    first = table(tmp_path / "runs/evaluate/metrics_all_models.tsv")[0]
+    assert first["model"] == "ceiling" and first["DSB"] == rows[0]["DSB"]
+
+
+def test_ceiling_is_kept(tmp_path, monkeypatch):
+    place = a_set(tmp_path / "set", range(2))
+    made = []
+    encode = data.distance_map
+    monkeypatch.setattr(data, "distance_map", lambda *a: made.append(1) or encode(*a))
+    for expected in (2 * 4, 0):
+        made.clear()
+        assert run("ceiling", tmp_path, sets=[entry("discs", place)]) == 0
+        assert len(made) == expected
+    data.write_labels(place / "1_masks.tif", discs(7)[1])
+    assert run("ceiling", tmp_path, sets=[entry("discs", place)]) == 0 and len(made) == 8
+
+
+def test_ceiling_of_real_sets(shared, tmp_path):
+    """The published numbers of the house: the cap is what lets phase contrast pass 0.9 IoU."""
+    place = shared / "data/phase_usiigaci/train"
+    if not place.is_dir():
+        pytest.skip("needs shared/data/phase_usiigaci")
+    grid = dict(cap=[None, 4], peak=[0.47], fill=[0.09])
+    assert run("ceiling", tmp_path, sets=[entry("phase", place, limit=2)], **grid) == 0
+    capped, plain = table(tmp_path / "runs/ceiling/ceiling.tsv")
+    assert (capped["cap"], plain["cap"]) == ("4.0000", "-")
+    assert float(capped["AP@0.9"]) > 0.7 and float(plain["AP@0.9"]) < 0.2
+
+
+# ------------------------------------------------------------------------------------------------ gating
+
+def test_gating_removes_exactly_what_it_says(tmp_path):
+    """Every row equals the scores after the cells have been erased from the label images, cell by cell."""
+    place = a_set(tmp_path / "set", range(5))
+    models, sets = [entry_of("peer", peer(tmp_path / "peer", place, eroded))], [entry("discs", place)]
+    assert run("bench", tmp_path, models=models, sets=sets, ceiling=dict(cap=[])) == 0
+    config = dict(predictions=str(tmp_path / "runs/evaluate/peer"), sets=sets, min_area=[0, 60],
+                  windows=[[0, 100], [10, 80]], over="image")
+    assert run("gating", tmp_path, **config) == 0
+    rows = table(tmp_path / "runs/gating/gating.tsv")
+    assert len(rows) == 1 + 2 * 2 * 3
+    raw = table(tmp_path / "runs/evaluate/metrics_all_models.tsv")[0]
+    assert rows[0]["removed"] == rows[1]["removed"] == "0" and rows[1]["F1_change"] == "0.0000"
+    assert all(rows[0][score] == raw[score] for score in ("AP@0.5", "SEG", "AJI", "TP", "FP", "FN"))
+    for row in rows:
+        low, high = map(float, row["window"][1:].split("-"))
+        tables, removed = [], 0
+        for number, example in enumerate(data.examples(place)):
+            pixels, truth = example.image().pixels[0], example.labels()
+            pred = eroded(truth, number)
+            ids = [i for i in np.unique(pred) if i]
+            means = [pixels[pred == i].mean() for i in ids]
+            rim = np.ones_like(pred, bool)
+            rim[1:-1, 1:-1] = False
+            gone = {i for i, mean in zip(ids, means) if (pred == i).sum() < int(row["min_area"])
+                    or not np.percentile(means, low) <= mean <= np.percentile(means, high)
+                    or (row["border"] != "keep" and i in pred[rim])}
+            removed += len(gone)
+            if row["border"] == "both":
+                truth = np.where(np.isin(truth, truth[rim]), 0, truth)
+            tables.append(metrics.overlap(truth, np.where(np.isin(pred, list(gone)), 0, pred)))
+        expected = metrics.set_scores(tables)
+        assert int(row["removed"]) == removed
+        for score in ("AP@0.5", "PQ", "AJI"):
+            assert float(row[score]) == pytest.approx(expected.mean[score], abs=1e-4)
+        assert float(row["SEG"]) == pytest.approx(expected.pooled["SEG"], abs=1e-4, nan_ok=True)
+    removed = {(row["min_area"], row["window"], row["border"]): int(row["removed"]) for row in rows}
+    assert 0 < removed["0", "q0-100", "drop"] < removed["60", "q10-80", "drop"]
+    scores = {row["border"]: row["AP@0.5"] for row in rows[1:4]}
+    assert float(scores["both"]) > float(scores["drop"])
+
+
+def test_gating_window_over_the_set(tmp_path, capsys):
+    """Percentiles of the whole set: of 12 cells with 12 intensities q5-95 drops the two extremes."""
+    place = tmp_path / "set"
+    place.mkdir()
+    labels = np.zeros((20, 60), np.int32)
+    for k in range(6):
+        labels[5:10, 10 * k + 2:10 * k + 7] = k + 1
+    for number in range(2):
+        pixels = np.stack([0 * labels, np.where(labels, 10 * labels + 5 * number, 0)]).astype(np.uint8)
+        write_image(place / f"{number}.tif", pixels, ["DNA", "marker"])
+        data.write_labels(place / f"{number}_masks.tif", labels)
+    models = [entry_of("a", peer(tmp_path / "a", place, lambda labels, n: labels))]
+    assert run("bench", tmp_path, models=models, sets=[entry("s", place)]) == 0
+    config = dict(predictions=str(tmp_path / "runs/evaluate/a"), sets=[entry("s", place)], marker="marker",
+                  min_area=[0], border=["keep"], windows=[[5, 95]])
+    assert run("gating", tmp_path, **config) == 0
+    assert [row["removed"] for row in table(tmp_path / "runs/gating/gating.tsv")] == ["0", "2"]
+    assert "marker" in fails(capsys, "gating", tmp_path, **{**config, "marker": "actin"})
+    missing = {**config, "predictions": str(tmp_path / "runs/evaluate/b")}
+    assert "no such prediction" in fails(capsys, "gating", tmp_path, **missing)
+    assert "expected two percentiles" in fails(capsys, "gating", tmp_path, **{**config, "windows": [[95, 5]]})
+
+
+# ------------------------------------------------------------------------------------------------- sweep
+
+def sweep_config(tmp_path, **more):
+    place = {name: a_set(tmp_path / name, seeds) for name, seeds in
+             (("va", range(2)), ("vb", range(2, 4)), ("ta", range(4, 6)), ("tb", range(6, 8)))}
+    return {"weights": str(weights(tmp_path / "net.pt")), "peak": [0.4, 0.9], "fill": [0.2, 0.6],
+            "validation": [entry("a", place["va"]), entry("b", place["vb"])],
+            "test": [entry("a", place["ta"]), entry("c", place["tb"])], **more}
+
+
+def test_sweep_runs_the_network_once_per_tile_and_scale(tmp_path, calls):
+    config = sweep_config(tmp_path, tile=[32, 64], scale=[1.0, 0.5])
+    assert run("sweep", tmp_path, **config) == 0
+    many = list(calls)
+    rows = table(tmp_path / "runs/sweep/sweep.tsv")
+    assert len(rows) == 2 * 4 * 3                                     # sets, views, pairs with fill <= peak
+    calls.clear()
+    assert run("sweep", tmp_path, **config) == 0 and not calls        # all kept
+    selected = {(row["set"], row["choice"]): row for row in table(tmp_path / "runs/sweep/selected.tsv")}
+    assert list(selected) == [("a", "shared"), ("a", "weights"), ("a", "own"), ("c", "shared"),
+                              ("c", "weights")]
+    shutil.rmtree(tmp_path / "runs/sweep/validation")
+    calls.clear()
+    assert run("sweep", tmp_path, **config) == 0
+    validation = sum(calls)
+    calls.clear()
+    shutil.rmtree(tmp_path / "runs/sweep/validation")
+    assert run("sweep", tmp_path, **{**config, "peak": [0.4], "fill": [0.2]}) == 0
+    assert validation < sum(many) and sum(calls) >= validation        # thresholds cost no pass of the network
+
+    def mean(view):
+        return np.mean([float(row["DSB"]) for row in rows if view.items() <= row.items()])
+    keys = ("tile", "overlap", "scale", "peak", "fill", "min_area")
+    views = {tuple(row[key] for key in keys): row for row in rows}
+    best = max(mean(dict(zip(keys, view))) for view in views)
+    chosen = {key: selected["c", "shared"][key] for key in keys}
+    assert mean(chosen) == pytest.approx(best)
+    own = {key: selected["a", "own"][key] for key in keys}
+    first = [row for row in rows if row["set"] == "a"]
+    assert max(float(row["DSB"]) for row in first) == next(
+        float(row["DSB"]) for row in first if own.items() <= row.items())
+
+
+def test_sweep_reports_what_bench_would(tmp_path):
+    """The row of a setting in the sweep, on validation and test, is what bench measures with this setting."""
+    config = sweep_config(tmp_path, scale=[1.6], tile=[64], peak=[0.5], fill=[0.2])
+    assert run("sweep", tmp_path, **config) == 0
+    models = [dict(name="net", weights=config["weights"], peak=0.5, fill=0.2, tile=64, scale=1.6)]
+    sets = [config["validation"][0], {**config["test"][1], "name": "test"}]
+    assert run("bench", tmp_path, models=models, sets=sets, ceiling=dict(cap=[])) == 0
+    on_validation, on_test = table(tmp_path / "runs/evaluate/metrics_all_models.tsv")
+    swept = table(tmp_path / "runs/sweep/sweep.tsv")[0]
+    assert all(swept[score] == on_validation[score] for score in ("DSB", "AP@0.5", "PQ", "AJI"))
+    selected = [row for row in table(tmp_path / "runs/sweep/selected.tsv") if row["set"] == "c"][0]
+    assert selected["choice"] == "shared"
+    assert all(selected[score] == on_test[score] for score in ("DSB", "AP@0.5", "SEG", "F1_low", "TP"))
+
+
+def test_sweep_keeps_validation_and_test_apart(tmp_path, capsys):
+    config = sweep_config(tmp_path)
+    same = {**config, "test": [entry("x", tmp_path / "va" / ".." / "va")]}
+    assert "test image x/0" in fails(capsys, "sweep", tmp_path, **same)
+    assert "null is one" in fails(capsys, "sweep", tmp_path, **{**config, "tile": []})
+    pixels = discs(1)[0]
+    write_image(tmp_path / "tb/other.tif", pixels)
+    data.write_labels(tmp_path / "tb/other_masks.tif", discs(1)[1])
+    said = fails(capsys, "sweep", tmp_path, **config)
+    assert "test image c/other" in said and "is in validation too, as a/1" in said
+
+
+# ---------------------------------------------------------------------------------------------- channels
+
+def tiny_vit(seed=0):
+    torch.manual_seed(seed)
+    return model.ViT(16, 2, 2, 8, 1, layerscale=0.5).eval()
+
+
+def test_attention_is_the_softmax_of_the_last_block(monkeypatch):
+    """Against the queries and keys that the forward pass itself hands to the attention kernel."""
+    seen = []
+    kernel = model.F.scaled_dot_product_attention
+    monkeypatch.setattr(model.F, "scaled_dot_product_attention",
+                        lambda q, k, v: seen.append((q, k)) or kernel(q, k, v))
+    vit, x = tiny_vit(), torch.rand(2, 3, 24, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        tokens, attended = evaluate.with_attention(vit, x)
+        q, k = seen[-1]
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)                    # (B, heads, T, T)
+        torch.testing.assert_close(attended, weights[:, :, 0, 2:].mean(1).view(2, 3, 4))
+        torch.testing.assert_close(tokens.cls, vit(x).cls)
+    assert not vit.blocks[-1].attn._forward_pre_hooks
+
+
+@pytest.mark.parametrize("feature", ["cls", "patches"])
+def test_channels(tmp_path, feature):
+    """Two equal channels agree wholly; the numbers are those of metrics on features computed here."""
+    fields = tmp_path / "fields"
+    fields.mkdir()
+    rng = np.random.default_rng(0)
+    stacks = []
+    for number in range(4):
+        a, b = rng.integers(0, 60000, (2, 48, 56)).astype(np.uint16)
+        stacks.append(np.stack([a, b, a]))
+        write_image(fields / f"f{number}.tif", stacks[-1], ["DNA", "ER", "copy"])
+    model.save(tiny_vit(3), tmp_path / "vit.pt")
+    config = dict(fields=str(fields), weights=str(tmp_path / "vit.pt"), size=32, feature=feature, shown=2)
+    assert run("channels", tmp_path, **config) == 0
+    folder = tmp_path / "runs/channels"
+    vectors = []
+    for stack in stacks:
+        pixels = stack[:, 8:40, 12:44]
+        x = torch.from_numpy(data.normalise(pixels, data.percentiles(pixels)))[:, None].repeat(1, 3, 1, 1)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.Settings().mean, model.Settings().std))
+        with torch.inference_mode():
+            tokens = tiny_vit(3)((x - mean) / std)
+        vectors.append((tokens.cls if feature == "cls" else tokens.patches.mean(1)).numpy())
+    expected = metrics.channel_consistency(np.stack(vectors))
+    content = json.loads((folder / "channels.json").read_text())
+    assert content["channels"] == ["DNA", "ER", "copy"] and content["fields"] == 4
+    for name in ("consistency", "control", "margin", "retrieval"):
+        assert content[name] == pytest.approx(getattr(expected, name), abs=1e-5)
+    assert content["margin"] == pytest.approx(content["consistency"] - content["control"])
+    cosine, attention = table(folder / "cosine.tsv"), table(folder / "attention.tsv")
+    assert [row["channel"] for row in cosine] == ["DNA", "ER", "copy"]
+    assert cosine[0]["copy"] == attention[0]["copy"] == "1.0000" and float(attention[0]["ER"]) < 0.9
+    assert table(folder / "retrieval.tsv")[2]["DNA"] == "1.0000"
+    for name in ("channels", "attention"):
+        pixels = data.read_image(folder / f"{name}.png").pixels
+        assert pixels.shape[0] == 3 and len(np.unique(pixels)) > 20
+
+
+def test_channels_of_synthetic_fields_are_kept(tmp_path, monkeypatch, capsys):
+    import synthetic
+    seen = []
+    look = evaluate.with_attention
+    monkeypatch.setattr(evaluate, "with_attention", lambda *a: seen.append(1) or look(*a))
+    config = dict(synthetic=2, size=64, dim=16, depth=1, heads=2, channels=["DNA", "er"], device="cpu")
+    for expected in (2, 0):
+        seen.clear()
+        assert run("channels", tmp_path, **config) == 0 and len(seen) == expected
+    assert run("channels", tmp_path, **{**config, "seed": 1}) == 0 and len(seen) == 2
+    assert json.loads((tmp_path / "runs/channels/channels.json").read_text())["channels"] == ["DNA", "ER"]
+    assert "Actin" not in synthetic.CHANNELS
+    unknown = {**config, "channels": ["DNA", "Actin"]}
+    assert "channels: 'actin'" in fails(capsys, "channels", tmp_path, **unknown)
+    assert "expected a multiple of the patch" in fails(capsys, "channels", tmp_path, **{**config, "size": 60})
+    assert "no such folder" in fails(capsys, "channels", tmp_path, **{**config, "fields": "nowhere"})
+    assert "expected two or more" in fails(capsys, "channels", tmp_path, **{**config, "channels": ["DNA"]})
+
+
+# ---------------------------------------------------------------------------------------------- mistakes
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    place = a_set(tmp_path / "set", range(2))
+    (tmp_path / "empty").mkdir()
+    good = entry("s", place)
+    a = entry_of("a", place)                                          # X_masks.tif beside X.tif: found too
+    (tmp_path / "no.pt").write_text("no weights")
+
+    def said(models=(a,), sets=(good,), **more):
+        return fails(capsys, "bench", tmp_path, models=list(models), sets=list(sets), **more)
+    assert run("bench", tmp_path, models=[a], sets=[good]) == 0
+    assert "nowhere" in said(sets=[entry("s", tmp_path / "nowhere")])
+    assert "empty" in said(sets=[entry("s", tmp_path / "empty")])
+    assert "no weights at" in said(models=[dict(name="w", weights=str(tmp_path / "gone.pt"))])
+    assert "no.pt" in said(models=[dict(name="w", weights=str(tmp_path / "no.pt"))])
+    assert "neither weights nor labels" in said(models=[dict(name="w")])
+    assert "weights and labels" in said(models=[dict(name="w", weights="x", labels="y")])
+    assert "becomes a folder" in said(models=[dict(a, name="../w")])
+    assert "two models are called 'a'" in said(models=[a, a])
+    assert "two sets are called 's'" in said(sets=[good, good])
+    assert "the row of the encoding" in said(models=[dict(a, name="ceiling")])
+    assert "no model" in said(models=[]) and "no set" in said(sets=[])
+    assert "score 'AP', expected one of" in said(score="AP")
+    assert "no pair with 0 <= fill <= peak" in said(ceiling=dict(peak=[0.1], fill=[0.2]))
+    assert "unknown key 'ceiling.caps', did you mean 'cap'?" in said(ceiling=dict(caps=[1]))
+    assert "unknown key 'stes', did you mean 'sets'?" in said(stes=[])
+    assert "s/0: " in said(models=[dict(name="w", weights=str(weights(tmp_path / "w.pt")), tile=30)])
+    data.write_labels(tmp_path / "set/1_masks.tif", np.ones((5, 5), np.uint8))
+    assert "s/1: image of (64, 64) px, labels of (5, 5)" in said()
+    write_image(place / "1.tif", np.zeros((4, 5, 5), np.uint8))
+    assert "s/1: 4 channels; choose up to three" in said()
+
+
+def test_peers_of_another_size(tmp_path, capsys):
+    place = a_set(tmp_path / "set", [0])
+    other = peer(tmp_path / "peer", place, lambda labels, n: labels[:50])
+    said = fails(capsys, "bench", tmp_path, models=[entry_of("a", other)], sets=[entry("s", place)])
+    assert "a on s: labels of 0 are (50, 64), the image is (64, 64) px" in said
+
+
+def test_names_from_data_reach_no_other_folder():
+    for name in ("../x", "/etc/x", "a/b", ".hidden", "a\\b", "..", ""):
+        safe = evaluate.plain(name)
+        assert safe and "/" not in safe and "\\" not in safe and not safe.startswith(".")
+    assert evaluate.plain("A172_Phase-3.t+1 µ") == "A172_Phase-3.t+1_µ"
+
+
+def test_command():
+    """As one types it: verbs are listed, help needs no torch, files are no arguments."""
+    def command(*arguments):
+        return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    wrong = command("evaluate.py", "brench", "x.yaml")
+    assert (wrong.returncode, wrong.stderr) == (
+        1, "error: unknown verb 'brench', expected one of bench, gating, sweep, ceiling, channels\n")
+    helped = command("evaluate.py", "sweep", "--help")
+    assert helped.returncode == 0
+    assert "min_area" in helped.stdout and "evaluate.py sweep CONFIG" in helped.stdout
+    light = command("-c", "import evaluate, sys; assert not {'torch', 'scipy'} & set(sys.modules)")
+    assert light.returncode == 0, light.stderr
+
+
+@pytest.mark.parametrize("name,cls", [
+    ("evaluate", evaluate.Bench), ("livecell", evaluate.Bench), ("pbl", evaluate.Bench),
+    ("ceiling", evaluate.Ceiling), ("gating", evaluate.Gating), ("sweep", evaluate.Sweep),
+    ("channels", evaluate.Channels)])
+def test_configs_that_ship_are_valid(name, cls):
+    config = runs.load(cls, ROOT / "configs" / f"{name}.yaml")
+    assert runs.from_dict(cls, yaml.safe_load(runs.to_yaml(config)), name) == config

@@ -420,6 +420,8 @@ def reduced(image: np.ndarray, labels: np.ndarray, step: int) -> tuple[np.ndarra
 
     Blocks whose sides are multiples of step give what the whole image gives.
     """
+    if step == 1:
+        return image, labels
     H, W = labels.shape
     h, w = -(-H // step), -(-W // step)
     small = np.stack([np.pad(channel, ((0, h * step - H), (0, w * step - W)), mode="edge")
@@ -511,7 +513,7 @@ def drawn(rgb: np.ndarray, labels: np.ndarray, colours: np.ndarray, thick: int) 
 def write_png(path: str | Path, rgb: np.ndarray) -> None:
     """(H, W, 3) or (H, W) uint8 as PNG."""
     with replacing(path) as temporary:
-        Image.fromarray(rgb).save(temporary, format="PNG", compress_level=3)
+        Image.fromarray(rgb).save(temporary, format="PNG", compress_level=1)
 
 
 # ---------------------------------------------------------------------------------------------- polygons

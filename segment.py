@@ -153,10 +153,8 @@ def _identify(local: np.ndarray, inner: tuple[slice, slice], known: np.ndarray, 
     reaching[local[inner]] = True
     reaching[0] = False
     rows, columns = inner
-    done = np.zeros(known.shape, bool)                        # above the core, or left of it
-    done[:rows.start] = True
-    done[rows, :columns.start] = True
-    before, mine = known[done], local[:len(known)][done]
+    decided = (slice(0, rows.start), slice(None)), (rows, slice(0, columns.start))     # above the core, and left of it
+    before, mine = (np.concatenate([labels[part].ravel() for part in decided]) for labels in (known, local))
     total = np.bincount(mine, minlength=n + 1)                # px of each cell on ground already decided
     both = (before > 0) & (mine > 0)
     if both.any():

@@ -1,4 +1,4 @@
-"""Numbers to look at: curves, matrices, mosaics as PNG, tables as Markdown, and a page of it all as HTML.
+"""Numbers to look at: curves, matrices, mosaics as PNG, tables as TSV and Markdown, a page of it all as HTML.
 
     report.curves("curves.png", {"loss": [(step, value), ...], "score": [...]})
     report.matrices("pairs.png", {"cosine": (K, K) array}, names)
@@ -20,9 +20,11 @@ import os
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+import runs
 
 INK, GRID, LINE = (40, 40, 40), (225, 225, 225), (31, 119, 180)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5195", "#8c6d1f", "#56a3d9", "#e69f00")
@@ -81,6 +83,35 @@ def curves(path: str | Path, series: dict[str, list[tuple[float, float]]], width
     write_png(path, page)
 
 
+def spread(path: str | Path, points: dict[str, list[tuple[float, float]]], x_name: str, y_name: str,
+           width: int = 640, height: int = 420) -> None:
+    """Values in [0, 1] over a logarithmic axis: a dot for each point, a line through the means at each x."""
+    from PIL import Image, ImageDraw
+    page = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(page)
+    left, top, right, bottom = 64, 24, width - 24, height - 56
+    low, high = (f(x for of in points.values() for x, _ in of) for f in (min, max))
+    low, high = low / 1.2, high * 1.2
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + math.log(x / low) / math.log(high / low) * (right - left), bottom - y * (bottom - top)
+    for value in ticks(0, 1):
+        pen.line([place(low, value), place(high, value)], GRID)
+        pen.text((left - 6, place(low, value)[1]), f"{value:.1f}", INK, anchor="rm")
+    for value in sorted({x for of in points.values() for x, _ in of}):
+        pen.text((place(value, 0)[0], bottom + 6), f"{value:g}", INK, anchor="mt")
+    pen.text(((left + right) / 2, height - 18), x_name, INK, anchor="mm")
+    pen.text((left, 8), y_name, INK, anchor="lt")
+    for number, (name, of) in enumerate(points.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        means = [(x, float(np.mean([y for at, y in of if at == x]))) for x in sorted({x for x, _ in of})]
+        pen.line([place(*p) for p in means], colour, 2)
+        for x, y in (place(*p) for p in of):
+            pen.ellipse([x - 3, y - 3, x + 3, y + 3], outline=colour)
+        pen.text((right - 8, bottom - 16 * (len(points) - number)), name, colour, anchor="rm")
+    write_png(path, page)
+
+
 def matrices(path: str | Path, named: dict[str, np.ndarray], names: Sequence[str], cell: int = 72) -> None:
     """Square matrices (K, K) with values in [-1, 1] side by side; names are those of rows and columns."""
     from PIL import Image, ImageDraw
@@ -100,7 +131,7 @@ def matrices(path: str | Path, named: dict[str, np.ndarray], names: Sequence[str
             shade = tuple(round(255 + (f - 255) * share) for f in far)
             pen.rectangle([x, y, x + cell - 2, y + cell - 2], shade)
             ink = "white" if share > 0.55 else INK
-            pen.text((x + cell / 2, y + cell / 2), f"{value:.2f}", ink, anchor="mm")
+            pen.text((x + cell / 2, y + cell / 2), shown(round(value, 2) + 0.0, 2), ink, anchor="mm")
     write_png(path, page)
 
 
@@ -124,8 +155,9 @@ def mosaic(path: str | Path, rows: Sequence[Sequence[np.ndarray]], row_names: Se
 
 
 def heat(values: np.ndarray) -> np.ndarray:
-    """(h, w) -> (h, w, 3) uint8: black, red, yellow, white from the least to the most."""
-    share = (values - values.min()) / (np.ptp(values) or 1)
+    """(h, w) -> (h, w, 3) uint8: black, red, yellow, white; the highest hundredth is all white."""
+    low, high = values.min(), np.percentile(values, 99)
+    share = (values - low) / ((high - low) or np.ptp(values) or 1)
     return (255 * np.stack([3 * share, 3 * share - 1, 3 * share - 2], -1).clip(0, 1)).astype(np.uint8)
 
 
@@ -139,25 +171,53 @@ def write_png(path: str | Path, picture) -> None:
 
 # ---------------------------------------------------------------------------------------------- as Markdown
 
-def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table; its first column is text, the others are numbers."""
+def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]], words: int = 1) -> str:
+    """A table; its first `words` columns are text, the others numbers."""
     columns = list(columns)
-    rule = ["---", *["--:"] * (len(columns) - 1)]
+    rule = ["---"] * words + ["--:"] * (len(columns) - words)
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n"
                    for line in [columns, rule, *rows])
 
 
-def put_between(path: Path, name: str, text: str) -> None:
-    """Replace what a document has between the lines `<!-- begin NAME -->` and `<!-- end NAME -->`."""
+def between(path: Path, name: str) -> tuple[str, str]:
+    """What a document has up to the line `<!-- begin NAME -->`, and from `<!-- end NAME -->` on."""
     begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
     whole = path.read_text(encoding="utf-8") if path.exists() else begin + end + "\n"
     before, found, rest = whole.partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):
         raise ValueError(f"{path}: expected the lines {begin.strip()} and {end} where tables belong")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text(before + begin + text + end + after, encoding="utf-8")
-    os.replace(beside, path)
+    return before + begin, end + after
+
+
+def put_between(path: Path, name: str, text: str) -> None:
+    """Replace what the document has there; a new one is made of it."""
+    before, after = between(path, name)
+    runs.write_text(path, before + text + after)
+
+
+# -------------------------------------------------------------------------------------- on the screen, as TSV
+
+def shown(value: Any, digits: int = 4) -> str:
+    """A number for people, '-' where there is none."""
+    if value is None or isinstance(value, float) and math.isnan(value):
+        return "-"
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+def write_tsv(path: Path, rows: list[dict], first: Iterable[str] = ()) -> None:
+    """Rows with all columns that any of them has: `first`, then the others in the order they come up."""
+    columns = list(dict.fromkeys((*first, *(name for line in rows for name in line))))
+    cells = [columns, *([" ".join(shown(line.get(name)).split()) for name in columns] for line in rows)]
+    runs.write_text(path, "".join("\t".join(line) + "\n" for line in cells))
+
+
+def print_table(rows: list[dict], columns: Iterable[str]) -> None:
+    columns = list(columns)
+    cells = [columns, *([shown(line.get(name), 3) for name in columns] for line in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
 
 # -------------------------------------------------------------------------------------------- charts as SVG
@@ -327,9 +387,11 @@ section { border-top: 2px solid var(--ink); padding-top: 14px; margin-top: 40px;
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
 th { font-weight: 600; font-size: 12.5px; color: var(--soft); text-align: right; vertical-align: bottom;
      border-bottom: 1px solid var(--ink); padding: 4px 8px; white-space: nowrap; }
-td { text-align: right; vertical-align: top; border-bottom: 1px solid var(--rule); padding: 6px 8px; }
-.word { text-align: left; } th:first-child, td:first-child { padding-left: 0; }
-small { display: block; font-size: 11px; color: var(--soft); white-space: nowrap; }
+td { text-align: right; vertical-align: top; border-bottom: 1px solid var(--rule); padding: 6px 8px;
+     white-space: nowrap; }
+.word { text-align: left; min-width: 16ch; white-space: normal; }
+th:first-child, td:first-child { padding-left: 0; } th:last-child, td:last-child { padding-right: 0; }
+small { display: block; font-size: 10.5px; line-height: 1.35; color: var(--soft); }
 .charts { display: flex; flex-wrap: wrap; gap: 28px; } .charts > div { flex: 1 1 400px; min-width: 0; }
 svg { max-width: 100%; height: auto; } .charts svg { width: 100%; }
 svg text { font: 12px system-ui, "Segoe UI", Roboto, Arial, sans-serif; fill: var(--soft); }

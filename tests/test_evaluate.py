@@ -13,10 +13,12 @@ import yaml
 
 import data
 import evaluate
+import measure
 import metrics
 import model
-import report
+import results
 import runs
+import tuning
 import watershed
 from conftest import ROOT
 from test_report import browse
@@ -79,7 +81,12 @@ def weights(path, gain=2.0, peak=0.5, fill=0.3):
     return path
 
 
+GRID = dict(cap=[4.0], peak=[0.47], fill=[0.09])
+
+
 def run(verb, folder, **config):
+    if verb in ("bench", "gating", "sweep"):
+        config = {"ceiling": GRID, **config}
     path = folder / f"{verb}.yaml"
     path.write_text(yaml.safe_dump({"output_base_dir": str(folder), **config}))
     with pytest.raises(SystemExit) as end:
@@ -132,7 +139,7 @@ def test_bench_closed_forms(tmp_path, capsys):
     folder = tmp_path / "runs/evaluate"
     for name, value in (("perfect", 1.0), ("empty", 0.0)):
         scores = json.loads((folder / name / "discs/metrics.json").read_text())
-        for score in ("AP@0.95", "precision", "recall", *evaluate.COMPARED):
+        for score in ("AP@0.95", "precision", "recall", *measure.COMPARED):
             assert scores[score] == pytest.approx(value), (name, score)
             assert scores["intervals"][score] == pytest.approx([value, value])
         assert scores["n"] == 12 and scores["missing"] == [] and scores["seconds"] is None
@@ -224,8 +231,8 @@ def test_peers_of_nested_sets(tmp_path):
         path = tmp_path / "peer" / f"{name}.tif"
         path.parent.mkdir(parents=True, exist_ok=True)
         data.write_labels(path, np.ones((64, 64), np.uint8))
-    who = evaluate.Model("m", labels=str(tmp_path / "peer"))
-    files = evaluate.Peer(who, evaluate.DataSet("s", "x"), found).files
+    who = measure.Model("m", labels=str(tmp_path / "peer"))
+    files = measure.Peer(who, measure.DataSet("s", "x"), found).files
     assert {name: path.relative_to(tmp_path / "peer").as_posix() for name, path in files.items()} == {
         "p_0": "p/0.tif", "q_1": "q/1.tif", "q_2": "2.tif"}
 
@@ -326,6 +333,74 @@ def test_manifest_groups(tmp_path, capsys):
     assert "fits none of its 3 images" in said(group="donor")
 
 
+def test_where_leaves_images_out(tmp_path, capsys):
+    """Only images whose row fits are scored; one without a row cannot be told of."""
+    place = a_set(tmp_path / "root/here", range(4))
+    truths = ("human (edges)", "model", "published masks", "model")
+    lines = ["image,gt", *(f"here/{number}.tif,{truth}" for number, truth in enumerate(truths))]
+    (tmp_path / "root/m.csv").write_text("\n".join(lines))
+    models = [entry_of("a", peer(tmp_path / "a", place, lambda labels, n: labels))]
+    config = dict(models=models, root=str(tmp_path / "root"))
+
+    def sets(where, **more):
+        return [entry("s", "here", manifest="m.csv", where=where, **more)]
+    assert run("bench", tmp_path, **config, sets=sets("gt=^human|^published")) == 0
+    scores = json.loads((tmp_path / "runs/evaluate/a/s/metrics.json").read_text())
+    assert list(scores["images"]) == ["0", "2"]
+    assert run("bench", tmp_path, **config, sets=sets("gt=model", limit=1)) == 0
+    scores = json.loads((tmp_path / "runs/evaluate/a/s/metrics.json").read_text())
+    assert list(scores["images"]) == ["1"]
+
+    def said(*given, **more):
+        return fails(capsys, "bench", tmp_path, **config, sets=sets(*given, **more))
+    assert "no image with gt=auto; it has human (edges), model, published masks" in said("gt=auto")
+    assert "no column 'truth' for set 's'; it has image, gt" in said("truth=human")
+    assert "expected COLUMN=REGEX" in said("gt") and "no regular expression" in said("gt=(")
+    assert "limit=0, expected 1 or more" in said("gt=model", limit=0)
+    (tmp_path / "root/m.csv").write_text("\n".join(lines[:-1]))
+    assert "m.csv: no row for 3 of set 's'" in said("gt=human")
+    (tmp_path / "root/m.csv").write_bytes(b"\xff\xfe\x00image")
+    assert "m.csv: no table of text" in said("gt=human")
+
+
+def test_optional_models_are_not_run(tmp_path, capsys):
+    """A row says so; differences are to the first model that was; without `optional` it is an error."""
+    place = a_set(tmp_path / "set", range(2))
+    models = [dict(name="large", weights=str(tmp_path / "none.pt"), optional=True),
+              entry_of("a", peer(tmp_path / "a", place, lambda labels, n: labels)),
+              entry_of("b", peer(tmp_path / "b", place, lambda labels, n: 0 * labels)),
+              dict(name="peer", labels=str(tmp_path / "none"), optional=True)]
+    config = dict(models=models, sets=[entry("s", place)])
+    assert run("bench", tmp_path, **config) == 0
+    said = capsys.readouterr()
+    assert "large: not run; no weights at" in said.err and "peer: not run; " in said.err
+    rows = table(tmp_path / "runs/evaluate/metrics_all_models.tsv")
+    assert [(row["model"], row["n"]) for row in rows] == [
+        ("ceiling", "2"), ("large", "not run"), ("a", "2"), ("b", "2"), ("peer", "not run")]
+    assert {row["against"] for row in table(tmp_path / "runs/evaluate/delta.tsv")} == {"a"}
+    text = (tmp_path / "runs/evaluate/table.md").read_text()
+    assert "| large | not run | - |" in text and "| 1.000 / 1.000 / 1.000 | not run |" in text
+    models[0] = dict(models[0], optional=False)
+    assert "no weights at" in fails(capsys, "bench", tmp_path, **config)
+
+
+def test_summary_goes_elsewhere(tmp_path, capsys):
+    """Its lines are sought before anything is measured."""
+    place = a_set(tmp_path / "set", range(2))
+    models = [entry_of("a", peer(tmp_path / "a", place, eroded))]
+    readme = tmp_path / "README.md"
+    config = dict(models=models, sets=[entry("discs", place)], summary=str(readme))
+    readme.write_text("# Title\n")
+    assert "<!-- begin bench evaluate in short -->" in fails(capsys, "bench", tmp_path, **config)
+    assert not (tmp_path / "runs").exists()
+    readme.write_text("# Title\n<!-- begin bench evaluate in short -->\n<!-- end bench evaluate in short -->")
+    assert run("bench", tmp_path, **config) == 0
+    scores = json.loads((tmp_path / "runs/evaluate/a/discs/metrics.json").read_text())
+    cell = " / ".join(f"{scores['mean'][name]:.3f}" for name in ("AP@0.5", "AP@0.75", "AP@0.9"))
+    assert f"| 2 | 1.000 / 1.000 / 1.000 | {cell} |" in readme.read_text() and scores["AP@0.9"] < 1
+    assert "SEG" not in readme.read_text()
+
+
 def test_document(tmp_path, capsys):
     """The tables stand between two comments; text around them stays, and a second run changes nothing."""
     place = a_set(tmp_path / "set", range(2))
@@ -340,8 +415,11 @@ def test_document(tmp_path, capsys):
     assert run("bench", tmp_path, **config) == 0
     text = document.read_text()
     assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "old" not in text
-    assert "**discs**, never trained on" in text and "| b (no GPU yet) | not run | - |" in text
-    assert "| a | 2 | 1.000 | 1.000 |" in text and "| AP@0.5 of each image | ceiling | a |" in text
+    assert "**discs**: never trained on" in text and "| b (no GPU yet) | not run | - |" in text
+    assert "| a | 2 | 1.000 | 1.000 |" in text
+    assert "| discs (never trained on) | 2 | 1.000 / 1.000 / 1.000 |" in text
+    assert "discs, image by image" in text and "| 1 | a | 1.000 |" in text
+    assert text.split("-->\n")[1].startswith((tmp_path / "runs/evaluate/table.md").read_text())
     assert run("bench", tmp_path, **config) == 0 and document.read_text() == text
 
 
@@ -365,8 +443,8 @@ def test_found_by_size():
         side = 4 if k < 10 else 12
         truth[5:5 + side, 20 * k:20 * k + side] = k + 1
     tables = [metrics.overlap(truth, np.where(truth > 10, truth, 0))]
-    result = evaluate.Result("a", None, ["x"], tables, metrics.set_scores(tables), [], None)
-    (small, missed), (large, hit) = evaluate.found_by_size({"a": result})["a"]
+    result = measure.Result("a", "", None, ["x"], tables, metrics.set_scores(tables), [], None)
+    (small, missed), (large, hit) = results.found_by_size({"a": result})["a"]
     assert (missed, hit) == (0, 1) and small == pytest.approx(2 * (16 / np.pi) ** 0.5)
     assert large == pytest.approx(2 * (144 / np.pi) ** 0.5)
 
@@ -377,7 +455,7 @@ def test_part_worth_showing(shape, cell, expected):
     """Whole images where cells stay visible; otherwise the square that holds the cells."""
     truth = np.zeros(shape, np.int32)
     truth[-60:-60 + cell, -90:-90 + cell] = 1
-    top, left, px, step, _ = part = evaluate.worth_showing(truth)
+    top, left, px, step, _ = part = results.worth_showing(truth)
     if expected:
         assert part[:4] == expected
     else:
@@ -442,8 +520,11 @@ def test_gating_removes_exactly_what_it_says(tmp_path):
     config = dict(predictions=str(tmp_path / "runs/evaluate/peer"), sets=sets, min_area=[0, 60],
                   windows=[[0, 100], [10, 80]], over="image")
     assert run("gating", tmp_path, **config) == 0
-    rows = table(tmp_path / "runs/gating/gating.tsv")
-    assert len(rows) == 1 + 2 * 2 * 3
+    best, *rows = table(tmp_path / "runs/gating/gating.tsv")
+    assert [row["what"] for row in (best, *rows)] == ["ceiling", "raw", *["gated"] * 2 * 2 * 3]
+    assert run("ceiling", tmp_path, sets=sets, **GRID) == 0
+    expected = table(tmp_path / "runs/ceiling/ceiling.tsv")[0]
+    assert all(best[name] == value for name, value in expected.items())
     raw = table(tmp_path / "runs/evaluate/metrics_all_models.tsv")[0]
     assert rows[0]["removed"] == rows[1]["removed"] == "0" and rows[1]["F1_change"] == "0.0000"
     assert all(rows[0][score] == raw[score] for score in ("AP@0.5", "SEG", "AJI", "TP", "FP", "FN"))
@@ -491,7 +572,7 @@ def test_gating_window_over_the_set(tmp_path, capsys):
     config = dict(predictions=str(tmp_path / "runs/evaluate/a"), sets=[entry("s", place)], marker="marker",
                   min_area=[0], border=["keep"], windows=[[5, 95]])
     assert run("gating", tmp_path, **config) == 0
-    assert [row["removed"] for row in table(tmp_path / "runs/gating/gating.tsv")] == ["0", "2"]
+    assert [row["removed"] for row in table(tmp_path / "runs/gating/gating.tsv")] == ["-", "0", "2"]
     assert "marker" in fails(capsys, "gating", tmp_path, **{**config, "marker": "actin"})
     missing = {**config, "predictions": str(tmp_path / "runs/evaluate/b")}
     assert "no such prediction" in fails(capsys, "gating", tmp_path, **missing)
@@ -513,12 +594,14 @@ def test_sweep_runs_the_network_once_per_tile_and_scale(tmp_path, calls):
     assert run("sweep", tmp_path, **config) == 0
     many = list(calls)
     rows = table(tmp_path / "runs/sweep/sweep.tsv")
-    assert len(rows) == 2 * 4 * 3                                     # sets, views, pairs with fill <= peak
+    assert len(rows) == 2 * (1 + 4 * 3)                               # sets, ceiling, views, fill <= peak
+    assert rows[0]["choice"] == rows[13]["choice"] == "ceiling" and "SEG_low" not in rows[0]
+    rows = [row for row in rows if row["choice"] == "-"]
     calls.clear()
     assert run("sweep", tmp_path, **config) == 0 and not calls        # all kept
     selected = {(row["set"], row["choice"]): row for row in table(tmp_path / "runs/sweep/selected.tsv")}
-    assert list(selected) == [("a", "shared"), ("a", "weights"), ("a", "own"), ("c", "shared"),
-                              ("c", "weights")]
+    assert list(selected) == [("a", "ceiling"), ("a", "shared"), ("a", "weights"), ("a", "own"),
+                              ("c", "ceiling"), ("c", "shared"), ("c", "weights")]
     shutil.rmtree(tmp_path / "runs/sweep/validation")
     calls.clear()
     assert run("sweep", tmp_path, **config) == 0
@@ -549,9 +632,9 @@ def test_sweep_reports_what_bench_would(tmp_path):
     sets = [config["validation"][0], {**config["test"][1], "name": "test"}]
     assert run("bench", tmp_path, models=models, sets=sets, ceiling=dict(cap=[])) == 0
     on_validation, on_test = table(tmp_path / "runs/evaluate/metrics_all_models.tsv")
-    swept = table(tmp_path / "runs/sweep/sweep.tsv")[0]
+    swept = table(tmp_path / "runs/sweep/sweep.tsv")[1]
     assert all(swept[score] == on_validation[score] for score in ("DSB", "AP@0.5", "PQ", "AJI"))
-    selected = [row for row in table(tmp_path / "runs/sweep/selected.tsv") if row["set"] == "c"][0]
+    selected = [row for row in table(tmp_path / "runs/sweep/selected.tsv") if row["set"] == "c"][1]
     assert selected["choice"] == "shared"
     assert all(selected[score] == on_test[score] for score in ("DSB", "AP@0.5", "SEG", "F1_low", "TP"))
 
@@ -562,90 +645,40 @@ def test_sweep_keeps_validation_and_test_apart(tmp_path, capsys):
     assert "test image x/0" in fails(capsys, "sweep", tmp_path, **same)
     assert "null is one" in fails(capsys, "sweep", tmp_path, **{**config, "tile": []})
     pixels = discs(1)[0]
-    write_image(tmp_path / "tb/other.tif", pixels)
-    data.write_labels(tmp_path / "tb/other_masks.tif", discs(1)[1])
-    said = fails(capsys, "sweep", tmp_path, **config)
-    assert "test image c/other" in said and "is in validation too, as a/1" in said
+    for seed, stain in ((9, pixels), (1, 255 - pixels)):              # another channel is no other image
+        data.write_labels(tmp_path / "tb/other_masks.tif", discs(seed)[1])
+        write_image(tmp_path / "tb/other.tif", stain)
+        said = fails(capsys, "sweep", tmp_path, **config)
+        assert "test image c/other" in said and "is in validation too, as a/1" in said
+    assert not (tmp_path / "runs").exists()
 
 
-# ---------------------------------------------------------------------------------------------- channels
-
-def tiny_vit(seed=0):
-    torch.manual_seed(seed)
-    return model.ViT(16, 2, 2, 8, 1, layerscale=0.5).eval()
-
-
-def test_attention_is_the_softmax_of_the_last_block(monkeypatch):
-    """Against the queries and keys that the forward pass itself hands to the attention kernel."""
-    seen = []
-    kernel = model.F.scaled_dot_product_attention
-    monkeypatch.setattr(model.F, "scaled_dot_product_attention",
-                        lambda q, k, v: seen.append((q, k)) or kernel(q, k, v))
-    vit, x = tiny_vit(), torch.rand(2, 3, 24, 32, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        tokens, attended = evaluate.with_attention(vit, x)
-        q, k = seen[-1]
-        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)                    # (B, heads, T, T)
-        torch.testing.assert_close(attended, weights[:, :, 0, 2:].mean(1).view(2, 3, 4))
-        torch.testing.assert_close(tokens.cls, vit(x).cls)
-    assert not vit.blocks[-1].attn._forward_pre_hooks
-
-
-@pytest.mark.parametrize("feature", ["cls", "patches"])
-def test_channels(tmp_path, feature):
-    """Two equal channels agree wholly; the numbers are those of metrics on features computed here."""
-    fields = tmp_path / "fields"
-    fields.mkdir()
+def test_tuned_finds_the_best_setting():
+    """Against every setting tried by hand: a set of two images counts as much as one of three."""
     rng = np.random.default_rng(0)
-    stacks = []
-    for number in range(4):
-        a, b = rng.integers(0, 60000, (2, 48, 56)).astype(np.uint16)
-        stacks.append(np.stack([a, b, a]))
-        write_image(fields / f"f{number}.tif", stacks[-1], ["DNA", "ER", "copy"])
-    model.save(tiny_vit(3), tmp_path / "vit.pt")
-    config = dict(fields=str(fields), weights=str(tmp_path / "vit.pt"), size=32, feature=feature, shown=2)
-    assert run("channels", tmp_path, **config) == 0
-    folder = tmp_path / "runs/channels"
-    vectors = []
-    for stack in stacks:
-        pixels = stack[:, 8:40, 12:44]
-        x = torch.from_numpy(data.normalise(pixels, data.percentiles(pixels)))[:, None].repeat(1, 3, 1, 1)
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.Settings().mean, model.Settings().std))
-        with torch.inference_mode():
-            tokens = tiny_vit(3)((x - mean) / std)
-        vectors.append((tokens.cls if feature == "cls" else tokens.patches.mean(1)).numpy())
-    expected = metrics.channel_consistency(np.stack(vectors))
-    content = json.loads((folder / "channels.json").read_text())
-    assert content["channels"] == ["DNA", "ER", "copy"] and content["fields"] == 4
-    for name in ("consistency", "control", "margin", "retrieval"):
-        assert content[name] == pytest.approx(getattr(expected, name), abs=1e-5)
-    assert content["margin"] == pytest.approx(content["consistency"] - content["control"])
-    cosine, attention = table(folder / "cosine.tsv"), table(folder / "attention.tsv")
-    assert [row["channel"] for row in cosine] == ["DNA", "ER", "copy"]
-    assert cosine[0]["copy"] == attention[0]["copy"] == "1.0000" and float(attention[0]["ER"]) < 0.9
-    assert table(folder / "retrieval.tsv")[2]["DNA"] == "1.0000"
-    for name in ("channels", "attention"):
-        pixels = data.read_image(folder / f"{name}.png").pixels
-        assert pixels.shape[0] == 3 and len(np.unique(pixels)) > 20
+    truths = [discs(seed)[1] for seed in range(5)]
+    distances = [np.clip(data.distance_map(t, 4) + rng.normal(0, 0.15, t.shape), 0, 1).astype(np.float32)
+                 for t in truths]
+    sets = ["a", "b", "a", "b", "b"]
 
-
-def test_channels_of_synthetic_fields_are_kept(tmp_path, monkeypatch, capsys):
-    import synthetic
-    seen = []
-    look = evaluate.with_attention
-    monkeypatch.setattr(evaluate, "with_attention", lambda *a: seen.append(1) or look(*a))
-    config = dict(synthetic=2, size=64, dim=16, depth=1, heads=2, channels=["DNA", "er"], device="cpu")
-    for expected in (2, 0):
-        seen.clear()
-        assert run("channels", tmp_path, **config) == 0 and len(seen) == expected
-    assert run("channels", tmp_path, **{**config, "seed": 1}) == 0 and len(seen) == 2
-    assert json.loads((tmp_path / "runs/channels/channels.json").read_text())["channels"] == ["DNA", "ER"]
-    assert "Actin" not in synthetic.CHANNELS
-    unknown = {**config, "channels": ["DNA", "Actin"]}
-    assert "channels: 'actin'" in fails(capsys, "channels", tmp_path, **unknown)
-    assert "expected a multiple of the patch" in fails(capsys, "channels", tmp_path, **{**config, "size": 60})
-    assert "no such folder" in fails(capsys, "channels", tmp_path, **{**config, "fields": "nowhere"})
-    assert "expected two or more" in fails(capsys, "channels", tmp_path, **{**config, "channels": ["DNA"]})
+    def score(name, *setting):
+        return np.mean([metrics.dsb_score(t, watershed.watershed(d, *setting))
+                        for d, t, s in zip(distances, truths, sets) if s == name])
+    pairs = [(peak, fill) for peak in (0.4, 0.6, 0.8) for fill in (0.2, 0.5, 0.7) if fill <= peak]
+    shared = {pair: (score("a", *pair) + score("b", *pair)) / 2 for pair in pairs}
+    best = max(shared.values())
+    found = tuning.tuned(distances, truths, sets, (0.4, 0.6, 0.8), (0.2, 0.5, 0.7))
+    assert len(set(shared.values())) > 3 and found.min_area == 0
+    assert found.score == pytest.approx(best) == pytest.approx(shared[found.peak, found.fill])
+    for name, own in found.sets.items():
+        assert own.own_score == pytest.approx(max(score(name, *pair) for pair in pairs))
+        assert own.own_score == pytest.approx(score(name, own.peak, own.fill))
+        assert own.score == pytest.approx(score(name, found.peak, found.fill))
+    np.testing.assert_array_equal(found.labels[3], watershed.watershed(distances[3], found.peak, found.fill))
+    clean = tuning.tuned(distances, truths, sets, [found.peak], [found.fill], min_areas=(0, 12, 2000))
+    assert clean.min_area == 12 and clean.score > found.score         # noise makes crumbs; 2000 px too much
+    with pytest.raises(ValueError, match="no pair"):
+        tuning.tuned(distances, truths, None, [0.1], [0.2])
 
 
 # ---------------------------------------------------------------------------------------------- mistakes
@@ -686,14 +719,15 @@ def test_peers_of_another_size(tmp_path, capsys):
     place = a_set(tmp_path / "set", [0])
     other = peer(tmp_path / "peer", place, lambda labels, n: labels[:50])
     said = fails(capsys, "bench", tmp_path, models=[entry_of("a", other)], sets=[entry("s", place)])
-    assert "a on s: labels of 0 are (50, 64), the image is (64, 64) px" in said
+    assert "peer/0.tif: labels of (50, 64) px, the image 0 has (64, 64)" in said
+    assert not list((tmp_path / "runs/evaluate/a").rglob("*.tif"))
 
 
 def test_names_from_data_reach_no_other_folder():
     for name in ("../x", "/etc/x", "a/b", ".hidden", "a\\b", "..", ""):
-        safe = evaluate.plain(name)
+        safe = measure.plain(name)
         assert safe and "/" not in safe and "\\" not in safe and not safe.startswith(".")
-    assert evaluate.plain("A172_Phase-3.t+1 µ") == "A172_Phase-3.t+1_µ"
+    assert measure.plain("A172_Phase-3.t+1 µ") == "A172_Phase-3.t+1_µ"
 
 
 def test_command():
@@ -710,8 +744,17 @@ def test_command():
     assert light.returncode == 0, light.stderr
 
 
+def test_results_stay_in_runs(tmp_path, capsys):
+    place = a_set(tmp_path / "set", [0])
+    for name in ("../x", str(tmp_path / "x"), "a/../../x", ""):
+        config = dict(experiment=name, sets=[entry("s", place)])
+        assert "expected the name of a folder" in fails(capsys, "ceiling", tmp_path, **config)
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("name,cls", [
-    ("evaluate", evaluate.Bench), ("livecell", evaluate.Bench), ("pbl", evaluate.Bench),
+    ("evaluate", evaluate.Bench), ("results", evaluate.Bench), ("livecell", evaluate.Bench),
+    ("pbl", evaluate.Bench),
     ("ceiling", evaluate.Ceiling), ("gating", evaluate.Gating), ("sweep", evaluate.Sweep),
     ("channels", evaluate.Channels)])
 def test_configs_that_ship_are_valid(name, cls):

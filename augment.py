@@ -21,8 +21,6 @@ three channels are equal, noise included.
 """
 from __future__ import annotations
 
-import functools
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -113,79 +111,12 @@ import tifffile                             # noqa: E402
 import torch                                # noqa: E402
 import torch.nn.functional as F             # noqa: E402
 from scipy import ndimage                   # noqa: E402
-from scipy.special import ndtri             # noqa: E402
 from skimage.measure import label           # noqa: E402
 from torch import Tensor                    # noqa: E402
 from tqdm import tqdm                       # noqa: E402
 
 import data                                 # noqa: E402
-
-
-# ---------------------------------------------------------------------------------------------- random
-
-GOLDEN, FIRST, SECOND = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-
-
-def scramble(z):
-    """splitmix64 (Steele et al., 2014), int64 arrays or tensors: products wrap, masks make shifts logical."""
-    z = z + GOLDEN
-    z = (z ^ (z >> 30 & (1 << 34) - 1)) * FIRST
-    z = (z ^ (z >> 27 & (1 << 37) - 1)) * SECOND
-    return z ^ (z >> 31 & (1 << 33) - 1)
-
-
-def hashed(text: str) -> int:
-    """64 bits, signed."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
-
-
-class Draws:
-    """The random values of B samples, on the host, with the probabilities and ranges that they follow."""
-
-    def __init__(self, key: np.ndarray, config: Augment | None = None):
-        self.key, self.config = key, config                                  # (B,) int64
-
-    @classmethod
-    def of(cls, seed: int, numbers: np.ndarray, config: Augment | None = None) -> Draws:
-        return cls(scramble(scramble(np.array([seed], np.int64)) ^ np.asarray(numbers, np.int64)), config)
-
-    def at(self, rows: np.ndarray) -> Draws:
-        return Draws(self.key[rows], self.config)
-
-    def streams(self, name: str, channels: int = 1, length: int = 0) -> np.ndarray:
-        """(B, channels) int64 where sequences of hashes begin: the i-th is scramble(stream + i GOLDEN)."""
-        return scramble(self.key ^ hashed(name))[:, None] + GOLDEN * (length * np.arange(channels))
-
-    def uniform(self, name: str, *shape: int) -> np.ndarray:
-        """(B, *shape) in (0, 1)."""
-        bits = scramble(self.streams(name, math.prod(shape), 1))
-        return (((bits >> 12 & (1 << 52) - 1) + 0.5) * 2.0 ** -52).reshape(-1, *shape)
-
-    def happens(self, name: str) -> np.ndarray:
-        return self.uniform(f"{name} happens") < getattr(self.config, name)  # (B,) bool
-
-    def within(self, name: str, limits: Range | None = None) -> np.ndarray:
-        """(B,) in a range of the configuration; factors and widths are in (1, 2) as often as in (2, 4)."""
-        (low, high), u = limits or getattr(self.config, name), self.uniform(name)
-        return low * (high / low) ** u if low > 0 else low + (high - low) * u
-
-    def knots(self, name: str, strength: str, channels: int, n: int) -> np.ndarray:
-        """(B, channels, n, n) normal values for smooth(), each sample with its own standard deviation."""
-        return ndtri(self.uniform(name, channels, n, n)) * self.within(strength)[:, None, None, None]
-
-
-@functools.lru_cache
-def quantiles(device: torch.device) -> Tensor:
-    """65,536 equally likely values of the normal distribution."""
-    return torch.from_numpy(ndtri((np.arange(65536) + 0.5) / 65536)).float().to(device)
-
-
-def noise(streams: Tensor, size: int) -> Tensor:
-    """Standard normal values (k, C, S, S) for streams (k, C), on their device; 16 bits of a hash give one."""
-    steps = GOLDEN * torch.arange(-(-size ** 2 // 4), device=streams.device)
-    bits = scramble(streams[:, :, None] + steps).view(torch.int16)[..., :size ** 2]
-    values = quantiles(streams.device).index_select(0, bits.flatten().int() + 32768)
-    return values.view(*streams.shape, size, size)
+from draws import Draws, hashed, noise      # noqa: E402
 
 
 # -------------------------------------------------------------------------------------------- resident
@@ -197,7 +128,8 @@ class Resident:
     """N images of any size and their labels, on one device.
 
     entries : (name, pixels (3, H, W) floats in [0, 1], labels (H, W) integers) each; may be a generator.
-    groups : one name per image; draw() takes every group equally often. None: all images are one group.
+    groups : one name per image; draw() takes every group equally often, or as often as `weights` says (by
+        name, relative to each other; 1 where it is silent). None: all images are one group.
     cap : px; None keeps the uncapped distance maps as well, which sample(cap=None) needs.
     diameter : px, to which an image's median cell is scaled before the random factor. None: left as it is.
 
@@ -208,7 +140,8 @@ class Resident:
     """
 
     def __init__(self, entries: Iterable[tuple[str, np.ndarray, np.ndarray]], groups: list[str] | None = None,
-                 device: str | torch.device = "cpu", cap: float | None = 4.0, diameter: float | None = None):
+                 device: str | torch.device = "cpu", cap: float | None = 4.0, diameter: float | None = None,
+                 weights: dict[str, float] | None = None):
         words, labels, depths, centres, rows = [], [], [], [], []
         for name, pixels, truth in entries:
             if pixels.shape != (3, *truth.shape) or truth.dtype.kind not in "iu" or truth.size == 0:
@@ -240,16 +173,18 @@ class Resident:
         self.diameter = float(np.median(seen)) if len(seen) else None        # px, a median cell in crops
         self.words, self.labels, self.depth = (torch.from_numpy(np.concatenate(parts)).to(device)
                                                for parts in (words, labels, depths))
-        self.group = np.unique(groups or ["all"] * len(rows), return_inverse=True)[1]        # (N,)
+        names, self.group = np.unique(groups or ["all"] * len(rows), return_inverse=True)    # (N,)
+        share = np.cumsum([(weights or {}).get(str(name), 1.0) for name in names])
+        self.share = share / share[-1]                                       # (groups,) up to each of them
         self.cap = cap
 
     def __len__(self) -> int:
         return len(self.scale)
 
     def draw(self, seed: int, numbers: np.ndarray) -> np.ndarray:
-        """(B,) which image each sample shows: every group as often as the others, every image of it too."""
+        """(B,) which image each sample shows: the group by its weight, every image of it equally often."""
         draws, count = Draws.of(seed, numbers), np.bincount(self.group)
-        group = (draws.uniform("group") * len(count)).astype(int)
+        group = np.searchsorted(self.share, draws.uniform("group"))
         place = (np.cumsum(count) - count)[group] + (draws.uniform("image") * count[group]).astype(int)
         return np.argsort(self.group, kind="stable")[place]
 
@@ -575,17 +510,15 @@ def per_cell(d: Tensor, labels: Tensor, whole: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------------------- augmented sets
 
-LABELS = ("_masks", "_labels", "_cells", "_nuclei")
-SUFFIXES = (".tif", ".tiff", ".png", ".npy")
 PIECE = 5               # px, smaller pieces that cutting and turning leave of a cell are dropped
 
 
 def main(config: Config, files: list[str]) -> None:
     if files:
         raise ValueError(f"{files[0]}: augment.py takes a configuration and key=value; give data={files[0]}")
-    pairs = find_pairs([Path(folder) for folder in config.data])
+    found = find(config.data)
     output = Path(config.output)
-    record = output / "config.yaml"
+    record = output / "augmented.yaml"                                      # train_seg.py knows the folder by it
     same = dict(data=("any",), output="", copies=1, overwrite=False)         # these change no crop
     if record.exists() and not config.overwrite and (
             replace(runs.load(type(config), record), **same) != replace(config, **same)):
@@ -594,14 +527,14 @@ def main(config: Config, files: list[str]) -> None:
         (output / name).mkdir(parents=True, exist_ok=True)
     runs.write_text(record, runs.to_yaml(config))
     made = 0
-    for stem, (image, truth) in tqdm(pairs.items(), unit="image"):
+    for stem, example in tqdm(found.items(), unit="image"):
         names = [f"{stem}_crop{copy:03d}" for copy in range(config.copies)]
         names = [n for n in names if config.overwrite or not (output / "images" / f"{n}.tif").exists()]
         if not names:
             continue
-        pixels = data.read_image(image).pixels
+        pixels = example.image().pixels
         pixels = data.to_rgb(data.normalise(pixels, data.percentiles(pixels)))
-        resident = Resident([(str(image), pixels, data.read_labels(truth))], diameter=config.diameter)
+        resident = Resident([(str(example.files[0]), pixels, example.labels())], diameter=config.diameter)
         for name in names:                                     # its name is its number: sets may grow later
             x, _, labels = sample(resident, [0], [hashed(name)], config.augment, config.size, config.seed)
             pieces = label(labels[0].numpy(), connectivity=1)  # what is cut or mirrored falls apart
@@ -609,27 +542,20 @@ def main(config: Config, files: list[str]) -> None:
             data.write_labels(output / "labels" / f"{name}.tif", (keep * keep.cumsum())[pieces])
             write_image(output / "images" / f"{name}.tif", x[0].numpy())     # last: says that both are there
         made += len(names)
-    print(f"{output}: {made} crops made, {config.copies * len(pairs) - made} were there")
+    print(f"{output}: {made} crops made, {config.copies * len(found) - made} were there")
 
 
-def find_pairs(folders: list[Path]) -> dict[str, tuple[Path, Path]]:
-    """{NAME: (image, labels)} for NAME.tif with NAME_masks.png, or images/NAME.tif with labels/NAME.png."""
-    pairs: dict[str, tuple[Path, Path]] = {}
+def find(folders: Iterable[str]) -> dict[str, data.Example]:
+    """{name of the crops: labelled image} of all folders, every layout of data.examples."""
+    found: dict[str, data.Example] = {}
     for folder in folders:
-        apart = (folder / "images").is_dir() and (folder / "labels").is_dir()
-        places, ends = ("images", "labels") if apart else (".", "."), ("",) if apart else LABELS
-        images, truths = ({p.stem: p for p in sorted((folder / place).iterdir())
-                           if p.suffix.lower() in SUFFIXES} for place in places)
-        found = [(images[stem], truths[stem + e]) for stem in images for e in ends if stem + e in truths]
-        if not found:
-            raise ValueError(f"{folder}: no image with labels; expected NAME.tif and NAME_masks.tif, or "
-                             "images/ and labels/")
-        for image, truth in found:
-            if image.stem in pairs:
-                raise ValueError(f"{truth}: a second pair named {image.stem}, beside {pairs[image.stem][1]}; "
+        for example in data.examples(folder):
+            name = example.name.replace("/", "_")
+            if name in found:
+                raise ValueError(f"{example.files[0]}: a second image named {name}, beside {found[name].files[0]}; "
                                  "names must differ")
-            pairs[image.stem] = image, truth
-    return pairs
+            found[name] = example
+    return found
 
 
 def write_image(path: Path, pixels: np.ndarray) -> None:

@@ -170,26 +170,51 @@ class ViT(nn.Module):
         return self._run(x, mask, taps)[1]
 
 
-# ---------------------------------------------------------------------------------------------- decoder
+# ---------------------------------------------------------------------------------------- convolutions
 
 def convolutions(width: int, inputs: int | None = None) -> nn.Sequential:
     """Twice 3 x 3 convolution, GroupNorm, ReLU. GroupNorm looks at one image alone: batch and ranks change nothing."""
     def one(c: int) -> list[nn.Module]:
         return [nn.Conv2d(c, width, 3, padding=1, bias=False),
-                nn.GroupNorm(math.gcd(8, width), width), nn.ReLU()]
+                nn.GroupNorm(math.gcd(8, width), width), nn.ReLU(inplace=True)]
     return nn.Sequential(*one(inputs or width), *one(width))
 
+
+class ConvNet(nn.Module):
+    """Convolutions where the transformer was: with them DINOCell is a plain U-Net, to compare with."""
+
+    def __init__(self, dim: int, depth: int, patch: int = 8):
+        super().__init__()
+        self.architecture = dict(kind="ConvNet", dim=dim, depth=depth, patch=patch)
+        self.dim, self.depth, self.patch = dim, depth, patch
+        widths = [dim * 2 ** (k + 1) // patch for k in range(patch.bit_length() - 1)]        # patch 8: dim/4, dim/2, dim
+        self.patch_embed = nn.Sequential(*(nn.Sequential(nn.AvgPool2d(2), convolutions(b, a))
+                                           for a, b in zip([3, *widths], widths)))
+        self.blocks = nn.ModuleList(convolutions(dim) for _ in range(depth))
+
+    def features(self, x: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
+        """(B, N, D) after the blocks whose numbers are in taps (ascending), as ViT.features gives them."""
+        x, seen = self.patch_embed(x), []                                    # (B, D, h, w)
+        for i, block in enumerate(self.blocks):
+            x = x + block(x)
+            if i in taps:
+                seen.append(x.flatten(2).mT)
+        return seen
+
+
+# ---------------------------------------------------------------------------------------------- decoder
 
 class Decoder(nn.Module):
     """U-Net decoder on the token grids of equally spaced blocks, down to one distance per pixel.
 
     Each stage doubles the grid by a transposed convolution and adds the next shallower block as skip. The skip is
     projected to the stage's width while it is still a token grid, and enlarged afterwards: at full size a 384-wide
-    skip would cost more than the backbone. The last stage stays at full size and adds a stem that sees the pixels
-    themselves: tokens alone cannot say where inside its 8 px an edge lies.
+    skip would cost more than the backbone. A stem sees the pixels themselves, at full size, a half, a quarter ...
+    (`stem` levels), and joins where the decoder has come to the same size: tokens alone cannot say where inside its
+    8 px an edge lies, and convolutions learn edges from few images. The last stage stays at full size.
     """
 
-    def __init__(self, dim: int, patch: int, widths: tuple[int, ...], last: int):
+    def __init__(self, dim: int, patch: int, widths: tuple[int, ...], last: int, stem: int):
         super().__init__()
         if 2 ** len(widths) != patch:
             raise ValueError(f"decoder widths {widths}: {len(widths)} stages enlarge {2 ** len(widths)} times, the patch "
@@ -198,7 +223,10 @@ class Decoder(nn.Module):
         self.skips = nn.ModuleList(nn.Linear(dim, width) for width in widths)
         self.ups = nn.ModuleList(nn.ConvTranspose2d(c, width, 2, 2) for c, width in zip((dim, *widths), widths))
         self.stages = nn.ModuleList(convolutions(width) for width in widths)
-        self.stem = convolutions(last, 3)
+        if not 0 <= stem <= len(widths):
+            raise ValueError(f"stem={stem}: expected 0 to {len(widths)} levels, one for each size that the decoder has")
+        across = (last, *reversed(widths[:-1]))[:stem]                       # as wide as what they are added to
+        self.stem = nn.ModuleList(convolutions(b, a) for a, b in zip((3, *across), across))
         self.narrow = nn.Conv2d(widths[-1], last, 1)
         self.refine = convolutions(last)
         self.head = nn.Conv2d(last, 1, 1)
@@ -208,13 +236,20 @@ class Decoder(nn.Module):
         def grid(tokens: Tensor) -> Tensor:
             return tokens.mT.unflatten(2, (h, w))                            # (B, c, h, w)
 
+        seen, x = [], image
+        for level in self.stem:
+            x = level(F.avg_pool2d(x, 2) if seen else x)
+            seen.append(x)                                                   # (B, width, H / 2^k, W / 2^k)
         *shallow, deepest = [norm(tap) for norm, tap in zip(self.norms, taps)]
         x = grid(deepest)                                                    # (B, D, h, w)
         for i, (up, project, stage) in enumerate(zip(self.ups, self.skips, self.stages)):
             skip = grid(project(shallow[-1 - i]))
             skip = F.interpolate(skip, scale_factor=2 ** (i + 1), mode="bilinear")
-            x = stage(up(x) + skip)                                          # (B, width, 2^(i+1) h, 2^(i+1) w)
-        return self.head(self.refine(self.narrow(x) + self.stem(image)))     # (B, 1, H, W)
+            x = up(x) + skip                                                 # (B, width, 2^(i+1) h, 2^(i+1) w)
+            k = len(self.stages) - 1 - i                                     # halvings from full size to this one
+            x = stage(x + seen[k] if 0 < k < len(seen) else x)
+        x = self.narrow(x)                                                   # (B, last, H, W)
+        return self.head(self.refine(x + seen[0] if seen else x))            # (B, 1, H, W)
 
 
 # ------------------------------------------------------------------------------------------ whole network
@@ -239,8 +274,8 @@ class Settings:
 class DINOCell(nn.Module):
     """Image in [0, 1] -> per pixel the distance to the edge of its cell, 0 outside cells, 1 deep inside."""
 
-    def __init__(self, backbone: ViT | None = None, widths: tuple[int, ...] = (256, 128, 64), last: int = 32,
-                 settings: Settings | None = None):
+    def __init__(self, backbone: ViT | ConvNet | None = None, widths: tuple[int, ...] = (256, 128, 64), last: int = 32,
+                 settings: Settings | None = None, stem: int = 1):
         super().__init__()
         self.backbone = backbone or ViT()
         self.settings = settings or Settings()
@@ -249,12 +284,13 @@ class DINOCell(nn.Module):
         if vit.depth < quarters:
             raise ValueError(f"depth={vit.depth}: the decoder needs a backbone of {quarters} blocks or more")
         self.taps = tuple(vit.depth * (i + 1) // quarters - 1 for i in range(quarters))     # 12 blocks: 2, 5, 8, 11
-        self.architecture = dict(backbone=vit.architecture, widths=tuple(widths), last=last)
-        self.decoder = Decoder(vit.dim, vit.patch, tuple(widths), last)
+        self.architecture = dict(backbone=vit.architecture, widths=tuple(widths), last=last, stem=stem)
+        self.decoder = Decoder(vit.dim, vit.patch, tuple(widths), last, stem)
         self.register_buffer("mean", torch.tensor(self.settings.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.settings.std).view(1, 3, 1, 1), persistent=False)
-        for name in ("norm.weight", "norm.bias", "mask_token"):              # no part in supervised training
-            vit.get_parameter(name).requires_grad_(False)
+        for name, parameter in vit.named_parameters():
+            if name in ("norm.weight", "norm.bias", "mask_token"):           # no part in supervised training
+                parameter.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.std
@@ -302,10 +338,15 @@ def load(path: str | Path) -> DINOCell:
     if surplus := set(content["settings"]) - known:
         raise ValueError(f"{path}: unknown settings {sorted(surplus)}; the file is newer than this code: update it")
     with torch.device("meta"):
-        net = DINOCell(ViT(**shape["backbone"]), tuple(shape["widths"]), shape["last"], Settings(**content["settings"]))
+        backbone = dict(shape["backbone"])
+        backbone = {"ViT": ViT, "ConvNet": ConvNet}[backbone.pop("kind", "ViT")](**backbone)
+        net = DINOCell(backbone, tuple(shape["widths"]), shape["last"], Settings(**content["settings"]),
+                       shape.get("stem", 1))
     net.to_empty(device="cpu")
     net.mean.copy_(torch.tensor(net.settings.mean).view(1, 3, 1, 1))
     net.std.copy_(torch.tensor(net.settings.std).view(1, 3, 1, 1))
+    if "stem" not in shape:
+        content["state_dict"] = {k.replace("decoder.stem.", "decoder.stem.0."): v for k, v in content["state_dict"].items()}
     _fill(net, content["state_dict"], path)
     return net.eval()
 

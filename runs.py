@@ -107,6 +107,8 @@ def _convert(value: Any, hint: Any, key: str, origin: str) -> Any:
     typed = value.text.partition("=")[2] if isinstance(value, _Given) else None
     value = value.value if isinstance(value, _Given) else value
     if dataclasses.is_dataclass(hint):
+        if isinstance(value, (str, list)):                     # `data: folder` for `data: {sets: folder}`, say
+            value = {dataclasses.fields(hint)[0].name: value}
         if isinstance(value, dict):
             return from_dict(hint, value, origin, key + ".")
         raise ValueError(f"{origin}: {key} is {value!r}, expected a section with keys")
@@ -422,7 +424,8 @@ def start_wandb(config: Any, folder: Path):
     except ImportError:
         raise ValueError(f"wandb={config.wandb}: the package is not installed; pip install wandb, or wandb=off") from None
     return wandb.init(project="dinocell", name=config.experiment, dir=str(folder), id=config.experiment,
-                      resume="allow", mode=config.wandb, config=dataclasses.asdict(config))
+                      resume="allow", mode={"on": "online"}.get(config.wandb, config.wandb),
+                      config=dataclasses.asdict(config))
 
 
 # ----------------------------------------------------------------------------------------- schedule, ranks
@@ -450,3 +453,12 @@ def join_group(device: str) -> tuple[int, int, str]:
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return torch.distributed.get_rank(), world, device
+
+
+def mean_over_ranks(value, world: int) -> float:
+    """Mean of a scalar tensor over all processes: each sees its share of the batch."""
+    if world > 1:
+        import torch
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+    return value.item() / world

@@ -8,11 +8,14 @@ configs/seg.yaml` shares the batch out between four GPUs, with the same result.
 
     runs/<experiment>/config.yaml, log.jsonl, checkpoints/, images/curves.png, images/validation_*.png
     final_models/<experiment>.pt      the averaged weights with the best validation score, for infer.py
+
+With series.* in the configuration it makes many runs and a table of them: label efficiency (configs/budget.yaml), a
+network for each channel (configs/channel.yaml), ablations (configs/ablation.yaml); series.py.
 """
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import resource
 import subprocess
 import sys
 import time
@@ -23,10 +26,13 @@ from typing import Literal
 import numpy as np
 
 import runs
+import series
+import trainset
 
 
 @dataclass(frozen=True)
 class Network:
+    arch: Literal["vit", "unet"] = "vit"    # unet: convolutions in place of the transformer, to compare with
     dim: int = 384                          # width of the backbone
     depth: int = 12                         # blocks
     heads: int = 6                          # attention heads
@@ -35,20 +41,7 @@ class Network:
     layerscale: float = 0.1                 # start of LayerScale; small values need long training
     widths: tuple[int, ...] = (256, 128, 64)  # decoder stages, one for each doubling of the grid
     last: int = 32                          # width of the last stage, at full size
-
-
-@dataclass(frozen=True)
-class Data:
-    root: str = "."                         # folder that `sets` are in; may change when a run goes on elsewhere
-    sets: tuple[str, ...] = ()              # labelled sets (data.examples), each drawn equally often
-    validation: tuple[str, ...] = ()        # folders to validate on; empty: a share of each set is held out
-    share: float = 0.1                      # of each set that is held out then
-    limit: int | None = None                # images used of each set (label efficiency); null: all
-    diameter: float | None = None           # px, images are scaled so that median cells come out as wide; null: as is
-    fields: int = 0                         # synthetic fields to draw in addition (synthetic.py), a tenth to validate on
-    field_size: int = 384                   # px, their side
-    field_cells: int = 40                   # cells in the fullest; each field draws its own number, down to a tenth
-    field_diameter: float = 56.0            # px, how wide these are
+    stem: int = 1                           # levels of convolutions on the image itself: 1 at full size, 2 at a half, too ...; 0: tokens alone
 
 
 @dataclass(frozen=True)
@@ -59,7 +52,7 @@ class Config:
     output_base_dir: str = "."              # where runs/ and final_models/ are made
     init: str | None = None                 # weights to start from: a backbone (DINOv3, train_ssl.py) or a whole network
     network: Network = field(default_factory=Network)   # from scratch, or the decoder of a new backbone
-    data: Data = field(default_factory=Data)
+    data: trainset.Data = field(default_factory=trainset.Data)
     augment: dict = field(default_factory=dict)          # what happens to crops: changes to augment.Augment
     cap: float | None = 4.0                 # px, distances stop growing here (data.distance_map)
     crop: int = 256                         # px, side of the training crops, and of the tiles later
@@ -72,6 +65,7 @@ class Config:
     weight_decay: float = 0.05              # AdamW; none on biases, norms and scales
     layer_decay: float = 1.0                # lr of each backbone block relative to the next deeper one; 0.8 when pretrained
     clip: float = 1.0                       # norm of the gradient
+    eps: float = 1e-8                       # AdamW's: gradients far below it move nothing
     ema: float = 0.999                      # the exported weights are a running average with this memory
     train_blocks: int | None = None         # only the last k blocks of the backbone learn; 0: the decoder alone; null: all
     val_every: int = 1000                   # steps between validations
@@ -82,7 +76,8 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "bf16", "float32"] = "auto"   # auto: bf16 where the hardware has it
     compile: bool = False                   # torch.compile: worth its minute on a GPU
-    wandb: Literal["off", "online", "offline"] = "off"       # live curves
+    wandb: Literal["off", "on", "offline"] = "off"           # live curves
+    series: series.Series = field(default_factory=series.Series)   # many runs: label efficiency, channels
 
     def __post_init__(self):
         if self.crop % self.network.patch:
@@ -92,29 +87,37 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
         if self.warmup >= self.steps:
             raise ValueError(f"warmup={self.warmup}: expected fewer than steps={self.steps}")
-        if not self.data.sets and not self.data.fields:
-            raise ValueError("no data: give data.sets (folders of images and labels) or data.fields (synthetic fields)")
+        if self.series.budgets and not self.data.sets:
+            raise ValueError("series.budgets: expected data.sets, whose images are counted")
 
 
 def main(config: Config, files: list[str], check: bool = False) -> int:
-    import torch
-    import augment
     if files:
         raise ValueError(f"{files[0]}: train_seg.py takes one configuration and key=value")
-    rank, world, device = runs.join_group(config.device)
-    if config.batch % world:
-        raise ValueError(f"batch={config.batch}: expected a multiple of the {world} processes")
+    group = runs.join_group(config.device)
+    if config.batch % group[1]:
+        raise ValueError(f"batch={config.batch}: expected a multiple of the {group[1]} processes")
+    if config.series and not check:
+        return series.run_all(config, train, *group)
+    return train(config, *group, check)
+
+
+def train(config: Config, rank: int, world: int, device: str, check: bool = False) -> int:
+    import torch
+    import augment
     changes = runs.from_dict(augment.Augment, config.augment, "augment")
+    if trainset.augmented(config.data):
+        changes = changes.still()
     torch.manual_seed(config.seed)
-    train, validation, hashes = load_data(config, device)
+    images, validation, hashes = trainset.load(config.data, config.seed, device, config.cap)
     net = build(config)
     if check:
-        return print_check(config, net, train, validation, device)
+        return print_check(config, net, images, validation, device, changes)
     run = runs.Run(config, rank, world, device)
     state = run.resume()
     net.to(device)
     average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema))
-    optimiser = torch.optim.AdamW(parameter_groups(net, config), betas=(0.9, 0.999))
+    optimiser = torch.optim.AdamW(parameter_groups(net, config), betas=(0.9, 0.999), eps=config.eps)
     start, best, since = 0, -1.0, 0
     if state:
         net.load_state_dict(state["net"])
@@ -138,7 +141,7 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
             group["lr"] = config.lr * factor * group["scale"]
         before = time.perf_counter()
         sample = np.arange(config.batch)[share] + step * config.batch        # numbers that no other sample ever has
-        x, target, _ = augment.sample(train, train.draw(config.seed, sample), sample, changes, size=config.crop,
+        x, target, _ = augment.sample(images, images.draw(config.seed, sample), sample, changes, size=config.crop,
                                       seed=config.seed, cap=config.cap)      # (B, 3, S, S), (B, 1, S, S)
         waited += time.perf_counter() - before
         with autocast:
@@ -153,7 +156,7 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
         done = step + 1
 
         if done % config.log_every == 0:
-            mean = torch.stack(losses).mean().item()
+            mean = runs.mean_over_ranks(torch.stack(losses).mean(), world)
             run.check_finite(done, mean)
             took = time.perf_counter() - clock
             memory = dict(gpu_gib=torch.cuda.max_memory_allocated() / 2**30) if "cuda" in device else {}
@@ -167,7 +170,7 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
             better = scores["score"] > best
             best, since = max(best, scores["score"]), 0 if better else since + 1
             if better and rank == 0:
-                export(average.module, config, train.diameter, hashes, scores, done)
+                export(average.module, config, images.diameter, hashes, scores, done)
             clock += time.perf_counter() - before             # the rate of training, validation aside
         finished = done == config.steps or (config.patience is not None and since >= config.patience)
         stop = not finished and run.should_stop(done)
@@ -185,59 +188,6 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
     return 0
 
 
-# -------------------------------------------------------------------------------------------------- data
-
-def load_data(config: Config, device: str):
-    """Training images resident on the device; validation list of (name, pixels (3, H, W), labels); content hashes of both."""
-    import augment
-    import data
-    import synthetic
-    chosen, validation, groups = [], [], []
-    for place in config.data.sets:
-        examples = data.examples(Path(config.data.root) / place)
-        held = [] if config.data.validation else data.hold_out(examples, config.data.share, config.seed)
-        names = {example.name for example in held}
-        kept = [example for example in examples if example.name not in names][:config.data.limit]
-        chosen += map(read, kept)
-        validation += map(read, held)
-        groups += [place] * len(kept)
-    for place in config.data.validation:
-        validation += map(read, data.examples(Path(config.data.root) / place))
-    for number in range(config.data.fields):
-        seed = config.seed * 100003 + number
-        count = round(config.data.field_cells * np.random.default_rng(seed).uniform(0.1, 1))
-        drawn = synthetic.field(seed, config.data.field_size, count, config.data.field_diameter)
-        for name in synthetic_views(config.seed, number, drawn.channels):
-            pixels = drawn.pixels[drawn.channels.index(name)][None]
-            pixels = data.to_rgb(data.normalise(pixels, data.percentiles(pixels)))
-            entry = (f"synthetic {number} {name}", pixels, drawn.labels)
-            if number < max(1, round(0.1 * config.data.fields)):
-                validation.append(entry)
-            else:
-                chosen.append(entry)
-                groups.append("synthetic")
-    if not validation:
-        raise ValueError("no validation images; give data.validation, or data.share so large that some are held out")
-    hashes = {part: {name: hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest()[:16]
-                     for name, pixels, labels in entries} for part, entries in (("train", chosen), ("validation", validation))}
-    return augment.Resident(chosen, groups, device, config.cap, config.data.diameter), validation, hashes
-
-
-def synthetic_views(seed: int, number: int, channels: tuple[str, ...]) -> list[str]:
-    """Two channels of each synthetic field, drawn by its number: the network must not lean on one stain.
-
-    DNA shows nuclei and Mito parts of the body: the edge of the cell is not to be seen in them.
-    """
-    return list(np.random.default_rng((seed, number)).choice([c for c in channels if c not in ("DNA", "Mito")], 2, False))
-
-
-def read(example) -> tuple[str, np.ndarray, np.ndarray]:
-    """(name, pixels (3, H, W) in [0, 1], labels (H, W)) of one labelled image."""
-    import data
-    pixels, labels = example.image().pixels, example.labels()
-    return example.name, data.to_rgb(data.normalise(pixels, data.percentiles(pixels))), labels
-
-
 # ----------------------------------------------------------------------------------------------- network
 
 def build(config: Config):
@@ -247,13 +197,16 @@ def build(config: Config):
     shape = config.network
     settings = model.Settings(tile=config.crop, cap=config.cap)
     if config.init is None:
-        vit = model.ViT(shape.dim, shape.depth, shape.heads, shape.patch, shape.registers, shape.layerscale)
-        net = model.DINOCell(vit, shape.widths, shape.last, settings)
+        if shape.arch == "unet":
+            backbone = model.ConvNet(shape.dim, shape.depth, shape.patch)
+        else:
+            backbone = model.ViT(shape.dim, shape.depth, shape.heads, shape.patch, shape.registers, shape.layerscale)
+        net = model.DINOCell(backbone, shape.widths, shape.last, settings, shape.stem)
     elif model.kind(config.init) == "DINOCell":
         net = model.load(config.init).train()
         net.settings = dataclasses.replace(net.settings, tile=config.crop, cap=config.cap)
     else:
-        net = model.DINOCell(model.load_backbone(config.init, shape.patch), shape.widths, shape.last, settings)
+        net = model.DINOCell(model.load_backbone(config.init, shape.patch), shape.widths, shape.last, settings, shape.stem)
     if config.train_blocks is not None:
         for name, parameter in net.backbone.named_parameters():
             block = int(name.split(".")[1]) if name.startswith("blocks.") else -1
@@ -286,36 +239,33 @@ def use_bf16(config: Config, device: str) -> bool:
 
 # -------------------------------------------------------------------------------------------- validation
 
-PEAKS, FILLS = (0.3, 0.4, 0.5, 0.6, 0.7), (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
+AREAS = (0, 5, 10, 20, 40, 80)              # px, smallest cells that are tried
 
 
-def validate(net, images: list, run: runs.Run, step: int) -> dict:
-    """Scores on whole images, at the peak and fill that serve them best; these go into the weights.
+def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> dict:
+    """Scores on whole images, at the peak, fill and min_area that serve all sets best; these go into the weights.
 
-    The score that decides is AP averaged over IoU 0.5 to 0.95, mean over images.
+    The score that decides is AP averaged over IoU 0.5 to 0.95: mean over the images of a set, then over sets, so that
+    no set drowns another. Each set's own best peak and fill stand beside, to show what one setting costs.
     """
     import metrics
     import segment
-    from watershed import watershed
+    import tuning
     net.eval()
-    distances = [segment.distance_map(pixels, net, limits=segment.UNIT) for _, pixels, _ in images]
-    truths = [truth for *_, truth in images]
-    found = {}
-    for peak in PEAKS:
-        for fill in FILLS:
-            if fill < peak:
-                tables = [metrics.overlap(truth, watershed(d, peak, fill)) for d, truth in zip(distances, truths)]
-                found[peak, fill] = float(np.mean([metrics.dsb_score(table) for table in tables]))
-    (peak, fill), score = max(found.items(), key=lambda item: item[1])
-    labels = [watershed(d, peak, fill) for d in distances]
-    pooled = metrics.set_scores([metrics.overlap(t, p) for t, p in zip(truths, labels)])
-    net.settings = dataclasses.replace(net.settings, peak=peak, fill=fill)
-    scores = {"score": score, "peak": peak, "fill": fill, **summary(pooled)}
-    run.log(step, **{f"val_{k}" if k != "score" else k: v for k, v in scores.items()})
+    distances = [segment.distance_map(entry.pixels, net, limits=segment.UNIT) for entry in entries]
+    best = tuning.tuned(distances, [entry.labels for entry in entries], [entry.set for entry in entries], min_areas=AREAS)
+    tables = [metrics.overlap(entry.labels, found) for entry, found in zip(entries, best.labels)]
+    net.settings = dataclasses.replace(net.settings, peak=best.peak, fill=best.fill, min_area=best.min_area)
+    scores = {"score": best.score, "peak": best.peak, "fill": best.fill, "min_area": best.min_area,
+              **summary(metrics.set_scores(tables))}
+    sets = {name: {**summary(metrics.set_scores([t for t, e in zip(tables, entries) if e.set == name])), **own._asdict()}
+            for name, own in best.sets.items()}
+    run.log(step, **{f"val_{k}" if k != "score" else k: v for k, v in scores.items()},
+            **{f"AP@0.5 {name}": row["AP@0.5"] for name, row in sets.items() if len(sets) > 1})
     if run.rank == 0:
-        draw(run, images, labels, step)
+        draw(run, entries, best.labels, step)
     net.train()
-    return scores
+    return {**scores, "sets": sets}
 
 
 def summary(scores) -> dict[str, float]:
@@ -324,8 +274,8 @@ def summary(scores) -> dict[str, float]:
             **{name: scores.pooled[name] for name in ("F1", "SEG", "DET", "OP_CSB")}}
 
 
-def draw(run: runs.Run, images: list, labels: list, step: int) -> None:
-    """Curves of all that was logged, and the first validation images with what the network finds."""
+def draw(run: runs.Run, entries: list[trainset.Entry], labels: list, step: int) -> None:
+    """Curves of all that was logged, and one validation image of each set (two where there is one set) with its cells."""
     import cells
     import report
     log = run.history()
@@ -333,8 +283,10 @@ def draw(run: runs.Run, images: list, labels: list, step: int) -> None:
         "loss": [(line["step"], line["loss"]) for line in log if "loss" in line],
         **{name: [(line["step"], line[key]) for line in log if key in line]
            for name, key in (("validation score", "score"), ("AP@0.5", "val_AP@0.5"), ("F1 at IoU 0.5", "val_F1"))}})
-    for number, ((_, pixels, _), found) in enumerate(zip(images[:4], labels)):
-        picture = cells.overlay(pixels, found)
+    first = {entry.set: number for number, entry in reversed(list(enumerate(entries)))}
+    shown = sorted({*first.values(), len(entries) - 1})
+    for number in shown:
+        picture = cells.overlay(entries[number].pixels, labels[number])
         cells.write_png(run.folder / "images" / f"validation_{number}.png", picture)
         run.log_picture(step, f"validation_{number}", picture)
 
@@ -349,7 +301,7 @@ def export(net, config: Config, diameter: float | None, hashes: dict, scores: di
     import torch
     import model
     net.settings = dataclasses.replace(net.settings, diameter=diameter, provenance=dict(
-        config=runs.to_yaml(config), step=step, scores={k: float(v) for k, v in scores.items()}, commit=commit(),
+        config=runs.to_yaml(config), step=step, scores=scores, commit=commit(),
         torch=str(torch.__version__), images=hashes))
     model.save(net, export_path(config), half=True)
 
@@ -364,23 +316,22 @@ def commit() -> str:
         return "unknown"
 
 
-def print_check(config: Config, net, train, validation: list, device: str) -> int:
+def print_check(config: Config, net, images, validation: list, device: str, changes) -> int:
     """What one wants to know before a job is submitted: nothing is written."""
     import torch
     import augment
     import model
     print(runs.to_yaml(config))
-    changes = runs.from_dict(augment.Augment, config.augment, "augment")
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    print(f"{len(train)} training images, {len(validation)} for validation; "
-          f"median cell {train.diameter or 0:.1f} px wide as the network sees it")
+    print(f"{len(images)} training images, {len(validation)} for validation; "
+          f"median cell {images.diameter or 0:.1f} px wide as the network sees it")
     net.to(device)
     optimiser = torch.optim.AdamW(parameter_groups(net, config))
     times = []
     for step in range(4):
         begin = time.perf_counter()
         sample = np.arange(config.batch)
-        x, target, _ = augment.sample(train, train.draw(config.seed, sample), sample, changes, size=config.crop,
+        x, target, _ = augment.sample(images, images.draw(config.seed, sample), sample, changes, size=config.crop,
                                       seed=config.seed, cap=config.cap)
         prepared = time.perf_counter()
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=use_bf16(config, device)):
@@ -399,6 +350,8 @@ def print_check(config: Config, net, train, validation: list, device: str) -> in
           f"{config.steps} steps take about {config.steps * took / 3600:.1f} h, validation aside")
     if "cuda" in device:
         print(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory at most")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(f"{peak / 2**30:.1f} GiB of memory at most")
     return 0
 
 

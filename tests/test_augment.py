@@ -13,6 +13,7 @@ from skimage.measure import label
 from skimage.segmentation import find_boundaries
 
 import augment
+import draws
 import data
 import runs
 from augment import Augment, Draws, Resident, sample
@@ -53,10 +54,10 @@ def crops(entries, config, images=None, size=64, seed=0, cap=4.0, B=8, **options
 
 def test_hash_is_splitmix64():
     """The published first values of splitmix64 from seed 0; arrays and tensors agree."""
-    state = np.array([0, augment.GOLDEN], np.int64)
+    state = np.array([0, draws.GOLDEN], np.int64)
     known = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
-    assert augment.scramble(state).view(np.uint64).tolist() == known
-    assert augment.scramble(torch.from_numpy(state)).numpy().view(np.uint64).tolist() == known
+    assert draws.scramble(state).view(np.uint64).tolist() == known
+    assert draws.scramble(torch.from_numpy(state)).numpy().view(np.uint64).tolist() == known
 
 
 def test_uniform_is_uniform_and_independent():
@@ -426,7 +427,8 @@ def test_an_augmented_set(folder, tmp_path):
         assert len(np.unique(cells)) == len(np.unique(labels)) and np.bincount(labels.ravel()).min() >= 5
         assert pixels[0][labels > 0].mean() + 5000 < pixels[0][labels == 0].mean()   # dark on light
     assert {p.name for p in (out / "images").iterdir()} == {p.name for p in (out / "labels").iterdir()}
-    assert augment.find_pairs([out])["im0_crop000"][1] == out / "labels" / "im0_crop000.tif"
+    written = {example.name: example.files for example in data.examples(out)}
+    assert out / "labels" / "im0_crop000.tif" in written["im0_crop000"] and len(written) == 6
 
 
 def test_it_goes_on_and_does_not_mix(folder, tmp_path):
@@ -438,7 +440,7 @@ def test_it_goes_on_and_does_not_mix(folder, tmp_path):
     second = write(folder, out)
     assert second["images/im1_crop001.tif"] == first["images/im1_crop001.tif"]
     assert kept.read_bytes() == b"mine"
-    with pytest.raises(ValueError, match="config.yaml: its crops were made otherwise"):
+    with pytest.raises(ValueError, match="augmented.yaml: its crops were made otherwise"):
         write(folder, out, seed=1)
     assert write(folder, out, overwrite=True) == first
 
@@ -460,12 +462,12 @@ def test_the_command_and_a_mistake(folder, tmp_path):
 def test_mistakes_name_the_folder(folder, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(ValueError, match="empty: no image with labels; expected NAME.tif and NAME_masks.tif"):
-        augment.find_pairs([empty])
+    with pytest.raises(ValueError, match="empty: no labelled image"):
+        augment.find([empty])
     with pytest.raises(FileNotFoundError, match="gone"):
-        augment.find_pairs([tmp_path / "gone"])
-    with pytest.raises(ValueError, match="a second pair named im0, beside .*im0_masks.tif; names"):
-        augment.find_pairs([folder, folder])
+        augment.find([tmp_path / "gone"])
+    with pytest.raises(ValueError, match="im0.tif: a second image named im0, beside .*im0.tif; names"):
+        augment.find([folder, folder])
     for folders in ((), ("a", "out/")):
         with pytest.raises(ValueError, match="expected folders other than output=out"):
             augment.Config(folders, "out")

@@ -1,6 +1,7 @@
 """model.py against DINOv3's own outputs (../shared/fixtures), and its closed forms."""
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -165,6 +166,34 @@ def test_default_is_s8_with_the_parameters_the_readme_states():
     D = 384                                       # per block qkv 3, proj 1, ffn 8 matrices and 14 vectors of D
     assert backbone == 12 * (12 * D * D + 14 * D) + (3 * 64 * D + D) + (1 + 4 + 1 + 2) * D
     assert 21.3e6 < backbone < 21.5e6
+
+
+def test_stem_sees_the_image_at_every_level_and_none_without():
+    """A gradient reaches every level; one level less is exactly as many parameters less; 0 leaves tokens alone."""
+    nets = [DINOCell(ViT(16, 4, 2), (16, 8, 8), 8, stem=stem) for stem in range(4)]
+    counts = [sum(p.numel() for p in net.parameters()) for net in nets]
+    level = lambda a, b: 9 * a * b + 9 * b * b + 4 * b                       # two convolutions, two norms
+    assert np.diff(counts).tolist() == [level(3, 8), level(8, 8), level(8, 16)]
+    torch.manual_seed(0)
+    for net in nets:
+        net(torch.rand(1, 3, 32, 32)).sum().backward()
+        assert all(p.grad is not None and p.grad.any() for p in net.decoder.stem.parameters())
+    with pytest.raises(ValueError, match="stem=4: expected 0 to 3 levels"):
+        DINOCell(ViT(16, 4, 2), (16, 8, 8), 8, stem=4)
+
+
+def test_a_plain_unet_in_place_of_the_transformer(tmp_path):
+    """It trains, is saved and loaded like the other, and what it says moves with the image (a ViT's does not exactly)."""
+    torch.manual_seed(0)
+    net = DINOCell(model.ConvNet(16, 4), (16, 8, 8), 8, stem=3).eval()
+    model.save(net, tmp_path / "unet.pt")
+    loaded = model.load(tmp_path / "unet.pt")
+    x = torch.rand(1, 3, 64, 64)
+    assert torch.equal(loaded(x), net(x)) and isinstance(loaded.backbone, model.ConvNet)
+    features = net.backbone.features(x, (0, 3))
+    assert [f.shape for f in features] == [(1, 64, 16)] * 2
+    net.train()(x).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
 
 
 def test_decoder_costs_less_than_the_backbone():

@@ -90,18 +90,24 @@ def test_stopped_and_started_again_it_reaches_the_same_weights(whole, tmp_path, 
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
-def test_two_processes_train_as_one(whole, tmp_path):
-    """The same gradient from two halves of the batch. Weights agree less and less well step by step: where a gradient is
-    next to nothing, Adam divides it by itself and so turns the rounding of its sum into a step."""
-    done = run(toy(tmp_path), torchrun=2)
-    assert done.returncode == 0, done.stderr
-    norms = [next(line["gradient"] for line in map(json.loads, (folder / "runs/seg/log.jsonl").read_text().splitlines())
-                  if "gradient" in line) for folder in (whole, tmp_path)]
-    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
-    expected, got = (torch.load(folder / "runs/seg/checkpoints/seg/step_00000012.pt", weights_only=True)["net"]
-                     for folder in (whole, tmp_path))
-    apart = sum((got[name] - value).square().sum() for name, value in expected.items()).sqrt()
-    assert apart < 1e-2 * sum(value.square().sum() for value in expected.values()).sqrt()
+def test_two_processes_train_as_one(tmp_path):
+    """Weights after 20 steps. No crop without cells: in even ground every feature lies exactly on the kink of a ReLU,
+    where the rounding of a sum decides which side counts. And an eps that keeps Adam from dividing gradients that are
+    nothing but rounding by themselves."""
+    nets, norms = [], []
+    for processes in (0, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        done = run(toy(folder, steps=20, val_every=20, save_every=20, log_every=1, eps=1e-6, augment=dict(negative=0)),
+                   torchrun=processes)
+        assert done.returncode == 0, done.stderr
+        nets.append(torch.load(folder / "runs/seg/checkpoints/seg/step_00000020.pt", weights_only=True)["net"])
+        log = map(json.loads, (folder / "runs/seg/log.jsonl").read_text().splitlines())
+        norms.append([(line["gradient"], line["loss"]) for line in log if "gradient" in line])
+    assert len(norms[0]) == 20 and norms[1] == [pytest.approx(pair, rel=1e-4) for pair in norms[0]]
+    one, two = nets
+    apart = sum((two[name] - value).square().sum() for name, value in one.items()).sqrt()
+    assert apart < 1e-5 * sum(value.square().sum() for value in one.values()).sqrt()
 
 
 def test_check_says_what_would_happen_and_writes_nothing(tmp_path):
@@ -141,9 +147,143 @@ def test_it_starts_from_weights(whole, tmp_path):
 @pytest.mark.parametrize("changes,said", [
     (["data.fields=0"], "no data: give data.sets"), (["crop=30"], "crop=30: expected a multiple of the patch"),
     (["augment.flpi=1"], "unknown key 'flpi', did you mean 'flip'?"), (["init=gone.pt"], "no weights at gone.pt"),
-    (["warmup=12"], "warmup=12: expected fewer than steps=12"), (["wandb=online"], "pip install wandb"),
+    (["warmup=12"], "warmup=12: expected fewer than steps=12"), (["wandb=on"], "pip install wandb"),
     (["data.fields=1"], "no images to")])
 def test_mistakes_are_one_line(tmp_path, changes, said):
     done = run(toy(tmp_path), *changes)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and said in done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "final_models").exists()
+
+
+def labelled_folder(folder, images):
+    """NAME.tif of two channels with NAME_masks.tif, drawn."""
+    import data
+    import synthetic
+    import tifffile
+    folder.mkdir()
+    for number in range(images):
+        drawn = synthetic.field(number, 96, 5, 24)
+        tifffile.imwrite(folder / f"im{number}.tif", drawn.pixels[1:3], photometric="minisblack", metadata={"axes": "CYX"})
+        data.write_labels(folder / f"im{number}_masks.tif", drawn.labels)
+    return folder
+
+
+def test_label_efficiency(tmp_path):
+    """Every budget with every seed once; budgets nested; what is done is not done again."""
+    labelled_folder(tmp_path / "cells", 6)
+    labelled_folder(tmp_path / "test", 2)
+    arguments = [toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"], share=0.3), steps=4, val_every=4,
+                     series=dict(budgets=[1, 3], seeds=[0, 1], test=["test"])), "experiment=curve"]
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs/curve"
+    rows = [line.split("\t") for line in (folder / "records.tsv").read_text().splitlines()]
+    assert [tuple(row[:5]) for row in rows] == [("variant", "channel", "budget", "seed", "set"), *(
+        ("-", "all", budget, seed, "test") for budget in "13" for seed in "01")]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [(row["budget"], row["seeds"]) for row in summary] == [("1", 2), ("3", 2)]
+    assert (folder / "budget.png").stat().st_size > 1000
+    used = {}
+    for name in ("budget_001_seed_0", "budget_003_seed_0", "budget_003_seed_1"):
+        story = model.load(folder / f"{name}.pt").settings.provenance["images"]
+        used[name] = set(story["train"].values())
+        assert len(story["validation"]) == 2 and not used[name] & set(story["validation"].values())
+    assert len(used["budget_001_seed_0"]) == 1 and used["budget_001_seed_0"] < used["budget_003_seed_0"]
+    lines = rows[:]
+    (folder / "records.tsv").write_text("\n".join("\t".join(row) for row in lines[:-1]) + "\n")     # the last is lost
+    before = (folder / "budget_001_seed_0.pt").stat().st_mtime_ns
+    done = run(*arguments)
+    assert done.returncode == 0 and (folder / "budget_001_seed_0.pt").stat().st_mtime_ns == before
+    assert [line.split("\t") for line in (folder / "records.tsv").read_text().splitlines()] == lines
+    done = run(*arguments, "lr=2e-3")
+    assert done.returncode == 1 and "records.tsv: its rows were made with another configuration" in done.stderr
+
+
+def test_wandb_gets_numbers_and_pictures(tmp_path):
+    """What is sent, seen by a stand-in for the package: every kind of number, and the pictures."""
+    (tmp_path / "wandb.py").write_text("""
+import json, types
+def write(kind, value):
+    with open("sent.jsonl", "a") as file: file.write(json.dumps([kind, value]) + chr(10))
+class Image:
+    def __init__(self, rgb): self.shape = rgb.shape
+def log(values, step): write("log", {k: list(v.shape) if isinstance(v, Image) else v for k, v in values.items()} | {"step": step})
+def init(**options):
+    write("init", {k: options[k] for k in ("mode", "name", "resume")})
+    return types.SimpleNamespace(log=log)
+""")
+    done = subprocess.run(command(toy(tmp_path), "wandb=on", "steps=6"), capture_output=True, text=True, cwd=tmp_path,
+                          env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    (_, begun), *sent = map(json.loads, (tmp_path / "sent.jsonl").read_text().splitlines())
+    assert begun == {"mode": "online", "name": "seg", "resume": "allow"}
+    names = {name for _, values in sent for name in values}
+    assert names >= {"loss", "lr", "weight_decay", "gradient", "images_per_s", "data_share", "score", "val_AP@0.5"}
+    pictures = [values for _, values in sent if any(name.startswith("validation_") for name in values)]
+    assert any(isinstance(shape, list) and shape[2] == 3 for shape in pictures[0].values())
+
+
+def test_a_network_for_each_channel(tmp_path, whole):
+    """One frozen backbone, one decoder a channel: scores side by side, backbones equal, decoders not."""
+    labelled_folder(tmp_path / "cells", 3)
+    done = run(toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"], share=0.4), steps=2, warmup=1, val_every=2,
+                   init=str(whole / "final_models/seg.pt"), train_blocks=0,
+                   series=dict(channels=[1, 2], seeds=[0], test=["cells"])), "experiment=channels")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs/channels"
+    rows = [line.split("\t")[1:5] for line in (folder / "records.tsv").read_text().splitlines()[1:]]
+    assert rows == [["1", "all", "0", "cells"], ["2", "all", "0", "cells"]]
+    one, two = (model.load(folder / f"channel_{c}_seed_0.pt") for c in "12")
+    same = {name: torch.equal(p, q) for (name, p), (_, q) in zip(one.named_parameters(), two.named_parameters())}
+    assert all(equal for name, equal in same.items() if name.startswith("backbone."))
+    assert not all(equal for name, equal in same.items() if name.startswith("decoder."))
+
+
+def test_ablations(tmp_path):
+    """Each variant changes what it says and nothing else; an unknown key is an error before any training."""
+    import series
+    labelled_folder(tmp_path / "test", 1)
+    variants = dict(full={}, no_stem=dict(network=dict(stem=0)), unet=dict(network=dict(arch="unet")), uncapped=dict(cap=None))
+    path = toy(tmp_path, steps=1, warmup=0, val_every=1, series=dict(variants=variants, seeds=[0],
+               test=[str(tmp_path / "test")]))
+    config = runs.load(train_seg.Config, path)
+    for name, changes in variants.items():
+        flat = [runs.flatten(yaml.safe_load(runs.to_yaml(c))) for c in (config, series.changed(config, changes, name))]
+        differ = {key for key in flat[0] if flat[0][key] != flat[1][key]}
+        assert differ == {"no_stem": {"network.stem"}, "unet": {"network.arch"}, "uncapped": {"cap"}, "full": set()}[name]
+    with pytest.raises(ValueError, match="unknown key 'network.stm', did you mean 'stem'"):
+        series.changed(config, dict(network=dict(stm=0)), "x")
+    done = run(path)
+    assert done.returncode == 0, done.stderr
+    nets = {name: model.load(tmp_path / f"runs/seg/{name}_seed_0.pt") for name in variants}
+    assert [type(net.backbone).__name__ for net in nets.values()] == ["ViT", "ViT", "ConvNet", "ViT"]
+    assert [len(net.decoder.stem) for net in nets.values()] == [1, 0, 1, 1] and nets["uncapped"].settings.cap is None
+    rows = (tmp_path / "runs/seg/records.tsv").read_text().splitlines()[1:]
+    assert sorted(row.split("\t")[0] for row in rows) == sorted(variants)
+
+
+def test_an_augmented_set_is_not_moved_again(tmp_path):
+    """Crops of a folder that augment.py wrote come out as they lie there; mixed with others it is refused."""
+    import augment
+    import trainset
+    cells = labelled_folder(tmp_path / "cells", 3)
+    made = tmp_path / "made"
+    augment.main(augment.Config((str(cells),), str(made), 2, 32), [])
+    alone = trainset.Data(sets=(trainset.Set(str(made)),))
+    assert trainset.augmented(alone) and not trainset.augmented(trainset.Data(sets=(trainset.Set(str(cells)),)))
+    with pytest.raises(ValueError, match="some were written by augment.py and some were not"):
+        trainset.augmented(trainset.Data(sets=(trainset.Set(str(made)), trainset.Set(str(cells)))))
+    done = run(toy(tmp_path, data=str(made), steps=6, warmup=1))
+    assert done.returncode == 0, done.stderr
+    still = augment.Augment().still()
+    assert still.flip == still.rotate == still.elastic == still.quarter == 0 and still.scale == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["seg", "seg_s8_a100", "seg_s8_a40", "seg_s8_a100_uncapped", "budget", "dinocell_tiny", "ablation",
+                                  "seg_laptop", "if_generic", "if_hybrid", "if_marker", "if_marker_only", "channel"])
+def test_shipped_configurations_are_whole(name):
+    """Every key is known and every combination allowed; the network they describe can be built."""
+    config = runs.load(train_seg.Config, ROOT / "configs" / f"{name}.yaml")
+    assert config.experiment and (config.data.sets or config.data.fields)
+    if config.init is None:
+        assert train_seg.build(config).settings.cap == config.cap

@@ -1,0 +1,139 @@
+"""What a network is trained and validated on: labelled sets and drawn fields, read, held out, put on the device.
+
+    train, validation, hashes = trainset.load(config.data, seed, device, cap)
+
+`Data` is a section of train_seg.py's configuration; `data: folder` is short for `data: {sets: [folder]}`.
+"""
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Set:
+    path: str                               # folder or COCO .json in data.root; `- folder` alone will do
+    channels: tuple[str, ...] | None = None # of its images, numbers from 1 or names; null: as data.to_rgb takes them
+    match: str | None = None                # regular expression: only images with it in their names
+    labels: str | None = None               # which, where an image has several: cells, nuclei
+    weight: float = 1.0                     # how often its images are drawn, relative to other sets
+
+    def __post_init__(self):
+        if not self.weight > 0:
+            raise ValueError(f"{self.path}: weight={self.weight:g}, expected more than 0; leave the set out instead")
+
+    @property
+    def name(self) -> str:
+        """Its path, with what tells it from another set at the same place."""
+        return " ".join([self.path, *(self.channels or ()), *filter(None, (self.match, self.labels))])
+
+
+@dataclass(frozen=True)
+class Data:
+    sets: tuple[Set, ...] = ()              # labelled sets (data.examples), drawn equally often but for their weights
+    root: str = "."                         # folder that they are in; may change when a run goes on elsewhere
+    validation: tuple[Set, ...] = ()        # sets to validate on; empty: a share of each set is held out
+    share: float = 0.1                      # of each set that is held out then, in whole groups (data.group_of)
+    channels: tuple[str, ...] | None = None # of the images of sets that do not choose themselves
+    limit: int | None = None                # images used of each set, by lot: those of 10 are among those of 20
+    diameter: float | None = None           # px, images are scaled so that median cells come out as wide; null: as is
+    fields: int = 0                         # synthetic fields to draw in addition (synthetic.py), a tenth to validate on
+    field_size: int = 384                   # px, their side
+    field_cells: int = 40                   # cells in the fullest; each field draws its own number, down to a tenth
+    field_diameter: float = 56.0            # px, how wide these are
+
+    def __post_init__(self):
+        if not self.sets and not self.fields:
+            raise ValueError("no data: give data.sets (folders of images and labels) or data.fields (synthetic fields)")
+        if len({s.name for s in self.sets}) < len(self.sets):
+            raise ValueError("data.sets names a set twice; give it once, with a weight")
+        if not 0 <= self.share < 1 or (self.limit is not None and self.limit < 1):
+            raise ValueError(f"data.share={self.share:g}, data.limit={self.limit}: expected 0 to below 1, and 1 or more")
+
+
+class Entry(NamedTuple):
+    """One labelled image as the network is given it."""
+    name: str
+    pixels: np.ndarray                      # (3, H, W) in [0, 1]
+    labels: np.ndarray                      # (H, W)
+    set: str                                # the set that it is of
+
+
+def load(config: Data, seed: int, device: str, cap: float | None):
+    """Resident training images; validation entries; content hashes {train, validation: {name: hash}}."""
+    import augment
+    train, validation = [], []
+    for chosen in config.sets:
+        kept, held = divide(examples(config, chosen), config, seed)
+        train += [read(example, chosen.name) for example in kept]
+        validation += [read(example, chosen.name) for example in held]
+    for chosen in config.validation:
+        validation += [read(example, chosen.name) for example in examples(config, chosen)]
+    drawn = max(1, round(0.1 * config.fields)) if not config.validation else 0       # fields to validate on
+    for number in range(config.fields):
+        (validation if number < drawn else train).extend(synthetic_entries(config, seed, number))
+    if not validation:
+        raise ValueError("no validation images; give data.validation, or data.share so large that some are held out")
+    hashes = {part: {e.name: hashlib.sha256(e.pixels.tobytes() + e.labels.tobytes()).hexdigest()[:16] for e in entries}
+              for part, entries in (("train", train), ("validation", validation))}
+    resident = augment.Resident((e[:3] for e in train), [e.set for e in train], device, cap, config.diameter,
+                                {s.name: s.weight for s in config.sets})
+    return resident, validation, hashes
+
+
+def examples(config: Data, chosen: Set) -> list:
+    """The labelled images of a set, as data.Example."""
+    import data
+    return data.examples(Path(config.root) / chosen.path, chosen.channels or config.channels, chosen.match, chosen.labels)
+
+
+def divide(found: list, config: Data, seed: int) -> tuple[list, list]:
+    """(to train on, held out). What is held out is the same for every limit and seed; the lot is the seed's."""
+    import data
+    held = [] if config.validation else data.hold_out(found, config.share, 0)
+    names = {example.name for example in held}
+    kept = [example for example in found if example.name not in names]
+    if config.limit is not None:
+        lot = sorted(kept, key=lambda e: hashlib.sha256(f"{seed}/{e.name}".encode()).digest())[:config.limit]
+        kept = [example for example in kept if example in lot]
+    return kept, held
+
+
+def read(example, set_name: str) -> Entry:
+    import data
+    pixels, labels = example.image().pixels, example.labels()
+    return Entry(f"{set_name}/{example.name}", data.to_rgb(data.normalise(pixels, data.percentiles(pixels))), labels, set_name)
+
+
+def synthetic_entries(config: Data, seed: int, number: int) -> list[Entry]:
+    """Two channels of one drawn field: the network must not lean on one stain.
+
+    DNA shows nuclei and Mito parts of the body: the edge of the cell is not to be seen in them.
+    """
+    import data
+    import synthetic
+    count = round(config.field_cells * np.random.default_rng(seed * 100003 + number).uniform(0.1, 1))
+    drawn = synthetic.field(seed * 100003 + number, config.field_size, count, config.field_diameter)
+    shown = [c for c in drawn.channels if c not in ("DNA", "Mito")]
+    entries = []
+    for name in np.random.default_rng((seed, number)).choice(shown, 2, False):
+        pixels = drawn.pixels[drawn.channels.index(name)][None]
+        pixels = data.to_rgb(data.normalise(pixels, data.percentiles(pixels)))
+        entries.append(Entry(f"synthetic {number} {name}", pixels, drawn.labels, "synthetic"))
+    return entries
+
+
+def augmented(config: Data) -> bool:
+    """Whether the sets were written by augment.py, which then has moved, turned and scaled their cells already.
+
+    A mixture is refused: what one part needs would be done to the other twice.
+    """
+    made = [(Path(config.root) / s.path / "augmented.yaml").is_file() for s in config.sets]
+    if any(made) and (not all(made) or config.fields):
+        raise ValueError("data.sets: some were written by augment.py and some were not; train on one kind, "
+                         "or write all of them with augment.py")
+    return any(made)

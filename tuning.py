@@ -19,7 +19,7 @@ import numpy as np
 from measure import (CEILING, COMPARED, DataSet, Item, Network, Result, columns_of, digest, kept,
                      progress, same_size, segmented, without_nan)
 
-PEAKS, FILLS = (0.3, 0.4, 0.5, 0.6, 0.7), (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)   # of the watershed
+PEAKS, FILLS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)   # of the watershed
 
 
 # -------------------------------------------------------------------------------- the encoding, the watershed

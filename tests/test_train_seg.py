@@ -130,6 +130,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert done.returncode == 1 and "the loss is nan at step" in done.stderr and "last good checkpoint" in done.stderr
 
 
+def test_edges_count_more_when_asked():
+    """Closed form: a pixel at distance 1/4 with k = 8 counts 1 + 8 * 3/4 = 7 times, ground and middle once."""
+    target = torch.tensor([0.0, 0.25, 1.0]).view(1, 1, 1, 3)
+    predicted = target + torch.tensor([0.1, 0.2, 0.3]).view(1, 1, 1, 3)
+    assert train_seg.error(predicted, target, 0).item() == pytest.approx((0.01 + 0.04 + 0.09) / 3)
+    assert train_seg.error(predicted, target, 8).item() == pytest.approx((0.01 + 7 * 0.04 + 0.09) / 3)
+
+
 def test_it_starts_from_weights(whole, tmp_path):
     path = whole / "final_models/seg.pt"
     config = runs.load(train_seg.Config, toy(tmp_path), [f"init={path}", "train_blocks=1"])

@@ -1,8 +1,7 @@
-"""Labels -> cell table, outlines, overlay, GeoJSON for QuPath, ROIs for ImageJ.
+"""Labels -> cell table, exact outlines, GeoJSON for QuPath, ROIs for ImageJ. Pictures: overlay.py.
 
     columns = cells.table(labels, image, channels=["DNA", "actin"], pixel_size=0.65)    # one row per cell
     cells.write_csv("NAME_cells.csv", columns)
-    cells.write_png("NAME_overlay.png", cells.overlay(image, labels))
     cells.write_geojson("NAME.geojson", labels, columns)                                # drag it into QuPath
     cells.write_rois("NAME_rois.zip", labels)                                           # ImageJ's ROI manager
 
@@ -15,22 +14,20 @@ of hundreds of pixels. n cells, R runs; arrays of runs are sorted by cell, then 
 """
 from __future__ import annotations
 
-import colorsys
 import csv
 import json
 import math
-import os
 import struct
 import uuid
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
 
 import numpy as np
-from PIL import Image
-from scipy.ndimage import maximum_filter, minimum_filter
 from skimage.measure import label
+
+from images import replacing
+from overlay import overlay, write_png  # noqa: F401  cells.overlay, cells.write_png
 
 Polygons = list[list[np.ndarray]]        # of a cell: [[outer ring, hole, ...], ...]; ring (K, 2) x y, closed
 Edges = tuple[bool, bool, bool, bool]    # whether top, left, bottom, right of an array end the image
@@ -341,179 +338,6 @@ def write_csv(path: str | Path, columns: dict[str, np.ndarray]) -> None:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(columns)
         rows.writerows(zip(*(printed(np.asarray(values)) for values in columns.values()), strict=True))
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside path, which becomes path when everything has been written."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def drop_border(labels: np.ndarray, edges: Edges = (True, True, True, True)) -> np.ndarray:
-    """Labels without the cells cut by the given sides (top, left, bottom, right); the others keep their ids.
-
-    Ids stay so that they name the same cell in every file, and in every block of a large image.
-    """
-    sides = (labels[:1], labels[:, :1], labels[-1:], labels[:, -1:])
-    cut = np.concatenate([labels[:0].ravel(), *(side.ravel() for side, real in zip(sides, edges) if real)])
-    return labels * ~np.isin(labels, np.unique(cut))
-
-
-# ---------------------------------------------------------------------------------------------- pictures
-
-# Hues that stay apart from each other and from what is under them: light ones on dark images; on bright ones,
-# H&E above all, none of the reds and violets of the stains.
-ON_DARK = ("ffd93b", "35d7ff", "ff6ec7", "7dff5a", "ff9a3d", "9aa5ff", "ff6b62", "3dffc0")
-ON_BRIGHT = ("ffeb00", "00dcff", "5aff1e", "1450ff", "ff8200", "00aa3c", "ff00aa", "00b4a0")
-
-
-def outlines(labels: np.ndarray) -> np.ndarray:
-    """(H, W) bool: pixels of a cell that share an edge with another label; the image's sides are none."""
-    rim = np.zeros(labels.shape, bool)
-    below, beside = labels[1:] != labels[:-1], labels[:, 1:] != labels[:, :-1]
-    rim[1:] |= below
-    rim[:-1] |= below
-    rim[:, 1:] |= beside
-    rim[:, :-1] |= beside
-    return rim & (labels > 0)
-
-
-def overlay(image: np.ndarray, labels: np.ndarray, max_side: int = 4096) -> np.ndarray:
-    """The image with outlined cells, (h, w, 3) uint8, for a screen or a paper.
-
-    image : (C, H, W). Bright 8-bit RGB stays as it is; otherwise each channel is stretched between its
-        percentiles 1 and 99.8: one is gray, two are green and magenta, more spread over the hues from red.
-    labels : (H, W)
-    max_side : px; larger images are reduced by a whole number.
-
-    Images below 1000 px are enlarged by a whole number or a half, which smooths the lines. A line
-    runs inside its cell, with a thin shadow on the ground outside. Cells near each other differ in colour.
-    """
-    step = -(-max(image.shape[1:]) // max_side)
-    if step > 1:
-        image, labels = reduced(image, labels, step)
-    r, framed = runs(labels)
-    rgb, numbers = displayed(image), framed[1:-1, 1:-1]
-    if not len(r.ids):
-        return rgb
-    top, left, bottom, right = boxes(r)
-    width = float(np.median(np.bincount(r.cell, r.right - r.left) / np.maximum(bottom - top, right - left)))
-    hexes = ON_BRIGHT if np.median(rgb[::4, ::4]) >= 128 else ON_DARK
-    colours = np.array([list(bytes.fromhex(colour)) for colour in hexes], np.uint8)
-    colours = colours[different(near_pairs(r, max(width / 3, 2)), len(r.ids), len(hexes))]     # (n, 3)
-    side = max(labels.shape)
-    zoom = 1 if side > 1000 else min(-(-2000 // side), 16)
-    if zoom > 1:
-        large = (zoom * labels.shape[1], zoom * labels.shape[0])
-        rgb, numbers = np.asarray(Image.fromarray(rgb).resize(large, Image.BICUBIC)), enlarged(numbers, zoom)
-    rgb = drawn(rgb, numbers, colours, thick=max(1, min(round(zoom * side / 600), round(zoom * width / 8))))
-    return np.asarray(Image.fromarray(rgb).reduce(2)) if zoom > 1 else rgb
-
-
-def reduced(image: np.ndarray, labels: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image and labels at 1 / step of their size, rounded up: area means and nearest pixels.
-
-    Blocks whose sides are multiples of step give what the whole image gives.
-    """
-    if step == 1:
-        return image, labels
-    H, W = labels.shape
-    h, w = -(-H // step), -(-W // step)
-    small = np.stack([np.pad(channel, ((0, h * step - H), (0, w * step - W)), mode="edge")
-                      .reshape(h, step, w, step).mean((1, 3)) for channel in image])
-    y, x = (np.minimum(np.arange(n) * step + step // 2, size - 1) for n, size in ((h, H), (w, W)))
-    return small.round().astype(image.dtype) if image.dtype.kind in "iu" else small, labels[np.ix_(y, x)]
-
-
-def displayed(image: np.ndarray) -> np.ndarray:
-    """(C, H, W) of any type -> (H, W, 3) uint8 to look at."""
-    C, H, W = image.shape
-    thin = image[:, ::-(-H // 1024), ::-(-W // 1024)]              # enough for percentiles
-    if C == 3 and image.dtype == np.uint8 and np.median(thin) >= 85:
-        return np.ascontiguousarray(np.moveaxis(image, 0, -1))
-    spread = [colorsys.hsv_to_rgb(c / C, 1, 1) for c in range(C)]
-    hues = {1: [(1, 1, 1)], 2: [(0, 1, 0), (1, 0, 1)]}.get(C, spread)
-    planes = np.zeros((3, H, W), np.uint8)
-    for channel, sample, hue in zip(image, thin, hues):
-        low, high = np.percentile(sample, (1, 99.8))
-        high = high if high > low else max(float(channel.max()), low + 1)      # a few bright spots on nothing
-        value = (channel.astype(np.float32) - low) * (255 / (high - low)) + 0.5
-        value = value.clip(0, 255).astype(np.uint8)
-        for plane, share in zip(planes, hue):
-            np.maximum(plane, value if share == 1 else (value * share).astype(np.uint8), out=plane)
-    return np.ascontiguousarray(np.moveaxis(planes, 0, -1))
-
-
-def different(pairs: np.ndarray, n: int, colours: int) -> np.ndarray:
-    """A colour (n,) for each cell such that the two of a pair differ, as far as the colours reach."""
-    rng = np.random.default_rng(0)
-    chosen = np.arange(n) % colours
-    a, b = pairs.T
-    for _ in range(50):
-        clash = chosen[a] == chosen[b]
-        if not clash.any():
-            break
-        beside = np.concatenate((a * colours + chosen[b], b * colours + chosen[a]))
-        taken = np.bincount(beside, minlength=n * colours).reshape(n, colours)
-        again = np.unique(b[clash])
-        chosen[again] = (taken[again] + rng.random((len(again), colours))).argmin(1)
-    return chosen
-
-
-def enlarged(labels: np.ndarray, zoom: int) -> np.ndarray:
-    """Labels zoom times as large, with smooth borders.
-
-    Every new pixel takes the label that weighs most among the 3 x 3 old ones, weighted by the quadratic
-    B-spline: as if every cell's mask were interpolated by itself.
-    """
-    H, W = labels.shape
-    large = np.repeat(np.repeat(labels, zoom, 0), zoom, 1)         # (H zoom, W zoom)
-    t = (np.arange(zoom) + 0.5) / zoom - 0.5
-    spline = np.stack(((0.5 - t) ** 2 / 2, 0.75 - t ** 2, (0.5 + t) ** 2 / 2)).astype(np.float32)
-    weight = np.einsum("iy,jx->ijyx", spline, spline).reshape(9, zoom ** 2)
-    y, x = np.nonzero(minimum_filter(labels, 3, mode="nearest") != maximum_filter(labels, 3, mode="nearest"))
-    window = np.lib.stride_tricks.sliding_window_view(np.pad(labels, 1, mode="edge"), (3, 3))
-    block = large.reshape(H, zoom, W, zoom)
-    for at in range(0, len(y), 32768):
-        i, j = y[at:at + 32768], x[at:at + 32768]
-        old = window[i, j].reshape(-1, 9)                          # (P, 9)
-        votes = (old[:, :, None] == old[:, None]).astype(np.float32) @ weight          # (P, 9, zoom^2)
-        block[i, :, j] = np.take_along_axis(old, votes.argmax(1), 1).reshape(-1, zoom, zoom)
-    return large
-
-
-def drawn(rgb: np.ndarray, labels: np.ndarray, colours: np.ndarray, thick: int) -> np.ndarray:
-    """A copy of rgb with a line `thick` px wide inside each cell 1..n and a shadow on the ground around."""
-    frame, shadow = thick + 1, (thick + 1) // 2
-    S = labels.shape[1] + 2 * frame
-    flat = np.pad(labels, frame, mode="edge").ravel()
-    y, x = np.nonzero(outlines(labels))
-    at = (y + frame) * S + x + frame
-    own = flat[at]
-    line, dark = np.zeros(len(flat), bool), np.zeros(len(flat), bool)
-    for dy in range(-thick, thick + 1):
-        for dx in range(-thick, thick + 1):
-            distance, there = math.hypot(dy, dx), at + dy * S + dx
-            if distance <= thick - 0.5:
-                line[there[flat[there] == own]] = True
-            if 0 < distance <= shadow + 0.5:
-                dark[there[flat[there] == 0]] = True
-    line, dark = (mask.reshape(-1, S)[frame:-frame, frame:-frame] for mask in (line, dark))
-    rgb = rgb.copy()
-    rgb[dark] //= 2
-    rgb[line] = colours[labels[line] - 1]
-    return rgb
-
-
-def write_png(path: str | Path, rgb: np.ndarray) -> None:
-    """(H, W, 3) or (H, W) uint8 as PNG."""
-    with replacing(path) as temporary:
-        Image.fromarray(rgb).save(temporary, format="PNG", compress_level=1)
 
 
 # ---------------------------------------------------------------------------------------------- polygons

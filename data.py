@@ -1,4 +1,4 @@
-"""Labelled sets: groups that stay together, splits, converter, checks. Readers: readers.py, files: images.py.
+"""Labelled sets: groups that stay together, splits, converter, checks. Readers: readers.py, files: images.py, labels.py.
 
     held = hold_out(examples("cells"), share=0.1, seed=0)
 
@@ -27,8 +27,9 @@ import numpy as np
 import tifffile
 
 import readers
-from images import (Image, Source, distance_map, normalise, open_image, percentiles, read_image,  # noqa: F401
-                    read_labels, replacing, to_rgb, write_label_tiles, write_labels)   # data.read_image and the like
+from images import (Image, Source, normalise, open_image, percentiles, read_image, replacing,  # noqa: F401
+                    to_rgb)                                        # data.read_image and the like
+from labels import distance_map, read_labels, write_label_tiles, write_labels      # noqa: F401
 from readers import TILE, Example, examples, regex, unread
 
 # ------------------------------------------------------------------------------------------ groups and splits

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from images import check_labels, read_image, read_labels
+from images import read_image
+from labels import check_labels, read_labels
 
 LARGEST = np.iinfo(np.int32).max
 

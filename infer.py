@@ -3,6 +3,7 @@
     python infer.py                                   the demo image
     python infer.py plate1/ "scans/*.tif" out=cells   folders (every image in them) and globs
     python infer.py img.tif channels=DNA,AGP diameter=auto geojson=true
+    python infer.py export out=dinocell.onnx          the network for other programs; `export --help` has its keys
 
 For each image NAME it writes into out=
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 import csv
 import glob
 import itertools
+import math
 import os
 import re
 import sys
@@ -31,6 +33,7 @@ from typing import Literal
 
 import numpy as np
 
+import export
 import runs
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".npy")
@@ -76,6 +79,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected 1 or more")
+        if self.near is not None and not 0 <= self.near < math.inf:
+            raise ValueError(f"near={self.near:g}: expected a distance of 0 px or more")
         if self.min_area is not None and self.min_area < 0:
             raise ValueError(f"min_area={self.min_area}: expected 0 px or more")
         if self.diameter not in (None, "auto"):
@@ -84,21 +89,22 @@ class Config:
 
 def main(config: Config, files: list[str]) -> int:
     root = Path(__file__).resolve().parent
-    images = find_images(files or [str(root / "demo")], config.pattern)
+    found = find_images(files or [str(root / "demo")], config.pattern)
     out = prepare(Path(config.out))
     weights = find_weights(config.weights, root / "final_models")
-    todo = {path: name for path, name in images.items()
+    todo = {path: name for path, name in found.items()
             if config.overwrite or not all((out / f).exists() for f in results(name, config))}
-    kept, failed, megapixels, start = len(images) - len(todo), [], 0.0, time.perf_counter()
+    kept, failed, megapixels, seconds = len(found) - len(todo), [], 0.0, 0.0
     if todo:
         from tqdm import tqdm                                 # what follows needs torch: half the start-up time
         import torch
         import model
+        from images import TOLD
         device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device=cuda: PyTorch finds no CUDA device here; use device=cpu or auto")
         net = model.load(weights).to(device)
-        table = Summary(out / "summary.csv")
+        table, start = Summary(out / "summary.csv"), time.perf_counter()
         with tqdm(total=len(todo), unit="image", delay=1, file=sys.stderr, smoothing=0.05,
                   bar_format="{l_bar}{bar}| {n:.2f}/{total} images [{elapsed}<{remaining}]") as bar:
             for done, (path, name) in enumerate(todo.items()):
@@ -107,24 +113,26 @@ def main(config: Config, files: list[str]) -> int:
                 try:
                     row = segment_file(path, name, out, net, config, progress)
                 except (ValueError, OSError) as error:        # this image's fault: the others are done all the same
-                    if len(images) == 1:
+                    if len(found) == 1:
                         raise
-                    bar.clear()
-                    print(f"warning: {runs.sentence(error)}", file=sys.stderr)
+                    say(f"warning: {runs.sentence(error)}")
                     failed.append(str(path))
                     continue
                 table.add(row)
                 megapixels += row["height"] * row["width"] / 1e6
                 bar.update(done + 1 - bar.n)
-    seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start
     done = len(todo) - len(failed)
     if done:
-        print(f"{done} image{'s' * (done != 1)}, {megapixels:.1f} megapixels in {seconds:.1f} s "
-              f"({done / seconds:.2f} images/s, {megapixels / seconds:.2f} MP/s) with {weights.name} -> {out}")
+        print(f"{done} image{'s' * (done != 1)}, {megapixels:.3g} megapixels in {seconds:.1f} s "
+              f"({done / seconds:.3g} images/s, {megapixels / seconds:.3g} MP/s) with {weights.name} -> {out}")
+        for notice, count in TOLD.items():
+            if count > 1:
+                print(f"{notice}: {count} images", file=sys.stderr)
     if kept:
-        print(f"{kept} of {len(images)} images have their results in {out} already; overwrite=true makes them anew")
+        print(f"{kept} of {len(found)} images have their results in {out} already; overwrite=true makes them anew")
     if failed:
-        raise ValueError(f"{len(failed)} of {len(images)} images could not be done: {', '.join(failed)}")
+        raise ValueError(f"{len(failed)} of {len(found)} images could not be done: {', '.join(failed)}")
     return 0
 
 
@@ -135,22 +143,26 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, progress
     import tifffile
     import cells
     import data
+    import images
+    import overlay
     import segment
     start, clock = time.perf_counter(), Counter() if clock is None else clock
     with data.open_image(path, config.channels, config.plane, config.time) as source:
         C, H, W = source.shape
-        for notice in source.notices:
-            print(f"{path}: {notice}", file=sys.stderr)
         if C > 3:
             raise ValueError(f"{path}: has {C} channels ({', '.join(source.channels or map(str, range(1, C + 1)))}); "
                              "choose what the network sees, up to three, with channels=1,2 or by name")
         with segment.timed(clock, "read"):
             limits = data.percentiles(source, net.settings.low, net.settings.high)
+        for notice in source.notices:                          # now, for all pixels have been seen
+            if said := images.told(path, notice):
+                say(said)
         options = dict(limits=limits, peak=config.peak, fill=config.fill, tile=config.tile, overlap=config.overlap,
                        batch=config.batch)
         scale = choose_scale(config, source, net, options, path)
         reduce = -(-max(H, W) // PICTURE)                      # the overlay is reduced by this whole number
-        near = config.near or (net.settings.diameter or 40) / scale
+        near = (net.settings.diameter or 40) / scale if config.near is None else config.near
+        side = max(1, int(config.block / max(scale, 1)) // reduce) * reduce      # of blocks; enlarged, they keep their memory
         columns, polygons, labelled = [], [], 0
         small = (-(-H // reduce), -(-W // reduce))
         picture = (np.zeros((C, *small), source.dtype), np.zeros(small, np.int32)) if config.overlay else None
@@ -160,14 +172,12 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, progress
             """Every block measured; yields what the label file needs."""
             nonlocal labelled
             for block in segment.blocks(source, net, scale=scale, min_area=config.min_area, border=config.border,
-                                        block=max(1, config.block // reduce) * reduce, halo=max(HALO, round(4 * near)),
-                                        clock=clock, progress=progress,
+                                        block=side, halo=max(HALO, round(4 * near)), clock=clock, progress=progress,
                                         **options):
-                labels = block.labels
                 with segment.timed(clock, "read"):
                     pixels = source.region(*edges(block.view))
                 with segment.timed(clock, "measure"):
-                    labelled += np.count_nonzero(labels)
+                    labelled += np.count_nonzero(block.labels)
                     top, bottom, left, right = edges(block.view)
                     rows = cells.table(block.local, pixels, channels=source.channels, pixel_size=source.pixel_size,
                                        near=near, ids=block.new, origin=(top, left),
@@ -178,21 +188,21 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, progress
                         mine[block.new] = block.ids[block.new]
                         polygons.append(cells.polygons(mine[block.local], (top, left)))
                     if picture is not None:                    # blocks are multiples of `reduce`: no seams here either
-                        part = cells.reduced(pixels[(slice(None), *block.inner)], labels, reduce)
+                        part = overlay.reduced(pixels[(slice(None), *block.inner)], block.labels, reduce)
                         place = tuple(slice(c.start // reduce, -(-c.stop // reduce)) for c in block.core)
                         picture[0][(slice(None), *place)], picture[1][place] = part
                     if distance is not None:
                         distance[block.core] = block.distance
-                yield block.core, labels
+                yield block.core, block.labels
 
         save_labels(out / f"{name}_labels.tif", (H, W), walk(), source.pixel_size, clock)
     with segment.timed(clock, "write"):
         table = {key: np.concatenate([part[key] for part in columns]) for key in columns[0]}
         cells.write_csv(out / f"{name}_cells.csv", table)
         if picture is not None:
-            cells.write_png(out / f"{name}_overlay.png", cells.overlay(*picture))
+            overlay.write_png(out / f"{name}_overlay.png", overlay.overlay(*picture))
         if distance is not None:
-            with cells.replacing(out / f"{name}_distance.tif") as beside:
+            with data.replacing(out / f"{name}_distance.tif") as beside:
                 tifffile.imwrite(beside, distance.astype(np.float32), compression="zlib", photometric="minisblack")
         shapes = [pair for found in polygons for pair in found.items()]
         if config.geojson:
@@ -246,7 +256,7 @@ def choose_scale(config: Config, source, net, options: dict, path: Path) -> floa
     if config.diameter == "auto":
         diameter = segment.find_diameter(source, net, **options)
         if diameter is None:
-            print(f"{path}: diameter=auto found no cells to measure; taking the image as it is", file=sys.stderr)
+            say(f"{path}: diameter=auto found no cells to measure; taking the image as it is")
     else:
         diameter = parse_diameter(config.diameter, source.pixel_size, path)
     return segment.scale_for(diameter, net)
@@ -264,6 +274,12 @@ def parse_diameter(text: str, pixel_size: float | None, path: Path | None) -> fl
     return float(match[1]) / pixel_size
 
 
+def say(text: str) -> None:
+    """A line on stderr, above the progress bar if there is one."""
+    from tqdm import tqdm
+    tqdm.write(text, file=sys.stderr)
+
+
 def edges(view: tuple[slice, slice]) -> tuple[int, int, int, int]:
     return view[0].start, view[0].stop, view[1].start, view[1].stop
 
@@ -274,6 +290,8 @@ def find_images(arguments: list[str], pattern: str) -> dict[Path, str]:
     """Image file -> name of its results. Folders are searched whole; results of earlier runs are no images."""
     found: dict[Path, str] = {}
     for argument in arguments:
+        if not argument:
+            raise ValueError("an empty file name among the images; is a variable of the shell empty?")
         path = Path(argument)
         if path.is_dir():
             inside = [p for p in sorted(path.rglob(pattern)) if p.is_file() and p.suffix.lower() in SUFFIXES
@@ -350,5 +368,18 @@ class Summary:
         os.replace(beside, self.path)
 
 
+def export_network(config: export.Config, files: list[str]) -> int:
+    if files:
+        raise ValueError(f"export: unexpected {files[0]}; the file to write is out=FILE.onnx, --help lists the keys")
+    import model
+    weights = find_weights(config.weights, Path(__file__).resolve().parent / "final_models")
+    error = export.to_onnx(model.load(weights), config.out, config.tile, config.opset, config.half)
+    checked = "not compared with PyTorch: pip install onnxruntime" if error is None else f"within {error:.1e} of PyTorch"
+    print(f"{weights.name} -> {config.out}, {Path(config.out).stat().st_size / 1e6:.1f} MB, {checked}")
+    return 0
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["export"]:
+        runs.script(export.__doc__, export.Config, export_network, sys.argv[2:])
     runs.script(__doc__, Config, main)

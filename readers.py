@@ -32,8 +32,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from formats import LARGEST, Listed, coco_labels, read_coco, read_geojson, read_masks, read_seg
-from images import (NPY, PNG_JPEG, TIFF, Image, Source, check_labels, decoding, open_image, read_image,
-                  read_labels)
+from images import NPY, PNG_JPEG, TIFF, Image, Source, decoding, open_image, read_image
+from labels import check_labels, read_labels
 
 Channels = Sequence[int | str] | None                              # numbers from 1 or names, see read_image
 

@@ -39,6 +39,7 @@ class Block:
     local: np.ndarray              # (view) int32: every cell in view, numbered 1..n here
     ids: np.ndarray                # (n + 1,) int32: local number -> id in the whole image; 0: does not reach the core
     new: np.ndarray                # local numbers of the cells first met here
+    labels: np.ndarray             # (core) int32, ids of the whole image
     distance: np.ndarray           # (core) float32 in [0, 1]
 
     @property
@@ -46,28 +47,27 @@ class Block:
         """The core within the view."""
         return tuple(slice(c.start - v.start, c.stop - v.start) for c, v in zip(self.core, self.view))
 
-    @property
-    def labels(self) -> np.ndarray:
-        """(core) int32, ids of the whole image."""
-        return self.ids[self.local[self.inner]]
-
 
 def segment(image, model, **options) -> np.ndarray:
     """Cells of an image: (H, W) int32, 0 background, 1..n. `options` are those of blocks()."""
-    source = as_source(image)
-    labels = np.zeros(source.shape[1:], np.int32)
-    for block in blocks(source, model, **options):
-        labels[block.core] = block.labels
-    return labels
+    return _whole("labels", image, model, options)
 
 
 def distance_map(image, model, **options) -> np.ndarray:
     """What the network predicts, before the watershed: (H, W) float32 in [0, 1]."""
-    source = as_source(image)
-    distance = np.zeros(source.shape[1:], np.float32)
+    return _whole("distance", image, model, options)
+
+
+def _whole(what: str, image, model, options: dict) -> np.ndarray:
+    """`labels` or `distance` of all blocks in one array."""
+    source, whole = as_source(image), None
     for block in blocks(source, model, **options):
-        distance[block.core] = block.distance
-    return distance
+        part = getattr(block, what)
+        if part.shape == source.shape[1:]:
+            return part
+        whole = np.zeros(source.shape[1:], part.dtype) if whole is None else whole
+        whole[block.core] = part
+    return whole
 
 
 def blocks(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None, peak: float | None = None,
@@ -137,9 +137,10 @@ def blocks(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None
                     local = _drop_cut(local, (view_y, view_x), (H, W))
                 ids, new = _identify(local, inner, known[:, view_x], count)
                 count += len(new)
-            result = Block((slice(top, bottom), slice(left, right)), (view_y, view_x), local, ids, new, whole)
-            known[top - view_y.start:, left:right] = result.labels
-            yield result
+                alone = local[inner].shape == local.shape     # one block: its numbers are the ids
+                labels = local if alone else ids[local[inner]]
+                known[top - view_y.start:, left:right] = labels
+            yield Block((slice(top, bottom), slice(left, right)), (view_y, view_x), local, ids, new, labels, whole)
 
 
 def _identify(local: np.ndarray, inner: tuple[slice, slice], known: np.ndarray, count: int):
@@ -148,6 +149,8 @@ def _identify(local: np.ndarray, inner: tuple[slice, slice], known: np.ndarray, 
     known (rows above the core and of it, columns of the view): final labels, 0 where not yet known.
     """
     n = int(local.max(initial=0))
+    if local[inner].shape == local.shape:
+        return np.arange(n + 1, dtype=np.int32), np.arange(1, n + 1)
     ids = np.zeros(n + 1, np.int32)
     reaching = np.zeros(n + 1, bool)
     reaching[local[inner]] = True
@@ -190,6 +193,7 @@ def _distances(source, limits, size, model, tile, overlap, batch, clock, progres
     run = _Runner(model, batch or (32 if device.type == "cuda" else 4), clock)
     ys, xs = _starts(h, tile, overlap), _starts(w, tile, overlap)
     window = _window(tile, overlap).to(device)                               # (tile,)
+    square = window[:, None] * window                                        # (tile, tile)
     wide = max(w, tile)
     across = torch.zeros(wide, device=device)                                # sum of the windows over a column
     for x in xs:
@@ -198,10 +202,11 @@ def _distances(source, limits, size, model, tile, overlap, batch, clock, progres
     for i, y in enumerate(ys):
         with timed(clock, "read"):
             strip = _read(source, limits, size, slice(y, min(y + tile, h))).to(device)         # (3, rows, w)
-            strip = strip[:, _reflect(strip.shape[1], tile)][:, :, _reflect(w, wide)]          # (3, tile, wide)
+            if strip.shape[1:] != (tile, wide):
+                strip = strip[:, _reflect(strip.shape[1], tile)][:, :, _reflect(w, wide)]      # (3, tile, wide)
         tiles = run(strip, xs, tile)                                         # one (tile, tile) per x
         for x, distance in zip(xs, tiles):
-            sums[:, x:x + tile] += window[:, None] * window * distance
+            sums[:, x:x + tile].addcmul_(square, distance)
         weights += window
         done = (ys[i + 1] if i + 1 < len(ys) else h) - y
         if progress:
@@ -276,26 +281,30 @@ def scale_for(diameter: float | None, model) -> float:
     if not diameter > 0:
         raise ValueError(f"diameter={diameter:g}: expected more than 0 px")
     scale = model.settings.diameter / diameter
+    if scale > 10:
+        raise ValueError(f"diameter={diameter:g}: the image would be enlarged {scale:.0f} times, for these weights know cells of "
+                         f"{model.settings.diameter:g} px; expected {model.settings.diameter / 10:.2g} px or more")
     return 1.0 if abs(math.log(scale)) < 0.05 else scale       # under 5 %: resampling would cost more than it brings
 
 
 def find_diameter(image, model, limits: np.ndarray, **options) -> float | None:
-    """Median diameter (px) of the cells of an image, from a few passes over a part of it; None where it finds no cells.
+    """Median diameter (px) of the cells of an image, from a few passes over parts of it; None where it finds no cells.
 
-    The part (the liveliest of nine) is segmented at scales an octave apart. The network finds cells best when they
-    are as large as it knows them, so the scale counts at which they come out closest to that; a last pass refines it.
+    A part is segmented at each of four scales an octave apart: the liveliest of nine, at most 1024 px wide, and 640 px
+    for the network, so that all passes together take as long as some 1.5 megapixels. The network finds cells best when
+    they are as large as it knows them, so the scale counts at which they come out closest to that; a last pass refines it.
     """
     source, typical = as_source(image), model.settings.diameter
     if typical is None:
         raise ValueError("diameter=auto: these weights do not say how large their training cells were; give diameter in px")
-    C, H, W = source.shape
-    side = 1024
-    parts = [(y, x) for y in sorted({0, max(0, (H - side) // 2), max(0, H - side)})
-             for x in sorted({0, max(0, (W - side) // 2), max(0, W - side)})]
-    parts = [source.region(y, min(H, y + side), x, min(W, x + side)) for y, x in parts]
-    part = max(parts, key=lambda pixels: data.normalise(pixels, limits).std())
+    _, H, W = source.shape
 
     def measure(scale: float) -> float | None:
+        side = min(1024, round(640 / scale))
+        corners = [(y, x) for y in sorted({0, max(0, (H - side) // 2), max(0, H - side)})
+                   for x in sorted({0, max(0, (W - side) // 2), max(0, W - side)})]
+        parts = (source.region(y, min(H, y + side), x, min(W, x + side)) for y, x in corners)
+        part = max(parts, key=lambda pixels: data.normalise(pixels, limits).std())
         labels = segment(part, model, scale=scale, limits=limits, **options)
         area = np.bincount(labels.ravel())[1:].astype(float)
         if len(area) < 3:
@@ -303,7 +312,7 @@ def find_diameter(image, model, limits: np.ndarray, **options) -> float | None:
         whole = area[area >= 0.2 * (area @ area) / area.sum()]               # crumbs at a wrong scale say nothing
         return 2 * math.sqrt(np.median(whole) / math.pi)
 
-    found = {scale: d for scale in (0.25, 0.5, 1.0, 2.0) if min(part.shape[1:]) * scale >= 32
+    found = {scale: d for scale in (0.25, 0.5, 1.0, 2.0) if min(H, W, 1024) * scale >= 32
              and (d := measure(scale)) is not None}
     if not found:
         return None

@@ -50,7 +50,7 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
     node = torch.zeros_like(d, dtype=torch.int32)                            # (L,) 0: ground; 1..markers; see climb
     if not markers:
         return node.view(H + 2, S)[1:-1, :W].contiguous()
-    node[marker] = label
+    node.scatter_(0, marker, label)
     slope = ((d > fill) ^ high).nonzero().squeeze(1)                         # (P,)
     regions = climb(d, node, markers, slope, S)
     if regions > markers:
@@ -65,25 +65,26 @@ def climb(d: Tensor, node: Tensor, markers: int, slope: Tensor, S: int) -> int:
     Returns the highest number. On the way node k is marker k, slope pixel i is node markers + 1 + i, and the summits
     without marker come after these.
     """
-    height = d.take(slope)
-    best, parent = height, slope
+    here = slope.int()                                                       # index_select in int32 is the fastest gather
+    height = d.index_select(0, here)
+    best, parent = height, here
     for step in (-S, -1, 1, S):
-        beside = slope + step
-        value = d.take(beside)
-        higher = value > best
-        best, parent = torch.where(higher, value, best), torch.where(higher, beside, parent)
+        beside = here + step
+        value = d.index_select(0, beside)
+        parent = torch.where(value > best, beside, parent)
+        best = torch.maximum(best, value)
 
     first, last = markers + 1, markers + 1 + len(slope)
-    node[slope] = torch.arange(first, last, dtype=torch.int32, device=d.device)
+    node.scatter_(0, slope, torch.arange(first, last, dtype=torch.int32, device=d.device))
     flat = slope[best == height]                                             # (F,) nothing higher beside them
     basins = 0
     if len(flat):
         summit, basin, basins = components(drain(d, parent, node, first, flat, S), S)
         node[summit] = basin + (last - 1)
-    up = torch.arange(last + basins, device=d.device)                        # markers and summits point to themselves
-    up[first:last] = node.take(parent).long()
+    up = torch.arange(last + basins, dtype=torch.int32, device=d.device)     # markers and summits point to themselves
+    up[first:last] = node.index_select(0, parent)
     end = compress(up)[first:last]
-    node[slope] = torch.where(end < first, end, end - len(slope)).int()
+    node.scatter_(0, slope, torch.where(end < first, end, end - len(slope)))
     return markers + basins
 
 
@@ -101,7 +102,7 @@ def drain(d: Tensor, parent: Tensor, node: Tensor, first: int, flat: Tensor, S: 
         exits = torch.where((d[beside] == d[ring]) & ~closed[beside], beside, exits)
     found = exits > 0
     ring, exits = ring[found], exits[found]
-    parent[node[ring].long() - first] = exits
+    parent[node[ring].long() - first] = exits.int()
     closed[ring] = False
     while len(ring):                                                         # then every ring takes the next one
         outer = []
@@ -109,7 +110,7 @@ def drain(d: Tensor, parent: Tensor, node: Tensor, first: int, flat: Tensor, S: 
             beside = ring + step
             free = closed[beside] & (d[beside] == d[ring])
             beside = beside[free]
-            parent[node[beside].long() - first] = ring[free]
+            parent[node[beside].long() - first] = ring[free].int()
             closed[beside] = False
             outer.append(beside)
         ring = torch.cat(outer)
@@ -118,14 +119,15 @@ def drain(d: Tensor, parent: Tensor, node: Tensor, first: int, flat: Tensor, S: 
 
 def join(d: Tensor, label: Tensor, markers: int, regions: int, slope: Tensor, S: int) -> None:
     """Give regions numbered above markers to the neighbour across their highest saddle; 0 where no marker is in reach."""
-    bare = slope[label[slope] > markers]                                     # their pixels
-    mine, edges = label[bare], []
+    bare = slope[label.index_select(0, slope) > markers].int()               # their pixels
+    mine, edges = label.index_select(0, bare), []
     for step in (-S, -1, 1, S):
-        other = label[bare + step]
-        across = (other > 0) & (other != mine) & ((other <= markers) | (step > 0))       # every border once
-        p = bare[across]
-        edges.append(torch.stack((mine[across].long(), other[across].long(),
-                                  torch.minimum(d[p], d[p + step]).view(torch.int32).long())))
+        other = label.index_select(0, bare + step)
+        across = (other > 0) & (other != mine)
+        across = (across if step > 0 else across & (other <= markers)).nonzero().squeeze(1)      # every border once
+        p, a, b = (x.index_select(0, across) for x in (bare, mine, other))
+        saddle = torch.minimum(d.index_select(0, p), d.index_select(0, p + step))
+        edges.append(torch.stack((a, b, saddle.view(torch.int32))).long())
     a, b, saddle = torch.cat(edges, 1)                                       # (E,) each; bits of floats > 0 sort as they do
     E = len(a)
     number = torch.arange(E, device=d.device)
@@ -133,10 +135,10 @@ def join(d: Tensor, label: Tensor, markers: int, regions: int, slope: Tensor, S:
     root = torch.arange(regions + 1, device=d.device)
     first, second = a, b
     while True:
-        live = (first != second) & ((first > markers) | (second > markers))
-        if not live.any():
+        live = ((first != second) & ((first > markers) | (second > markers))).nonzero().squeeze(1)
+        if not len(live):
             break
-        first, second, order = first[live], second[live], order[live]
+        first, second, order = (x.index_select(0, live) for x in (first, second, order))
         best = torch.zeros_like(root).scatter_reduce_(0, first, order, "amax").scatter_reduce_(0, second, order, "amax")
         best[:markers + 1] = 0                                               # markers are roots: they wait
         chooser = best.nonzero().squeeze(1)
@@ -147,7 +149,7 @@ def join(d: Tensor, label: Tensor, markers: int, regions: int, slope: Tensor, S:
         parent[pair] = pair                                                  # two that chose each other: one stays
         root = compress(parent)[root]
         first, second = root[first], root[second]
-    label[bare] = torch.where(root <= markers, root, 0).int()[mine]
+    label.scatter_(0, bare.long(), torch.where(root <= markers, root, 0).int().index_select(0, mine))
 
 
 def components(mask: Tensor, S: int) -> tuple[Tensor, Tensor, int]:
@@ -183,7 +185,7 @@ def edge_of(mask: Tensor) -> Tensor:
 def compress(parent: Tensor) -> Tensor:
     """Pointer doubling until every node points to its root."""
     while True:
-        grand = parent[parent]
+        grand = parent.index_select(0, parent)
         if torch.equal(grand, parent):
             return parent
         parent = grand

@@ -15,6 +15,7 @@ from skimage.io import imread
 import data
 import infer
 import metrics
+import runs
 import synthetic
 from conftest import ROOT
 from infer import Config
@@ -72,12 +73,20 @@ def test_it_finds_the_cells_of_a_field_it_never_saw(field, tmp_path):
         assert metrics.average_precision(field.labels, found, [0.5])[0] > 0.5
 
 
+def surface(geometry) -> float:
+    """Area of GeoJSON polygons by the shoelace formula; holes turn the other way."""
+    parts = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
+    rings = [np.array(ring) for part in parts for ring in part]
+    return sum((r[:-1, 0] * r[1:, 1] - r[1:, 0] * r[:-1, 1]).sum() / 2 for r in rings)
+
+
 def test_large_images_go_block_by_block_with_the_same_result(tmp_path, field, monkeypatch):
     image = write(tmp_path / "a.tif", field, "AGP")
     outs = tmp_path / "one", tmp_path / "many"
-    infer.main(Config(out=str(outs[0]), geojson=True), [str(image)])
+    more = dict(geojson=True, rois=True, distance=True)
+    infer.main(Config(out=str(outs[0]), **more), [str(image)])
     monkeypatch.setattr(infer, "HALO", 70)
-    infer.main(Config(out=str(outs[1]), geojson=True, block=64, near=10), [str(image)])
+    infer.main(Config(out=str(outs[1]), block=64, near=10, **more), [str(image)])
     one, many = (tifffile.imread(out / "a_labels.tif") for out in outs)
     assert many.dtype == np.uint32 and tifffile.TiffFile(outs[1] / "a_labels.tif").pages[0].is_tiled
     assert metrics.average_precision(one, many, [0.9])[0] >= 0.999
@@ -87,6 +96,13 @@ def test_large_images_go_block_by_block_with_the_same_result(tmp_path, field, mo
     assert areas[0] == areas[1]
     places = [sorted((row["centroid_y_px"], row["centroid_x_px"], row["touches_border"]) for row in table) for table in tables]
     assert places[0] == places[1]
+    for out, labels in zip(outs, (one, many)):                               # every outline is its cell's own
+        features = json.loads((out / "a.geojson").read_text())["features"]
+        area = {int(feature["properties"]["name"]): surface(feature["geometry"]) for feature in features}
+        assert area == {i: (labels == i).sum() for i in range(1, labels.max() + 1)}
+        names = zipfile.ZipFile(out / "a_rois.zip").namelist()
+        assert sorted(names) == [f"{i:04d}.roi" for i in range(1, labels.max() + 1)]
+    np.testing.assert_allclose(*(tifffile.imread(out / "a_distance.tif") for out in outs), atol=2e-3)      # kept as float16
 
 
 def test_pictures_of_large_images_are_reduced(tmp_path, field, monkeypatch):
@@ -97,9 +113,9 @@ def test_pictures_of_large_images_are_reduced(tmp_path, field, monkeypatch):
     for block in (64, 2048):
         out = tmp_path / str(block)
         infer.main(Config(out=str(out), block=block, near=10), [str(image)])
-        pictures.append(np.ptp(imread(out / "a_overlay.png").astype(int), axis=2) > 60)      # where it is coloured
+        pictures.append(np.ptp(imread(out / "a_overlay.png").astype(int), axis=2) > 10)      # where it is coloured
     assert pictures[0].shape[0] * 100 == pictures[0].shape[1] * 80 and pictures[0].any()                # 80 x 100, enlarged to be seen
-    assert (pictures[0] == pictures[1]).mean() > 0.99                            # other ids, other colours, same lines
+    assert (pictures[0] == pictures[1]).mean() > 0.999                           # other ids, other colours, same lines
 
 
 def test_results_are_kept_unless_overwritten(tmp_path, field, capsys):
@@ -163,7 +179,7 @@ def test_enlarged_cells_are_found_with_diameter(tmp_path, field):
         infer.main(Config(out=str(tmp_path / given), diameter=given), [str(tmp_path / "a.tif")])
         found = data.read_labels(tmp_path / given / "a_labels.tif")
         scores[given] = metrics.average_precision(truth, found, [0.5])[0]
-    assert min(scores.values()) > 0.3, scores
+    assert min(scores.values()) > 0.45, scores                               # .64 and .52
 
 
 def constant(tmp_path):
@@ -177,7 +193,13 @@ def test_a_constant_image_has_no_cells(tmp_path):
     assert rows(tmp_path / "out/x_cells.csv") == [] and rows(tmp_path / "out/summary.csv")[0]["cells"] == "0"
 
 
-def test_every_mistake_is_one_line(tmp_path):
+def test_every_mistake_is_one_line(tmp_path, monkeypatch, capsys):
+    def run_here(*arguments):
+        with pytest.raises(SystemExit) as end:
+            runs.script(infer.__doc__, Config, infer.main, [str(a) for a in arguments])
+        return end.value.code, *capsys.readouterr()
+
+    monkeypatch.chdir(tmp_path)
     constant(tmp_path)
     (tmp_path / "empty.tif").touch()
     (tmp_path / "text.tif").write_text("this is no image\n" * 50)
@@ -197,15 +219,21 @@ def test_every_mistake_is_one_line(tmp_path):
             (["gone"], "gone: no such file or folder"), ([good, "out=a file/x"], "cannot write there"),
             ([good, "weights=none.pt"], "none.pt: not a file of PyTorch weights"),
             ([good, "weights=gone"], "no weights at"), ([good, "peak=2"], "peak=2: expected"),
-            ([good, "peka=0.3"], "unknown key 'peka', did you mean 'peak'?"),
-            ([good, "tile=60"], "tile=60: expected a multiple of the patch"),
+            ([good, "peka=0.3"], "unknown key 'peka', did you mean 'peak'?"), ([""], "an empty file name"),
+            ([good, "near=nan"], "near=nan: expected"), ([good, "near=-1"], "near=-1: expected"),
+            ([good, "diameter=0.5"], "would be enlarged"), ([good, "block=0"], "block=0: expected 1 or more"),
+            ([good, "overlap=500"], "overlap=500: expected"), ([good, "fill=0.99"], "expected 0 <= fill <= peak"),
+            ([good, "plane=2"], "has no axis Z"), ([good, "border=cut"], "expected keep or drop"),
+            ([good, "tile=60"], "tile=60: expected a multiple of the patch"), ([good, "channels=DNA"], "no channel 'DNA'"),
             ([good, "channels=3"], "no channel '3'"), ([good, "diameter=12um"], "does not say how large a pixel is")]:
-        code, out, err = run(*arguments, *(["out=o"] if not any("out=" in str(a) for a in arguments) else []), cwd=tmp_path)
+        code, out, err = run_here(*arguments, *(["out=o"] if not any("out=" in str(a) for a in arguments) else []))
         last = err.strip().splitlines()
         assert code == 1 and last[-1].startswith("error: ") and said in err, (arguments, err)
         assert "Traceback" not in err and len(last) <= 2, err
     left = [p for p in (tmp_path / "o").iterdir()] if (tmp_path / "o").exists() else []
     assert left == []
+    code, out, err = run("cut.tif", cwd=tmp_path)                            # once as a process of its own
+    assert code == 1 and err.startswith("error: cut.tif: ") and err.count("\n") == 1 and not out
 
 
 def test_help_comes_at_once_and_lists_the_keys():

@@ -416,8 +416,8 @@ def _read(path: str | Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: not a file of PyTorch weights, or damaged ({reason})") from None
+        raise ValueError(f"{path}: not a file of PyTorch weights, or damaged ({type(error).__name__}); expected what "
+                         "train_seg.py or train_ssl.py exported, or a DINOv3 checkpoint") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dictionary of weights")
     return content

@@ -1,0 +1,533 @@
+"""A region and an instruction -> cells, boxes and a sentence, or a question back.
+
+    net = answer.load("final_models/instruct_tiny.pt")
+    view = look(pixels, net)                             once per region: nuclei and what each is like
+    reply = respond(view, "count the inflammatory cells", net, language.load())
+    reply.sentence, reply.status, reply.labels           "I count 12 ...", "answer" or "question", (H, W)
+
+The decoder of model.DINOCell gets more outputs: beside the distance, an embedding of length 1 for each pixel.
+A text lands in the same space; cosine times a learned temperature, plus a bias, is the logit that a pixel or
+a cell (its mean embedding) belongs to the answer. Other outputs of the text say how it was understood, for
+words and guardrails only: which cells are answered is decided by the similarity.
+
+Letters: B images, T texts, M cells, E width of the common space, K names, H W pixels.
+"""
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+import instructions
+import model
+import runs
+import segment
+from instructions import TASKS, TISSUES, Found
+
+KINDS = ("known", "untrained", "invisible", "nonsense")
+TEXT = 384                              # width of MiniLM's vectors
+
+
+@dataclass
+class Words:
+    """What the text side knows, and where it draws its lines; kept in the weights."""
+    names: tuple[str, ...] = ()         # of concepts and of unknown things that it tells apart
+    trained: tuple[str, ...] = ()       # concepts with data
+    regions: tuple[str, ...] = ()       # those of them that are areas, not cells
+    tissues: tuple[str, ...] = ()       # of the training images
+    text: int = TEXT                    # width of the sentence encoder
+    hidden: int = 256
+    width: int = 32                     # E
+    classes: tuple[str, ...] = ()       # the control with a fixed-class head: its classes; else none
+    belongs: float = 0.5                # a cell belongs to the answer above this probability
+    present: float = 0.5                # of a class there is something only if a cell reaches this
+    pixel: float = 0.5                  # an area: a pixel belongs above this
+    known: float = 0.5                  # an instruction is followed above this probability that it can be
+    stain: float = 0.5                  # H&E: share of absorbing pixels that are pink to violet, at least
+    tissue: float = math.inf            # distance from the training tissue (strangeness) at most
+    licence: tuple[str, ...] = field(default=())    # of the training data
+
+
+class Understood(NamedTuple):
+    """T instructions as the network reads them."""
+    vectors: Tensor                     # (T, E), length 1
+    task: Tensor                        # (T, tasks) logits
+    kind: Tensor                        # (T, kinds) logits
+    names: Tensor                       # (T, K) logits, several may hold
+    tissue: Tensor                      # (T, 1 + tissues) logits, 0 none
+
+
+class Instructed(model.DINOCell):
+    """DINOCell with an embedding per pixel and a text side. forward() is still the distance alone."""
+
+    def __init__(self, backbone: model.ViT, widths: tuple[int, ...], last: int, settings: model.Settings,
+                 words: Words):
+        super().__init__(backbone, widths, last, settings)
+        self.words, hidden = words, words.hidden
+        self.decoder.head = nn.Conv2d(last, 1 + words.width, 1)
+        self.context = nn.Linear(backbone.dim, words.width)                  # of a patch: what lies around
+        self.reader = nn.Sequential(nn.LayerNorm(words.text, elementwise_affine=False),  # of length 1 before
+                                    nn.Linear(words.text, hidden), nn.GELU(), nn.Dropout(0.1),
+                                    nn.Linear(hidden, hidden), nn.GELU())
+        self.to_space = nn.Linear(hidden, words.width)
+        self.to_task, self.to_kind = nn.Linear(hidden, len(TASKS)), nn.Linear(hidden, len(KINDS))
+        self.to_names = nn.Linear(hidden, len(words.names))
+        self.to_tissue = nn.Linear(hidden, 1 + len(TISSUES))
+        self.temperature = nn.Parameter(torch.tensor(math.log(10.0)))        # of the cosine, as a logarithm
+        self.offset = nn.Parameter(torch.tensor(-2.0))                       # most cells do not belong
+        self.fixed = nn.Parameter(torch.randn(len(words.classes), words.width))
+        self.register_buffer("prototypes", torch.zeros(len(words.trained), words.width))  # concepts' texts
+        self.register_buffer("centre", torch.zeros(backbone.dim))            # of the training tissue's tokens
+        self.register_buffer("whiten", torch.eye(backbone.dim))
+
+    @torch.no_grad()
+    def take_decoder(self, other: model.Decoder) -> None:
+        """Begin with a decoder that finds cells already; its head becomes the distance's row of ours."""
+        for name, tensor in other.state_dict().items():
+            own = self.decoder.get_parameter(name)
+            (own[:1] if name.startswith("head.") else own).copy_(tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.maps(x)[0]
+
+    def maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 1, H, W) distances, (B, E, H, W) embeddings of length 1, (B, D) mean token."""
+        x = (x - self.mean) / self.std
+        taps = self.backbone.features(x, self.taps)
+        h, w = x.shape[2] // self.backbone.patch, x.shape[3] // self.backbone.patch
+        out = self.decoder(x, taps, h, w).float()                            # (B, 1 + E, H, W)
+        around = self.context(self.decoder.norms[-1](taps[-1])).mT.unflatten(2, (h, w)).float()
+        around = F.interpolate(around, scale_factor=self.backbone.patch, mode="bilinear")    # (B, E, H, W)
+        return out[:, :1].sigmoid(), F.normalize(out[:, 1:] + around, dim=1), taps[-1].float().mean(1)
+
+    def read(self, text: Tensor) -> Understood:
+        """Sentence vectors (T, 384) -> what is asked for."""
+        x = self.reader(text)
+        return Understood(F.normalize(self.to_space(x), dim=-1), self.to_task(x), self.to_kind(x),
+                          self.to_names(x), self.to_tissue(x))
+
+    def similarity(self, vectors: Tensor, embeddings: Tensor) -> Tensor:
+        """(T, E), (M, E) -> (T, M) logits."""
+        return vectors @ embeddings.T * self.temperature.exp() + self.offset
+
+    def classify(self, embeddings: Tensor) -> Tensor:
+        """(M, E) -> (M, classes) logits of the fixed-class control."""
+        return embeddings @ F.normalize(self.fixed, dim=-1).T * self.temperature.exp()
+
+    def strangeness(self, tokens: Tensor) -> float:
+        """How far a mean token (D,) lies from the training tissue: its Mahalanobis distance over sqrt(D)."""
+        return float((self.whiten @ (tokens - self.centre)).norm() / math.sqrt(len(tokens)))
+
+
+def save(net: Instructed, path: str | Path) -> None:
+    """As model.save writes a network, with float16 tensors, and the words beside."""
+    net.architecture = {**net.architecture, "words": asdict(net.words)}
+    model.save(net, path, half=True)
+
+
+def load(path: str | Path) -> Instructed:
+    """A network written by save(), in float32 on the CPU, ready to be asked."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no weights at {path}; train them: python instruct.py make "
+                                "configs/instruct.yaml && python instruct.py train configs/instruct.yaml, or "
+                                "give weights=FILE")
+    if model.kind(path) != "Instructed":
+        raise ValueError(f"{path}: weights of another kind, expected those that instruct.py train exports")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    shape = content["architecture"]
+    if strange := set(shape["words"]) ^ {f.name for f in fields(Words)}:
+        raise ValueError(f"{path}: written by another version of this code ({', '.join(sorted(strange))}); "
+                         "train it anew")
+    net = Instructed(model.ViT(**shape["backbone"]), tuple(shape["widths"]), shape["last"],
+                     model.Settings(**content["settings"]), Words(**shape["words"]))
+    net.load_state_dict({name: tensor.float() for name, tensor in content["state_dict"].items()})
+    return net.eval()
+
+
+# --------------------------------------------------------------------------------------------- looking
+
+class View(NamedTuple):
+    """A region as the network sees it, before any instruction."""
+    pixels: np.ndarray                  # (C, H, W) as given
+    labels: np.ndarray                  # (H, W) int32, 1..n: every nucleus
+    cells: Tensor                       # (n, E) mean embedding of each, length 1
+    plane: Tensor | None                # (E, H, W), where the network knows areas
+    stain: float                        # see stain()
+    strange: float                      # see Instructed.strangeness()
+    what: str                           # in words, where it is no H&E: "a gray image"
+
+
+def stain(pixels: np.ndarray) -> tuple[float, str]:
+    """(share, what it looks like): of the light-absorbing pixels, those that look like H&E.
+
+    Haematoxylin and eosin absorb green most: in optical density OD = -log10(I) green is above red and blue.
+    Brown (DAB), gray, blue or green pictures fail that, and dark grounds too. Almost empty images have 0.
+    """
+    if len(pixels) != 3:
+        return 0.0, f"an image of {len(pixels)} channel{'s' * (len(pixels) != 1)}, not in colour"
+    top = np.iinfo(pixels.dtype).max if pixels.dtype.kind in "iu" else max(1.0, float(pixels.max()))
+    od = -np.log10((pixels.reshape(3, -1)[:, ::7].astype(np.float32) / top).clip(1 / 255, 1))
+    red, green, blue = od
+    absorbs = green > 0.1
+    if absorbs.mean() < 0.05 and od.max(0).mean() < 0.1:
+        return 0.0, "an almost empty field"
+    if np.ptp(od, axis=0).mean() < 0.02:
+        return 0.0, "a gray image"
+    pink = absorbs & (green > 1.1 * red) & (green > 1.05 * blue) & (green < 1.5)     # above 1.5: black
+    share = float(pink.sum() / max((od.max(0) > 0.1).sum(), 1))
+    return share, "colours unlike those of haematoxylin and eosin"
+
+
+@torch.inference_mode()
+def look(pixels: np.ndarray, net: Instructed, labels: np.ndarray | None = None, scale: float = 1.0) -> View:
+    """Nuclei and their embeddings.
+
+    labels : given nuclei instead of those that the network finds, for measurements.
+    scale : network px per px of the region, see segment.scale_for.
+    """
+    share, what = stain(pixels)
+    rgb = data.to_rgb(data.normalise(pixels, data.percentiles(pixels, net.settings.low, net.settings.high)))
+    if labels is None:
+        labels = segment.segment(rgb, net, limits=segment.UNIT, scale=scale)
+    size = rgb.shape[1:]
+    seen_at = [max(1, round(n * scale)) for n in size]
+    plane, tokens = embeddings(resized(torch.from_numpy(rgb), seen_at), net)
+    plane = resized(plane, size)
+    cells = pooled(plane[None], torch.from_numpy(labels)[None].long(), int(labels.max()) + 1)[0][0, 1:]
+    kept = plane if net.words.regions else None
+    return View(pixels, labels, cells, kept, share, net.strangeness(tokens), what)
+
+
+def resized(planes: Tensor, size: Sequence[int]) -> Tensor:
+    """(C, h, w) -> (C, *size)."""
+    if planes.shape[1:] == tuple(size):
+        return planes
+    return F.interpolate(planes[None], size=tuple(size), mode="bilinear", antialias=True)[0]
+
+
+def embeddings(rgb: Tensor, net: Instructed) -> tuple[Tensor, Tensor]:
+    """(3, H, W) -> (E, H, W) of length 1 and the mean token (D,), by tiles that share a quarter, averaged."""
+    _, H, W = rgb.shape
+    tile = net.settings.tile
+    y, x = (torch.arange(max(n, tile)) % (2 * n) for n in (H, W))            # mirrored to a tile at least
+    y, x = torch.minimum(y, 2 * H - 1 - y), torch.minimum(x, 2 * W - 1 - x)
+    wide = rgb[:, y][:, :, x].to(net.mean.device)
+    total, tokens = torch.zeros(net.words.width, len(y), len(x)), []
+    tops, lefts = (torch.linspace(0, n - tile, 1 + math.ceil((n - tile) / (0.75 * tile))).long().tolist()
+                   for n in (len(y), len(x)))
+    for top, left in itertools.product(tops, lefts):
+        with net.autocast():
+            _, plane, token = net.maps(wide[None, :, top:top + tile, left:left + tile])
+        total[:, top:top + tile, left:left + tile] += plane[0].cpu()
+        tokens.append(token[0].cpu())
+    return F.normalize(total[:, :H, :W], dim=0), torch.stack(tokens).mean(0)
+
+
+def pooled(plane: Tensor, labels: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """(B, E, H, W), (B, H, W) of 0..n-1 -> mean embedding of each, of length 1, (B, n, E), and px (B, n)."""
+    B, E = plane.shape[:2]
+    index = (labels + n * torch.arange(B, device=labels.device)[:, None, None]).flatten()    # (B H W,)
+    sums = plane.new_zeros(B * n, E).index_add_(0, index, plane.permute(0, 2, 3, 1).reshape(-1, E))
+    area = torch.bincount(index, minlength=B * n)
+    return F.normalize(sums, dim=-1).view(B, n, E), area.view(B, n)
+
+
+# ------------------------------------------------------------------------------------------- answering
+
+class Reply(NamedTuple):
+    status: str                         # answer or question
+    sentence: str
+    task: str
+    targets: tuple[str, ...]
+    kind: str
+    confidence: float                   # that it was understood, 0 to 1
+    labels: np.ndarray                  # (H, W) int32: answered cells, ids as in the view; or areas 1..n
+    found: Found | None                 # None: a question
+    tissue: str                         # like or unlike the training tissue; "" where nobody can say
+
+
+class Reading(NamedTuple):
+    """One instruction in words."""
+    task: str
+    targets: tuple[str, ...]            # trained concepts, as many as the task needs
+    kind: str                           # the likeliest reason not to follow it, or known
+    unknown: str | None                 # what it asks for instead, where the network knows a name
+    tissue: str                         # that it speaks of, or ""
+    confidence: float
+
+
+def interpret(said: Understood, words: Words) -> list[Reading]:
+    """T readings: heads as probabilities, an instruction followed only above words.known."""
+    readings = []
+    heads = said.task.softmax(1), said.kind.softmax(1), said.names.sigmoid(), said.tissue.softmax(1)
+    trained = torch.tensor([name in words.trained for name in words.names])
+    for task, kind, names, tissue in zip(*heads):
+        mine = names * trained                                               # (K,)
+        order = mine.argsort(descending=True).tolist()
+        job = TASKS[int(task.argmax())]
+        wanted = 2 if job == "compare" else max(1, min(2, int((mine > 0.5).sum())))
+        targets = tuple(words.names[i] for i in order[:wanted])
+        confidence = float(kind[0] * mine.max() * task.max())
+        other = int((names * ~trained).argmax())
+        unknown = words.names[other] if names[other] > 0.3 and not trained[other] else None
+        reason = KINDS[int(kind.argmax())] if kind.argmax() else "known"
+        if confidence < words.known and reason == "known":
+            reason = KINDS[1 + int(kind[1:].argmax())]
+        elif confidence >= words.known:
+            reason, unknown = "known", None
+        region = TISSUES[int(tissue.argmax()) - 1] if tissue.argmax() and tissue.max() > 0.5 else ""
+        readings.append(Reading(job, targets, reason, unknown, region, confidence))
+    return readings
+
+
+@torch.inference_mode()
+def respond(view: View, text: str, net: Instructed, encoder) -> Reply:
+    """The answer to one instruction about a region."""
+    said = net.read(encoder([text]))
+    return reply(view, text, said.vectors[0], interpret(said, net.words)[0], net)
+
+
+@torch.inference_mode()
+def reply(view: View, text: str, vector: Tensor, reading: Reading, net: Instructed) -> Reply:
+    """The guardrails in order - the image, the text, the tissue - and then the answer."""
+    words, empty = net.words, np.zeros_like(view.labels)
+    tissue = "" if math.isinf(words.tissue) else "like" if view.strange <= words.tissue else "unlike"
+    home = ", ".join(words.tissues)
+    looks = f"this region looks {tissue} my training tissue ({home})" if tissue and home else ""
+
+    def question(kind: str, sentence: str) -> Reply:
+        return Reply("question", sentence, reading.task, reading.targets, kind, reading.confidence, empty,
+                     None, tissue)
+
+    if view.stain < words.stain:
+        return question("image", f"This does not look like an H&E section: I see {view.what}. "
+                                 "I was trained on H&E alone; is there an H&E image of this region?")
+    if reading.kind != "known":
+        said = instructions.refusal(reading.kind, text, reading.unknown, words.trained)
+        organ = instructions.UNTRAINED["train"].get(reading.unknown or "", "")
+        if organ and organ not in words.tissues and looks:
+            said += f" ({reading.unknown.capitalize()} belong to {organ}; {looks}.)"
+        return question(reading.kind, f"{said} {seen(view, net)}")
+    if reading.tissue and words.tissues and reading.tissue not in words.tissues:
+        what = instructions.plural(reading.targets[0])
+        return question("tissue", f"You speak of {reading.tissue}, but {looks or 'I was trained on ' + home}."
+                                  f" {seen(view, net)} Shall I look for {what} all the same?")
+    found, labels = gather(view, vector, reading, net)
+    sentence = instructions.sentence(found)
+    if tissue == "unlike":
+        sentence += f" Take this with care: {looks}."
+    return Reply("answer", sentence, reading.task, reading.targets, "known", reading.confidence, labels,
+                 found, tissue)
+
+
+@torch.inference_mode()
+def chosen(view: View, vectors: Tensor, words: Words, net: Instructed) -> np.ndarray:
+    """(T, n) bool: the cells that belong to texts (T, E). None, unless one of them is sure enough."""
+    p = net.similarity(vectors, view.cells).sigmoid().numpy()                # (T, n)
+    sure = p.max(axis=1, initial=0) >= words.present
+    return (p >= words.belongs) & sure[:, None]
+
+
+def gather(view: View, vector: Tensor, reading: Reading, net: Instructed) -> tuple[Found, np.ndarray]:
+    """The cells or areas that belong to the text, what they amount to, and their label image."""
+    from skimage.measure import label
+    words = net.words
+    if set(reading.targets) & set(words.regions):
+        p = net.similarity(vector[None], view.plane.flatten(1).T)[0].sigmoid()
+        labels = label((p >= words.pixel).view(view.labels.shape).numpy(), connectivity=1).astype(np.int32)
+        mine = np.ones(labels.max(), bool)
+    else:
+        mine = chosen(view, vector[None], words, net)[0]                     # (n,)
+        labels = view.labels * np.append(False, mine)[view.labels]
+    if len(reading.targets) > 1 and not set(reading.targets) & set(words.regions):
+        sides = net.prototypes[[words.trained.index(name) for name in reading.targets]]      # (2, E)
+        p = net.similarity(sides, view.cells).numpy()
+        among = chosen(view, sides, words, net).any(0) if reading.task == "compare" else mine
+        counts = tuple(int((among & (p.argmax(0) == side)).sum()) for side in range(len(sides)))
+    else:
+        counts = (int(mine.sum()),)
+    area = np.bincount(labels.ravel(), minlength=2)[1:]
+    ids = np.flatnonzero(area) + 1
+    return Found(reading.task, reading.targets, counts, int(mine.sum()), float(area.sum() / labels.size),
+                 float(np.median(area[ids - 1])) if len(ids) else 0.0,
+                 instructions.place_of(instructions.centres(labels, ids), labels.shape)), labels
+
+
+def seen(view: View, net: Instructed) -> str:
+    """What there is, in a sentence: each trained concept by the mean of its wordings."""
+    cells = [name for name in net.words.trained if name not in net.words.regions]
+    rows = [net.words.trained.index(name) for name in cells if name != "nuclei"]
+    counts = chosen(view, net.prototypes[rows], net.words, net).sum(1)
+    parts = [instructions.amount(count, instructions.plural(net.words.trained[row]))
+             for row, count in zip(rows, counts) if count]
+    number = instructions.amount(len(view.cells), "nuclei")
+    return f"I see {number} here" + (f", among them {', '.join(parts)}." if parts else ".")
+
+
+# -------------------------------------------------------------------------------------------- learning
+
+class Bank:
+    """Instructions as tensors: their sentence vectors, what they mean, and to which classes they belong.
+
+    classes : columns of `member`, ground first, then cell classes, then regions.
+    """
+
+    def __init__(self, lines: list[dict], words, classes: list[str], encoder):
+        unique = {line["instruction"]: line for line in lines}
+        self.lines = list(unique.values())
+        self.vectors = encoder(list(unique))                                 # (N, 384)
+        self.task = torch.tensor([TASKS.index(line["task"]) if line["task"] else -1 for line in self.lines])
+        self.kind = torch.tensor([KINDS.index(line["kind"]) for line in self.lines])
+        self.tissue = torch.tensor([1 + instructions.TISSUES.index(line["tissue"]) if line["tissue"] else 0
+                                    for line in self.lines])
+        self.names = torch.zeros(len(self.lines), len(words.names))
+        self.member = torch.full((len(self.lines), len(classes)), -1, dtype=torch.int8)
+        groups: dict[tuple, list[int]] = {}
+        for row, line in enumerate(self.lines):
+            for target in line["targets"]:
+                if target in words.names:
+                    self.names[row, words.names.index(target)] = 1
+            if line["kind"] == "known":
+                self.member[row] = torch.from_numpy(self.belonging(line, words, classes))
+            groups.setdefault((line["kind"], line["task"], *line["targets"]), []).append(row)
+        self.known = [torch.tensor(rows) for key, rows in groups.items() if key[0] == "known"]
+        self.vain = [torch.tensor(rows) for key, rows in groups.items() if key[0] != "known"]
+
+    @staticmethod
+    def belonging(line: dict, words, classes: list[str]) -> np.ndarray:
+        """(classes,) int8. An instruction about areas says nothing of cells, and the other way round."""
+        targets, about_areas = line["targets"], set(line["targets"]) & set(words.regions)
+        columns = [i for i, name in enumerate(classes) if name in instructions.CONCEPTS]
+        found = np.zeros(len(classes), np.int8)
+        if about_areas:
+            found[[i for i, name in enumerate(classes) if name in words.regions]] = -1
+            found[[classes.index(name) for name in about_areas]] = 1
+            return found
+        found[0] = -1                                                        # ground is no cell
+        found[columns] = instructions.membership([classes[i] for i in columns], targets,
+                                                 line["task"] == "exclude")
+        return found
+
+    def draw(self, count: int, generator, vain: float = 0.2):
+        """(count,) rows: kind of instruction, task and targets evenly, then any wording."""
+        luck = torch.rand(3, count, generator=generator).tolist()
+        rows = []
+        for unknown, group, place in zip(*luck):
+            groups = self.vain if unknown < vain and self.vain else self.known
+            group = groups[int(group * len(groups))]
+            rows.append(group[int(place * len(group))])
+        return torch.stack(rows)
+
+    def to(self, device: str) -> Bank:
+        for name in ("vectors", "task", "kind", "tissue", "names", "member"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+
+def even_loss(logits, member):
+    """Cross-entropy of (T, M) logits, member +1, -1 or 0 unknown: of each text both sides weigh the same."""
+    loss = F.softplus(-logits * member)
+    sides = []
+    for side in (1, -1):
+        mask = member == side
+        sides.append((loss * mask).sum(1) / mask.sum(1).clamp(min=1))        # (T,)
+    there = (member == 1).any(1).float() + (member == -1).any(1).float()
+    return ((sides[0] + sides[1]) / there.clamp(min=1)).mean()
+
+
+def text_loss(net, bank: Bank, rows):
+    """What a text says: task, kind, names, tissue."""
+    said = net.read(bank.vectors[rows])
+    has_task = bank.task[rows] >= 0
+    return (F.cross_entropy(said.task[has_task], bank.task[rows][has_task])
+            + F.cross_entropy(said.kind, bank.kind[rows])
+            + 10 * F.binary_cross_entropy_with_logits(said.names, bank.names[rows])
+            + F.cross_entropy(said.tissue, bank.tissue[rows]))
+
+
+def warm_up(net: Instructed, bank: Bank, steps: int, lr: float, seed: int) -> None:
+    """Teach the text side alone, against one free vector per class that stands for its cells.
+
+    Texts are learned in seconds, images in hours: an image side that begins with texts in their places has
+    only to learn where each class lies. The vectors are thrown away.
+    """
+    torch.manual_seed(seed)
+    device = bank.vectors.device
+    classes = torch.nn.Parameter(torch.randn(bank.member.shape[1], net.words.width, device=device))
+    parts = [net.reader, net.to_space, net.to_task, net.to_kind, net.to_names, net.to_tissue]
+    learning = [classes, net.temperature, net.offset, *(p for part in parts for p in part.parameters())]
+    optimiser = torch.optim.AdamW(learning, weight_decay=0.05)
+    for step in range(steps):
+        optimiser.param_groups[0]["lr"] = runs.cosine(step, steps, lr, 0.01 * lr, min(50, steps // 2))
+        generator = torch.Generator().manual_seed(seed * 1_000_003 - 1 - step)
+        rows = bank.draw(64, generator).to(device)
+        logits = net.similarity(net.read(bank.vectors[rows]).vectors, F.normalize(classes, dim=-1))
+        more = bank.draw(256, generator, 0.5).to(device)
+        (even_loss(logits, bank.member[rows]) + text_loss(net, bank, more)).backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+
+def even_classes(logits, kind):
+    """Cross-entropy, every class that occurs weighing the same."""
+    each = F.cross_entropy(logits, kind, reduction="none")
+    count = torch.bincount(kind, minlength=logits.shape[1]).clamp(min=1)
+    return (each / count[kind]).sum() / len(kind.unique())
+
+
+def with_areas(belongs, member, area):
+    """`belongs` (T, M), but texts about areas judge pixels by the number of their area (M,), 0 outside.
+
+    member : (T, regions)
+    """
+    about = (member == 1).any(1)                                             # (T,)
+    table = torch.cat((torch.full_like(member[:, :1], -1), member), 1)       # (T, 1 + regions)
+    return torch.where(about[:, None], table[:, area], belongs)
+
+
+def best_line(values: np.ndarray, truth: np.ndarray, score: str = "balanced"
+              ) -> tuple[float, float | None]:
+    """(threshold, score) where `value >= threshold` tells truth best: balanced accuracy, or F1."""
+    order = np.argsort(values, kind="stable")
+    values, truth = np.asarray(values, float)[order], np.asarray(truth, bool)[order]
+    ends = np.flatnonzero(np.diff(values) > 0) + 1         # a line midway between neighbours: these lie above
+    if truth.all() or not truth.any() or not len(ends):
+        return 0.5, None                                   # only one side there is: nothing to choose
+    missed = np.cumsum(truth)[ends - 1]                                      # true ones below each line
+    false = (~truth).sum() - (ends - missed)                                 # false ones above it
+    hit = truth.sum() - missed
+    if score == "F1":
+        right = 2 * hit / (2 * hit + missed + false)
+    else:
+        right = 0.5 * (hit / truth.sum() + 1 - false / (~truth).sum())
+    best = int(right.argmax())
+    return float(values[ends[best] - 1] + values[ends[best]]) / 2, float(right[best])
+
+
+def fit_tissue(net, tokens) -> None:
+    """Mean and whitening of mean tokens (n, D); their covariance is shrunk by 0.3, as n is small."""
+    net.centre.copy_(tokens.mean(0))
+    centred = tokens - tokens.mean(0)
+    covariance = centred.T @ centred / max(len(tokens) - 1, 1)
+    D = len(covariance)
+    covariance = 0.7 * covariance + 0.3 * covariance.trace() / D * torch.eye(D) + 1e-6 * torch.eye(D)
+    net.whiten.copy_(torch.linalg.inv(torch.linalg.cholesky(covariance)))
+
+
+def no_stain(pixels: np.ndarray) -> Iterator[np.ndarray]:
+    """What H&E is not, made from it: gray, negative, with its channels turned round, blank, noise."""
+    yield np.repeat(pixels.mean(0, keepdims=True), 3, 0).astype(np.uint8)
+    yield 255 - pixels
+    yield pixels[[1, 2, 0]]
+    yield pixels[[2, 0, 1]][::-1]
+    yield np.full_like(pixels, 245)
+    yield np.random.default_rng(0).integers(0, 256, pixels.shape, np.uint8)

@@ -42,6 +42,7 @@ class Data:
     limit: int | None = None                # images used of each set, by lot: those of 10 are among those of 20
     diameter: float | None = None           # px, images are scaled so that median cells come out as wide; null: as is
     fields: int = 0                         # synthetic fields to draw in addition (synthetic.py), a tenth to validate on
+    field_channels: tuple[str, ...] = ("AGP", "ER", "RNA", "Brightfield", "HighZBF", "LowZBF")   # two of them a field
     field_size: int = 384                   # px, their side
     field_cells: int = 40                   # cells in the fullest; each field draws its own number, down to a tenth
     field_diameter: float = 56.0            # px, how wide these are
@@ -51,6 +52,10 @@ class Data:
             raise ValueError("no data: give data.sets (folders of images and labels) or data.fields (synthetic fields)")
         if len({s.name for s in self.sets}) < len(self.sets):
             raise ValueError("data.sets names a set twice; give it once, with a weight")
+        import synthetic
+        if len(set(self.field_channels) & set(synthetic.CHANNELS)) < max(2, len(self.field_channels)):
+            raise ValueError(f"data.field_channels={list(self.field_channels)}: expected two or more of "
+                             f"{', '.join(synthetic.CHANNELS)}")
         if not 0 <= self.share < 1 or (self.limit is not None and self.limit < 1):
             raise ValueError(f"data.share={self.share:g}, data.limit={self.limit}: expected 0 to below 1, and 1 or more")
 
@@ -112,15 +117,14 @@ def read(example, set_name: str) -> Entry:
 def synthetic_entries(config: Data, seed: int, number: int) -> list[Entry]:
     """Two channels of one drawn field: the network must not lean on one stain.
 
-    DNA shows nuclei and Mito parts of the body: the edge of the cell is not to be seen in them.
+    By default neither DNA, which shows nuclei, nor Mito, parts of the body: the edge of the cell is not to be seen there.
     """
     import data
     import synthetic
     count = round(config.field_cells * np.random.default_rng(seed * 100003 + number).uniform(0.1, 1))
     drawn = synthetic.field(seed * 100003 + number, config.field_size, count, config.field_diameter)
-    shown = [c for c in drawn.channels if c not in ("DNA", "Mito")]
     entries = []
-    for name in np.random.default_rng((seed, number)).choice(shown, 2, False):
+    for name in np.random.default_rng((seed, number)).choice(config.field_channels, 2, False):
         pixels = drawn.pixels[drawn.channels.index(name)][None]
         pixels = data.to_rgb(data.normalise(pixels, data.percentiles(pixels)))
         entries.append(Entry(f"synthetic {number} {name}", pixels, drawn.labels, "synthetic"))

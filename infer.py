@@ -89,7 +89,7 @@ class Config:
 
 def main(config: Config, files: list[str]) -> int:
     root = Path(__file__).resolve().parent
-    found = find_images(files or [str(root / "demo")], config.pattern)
+    found = find_images(files or [str(root / "demo" / "*.tif")], config.pattern)
     out = prepare(Path(config.out))
     weights = find_weights(config.weights, root / "final_models")
     todo = {path: name for path, name in found.items()

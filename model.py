@@ -341,12 +341,10 @@ def load(path: str | Path) -> DINOCell:
         backbone = dict(shape["backbone"])
         backbone = {"ViT": ViT, "ConvNet": ConvNet}[backbone.pop("kind", "ViT")](**backbone)
         net = DINOCell(backbone, tuple(shape["widths"]), shape["last"], Settings(**content["settings"]),
-                       shape.get("stem", 1))
+                       shape["stem"])
     net.to_empty(device="cpu")
     net.mean.copy_(torch.tensor(net.settings.mean).view(1, 3, 1, 1))
     net.std.copy_(torch.tensor(net.settings.std).view(1, 3, 1, 1))
-    if "stem" not in shape:
-        content["state_dict"] = {k.replace("decoder.stem.", "decoder.stem.0."): v for k, v in content["state_dict"].items()}
     _fill(net, content["state_dict"], path)
     return net.eval()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def train_seg(steps: int = 8) -> None:
+def train_seg(steps: int = 20) -> None:
     """The shipped small configurations on drawn fields: forward, backward and AdamW against cutting and augmenting crops."""
     import numpy as np
     import torch
@@ -26,7 +26,8 @@ def train_seg(steps: int = 8) -> None:
             changes = runs.from_dict(augment.Augment, config.augment, name)
             net = script.build(config).to(device)
             optimiser = torch.optim.AdamW(script.parameter_groups(net, config))
-            average = torch.optim.swa_utils.AveragedModel(net)
+            average = torch.optim.swa_utils.AveragedModel(
+                net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema))
 
             def wait():
                 if device == "cuda":

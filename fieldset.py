@@ -1,0 +1,163 @@
+"""Which fields a backbone is pretrained on and which it is measured on: streamed, from files, or drawn.
+
+    pool = fieldset.pool(config.data, batch, seed, device, rank, world)      # stream.FieldPool
+    channels, fields = fieldset.held(config.data, seed)                      # never in the pool
+
+`Data` is a section of train_ssl.py's configuration. A field is (name, pixels (C, H, W) uint16, labels or None).
+"""
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+Field = tuple[str, np.ndarray, np.ndarray | None]
+
+
+@dataclass(frozen=True)
+class Data:
+    index: str | None = None                # fields in S3 or on a disk, listed by `stream.py index`; streamed
+    root: str | None = None                 # where the index's files lie instead: a mirror, a folder
+    pool: int = 512                         # fields of it that lie on the device at a time
+    least: int = 1                          # crops that one gives before it may be replaced; more spares the net
+    threads: int = 32                       # that download
+    cache: str | None = None                # folder for what was downloaded
+    cache_gb: float = 100.0                 # 10^9 bytes, its limit
+    held_plates: tuple[str, ...] = ()       # of the index, never trained on; empty: held_share of it, by lot
+    held_share: float = 0.01                # of the fields of the index, about, in whole plates
+    folders: tuple[str, ...] = ()           # or folders of TIFF or .npy, a field of several channels each; all resident
+    fields: int = 0                         # or synthetic fields to draw (synthetic.py)
+    field_size: int = 512                   # px, their side
+    field_cells: int = 80                   # cells in the fullest; each field draws its own number, from a third on
+    field_diameter: float = 56.0            # px, how wide these are
+    channels: tuple[str, ...] = ()          # of the fields to use, names or numbers from 1; empty: all
+    brightfield: tuple[str, ...] = ("HighZBF", "LowZBF", "Brightfield")   # which are no fluorescence
+    held: int = 16                          # fields to measure on, by lot; of an index: from the plates held out
+
+    def __post_init__(self):
+        given = [name for name in ("index", "folders", "fields") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"data: {' and '.join(given) or 'nothing'} given, expected one of data.index (stream.py "
+                             "index), data.folders (TIFF) and data.fields (synthetic)")
+        if self.held < 1:
+            raise ValueError(f"data.held={self.held}: expected 1 or more")
+
+
+def pool(config: Data, batch: int, seed: int, device: str, rank: int = 0, world: int = 1,
+         bad_fields: Path | None = None):
+    """The fields to train on, as stream.FieldPool."""
+    import stream
+    given = dict(rank=rank, world=world, seed=seed)
+    if config.index:
+        train, _ = plates(config, seed)
+        return stream.FieldPool(train, config.pool, chosen(config, train), device, least=config.least,
+                                threads=config.threads, cache=config.cache, cache_gb=config.cache_gb,
+                                bad_fields=bad_fields, **given)
+    names, channels, read = resident(config, seed)
+    train = names[config.held:]
+    if len(train) < batch:
+        raise ValueError(f"batch={batch}: {len(train)} fields to train on beside data.held={config.held}; a batch "
+                         "takes no field twice, so give more fields or a smaller batch")
+    return stream.FieldPool.resident((read(name)[:2] for name in train), channels, device, **given)
+
+
+def held(config: Data, seed: int) -> tuple[tuple[str, ...], Iterator[Field]]:
+    """Names of the channels, and the fields held out."""
+    if config.index:
+        _, out = plates(config, seed)
+        return chosen(config, out), fetched(out, config.held, chosen(config, out), seed)
+    names, channels, read = resident(config, seed)
+    return channels, map(read, names[:config.held])
+
+
+def size(config: Data, seed: int) -> tuple[int, tuple[str, ...], tuple[int, int]]:
+    """For --check, without a look at what is in S3: fields to train on, channels, px of a field (JUMP's for an index)."""
+    if config.index:
+        train, _ = plates(config, seed)
+        return len(train), chosen(config, train), (1080, 1080)
+    names, channels, read = resident(config, seed)
+    return len(names) - config.held, channels, read(names[0])[1].shape[1:]
+
+
+# -------------------------------------------------------------------------------------------------- streamed
+
+def plates(config: Data, seed: int):
+    """The index to train on and the one held out: whole plates, since the cells of a plate are the same."""
+    import stream
+    index = stream.Index.load(config.index, config.root)
+    return stream.hold_out(index, config.held_plates or config.held_share, seed)
+
+
+def chosen(config: Data, index) -> tuple[str, ...]:
+    import stream
+    return stream.known_channels(index, config.channels or index.channels)
+
+
+def fetched(index, count: int, channels: tuple[str, ...], seed: int) -> Iterator[Field]:
+    """The first `count` fields of an index, in the order of a lot, that can be had."""
+    import stream
+    store, found, extent = stream.open_store(index.root), 0, None
+    try:
+        for row in np.random.default_rng((seed, 1)).permutation(len(index)):
+            field = index[row]
+            try:
+                bodies = [store.read(field.files[channel]) for channel in channels]
+                extent = extent or stream.size_of(bodies[0])
+                pixels = np.empty((len(channels), *extent), np.uint16)
+                for body, plane in zip(bodies, pixels):
+                    stream.decode(body, plane)
+            except (KeyError, stream.Absent, ValueError) as reason:
+                print(f"{field.name} is not measured on: {reason}", file=sys.stderr)
+                continue
+            yield field.name, pixels, None
+            found += 1
+            if found == count:
+                return
+    finally:
+        store.stop()
+        store.close()
+
+
+# -------------------------------------------------------------------------------------------------- resident
+
+def resident(config: Data, seed: int) -> tuple[list, tuple[str, ...], Callable[..., Field]]:
+    """Names of all fields in the order of the lot, names of their channels, and how one is read."""
+    return drawn(config, seed) if config.fields else files(config, seed)
+
+
+def drawn(config: Data, seed: int):
+    import synthetic
+    known = [name.lower() for name in synthetic.CHANNELS]
+    wanted = config.channels or synthetic.CHANNELS
+    if unknown := [name for name in wanted if name.lower() not in known]:
+        raise ValueError(f"data.channels: '{unknown[0]}', expected some of {', '.join(synthetic.CHANNELS)}")
+    rows = [known.index(name.lower()) for name in wanted]
+
+    def draw(number: int) -> Field:
+        own = seed * 100003 + number
+        count = round(config.field_cells * np.random.default_rng(own).uniform(1 / 3, 1))
+        field = synthetic.field(own, config.field_size, count, config.field_diameter)
+        return f"synthetic {number}", np.ascontiguousarray(field.pixels[rows]), field.labels
+    return list(range(config.held + config.fields)), tuple(synthetic.CHANNELS[i] for i in rows), draw
+
+
+def files(config: Data, seed: int):
+    import data
+    found = sorted(path for folder in config.folders for path in Path(folder).rglob("*")
+                   if path.suffix.lower() in (".tif", ".tiff", ".npy") and not path.name.startswith("."))
+    if len(found) <= config.held:
+        raise ValueError(f"data.folders={', '.join(config.folders)}: {len(found)} TIFF or .npy files, expected more "
+                         f"than data.held={config.held}")
+    first = data.read_image(found[0], config.channels or None)
+    channels = tuple(first.channels or config.channels or map(str, range(1, len(first.pixels) + 1)))
+
+    def read(path: Path) -> Field:
+        pixels = data.read_image(path, config.channels or None).pixels
+        if pixels.shape != first.pixels.shape or pixels.dtype not in (np.uint8, np.uint16):
+            raise ValueError(f"{path}: {pixels.shape} {pixels.dtype}, expected {first.pixels.shape} of 8 or 16 bits "
+                             f"as in {found[0].name}")
+        return path.stem, pixels.astype(np.uint16), None
+    return [found[i] for i in np.random.default_rng((seed, 1)).permutation(len(found))], channels, read

@@ -1,0 +1,325 @@
+"""train_ssl.py end to end at toy size: what it writes, resuming, ranks, what it refuses; and probe.py."""
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import consistency
+import model
+import probe
+import runs
+import ssl_
+import train_ssl
+from conftest import ROOT
+from test_train_seg import ENVIRONMENT
+
+TOY = dict(network=dict(dim=24, depth=4, heads=2, registers=1, layerscale=0.5, hidden=24, bottleneck=12, prototypes=32),
+           data=dict(fields=10, field_size=96, field_cells=12, field_diameter=24, held=2),
+           views=dict(size=32, local_size=16, locals=2, scale=[0.8, 1.2]), loss=dict(teacher_warmup=5, chunk=16),
+           measure=dict(every=4, window=48, windows=6), steps=8, batch=4, lr=2e-3, warmup=2, freeze=2, momentum=0.9,
+           log_every=2, save_every=2, device="cpu", precision="float32")
+
+
+def toy(folder, **changes):
+    path = folder / "toy.yaml"
+    merged = {key: {**value, **changes.pop(key, {})} if isinstance(value, dict) else changes.pop(key, value)
+              for key, value in TOY.items()}
+    path.write_text(yaml.safe_dump({**merged, "output_base_dir": str(folder), **changes}))
+    return path
+
+
+def command(*arguments, torchrun=0):
+    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={torchrun}", "--master_addr=127.0.0.1",
+             "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"] if torchrun else [sys.executable]
+    return [*start, str(ROOT / "train_ssl.py"), *map(str, arguments)]
+
+
+def run(*arguments, **options):
+    return subprocess.run(command(*arguments, **options), capture_output=True, text=True, env=ENVIRONMENT)
+
+
+@pytest.fixture
+def inside():
+    """The script in this process, for what needs no process of its own: starting Python takes longer than the run."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before, threads = [signal.getsignal(number) for number in numbers], torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as left:
+            runs.script(train_ssl.__doc__, train_ssl.Config, train_ssl.main, [str(a) for a in arguments])
+        return left.value.code
+    yield call
+    torch.set_num_threads(threads)
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
+def checkpoint(folder, name="ssl"):
+    newest = max((folder / "runs" / name / "checkpoints/ssl").glob("step_*.pt"))
+    return torch.load(newest, weights_only=True)
+
+
+def log_of(folder, name="ssl"):
+    return [json.loads(line) for line in (folder / "runs" / name / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One run from start to end, never disturbed, with a probe."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run(toy(folder, measure=dict(probe_every=8, probe_steps=2, probe_images=2)))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    folder, log = whole / "runs/ssl", log_of(whole)
+    resolved = runs.load(train_ssl.Config, folder / "config.yaml")
+    assert resolved.steps == 8 and resolved.views.strategy == "average_single"
+    lines = [line for line in log if "loss" in line]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    for name in ("dino", "ibot", "koleo", "teacher_entropy", "kl", "usage", "feature_std", "effective_rank", "lr",
+                 "weight_decay", "momentum", "temperature", "gradient", "data_share", "images_per_s"):
+        assert all(math.isfinite(line[name]) for line in lines), name
+    looks = [line for line in log if "retrieval" in line]
+    assert [line["step"] for line in looks] == [0, 4, 8]
+    assert all({"margin", "control", "consistency", "attention_entropy"} <= line.keys() for line in looks)
+    assert ["background_retrieval" in line for line in looks] == [True, False, True]
+    assert ["probe_AP@0.5" in line for line in looks] == [True, False, True]
+    drawn = sorted(str(p.relative_to(folder / "images")) for p in (folder / "images").rglob("*.png"))
+    assert drawn == sorted(["curves.png"] + [f"{step:08d}/{name}.png" for step in (0, 4, 8)
+                                             for name in ("attention", "heads", "pca")])
+
+
+def test_the_export_is_the_teachers_backbone(whole):
+    vit = model.load_backbone(whole / "final_models/ssl.pt")
+    teacher = checkpoint(whole)["teacher"]
+    for name, value in vit.state_dict().items():
+        assert torch.equal(value, teacher[f"encoder.vit.{name}"]), name
+    assert not any(torch.equal(value, checkpoint(whole)["student"][name]) for name, value in teacher.items()
+                   if "blocks" in name and value.ndim > 1)
+
+
+def test_a_file_of_weights_is_measured_as_in_the_run(whole, inside, capsys):
+    assert inside(whole / "toy.yaml", whole / "final_models/ssl.pt") == 0
+    printed = capsys.readouterr().out
+    last = [line for line in log_of(whole) if "retrieval" in line][-1]
+    for name in ("retrieval", "margin", "background_retrieval", "effective_rank"):
+        assert float(re.search(rf"\b{name} (\S+?),? ", printed.replace("\n", " "))[1].strip(",")) == pytest.approx(
+            last[name], abs=2e-4), name
+
+
+def test_the_table_of_runs(whole, capsys):
+    assert probe.main([str(whole / "runs/ssl")]) == 0
+    head, rule, first, last = capsys.readouterr().out.strip().splitlines()
+    assert "retrieval" in head and first.split("|")[2:5] == [" average_single ", " 0 ", " 0 "]
+    assert last.split("|")[4] == " 8 " and first != last
+    with pytest.raises(FileNotFoundError, match="log.jsonl"):
+        probe.main([str(whole)])
+
+
+def test_stopped_and_started_again_it_comes_to_the_same_weights(whole, tmp_path):
+    """SIGTERM in the middle: exit code 85, and the rest of the way ends bit for bit where the whole run
+    ended."""
+    path = toy(tmp_path, measure=dict(probe_every=8, probe_steps=2, probe_images=2))
+    process = subprocess.Popen(command(path), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    log = tmp_path / "runs/ssl/log.jsonl"
+    while process.poll() is None and '"loss"' not in (log.read_text() if log.exists() else ""):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 85, errors
+    stopped = checkpoint(tmp_path)["step"]
+    assert stopped < 8
+    done = run(path)
+    assert done.returncode == 0 and f"going on from step {stopped}" in done.stderr
+    one, other = checkpoint(whole), checkpoint(tmp_path)
+    for part in ("student", "teacher"):
+        assert all(torch.equal(value, other[part][name]) for name, value in one[part].items())
+    assert torch.equal(one["usage"], other["usage"])
+
+
+def test_two_processes_train_to_the_weights_of_one(tmp_path):
+    """20 steps, the same batch over all; eps keeps gradients that are mere rounding from being blown up to
+    steps."""
+    for name, ranks in (("one", 0), ("two", 2)):
+        done = run(toy(tmp_path, steps=20, experiment=name, eps=1e-4, log_every=10, save_every=20, measure=dict(every=20)),
+                   torchrun=ranks)
+        assert done.returncode == 0, done.stderr
+    one, two = (checkpoint(tmp_path, name) for name in ("one", "two"))
+    for part in ("student", "teacher"):
+        a, b = (torch.cat([v.flatten() for v in state[part].values()]) for state in (one, two))
+        assert ((a - b).norm() / a.norm()).item() < 1e-5
+    before = train_ssl.build(runs.load(train_ssl.Config, tmp_path / "toy.yaml"))[0].state_dict()
+    moved = torch.cat([(one["student"][name] - value).flatten() for name, value in before.items()]).norm()
+    assert moved > 0.02 * torch.cat([v.flatten() for v in before.values()]).norm()         # there was something to differ
+    lines = [[line for line in log_of(tmp_path, name) if "loss" in line] for name in ("one", "two")]
+    for x, y in zip(*lines):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4) and x["dino"] == pytest.approx(y["dino"], rel=1e-4)
+
+
+def test_from_dinov3_with_folders_every_strategy_and_parts(shared, inside, tmp_path):
+    """A tenth of the learning rate, patch 16 turned into 8; fields from files of two channels; two parts a
+    step."""
+    fixture = torch.load(shared / "fixtures/dinov3_small.pt", weights_only=True)
+    torch.save(fixture["state_dict"], tmp_path / "dinov3.pth")
+    (tmp_path / "fields").mkdir()
+    for number in range(6):
+        np.save(tmp_path / "fields" / f"{number}.npy",
+                np.random.default_rng(number).integers(0, 255, (2, 64, 64)).astype(np.uint8))
+    for strategy in ("average", "single", "pairs", "average_single", "all"):
+        path = toy(tmp_path, init=str(tmp_path / "dinov3.pth"), steps=3, lr=None, experiment=strategy, accumulate=2,
+                   data=dict(fields=0, folders=[str(tmp_path / "fields")], brightfield=[]), measure=dict(every=9))
+        assert inside(path, f"views.strategy={strategy}") == 0
+        config = runs.load(train_ssl.Config, tmp_path / "runs" / strategy / "config.yaml")
+        assert config.lr == 5e-5 and config.views.strategy == strategy
+    vit = model.load_backbone(tmp_path / "dinov3.pth", 8)
+    trained = model.load_backbone(tmp_path / "final_models/all.pt", 8)
+    assert trained.architecture == vit.architecture
+    assert torch.allclose(trained.patch_embed.weight, vit.patch_embed.weight, atol=1e-3)
+
+
+def test_check_prints_the_table_and_writes_nothing(inside, capsys, tmp_path):
+    assert inside(toy(tmp_path), "--check") == 0
+    printed = capsys.readouterr().out
+    assert "10 fields to train on, 10 on the device at a time, 2 to measure on" in printed
+    assert "AdamW" in printed and "TFLOPs a step" in printed
+    pool = next(line for line in printed.splitlines() if line.startswith("fields in the pool"))
+    assert pool.endswith(f"{10 * 8 * 96 * 96 * 2 / 2**30:.2f} GiB")
+    assert [p.name for p in tmp_path.iterdir()] == ["toy.yaml"]
+
+
+def test_help_is_fast():
+    done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "train_ssl.py"), "--help"], capture_output=True,
+                          text=True, env=ENVIRONMENT)
+    assert done.returncode == 0 and "views.Views" not in done.stdout and "--check" in done.stdout
+    assert " torch\n" not in done.stderr
+
+
+@pytest.mark.parametrize("changes, said", [
+    (["batch=11"], "11: 10 fields to train on"), (["data.fields=0"], "expected one of data.index"),
+    (["views.size=30"], "multiple of the patch"), (["views.strategie=all"], "did you mean 'strategy'"),
+    (["measure.window=100"], "expected 100 px or more"), (["init=nowhere.pt"], "no weights at nowhere.pt"),
+    (["augment.elastic=1"], "augment.elastic"), (["data.channels=[DNA, XYZ]"], "'XYZ'"),
+    (["data.fields=0", "data.folders=nowhere"], "nowhere"), (["loss.mask=[0.5, 0.1]"], "loss.mask"),
+    (["data.fields=0", "data.index=nowhere.tsv.gz"], "nowhere.tsv.gz")])
+def test_refusals_in_one_line(inside, tmp_path, capsys, changes, said):
+    assert inside(toy(tmp_path), *changes) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and said in error
+
+
+def test_collapse_is_said(tmp_path):
+    config = runs.load(train_ssl.Config, toy(tmp_path))
+    said = []
+
+    class Run:
+        def log(self, step, **values):
+            said.append(values)
+    healthy = dict(usage=20.0, effective_rank=5.0, teacher_entropy=2.0)
+    train_ssl.warn_of_collapse(config, Run(), 100, healthy, (8, 24))
+    assert not said
+    train_ssl.warn_of_collapse(config, Run(), 100, {**healthy, "usage": 1.2}, (8, 24))
+    train_ssl.warn_of_collapse(config, Run(), 100, {**healthy, "effective_rank": 1.01}, (8, 24))
+    train_ssl.warn_of_collapse(config, Run(), 100, {**healthy, "teacher_entropy": math.log(32) - 0.001}, (8, 24))
+    assert "even to 99.97%" in said.pop()["COLLAPSE"]
+    assert "usage is 1.20" in said[0]["COLLAPSE"] and "effective_rank" in said[1]["COLLAPSE"]
+
+
+def test_first_weights(tmp_path):
+    config = runs.load(train_ssl.Config, toy(tmp_path, network=dict(dim=96, init_std=0.15)))
+    student, teacher = train_ssl.build(config)
+    weights = [m.weight for m in student.encoder.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(weights) == 16 and all(0.12 < w.std() < 0.14 and w.abs().max() <= 0.3 for w in weights)   # cut at 2 std
+    assert all(torch.equal(a, b) and not b.requires_grad for a, b in zip(student.parameters(), teacher.parameters()))
+
+
+def test_parameter_groups(tmp_path):
+    config = runs.load(train_ssl.Config, toy(tmp_path, layer_decay=0.5, patch_lr=0.1))
+    student, _ = train_ssl.build(config)
+    groups = train_ssl.parameter_groups(student, config)
+    of = {id(p): group for group in groups for p in group["params"]}
+    assert len(of) == len(list(student.parameters()))
+    named = {name: of[id(p)] for name, p in student.named_parameters()}
+    assert named["encoder.vit.blocks.3.fc1.weight"]["scale"] == 0.5
+    assert named["encoder.vit.blocks.0.fc1.weight"]["scale"] == 0.0625
+    assert named["encoder.vit.patch_embed.weight"]["scale"] == pytest.approx(0.1 * 0.03125)
+    assert named["encoder.vit.register_tokens"]["scale"] == 0.03125
+    assert named["dino.mlp.0.weight"]["scale"] == 1 == named["encoder.vit.norm.weight"]["scale"]
+    assert named["dino.prototypes.weight"]["prototypes"] and not named["dino.mlp.0.weight"]["prototypes"]
+    for name, parameter in student.named_parameters():
+        assert named[name]["decays"] == (parameter.ndim > 1 and "token" not in name), name
+
+
+# ------------------------------------------------------------------------------------------------- probe.py
+
+def test_windows_lie_side_by_side():
+    field = np.arange(2 * 50 * 70, dtype=np.uint16).reshape(2, 50, 70)
+    truth = np.arange(50 * 70).reshape(50, 70)
+    windows = probe.cut([("a", field, truth), ("b", field + 1, truth)], 25, 9, ("x", "y"))
+    assert len(windows.names) == 8 and windows.pixels.shape == (8, 2, 25, 25)
+    assert np.array_equal(windows.pixels[3], field[:, 25:, 25:50]) and np.array_equal(windows.labels[3], truth[25:, 25:50])
+    shown = probe.seen(windows, 25)
+    low, high = windows.limits[3, 0]
+    assert np.allclose(shown[3, 0], ((field[0, 25:, 25:50] - low) / (high - low)).clip(0, 1), atol=1e-5)
+    assert probe.seen(windows, 10).shape == (8, 2, 10, 10)
+
+
+def test_background_knows_nothing_of_the_cells():
+    """Bright cells on a slope: what is left is the slope, wherever the cells lay."""
+    y, x = np.mgrid[:64, :64]
+    truth = ((y - 30) ** 2 + (x - 34) ** 2 < 150).astype(int)
+    slope = 10000 + 100 * x
+    field = np.stack([slope, slope]).astype(np.uint16)
+    bright = np.where(truth > 0, 60000, field).astype(np.uint16)
+    limits = np.tile(np.array([0, 65535], np.float32), (2, 2, 1))
+    windows = probe.Windows(["a", "b"], np.stack([bright, field]), limits, np.stack([truth, truth]), ("x", "y"))
+    left = probe.background(windows, 64)
+    assert np.allclose(left[0], left[1], atol=1e-6)
+    assert np.abs(left[0, 0] - slope / 65535).max() < 0.02
+
+
+def test_attention_entropy():
+    assert probe.entropy(np.full((2, 3, 4, 5), 0.01)) == pytest.approx(1)
+    one = np.zeros((1, 1, 4, 4))
+    one[..., 0, 0] = 1
+    assert probe.entropy(one) == pytest.approx(0, abs=1e-6)
+
+
+def test_measured_is_what_consistency_says():
+    torch.manual_seed(0)
+    vit = model.ViT(24, 2, 2, 8, 1, layerscale=1.0)
+    rng = np.random.default_rng(0)
+    windows = probe.cut([(str(i), rng.integers(0, 9999, (3, 32, 32)).astype(np.uint16), None) for i in range(5)], 32, 5,
+                        ("a", "b", "c"))
+    numbers, looks = probe.measured(vit, windows, 32)
+    seen = [consistency.look(vit, field) for field in probe.seen(windows, 32)]
+    expected = consistency.compare([look.cls for look in seen], [look.attention.mean(1) for look in seen]).numbers()
+    assert {name: numbers[name] for name in expected} == pytest.approx(expected)
+    flat = torch.from_numpy(np.concatenate([look.cls for look in seen]))
+    assert numbers["effective_rank"] == pytest.approx(ssl_.effective_rank(flat)) and len(looks) == 2
+    with pytest.raises(ValueError, match="outlines"):
+        probe.background(windows, 32)
+
+
+def test_the_probe_leaves_the_backbone_and_the_random_state_alone(tmp_path):
+    import trainset
+    torch.manual_seed(0)
+    vit = model.ViT(24, 4, 2, 8, 1, layerscale=1.0)
+    before, state = {k: v.clone() for k, v in vit.state_dict().items()}, torch.get_rng_state()
+    data = trainset.load(trainset.Data(fields=3, field_size=64, field_cells=6, field_diameter=20), 0, "cpu", 4.0)[:2]
+    found = probe.segmentation(vit, *data, steps=3, crop=32, batch=2)
+    assert found == probe.segmentation(vit, *data, steps=3, crop=32, batch=2)
+    assert set(found) == {"probe_AP@0.5", "probe_AP@0.75"} and 0 <= found["probe_AP@0.75"] <= found["probe_AP@0.5"] <= 1
+    assert all(torch.equal(v, before[k]) for k, v in vit.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state) and all(p.requires_grad for p in vit.parameters())

@@ -121,6 +121,7 @@ def main(config: Config, files: list[str]) -> int:
                 table.add(row)
                 megapixels += row["height"] * row["width"] / 1e6
                 bar.update(done + 1 - bar.n)
+            bar.clear()                                       # a warning draws it before its second; close() then leaves it
         seconds = time.perf_counter() - start
     done = len(todo) - len(failed)
     if done:

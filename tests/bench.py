@@ -1,13 +1,16 @@
 """Speed, as ratios in one run on one machine: every row stands beside what it is compared with.
 
     python tests/bench.py                         everything but what is slow
-    python tests/bench.py watershed segment       some of it: watershed, network, metrics, segment; seams, memory (slow)
+    python tests/bench.py watershed segment       some of it: watershed, network, metrics, segment,
+                                                  train_seg; ssl, stream, seams, memory (slow)
 
 Medians of several runs; the header names hardware and versions. With a CUDA device the network and the watershed
 run there as well.
 """
 from __future__ import annotations
 
+import copy
+import importlib
 import platform
 import statistics
 import sys
@@ -175,7 +178,7 @@ def metrics() -> None:
     table("Scores of a pair of 2048 x 2048 label images, 5,000 cells each", ["what", "time", "ratio"], rows)
 
 
-def mosaic(size: int, channel: str = "AGP"):
+def mosaic(size: int, channel: str = "ER"):
     """A synthetic field repeated, every other copy mirrored, to (size, size) uint16; yields tiles of 512 px row by row."""
     import numpy as np
     import synthetic
@@ -208,8 +211,7 @@ def beside(net):
     def forward(x):
         large(x)
         return answer(x)
-    both = model.DINOCell(net.backbone, net.architecture["widths"], net.architecture["last"], net.settings).eval()
-    both.load_state_dict(net.state_dict())
+    both = copy.deepcopy(net)
     both.forward = forward
     return both
 
@@ -280,9 +282,15 @@ def seams(size: int = 4096) -> None:
           [[str(one.max()), str(many.max()), f"{average_precision(one, many, [0.9])[0]:.5f}"]])
 
 
-PARTS = {"watershed": watershed, "network": network, "metrics": metrics, "segment": segment, "seams": seams,
-         "memory": memory}
-SLOW = ("seams", "memory")
+def elsewhere(file: str, part: str):
+    """A part with a file of its own, which takes its table from here."""
+    return lambda: getattr(importlib.import_module(file), part)()
+
+
+PARTS = {"watershed": watershed, "network": network, "metrics": metrics, "segment": segment,
+         "train_seg": elsewhere("bench_seg", "train_seg"), "ssl": elsewhere("bench_ssl", "ssl"),
+         "stream": elsewhere("bench_stream", "stream"), "seams": seams, "memory": memory}
+SLOW = ("ssl", "stream", "seams", "memory")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from plates import CHANNELS, Field, Index, hold_out, make_index, summary      # noqa: F401  stream.Index, ...
+from plates import CHANNELS, Field, Index, hold_out, make_index, rooted, summary   # noqa: F401  stream.hold_out
 from store import Absent, Cache, Stopped, open_store
 
 if TYPE_CHECKING:
@@ -166,12 +166,13 @@ class FieldPool:
                              f"to {self._fields}, 1 or more, and above 0 to 1")
         self._max_failed, self._price, self._notice, self._patience = max_failed, price, notice, patience
         self._threads, self._limit = threads, 2 * math.ceil(threads / len(self.channels)) + 2   # on their way
-        self._address = (endpoint or "") + (root or self.index.root)
+        root = rooted(root or self.index.root)
+        self._address = (endpoint or "") + root                   # with a name: what the cache knows a file by
         self._cache = Cache(cache, cache_gb * 1e9) if cache is not None else None
         self._cache_works = True
         self._bad_file, self.bad = Path(bad_fields) if bad_fields else None, {}      # name: reason
         self._slot_of: dict[int, int] = {}                         # row: slot of those that are ready
-        self._store = open_store(root or self.index.root, threads, endpoint, signed, time_limit, patience,
+        self._store = open_store(root, threads, endpoint, signed, time_limit, patience,
                                  self._say)
         try:
             self._largest = math.inf if size is None else 4 * size[0] * size[1] + (1 << 20)

@@ -116,7 +116,8 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
         return print_check(config, net, images, validation, device, changes)
     run = runs.Run(config, rank, world, device)
     state = run.resume()
-    net.to(device)
+    layout = torch.channels_last if "cuda" in device else torch.contiguous_format   # of the GPU's convolutions; CPUs lose
+    net.to(device, memory_format=layout)
     average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema))
     optimiser = torch.optim.AdamW(parameter_groups(net, config), betas=(0.9, 0.999), eps=config.eps)
     start, best, since = 0, -1.0, 0
@@ -146,7 +147,7 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
                                       seed=config.seed, cap=config.cap)      # (B, 3, S, S), (B, 1, S, S)
         waited += time.perf_counter() - before
         with autocast:
-            predicted = wrapped(x)                                           # (B, 1, S, S)
+            predicted = wrapped(x.contiguous(memory_format=layout))          # (B, 1, S, S)
         loss = error(predicted.float(), target, config.edge_weight)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)

@@ -20,7 +20,7 @@
 #SBATCH --signal=USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=runs/slurm-%x-%A_%a.log
+#SBATCH --output=slurm-%x-%A_%a.log
 
 set -uo pipefail
 usage="usage: sbatch --array=1-16 slurm/array.sh SCRIPT.py [WORDS ...] [key=value ...]"

@@ -54,7 +54,7 @@ class Config:
     network: Network = field(default_factory=Network)   # from scratch, or the decoder of a new backbone
     data: trainset.Data = field(default_factory=trainset.Data)
     augment: dict = field(default_factory=dict)          # what happens to crops: changes to augment.Augment
-    edge_weight: float = 0.0                # k: near its edge a cell counts up to 1 + k times; parts touching cells sooner
+    edge_weight: float = 0.0                # k: pixels near an edge count up to 1 + k times; parts touching cells sooner
     cap: float | None = 4.0                 # px, distances stop growing here (data.distance_map)
     crop: int = 256                         # px, side of the training crops, and of the tiles later
     seed: int = 0                           # of everything random
@@ -217,14 +217,20 @@ def build(config: Config):
     return net
 
 
-def error(predicted, target, edge_weight: float):
-    """Mean squared error of distances (B, 1, S, S), each pixel of a cell weighed by 1 + edge_weight (1 - distance).
+BESIDE = 2          # px outside a cell that count as near its edge
 
-    The edge between two cells that touch is a valley of few pixels: unweighed, it hardly shows in the mean.
+
+def error(predicted, target, edge_weight: float):
+    """Mean squared error of distances (B, 1, S, S), each pixel near an edge weighed by 1 + edge_weight (1 - distance).
+
+    The edge between two cells that touch is a valley of few pixels: unweighed, it hardly shows in the mean. The ground
+    beside a cell counts as well, or the network would rather draw cells too large than too small.
     """
+    import torch
     square = (predicted - target).square()
     if edge_weight:
-        square = square * (1 + edge_weight * (1 - target) * (target > 0))
+        near = torch.nn.functional.max_pool2d((target > 0).to(target.dtype), 2 * BESIDE + 1, 1, BESIDE)
+        square = square * (1 + edge_weight * (1 - target) * near)
     return square.mean()
 
 

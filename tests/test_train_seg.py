@@ -131,11 +131,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_edges_count_more_when_asked():
-    """Closed form: a pixel at distance 1/4 with k = 8 counts 1 + 8 * 3/4 = 7 times, ground and middle once."""
-    target = torch.tensor([0.0, 0.25, 1.0]).view(1, 1, 1, 3)
-    predicted = target + torch.tensor([0.1, 0.2, 0.3]).view(1, 1, 1, 3)
-    assert train_seg.error(predicted, target, 0).item() == pytest.approx((0.01 + 0.04 + 0.09) / 3)
-    assert train_seg.error(predicted, target, 8).item() == pytest.approx((0.01 + 7 * 0.04 + 0.09) / 3)
+    """Closed form, k = 8: a pixel at distance 1/4 counts 1 + 8 * 3/4 = 7 times, ground within 2 px of a cell 9 times,
+    the middle of a cell and far ground once."""
+    target = torch.tensor([0.0, 0.0, 0.0, 0.25, 1.0]).view(1, 1, 1, 5)
+    predicted = target + torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]).view(1, 1, 1, 5)
+    plain, near = (0.01 + 0.04 + 0.09 + 0.16 + 0.25) / 5, (0.01 + 9 * 0.04 + 9 * 0.09 + 7 * 0.16 + 0.25) / 5
+    assert train_seg.error(predicted, target, 0).item() == pytest.approx(plain)
+    assert train_seg.error(predicted, target, 8).item() == pytest.approx(near)
 
 
 def test_it_starts_from_weights(whole, tmp_path):

@@ -27,7 +27,6 @@ import hashlib
 import json
 import math
 import re
-import signal
 import sys
 import time
 from collections import Counter, defaultdict
@@ -112,9 +111,7 @@ class Config:
             raise ValueError(f"pattern={self.pattern}: has no group (?P<channel>...) around the channel")
         if self.nuclei == self.marker:
             raise ValueError(f"nuclei={self.nuclei} and marker={self.marker}: expected two channels")
-        part = re.fullmatch(r"(\d+)/(\d+)", self.shard)
-        if not part or not 1 <= int(part[1]) <= int(part[2]):
-            raise ValueError(f"shard={self.shard}: expected i/n with i from 1 to n, such as 3/16")
+        runs.part_of(self.shard)
         if self.threshold == "fixed" and self.value is None:
             raise ValueError("threshold=fixed needs value=, in the units of the marker images")
         if self.threshold == "controls" and not self.controls:
@@ -155,17 +152,14 @@ def infer(config: Config) -> int:
     from tqdm import tqdm
     import cohort
     tiles, lost, passed = find_tiles(config)
-    number, count = map(int, config.shard.split("/"))
+    number, count = runs.part_of(config.shard)
     mine = tiles[number - 1::count]
     donors = len({tile.donor for tile in tiles})
     print(f"{config.tiles}: {len(tiles)} tiles of {donors} donors, {len(mine)} in shard {config.shard}; "
           f"{len(lost)} lack a partner or a donor, {passed} other files passed over")
     networks = [Network(entry, config) for entry in config.models]
-    stop: list[int] = []
-    signals = {signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}     # preempted; time is nearly up
-    before = {each: signal.signal(each, lambda caught, frame: stop.append(caught)) for each in signals}
     skipped = 0
-    try:
+    with runs.stop_signals() as stop:
         for tile in tqdm(mine, f"shard {config.shard}", unit="tile", delay=1, file=sys.stderr):
             todo = [network for network in networks if tile.name not in network.done]
             if not todo:
@@ -183,9 +177,6 @@ def infer(config: Config) -> int:
                 continue
             for network in todo:
                 network.write(tile, **network.measure(pixels))
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
     print(f"shard {config.shard}: {len(mine) - skipped} tiles done, {skipped} skipped")
     return 0
 

@@ -3,6 +3,7 @@
     python infer.py                                   the demo image
     python infer.py plate1/ "scans/*.tif" out=cells   folders (every image in them) and globs
     python infer.py img.tif channels=DNA,AGP diameter=auto geojson=true
+    python infer.py s3://bucket/plate out=s3://bucket/cells shard=3/16     the third of 16 equal parts (slurm/array.sh)
     python infer.py export out=dinocell.onnx          the network for other programs; `export --help` has its keys
 
 For each image NAME it writes into out=
@@ -14,7 +15,8 @@ For each image NAME it writes into out=
     summary.csv          one row per image: cells, mean area, confluency, seconds
 
 Results that exist are kept unless overwrite=true, so that the same command goes on where it stopped.
-Channels, planes and time points are counted from 1.
+Channels, planes and time points are counted from 1. Reading from S3 is anonymous unless signed=true; writing uses
+your AWS credentials. A shard writes summary_3_of_16.csv.
 """
 from __future__ import annotations
 
@@ -28,12 +30,14 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatch
+from pathlib import Path, PurePath
 from typing import Literal
 
 import numpy as np
 
 import export
+import remote
 import runs
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".npy")
@@ -45,7 +49,7 @@ TILE = 512                                                                     #
 
 @dataclass(frozen=True)
 class Config:
-    out: str = "results"                            # folder for all results
+    out: str = "results"                            # folder for all results, or s3://bucket/folder
     weights: str = "default"                        # file, or the name of one in final_models/ (tiny)
     channels: tuple[str, ...] | None = None         # names or numbers, one to three: what the network sees; null: all
     plane: int | None = None                        # which z plane of a stack
@@ -67,6 +71,9 @@ class Config:
     pattern: str = "*"                              # which files of a folder, such as *_w1.tif
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
     overwrite: bool = False                         # make results anew
+    shard: str = "1/1"                              # which part of the images: 3/16
+    endpoint: str | None = None                     # URL of another S3 server than Amazon's
+    signed: bool = False                            # read from S3 with your AWS credentials; public buckets need none
 
     def __post_init__(self):
         for name in ("peak", "fill"):
@@ -85,16 +92,29 @@ class Config:
             raise ValueError(f"min_area={self.min_area}: expected 0 px or more")
         if self.diameter not in (None, "auto"):
             parse_diameter(self.diameter, 1.0, None)
+        runs.part_of(self.shard)
 
 
 def main(config: Config, files: list[str]) -> int:
     root = Path(__file__).resolve().parent
-    found = find_images(files or [str(root / "demo" / "*.tif")], config.pattern)
-    out = prepare(Path(config.out))
+    found = find_images(files or [str(root / "demo" / "*.tif")], config)
+    part, parts = runs.part_of(config.shard)
+    mine = {path: found[path] for path in sorted(found, key=str)[part - 1::parts]} if parts > 1 else found
+    if not mine:
+        print(f"shard {config.shard}: none of the {len(found)} images")
+        return 0
+    table = "summary.csv" if parts == 1 else f"summary_{part}_of_{parts}.csv"
     weights = find_weights(config.weights, root / "final_models")
-    todo = {path: name for path, name in found.items()
-            if config.overwrite or not all((out / f).exists() for f in results(name, config))}
-    kept, failed, megapixels, seconds = len(found) - len(todo), [], 0.0, 0.0
+    if not remote.is_remote(config.out):
+        return segment_all(mine, remote.Shelf(prepare(Path(config.out))), table, weights, config)
+    with remote.open_shelf(config.out, [table], config.endpoint) as shelf:
+        return segment_all(mine, shelf, table, weights, config)
+
+
+def segment_all(found: dict[Path | str, str], shelf: remote.Shelf, table: str, weights: Path, config: Config) -> int:
+    """Those images that have no results yet; one that cannot be done does not stop the others."""
+    todo = {path: name for path, name in found.items() if config.overwrite or not shelf.has(results(name, config))}
+    kept, failed, done, megapixels, seconds = len(found) - len(todo), [], 0, 0.0, 0.0
     if todo:
         from tqdm import tqdm                                 # what follows needs torch: half the start-up time
         import torch
@@ -104,34 +124,41 @@ def main(config: Config, files: list[str]) -> int:
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device=cuda: PyTorch finds no CUDA device here; use device=cpu or auto")
         net = model.load(weights).to(device)
-        table, start = Summary(out / "summary.csv"), time.perf_counter()
-        with tqdm(total=len(todo), unit="image", delay=1, file=sys.stderr, smoothing=0.05,
-                  bar_format="{l_bar}{bar}| {n:.2f}/{total} images [{elapsed}<{remaining}]") as bar:
-            for done, (path, name) in enumerate(todo.items()):
+        summary, start = Summary(shelf.folder / table), time.perf_counter()
+        with (runs.stop_signals() as stop, tqdm(total=len(todo), unit="image", delay=1, file=sys.stderr, smoothing=0.05,
+              bar_format="{l_bar}{bar}| {n:.2f}/{total} images [{elapsed}<{remaining}]") as bar):
+            for count, (path, file) in enumerate(remote.fetched(list(todo), config.endpoint, config.signed)):
                 def progress(share: float) -> None:
-                    bar.update(done + share - bar.n)
+                    bar.update(count + share - bar.n)
+                if stop:
+                    bar.clear()
+                    print("stopped; the same command goes on from here", file=sys.stderr)
+                    return runs.REQUEUE
                 try:
-                    row = segment_file(path, name, out, net, config, progress)
+                    if isinstance(file, OSError):
+                        raise file
+                    row = segment_file(file, todo[path], shelf.folder, net, config, progress)
                 except (ValueError, OSError) as error:        # this image's fault: the others are done all the same
                     if len(found) == 1:
                         raise
-                    say(f"warning: {runs.sentence(error)}")
+                    say(f"warning: {runs.sentence(error).replace(str(file), str(path))}")
                     failed.append(str(path))
                     continue
-                table.add(row)
+                summary.add(row)
+                shelf.deliver()
+                done += 1
                 megapixels += row["height"] * row["width"] / 1e6
-                bar.update(done + 1 - bar.n)
+                bar.update(count + 1 - bar.n)
             bar.clear()                                       # a warning draws it before its second; close() then leaves it
         seconds = time.perf_counter() - start
-    done = len(todo) - len(failed)
     if done:
         print(f"{done} image{'s' * (done != 1)}, {megapixels:.3g} megapixels in {seconds:.1f} s "
-              f"({done / seconds:.3g} images/s, {megapixels / seconds:.3g} MP/s) with {weights.name} -> {out}")
+              f"({done / seconds:.3g} images/s, {megapixels / seconds:.3g} MP/s) with {weights.name} -> {config.out}")
         for notice, count in TOLD.items():
             if count > 1:
                 print(f"{notice}: {count} images", file=sys.stderr)
     if kept:
-        print(f"{kept} of {len(found)} images have their results in {out} already; overwrite=true makes them anew")
+        print(f"{kept} of {len(found)} images have their results in {config.out} already; overwrite=true makes them anew")
     if failed:
         raise ValueError(f"{len(failed)} of {len(found)} images could not be done: {', '.join(failed)}")
     return 0
@@ -287,19 +314,29 @@ def edges(view: tuple[slice, slice]) -> tuple[int, int, int, int]:
 
 # ------------------------------------------------------------------------------------- files in and out
 
-def find_images(arguments: list[str], pattern: str) -> dict[Path, str]:
-    """Image file -> name of its results. Folders are searched whole; results of earlier runs are no images."""
-    found: dict[Path, str] = {}
+def find_images(arguments: list[str], config: Config) -> dict[Path | str, str]:
+    """Image -> name of its results. Folders are searched whole; results of earlier runs are no images."""
+    found: dict[Path | str, str] = {}
+
+    def is_image(path: PurePath) -> bool:
+        return path.suffix.lower() in SUFFIXES and not path.stem.endswith(OURS)
+
     for argument in arguments:
         if not argument:
             raise ValueError("an empty file name among the images; is a variable of the shell empty?")
         path = Path(argument)
-        if path.is_dir():
-            inside = [p for p in sorted(path.rglob(pattern)) if p.is_file() and p.suffix.lower() in SUFFIXES
-                      and not p.stem.endswith(OURS)]
+        if remote.is_remote(argument) and is_image(path):
+            found[argument] = path.stem
+        elif remote.is_remote(argument) or path.is_dir():
+            if remote.is_remote(argument):
+                below = remote.find(argument, config.endpoint, config.signed)
+            else:
+                below = {p: str(p.relative_to(path)) for p in sorted(path.rglob("*")) if p.is_file()}
+            inside = {p: "_".join(Path(name).with_suffix("").parts) for p, name in below.items()
+                      if is_image(Path(name)) and fnmatch(Path(name).name, config.pattern)}
             if not inside:
-                raise FileNotFoundError(f"{argument}: no image in this folder ({', '.join(SUFFIXES)}; pattern={pattern})")
-            found.update((p, "_".join(p.relative_to(path).with_suffix("").parts)) for p in inside)
+                raise FileNotFoundError(f"{argument}: no image in this folder ({', '.join(SUFFIXES)}; pattern={config.pattern})")
+            found.update(inside)
         elif path.exists() or not glob.has_magic(argument):
             if not path.exists():
                 raise FileNotFoundError(f"{argument}: no such file or folder")
@@ -309,7 +346,7 @@ def find_images(arguments: list[str], pattern: str) -> dict[Path, str]:
             if not matches:
                 raise FileNotFoundError(f"{argument}: nothing matches")
             found.update((p, p.stem) for p in matches)
-    owner: dict[str, Path] = {}
+    owner: dict[str, Path | str] = {}
     for path, name in found.items():
         if name in owner:
             raise ValueError(f"{owner[name]} and {path} would both write {name}_labels.tif; "

@@ -19,6 +19,7 @@ A training script opens a Run and asks it for everything that must survive the p
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -228,6 +229,27 @@ def script(doc: str, cls: type, main: Callable[..., int | None], arguments: list
         return main(load(cls, given, overrides), files, **flags) or 0
 
     sys.exit(guarded(run))
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that fills when the machine is to be given back: SIGTERM, or SIGUSR1, Slurm's word that time is nearly up."""
+    caught: list[int] = []
+    before = {each: signal.signal(each, lambda number, frame: caught.append(number))
+              for each in {signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}}
+    try:
+        yield caught
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def part_of(shard: str) -> tuple[int, int]:
+    """'3/16' -> 3, 16"""
+    part = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not part or not 1 <= int(part[1]) <= int(part[2]):
+        raise ValueError(f"shard={shard}: expected i/n with i from 1 to n, such as 3/16")
+    return int(part[1]), int(part[2])
 
 
 def guarded(run: Callable[[], int]) -> int:

@@ -151,19 +151,30 @@ class Bucket:
             with self._cut_after(raw.fileno(), seconds):
                 return response["Body"].read()           # and checks the length
 
-    def pages(self, folder: str) -> Iterator[Page]:
-        where, more = self.prefix + folder, {}
+    def write(self, name: str, file: str | Path) -> None:
+        """The bytes of a file as object `name`, which appears whole or not at all."""
+        def once(seconds: float) -> None:
+            with open(file, "rb") as body:
+                self.client.put_object(Bucket=self.bucket, Key=self.prefix + name, Body=body)
+        try:
+            self._tried(once)
+        except Absent as error:
+            raise OSError(f"s3://{self.bucket}/{self.prefix}{name}: cannot be written, {error} from {self.tried}") from None
+
+    def pages(self, folder: str, deep: bool = False) -> Iterator[Page]:
+        """deep: no folders, but all files below, with the folders in their names."""
+        where, more = self.prefix + folder, {} if deep else {"Delimiter": "/"}
         while more is not None:
             try:
                 page = self._tried(lambda seconds: self.client.list_objects_v2(
-                    Bucket=self.bucket, Prefix=where, Delimiter="/", **more))
+                    Bucket=self.bucket, Prefix=where, **more))
             except Absent as error:
                 raise OSError(f"s3://{self.bucket}/{where}: cannot be listed, {error} from {self.tried}; "
                               "signed=true uses your credentials") from None
             yield ([entry["Prefix"][len(where):].rstrip("/") for entry in page.get("CommonPrefixes", ())],
                    [(entry["Key"][len(where):], entry["Size"]) for entry in page.get("Contents", ())
                     if entry["Key"] != where])
-            more = {"ContinuationToken": page["NextContinuationToken"]} if page["IsTruncated"] else None
+            more = {**more, "ContinuationToken": page["NextContinuationToken"]} if page["IsTruncated"] else None
 
     def _tried(self, once: Callable[[float], Answer]) -> Answer:
         """What once(seconds allowed) answers; tried until it does, is given up or patience ends."""
@@ -197,9 +208,8 @@ class Bucket:
                     self._hear()                         # it was answering, if slowly
                     reason, slow = "too slow", slow + 1
             except NoCredentialsError:
-                raise OSError("signed=true: no AWS credentials found; set AWS_PROFILE or AWS_ACCESS_KEY_ID, "
-                              "or "
-                                 "leave signed out") from None
+                raise OSError(f"{self.root}: no AWS credentials found, which signed=true and writing need; set "
+                              "AWS_PROFILE or AWS_ACCESS_KEY_ID") from None
             except BotoCoreError as error:               # wrong parameters: no try would help
                 raise OSError(f"{self.root}: {error}") from None
             if self._stop.is_set():

@@ -6,6 +6,7 @@
 #   sbatch --array=1-16 --gres=gpu:a40:1 --mem=64G slurm/array.sh downstream.py infer configs/downstream.yaml
 #   SHARDS=16 sbatch --array=3 slurm/array.sh downstream.py infer configs/downstream.yaml      one of them again
 #   python downstream.py merge configs/downstream.yaml                    when all are done; it says if one is not
+#   sbatch --array=1-64 slurm/array.sh infer.py s3://bucket/plates out=s3://mine/cells      images; a table for each shard
 #
 # Two minutes before the time is up, Slurm sends SIGUSR1: the script ends with its tile and exits with 85, and the
 # job queues itself again; it goes on with the next tile. The same after preemption (SIGTERM).

@@ -75,6 +75,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Proxy
 
     def do_GET(self) -> None:
+        sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))        # of PUT
         faults = self.server.faults
         time.sleep(faults.latency)
         if faults.outage:
@@ -84,8 +85,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(503, {"Content-Type": "application/xml", "Content-Length": str(len(BUSY))},
                                BUSY)
         upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
-        upstream.request("GET", self.path, headers={k: v for k, v in self.headers.items()
-                                                    if k.lower() != "connection"})
+        upstream.request(self.command, self.path, sent or None, {k: v for k, v in self.headers.items()
+                                                                 if k.lower() not in ("connection", "expect")})
         response = upstream.getresponse()
         body = response.read()
         upstream.close()
@@ -108,6 +109,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(body[number:number + 1])
         else:
             self.answer(response.status, headers, body)
+
+    do_PUT = do_GET
 
     def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
         self.send_response_only(status)

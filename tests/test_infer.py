@@ -147,15 +147,15 @@ def test_folders_globs_and_patterns(tmp_path):
     for name in ("p1/x_w1.tif", "p1/x_w2.tif", "p2/deep/x_w1.png", "p1/x_w1_labels.tif", "p1/notes.txt", "p1/x_overlay.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    found = infer.find_images([str(tmp_path)], "*")
+    found = infer.find_images([str(tmp_path)], Config())
     assert list(found.values()) == ["p1_x_w1", "p1_x_w2", "p2_deep_x_w1"]
-    assert list(infer.find_images([str(tmp_path)], "*_w1.*").values()) == ["p1_x_w1", "p2_deep_x_w1"]
-    assert list(infer.find_images([str(tmp_path / "p1" / "*_w?.tif")], "*").values()) == ["x_w1", "x_w2"]
+    assert list(infer.find_images([str(tmp_path)], Config(pattern="*_w1.*")).values()) == ["p1_x_w1", "p2_deep_x_w1"]
+    assert list(infer.find_images([str(tmp_path / "p1" / "*_w?.tif")], Config()).values()) == ["x_w1", "x_w2"]
     with pytest.raises(ValueError, match="would both write x_w1_labels.tif"):
-        infer.find_images([str(tmp_path / "p1/x_w1.tif"), str(tmp_path / "p2/deep/x_w1.png")], "*")
+        infer.find_images([str(tmp_path / "p1/x_w1.tif"), str(tmp_path / "p2/deep/x_w1.png")], Config())
     for wrong in (["gone"], [str(tmp_path / "*.jpg")]):
         with pytest.raises(FileNotFoundError):
-            infer.find_images(wrong, "*")
+            infer.find_images(wrong, Config())
 
 
 def test_diameter_in_px_and_micrometres():

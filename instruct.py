@@ -26,16 +26,19 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+import calibration
+import examine
+import histology
 import instructions
 import runs
-from instructions import CONCEPTS, LEAST, Grammar, LLM, Source, Tile
+from histology import LEAST, Source, Tile
+from instructions import CONCEPTS, LLM, Grammar
 
 ROOT = Path(__file__).resolve().parent
 REGION = 3000                               # px, the longest side of a region that is asked about
@@ -71,7 +74,7 @@ class Config:
     export_path: str | None = None          # weights; null: final_models/<experiment>.pt
     output_base_dir: str = "."              # where runs/ and final_models/ are made
     data: str = "dat/instruct"              # folder that make writes and train reads
-    sources: tuple[Source, ...] = ()        # class-annotated sets, see instructions.source_tiles
+    sources: tuple[Source, ...] = ()        # class-annotated sets, see histology.source_tiles
     encoder: str | None = None              # folder of the sentence encoder; null: the installed package
     tile: int = 250                         # px, make: about the side of the regions that pairs are about
     pairs: int = 40                         # make: pairs of each tile
@@ -137,7 +140,7 @@ def ask(config: Ask, files: list[str]) -> int:
                              f"{REGION} px; crop what you ask about")
         pixels = source.region(0, source.shape[1], 0, source.shape[2])
     import answer
-    import cells
+    import overlay
     import language
     import segment
     device = pick_device(config.device)
@@ -153,7 +156,7 @@ def ask(config: Ask, files: list[str]) -> int:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     data.write_labels(out / f"{path.stem}_answer_labels.tif", reply.labels)
-    cells.write_png(out / f"{path.stem}_answer.png", cells.overlay(pixels, reply.labels))
+    overlay.write_png(out / f"{path.stem}_answer.png", overlay.overlay(pixels, reply.labels))
     found = reply.found
     amounts = dict(count=None, counts={}, area_fraction=None)
     if found:
@@ -189,10 +192,10 @@ def make(config: Config, files: list[str]) -> int:
     tissues: set[str] = set()
     written = Counter()
     for source in config.sources:
-        for tile in instructions.source_tiles(source):
-            for split, part in instructions.divided(tile, source.split, config.tile, config.hold_out,
+        for tile in histology.source_tiles(source):
+            for split, part in histology.divided(tile, source.split, config.tile, config.hold_out,
                                                     config.seed):
-                instructions.write_tile(out / split, part, concepts)
+                histology.write_tile(out / split, part, concepts)
                 written[split] += 1
                 if split == "train":
                     tissues.add(part.tissue)
@@ -203,7 +206,7 @@ def make(config: Config, files: list[str]) -> int:
                          "made from other sources: remove the folder, or give another data=")
     counts = sum(taught.values(), Counter())
     trained = [name for name, concept in CONCEPTS.items()
-               if concept.words and instructions.is_taught(name, counts, config.least)] + concepts
+               if concept.words and histology.is_taught(name, counts, config.least)] + concepts
     if not trained:
         raise ValueError(f"least={config.least}: no concept has so many cells in train; give more sources or "
                          "a smaller least=")
@@ -212,8 +215,8 @@ def make(config: Config, files: list[str]) -> int:
                   licence=sorted({source.licence for source in config.sources} - {""}))
     runs.write_text(out / "set.json", json.dumps(record, indent=1) + "\n")
     for lot, split in (("train", "train"), ("calibration", "validation"), ("held-out", "test")):
-        tiles = instructions.tiles_of(out, split)
-        lines = instructions.write_pairs(out / f"pairs_{split}.jsonl", tiles, record, lot, config.tile,
+        tiles = histology.tiles_of(out, split)
+        lines = histology.write_pairs(out / f"pairs_{split}.jsonl", tiles, record, lot, config.tile,
                                          config.pairs, config.vain, config.llm, rng)
         print(f"{split}: {written[split]} images, {lines} pairs with {lot} wordings")
     print(f"taught: {', '.join(trained)} -> {out}")
@@ -227,26 +230,26 @@ def train(config: Config, files: list[str]) -> int:
     import answer
     import augment
     import language
-    device, record = pick_device(config.device), instructions.set_of(config.data)
+    device, record = pick_device(config.device), histology.set_of(config.data)
     torch.manual_seed(config.seed)
-    tiles = instructions.tiles_of(Path(config.data), "train")
+    tiles = histology.tiles_of(Path(config.data), "train")
     encoder = language.load(config.encoder)
     classes = sorted(record["cells"])
     net = build(config, record, classes, encoder.dim).to(device)
     columns = ["", *classes, *record["regions"]]                             # ground, cell classes, areas
-    bank = answer.Bank(instructions.pairs_of(config.data, "train"), net.words, columns, encoder).to(device)
+    bank = answer.Bank(histology.pairs_of(config.data, "train"), net.words, columns, encoder).to(device)
     print(f"{len(tiles)} images, {len(bank.lines)} instructions, "
           f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters", file=sys.stderr)
     changes = runs.from_dict(augment.Augment, {**STAINED, **config.augment}, "augment")
     names = [tile.name for tile in tiles]
-    images = augment.Resident(((t.name, normalised(t.pixels), t.labels) for t in tiles), names, device,
+    images = augment.Resident(((t.name, histology.normalised(t.pixels), t.labels) for t in tiles), names, device,
                               config.cap)
     class_of = torch.tensor([columns.index(kind) for tile in tiles for kind in     # in Resident's order
                              ("", *(tile.classes[i] for i in sorted(tile.classes)))], device=device)
     areas = None
     if record["regions"]:                      # crops that follow cells would not show the same place in both
         changes = dataclasses.replace(changes, on_cell=0.0)
-        areas = augment.Resident(((t.name, normalised(t.pixels), area_numbers(t, record["regions"]))
+        areas = augment.Resident(((t.name, histology.normalised(t.pixels), area_numbers(t, record["regions"]))
                                   for t in tiles), names, device, config.cap)
     run = runs.Run(config, device=device)
     state = run.resume()
@@ -321,7 +324,7 @@ def train(config: Config, files: list[str]) -> int:
             print(f"stopped at step {done}; the same command goes on from there", file=sys.stderr)
             return run.exit_code()
     net = average.module.eval()
-    scores = calibrate(net, bank, tiles, config, encoder)
+    scores = calibration.calibrate(net, bank, tiles, Path(config.data), config.tile, encoder)
     run.log(config.steps, **scores)
     net.settings = dataclasses.replace(net.settings, diameter=images.diameter, provenance=dict(
         config=runs.to_yaml(config), scores=scores, cells=record["cells"], torch=str(torch.__version__)))
@@ -359,11 +362,6 @@ def build(config: Config, record: dict, classes: list[str], text: int):
     return answer.Instructed(vit, shape.widths, shape.last, settings, words)
 
 
-def normalised(pixels: np.ndarray) -> np.ndarray:
-    import data
-    return data.normalise(pixels, data.percentiles(pixels))
-
-
 def area_numbers(tile: Tile, regions: dict[str, int]) -> np.ndarray:
     """(H, W) int32: number of each pixel's region, 0 none; each occurs, or Resident would renumber them."""
     labels = np.zeros(tile.labels.shape, np.int32)
@@ -371,104 +369,6 @@ def area_numbers(tile: Tile, regions: dict[str, int]) -> np.ndarray:
         labels[tile.regions[name]] = number
     labels.flat[:len(regions) + 1] = np.arange(len(regions) + 1)
     return labels
-
-
-# ---------------------------------------------------------------------------------------------- calibrate
-
-def calibrate(net, bank, train_tiles: list[Tile], config: Config, encoder) -> dict[str, float]:
-    """Every threshold in net.words and the watershed's, on validation tiles and calibration wordings."""
-    import torch
-    import answer
-    import metrics
-    import segment
-    from watershed import watershed
-    net.cpu().eval()
-    bank.to("cpu")
-    words, folder = net.words, Path(config.data)
-    held = [part for part, _ in parts_of(folder, "validation", config.tile)]
-    if not held:
-        raise ValueError(f"{folder}/validation: no tiles; make the set with a larger hold_out=")
-    distances = [segment.distance_map(normalised(t.pixels), net, limits=segment.UNIT) for t in held]
-    tried = {}
-    for peak, fill in itertools.product((0.3, 0.4, 0.5, 0.6, 0.7), (0.1, 0.2, 0.3, 0.4)):
-        if fill < peak:
-            found = [watershed(d, peak, fill, LEAST) for d in distances]
-            tried[peak, fill] = np.mean([metrics.average_precision(tile.labels, labels, (0.5,))[0]
-                                         for tile, labels in zip(held, found)])
-    peak, fill = max(tried, key=tried.get)
-    net.settings = dataclasses.replace(net.settings, peak=peak, fill=fill, min_area=LEAST)
-    scores = {"val_AP@0.5": float(tried[peak, fill]), "peak": peak, "fill": fill}
-
-    # the tissue: how far tiles of an image lie from the others, image by image (or in six lots of them)
-    tokens, lots = [], []
-    for number, tile in enumerate(train_tiles):
-        for box in instructions.boxes_of(tile.labels.shape, config.tile):
-            pixels = torch.from_numpy(normalised(instructions.cut(tile, box).pixels))
-            with torch.inference_mode():
-                tokens.append(answer.embeddings(pixels, net)[1])
-            lots.append(number % 6 if len(train_tiles) > 6 else number)
-    tokens, lots = torch.stack(tokens), torch.tensor(lots)
-    away = []
-    for lot in lots.unique():
-        if (lots != lot).any():
-            answer.fit_tissue(net, tokens[lots != lot])
-            away += [net.strangeness(token) for token in tokens[lots == lot]]
-    answer.fit_tissue(net, tokens)
-    words.tissue = float(np.quantile(away, 0.95)) if away else float("inf")
-    stains = np.array([answer.stain(t.pixels)[0] for t in held])
-    fakes = np.array([answer.stain(fake)[0] for t in held for fake in answer.no_stain(t.pixels)])
-    real = np.arange(len(stains) + len(fakes)) < len(stains)
-    words.stain, scores["stain"] = answer.best_line(np.append(stains, fakes), real)
-    scores["tissue_line"] = words.tissue
-    if words.classes:
-        return scores
-
-    with torch.inference_mode():
-        said = net.read(bank.vectors)
-        for row, name in enumerate(words.trained):
-            mine = torch.tensor([line["targets"] == [name] and line["task"] not in ("exclude", "compare") and
-                                 line["kind"] == "known" for line in bank.lines])
-            net.prototypes[row] = torch.nn.functional.normalize(said.vectors[mine].sum(0), dim=0)
-        lines = instructions.pairs_of(config.data, "validation")
-        said = net.read(encoder([line["instruction"] for line in lines]))
-        readings = answer.interpret(said, words)
-        words.known, scores["known"] = answer.best_line(np.array([r.confidence for r in readings]),
-                                                        np.array([line["kind"] == "known" for line in lines]))
-        cells, belong, most, there, areas, inside = [], [], [], [], [], []
-        held = instructions.relabelled(held)
-        views = [answer.look(t.pixels, net, t.labels) for t in held]
-        for line, vector in zip(lines, said.vectors):
-            if line["kind"] != "known" or len(line["targets"]) > 1:
-                continue
-            for tile, view in zip(held, views):
-                if set(line["targets"]) & set(words.regions):
-                    plane = view.plane.flatten(1)[:, ::97]
-                    areas.append(net.similarity(vector[None], plane.T)[0].sigmoid().numpy())
-                    inside.append(tile.regions[line["targets"][0]].ravel()[::97])
-                    continue
-                member = instructions.membership(list(tile.classes.values()), line["targets"],
-                                                 line["task"] == "exclude")
-                if not len(member) or (member == 0).any():
-                    continue
-                p = net.similarity(vector[None], view.cells)[0].sigmoid().numpy()
-                cells.append(p)
-                belong.append(member > 0)
-                most.append(p.max())
-                there.append((member > 0).any())
-    if cells:
-        words.belongs, scores["belongs"] = answer.best_line(np.concatenate(cells), np.concatenate(belong),
-                                                            "F1")
-        words.present, scores["present"] = answer.best_line(np.array(most), np.array(there))
-        words.present = max(words.present, words.belongs)
-    if areas:
-        words.pixel, scores["pixel"] = answer.best_line(np.concatenate(areas), np.concatenate(inside), "F1")
-    return scores
-
-
-def parts_of(folder: Path, split: str, side: int) -> list[tuple[Tile, tuple]]:
-    """The regions of a split that pairs are about, with their boxes."""
-    return [(instructions.cut(tile, box), box) for tile in instructions.tiles_of(folder, split)
-            for box in instructions.boxes_of(tile.labels.shape, side)]
 
 
 # ----------------------------------------------------------------------------------------------- evaluate
@@ -483,14 +383,14 @@ def evaluate(config: Config, files: list[str]) -> int:
     if net.words.classes or (fixed and not fixed.words.classes):
         raise ValueError("weights= wants a network of head=text, reference= one of head=fixed")
     encoder, folder = language.load(config.encoder), Path(config.data)
-    foreign = {place: image_files(place) for place in (*config.others, *config.strange)}
-    lines = instructions.pairs_of(config.data, "test")
+    foreign = {place: examine.image_files(place) for place in (*config.others, *config.strange)}
+    lines = histology.pairs_of(config.data, "test")
     texts = [line["instruction"] for line in lines]
     vectors = dict(zip(texts, encoder(texts)))
-    tiles = parts_of(folder, "test", config.tile)
+    tiles = histology.parts_of(folder, "test", config.tile)
     if not tiles or not lines:
         raise ValueError(f"{folder}: no test tiles or pairs; make the set with a source of split: test")
-    asked = Asked(net, vectors)
+    asked = examine.Asked(net, vectors)
     rng = np.random.default_rng(config.seed)
     by_tile: dict[tuple, list[dict]] = {}
     for line in lines:
@@ -502,14 +402,14 @@ def evaluate(config: Config, files: list[str]) -> int:
     foils = {name: [text for other, texts in wordings.items() if other != name for text in texts]
              for name in wordings}
 
-    masks = {name: {way: Tally() for way in ("text", "shuffled", "fixed")} for name in wordings}
+    masks = {name: {way: examine.Tally() for way in ("text", "shuffled", "fixed")} for name in wordings}
     right, counted, same, likes = Counter(), [], [], []
     for tile, box in tiles:
         view = answer.look(tile.pixels, net)
         other = answer.look(tile.pixels, fixed) if fixed else None
         likes.append((view.stain >= net.words.stain, view.strange <= net.words.tissue))
         for name, texts in wordings.items():
-            known = instructions.truth(tile, "segment", (name,))
+            known = histology.truth(tile, "segment", (name,))
             if known is None or len(texts) < 5:
                 continue
             five = [str(text) for text in rng.choice(texts, 5, False)]
@@ -517,15 +417,15 @@ def evaluate(config: Config, files: list[str]) -> int:
             masks[name]["text"].add(known[1], found[0])
             masks[name]["shuffled"].add(known[1], asked.mask(view, str(rng.choice(foils[name]))))
             if fixed:
-                masks[name]["fixed"].add(known[1], of_fixed(other, name, fixed))
+                masks[name]["fixed"].add(known[1], examine.of_fixed(other, name, fixed))
             if known[0].count:
-                same += [iou(a, b) for a, b in itertools.combinations(found, 2)]
+                same += [examine.iou(a, b) for a, b in itertools.combinations(found, 2)]
         for line in by_tile.get((tile.name, *box), []):
-            judge(line, asked.reply(view, line["instruction"]), set(net.words.regions), right, counted)
+            examine.judge(line, asked.reply(view, line["instruction"]), set(net.words.regions), right, counted)
     images = {"test tiles taken for H&E": [stained for stained, _ in likes],
               "test tiles like the training tissue": [like for _, like in likes]}
     for place, files in foreign.items():
-        views = [answer.look(corner(path), net) for path in files]
+        views = [answer.look(examine.corner(path), net) for path in files]
         images[f"{place}: no H&E"] = [view.stain < net.words.stain for view in views]
         images[f"{place}: unlike the training tissue"] = [view.strange > net.words.tissue for view in views]
     for name, told in images.items():
@@ -537,136 +437,16 @@ def evaluate(config: Config, files: list[str]) -> int:
                  for name, ways in masks.items()},
         rates={name: {"right": int(right[name, True]), "of": int(right[name, True] + right[name, False])}
                for name in dict.fromkeys(key[0] for key in right)},
-        counting={"mean_absolute_error": mean(abs(true - said) for true, said in counted),
-                  "mean_true_count": mean(true for true, _ in counted), "n": len(counted)},
-        paraphrases={"mean_iou": mean(same), "pairs": len(same)})
+        counting={"mean_absolute_error": examine.mean(abs(true - said) for true, said in counted),
+                  "mean_true_count": examine.mean(true for true, _ in counted), "n": len(counted)},
+        paraphrases={"mean_iou": examine.mean(same), "pairs": len(same)})
     out = Path(config.output_base_dir) / "runs" / config.experiment
     out.mkdir(parents=True, exist_ok=True)
     runs.write_text(out / "evaluate.json", json.dumps(result, indent=1) + "\n")
-    text = in_words(result)
+    text = examine.in_words(result)
     runs.write_text(out / "evaluate.md", text)
     print(text + f"-> {out / 'evaluate.json'}")
     return 0
-
-
-class Asked:
-    """A network and the vectors of many instructions, encoded once."""
-
-    def __init__(self, net, vectors: dict):
-        import answer
-        import torch
-        self.net, self.answer = net, answer
-        with torch.inference_mode():
-            said = net.read(torch.stack(list(vectors.values())))
-        self.said = {text: (vector, reading) for text, vector, reading in
-                     zip(vectors, said.vectors, answer.interpret(said, net.words))}
-
-    def reply(self, view, text: str):
-        return self.answer.reply(view, text, *self.said[text], self.net)
-
-    def mask(self, view, text: str) -> np.ndarray:
-        """Label image of a text's cells by similarity alone: guardrails are judged apart."""
-        mine = self.answer.chosen(view, self.said[text][0][None], self.net.words, self.net)[0]
-        return view.labels * np.append(False, mine)[view.labels]
-
-
-class Tally:
-    """AP@0.5 and Dice of one class, pooled over tiles: many have no cell of it."""
-
-    def __init__(self):
-        self.tp = self.fp = self.fn = self.both = self.sum = self.images = 0
-
-    def add(self, true: np.ndarray, found: np.ndarray) -> None:
-        import metrics
-        match = metrics.match(true, found, 0.5)
-        self.tp, self.fp, self.fn = self.tp + match.tp, self.fp + match.fp, self.fn + match.fn
-        self.both += int(((true > 0) & (found > 0)).sum())
-        self.sum += int((true > 0).sum() + (found > 0).sum())
-        self.images += 1
-
-    def scores(self) -> dict:
-        cells = self.tp + self.fp + self.fn
-        return {"AP@0.5": self.tp / cells if cells else None,
-                "Dice": 2 * self.both / self.sum if self.sum else None,
-                "true": self.tp + self.fn, "found": self.tp + self.fp}
-
-
-def of_fixed(view, name: str, net) -> np.ndarray:
-    """Label image of the cells whose likeliest class of the fixed-class control is of this concept."""
-    import torch
-    with torch.inference_mode():
-        best = net.classify(view.cells).argmax(1).tolist() if len(view.cells) else []
-    mine = instructions.membership([net.words.classes[i] for i in best], [name]) > 0
-    return view.labels * np.append(False, mine)[view.labels]
-
-
-def mean(values: Iterable[float]) -> float | None:
-    values = list(values)
-    return float(np.mean(values)) if values else None
-
-
-def iou(a: np.ndarray, b: np.ndarray) -> float:
-    union = ((a > 0) | (b > 0)).sum()
-    return float(((a > 0) & (b > 0)).sum() / union) if union else 1.0
-
-
-def judge(line: dict, reply, areas: set[str], right: Counter, counted: list) -> None:
-    """One pair into the tallies: right {(what, whether): number}, counted [(true count, answered count)]."""
-    asked_back, targets = reply.status == "question", set(line["targets"])
-    if line["kind"] != "known":
-        right[f"asked back: {line['kind']}", asked_back] += 1
-    elif line["status"] == "question":
-        right["asked back: another tissue than the training's", asked_back] += 1
-    else:
-        right["answered what can be answered", not asked_back] += 1
-        if asked_back:
-            return
-        right["task understood", reply.task == line["task"]] += 1
-        right["targets understood", set(reply.targets) == targets] += 1
-        if len(targets) == 1 and line["task"] != "exclude" and not targets & areas:
-            true, said = line["count"], reply.found.count
-            counted.append((true, said))
-            right["present cells seen" if true else "absent cells not seen", (said > 0) == (true > 0)] += 1
-
-
-def image_files(folder: str, count: int = 20) -> list[Path]:
-    """The first images of a folder, without label files."""
-    files = sorted(file for end in ("png", "tif", "jpg") for file in Path(folder).rglob(f"*.{end}"))
-    labels = ("_nuclei", "_cells", "_types", "_labels", "_masks")
-    files = [file for file in files if not file.stem.endswith(labels)]
-    if not files:
-        raise FileNotFoundError(f"{folder}: no images in it (png, tif, jpg)")
-    return files[:count]
-
-
-def corner(path: Path) -> np.ndarray:
-    """Up to 500 x 500 px of an image, its first channel or three."""
-    import data
-    pixels = data.read_image(path).pixels[:3, :500, :500]
-    return pixels if len(pixels) in (1, 3) else pixels[:1]
-
-
-def in_words(result: dict) -> str:
-    """The report as Markdown."""
-    import report
-
-    def shown(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
-    ways, keys = ("text", "shuffled", "fixed"), ("AP@0.5", "Dice")
-    rows = [[name, str(scores["text"]["true"]),
-             *(shown(scores.get(way, {}).get(key)) for key in keys for way in ways)]
-            for name, scores in result["classes"].items() if scores]
-    rates = [[name, f"{rate['right'] / rate['of']:.1%}", f"{rate['right']} of {rate['of']}"]
-             for name, rate in sorted(result["rates"].items()) if rate["of"]]
-    counting, same = result["counting"], result["paraphrases"]
-    return "\n".join((
-        report.markdown(["class", "true cells", *(f"{key} {way}" for key in keys for way in ways)], rows),
-        report.markdown(["what", "share", "n"], rates),
-        f"Counting: mean absolute error {shown(counting['mean_absolute_error'])} at a mean true count of "
-        f"{shown(counting['mean_true_count'])} (n = {counting['n']}).",
-        f"Five wordings of one question: mean IoU of their masks {shown(same['mean_iou'])} "
-        f"({same['pairs']} pairs).",
-        f"{result['tiles']} tiles, {result['pairs']} pairs, torch {result['torch']}, {result['weights']}.\n"))
 
 
 VERBS = {"ask": (Ask, ask), "make": (Config, make), "train": (Config, train), "evaluate": (Config, evaluate)}

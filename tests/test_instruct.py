@@ -20,11 +20,13 @@ import torch
 
 import answer
 import data
+import histology
 import instruct
 import instructions
 import language
 import model
-from instructions import Found, Source, Tile
+from histology import Source, Tile
+from instructions import Found
 
 KINDS = {"inflammatory": (5, (70, 35, 115)), "malignant epithelial": (9,
                                                                       (150, 100,
@@ -78,7 +80,7 @@ def test_a_class_counts_for_its_ancestors_and_says_nothing_of_finer_ones():
 
 def test_every_parent_exists_and_every_class_of_a_source_is_known():
     assert {c.parent for c in instructions.CONCEPTS.values()} - {None} <= instructions.CONCEPTS.keys()
-    assert all(name in instructions.CONCEPTS for table in instructions.CLASSES.values()
+    assert all(name in instructions.CONCEPTS for table in histology.CLASSES.values()
                for name in table.values())
 
 
@@ -142,7 +144,7 @@ def test_pannuke(tmp_path):
         folder.mkdir(parents=True)
         np.save(folder / f"{kind}.npy", content)
     np.save(tmp_path / "fold1" / "images" / "fold1" / "types.npy", np.array(["Breast", "Colon"]))
-    first, second = instructions.source_tiles(Source(str(tmp_path), "pannuke"))
+    first, second = histology.source_tiles(Source(str(tmp_path), "pannuke"))
     names = {i: name for i, name in first.classes.items()}
     assert collections.Counter(names.values()) == {"inflammatory": 2, "healthy epithelial": 1,
                                                    "malignant epithelial": 1}
@@ -164,12 +166,12 @@ def test_lizard(tmp_path):
                                                            "bbox": np.zeros((2, 4))})
     skimage.io.imsave(tmp_path / "Images" / "dpath_1.png", np.full((12, 20, 3), 90, np.uint8),
                       check_contrast=False)
-    tile, = instructions.source_tiles(Source(str(tmp_path), "lizard", tissue="colon"))
+    tile, = histology.source_tiles(Source(str(tmp_path), "lizard", tissue="colon"))
     assert tile.classes == {2: "lymphocyte",
                             5: "connective"} and (tile.labels == labels).all() and tile.tissue == "colon"
     (tmp_path / "Images" / "dpath_1.png").unlink()
     with pytest.raises(FileNotFoundError, match="dpath_1.png"):
-        list(instructions.source_tiles(Source(str(tmp_path), "lizard")))
+        list(histology.source_tiles(Source(str(tmp_path), "lizard")))
 
 
 def test_consep_layout_takes_the_class_of_most_pixels(tmp_path):
@@ -178,12 +180,12 @@ def test_consep_layout_takes_the_class_of_most_pixels(tmp_path):
     types[:3, :3], types[5:, 5:], types[0, 0] = 2, 5, 3
     for name, content in (("a", np.zeros((8, 8, 3), np.uint8)), ("a_nuclei", labels), ("a_types", types)):
         skimage.io.imsave(tmp_path / f"{name}.png", content, check_contrast=False)
-    tile, = instructions.source_tiles(Source(str(tmp_path), "consep"))
+    tile, = histology.source_tiles(Source(str(tmp_path), "consep"))
     assert tile.classes == {4: "inflammatory", 9: "fibroblast"}
 
 
 def test_real_consep(shared):
-    tiles = list(instructions.source_tiles(Source(str(shared / "data" / "he_consep" / "train"), "consep",
+    tiles = list(histology.source_tiles(Source(str(shared / "data" / "he_consep" / "train"), "consep",
                                                   limit=2)))
     counts = collections.Counter(tiles[0].classes.values())
     assert len(tiles) == 2 and counts == {"other": 9, "inflammatory": 94, "malignant epithelial": 289,
@@ -194,37 +196,37 @@ def test_own_labels_round_trip_with_regions_and_mistakes(tmp_path):
     tile = tissue(1, size=64, count=9)
     area = np.zeros((64, 64), bool)
     area[10:30, 5:40] = True
-    instructions.write_tile(tmp_path, tile._replace(regions={"necrosis": area}, tissue="liver"),
+    histology.write_tile(tmp_path, tile._replace(regions={"necrosis": area}, tissue="liver"),
                             ["mucin", "necrosis"])
     source = Source(str(tmp_path), regions={"1": "mucin", "2": "necrosis"})
-    back, = instructions.source_tiles(source)
+    back, = histology.source_tiles(source)
     assert (back.pixels == tile.pixels).all() and (back.labels == tile.labels).all()
     assert back.classes == tile.classes
     assert (back.regions["necrosis"] == area).all() and not back.regions["mucin"].any()
     table = tmp_path / "tissue_1_classes.csv"
     table.write_text("id,class\n1,lemon\n")
     with pytest.raises(ValueError, match="class 'lemon', expected one of nuclei"):
-        list(instructions.source_tiles(source))
+        list(histology.source_tiles(source))
     table.write_text("id,class\n1,inflammatory\n")
     with pytest.raises(ValueError, match="cells without a class, such as 2"):
-        list(instructions.source_tiles(source))
+        list(histology.source_tiles(source))
     with pytest.raises(ValueError, match="class 'lemon' is none of"):
         Source("x", classes={1: "lemon"})
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        list(instructions.source_tiles(Source(str(tmp_path / "nowhere"))))
+        list(histology.source_tiles(Source(str(tmp_path / "nowhere"))))
 
 
 def test_truth_of_a_cut_tile():
     tile = tissue(2)
-    part = instructions.cut(tile, (0, 0, 96, 96))
+    part = histology.cut(tile, (0, 0, 96, 96))
     assert set(part.classes) == set(np.unique(part.labels)) - {0}
-    assert np.bincount(part.labels.ravel())[list(part.classes)].min() >= instructions.LEAST
-    found, labels = instructions.truth(part, "count", ("inflammatory",))
+    assert np.bincount(part.labels.ravel())[list(part.classes)].min() >= histology.LEAST
+    found, labels = histology.truth(part, "count", ("inflammatory",))
     assert found.count == sum(name == "inflammatory" for name in part.classes.values()) > 0
-    rest, others = instructions.truth(part, "exclude", ("inflammatory",))
+    rest, others = histology.truth(part, "exclude", ("inflammatory",))
     assert rest.count + found.count == len(part.classes) and not ((labels > 0) & (others > 0)).any()
     assert math.isclose(found.area + rest.area, (part.labels > 0).mean())
-    assert instructions.truth(part._replace(classes={i: "inflammatory" for i in part.classes}), "count",
+    assert histology.truth(part._replace(classes={i: "inflammatory" for i in part.classes}), "count",
                               ("plasma",)) is None
 
 
@@ -487,7 +489,7 @@ def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     for split, seeds in (("train", (10, 11, 12)), ("test", (13,))):
         for seed in seeds:
-            instructions.write_tile(folder / "source" / split, tissue(seed), [])
+            histology.write_tile(folder / "source" / split, tissue(seed), [])
     lines = "".join(f"- {{path: {folder}/source/{s}, split: {s}, tissue: colon, licence: none}}\n"
                     for s in ("train", "test"))
     (folder / "toy.yaml").write_text(f"experiment: toy\ndata: {folder}/set\noutput_base_dir: {folder}\n"
@@ -511,8 +513,8 @@ def test_make_writes_whole_pairs(toy):
     assert record["trained"] == ["nuclei", "inflammatory", "epithelial", "malignant epithelial"]
     texts = {}
     for split, lot in (("train", "train"), ("validation", "calibration"), ("test", "held-out")):
-        lines = instructions.pairs_of(folder / "set", split)
-        tiles = {tile.name: tile for tile in instructions.tiles_of(folder / "set", split)}
+        lines = histology.pairs_of(folder / "set", split)
+        tiles = {tile.name: tile for tile in histology.tiles_of(folder / "set", split)}
         assert lines and {line["wording"] for line in lines} == {lot}
         texts[split] = {line["instruction"] for line in lines}
         known = [line for line in lines if line["kind"] == "known"]
@@ -557,7 +559,7 @@ def test_fixed_head_and_evaluate(toy):
     assert run("train", "head=fixed", "experiment=toy_fixed", "steps=20") == 0
     assert run("evaluate", f"reference={folder}/final_models/toy_fixed.pt") == 0
     result = json.loads((folder / "runs" / "toy" / "evaluate.json").read_text())
-    true = sum(name == "inflammatory" for tile, _ in instruct.parts_of(folder / "set", "test", 64)
+    true = sum(name == "inflammatory" for tile, _ in histology.parts_of(folder / "set", "test", 64)
                for name in tile.classes.values())
     ways = result["classes"]["inflammatory"]
     assert set(ways) == {"text", "shuffled", "fixed"} and ways["text"]["true"] == true
@@ -623,7 +625,7 @@ def test_regions_become_areas(tmp_path):
         area = np.zeros(tile.labels.shape, bool)
         area[:, 100:] = True
         tile.pixels[:, area] = (tile.pixels[:, area] * 0.75).astype(np.uint8)
-        instructions.write_tile(tmp_path / "source", tile._replace(regions={"necrosis": area}), ["necrosis"])
+        histology.write_tile(tmp_path / "source", tile._replace(regions={"necrosis": area}), ["necrosis"])
     config = tmp_path / "c.yaml"
     config.write_text(f"experiment: areas\ndata: {tmp_path}/set\noutput_base_dir: {tmp_path}\n"
                       f"sources: [{{path: {tmp_path}/source, regions: {{1: necrosis}}}}]\n")
@@ -633,7 +635,7 @@ def test_regions_become_areas(tmp_path):
             with pytest.raises(SystemExit) as stop:
                 instruct.start([verb, str(config), *TOY, "steps=12"])
             assert stop.value.code == 0
-    line = next(line for line in instructions.pairs_of(tmp_path / "set", "train")
+    line = next(line for line in histology.pairs_of(tmp_path / "set", "train")
                 if line["targets"] == ["necrosis"] and line["count"])
     assert line["area_fraction"] > 0.3 and not line["task"] == "exclude"
     net = answer.load(tmp_path / "final_models" / "areas.pt")

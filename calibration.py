@@ -1,0 +1,104 @@
+"""Thresholds of the instructed network: of the watershed, of stain and tissue, of what is known, belongs, is there.
+
+    scores = calibrate(net, bank, train_tiles, folder, 250, encoder)     on validation tiles and their own wordings
+"""
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+import instructions
+import histology
+
+
+def calibrate(net, bank, train_tiles: list[histology.Tile], folder: Path, side: int, encoder) -> dict[str, float]:
+    """Every threshold in net.words and the watershed's, on validation tiles and calibration wordings."""
+    import torch
+    import answer
+    import metrics
+    import segment
+    from watershed import watershed
+    net.cpu().eval()
+    bank.to("cpu")
+    words = net.words
+    held = [part for part, _ in histology.parts_of(folder, "validation", side)]
+    if not held:
+        raise ValueError(f"{folder}/validation: no tiles; make the set with a larger hold_out=")
+    distances = [segment.distance_map(histology.normalised(t.pixels), net, limits=segment.UNIT) for t in held]
+    tried = {}
+    for peak, fill in itertools.product((0.3, 0.4, 0.5, 0.6, 0.7), (0.1, 0.2, 0.3, 0.4)):
+        if fill < peak:
+            found = [watershed(d, peak, fill, histology.LEAST) for d in distances]
+            tried[peak, fill] = np.mean([metrics.average_precision(tile.labels, labels, (0.5,))[0]
+                                         for tile, labels in zip(held, found)])
+    peak, fill = max(tried, key=tried.get)
+    net.settings = dataclasses.replace(net.settings, peak=peak, fill=fill, min_area=histology.LEAST)
+    scores = {"val_AP@0.5": float(tried[peak, fill]), "peak": peak, "fill": fill}
+
+    # the tissue: how far tiles of an image lie from the others, image by image (or in six lots of them)
+    tokens, lots = [], []
+    for number, tile in enumerate(train_tiles):
+        for box in histology.boxes_of(tile.labels.shape, side):
+            pixels = torch.from_numpy(histology.normalised(histology.cut(tile, box).pixels))
+            with torch.inference_mode():
+                tokens.append(answer.embeddings(pixels, net)[1])
+            lots.append(number % 6 if len(train_tiles) > 6 else number)
+    tokens, lots = torch.stack(tokens), torch.tensor(lots)
+    away = []
+    for lot in lots.unique():
+        if (lots != lot).any():
+            answer.fit_tissue(net, tokens[lots != lot])
+            away += [net.strangeness(token) for token in tokens[lots == lot]]
+    answer.fit_tissue(net, tokens)
+    words.tissue = float(np.quantile(away, 0.95)) if away else float("inf")
+    stains = np.array([answer.stain(t.pixels)[0] for t in held])
+    fakes = np.array([answer.stain(fake)[0] for t in held for fake in answer.no_stain(t.pixels)])
+    real = np.arange(len(stains) + len(fakes)) < len(stains)
+    words.stain, scores["stain"] = answer.best_line(np.append(stains, fakes), real)
+    scores["tissue_line"] = words.tissue
+    if words.classes:
+        return scores
+
+    with torch.inference_mode():
+        said = net.read(bank.vectors)
+        for row, name in enumerate(words.trained):
+            mine = torch.tensor([line["targets"] == [name] and line["task"] not in ("exclude", "compare") and
+                                 line["kind"] == "known" for line in bank.lines])
+            net.prototypes[row] = torch.nn.functional.normalize(said.vectors[mine].sum(0), dim=0)
+        lines = histology.pairs_of(folder, "validation")
+        said = net.read(encoder([line["instruction"] for line in lines]))
+        readings = answer.interpret(said, words)
+        words.known, scores["known"] = answer.best_line(np.array([r.confidence for r in readings]),
+                                                        np.array([line["kind"] == "known" for line in lines]))
+        cells, belong, most, there, areas, inside = [], [], [], [], [], []
+        held = histology.relabelled(held)
+        views = [answer.look(t.pixels, net, t.labels) for t in held]
+        for line, vector in zip(lines, said.vectors):
+            if line["kind"] != "known" or len(line["targets"]) > 1:
+                continue
+            for tile, view in zip(held, views):
+                if set(line["targets"]) & set(words.regions):
+                    plane = view.plane.flatten(1)[:, ::97]
+                    areas.append(net.similarity(vector[None], plane.T)[0].sigmoid().numpy())
+                    inside.append(tile.regions[line["targets"][0]].ravel()[::97])
+                    continue
+                member = instructions.membership(list(tile.classes.values()), line["targets"],
+                                                 line["task"] == "exclude")
+                if not len(member) or (member == 0).any():
+                    continue
+                p = net.similarity(vector[None], view.cells)[0].sigmoid().numpy()
+                cells.append(p)
+                belong.append(member > 0)
+                most.append(p.max())
+                there.append((member > 0).any())
+    if cells:
+        words.belongs, scores["belongs"] = answer.best_line(np.concatenate(cells), np.concatenate(belong),
+                                                            "F1")
+        words.present, scores["present"] = answer.best_line(np.array(most), np.array(there))
+        words.present = max(words.present, words.belongs)
+    if areas:
+        words.pixel, scores["pixel"] = answer.best_line(np.concatenate(areas), np.concatenate(inside), "F1")
+    return scores

@@ -54,7 +54,8 @@ class Config:
     network: Network = field(default_factory=Network)   # from scratch, or the decoder of a new backbone
     data: trainset.Data = field(default_factory=trainset.Data)
     augment: dict = field(default_factory=dict)          # what happens to crops: changes to augment.Augment
-    edge_weight: float = 0.0                # k: pixels near an edge count up to 1 + k times; parts touching cells sooner
+    edge_weight: float = 0.0                # k: pixels near an edge count up to 1 + k times
+    seam_weight: float = 0.0                # pixels between two cells that touch or nearly do count so much more
     cap: float | None = 4.0                 # px, distances stop growing here (data.distance_map)
     crop: int = 256                         # px, side of the training crops, and of the tiles later
     seed: int = 0                           # of everything random
@@ -143,12 +144,12 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
             group["lr"] = config.lr * factor * group["scale"]
         before = time.perf_counter()
         sample = np.arange(config.batch)[share] + step * config.batch        # numbers that no other sample ever has
-        x, target, _ = augment.sample(images, images.draw(config.seed, sample), sample, changes, size=config.crop,
-                                      seed=config.seed, cap=config.cap)      # (B, 3, S, S), (B, 1, S, S)
+        x, target, labels = augment.sample(images, images.draw(config.seed, sample), sample, changes, size=config.crop,
+                                           seed=config.seed, cap=config.cap)     # (B, 3, S, S), (B, 1, S, S), (B, S, S)
         waited += time.perf_counter() - before
         with autocast:
             predicted = wrapped(x.contiguous(memory_format=layout))          # (B, 1, S, S)
-        loss = error(predicted.float(), target, config.edge_weight)
+        loss = error(predicted.float(), target, labels, config.edge_weight, config.seam_weight)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
         optimiser.step()
@@ -217,21 +218,25 @@ def build(config: Config):
     return net
 
 
-BESIDE = 2          # px outside a cell that count as near its edge
+BESIDE = 2          # px from a cell that are near it
 
 
-def error(predicted, target, edge_weight: float):
-    """Mean squared error of distances (B, 1, S, S), each pixel near an edge weighed by 1 + edge_weight (1 - distance).
+def error(predicted, target, labels, edge_weight: float = 0.0, seam_weight: float = 0.0):
+    """Mean squared error of distances (B, 1, S, S), each pixel weighed; labels (B, S, S), 0 is ground.
 
-    The edge between two cells that touch is a valley of few pixels: unweighed, it hardly shows in the mean. The ground
-    beside a cell counts as well, or the network would rather draw cells too large than too small.
+    Near an edge, on both sides of it, by 1 + edge_weight (1 - distance): with the cell's side alone the network would
+    rather draw cells too large than too small. And seam_weight more where two cells are near: what parts touching cells
+    is a valley of few pixels that else hardly shows in the mean.
     """
     import torch
     square = (predicted - target).square()
-    if edge_weight:
-        near = torch.nn.functional.max_pool2d((target > 0).to(target.dtype), 2 * BESIDE + 1, 1, BESIDE)
-        square = square * (1 + edge_weight * (1 - target) * near)
-    return square.mean()
+    if not edge_weight and not seam_weight:
+        return square.mean()
+    number = labels[:, None].to(target.dtype)                                # (B, 1, S, S)
+    highest, lowest = (torch.nn.functional.max_pool2d(v, 2 * BESIDE + 1, 1, BESIDE)
+                       for v in (number, -number.masked_fill(number == 0, torch.inf)))
+    near, seam = highest > 0, (highest > 0) & (highest != -lowest)           # of one cell or more, of two or more
+    return (square * (1 + edge_weight * (1 - target) * near + seam_weight * seam)).mean()
 
 
 def parameter_groups(net, config: Config) -> list[dict]:
@@ -350,12 +355,12 @@ def print_check(config: Config, net, images, validation: list, device: str, chan
     for step in range(4):
         begin = time.perf_counter()
         sample = np.arange(config.batch)
-        x, target, _ = augment.sample(images, images.draw(config.seed, sample), sample, changes, size=config.crop,
-                                      seed=config.seed, cap=config.cap)
+        x, target, labels = augment.sample(images, images.draw(config.seed, sample), sample, changes, size=config.crop,
+                                           seed=config.seed, cap=config.cap)
         prepared = time.perf_counter()
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=use_bf16(config, device)):
             predicted = net(x)
-        error(predicted.float(), target, config.edge_weight).backward()
+        error(predicted.float(), target, labels, config.edge_weight, config.seam_weight).backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         if "cuda" in device:

@@ -130,14 +130,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert done.returncode == 1 and "the loss is nan at step" in done.stderr and "last good checkpoint" in done.stderr
 
 
-def test_edges_count_more_when_asked():
+def test_edges_and_seams_count_more_when_asked():
     """Closed form, k = 8: a pixel at distance 1/4 counts 1 + 8 * 3/4 = 7 times, ground within 2 px of a cell 9 times,
-    the middle of a cell and far ground once."""
+    the middle of a cell and far ground once; pixels within 2 px of two cells 10 times more with a seam weight of 10."""
     target = torch.tensor([0.0, 0.0, 0.0, 0.25, 1.0]).view(1, 1, 1, 5)
+    labels = torch.tensor([0, 0, 0, 5, 5]).view(1, 1, 5)
     predicted = target + torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]).view(1, 1, 1, 5)
-    plain, near = (0.01 + 0.04 + 0.09 + 0.16 + 0.25) / 5, (0.01 + 9 * 0.04 + 9 * 0.09 + 7 * 0.16 + 0.25) / 5
-    assert train_seg.error(predicted, target, 0).item() == pytest.approx(plain)
-    assert train_seg.error(predicted, target, 8).item() == pytest.approx(near)
+    squares = torch.tensor([0.01, 0.04, 0.09, 0.16, 0.25])
+    for edge, weights in ((0, [1, 1, 1, 1, 1]), (8, [1, 9, 9, 7, 1])):
+        expected = (squares * torch.tensor(weights)).mean().item()
+        assert train_seg.error(predicted, target, labels, edge).item() == pytest.approx(expected)
+        assert train_seg.error(predicted, target, labels, edge, 10).item() == pytest.approx(expected)     # one cell: no seam
+    two = torch.tensor([7, 0, 0, 5, 5]).view(1, 1, 5)
+    expected = (squares * torch.tensor([1, 11, 11, 1, 1])).mean().item()
+    assert train_seg.error(predicted, target, two, 0, 10).item() == pytest.approx(expected)
 
 
 def test_it_starts_from_weights(whole, tmp_path):

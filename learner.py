@@ -49,7 +49,7 @@ class Encoder(nn.Module):
         """crops : (B_i, 3, H_i, W_i) each; mask : (B_0, N_0), of the first; jitter : (depth, sizes)."""
         vit, plain = self.vit, 1 + self.vit.registers
         grids = [(x.shape[2] // vit.patch, x.shape[3] // vit.patch) for x in crops]
-        tokens = [vit._embed(x, mask if i == 0 else None) for i, x in enumerate(crops)]        # (B_i, T_i, D)
+        tokens = [vit.embed(x, mask if i == 0 else None) for i, x in enumerate(crops)]        # (B_i, T_i, D)
         shapes, lengths = [t.shape for t in tokens], [t.shape[0] * t.shape[1] for t in tokens]
         x = torch.cat([t.flatten(0, 1) for t in tokens])                     # (all tokens, D)
         ropes = [rope_table(vit.periods, *grid, plain) for grid in grids]

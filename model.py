@@ -135,7 +135,7 @@ class ViT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def _embed(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def embed(self, x: Tensor, mask: Tensor | None) -> Tensor:
         B, _, H, W = x.shape
         if H % self.patch or W % self.patch:
             raise ValueError(f"image of {H} x {W} px: both sides must be multiples of the patch ({self.patch} px); "
@@ -150,7 +150,7 @@ class ViT(nn.Module):
         """All tokens after the last block, before the norm, and the patch tokens after the blocks named in taps."""
         h, w = x.shape[2] // self.patch, x.shape[3] // self.patch
         plain = 1 + self.registers
-        x, seen = self._embed(x, mask), []
+        x, seen = self.embed(x, mask), []
         rope = rope_table(self.periods, h, w, plain)
         for i, block in enumerate(self.blocks):
             if self.training and self.rope_jitter > 1:

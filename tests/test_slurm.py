@@ -187,3 +187,61 @@ def test_only_a_stopped_shard_is_queued_again(place, code):
     done, calls = run("array.sh", "say.py", "c.yaml", **shard(3))
     assert done.returncode == code
     assert calls[1:] == (["scontrol requeue 17_3"] if code == 85 else [])
+
+
+# Stands for train_ssl.py, train_seg.py: says its rate, works a tenth of a second a step, goes on, stops at Slurm's signal.
+TRAINS = '''
+import pathlib, signal, sys, time
+config, *rest = sys.argv[1:]
+name = next(l.split()[1] for l in open(config) if l.startswith("experiment:"))
+if "--check" in rest:
+    print("0.100 s a step on cpu (1% of it crops): so many steps")
+    sys.exit(0)
+given = dict(word.split("=") for word in rest)
+stop = []
+signal.signal(signal.SIGUSR1, lambda *_: stop.append(1))
+weights, at = pathlib.Path(f"final_models/{name}.pt"), pathlib.Path(f"runs/{name}")
+at.mkdir(parents=True, exist_ok=True)
+weights.parent.mkdir(exist_ok=True)
+seen = at / "step"
+for step in range(int(seen.read_text()) if seen.exists() else 0, int(given["steps"])):
+    time.sleep(0.1)
+    seen.write_text(str(step + 1))
+    weights.write_bytes(b"x" * 40)
+    (at / "log.jsonl").write_text("{}")
+    if stop:
+        sys.exit(85)
+print(name, "ends", given)
+'''
+
+
+def test_legs_go_on_and_each_leaves_weights(tmp_path):
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/results.md").write_text("table")
+    (tmp_path / "slurm/legs.sh").write_bytes((ROOT / "slurm/legs.sh").read_bytes())
+    for name in ("train_ssl.py", "train_seg.py"):
+        (tmp_path / name).write_text(TRAINS)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.yaml").write_text(f"experiment: {name}\nwarmup: 3\n")
+
+    def leg(seconds, *arguments):
+        return subprocess.run(["bash", "slurm/legs.sh", str(seconds), *arguments], cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, "SSL": "a.yaml", "SEG": "b.yaml", "PRETRAIN": "4", "TRAIN": "1",
+                                   "MEASURE": "no", "PYTHON": sys.executable})
+
+    assert leg(4, "out").returncode == 85                     # too short for anything but the count of steps
+    assert (tmp_path / "runs/legs/a.steps").read_text() == "40\n"
+    (tmp_path / "runs/legs/a.steps").write_text("200")        # 20 s: more than one leg
+    stopped = leg(8, "out")
+    assert stopped.returncode == 85 and "leg over in a" in stopped.stdout, stopped.stderr
+    assert (tmp_path / "out/a.pt.00").read_bytes() == b"x" * 40 and (tmp_path / "out/a.jsonl").exists()
+    assert 40 < int((tmp_path / "runs/a/step").read_text()) < 100
+    (tmp_path / "runs/a/step").write_text("199")
+    last = leg(20, "out", "data.root=here")
+    assert last.returncode == 0, last.stdout + last.stderr
+    assert re.search(r"b ends \{'steps': '10', 'init': 'final_models/a.pt', 'data.root': 'here'\}", last.stdout)
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.pt.*")) == ["a.pt.00", "b.pt.00"]
+    again = leg(8)
+    assert again.returncode == 0 and "ends" not in again.stdout
+    assert leg("soon").returncode == 2

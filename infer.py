@@ -1,6 +1,6 @@
 """Find the cells in images: python infer.py img.tif [more files, folders, globs] [out=DIR] [key=value ...]
 
-    python infer.py                                   the demo image
+    python infer.py                                   the demo images
     python infer.py plate1/ "scans/*.tif" out=cells   folders (every image in them) and globs
     python infer.py img.tif channels=DNA,AGP diameter=auto geojson=true
     python infer.py s3://bucket/plate out=s3://bucket/cells shard=3/16     the third of 16 equal parts (slurm/array.sh)
@@ -57,6 +57,7 @@ class Config:
     diameter: str | None = None                     # how wide cells are here: 40 (px), 12um, auto; null: as trained
     peak: float | None = None                       # a cell's marker lies above this distance; null: the weights' own
     fill: float | None = None                       # a cell reaches down to this distance; null: the weights' own
+    depth: float | None = None                      # a valley so deep parts two cells; 0: one down to peak; null: the weights' own
     min_area: int | None = None                     # px, smaller cells are dropped; null: the weights' own
     border: Literal["keep", "drop"] = "keep"        # drop: leave out cells cut by the edge of the image
     near: float | None = None                       # px, neighbours are counted within this distance; null: a cell's width
@@ -76,7 +77,7 @@ class Config:
     signed: bool = False                            # read from S3 with your AWS credentials; public buckets need none
 
     def __post_init__(self):
-        for name in ("peak", "fill"):
+        for name in ("peak", "fill", "depth"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name}={value:g}: expected a distance from 0 to below 1")
@@ -97,7 +98,7 @@ class Config:
 
 def main(config: Config, files: list[str]) -> int:
     root = Path(__file__).resolve().parent
-    found = find_images(files or [str(root / "demo" / "*.tif")], config)
+    found = find_images(files or [str(root / "demo" / "*.png")], config)
     part, parts = runs.part_of(config.shard)
     mine = {path: found[path] for path in sorted(found, key=str)[part - 1::parts]} if parts > 1 else found
     if not mine:
@@ -185,7 +186,7 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, progress
         for notice in source.notices:                          # now, for all pixels have been seen
             if said := images.told(path, notice):
                 say(said)
-        options = dict(limits=limits, peak=config.peak, fill=config.fill, tile=config.tile, overlap=config.overlap,
+        options = dict(limits=limits, peak=config.peak, fill=config.fill, depth=config.depth, tile=config.tile, overlap=config.overlap,
                        batch=config.batch)
         scale = choose_scale(config, source, net, options, path)
         reduce = -(-max(H, W) // PICTURE)                      # the overlay is reduced by this whole number

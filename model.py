@@ -265,6 +265,7 @@ class Settings:
     cap: float | None = None          # px, data.distance_map(cap=) of the training targets
     peak: float = 0.47                # watershed: a cell's marker lies above
     fill: float = 0.09                # watershed: a cell reaches down to
+    depth: float = 0.0                # watershed: two summits are two cells if the valley between them is so deep; 0: peak decides
     min_area: int = 0                 # px, smaller cells are dropped
     diameter: float | None = None     # px, median equivalent diameter of the training cells
     pixel_size: float | None = None   # µm per px of the training data, where it has one

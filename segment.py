@@ -71,13 +71,13 @@ def _whole(what: str, image, model, options: dict) -> np.ndarray:
 
 
 def blocks(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None, peak: float | None = None,
-           fill: float | None = None, min_area: int | None = None, border: str = "keep", tile: int | None = None,
+           fill: float | None = None, depth: float | None = None, min_area: int | None = None, border: str = "keep", tile: int | None = None,
            overlap: int | None = None, batch: int | None = None, block: int = 2048, halo: int | None = None,
            clock: Counter | None = None, progress=None) -> Iterator[Block]:
     """Segment block by block, left to right and top to bottom.
 
     scale : network px per image px (see scale_for); limits : (C, 2), what becomes 0 and 1 (data.percentiles).
-    peak, fill, min_area (image px) : None takes the weights' own. border="drop" leaves out cells cut by the image's edge.
+    peak, fill, depth, min_area (image px) : None takes the weights' own. border="drop" leaves out cells cut by the image's edge.
     tile : px, None takes the training size. overlap : px shared by neighbouring tiles; None: a cell's width, so that
         every cell lies whole in some tile, from an eighth to half of the tile.
     block : px, side of a block; images that are not much larger are one block. halo : px, None: 256 or 4 cells.
@@ -97,6 +97,7 @@ def blocks(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None
     fill = settings.fill if fill is None else fill
     if not 0 <= fill <= peak < 1:
         raise ValueError(f"peak={peak:g}, fill={fill:g}: expected 0 <= fill <= peak < 1")
+    depth = settings.depth if depth is None else depth
     min_area = round(settings.min_area / scale**2) if min_area is None else min_area
     halo = halo or max(256, math.ceil(4 * (settings.diameter or 0) / scale))
     if max(H, W) <= block + 2 * halo:
@@ -129,7 +130,7 @@ def blocks(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None
                 finer = h > H or w > W                        # the network sees more pixels than the image has
                 whole = _enlarge(distance, (net_y, net_x), (view_y, view_x), (h / H, w / W))
                 local = watershed(distance if finer else whole, peak, fill,
-                                  min_area if not finer else round(min_area * h * w / (H * W)))
+                                  min_area if not finer else round(min_area * h * w / (H * W)), depth)
                 if finer:
                     local = _nearest(local, (net_y, net_x), (view_y, view_x), (h / H, w / W))
                 local, whole = local.cpu().numpy(), whole[inner].cpu().numpy()

@@ -264,23 +264,26 @@ def use_bf16(config: Config, device: str) -> bool:
 # -------------------------------------------------------------------------------------------- validation
 
 AREAS = (0, 5, 10, 20, 40, 80)              # px, smallest cells that are tried
+DEPTHS = (0.0, 0.04, 0.07, 0.1, 0.15)       # of the valley between two cells, likewise
 
 
 def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> dict:
-    """Scores on whole images, at the peak, fill and min_area that serve all sets best; these go into the weights.
+    """Scores on whole images, at the peak, fill, depth and min_area that serve all sets best; these go into the weights.
 
     The score that decides is AP averaged over IoU 0.5 to 0.95: mean over the images of a set, then over sets, so that
-    no set drowns another. Each set's own best peak and fill stand beside, to show what one setting costs.
+    no set drowns another. Each set's own best peak, fill and depth stand beside, to show what one setting costs.
     """
     import metrics
     import segment
     import tuning
     net.eval()
     distances = [segment.distance_map(entry.pixels, net, limits=segment.UNIT) for entry in entries]
-    best = tuning.tuned(distances, [entry.labels for entry in entries], [entry.set for entry in entries], min_areas=AREAS)
+    best = tuning.tuned(distances, [entry.labels for entry in entries], [entry.set for entry in entries],
+                        depths=DEPTHS, min_areas=AREAS)
     tables = [metrics.overlap(entry.labels, found) for entry, found in zip(entries, best.labels)]
-    net.settings = dataclasses.replace(net.settings, peak=best.peak, fill=best.fill, min_area=best.min_area)
-    scores = {"score": best.score, "peak": best.peak, "fill": best.fill, "min_area": best.min_area,
+    net.settings = dataclasses.replace(net.settings, peak=best.peak, fill=best.fill, depth=best.depth,
+                                       min_area=best.min_area)
+    scores = {"score": best.score, "peak": best.peak, "fill": best.fill, "depth": best.depth, "min_area": best.min_area,
               **summary(metrics.set_scores(tables))}
     sets = {name: {**summary(metrics.set_scores([t for t, e in zip(tables, entries) if e.set == name])), **own._asdict()}
             for name, own in best.sets.items()}

@@ -1,7 +1,7 @@
 """Settings and what they change: of the encoding, of the watershed, of what is kept of a prediction.
 
     best = encodings(place, found, Encoding(), "DSB", folder)[0]  # true labels -> distance map -> watershed
-    best = tuned(distances, truths, sets)                         # peak, fill, min_area: while one trains
+    best = tuned(distances, truths, sets)                         # peak, fill, depth, min_area: while one trains
     rows = swept(item, place, network, settings)                  # the network runs once per tile and scale
     result, removed = gated(images, "set", 20, (2, 98), "drop")   # of saved predictions, cells left out
 """
@@ -70,6 +70,7 @@ class Tuned(NamedTuple):
     """Of all sets together."""
     peak: float
     fill: float
+    depth: float
     min_area: int                           # px
     score: float                            # AP over IoU 0.5 to 0.95: mean over images of a set, then sets
     labels: list[np.ndarray]                # (H, W) of each image, with these settings
@@ -77,18 +78,20 @@ class Tuned(NamedTuple):
 
 
 class OwnBest(NamedTuple):
-    """Of one set: what it reaches with the settings of all, and with the peak and fill that suit it best."""
+    """Of one set: what it reaches with the settings of all, and with the peak, fill and depth that suit it best."""
     score: float
     peak: float
     fill: float
+    depth: float
     own_score: float
 
 
 def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: Sequence[str] | None = None,
-          peaks: Iterable[float] = PEAKS, fills: Iterable[float] = FILLS, min_areas: Iterable[int] = (0,)
-          ) -> Tuned:
-    """The peak and fill that serve all sets best, then the smallest area; of equal ones the first.
+          peaks: Sequence[float] = PEAKS, fills: Sequence[float] = FILLS, depths: Sequence[float] = (0.0,),
+          min_areas: Sequence[int] = (0,)) -> Tuned:
+    """The peak, fill and depth that serve all sets best, then the smallest area; of equal ones the first.
 
+    Every peak and fill with the first depth, then every depth with every peak at the best fill, then every fill again.
     distances, truths : (H, W) of each image; sets : the name of its set. No set drowns another.
     """
     import metrics
@@ -97,19 +100,28 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
     for number, name in enumerate(sets or [""] * len(truths)):
         members.setdefault(name, []).append(number)
 
-    def by_set(*setting: float) -> dict[str, float]:
-        scores = [metrics.average_precision(truth, watershed(distance, *setting)).mean()
+    def by_set(peak: float, fill: float, depth: float, area: int = 0) -> dict[str, float]:
+        scores = [metrics.average_precision(truth, watershed(distance, peak, fill, area, depth)).mean()
                   for distance, truth in zip(distances, truths, strict=True)]
         return {name: float(np.mean([scores[i] for i in of])) for name, of in members.items()}
 
     def mean(scores: dict[str, float]) -> float:
         return sum(scores.values()) / len(scores)
-    tried = {pair: by_set(*pair) for pair in thresholds(peaks, fills)}
-    peak, fill = max(tried, key=lambda pair: mean(tried[pair]))
-    areas = {area: by_set(peak, fill, area) if area else tried[peak, fill] for area in min_areas}
+
+    tried: dict[tuple[float, float, float], dict[str, float]] = {}
+
+    def best_of(settings: Iterable[tuple[float, float, float]]) -> tuple[float, float, float]:
+        tried.update((setting, by_set(*setting)) for setting in settings if setting not in tried)
+        return max(tried, key=lambda setting: mean(tried[setting]))
+    peak, fill, depth = best_of((*pair, depths[0]) for pair in thresholds(peaks, fills))
+    if len(depths) > 1:
+        peak, fill, depth = best_of((*pair, each) for each in depths[1:] for pair in thresholds(peaks, [fill]))
+        peak, fill, depth = best_of((*pair, depth) for pair in thresholds([peak], fills))
+    areas = {area: by_set(peak, fill, depth, area) if area else tried[peak, fill, depth] for area in min_areas}
     area = max(areas, key=lambda area: mean(areas[area]))
-    own = {name: max(tried, key=lambda pair: tried[pair][name]) for name in members}
-    return Tuned(peak, fill, area, mean(areas[area]), [watershed(d, peak, fill, area) for d in distances],
+    own = {name: max(tried, key=lambda setting: tried[setting][name]) for name in members}
+    return Tuned(peak, fill, depth, area, mean(areas[area]),
+                 [watershed(distance, peak, fill, area, depth) for distance in distances],
                  {name: OwnBest(areas[area][name], *own[name], tried[own[name]][name]) for name in members})
 
 

@@ -1,17 +1,22 @@
 """Distance map -> cells: a marker watershed in whole-array passes, the same on NumPy, CPU and CUDA tensors.
 
-    labels = watershed(distance, peak=0.47, fill=0.09, min_area=0)
+    labels = watershed(distance, peak=0.47, fill=0.09, min_area=0, depth=0)
 
 What is flooded. Markers are the 4-connected components of distance > peak; from them labels flood down the map inside
 distance > fill. Every region is 4-connected and holds exactly one marker; every mask pixel connected to a marker is
 labelled; and no pixel could be reached from another marker over a higher lowest point than from its own. That is
 skimage.segmentation.watershed(-distance, ndimage.label(distance > peak)[0], mask=distance > fill) up to ties.
 
+With a depth, a marker is no component but a summit above peak that stands out: every way to higher ground goes down by
+`depth` or more. So nuclei that touch are told apart by the valley between them, however high it lies. That is the same
+with the h-maxima of the map inside distance > fill as markers.
+
 How, without a queue. Between fill and peak every pixel points to its highest neighbour if that is higher (steepest
 ascent), across flat ground to the nearest pixel that does, and pointer doubling finds where the climb ends: in a marker,
 nearly always. Climbs that end on a lower summit are basins without a marker; these join the neighbour across
 their highest saddle, again and again, which is Boruvka's maximum spanning forest with the markers as roots.
-Since a climb never goes down and the forest takes the highest saddles, the highest lowest point is kept exactly.
+Since a climb never goes down and the forest takes the highest saddles, the highest lowest point is kept exactly. With a depth
+everything above fill climbs, and the joining goes on until what is left stands out.
 
 Flat index: pixels are numbered in a map padded by one column and two rows of ground, so that the neighbours of pixel p
 are p - S, p - 1, p + 1, p + S and no test for the border is needed. L its length, P pixels between fill and peak.
@@ -23,20 +28,23 @@ import torch
 from torch import Tensor
 
 
-def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0.09, min_area: int = 0):
+def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0.09, min_area: int = 0, depth: float = 0.0):
     """Cells of a distance map.
 
     distance : (H, W) floats; array or tensor. Compared in float32.
     peak : a cell's marker lies above; fill : a cell reaches down to; 0 <= fill <= peak.
     min_area : cells of fewer px are dropped and the rest renumbered.
+    depth : two summits above peak are two cells if the valley between them is so deep; 0: if it goes down to peak.
     Returns labels (H, W) int32 of the same kind and on the same device; 1..n in raster order of the markers.
     """
     if isinstance(distance, np.ndarray):
-        return watershed(torch.from_numpy(np.ascontiguousarray(distance)), peak, fill, min_area).numpy()
+        return watershed(torch.from_numpy(np.ascontiguousarray(distance)), peak, fill, min_area, depth).numpy()
     if distance.ndim != 2 or not distance.is_floating_point():
         raise ValueError(f"distance map of shape {tuple(distance.shape)}, {distance.dtype}: expected (H, W) floats")
     if not 0 <= fill <= peak:
         raise ValueError(f"fill={fill}, peak={peak}: expected 0 <= fill <= peak")
+    if not depth >= 0:
+        raise ValueError(f"depth={depth}: expected 0 or more")
     H, W = distance.shape
     S = W + 1
     d = distance.new_full((H + 2, S), -1.0, dtype=torch.float32)
@@ -46,15 +54,19 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
         raise ValueError("the distance map holds NaN; the network or its input is broken")
 
     high = d > peak
-    marker, label, markers = components(high, S)
     node = torch.zeros_like(d, dtype=torch.int32)                            # (L,) 0: ground; 1..markers; see climb
-    if not markers:
-        return node.view(H + 2, S)[1:-1, :W].contiguous()
-    node.scatter_(0, marker, label)
-    slope = ((d > fill) ^ high).nonzero().squeeze(1)                         # (P,)
-    regions = climb(d, node, markers, slope, S)
-    if regions > markers:
-        join(d, node, markers, regions, slope, S)
+    if depth and high.any():
+        slope = (d > fill).nonzero().squeeze(1)
+        markers = merge(d, node, climb(d, node, 0, slope, S), slope, peak, depth, S)
+    else:
+        marker, label, markers = components(high, S)
+        if not markers:
+            return node.view(H + 2, S)[1:-1, :W].contiguous()
+        node.scatter_(0, marker, label)
+        slope = ((d > fill) ^ high).nonzero().squeeze(1)                     # (P,)
+        regions = climb(d, node, markers, slope, S)
+        if regions > markers:
+            join(d, node, markers, regions, slope, S)
     label = node.view(H + 2, S)[1:-1, :W]
     return drop_small(label, min_area, markers) if min_area > 1 else label.contiguous()
 
@@ -117,21 +129,28 @@ def drain(d: Tensor, parent: Tensor, node: Tensor, first: int, flat: Tensor, S: 
     return closed
 
 
+def borders(d: Tensor, label: Tensor, pixels: Tensor, markers: int, S: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Neighbours in two regions, one of them at least in `pixels`, all regions of which are above markers: each pair once.
+
+    Returns regions a, b (E,) and a total order (E,) of the saddles between them, so that there are no cycles of equals:
+    the bits of the lower height, which sort as positive floats do, above the bits of E - number.
+    """
+    mine, edges = label.index_select(0, pixels), []
+    for step in (-S, -1, 1, S):
+        other = label.index_select(0, pixels + step)
+        across = (other > 0) & (other != mine)
+        across = (across if step > 0 else across & (other <= markers)).nonzero().squeeze(1)
+        p, a, b = (x.index_select(0, across) for x in (pixels, mine, other))
+        saddle = torch.minimum(d.index_select(0, p), d.index_select(0, p + step))
+        edges.append(torch.stack((a, b, saddle.view(torch.int32))).long())
+    a, b, saddle = torch.cat(edges, 1)
+    return a, b, (saddle << 32) | (len(a) - torch.arange(len(a), device=d.device))
+
+
 def join(d: Tensor, label: Tensor, markers: int, regions: int, slope: Tensor, S: int) -> None:
     """Give regions numbered above markers to the neighbour across their highest saddle; 0 where no marker is in reach."""
     bare = slope[label.index_select(0, slope) > markers].int()               # their pixels
-    mine, edges = label.index_select(0, bare), []
-    for step in (-S, -1, 1, S):
-        other = label.index_select(0, bare + step)
-        across = (other > 0) & (other != mine)
-        across = (across if step > 0 else across & (other <= markers)).nonzero().squeeze(1)      # every border once
-        p, a, b = (x.index_select(0, across) for x in (bare, mine, other))
-        saddle = torch.minimum(d.index_select(0, p), d.index_select(0, p + step))
-        edges.append(torch.stack((a, b, saddle.view(torch.int32))).long())
-    a, b, saddle = torch.cat(edges, 1)                                       # (E,) each; bits of floats > 0 sort as they do
-    E = len(a)
-    number = torch.arange(E, device=d.device)
-    order = (saddle << 32) | (E - number)                                    # a total order, so no cycles of equals
+    a, b, order = borders(d, label, bare, markers, S)                        # (E,)
     root = torch.arange(regions + 1, device=d.device)
     first, second = a, b
     while True:
@@ -142,14 +161,59 @@ def join(d: Tensor, label: Tensor, markers: int, regions: int, slope: Tensor, S:
         best = torch.zeros_like(root).scatter_reduce_(0, first, order, "amax").scatter_reduce_(0, second, order, "amax")
         best[:markers + 1] = 0                                               # markers are roots: they wait
         chooser = best.nonzero().squeeze(1)
-        edge = E - (best[chooser] & 0xFFFFFFFF)
+        edge = len(a) - (best[chooser] & 0xFFFFFFFF)
         parent = torch.arange(regions + 1, device=d.device)
         parent[chooser] = root[a[edge]] + root[b[edge]] - chooser            # the other end
         pair = chooser[(parent[parent[chooser]] == chooser) & (chooser < parent[chooser])]
         parent[pair] = pair                                                  # two that chose each other: one stays
         root = compress(parent)[root]
         first, second = root[first], root[second]
-    label.scatter_(0, bare.long(), torch.where(root <= markers, root, 0).int().index_select(0, mine))
+    label.scatter_(0, bare.long(), torch.where(root <= markers, root, 0).int()[label.index_select(0, bare)])
+
+
+def merge(d: Tensor, label: Tensor, regions: int, slope: Tensor, peak: float, depth: float, S: int) -> int:
+    """Join regions, one to each summit, until all stand out; number them in raster order of their summits, and count.
+
+    A region that is not above peak joins the neighbour across its highest saddle. One that is, but by less than depth
+    above that saddle, joins if the neighbour is higher; else it waits, for then the neighbour will join first.
+    """
+    pixels = slope.int()
+    mine = label.index_select(0, slope)
+    a, b, order = borders(d, label, pixels, 0, S)                            # (E,)
+    alone = torch.arange(regions + 1, device=d.device)
+    top = torch.zeros(regions + 1, device=d.device).scatter_reduce_(0, mine.long(), d.index_select(0, pixels), "amax")
+    rank = (top.view(torch.int32).long() << 32) | (regions - alone)          # of equal summits the first is higher
+    root, first, second = alone, a, b
+    while True:
+        live = (first != second).nonzero().squeeze(1)
+        first, second, order = (x.index_select(0, live) for x in (first, second, order))
+        best = torch.zeros_like(root).scatter_reduce_(0, first, order, "amax").scatter_reduce_(0, second, order, "amax")
+        chooser = best.nonzero().squeeze(1)
+        best, top = best[chooser], height(rank[chooser])
+        edge = len(a) - (best & 0xFFFFFFFF)
+        other = root[a[edge]] + root[b[edge]] - chooser
+        joins = (top <= peak) | ((top - height(best) < depth) & (rank[other] > rank[chooser]))
+        if not joins.any():
+            break
+        chooser, other = chooser[joins], other[joins]
+        parent = alone.clone()
+        parent[chooser] = other
+        pair = chooser[(parent[other] == chooser) & (rank[chooser] > rank[other])]
+        parent[pair] = pair                                                  # two that chose each other: the higher stays
+        parent = compress(parent)
+        rank = torch.zeros_like(rank).scatter_reduce_(0, parent, rank, "amax")
+        root, first, second = parent[root], parent[first], parent[second]
+    cell = ((root == alone) & (height(rank) > peak)).nonzero().squeeze(1)
+    number = torch.zeros(regions + 1, dtype=torch.int32, device=d.device)
+    number[cell[torch.argsort(rank[cell] & 0xFFFFFFFF, descending=True)]] = torch.arange(
+        1, len(cell) + 1, dtype=torch.int32, device=d.device)
+    label.scatter_(0, slope, number[root].index_select(0, mine))
+    return len(cell)
+
+
+def height(order: Tensor) -> Tensor:
+    """The float in the upper half of the order of borders() and of merge()'s rank."""
+    return (order >> 32).int().view(torch.float32)
 
 
 def components(mask: Tensor, S: int) -> tuple[Tensor, Tensor, int]:

@@ -672,13 +672,16 @@ def test_tuned_finds_the_best_setting():
     assert found.score == pytest.approx(best) == pytest.approx(shared[found.peak, found.fill])
     for name, own in found.sets.items():
         assert own.own_score == pytest.approx(max(score(name, *pair) for pair in pairs))
-        assert own.own_score == pytest.approx(score(name, own.peak, own.fill))
+        assert own.own_score == pytest.approx(score(name, own.peak, own.fill)) and own.depth == 0
         assert own.score == pytest.approx(score(name, found.peak, found.fill))
     np.testing.assert_array_equal(found.labels[3], watershed.watershed(distances[3], found.peak, found.fill))
     clean = tuning.tuned(distances, truths, sets, [found.peak], [found.fill], min_areas=(0, 12, 2000))
     assert clean.min_area == 12 and clean.score > found.score         # noise makes crumbs; 2000 px too much
     with pytest.raises(ValueError, match="no pair"):
         tuning.tuned(distances, truths, None, [0.1], [0.2])
+    soft = [np.maximum(d, 0.75 * (t > 0)).astype(np.float32) for d, t in zip((data.distance_map(t, 4) for t in truths), truths)]
+    deep = tuning.tuned(soft, truths, sets, (0.4, 0.6), (0.2, 0.3), (0.0, 0.1))       # valleys that end above every peak
+    assert deep.depth == 0.1 and deep.score > tuning.tuned(soft, truths, sets, (0.4, 0.6), (0.2, 0.3)).score + 0.05
 
 
 # ---------------------------------------------------------------------------------------------- mistakes

@@ -55,8 +55,9 @@ MAPS = {
 }
 
 
-def check_promises(d, labels, peak=PEAK, fill=FILL):
-    markers, count = ndimage.label(d > peak)
+def check_promises(d, labels, peak=PEAK, fill=FILL, markers=None):
+    markers = ndimage.label(d > peak)[0] if markers is None else markers
+    count = markers.max(initial=0)
     mask = d > fill
     islands, _ = ndimage.label(mask)
     assert labels.max(initial=0) == count
@@ -155,6 +156,39 @@ def test_min_area_drops_and_renumbers():
     assert labels.max() == 1 and (labels == 1).sum() == 16
     labels = watershed(d, min_area=9)
     assert [(labels == k).sum() for k in (1, 2)] == [16, 9]
+
+
+def standing_out(d, depth, peak=PEAK, fill=FILL):
+    """Markers by h-maxima: summits above peak from which every way to higher ground goes down by depth or more."""
+    cross, e = ndimage.generate_binary_structure(2, 1), np.where(d > np.float32(fill), d, -1).astype(np.float64)
+    flooded = reconstruction(e - depth, e, footprint=cross)
+    tops, n = ndimage.label(flooded - reconstruction(flooded - 1e-9, flooded, footprint=cross) > 5e-10)
+    high = np.append(False, ndimage.maximum(d, tops, np.arange(1, n + 1)) > peak) if n else np.zeros(1, bool)
+    return ndimage.label(high[tops])[0]
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_with_a_depth_every_cell_is_a_summit_that_stands_out(name):
+    """One h-maximum in each cell, all of the mask that hangs together with one, in one piece, and over saddles that
+    are the highest; depths lie between the levels of the quantised maps, where rounding would decide."""
+    for seed in range(6):
+        d = MAPS[name](seed)
+        for depth in (0.013, 0.07, 0.29):
+            markers, labels = standing_out(d, depth), watershed(d, PEAK, FILL, 0, depth)
+            pairs = np.unique(np.stack((markers, labels))[:, markers > 0], axis=1)
+            assert len(set(pairs[0])) == len(set(pairs[1])) == pairs.shape[1] == labels.max(initial=0)   # one to one
+            check_promises(d, labels, markers=np.where(markers > 0, labels, 0))
+
+
+def test_a_depth_parts_two_summits_by_their_valley():
+    d = np.array([[0.6, 0.9, 0.8, 0.85, 0.6]], np.float32)
+    for depth, cells in ((0.0, 1), (0.04, 2), (0.06, 1), (0.5, 1)):
+        assert watershed(d, 0.5, 0.1, 0, depth).max() == cells
+    assert watershed(d, 0.5, 0.1, 0, 0.04).tolist() == [[1, 1, 1, 2, 2]] or \
+        watershed(d, 0.5, 0.1, 0, 0.04).tolist() == [[1, 1, 2, 2, 2]]
+    assert watershed(d, 0.87, 0.1, 0, 0.04).max() == 1        # the second is not above peak
+    assert watershed(d * 0, 0.5, 0.1, 0, 0.04).max() == 0
+    assert watershed(d, 0.5, 0.1, 3, 0.04).max() == 1         # and min_area holds
 
 
 def test_kind_and_dtype_and_input_are_kept():

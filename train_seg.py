@@ -264,7 +264,7 @@ def use_bf16(config: Config, device: str) -> bool:
 # -------------------------------------------------------------------------------------------- validation
 
 AREAS = (0, 5, 10, 20, 40, 80)              # px, smallest cells that are tried
-DEPTHS = (0.0, 0.04, 0.07, 0.1, 0.15)       # of the valley between two cells, likewise
+DEPTHS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)   # of the valley between two cells, likewise
 
 
 def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> dict:

@@ -327,7 +327,7 @@ def train(config: Config, files: list[str]) -> int:
     scores = calibration.calibrate(net, bank, tiles, Path(config.data), config.tile, encoder)
     run.log(config.steps, **scores)
     net.settings = dataclasses.replace(net.settings, diameter=images.diameter, provenance=dict(
-        config=runs.to_yaml(config), scores=scores, cells=record["cells"], torch=str(torch.__version__)))
+        config=runs.to_yaml(config, shared=True), scores=scores, cells=record["cells"], torch=str(torch.__version__)))
     answer.save(net.cpu(), config.exported)
     print(f"{json.dumps(scores)}\n-> {config.exported}")
     return 0

@@ -181,13 +181,16 @@ def outlined(pixels: np.ndarray, labels: np.ndarray, right: np.ndarray, part: Pa
 def markdown(sets: Sequence[DataSet], entries: Entries, results: Results, columns: Sequence[str], made: str
              ) -> tuple[str, str]:
     """One short table of all sets; and that with a table of each set, below ENOUGH images also one by one."""
+    ran = [name for name, _ in entries if any(name in there for there in results.values())]
     rows = []
     for place in sets:
-        there = [results[place.name].get(name) for name, _ in entries]
+        there = [results[place.name].get(name) for name in ran]
         n = max((len(result.names) for result in there if result), default=0)
         rows.append((noted(place.name, place.note), str(n), *(short(result) for result in there)))
     brief = (f"{' / '.join(BRIEF).replace('/ AP@', '/ ')}, mean over the images of each set.\n\n"
-             + report.markdown(("set", "images", *(name for name, _ in entries)), rows))
+             + report.markdown(("set", "images", *ran), rows))
+    if missing := [name for name, _ in entries if name not in ran]:
+        brief += f"\nNot run: {', '.join(missing)}.\n"
     parts = [made + "\n", brief]
     for place in sets:
         there = results[place.name]

@@ -175,11 +175,14 @@ def _name(hint: Any) -> str:
 
 # ---------------------------------------------------------------------------------------------- writing
 
-def to_yaml(config: Any) -> str:
-    """The resolved configuration; load() gives the same dataclass back."""
+def to_yaml(config: Any, shared: bool = False) -> str:
+    """The resolved configuration; load() gives the same dataclass back. shared: to be given to others, inside weights:
+    of places on this machine no more than the last folder or file."""
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, str) and shared and Path(value).is_absolute():
+            return Path(value).name
         return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
     return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
 

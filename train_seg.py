@@ -328,7 +328,7 @@ def export(net, config: Config, diameter: float | None, hashes: dict, scores: di
     import torch
     import model
     net.settings = dataclasses.replace(net.settings, diameter=diameter, provenance=dict(
-        config=runs.to_yaml(config), step=step, scores=scores, commit=commit(),
+        config=runs.to_yaml(config, shared=True), step=step, scores=scores, commit=commit(),
         torch=str(torch.__version__), images=hashes))
     model.save(net, export_path(config), half=True)
 

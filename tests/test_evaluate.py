@@ -379,7 +379,7 @@ def test_optional_models_are_not_run(tmp_path, capsys):
         ("ceiling", "2"), ("large", "not run"), ("a", "2"), ("b", "2"), ("peer", "not run")]
     assert {row["against"] for row in table(tmp_path / "runs/evaluate/delta.tsv")} == {"a"}
     text = (tmp_path / "runs/evaluate/table.md").read_text()
-    assert "| large | not run | - |" in text and "| 1.000 / 1.000 / 1.000 | not run |" in text
+    assert "| large | not run | - |" in text and "\nNot run: large, peer.\n" in text
     models[0] = dict(models[0], optional=False)
     assert "no weights at" in fails(capsys, "bench", tmp_path, **config)
 

@@ -109,3 +109,12 @@ def test_script_ends_in_one_line_and_a_code(tmp_path):
     assert run("--fast")[2].startswith("error: unknown option --fast; options are written key=value")
     code, out, err = run("--help")
     assert code == 0 and "Says hello." in out and "n=1" in out and "times" in out
+
+
+def test_what_is_given_to_others_names_no_place_on_this_machine():
+    @dataclass(frozen=True)
+    class Places:
+        root: str = "/home/me/data"
+        inside: tuple[str, ...] = ("/scratch/a.pt", "sets/train")
+    assert runs.to_yaml(Places(), shared=True) == "root: data\ninside:\n- a.pt\n- sets/train\n"
+    assert "/home/me/data" in runs.to_yaml(Places())

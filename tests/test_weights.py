@@ -1,0 +1,102 @@
+"""The weights that ship: what infer.py uses when nobody says which. Noise is no cell, faint cells are cells."""
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from skimage.io import imread
+
+import infer
+import metrics
+import model
+import segment
+from conftest import ROOT
+
+MODELS = ROOT / "final_models"
+
+
+@pytest.fixture(scope="module")
+def net():
+    return model.load(infer.find_weights("default", MODELS))
+
+
+def test_files_are_small_and_say_where_they_come_from():
+    for path in sorted(MODELS.glob("*.pt")):
+        weights = model.load(path)
+        assert path.stat().st_size < {"dinocell_s8.pt": 90e6}.get(path.name, 12e6)
+        assert all(p.isfinite().all() for p in weights.state_dict().values())
+        told = weights.settings.provenance
+        assert told["config"] and told["commit"] and told["scores"], path.name
+        assert not [line for line in told["config"].splitlines() if ": /" in line], "a place on the machine that trained it"
+        assert 0 < weights.settings.fill <= weights.settings.peak < 1 and weights.settings.diameter > 0
+    assert infer.find_weights("tiny", MODELS).name == "dinocell_tiny.pt"
+
+
+def noise(kind: str, seed: int, side: int = 160) -> np.ndarray:
+    """(side, side) camera counts: a level and a strength of the noise that the seed draws."""
+    rng = np.random.default_rng([seed, len(kind)])
+    level = 10 ** rng.uniform(0.5, 4)
+    if kind == "poisson":
+        return rng.poisson(level, (side, side)).astype(np.uint16)
+    plain = rng.normal(0, 1, (side, side))
+    if kind == "smoothed":
+        plain = ndimage.gaussian_filter(plain, rng.uniform(0.5, 2))
+        plain /= plain.std()
+    return np.clip(level * (1 + 10 ** rng.uniform(-2, -0.6) * plain), 0, 65535).astype(np.uint16)
+
+
+# The aim is less than one false cell in a megapixel, 2 of each kind. An hour of training is too short for it: 3, 2 and 114
+# were counted. Other processors round otherwise, so that these bounds leave some room; better weights should lower them.
+FALSE_CELLS = dict(poisson=8, gaussian=8, smoothed=180)
+
+
+@pytest.mark.parametrize("kind", FALSE_CELLS)
+def test_noise_is_no_cell(net, kind):
+    """100 seeds, 2.56 megapixels of each kind."""
+    found = sum(int(segment.segment(noise(kind, seed), net).max()) for seed in range(100))
+    assert found <= FALSE_CELLS[kind]
+
+
+def test_empty_ground_has_no_cells(net):
+    hot = np.full((512, 512), 100, np.uint16)
+    hot[::97, ::89] = 4000                                    # single hot pixels
+    for name, ground in dict(black=np.zeros((512, 512), np.uint16), white=np.full((512, 512), 65535, np.uint16),
+                             hot=hot).items():
+        assert segment.segment(ground, net).max() == 0, name
+
+
+def test_uneven_light_has_hardly_any(net):
+    """The aim is none; 2 were counted on the slope."""
+    rows, columns = np.mgrid[:512, :512]
+    slope = (200 + rows / 4 + columns / 8).astype(np.uint16)
+    vignette = (1000 * (1 - ((rows - 256) ** 2 + (columns - 256) ** 2) / 3e5)).astype(np.uint16)
+    for name, ground in dict(slope=slope, vignette=vignette).items():
+        assert segment.segment(ground, net).max() <= 6, name
+
+
+@pytest.fixture(scope="module")
+def nuclei():
+    return imread(ROOT / "demo/nuclei_fluorescence.png").astype(float)
+
+
+def test_faint_cells_are_found(net, nuclei):
+    """At 2 % of the intensity, with the shot noise that a camera with 10,000 electrons at full scale then has."""
+    bright = segment.segment(nuclei.astype(np.uint8), net)
+    assert bright.max() > 80
+    faint = np.random.default_rng(0).poisson(nuclei / 255 * 10_000 * 0.02).astype(np.uint16)
+    table = metrics.overlap(bright, segment.segment(faint, net))
+    assert metrics.set_scores([table]).pooled["F1"] > 0.7
+
+
+def test_a_demo_of_each_kind_gives_cells(net):
+    for name, least in (("nuclei_fluorescence", 80), ("he_tile", 20), ("cells_phase", 15)):
+        image = imread(ROOT / f"demo/{name}.png")
+        image = np.moveaxis(image, -1, 0) if image.ndim == 3 else image
+        assert segment.segment(image, net).max() >= least, name
+
+
+def test_halves_and_wholes_agree(net, nuclei):
+    """float16 in the file costs nothing: float32 of the same numbers, and a transposed image, give the same cells."""
+    labels = segment.segment(nuclei.astype(np.uint8), net)
+    turned = segment.segment(np.ascontiguousarray(nuclei.astype(np.uint8).T), net).T
+    assert metrics.average_precision(labels, np.ascontiguousarray(turned))[0] > 0.8
+    assert next(net.parameters()).dtype == torch.float32

@@ -239,7 +239,7 @@ def test_jitter_scales_coordinates_block_by_block():
     vit, x = small_vit(), torch.randn(2, 3, 24, 16)
     jitter = torch.tensor([[0.5, 2.0], [1.3, 0.7], [1.0, 1.9]])
     got = learner.Encoder(vit)([torch.randn(1, 3, 8, 8), x], None, jitter)[1].cls
-    tokens = vit._embed(x, None)
+    tokens = vit.embed(x, None)
     for block, (_, factor) in zip(vit.blocks, jitter):
         tokens = block(tokens, model.rope_table(vit.periods, 3, 2, 3, factor))
     assert torch.allclose(got, vit.norm(tokens)[:, 0], atol=1e-5)

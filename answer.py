@@ -70,8 +70,8 @@ class Instructed(model.DINOCell):
     """DINOCell with an embedding per pixel and a text side. forward() is still the distance alone."""
 
     def __init__(self, backbone: model.ViT, widths: tuple[int, ...], last: int, settings: model.Settings,
-                 words: Words):
-        super().__init__(backbone, widths, last, settings)
+                 words: Words, stem: int = 1):
+        super().__init__(backbone, widths, last, settings, stem)
         self.words, hidden = words, words.hidden
         self.decoder.head = nn.Conv2d(last, 1 + words.width, 1)
         self.context = nn.Linear(backbone.dim, words.width)                  # of a patch: what lies around
@@ -148,7 +148,7 @@ def load(path: str | Path) -> Instructed:
         raise ValueError(f"{path}: written by another version of this code ({', '.join(sorted(strange))}); "
                          "train it anew")
     net = Instructed(model.ViT(**shape["backbone"]), tuple(shape["widths"]), shape["last"],
-                     model.Settings(**content["settings"]), Words(**shape["words"]))
+                     model.Settings(**content["settings"]), Words(**shape["words"]), shape["stem"])
     net.load_state_dict({name: tensor.float() for name, tensor in content["state_dict"].items()})
     return net.eval()
 

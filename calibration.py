@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ def calibrate(net, bank, train_tiles: list[histology.Tile], folder: Path, side: 
     import answer
     import metrics
     import segment
-    from watershed import watershed
+    import tuning
     net.cpu().eval()
     bank.to("cpu")
     words = net.words
@@ -28,15 +27,12 @@ def calibrate(net, bank, train_tiles: list[histology.Tile], folder: Path, side: 
     if not held:
         raise ValueError(f"{folder}/validation: no tiles; make the set with a larger hold_out=")
     distances = [segment.distance_map(histology.normalised(t.pixels), net, limits=segment.UNIT) for t in held]
-    tried = {}
-    for peak, fill in itertools.product((0.3, 0.4, 0.5, 0.6, 0.7), (0.1, 0.2, 0.3, 0.4)):
-        if fill < peak:
-            found = [watershed(d, peak, fill, histology.LEAST) for d in distances]
-            tried[peak, fill] = np.mean([metrics.average_precision(tile.labels, labels, (0.5,))[0]
-                                         for tile, labels in zip(held, found)])
-    peak, fill = max(tried, key=tried.get)
-    net.settings = dataclasses.replace(net.settings, peak=peak, fill=fill, min_area=histology.LEAST)
-    scores = {"val_AP@0.5": float(tried[peak, fill]), "peak": peak, "fill": fill}
+    best = tuning.tuned(distances, [t.labels for t in held], depths=tuning.DEPTHS, min_areas=(histology.LEAST,))
+    net.settings = dataclasses.replace(net.settings, peak=best.peak, fill=best.fill, depth=best.depth,
+                                       min_area=histology.LEAST)
+    scores = {"val_AP@0.5": float(np.mean([metrics.average_precision(tile.labels, labels, (0.5,))[0]
+                                           for tile, labels in zip(held, best.labels)])),
+              "peak": best.peak, "fill": best.fill, "depth": best.depth}
 
     # the tissue: how far tiles of an image lie from the others, image by image (or in six lots of them)
     tokens, lots = [], []

@@ -326,6 +326,8 @@ def find_images(arguments: list[str], config: Config) -> dict[Path | str, str]:
         if not argument:
             raise ValueError("an empty file name among the images; is a variable of the shell empty?")
         path = Path(argument)
+        if remote.is_remote(argument) and glob.has_magic(argument):
+            raise ValueError(f"{argument}: on S3 give the folder, and pattern={path.name} beside it")
         if remote.is_remote(argument) and is_image(path):
             found[argument] = path.stem
         elif remote.is_remote(argument) or path.is_dir():

@@ -42,6 +42,7 @@ from instructions import CONCEPTS, LLM, Grammar
 
 ROOT = Path(__file__).resolve().parent
 REGION = 3000                               # px, the longest side of a region that is asked about
+EDGE, SEAM = 3.0, 10.0                      # weights of train_seg.error, as dinocell_tiny is trained with
 
 
 @dataclass(frozen=True)
@@ -230,6 +231,7 @@ def train(config: Config, files: list[str]) -> int:
     import answer
     import augment
     import language
+    import train_seg
     device, record = pick_device(config.device), histology.set_of(config.data)
     torch.manual_seed(config.seed)
     tiles = histology.tiles_of(Path(config.data), "train")
@@ -286,7 +288,7 @@ def train(config: Config, files: list[str]) -> int:
         row, column = (area >= LEAST).nonzero(as_tuple=True)
         cells = cells[row, column]                                           # (M, E)
         cell_kind = class_of[(first.flatten()[row] + column).long()]         # (M,)
-        loss = dict(distance=(distance - target).square().mean() * config.distance)
+        loss = dict(distance=train_seg.error(distance, target, labels, EDGE, SEAM) * config.distance)
         if config.head == "fixed":
             loss["classes"] = answer.even_classes(net.classify(cells), cell_kind - 1)
         else:
@@ -356,7 +358,8 @@ def build(config: Config, record: dict, classes: list[str], text: int):
     else:                                                  # a whole network, whatever its shape
         base = model.load(config.init)
         shape = base.architecture
-        net = answer.Instructed(base.backbone, shape["widths"], shape["last"], settings, words)
+        settings = dataclasses.replace(base.settings, tile=config.crop, cap=config.cap)
+        net = answer.Instructed(base.backbone, shape["widths"], shape["last"], settings, words, shape["stem"])
         net.take_decoder(base.decoder)
         return net
     return answer.Instructed(vit, shape.widths, shape.last, settings, words)

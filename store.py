@@ -53,6 +53,8 @@ def open_store(root: str, connections: int = 16, endpoint: str | None = None, si
     patience : seconds without any answer after which a call raises ConnectionError; inf waits for ever.
     """
     if root.startswith("s3://"):
+        if not root.removeprefix("s3://").strip("/"):
+            raise ValueError(f"{root}: names no bucket, expected s3://bucket/prefix")
         return Bucket(root, connections, endpoint, signed, time_limit, patience, notice)
     if "://" in root:
         raise ValueError(f"{root}: expected s3://bucket/prefix or a folder; endpoint= is for other servers")

@@ -264,7 +264,6 @@ def use_bf16(config: Config, device: str) -> bool:
 # -------------------------------------------------------------------------------------------- validation
 
 AREAS = (0, 5, 10, 20, 40, 80)              # px, smallest cells that are tried
-DEPTHS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)   # of the valley between two cells, likewise
 
 
 def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> dict:
@@ -279,7 +278,7 @@ def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> di
     net.eval()
     distances = [segment.distance_map(entry.pixels, net, limits=segment.UNIT) for entry in entries]
     best = tuning.tuned(distances, [entry.labels for entry in entries], [entry.set for entry in entries],
-                        depths=DEPTHS, min_areas=AREAS)
+                        depths=tuning.DEPTHS, min_areas=AREAS)
     tables = [metrics.overlap(entry.labels, found) for entry, found in zip(entries, best.labels)]
     net.settings = dataclasses.replace(net.settings, peak=best.peak, fill=best.fill, depth=best.depth,
                                        min_area=best.min_area)

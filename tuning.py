@@ -20,6 +20,7 @@ from measure import (CEILING, COMPARED, DataSet, Item, Network, Result, columns_
                      progress, same_size, segmented, without_nan)
 
 PEAKS, FILLS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)   # of the watershed
+DEPTHS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)       # of the valley between two cells
 
 
 # -------------------------------------------------------------------------------- the encoding, the watershed

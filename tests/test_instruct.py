@@ -4,6 +4,7 @@ Drawn tissue (small dark and large pale nuclei on pink) and a bag-of-words encod
 MiniLM, so that next to nothing here needs data or weights from elsewhere.
 """
 import collections
+import dataclasses
 import http.server
 import json
 import math
@@ -358,7 +359,8 @@ def test_weights_round_trip(tmp_path):
 def test_init_takes_a_whole_network_over(tmp_path):
     """Whatever its shape: before any training the new network finds the same cells."""
     torch.manual_seed(1)
-    base = model.DINOCell(model.ViT(32, 4, 1, 8, 2), (16, 8, 8), 8, model.Settings(tile=64)).eval()
+    settings = model.Settings(tile=96, peak=0.6, depth=0.15, low=2.0)
+    base = model.DINOCell(model.ViT(32, 4, 1, 8, 2), (16, 8, 8), 8, settings, stem=3).eval()
     model.save(base, tmp_path / "base.pt")
     record = dict(trained=["nuclei"], regions={}, tissues=[], licence=[])
     config = instruct.Config(init=str(tmp_path / "base.pt"), crop=64)
@@ -366,6 +368,9 @@ def test_init_takes_a_whole_network_over(tmp_path):
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         assert torch.allclose(net(x), base(x), atol=1e-5)
+    assert net.settings == dataclasses.replace(settings, tile=64, cap=config.cap)
+    answer.save(net, tmp_path / "new.pt")
+    assert answer.load(tmp_path / "new.pt").architecture["stem"] == 3
 
 
 # ------------------------------------------------------------------------------------------------ guardrails

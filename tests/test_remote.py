@@ -101,6 +101,9 @@ def test_mistakes_on_s3_are_one_line(s3, tmp_path, monkeypatch, capsys):
                            ("s3://cells/raw/none.tif", "s3://cells/raw/none.tif: 404 NoSuchKey")):
         with pytest.raises(OSError, match=problem):
             infer.main(config, [wrong])
+    for wrong, problem in (("s3://", "names no bucket"), ("s3://cells/raw/*.tif", "pattern=\\*.tif")):
+        with pytest.raises(ValueError, match=problem):
+            infer.main(config, [wrong])
     with pytest.raises(OSError, match="s3://gone/out.*404"):
         infer.main(Config(out="s3://gone/out", endpoint=s3.url), ["s3://cells/raw"])
 

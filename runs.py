@@ -19,6 +19,7 @@ A training script opens a Run and asks it for everything that must survive the p
 """
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -231,7 +232,18 @@ def script(doc: str, cls: type, main: Callable[..., int | None], arguments: list
         given = files.pop(0) if files and files[0].endswith((".yaml", ".yml")) else None
         return main(load(cls, given, overrides), files, **flags) or 0
 
-    sys.exit(guarded(run))
+    leave(guarded(run))
+
+
+def leave(code: int) -> None:
+    """End this process. In a group, not by way of the interpreter's teardown: gloo's threads may still hold tensors
+    then, and now and then abort a run that was already done (PyTorch's issue 190489)."""
+    group = sys.modules["torch"].distributed if "torch" in sys.modules else None
+    if group and group.is_available() and group.is_initialized():
+        atexit._run_exitfuncs()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 @contextlib.contextmanager

@@ -37,12 +37,13 @@ import examine
 import histology
 import instructions
 import runs
+import trainset
 from histology import LEAST, Source, Tile
 from instructions import CONCEPTS, LLM, Grammar
 
 ROOT = Path(__file__).resolve().parent
 REGION = 3000                               # px, the longest side of a region that is asked about
-EDGE, SEAM = 3.0, 10.0                      # weights of train_seg.error, as dinocell_tiny is trained with
+EDGE, SEAM = 3.0, 10.0                      # weights of trainset.error, as dinocell_tiny is trained with
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,6 @@ def train(config: Config, files: list[str]) -> int:
     import answer
     import augment
     import language
-    import train_seg
     device, record = pick_device(config.device), histology.set_of(config.data)
     torch.manual_seed(config.seed)
     tiles = histology.tiles_of(Path(config.data), "train")
@@ -288,7 +288,7 @@ def train(config: Config, files: list[str]) -> int:
         row, column = (area >= LEAST).nonzero(as_tuple=True)
         cells = cells[row, column]                                           # (M, E)
         cell_kind = class_of[(first.flatten()[row] + column).long()]         # (M,)
-        loss = dict(distance=train_seg.error(distance, target, labels, EDGE, SEAM) * config.distance)
+        loss = dict(distance=trainset.error(distance, target, labels, EDGE, SEAM) * config.distance)
         if config.head == "fixed":
             loss["classes"] = answer.even_classes(net.classify(cells), cell_kind - 1)
         else:

@@ -149,7 +149,7 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
         waited += time.perf_counter() - before
         with autocast:
             predicted = wrapped(x.contiguous(memory_format=layout))          # (B, 1, S, S)
-        loss = error(predicted.float(), target, labels, config.edge_weight, config.seam_weight)
+        loss = trainset.error(predicted.float(), target, labels, config.edge_weight, config.seam_weight)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
         optimiser.step()
@@ -216,27 +216,6 @@ def build(config: Config):
             if block < net.backbone.depth - config.train_blocks:
                 parameter.requires_grad_(False)
     return net
-
-
-BESIDE = 2          # px from a cell that are near it
-
-
-def error(predicted, target, labels, edge_weight: float = 0.0, seam_weight: float = 0.0):
-    """Mean squared error of distances (B, 1, S, S), each pixel weighed; labels (B, S, S), 0 is ground.
-
-    Near an edge, on both sides of it, by 1 + edge_weight (1 - distance): with the cell's side alone the network would
-    rather draw cells too large than too small. And seam_weight more where two cells are near: what parts touching cells
-    is a valley of few pixels that else hardly shows in the mean.
-    """
-    import torch
-    square = (predicted - target).square()
-    if not edge_weight and not seam_weight:
-        return square.mean()
-    number = labels[:, None].to(target.dtype)                                # (B, 1, S, S)
-    highest, lowest = (torch.nn.functional.max_pool2d(v, 2 * BESIDE + 1, 1, BESIDE)
-                       for v in (number, -number.masked_fill(number == 0, torch.inf)))
-    near, seam = highest > 0, (highest > 0) & (highest != -lowest)           # of one cell or more, of two or more
-    return (square * (1 + edge_weight * (1 - target) * near + seam_weight * seam)).mean()
 
 
 def parameter_groups(net, config: Config) -> list[dict]:
@@ -362,7 +341,7 @@ def print_check(config: Config, net, images, validation: list, device: str, chan
         prepared = time.perf_counter()
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=use_bf16(config, device)):
             predicted = net(x)
-        error(predicted.float(), target, labels, config.edge_weight, config.seam_weight).backward()
+        trainset.error(predicted.float(), target, labels, config.edge_weight, config.seam_weight).backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         if "cuda" in device:

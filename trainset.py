@@ -1,6 +1,7 @@
 """What a network is trained and validated on: labelled sets and drawn fields, read, held out, put on the device.
 
     train, validation, hashes = trainset.load(config.data, seed, device, cap)
+    trainset.error(predicted, target, labels, 3, 10).backward()          # of its distances
 
 `Data` is a section of train_seg.py's configuration; `data: folder` is short for `data: {sets: [folder]}`.
 """
@@ -141,3 +142,24 @@ def augmented(config: Data) -> bool:
         raise ValueError("data.sets: some were written by augment.py and some were not; train on one kind, "
                          "or write all of them with augment.py")
     return any(made)
+
+
+BESIDE = 2          # px from a cell that are near it
+
+
+def error(predicted, target, labels, edge_weight: float = 0.0, seam_weight: float = 0.0):
+    """Mean squared error of distances (B, 1, S, S), each pixel weighed; labels (B, S, S), 0 is ground.
+
+    Near an edge, on both sides of it, by 1 + edge_weight (1 - distance): with the cell's side alone the network would
+    rather draw cells too large than too small. And seam_weight more where two cells are near: what parts touching cells
+    is a valley of few pixels that else hardly shows in the mean.
+    """
+    import torch
+    square = (predicted - target).square()
+    if not edge_weight and not seam_weight:
+        return square.mean()
+    number = labels[:, None].to(target.dtype)                                # (B, 1, S, S)
+    highest, lowest = (torch.nn.functional.max_pool2d(v, 2 * BESIDE + 1, 1, BESIDE)
+                       for v in (number, -number.masked_fill(number == 0, torch.inf)))
+    near, seam = highest > 0, (highest > 0) & (highest != -lowest)           # of one cell or more, of two or more
+    return (square * (1 + edge_weight * (1 - target) * near + seam_weight * seam)).mean()

@@ -13,6 +13,7 @@ import yaml
 import model
 import runs
 import train_seg
+import trainset
 from conftest import ROOT
 
 TOY = dict(network=dict(dim=16, depth=4, heads=2, registers=1, widths=[8, 8, 4], last=4),
@@ -139,11 +140,11 @@ def test_edges_and_seams_count_more_when_asked():
     squares = torch.tensor([0.01, 0.04, 0.09, 0.16, 0.25])
     for edge, weights in ((0, [1, 1, 1, 1, 1]), (8, [1, 9, 9, 7, 1])):
         expected = (squares * torch.tensor(weights)).mean().item()
-        assert train_seg.error(predicted, target, labels, edge).item() == pytest.approx(expected)
-        assert train_seg.error(predicted, target, labels, edge, 10).item() == pytest.approx(expected)     # one cell: no seam
+        assert trainset.error(predicted, target, labels, edge).item() == pytest.approx(expected)
+        assert trainset.error(predicted, target, labels, edge, 10).item() == pytest.approx(expected)     # one cell: no seam
     two = torch.tensor([7, 0, 0, 5, 5]).view(1, 1, 5)
     expected = (squares * torch.tensor([1, 11, 11, 1, 1])).mean().item()
-    assert train_seg.error(predicted, target, two, 0, 10).item() == pytest.approx(expected)
+    assert trainset.error(predicted, target, two, 0, 10).item() == pytest.approx(expected)
 
 
 def test_it_starts_from_weights(whole, tmp_path):
@@ -281,7 +282,6 @@ def test_ablations(tmp_path):
 def test_an_augmented_set_is_not_moved_again(tmp_path):
     """Crops of a folder that augment.py wrote come out as they lie there; mixed with others it is refused."""
     import augment
-    import trainset
     cells = labelled_folder(tmp_path / "cells", 3)
     made = tmp_path / "made"
     augment.main(augment.Config((str(cells),), str(made), 2, 32), [])

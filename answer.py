@@ -398,9 +398,11 @@ class Bank:
                     self.names[row, words.names.index(target)] = 1
             if line["kind"] == "known":
                 self.member[row] = torch.from_numpy(self.belonging(line, words, classes))
-            groups.setdefault((line["kind"], line["task"], *line["targets"]), []).append(row)
+            about = (line["task"], *line["targets"]) if line["kind"] == "known" else (line["targets"][:1], len(line["targets"]))
+            groups.setdefault((line["kind"], *map(str, about)), []).append(row)
         self.known = [torch.tensor(rows) for key, rows in groups.items() if key[0] == "known"]
-        self.vain = [torch.tensor(rows) for key, rows in groups.items() if key[0] != "known"]
+        self.vain = [[torch.tensor(rows) for key, rows in groups.items() if key[0] == kind]
+                     for kind in KINDS[1:] if any(key[0] == kind for key in groups)]
 
     @staticmethod
     def belonging(line: dict, words, classes: list[str]) -> np.ndarray:
@@ -418,11 +420,13 @@ class Bank:
         return found
 
     def draw(self, count: int, generator, vain: float = 0.2):
-        """(count,) rows: kind of instruction, task and targets evenly, then any wording."""
+        """(count,) rows: task and targets evenly, or in vain each kind and what it names, then any wording."""
         luck = torch.rand(3, count, generator=generator).tolist()
         rows = []
         for unknown, group, place in zip(*luck):
-            groups = self.vain if unknown < vain and self.vain else self.known
+            groups = self.known
+            if unknown < vain and self.vain:
+                groups, group = self.vain[int(group * len(self.vain))], group * len(self.vain) % 1
             group = groups[int(group * len(groups))]
             rows.append(group[int(place * len(group))])
         return torch.stack(rows)

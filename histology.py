@@ -42,6 +42,8 @@ class Source:
         for name in [*self.classes.values(), *self.regions.values()]:
             if name not in CONCEPTS and name not in UNTRAINED["train"]:
                 raise ValueError(f"{self.path}: class '{name}' is none of {', '.join(CONCEPTS)}")
+        if self.tissue and self.tissue not in TISSUES:
+            raise ValueError(f"{self.path}: tissue '{self.tissue}' is none of {', '.join(TISSUES)}; leave it out if none fits")
 
 
 CLASSES = {
@@ -53,6 +55,8 @@ CLASSES = {
                6: "connective"},
     "labels": {name: name for name in CONCEPTS},
 }
+ORGANS = {"adrenal_gland": "adrenal gland", "bile-duct": "bile duct", "esophagus": "oesophagus",       # PanNuke: ours
+          "headneck": "head and neck", "ovarian": "ovary", "pancreatic": "pancreas"}
 
 
 class Tile(NamedTuple):
@@ -85,9 +89,10 @@ def source_tiles(source: Source) -> Iterator[Tile]:
         if strange := {c for c in classes.values() if c not in known}:
             raise ValueError(f"{name}: class {min(strange, key=str)!r}, expected one of "
                              f"{', '.join(map(str, known))}; give the source's classes: {{its class: ours}}")
-        named = {number: known[c] for number, c in classes.items()}
-        if bare := set(np.unique(labels).tolist()) - {0} - named.keys():
+        there = set(np.unique(labels).tolist()) - {0}             # a table may name cells that others cover
+        if bare := there - classes.keys():
             raise ValueError(f"{name}: {len(bare)} cells without a class, such as {min(bare)}")
+        named = {number: known[classes[number]] for number in sorted(there)}
         yield Tile(name, pixels, labels, named, regions, tissue or source.tissue)
 
 
@@ -156,8 +161,11 @@ def _pannuke(source: Source):
                 numbers = np.where(ids > 0, len(classes) + np.cumsum(ids > 0), 0)
                 labels = np.where(labels == 0, numbers[index.reshape(labels.shape)], labels).astype(np.int32)
                 classes |= {int(n): c for n in numbers[ids > 0]}
+            organ = ORGANS.get(str(tissue[i]).lower(), str(tissue[i]).lower())
+            if organ and organ not in TISSUES:
+                raise ValueError(f"{tissues}: tissue '{tissue[i]}', expected one of {', '.join([*TISSUES, *ORGANS])}")
             rgb = np.asarray(pixels[i]).transpose(2, 0, 1).round().clip(0, 255).astype(np.uint8)
-            yield f"{prefix}_{i:04d}", rgb, labels, classes, {}, str(tissue[i]).lower()
+            yield f"{prefix}_{i:04d}", rgb, labels, classes, {}, organ
 
 
 def _lizard(source: Source):

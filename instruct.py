@@ -192,9 +192,14 @@ def make(config: Config, files: list[str]) -> int:
     concepts = sorted({concept for source in config.sources for concept in source.regions.values()})
     taught: dict[str, Counter] = {}
     tissues: set[str] = set()
-    written = Counter()
-    for source in config.sources:
+    written, names = Counter(), set()
+    for number, source in enumerate(config.sources, 1):
         for tile in histology.source_tiles(source):
+            if tile.name in names:                             # two folders may each have a 1.png
+                tile = tile._replace(name=f"{number}_{tile.name}")
+            if tile.name in names:
+                raise ValueError(f"{source.path}: two images would be {tile.name}; rename one of them")
+            names.add(tile.name)
             for split, part in histology.divided(tile, source.split, config.tile, config.hold_out,
                                                     config.seed):
                 histology.write_tile(out / split, part, concepts)
@@ -212,6 +217,9 @@ def make(config: Config, files: list[str]) -> int:
     if not trained:
         raise ValueError(f"least={config.least}: no concept has so many cells in train; give more sources or "
                          "a smaller least=")
+    if not written["validation"]:
+        raise ValueError(f"hold_out={config.hold_out:g}: no image is left for validation, where thresholds are chosen; "
+                         "give a larger share, or another seed=")
     record = dict(trained=trained, regions={name: i + 1 for i, name in enumerate(concepts)},
                   cells=dict(counts), tissues=sorted(tissues - {""}),
                   licence=sorted({source.licence for source in config.sources} - {""}))

@@ -91,7 +91,8 @@ SALAD = ("banana", "quickly", "seven", "window", "blue", "runs", "hope", "paper"
          "slow", "of", "river", "think", "cloud", "never", "table", "green", "jump", "often", "pencil",
          "moon", "because", "salt", "engine", "soft")
 TISSUES = ("colon", "liver", "breast", "lung", "kidney", "brain", "skin", "prostate", "stomach", "heart",
-           "pancreas", "bladder", "thyroid", "ovary", "bone")
+           "pancreas", "bladder", "thyroid", "ovary", "bone", "adrenal gland", "bile duct", "cervix", "oesophagus",
+           "head and neck", "testis", "uterus")
 
 
 def ancestors(name: str) -> tuple[str, ...]:
@@ -180,6 +181,7 @@ TEMPLATES = {
 POLITE = ("", "", "", "please ", "could you ", "can you ", "i need you to ", "hey, ", "kindly ", "now ")
 PLACES = ("", "", "", " in this region", " in this image", " here", " on this slide", " in this tile",
           " in the field of view")
+BESIDE = 0.3            # share of instructions about something unknown that name a trained concept as well
 ARTICLES = ("the ", "the ", "all ", "all the ", "", "any ")
 
 
@@ -187,7 +189,7 @@ class Instruction(NamedTuple):
     text: str
     kind: str                           # known, untrained, invisible, nonsense
     task: str                           # one of TASKS; "" for nonsense
-    targets: tuple[str, ...]            # concepts, or what is unknown
+    targets: tuple[str, ...]            # concepts; or what is unknown, and perhaps a concept beside it
     tissue: str                         # that the text speaks of; "" for none
     lot: str                            # train, calibration, held-out
 
@@ -228,9 +230,13 @@ class Grammar:
         if kind == "nonsense":
             text = self.pick((self.letters, self.salad, self.chatter, self.chatter))(lot)
             return Instruction(text, kind, "", (), "", lot)
-        names = list(INVISIBLE[lot]) if kind == "invisible" else self.untrained(lot)
-        task = self.pick([task for task in TASKS if task != "compare"])
-        return self.ask(lot, task, (self.pick(names),), kind=kind)
+        target = self.pick(list(INVISIBLE[lot]) if kind == "invisible" else self.untrained(lot))
+        if self.rng.random() >= BESIDE:
+            return self.ask(lot, self.pick([task for task in TASKS if task != "compare"]), (target,), kind=kind)
+        known = self.pick(self.trained)
+        both = (known, target) if self.rng.random() < 0.5 else (target, known)
+        said = self.ask(lot, self.pick([task for task in TASKS if task != "exclude"]), both, kind=kind)
+        return said._replace(targets=(target, known))
 
     def untrained(self, lot: str) -> list[str]:
         """Concepts of the ontology without data, and other things one may ask for, by their names."""

@@ -195,7 +195,8 @@ def look(pixels: np.ndarray, net: Instructed, labels: np.ndarray | None = None, 
     scale : network px per px of the region, see segment.scale_for.
     """
     share, what = stain(pixels)
-    rgb = data.to_rgb(data.normalise(pixels, data.percentiles(pixels, net.settings.low, net.settings.high)))
+    shown = pixels[:3]                   # more channels are no H&E; the stain says so
+    rgb = data.to_rgb(data.normalise(shown, data.percentiles(shown, net.settings.low, net.settings.high)))
     if labels is None:
         labels = segment.segment(rgb, net, limits=segment.UNIT, scale=scale)
     size = rgb.shape[1:]
@@ -248,7 +249,8 @@ class Reply(NamedTuple):
     sentence: str
     task: str
     targets: tuple[str, ...]
-    kind: str
+    unknown: str | None                 # what it asks for that the network was not trained on, where it knows a name
+    kind: str                           # known, or why a question: see KINDS; image; tissue
     confidence: float                   # that it was understood, 0 to 1
     labels: np.ndarray                  # (H, W) int32: answered cells, ids as in the view; or areas 1..n
     found: Found | None                 # None: a question
@@ -257,8 +259,8 @@ class Reply(NamedTuple):
 
 class Reading(NamedTuple):
     """One instruction in words."""
-    task: str
-    targets: tuple[str, ...]            # trained concepts, as many as the task needs
+    task: str                           # "" for nonsense
+    targets: tuple[str, ...]            # trained concepts, as many as the task needs; of a question those it names
     kind: str                           # the likeliest reason not to follow it, or known
     unknown: str | None                 # what it asks for instead, where the network knows a name
     tissue: str                         # that it speaks of, or ""
@@ -273,17 +275,15 @@ def interpret(said: Understood, words: Words) -> list[Reading]:
     for task, kind, names, tissue in zip(*heads):
         mine = names * trained                                               # (K,)
         order = mine.argsort(descending=True).tolist()
-        job = TASKS[int(task.argmax())]
-        wanted = 2 if job == "compare" else max(1, min(2, int((mine > 0.5).sum())))
-        targets = tuple(words.names[i] for i in order[:wanted])
+        job, named = TASKS[int(task.argmax())], min(2, int((mine > 0.5).sum()))
         confidence = float(kind[0] * mine.max() * task.max())
-        other = int((names * ~trained).argmax())
-        unknown = words.names[other] if names[other] > 0.3 and not trained[other] else None
-        reason = KINDS[int(kind.argmax())] if kind.argmax() else "known"
-        if confidence < words.known and reason == "known":
-            reason = KINDS[1 + int(kind[1:].argmax())]
-        elif confidence >= words.known:
-            reason, unknown = "known", None
+        if confidence >= words.known:
+            reason, unknown, wanted = "known", None, 2 if job == "compare" else max(1, named)
+        else:
+            reason, other = KINDS[1 + int(kind[1:].argmax())], int((names * ~trained).argmax())
+            unknown = words.names[other] if names[other] > 0.5 and not trained[other] else None
+            job, wanted = ("", 0) if reason == "nonsense" else (job, named)
+        targets = tuple(words.names[i] for i in order[:wanted])
         region = TISSUES[int(tissue.argmax()) - 1] if tissue.argmax() and tissue.max() > 0.5 else ""
         readings.append(Reading(job, targets, reason, unknown, region, confidence))
     return readings
@@ -305,8 +305,8 @@ def reply(view: View, text: str, vector: Tensor, reading: Reading, net: Instruct
     looks = f"this region looks {tissue} my training tissue ({home})" if tissue and home else ""
 
     def question(kind: str, sentence: str) -> Reply:
-        return Reply("question", sentence, reading.task, reading.targets, kind, reading.confidence, empty,
-                     None, tissue)
+        return Reply("question", sentence, reading.task, reading.targets, reading.unknown, kind, reading.confidence,
+                     empty, None, tissue)
 
     if view.stain < words.stain:
         return question("image", f"This does not look like an H&E section: I see {view.what}. "
@@ -317,15 +317,18 @@ def reply(view: View, text: str, vector: Tensor, reading: Reading, net: Instruct
         if organ and organ not in words.tissues and looks:
             said += f" ({reading.unknown.capitalize()} belong to {organ}; {looks}.)"
         return question(reading.kind, f"{said} {seen(view, net)}")
-    if reading.tissue and words.tissues and reading.tissue not in words.tissues:
-        what = instructions.plural(reading.targets[0])
-        return question("tissue", f"You speak of {reading.tissue}, but {looks or 'I was trained on ' + home}."
-                                  f" {seen(view, net)} Shall I look for {what} all the same?")
+    own = reading.tissue in words.tissues
+    if reading.tissue and words.tissues and (tissue == "unlike" or not own):
+        doubt = f"but {looks or 'I was trained on ' + home}"
+        if tissue == "unlike" and not own:                                   # which may well be: nobody here can say
+            doubt = f"and {looks}, so that I cannot tell whether it is {reading.tissue}"
+        return question("tissue", f"You speak of {reading.tissue}, {doubt}. {seen(view, net)} Shall I look for "
+                                  f"{instructions.plural(reading.targets[0])} all the same?")
     found, labels = gather(view, vector, reading, net)
     sentence = instructions.sentence(found)
     if tissue == "unlike":
         sentence += f" Take this with care: {looks}."
-    return Reply("answer", sentence, reading.task, reading.targets, "known", reading.confidence, labels,
+    return Reply("answer", sentence, reading.task, reading.targets, None, "known", reading.confidence, labels,
                  found, tissue)
 
 
@@ -337,24 +340,29 @@ def chosen(view: View, vectors: Tensor, words: Words, net: Instructed) -> np.nda
     return (p >= words.belongs) & sure[:, None]
 
 
+@torch.inference_mode()
+def areas(view: View, vector: Tensor, net: Instructed) -> np.ndarray:
+    """(H, W) int32: the areas, 1..n, whose pixels belong to the text."""
+    from skimage.measure import label
+    p = net.similarity(vector[None], view.plane.flatten(1).T)[0].sigmoid()
+    return label((p >= net.words.pixel).view(view.labels.shape).numpy(), connectivity=1).astype(np.int32)
+
+
 def gather(view: View, vector: Tensor, reading: Reading, net: Instructed) -> tuple[Found, np.ndarray]:
     """The cells or areas that belong to the text, what they amount to, and their label image."""
-    from skimage.measure import label
     words = net.words
     if set(reading.targets) & set(words.regions):
-        p = net.similarity(vector[None], view.plane.flatten(1).T)[0].sigmoid()
-        labels = label((p >= words.pixel).view(view.labels.shape).numpy(), connectivity=1).astype(np.int32)
+        labels = areas(view, vector, net)
         mine = np.ones(labels.max(), bool)
     else:
-        mine = chosen(view, vector[None], words, net)[0]                     # (n,)
+        sides = net.prototypes[[words.trained.index(name) for name in reading.targets]]      # (1 or 2, E)
+        # A comparison is about both sides, each by the mean of its wordings; else the text itself decides.
+        mine = chosen(view, sides if reading.task == "compare" else vector[None], words, net).any(0)     # (n,)
         labels = view.labels * np.append(False, mine)[view.labels]
+    counts = (int(mine.sum()),)
     if len(reading.targets) > 1 and not set(reading.targets) & set(words.regions):
-        sides = net.prototypes[[words.trained.index(name) for name in reading.targets]]      # (2, E)
-        p = net.similarity(sides, view.cells).numpy()
-        among = chosen(view, sides, words, net).any(0) if reading.task == "compare" else mine
-        counts = tuple(int((among & (p.argmax(0) == side)).sum()) for side in range(len(sides)))
-    else:
-        counts = (int(mine.sum()),)
+        nearest = net.similarity(sides, view.cells).numpy().argmax(0)
+        counts = tuple(int((mine & (nearest == side)).sum()) for side in range(len(sides)))
     area = np.bincount(labels.ravel(), minlength=2)[1:]
     ids = np.flatnonzero(area) + 1
     return Found(reading.task, reading.targets, counts, int(mine.sum()), float(area.sum() / labels.size),

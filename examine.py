@@ -29,8 +29,10 @@ class Asked:
     def reply(self, view, text: str):
         return self.answer.reply(view, text, *self.said[text], self.net)
 
-    def mask(self, view, text: str) -> np.ndarray:
-        """Label image of a text's cells by similarity alone: guardrails are judged apart."""
+    def mask(self, view, text: str, area: bool = False) -> np.ndarray:
+        """Label image of a text's cells, or areas, by similarity alone: guardrails are judged apart."""
+        if area:
+            return self.answer.areas(view, self.said[text][0], self.net)
         mine = self.answer.chosen(view, self.said[text][0][None], self.net.words, self.net)[0]
         return view.labels * np.append(False, mine)[view.labels]
 
@@ -78,12 +80,19 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 def judge(line: dict, reply, areas: set[str], right: Counter, counted: list) -> None:
     """One pair into the tallies: right {(what, whether): number}, counted [(true count, answered count)]."""
     asked_back, targets = reply.status == "question", set(line["targets"])
-    if line["kind"] != "known":
-        right[f"asked back: {line['kind']}", asked_back] += 1
+    checks = {"stain": reply.kind == "image", "tissue": reply.kind == "tissue",
+              "text": asked_back and reply.kind not in ("image", "tissue")}
+    if line["kind"] != "known":                                # the text must have told, not the picture
+        beside = " beside a trained concept" * (len(targets) > 1)
+        right[f"asked back: {line['kind']}{beside}", checks["text"]] += 1
     elif line["status"] == "question":
-        right["asked back: another tissue than the training's", asked_back] += 1
+        right["asked back: another tissue than the training's", checks["tissue"]] += 1
     else:
-        right["answered what can be answered", not asked_back] += 1
+        for name, alarm in checks.items():
+            right[f"false alarm of the {name} check", alarm] += 1
+        if line["task"] == "presence" and not targets & areas:
+            said = reply.found.count > 0 if reply.found else None
+            right["presence: yes or no", said == (line["count"] > 0)] += 1
         if asked_back:
             return
         right["task understood", reply.task == line["task"]] += 1

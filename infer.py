@@ -14,6 +14,7 @@ For each image NAME it writes into out=
     NAME_distance.tif, NAME.geojson (QuPath), NAME_rois.zip (ImageJ)      with distance=, geojson=, rois=true
     summary.csv          one row per image: cells, mean area, confluency, seconds
 
+With --check it says what there is to do, and stops.
 Results that exist are kept unless overwrite=true, so that the same command goes on where it stopped.
 Channels, planes and time points are counted from 1. Reading from S3 is anonymous unless signed=true; writing uses
 your AWS credentials. A shard writes summary_3_of_16.csv.
@@ -96,7 +97,7 @@ class Config:
         runs.part_of(self.shard)
 
 
-def main(config: Config, files: list[str]) -> int:
+def main(config: Config, files: list[str], check: bool = False) -> int:
     root = Path(__file__).resolve().parent
     found = find_images(files or [str(root / "demo" / "*.png")], config)
     part, parts = runs.part_of(config.shard)
@@ -106,6 +107,10 @@ def main(config: Config, files: list[str]) -> int:
         return 0
     table = "summary.csv" if parts == 1 else f"summary_{part}_of_{parts}.csv"
     weights = find_weights(config.weights, root / "final_models")
+    if check:
+        print(f"{len(mine)} of {len(found)} images, the first {next(iter(mine))}\n"
+              f"weights {weights}\nresults into {config.out}")
+        return 0
     if not remote.is_remote(config.out):
         return segment_all(mine, remote.Shelf(prepare(Path(config.out))), table, weights, config)
     with remote.open_shelf(config.out, [table], config.endpoint) as shelf:

@@ -164,7 +164,7 @@ def ask(config: Ask, files: list[str]) -> int:
     if found:
         amounts = dict(count=found.count, counts=dict(zip(found.targets, found.counts)),
                        area_fraction=round(found.area, 6))
-    understood = dict(task=reply.task, targets=list(reply.targets), kind=reply.kind,
+    understood = dict(task=reply.task, targets=list(reply.targets), unknown=reply.unknown, kind=reply.kind,
                       confidence=round(reply.confidence, 4))
     record = dict(image=str(path), instruction=text, status=reply.status, answer=reply.sentence,
                   understood=understood, **amounts, boxes=instructions.boxes(reply.labels),
@@ -337,7 +337,8 @@ def train(config: Config, files: list[str]) -> int:
     scores = calibration.calibrate(net, bank, tiles, Path(config.data), config.tile, encoder)
     run.log(config.steps, **scores)
     net.settings = dataclasses.replace(net.settings, diameter=images.diameter, provenance=dict(
-        config=runs.to_yaml(config, shared=True), scores=scores, cells=record["cells"], torch=str(torch.__version__)))
+        config=runs.to_yaml(config, shared=True), scores=scores, cells=record["cells"],
+        step=config.steps, commit=runs.commit(), torch=str(torch.__version__)))
     answer.save(net.cpu(), config.exported)
     print(f"{json.dumps(scores)}\n-> {config.exported}")
     return 0
@@ -409,8 +410,9 @@ def evaluate(config: Config, files: list[str]) -> int:
     plain = [line for line in lines if line["kind"] == "known" and not line["tissue"]
              and line["task"] in ("segment", "count", "locate", "presence")]
     wordings = {name: sorted({line["instruction"] for line in plain if line["targets"] == [name]})
-                for name in net.words.trained if name not in net.words.regions}
-    foils = {name: [text for other, texts in wordings.items() if other != name for text in texts]
+                for name in net.words.trained}
+    foils = {name: [text for other, texts in wordings.items() for text in texts       # a fibroblast is a nucleus too
+                    if other not in instructions.ancestors(name) and name not in instructions.ancestors(other)]
              for name in wordings}
 
     masks = {name: {way: examine.Tally() for way in ("text", "shuffled", "fixed")} for name in wordings}
@@ -423,11 +425,12 @@ def evaluate(config: Config, files: list[str]) -> int:
             known = histology.truth(tile, "segment", (name,))
             if known is None or len(texts) < 5:
                 continue
-            five = [str(text) for text in rng.choice(texts, 5, False)]
-            found = [asked.mask(view, text) for text in five]
+            five, area = [str(text) for text in rng.choice(texts, 5, False)], name in net.words.regions
+            found = [asked.mask(view, text, area) for text in five]
             masks[name]["text"].add(known[1], found[0])
-            masks[name]["shuffled"].add(known[1], asked.mask(view, str(rng.choice(foils[name]))))
-            if fixed:
+            if foils[name]:
+                masks[name]["shuffled"].add(known[1], asked.mask(view, str(rng.choice(foils[name])), area))
+            if fixed and not area:
                 masks[name]["fixed"].add(known[1], examine.of_fixed(other, name, fixed))
             if known[0].count:
                 same += [examine.iou(a, b) for a, b in itertools.combinations(found, 2)]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -309,11 +310,19 @@ def boxes(labels: np.ndarray) -> list[list[int]]:
     return [[s[1].start, s[0].start, s[1].stop, s[0].stop] for s in ndimage.find_objects(labels) if s]
 
 
+SINGULAR = {"nuclei": "nucleus", "glomeruli": "glomerulus", "alveoli": "alveolus", "thrombi": "thrombus",
+            "abscesses": "abscess"}
+MASS = ("necrosis", "mucin", "oedema", "haemorrhage")
+
+
 def amount(count: int, name: str) -> str:
-    """1 fibroblast, 2 fibroblasts."""
-    if count == 1:
-        name = name.removesuffix("nuclei") + "nucleus" if name.endswith("nuclei") else name.removesuffix("s")
-    return f"{count} {name}"
+    """no fibroblasts, 1 fibroblast, 2 fibroblasts; 2 areas of necrosis."""
+    if name in MASS:
+        name = f"areas of {name}" if count != 1 else f"area of {name}"
+    elif count == 1:
+        *before, last = name.split(" ")
+        name = " ".join((*before, SINGULAR.get(last, last.removesuffix("s"))))
+    return f"{count or 'no'} {name}"
 
 
 def sentence(found: Found) -> str:
@@ -387,8 +396,17 @@ def rewrite(text: str, llm: LLM) -> str:
         headers["Authorization"] = f"Bearer {key}"
     url = llm.url.rstrip("/") + "/chat/completions"
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=llm.timeout) as reply:
-        raw = reply.read(1 << 20)
+    for pause in (1, 4, None):
+        try:
+            with urllib.request.urlopen(request, timeout=llm.timeout) as reply:
+                raw = reply.read(1 << 20)
+            break
+        except OSError as error:                               # HTTPError, URLError and timeouts are some
+            refused = getattr(error, "code", 500)
+            if pause is None or (refused < 500 and refused != 429):
+                raise OSError(f"llm.url={llm.url}, model {llm.model}: {error}; is it running, and its key in "
+                              "DINOCELL_LLM_KEY? Leave llm out to keep the grammar's own wordings") from None
+            time.sleep(pause)
     try:
         said = json.loads(raw)["choices"][0]["message"]["content"].strip().strip('"')
     except (ValueError, LookupError, TypeError, AttributeError):

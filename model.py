@@ -331,9 +331,10 @@ def load(path: str | Path) -> DINOCell:
     """A network written by save(), in float32, on the CPU, ready for inference."""
     content = _read(path)
     if content.get("format") != FORMAT or content.get("kind") != "DINOCell":
-        what = "a backbone without decoder" if content.get("format") == FORMAT else "no DINOCell file"
-        raise ValueError(f"{path}: {what}; expected weights exported by train_seg.py "
-                         "(model.load_backbone reads backbones)")
+        what = {"ViT": "a backbone without decoder (model.load_backbone reads it)",
+                "Instructed": "weights that answer instructions (python instruct.py ask reads them)"}
+        raise ValueError(f"{path}: {what.get(str(content.get('kind')), 'no DINOCell file')}; expected weights exported by "
+                         "train_seg.py")
     shape = content["architecture"]
     known = {f.name for f in fields(Settings)}
     if surplus := set(content["settings"]) - known:

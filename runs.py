@@ -30,6 +30,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -490,6 +491,16 @@ def join_group(device: str) -> tuple[int, int, str]:
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return torch.distributed.get_rank(), world, device
+
+
+def commit() -> str:
+    """The version of the code, with a + when files differ from it."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, text=True,
+                              capture_output=True, timeout=10)
+        return done.stdout.strip() or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
 
 
 def mean_over_ranks(value, world: int) -> float:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import resource
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -306,19 +305,9 @@ def export(net, config: Config, diameter: float | None, hashes: dict, scores: di
     import torch
     import model
     net.settings = dataclasses.replace(net.settings, diameter=diameter, provenance=dict(
-        config=runs.to_yaml(config, shared=True), step=step, scores=scores, commit=commit(),
+        config=runs.to_yaml(config, shared=True), step=step, scores=scores, commit=runs.commit(),
         torch=str(torch.__version__), images=hashes))
     model.save(net, export_path(config), half=True)
-
-
-def commit() -> str:
-    """The version of the code, with a + when files differ from it."""
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, text=True,
-                              capture_output=True, timeout=10)
-        return done.stdout.strip() or "unknown"
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
 
 
 def print_check(config: Config, net, images, validation: list, device: str, changes) -> int:

@@ -110,6 +110,9 @@ class Config:
                              "fields or more in each part")
         if self.warmup >= self.steps:
             raise ValueError(f"warmup={self.warmup}: expected fewer than steps={self.steps}")
+        if self.measure.probe_every % self.measure.every:
+            raise ValueError(f"measure.probe_every={self.measure.probe_every}: expected a multiple of measure.every="
+                             f"{self.measure.every}, since probes are part of a measurement")
         patch, stages = self.network.patch, self.network.patch.bit_length()
         for name, side in (("size", self.views.size), ("local_size", self.views.local_size)):
             if side % patch:

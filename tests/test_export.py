@@ -49,6 +49,11 @@ def test_onnx_runtime_gives_what_pytorch_gives(tmp_path, half, tile, opset):
 
 
 @needs_onnx
+def test_the_weights_that_ship_can_be_exported(tmp_path):
+    assert export.to_onnx(model.load(ROOT / "final_models/dinocell_tiny.pt"), tmp_path / "x.onnx") <= 1e-4
+
+
+@needs_onnx
 def test_a_file_that_differs_does_not_appear(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "EXACT", -1.0)
     with pytest.raises(ValueError, match="differs from PyTorch"):

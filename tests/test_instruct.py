@@ -21,6 +21,7 @@ import torch
 
 import answer
 import data
+import examine
 import histology
 import instruct
 import instructions
@@ -439,7 +440,9 @@ def test_presence_asks_for_one_sure_cell():
     ({}, dict(kind="nonsense"), "nonsense", 'do not understand "the words"'),
     ({}, dict(tissue="liver"), "tissue",
      "You speak of liver, but this region looks like my training tissue (colon)"),
-    (dict(strange=9.0), dict(tissue="liver"), "tissue", "looks unlike my training tissue (colon)"),
+    (dict(strange=9.0), dict(tissue="liver"), "tissue",
+     "and this region looks unlike my training tissue (colon), so that I cannot tell whether it is liver."),
+    (dict(strange=9.0), dict(tissue="colon"), "tissue", "You speak of colon, but this region looks unlike"),
     ({}, dict(kind="untrained", unknown="hepatocytes"), "untrained",
      "Hepatocytes belong to liver; this region looks like"),
 ])
@@ -462,6 +465,24 @@ def test_a_tissue_of_the_training_is_no_contradiction_and_strange_regions_are_na
     assert strange.status == "answer" and strange.tissue == "unlike" and "with care" in strange.sentence
 
 
+def test_both_sides_of_a_comparison_are_counted_boxed_and_outlined():
+    """Whatever the comparison's own vector is near to."""
+    net = small_net().eval()
+    net.prototypes[:] = torch.eye(8)[:2]
+    said = answer.reply(view(), "more x or y?", torch.eye(8)[5],
+                        reading(task="compare", targets=("inflammatory", "nuclei")), net)
+    assert said.found.counts == (2, 2) and said.found.count == 4 and set(np.unique(said.labels)) == {0, 1, 2, 3, 4}
+    assert said.sentence == "Neither: I see 2 nuclei and 2 inflammatory cells."
+
+
+def test_more_than_three_channels_are_a_question():
+    net = small_net().eval()
+    stack = np.random.default_rng(0).integers(0, 60000, (5, 64, 64)).astype(np.uint16)
+    seen = answer.look(stack, net)
+    said = answer.reply(seen, "count the nuclei", AXIS, reading(), net)
+    assert said.status == "question" and "I see an image of 5 channels" in said.sentence
+
+
 def test_confidence_below_the_line_is_never_followed():
     """Heads that say known but are unsure of the rest: interpret() names the next best reason."""
     net = small_net(known=0.5)
@@ -476,7 +497,11 @@ def test_confidence_below_the_line_is_never_followed():
     assert read([0.2, 0, 0.1, 0]).kind == "invisible"
     assert read([0.0, 9.0, 0, 0]).kind == "untrained"
     unnamed = read([9.0, 0, 0, 1.0], torch.tensor([[-9.0, -9.0, 9.0]]))
-    assert unnamed.kind != "known" and unnamed.unknown == "mitotic figures"
+    assert unnamed.kind != "known" and unnamed.unknown == "mitotic figures" and unnamed.targets == ()
+    both = read([0.0, 9.0, 0, 0], torch.tensor([[-9.0, 9.0, 9.0]]))
+    assert (both.kind, both.targets, both.unknown) == ("untrained", ("inflammatory",), "mitotic figures")
+    hello = read([0.0, 0, 0, 9.0], torch.full((1, 3), -9.0))
+    assert (hello.kind, hello.task, hello.targets, hello.unknown) == ("nonsense", "", (), None)
 
 
 # ------------------------------------------------------------------------------------------------- end to end
@@ -545,7 +570,7 @@ def test_training_lowers_every_loss_and_resumes(toy):
     folder, run = toy
     log = [json.loads(line) for line in (folder / "runs" / "toy" / "log.jsonl").read_text().splitlines()]
     losses = [line for line in log if "loss" in line]
-    for name in ("loss_distance", "loss_text"):
+    for name in ("loss_distance", "loss_text", "loss_cells", "loss_pixels"):
         assert losses[-1][name] < losses[0][name], name
     net = answer.load(folder / "final_models" / "toy.pt")
     assert net.words.licence == ("none",) or list(net.words.licence) == ["none"]
@@ -557,6 +582,20 @@ def test_training_lowers_every_loss_and_resumes(toy):
     assert run("train") == 0                               # from step 20 on, to the same weights
     after = torch.load(last, weights_only=True)["net"]
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_text_decides_which_cells_belong(toy):
+    """After a longer training, on an image never seen: what a class is called is nearer to its own cells than to the others."""
+    folder, run = toy
+    assert run("train", "experiment=longer", "steps=150", "text_steps=600", "log_every=50", "save_every=150") == 0
+    net, tile = answer.load(folder / "final_models" / "longer.pt"), tissue(13)
+    seen = answer.look(tile.pixels, net, tile.labels)
+    kinds = np.array([tile.classes[i] for i in sorted(tile.classes)])
+    for name in ("inflammatory", "malignant epithelial"):
+        wordings = net.prototypes[[net.words.trained.index(name)]]
+        near = net.similarity(wordings, seen.cells)[0].detach().numpy()
+        own, other = near[kinds == name], near[kinds != name]
+        assert len(own) > 3 and (own[:, None] > other).mean() > 0.9, (name, own, other)
 
 
 def test_fixed_head_and_evaluate(toy):
@@ -587,7 +626,7 @@ def test_ask_writes_its_answer(toy, tmp_path, capsys):
     labels = data.read_labels(tmp_path / "out" / "roi_answer_labels.tif")
     assert code == 0 and record["status"] == "answer"
     assert record["answer"] == said and record["instruction"] == text
-    assert record["understood"].keys() == {"task", "targets", "kind", "confidence"}
+    assert record["understood"].keys() == {"task", "targets", "unknown", "kind", "confidence"}
     assert record["count"] == len(record["boxes"]) == len(np.unique(labels)) - 1
     assert math.isclose(record["area_fraction"], (labels > 0).mean(), abs_tol=1e-6)
     height, width, _ = skimage.io.imread(tmp_path / "out" / "roi_answer.png").shape  # small: enlarged
@@ -652,6 +691,75 @@ def test_regions_become_areas(tmp_path):
     inside = net.similarity(net.prototypes[[net.words.trained.index("necrosis")]],
                             seen.plane.flatten(1).T).sigmoid() >= net.words.pixel
     assert ((said.labels > 0) == inside.view(192, 192).numpy()).all()
+
+
+def test_sources_that_share_names_and_sets_that_cannot_validate(tmp_path, capsys):
+    for folder in ("a", "b"):
+        for seed in (30, 31, 32):
+            histology.write_tile(tmp_path / folder, tissue(seed, size=200), [])
+    sources = [f"{{path: {tmp_path}/{folder}, tissue: colon}}" for folder in ("a", "b")]
+
+    def make(folder: str, *more: str, sources=sources) -> tuple[int, str]:
+        (tmp_path / "c.yaml").write_text(f"data: {tmp_path}/{folder}\nsources: [{', '.join(sources)}]\n")
+        with pytest.raises(SystemExit) as stop:
+            instruct.start(["make", str(tmp_path / "c.yaml"), "least=5", "tile=64", "pairs=2", *more])
+        return stop.value.code, capsys.readouterr().err
+    assert make("set")[0] == 0
+    assert {tile.name for tile in histology.tiles_of(tmp_path / "set", "train")} == {
+        f"{number}tissue_{seed}" for number in ("", "2_") for seed in (30, 31, 32)}
+    code, error = make("other", "tile=150", "hold_out=0.01")               # small images go to one side whole
+    assert code == 1 and "no image is left for validation" in error
+    code, error = make("third", sources=[sources[0].replace("colon", "spleen")])
+    assert code == 1 and "tissue 'spleen' is none of colon, liver" in error
+
+
+def test_a_table_may_name_cells_without_pixels(tmp_path):
+    """They would shift the classes of all cells after them."""
+    tile = tissue(33)
+    covered = sorted(tile.classes)[2]
+    tile.labels[tile.labels == covered] = 0
+    histology.write_tile(tmp_path, tile, [])
+    read, = histology.source_tiles(Source(str(tmp_path)))
+    assert covered not in read.classes and read.classes.keys() == set(np.unique(read.labels)) - {0}
+    assert all(read.classes[i] == tile.classes[i] for i in read.classes)
+
+
+def test_judged_is_the_check_that_should_have_told():
+    """Nonsense that only the stain check stopped was not recognised; an untrained thing beside a trained one counts apart."""
+    line = dict(kind="nonsense", targets=[], status="question", task="", tissue="")
+    right, counted = collections.Counter(), []
+    stopped = answer.reply(view(stain=0.1, what="a gray image"), "x", AXIS, reading(kind="nonsense"), small_net().eval())
+    told = answer.reply(view(), "x", AXIS, reading(kind="nonsense"), small_net().eval())
+    for reply in (stopped, told):
+        examine.judge(line, reply, set(), right, counted)
+    assert right == {("asked back: nonsense", False): 1, ("asked back: nonsense", True): 1} and not counted
+    right.clear()
+    examine.judge(line | dict(kind="untrained", targets=["necrosis", "nuclei"]), told, set(), right, counted)
+    assert list(right) == [("asked back: untrained beside a trained concept", True)]
+    right.clear()
+    known = dict(kind="known", targets=["inflammatory"], status="answer", task="presence", count=2)
+    for reply in (answer.reply(view(), "x", AXIS, reading(task="presence"), small_net().eval()), told):
+        examine.judge(known, reply, set(), right, counted)
+    assert right["presence: yes or no", True] == right["presence: yes or no", False] == 1
+    assert right["false alarm of the text check", True] == 1 and right["false alarm of the stain check", True] == 0
+    assert counted == [(2, 2)]
+
+
+def test_amounts_in_words():
+    said = [instructions.amount(*pair) for pair in ((1, "cell nuclei"), (1, "glomeruli"), (2, "glomeruli"), (1, "necrosis"),
+                                                    (3, "necrosis"), (0, "plasma cells"), (1, "plasma cells"))]
+    assert said == ["1 cell nucleus", "1 glomerulus", "2 glomeruli", "1 area of necrosis", "3 areas of necrosis",
+                    "no plasma cells", "1 plasma cell"]
+
+
+def test_untrained_beside_trained():
+    grammar = instructions.Grammar(("nuclei", "inflammatory"), 0, typos=0)
+    drawn = [grammar.ask_in_vain("held-out", "untrained") for _ in range(200)]
+    both = [said for said in drawn if len(said.targets) == 2]
+    assert 30 < len(both) < 90 and {said.task for said in both} == set(instructions.TASKS) - {"exclude"}
+    for said in both:
+        unknown, known = said.targets
+        assert unknown not in grammar.trained and known in grammar.trained and unknown.lower() in said.text.lower()
 
 
 def test_demo_tile_may_be_asked_about():

@@ -180,6 +180,20 @@ def test_every_shard_of_an_array_once(place):
     assert said == [f"infer|c.yaml|note=two words|shard={i}/4\n" for i in (1, 2, 3, 4)]
 
 
+def test_an_array_is_checked_and_submitted(place):
+    home, run = place
+    flags = ("--array=1-16", "--gres=gpu:a40:1")
+    done, calls = run("array.sh", *flags, "toy.py", "toy.yaml", "note=two words")
+    assert done.returncode == 0 and done.stdout.startswith("[true, [], ") and (home / "runs/toy/logs").is_dir()
+    assert calls == ["|".join(("sbatch", "--output=runs/toy/logs/%A_%a.log", *flags, "slurm/array.sh", "toy.py",
+                               "toy.yaml", "note=two words")) + "|"]
+    for words, said in ((("--array=1-4", "toy.py", "toy.yaml", "note=bad"), "the check says no"),
+                        (("toy.py", "toy.yaml"), "error: no job array; usage: slurm/array.sh --array=1-16"),
+                        (("--array=1-4", "gone.py", "x"), "error: gone.py is not in "), (("--array=1-4",), "usage:")):
+        done, calls = run("array.sh", *words)
+        assert done.returncode in (1, 2) and calls == [] and said in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("code", [0, 1, 137, runs.REQUEUE])
 def test_only_a_stopped_shard_is_queued_again(place, code):
     home, run = place

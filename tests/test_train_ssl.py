@@ -289,6 +289,29 @@ def test_background_knows_nothing_of_the_cells():
     assert np.abs(left[0, 0] - slope / 65535).max() < 0.02
 
 
+def test_leaks_are_found_where_there_are_some():
+    """Eight windows, each lit from a side of its own in both channels; then even light, and cells that differ."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:64, :64] / 64 - 0.5
+    truth = np.zeros((8, 64, 64), int)
+    for window in truth:
+        top, left = rng.integers(8, 44, 2)
+        window[top:top + 12, left:left + 12] = 1
+    limits = np.tile(np.array([0, 65535], np.float32), (8, 2, 1))
+
+    def pixels(angles, slope) -> float:
+        light = np.stack([30000 + slope * (np.cos(a) * x + np.sin(a) * y) for a in angles])
+        field = np.stack([light, light], 1) + rng.normal(0, 30, (8, 2, 64, 64))
+        field[np.broadcast_to(truth[:, None] > 0, field.shape)] = 60000
+        windows = probe.Windows([str(i) for i in range(8)], field.astype(np.uint16), limits, truth, ("a", "b"))
+        found = probe.leaks(model.ViT(24, 2, 2, 8, 1, layerscale=1.0), windows, 64)
+        assert found.keys() == {"background_retrieval", "background_pixels"} and 0 <= found["background_retrieval"] <= 1
+        return found["background_pixels"]
+    torch.manual_seed(0)
+    assert pixels(np.arange(8) * np.pi / 4, 20000) == 1.0
+    assert pixels(np.zeros(8), 0) < 0.6
+
+
 def test_attention_entropy():
     assert probe.entropy(np.full((2, 3, 4, 5), 0.01)) == pytest.approx(1)
     one = np.zeros((1, 1, 4, 4))
@@ -310,6 +333,15 @@ def test_measured_is_what_consistency_says():
     assert numbers["effective_rank"] == pytest.approx(ssl_.effective_rank(flat)) and len(looks) == 2
     with pytest.raises(ValueError, match="outlines"):
         probe.background(windows, 32)
+
+
+def test_a_decoder_on_the_frozen_backbone_learns():
+    import trainset
+    torch.manual_seed(0)
+    vit = model.ViT(24, 4, 2, 8, 1, layerscale=1.0)
+    data = trainset.load(trainset.Data(fields=6, field_size=96, field_cells=8, field_diameter=24), 0, "cpu", 4.0)[:2]
+    few, more = (probe.segmentation(vit, *data, steps=steps, crop=48, batch=4)["probe_AP@0.5"] for steps in (2, 80))
+    assert more > few + 0.2
 
 
 def test_the_probe_leaves_the_backbone_and_the_random_state_alone(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 
+import data
 import infer
 import remote
 import store
@@ -136,10 +137,11 @@ def test_four_shards_do_every_image_once_also_after_a_stop(folder, tmp_path, mon
         os.kill(os.getpid(), signal.SIGUSR1)
         return counted(path, name, *rest, **options)
 
-    def killed(path, name, *rest, **options):
-        if done:
+    def killed(path, name, out, *rest, **options):           # in its second image, half written
+        if len(done) > 1:
+            (out / f"{name}_labels.tif").write_bytes(b"half")
             raise KeyboardInterrupt
-        return counted(path, name, *rest, **options)
+        return counted(path, name, out, *rest, **options)
 
     def shard(number, way):
         monkeypatch.setattr(infer, "segment_file", way)
@@ -150,13 +152,14 @@ def test_four_shards_do_every_image_once_also_after_a_stop(folder, tmp_path, mon
     assert signal.getsignal(signal.SIGUSR1) == before
     with pytest.raises(KeyboardInterrupt):
         shard(2, killed)
+    assert len(done) == 2
     for number in (3, 4, 2, 1):
         assert shard(number, counted) == 0
     assert sorted(done) == sorted(infer.find_images([str(folder)], Config()).values())      # nine, none twice
     rows = [row["image"] for number in (1, 2, 3, 4)
             for row in csv.DictReader(open(out / f"summary_{number}_of_4.csv", newline=""))]
     assert sorted(rows) == sorted(done)
-    assert all((out / f"{name}_labels.tif").exists() for name in done)
+    assert all(data.read_labels(out / f"{name}_labels.tif").ndim == 2 for name in done)
 
 
 @pytest.mark.parametrize("wrong", ["0/4", "5/4", "4", "1/0", "a/b"])

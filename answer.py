@@ -251,7 +251,7 @@ class Reply(NamedTuple):
     targets: tuple[str, ...]
     unknown: str | None                 # what it asks for that the network was not trained on, where it knows a name
     kind: str                           # known, or why a question: see KINDS; image; tissue
-    confidence: float                   # that it was understood, 0 to 1
+    confidence: float                   # that it can be followed, 0 to 1
     labels: np.ndarray                  # (H, W) int32: answered cells, ids as in the view; or areas 1..n
     found: Found | None                 # None: a question
     tissue: str                         # like or unlike the training tissue; "" where nobody can say
@@ -276,7 +276,7 @@ def interpret(said: Understood, words: Words) -> list[Reading]:
         mine = names * trained                                               # (K,)
         order = mine.argsort(descending=True).tolist()
         job, named = TASKS[int(task.argmax())], min(2, int((mine > 0.5).sum()))
-        confidence = float(kind[0] * mine.max() * task.max())
+        confidence = float(kind[0] * mine.max())               # which task is often open, and no reason to ask back
         if confidence >= words.known:
             reason, unknown, wanted = "known", None, 2 if job == "compare" else max(1, named)
         else:

@@ -370,13 +370,17 @@ def gather(view: View, vector: Tensor, reading: Reading, net: Instructed) -> tup
                  instructions.place_of(instructions.centres(labels, ids), labels.shape)), labels
 
 
+@torch.inference_mode()
 def seen(view: View, net: Instructed) -> str:
-    """What there is, in a sentence: each trained concept by the mean of its wordings."""
-    cells = [name for name in net.words.trained if name not in net.words.regions]
-    rows = [net.words.trained.index(name) for name in cells if name != "nuclei"]
-    counts = chosen(view, net.prototypes[rows], net.words, net).sum(1)
-    parts = [instructions.amount(count, instructions.plural(net.words.trained[row]))
-             for row, count in zip(rows, counts) if count]
+    """What there is, in a sentence: each cell under the trained concept that it is nearest to, if it belongs there."""
+    names = [name for name in net.words.trained if name not in net.words.regions and name != "nuclei"]
+    parts = []
+    if names and len(view.cells):
+        sides = net.prototypes[[net.words.trained.index(name) for name in names]]            # (K, E)
+        nearest = net.similarity(sides, view.cells).numpy().argmax(0)                        # (n,)
+        mine = chosen(view, sides, net.words, net)[nearest, np.arange(len(nearest))]
+        counts = np.bincount(nearest[mine], minlength=len(names))
+        parts = [instructions.amount(count, instructions.plural(name)) for name, count in zip(names, counts) if count]
     number = instructions.amount(len(view.cells), "nuclei")
     return f"I see {number} here" + (f", among them {', '.join(parts)}." if parts else ".")
 

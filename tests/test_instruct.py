@@ -475,6 +475,17 @@ def test_both_sides_of_a_comparison_are_counted_boxed_and_outlined():
     assert said.sentence == "Neither: I see 2 nuclei and 2 inflammatory cells."
 
 
+def test_what_is_seen_adds_up():
+    """Four nuclei, two of them inflammatory, however near the others come to more than one class."""
+    net = small_net(trained=("nuclei", "inflammatory", "epithelial"), names=("nuclei", "inflammatory", "epithelial")).eval()
+    net.prototypes[:] = torch.eye(8)[:3]
+    assert answer.seen(view(), net) == "I see 4 nuclei here, among them 2 inflammatory cells."
+    near = view(cells=torch.nn.functional.normalize(torch.tensor([[0, 1, 0.9] + [0] * 5] * 4, dtype=torch.float32)))
+    net.words.belongs = net.words.present = 0.01
+    assert answer.seen(near, net) == "I see 4 nuclei here, among them 4 inflammatory cells."
+    assert answer.seen(view(cells=torch.zeros(0, 8)), net) == "I see no nuclei here."
+
+
 def test_more_than_three_channels_are_a_question():
     net = small_net().eval()
     stack = np.random.default_rng(0).integers(0, 60000, (5, 64, 64)).astype(np.uint16)

@@ -27,7 +27,7 @@ def calibrate(net, bank, train_tiles: list[histology.Tile], folder: Path, side: 
     if not held:
         raise ValueError(f"{folder}/validation: no tiles; make the set with a larger hold_out=")
     distances = [segment.distance_map(histology.normalised(t.pixels), net, limits=segment.UNIT) for t in held]
-    best = tuning.tuned(distances, [t.labels for t in held], depths=tuning.DEPTHS, min_areas=(histology.LEAST,))
+    best = tuning.tuned(distances, [t.labels for t in held], [t.tissue for t in held], depths=tuning.DEPTHS, min_areas=(histology.LEAST,))
     net.settings = dataclasses.replace(net.settings, peak=best.peak, fill=best.fill, depth=best.depth,
                                        min_area=histology.LEAST)
     scores = {"val_AP@0.5": float(np.mean([metrics.average_precision(tile.labels, labels, (0.5,))[0]
@@ -36,12 +36,13 @@ def calibrate(net, bank, train_tiles: list[histology.Tile], folder: Path, side: 
 
     # the tissue: how far tiles of an image lie from the others, image by image (or in six lots of them)
     tokens, lots = [], []
-    for number, tile in enumerate(train_tiles):
+    own = [tile for tile in train_tiles if tile.tissue] or train_tiles       # of the others nobody said what they are
+    for number, tile in enumerate(own):
         for box in histology.boxes_of(tile.labels.shape, side):
             pixels = torch.from_numpy(histology.normalised(histology.cut(tile, box).pixels))
             with torch.inference_mode():
                 tokens.append(answer.embeddings(pixels, net)[1])
-            lots.append(number % 6 if len(train_tiles) > 6 else number)
+            lots.append(number % 6 if len(own) > 6 else number)
     tokens, lots = torch.stack(tokens), torch.tensor(lots)
     away = []
     for lot in lots.unique():
@@ -50,8 +51,9 @@ def calibrate(net, bank, train_tiles: list[histology.Tile], folder: Path, side: 
             away += [net.strangeness(token) for token in tokens[lots == lot]]
     answer.fit_tissue(net, tokens)
     words.tissue = float(np.quantile(away, 0.95)) if away else float("inf")
-    stains = np.array([answer.stain(t.pixels)[0] for t in held])
-    fakes = np.array([answer.stain(fake)[0] for t in held for fake in answer.no_stain(t.pixels)])
+    named = [tile for tile in held if tile.tissue] or held
+    stains = np.array([answer.stain(t.pixels)[0] for t in named])
+    fakes = np.array([answer.stain(fake)[0] for t in named for fake in answer.no_stain(t.pixels)])
     real = np.arange(len(stains) + len(fakes)) < len(stains)
     words.stain, scores["stain"] = answer.best_line(np.append(stains, fakes), real)
     scores["tissue_line"] = words.tissue

@@ -35,11 +35,12 @@ class Source:
     tissue: str = ""                            # where all images are of one: colon
     licence: str = ""                           # as its authors state it; written into the weights
     classes: dict = field(default_factory=dict)  # its class: ours; empty: the layout's own
+    every: str = ""                             # class of all cells, where a source has none: nuclei, a coarse one
     regions: dict = field(default_factory=dict)  # value in NAME_regions.png: concept
     limit: int | None = None                    # images
 
     def __post_init__(self):
-        for name in [*self.classes.values(), *self.regions.values()]:
+        for name in [*self.classes.values(), *self.regions.values(), *filter(None, [self.every])]:
             if name not in CONCEPTS and name not in UNTRAINED["train"]:
                 raise ValueError(f"{self.path}: class '{name}' is none of {', '.join(CONCEPTS)}")
         if self.tissue and self.tissue not in TISSUES:
@@ -75,7 +76,8 @@ def source_tiles(source: Source) -> Iterator[Tile]:
     pannuke : images.npy (N, H, W, 3), masks.npy (N, H, W, 6: instances of five classes, ground), types.npy
         (tissues), below the folder, as fold1/images/fold1/ and fold1/masks/fold1/ or side by side
     lizard : X.mat with inst_map, id, class, and X.png, anywhere below the folder
-    labels : what readers.py reads, with X_classes.csv (columns id, class) or X_types.png, and X_regions.png
+    labels : what readers.py reads, with X_classes.csv (columns id, class) or X_types.png, and X_regions.png;
+        without classes if all its cells are of one, `every`
     """
     if not Path(source.path).is_dir():
         raise FileNotFoundError(f"{source.path}: no such folder; expected a source of kind {source.kind}")
@@ -84,6 +86,8 @@ def source_tiles(source: Source) -> Iterator[Tile]:
     for number, (name, pixels, labels, classes, regions, tissue) in enumerate(read(source)):
         if number == source.limit:
             return
+        if source.every and pixels.shape[0] == 1:              # a gray one teaches where nuclei end, too
+            pixels = np.repeat(pixels, 3, 0)
         if pixels.shape[0] != 3 or pixels.dtype != np.uint8:
             raise ValueError(f"{name}: {pixels.dtype} of {pixels.shape[0]} channels, expected RGB of 8 bits")
         if strange := {c for c in classes.values() if c not in known}:
@@ -103,7 +107,9 @@ def _labelled(source: Source):
         stem = image.with_suffix("")
         table, types, areas = (stem.with_name(stem.name + end)
                                for end in ("_classes.csv", "_types.png", "_regions.png"))
-        if table.is_file():
+        if source.every:
+            classes = dict.fromkeys(np.unique(labels[labels > 0]).tolist(), source.every)
+        elif table.is_file():
             lines = table.read_text(encoding="utf-8").splitlines()[1:]
             rows = [line.split(",", 1) for line in lines if line.strip()]
             if any(len(row) != 2 or not row[0].strip().isdigit() for row in rows):
@@ -112,7 +118,8 @@ def _labelled(source: Source):
         elif types.is_file():
             classes = _majority(labels, data.read_labels(types), types)
         else:
-            raise FileNotFoundError(f"{image}: no {table.name} (id,class) or {types.name} beside it")
+            raise FileNotFoundError(f"{image}: no {table.name} (id,class) or {types.name} beside it; if its classes are "
+                                    "not known, every: nuclei says so")
         regions = {}
         if source.regions and areas.is_file():
             value = data.read_labels(areas)

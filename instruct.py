@@ -245,22 +245,26 @@ def train(config: Config, files: list[str]) -> int:
     tiles = histology.tiles_of(Path(config.data), "train")
     encoder = language.load(config.encoder)
     classes = sorted(record["cells"])
-    net = build(config, record, classes, encoder.dim).to(device)
+    told = [name for name in classes if name != "nuclei"]                    # what the fixed-class head tells apart
+    net = build(config, record, told, encoder.dim).to(device)
     columns = ["", *classes, *record["regions"]]                             # ground, cell classes, areas
     bank = answer.Bank(histology.pairs_of(config.data, "train"), net.words, columns, encoder).to(device)
     print(f"{len(tiles)} images, {len(bank.lines)} instructions, "
           f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters", file=sys.stderr)
     changes = runs.from_dict(augment.Augment, {**STAINED, **config.augment}, "augment")
-    names = [tile.name for tile in tiles]
+    # nuclei without a class keep the distances general; a third of the crops at most, or classes are learned slowly
+    names = ["coarse" if set(tile.classes.values()) <= {"nuclei"} else tile.name for tile in tiles]
+    weights = {"coarse": max(1.0, 0.5 * sum(name != "coarse" for name in names))}
     images = augment.Resident(((t.name, histology.normalised(t.pixels), t.labels) for t in tiles), names, device,
-                              config.cap)
+                              config.cap, weights=weights)
     class_of = torch.tensor([columns.index(kind) for tile in tiles for kind in     # in Resident's order
                              ("", *(tile.classes[i] for i in sorted(tile.classes)))], device=device)
+    class_told = torch.tensor([told.index(name) if name in told else -1 for name in columns], device=device)
     areas = None
     if record["regions"]:                      # crops that follow cells would not show the same place in both
         changes = dataclasses.replace(changes, on_cell=0.0)
         areas = augment.Resident(((t.name, histology.normalised(t.pixels), area_numbers(t, record["regions"]))
-                                  for t in tiles), names, device, config.cap)
+                                  for t in tiles), names, device, config.cap, weights=weights)
     run = runs.Run(config, device=device)
     state = run.resume()
     swa = torch.optim.swa_utils
@@ -298,7 +302,8 @@ def train(config: Config, files: list[str]) -> int:
         cell_kind = class_of[(first.flatten()[row] + column).long()]         # (M,)
         loss = dict(distance=trainset.error(distance, target, labels, EDGE, SEAM) * config.distance)
         if config.head == "fixed":
-            loss["classes"] = answer.even_classes(net.classify(cells), cell_kind - 1)
+            index = class_told[cell_kind]
+            loss["classes"] = answer.even_classes(net.classify(cells[index >= 0]), index[index >= 0])
         else:
             rows = bank.draw(config.texts, generator).to(device)
             said, member = net.read(bank.vectors[rows]).vectors, bank.member[rows]     # (T, E), (T, columns)

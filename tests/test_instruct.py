@@ -735,6 +735,29 @@ def test_a_table_may_name_cells_without_pixels(tmp_path):
     assert all(read.classes[i] == tile.classes[i] for i in read.classes)
 
 
+def test_nuclei_without_classes_teach_distances_and_nothing_else(tmp_path):
+    """A source of `every: nuclei` is asked about for nuclei alone, and is no class of the fixed head."""
+    for folder, seeds in (("classed", (40, 41, 42)), ("bare", (43, 44))):
+        for seed in seeds:
+            histology.write_tile(tmp_path / folder, tissue(seed), [])
+    for table in (tmp_path / "bare").glob("*_classes.csv"):
+        table.unlink()
+    text = (f"experiment: mixed\ndata: {tmp_path}/set\noutput_base_dir: {tmp_path}\nsources:\n"
+            f"- {{path: {tmp_path}/classed, tissue: colon}}\n- {{path: {tmp_path}/bare, every: nuclei}}\n")
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language, "load", lambda folder=None: Bag())
+        for arguments in (("make",), ("train",), ("train", "head=fixed", "experiment=fixed")):
+            with pytest.raises(SystemExit) as stop:
+                instruct.start([arguments[0], str(tmp_path / "c.yaml"), *TOY, "steps=6", *arguments[1:]])
+            assert stop.value.code == 0
+    bare = [line for line in histology.pairs_of(tmp_path / "set", "train") if line["image"] in ("tissue_43", "tissue_44")]
+    assert {tuple(line["targets"]) for line in bare if line["kind"] == "known"} == {("nuclei",)}
+    assert "nuclei" not in answer.load(tmp_path / "final_models/fixed.pt").words.classes
+    with pytest.raises(FileNotFoundError, match="every: nuclei"):
+        list(histology.source_tiles(Source(str(tmp_path / "bare"))))
+
+
 def test_judged_is_the_check_that_should_have_told():
     """Nonsense that only the stain check stopped was not recognised; an untrained thing beside a trained one counts apart."""
     line = dict(kind="nonsense", targets=[], status="question", task="", tissue="")

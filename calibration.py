@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,15 +48,15 @@ def calibrate(net, bank, train_tiles: list[histology.Tile], folder: Path, side: 
     away = []
     for lot in lots.unique():
         if (lots != lot).any():
-            answer.fit_tissue(net, tokens[lots != lot])
+            fit_tissue(net, tokens[lots != lot])
             away += [net.strangeness(token) for token in tokens[lots == lot]]
-    answer.fit_tissue(net, tokens)
+    fit_tissue(net, tokens)
     words.tissue = float(np.quantile(away, 0.95)) if away else float("inf")
     named = [tile for tile in held if tile.tissue] or held
     stains = np.array([answer.stain(t.pixels)[0] for t in named])
-    fakes = np.array([answer.stain(fake)[0] for t in named for fake in answer.no_stain(t.pixels)])
+    fakes = np.array([answer.stain(fake)[0] for t in named for fake in no_stain(t.pixels)])
     real = np.arange(len(stains) + len(fakes)) < len(stains)
-    words.stain, scores["stain"] = answer.best_line(np.append(stains, fakes), real)
+    words.stain, scores["stain"] = best_line(np.append(stains, fakes), real)
     scores["tissue_line"] = words.tissue
     if words.classes:
         return scores
@@ -69,7 +70,7 @@ def calibrate(net, bank, train_tiles: list[histology.Tile], folder: Path, side: 
         lines = histology.pairs_of(folder, "validation")
         said = net.read(encoder([line["instruction"] for line in lines]))
         readings = answer.interpret(said, words)
-        words.known, scores["known"] = answer.best_line(np.array([r.confidence for r in readings]),
+        words.known, scores["known"] = best_line(np.array([r.confidence for r in readings]),
                                                         np.array([line["kind"] == "known" for line in lines]))
         cells, belong, most, there, areas, inside = [], [], [], [], [], []
         held = histology.relabelled(held)
@@ -93,10 +94,50 @@ def calibrate(net, bank, train_tiles: list[histology.Tile], folder: Path, side: 
                 most.append(p.max())
                 there.append((member > 0).any())
     if cells:
-        words.belongs, scores["belongs"] = answer.best_line(np.concatenate(cells), np.concatenate(belong),
+        words.belongs, scores["belongs"] = best_line(np.concatenate(cells), np.concatenate(belong),
                                                             "F1")
-        words.present, scores["present"] = answer.best_line(np.array(most), np.array(there))
+        words.present, scores["present"] = best_line(np.array(most), np.array(there))
         words.present = max(words.present, words.belongs)
     if areas:
-        words.pixel, scores["pixel"] = answer.best_line(np.concatenate(areas), np.concatenate(inside), "F1")
+        words.pixel, scores["pixel"] = best_line(np.concatenate(areas), np.concatenate(inside), "F1")
     return scores
+
+
+def best_line(values: np.ndarray, truth: np.ndarray, score: str = "balanced"
+              ) -> tuple[float, float | None]:
+    """(threshold, score) where `value >= threshold` tells truth best: balanced accuracy, or F1."""
+    order = np.argsort(values, kind="stable")
+    values, truth = np.asarray(values, float)[order], np.asarray(truth, bool)[order]
+    ends = np.flatnonzero(np.diff(values) > 0) + 1         # a line midway between neighbours: these lie above
+    if truth.all() or not truth.any() or not len(ends):
+        return 0.5, None                                   # only one side there is: nothing to choose
+    missed = np.cumsum(truth)[ends - 1]                                      # true ones below each line
+    false = (~truth).sum() - (ends - missed)                                 # false ones above it
+    hit = truth.sum() - missed
+    if score == "F1":
+        right = 2 * hit / (2 * hit + missed + false)
+    else:
+        right = 0.5 * (hit / truth.sum() + 1 - false / (~truth).sum())
+    best = int(right.argmax())
+    return float(values[ends[best] - 1] + values[ends[best]]) / 2, float(right[best])
+
+
+def fit_tissue(net, tokens) -> None:
+    """Mean and whitening of mean tokens (n, D); their covariance is shrunk by 0.3, as n is small."""
+    import torch
+    net.centre.copy_(tokens.mean(0))
+    centred = tokens - tokens.mean(0)
+    covariance = centred.T @ centred / max(len(tokens) - 1, 1)
+    D = len(covariance)
+    covariance = 0.7 * covariance + 0.3 * covariance.trace() / D * torch.eye(D) + 1e-6 * torch.eye(D)
+    net.whiten.copy_(torch.linalg.inv(torch.linalg.cholesky(covariance)))
+
+
+def no_stain(pixels: np.ndarray) -> Iterator[np.ndarray]:
+    """What H&E is not, made from it: gray, negative, with its channels turned round, blank, noise."""
+    yield np.repeat(pixels.mean(0, keepdims=True), 3, 0).astype(np.uint8)
+    yield 255 - pixels
+    yield pixels[[1, 2, 0]]
+    yield pixels[[2, 0, 1]][::-1]
+    yield np.full_like(pixels, 245)
+    yield np.random.default_rng(0).integers(0, 256, pixels.shape, np.uint8)

@@ -240,6 +240,7 @@ def train(config: Config, files: list[str]) -> int:
     import answer
     import augment
     import language
+    import lessons
     device, record = pick_device(config.device), histology.set_of(config.data)
     torch.manual_seed(config.seed)
     tiles = histology.tiles_of(Path(config.data), "train")
@@ -248,7 +249,7 @@ def train(config: Config, files: list[str]) -> int:
     told = [name for name in classes if name != "nuclei"]                    # what the fixed-class head tells apart
     net = build(config, record, told, encoder.dim).to(device)
     columns = ["", *classes, *record["regions"]]                             # ground, cell classes, areas
-    bank = answer.Bank(histology.pairs_of(config.data, "train"), net.words, columns, encoder).to(device)
+    bank = lessons.Bank(histology.pairs_of(config.data, "train"), net.words, columns, encoder).to(device)
     print(f"{len(tiles)} images, {len(bank.lines)} instructions, "
           f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters", file=sys.stderr)
     changes = runs.from_dict(augment.Augment, {**STAINED, **config.augment}, "augment")
@@ -280,7 +281,7 @@ def train(config: Config, files: list[str]) -> int:
         optimiser.load_state_dict(state["optimiser"])
         start = state["step"]
     elif config.head == "text":
-        answer.warm_up(net, bank, config.text_steps, config.lr, config.seed)
+        lessons.warm_up(net, bank, config.text_steps, config.lr, config.seed)
 
     logged, clock = Counter(), time.perf_counter()
     for step in range(start, config.steps):
@@ -303,19 +304,19 @@ def train(config: Config, files: list[str]) -> int:
         loss = dict(distance=trainset.error(distance, target, labels, EDGE, SEAM) * config.distance)
         if config.head == "fixed":
             index = class_told[cell_kind]
-            loss["classes"] = answer.even_classes(net.classify(cells[index >= 0]), index[index >= 0])
+            loss["classes"] = lessons.even_classes(net.classify(cells[index >= 0]), index[index >= 0])
         else:
             rows = bank.draw(config.texts, generator).to(device)
             said, member = net.read(bank.vectors[rows]).vectors, bank.member[rows]     # (T, E), (T, columns)
-            loss["cells"] = answer.even_loss(net.similarity(said, cells), member[:, cell_kind])
+            loss["cells"] = lessons.even_loss(net.similarity(said, cells), member[:, cell_kind])
             at = torch.randint(plane[:, 0].numel(), (2048,), generator=generator).to(device)
             few = plane.permute(0, 2, 3, 1).reshape(-1, plane.shape[1])[at]  # (2048, E)
             belongs = member[:, kind.flatten()[at]]
             if areas is not None:
                 _, _, area = augment.sample(areas, shown, **where)
-                belongs = answer.with_areas(belongs, member[:, 1 + len(classes):], area.flatten()[at].long())
-            loss["pixels"] = answer.even_loss(net.similarity(said, few), belongs)
-            loss["text"] = answer.text_loss(net, bank, bank.draw(256, generator, 0.5).to(device))
+                belongs = lessons.with_areas(belongs, member[:, 1 + len(classes):], area.flatten()[at].long())
+            loss["pixels"] = lessons.even_loss(net.similarity(said, few), belongs)
+            loss["text"] = lessons.text_loss(net, bank, bank.draw(256, generator, 0.5).to(device))
         total = sum(loss.values())
         total.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)

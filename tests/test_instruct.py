@@ -20,12 +20,14 @@ import skimage.io
 import torch
 
 import answer
+import calibration
 import data
 import examine
 import histology
 import instruct
 import instructions
 import language
+import lessons
 import model
 from histology import Source, Tile
 from instructions import Found
@@ -287,23 +289,23 @@ def test_llm_needs_a_model_and_a_web_address():
 def test_even_loss_closed_form():
     """Logits 0 cost log 2 on either side, however many stand there; unknown ones cost nothing."""
     member = torch.tensor([[1, -1, -1, -1, 0]], dtype=torch.int8)
-    assert math.isclose(answer.even_loss(torch.zeros(1, 5), member).item(), math.log(2), rel_tol=1e-6)
+    assert math.isclose(lessons.even_loss(torch.zeros(1, 5), member).item(), math.log(2), rel_tol=1e-6)
     sure = torch.tensor([[0.0, 30, 30, 30, 99]])                             # all negatives wrong by 30
-    assert math.isclose(answer.even_loss(sure, member).item(), (math.log(2) + 30) / 2, rel_tol=1e-5)
+    assert math.isclose(lessons.even_loss(sure, member).item(), (math.log(2) + 30) / 2, rel_tol=1e-5)
     empty = torch.full((1, 5), -1, dtype=torch.int8)                         # absent: only negatives count
-    assert math.isclose(answer.even_loss(torch.zeros(1, 5), empty).item(), math.log(2), rel_tol=1e-6)
+    assert math.isclose(lessons.even_loss(torch.zeros(1, 5), empty).item(), math.log(2), rel_tol=1e-6)
 
 
 def test_best_line():
     values, truth = np.array([0.1, 0.2, 0.3, 0.7, 0.9, 0.4]), np.array([0, 0, 0, 1, 1, 1], bool)
-    line, score = answer.best_line(values, truth)
+    line, score = calibration.best_line(values, truth)
     assert math.isclose(line, 0.35) and score == 1
     for kind, count in (("balanced", lambda hit, false: 0.5 * (hit / 3 + 1 - false / 3)),
                         ("F1", lambda hit, false: 2 * hit / (hit + false + 3))):
         values, truth = np.array([0.1, 0.8, 0.3, 0.7, 0.9, 0.2]), np.array([0, 0, 0, 1, 1, 1], bool)
         every = [count((truth & (values >= t)).sum(), (~truth & (values >= t)).sum())
                  for t in np.arange(0.15, 0.9, 0.1)]
-        line, score = answer.best_line(values, truth, kind)
+        line, score = calibration.best_line(values, truth, kind)
         assert math.isclose(score, max(every)) and math.isclose(
             count((truth & (values >= line)).sum(), (~truth & (values >= line)).sum()), score)
 

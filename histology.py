@@ -44,7 +44,8 @@ class Source:
             if name not in CONCEPTS and name not in UNTRAINED["train"]:
                 raise ValueError(f"{self.path}: class '{name}' is none of {', '.join(CONCEPTS)}")
         if self.tissue and self.tissue not in TISSUES:
-            raise ValueError(f"{self.path}: tissue '{self.tissue}' is none of {', '.join(TISSUES)}; leave it out if none fits")
+            raise ValueError(f"{self.path}: tissue '{self.tissue}' is none of {', '.join(TISSUES)}; leave it out if "
+                             "none fits")
 
 
 CLASSES = {

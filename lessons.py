@@ -41,7 +41,8 @@ class Bank:
                     self.names[row, words.names.index(target)] = 1
             if line["kind"] == "known":
                 self.member[row] = torch.from_numpy(self.belonging(line, words, classes))
-            about = (line["task"], *line["targets"]) if line["kind"] == "known" else (line["targets"][:1], len(line["targets"]))
+            about = ((line["task"], *line["targets"]) if line["kind"] == "known"
+                     else (line["targets"][:1], len(line["targets"])))
             groups.setdefault((line["kind"], *map(str, about)), []).append(row)
         self.known = [torch.tensor(rows) for key, rows in groups.items() if key[0] == "known"]
         self.vain = [[torch.tensor(rows) for key, rows in groups.items() if key[0] == kind]

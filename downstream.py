@@ -197,7 +197,7 @@ class Network:
     @cached_property
     def net(self):
         import model
-        return model.load(self.entry.weights).to(runs.join_group(self.config.device)[2])
+        return model.load(self.entry.weights).to(runs.pick_device(self.config.device))
 
     def measure(self, pixels: np.ndarray) -> dict[str, Any]:
         """Cells of a tile (2, H, W): the marker in each, in the image's units, and their area."""

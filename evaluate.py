@@ -433,7 +433,7 @@ def backbone(config: Channels):
     """The ViT, and the hash of its weights or what random ones are made from."""
     import torch
     import model
-    device = runs.join_group(config.device)[2]
+    device = runs.pick_device(config.device)
     if config.weights is not None:
         vit = model.load_backbone(config.weights, config.patch)
         return vit.eval().to(device), [digest(Path(config.weights)), config.patch]

@@ -123,12 +123,9 @@ def segment_all(found: dict[Path | str, str], shelf: remote.Shelf, table: str, w
     kept, failed, done, megapixels, seconds = len(found) - len(todo), [], 0, 0.0, 0.0
     if todo:
         from tqdm import tqdm                                 # what follows needs torch: half the start-up time
-        import torch
         import model
         from images import TOLD
-        device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device=cuda: PyTorch finds no CUDA device here; use device=cpu or auto")
+        device = runs.pick_device(config.device)
         net = model.load(weights).to(device)
         summary, start = Summary(shelf.folder / table), time.perf_counter()
         with (runs.stop_signals() as stop, tqdm(total=len(todo), unit="image", delay=1, file=sys.stderr, smoothing=0.05,

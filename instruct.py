@@ -145,7 +145,7 @@ def ask(config: Ask, files: list[str]) -> int:
     import overlay
     import language
     import segment
-    device = pick_device(config.device)
+    device = runs.pick_device(config.device)
     weights = Path(config.weights or ROOT / "final_models" / "instruct_tiny.pt")
     net = answer.load(weights)
     encoder = language.load(config.encoder)
@@ -173,13 +173,6 @@ def ask(config: Ask, files: list[str]) -> int:
     print(reply.sentence)
     print(f"-> {out / path.stem}_answer.json, _answer_labels.tif, _answer.png", file=sys.stderr)
     return 3 if reply.status == "question" else 0
-
-
-def pick_device(name: str) -> str:
-    import torch
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda: PyTorch finds no CUDA device here; use device=cpu or auto")
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # --------------------------------------------------------------------------------------------------- make
@@ -241,7 +234,7 @@ def train(config: Config, files: list[str]) -> int:
     import augment
     import language
     import lessons
-    device, record = pick_device(config.device), histology.set_of(config.data)
+    device, record = runs.pick_device(config.device), histology.set_of(config.data)
     torch.manual_seed(config.seed)
     tiles = histology.tiles_of(Path(config.data), "train")
     encoder = language.load(config.encoder)

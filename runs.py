@@ -476,13 +476,18 @@ def cosine(step: int, steps: int, start: float, end: float, warmup: int = 0) -> 
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
+def pick_device(name: str) -> str:
+    """'auto' -> the GPU if there is one; asking for one that is not there is a mistake."""
+    import torch
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda: PyTorch finds no CUDA device here; use device=cpu or auto")
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def join_group(device: str) -> tuple[int, int, str]:
     """(rank, number of processes, device): alone, or one of those that torchrun started."""
     import torch
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda: PyTorch finds no CUDA device here; use device=cpu or auto")
+    device = pick_device(device)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return 0, 1, device

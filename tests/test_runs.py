@@ -118,3 +118,18 @@ def test_what_is_given_to_others_names_no_place_on_this_machine():
         inside: tuple[str, ...] = ("/scratch/a.pt", "sets/train")
     assert runs.to_yaml(Places(), shared=True) == "root: data\ninside:\n- a.pt\n- sets/train\n"
     assert "/home/me/data" in runs.to_yaml(Places())
+
+
+def test_a_process_of_a_group_leaves_with_its_code_and_what_was_to_be_done(tmp_path):
+    """Not by way of the interpreter's teardown: a thread that would hold it up is left behind."""
+    script = tmp_path / "leave.py"
+    script.write_text(f"""import atexit, sys, threading, time
+sys.path.insert(0, {str(ROOT)!r})
+import torch, runs
+atexit.register(print, "told")
+torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/meet", rank=0, world_size=1)
+threading.Thread(target=time.sleep, args=(60,)).start()
+runs.leave(runs.REQUEUE)
+""")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=40)
+    assert (done.returncode, done.stdout) == (runs.REQUEUE, "told\n"), done.stderr

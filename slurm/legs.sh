@@ -3,7 +3,8 @@
 #
 #   slurm/legs.sh 540 out                    a leg of at most 540 s; the same command goes on where the last one stopped
 #   PRETRAIN=480 TRAIN=840 slurm/legs.sh ... seconds for each part, all legs together: 8 and 14 minutes
-#   SSL=configs/a.yaml SEG=configs/b.yaml slurm/legs.sh 540 out root=../data     other parts; key=value go to train_seg.py
+#   SSL=configs/a.yaml SEG=configs/b.yaml slurm/legs.sh 540 out data.root=../data     other parts; key=value go to
+#                                            train_seg.py, data.root to pretraining too
 #
 # Each leg may be the last: it ends with exported half-precision weights in final_models/, copied to out/ in pieces of 15 MB
 # (cat out/x.pt.* > x.pt) with the logs. How many steps fit is measured once, at the start of each part, and kept.
@@ -61,7 +62,9 @@ part() {                                                      # part SCRIPT CONF
 
 SSL=${SSL:-configs/ssl_s8.yaml} SEG=${SEG:-configs/dinocell_s8.yaml}
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2> /dev/null | tee "$keep/hardware.txt"
-part train_ssl.py "$SSL" "${PRETRAIN:-480}"
+roots=()
+for given in "$@"; do [[ $given == data.root=* ]] && roots+=("$given"); done
+part train_ssl.py "$SSL" "${PRETRAIN:-480}" ${roots[@]+"${roots[@]}"}
 part train_seg.py "$SEG" "${TRAIN:-840}" "init=final_models/$(name_of "$SSL").pt" "$@"
 if [ "${MEASURE:-yes}" = yes ]; then
     [ "$(left)" -gt 60 ] || { echo "leg over before measuring; the same command goes on"; exit 85; }

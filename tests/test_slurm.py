@@ -254,6 +254,7 @@ def test_legs_go_on_and_each_leaves_weights(tmp_path):
     (tmp_path / "runs/a/step").write_text("199")
     last = leg(20, "out", "data.root=here")
     assert last.returncode == 0, last.stdout + last.stderr
+    assert re.search(r"a ends \{'steps': '200', 'data.root': 'here'\}", last.stdout)
     assert re.search(r"b ends \{'steps': '10', 'init': 'final_models/a.pt', 'data.root': 'here'\}", last.stdout)
     assert sorted(p.name for p in (tmp_path / "out").glob("*.pt.*")) == ["a.pt.00", "b.pt.00"]
     again = leg(8)

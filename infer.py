@@ -59,6 +59,7 @@ class Config:
     peak: float | None = None                       # a cell's marker lies above this distance; null: the weights' own
     fill: float | None = None                       # a cell reaches down to this distance; null: the weights' own
     depth: float | None = None                      # a valley so deep parts two cells; 0: one down to peak; null: the weights' own
+    smooth: float | None = None                     # px, Gaussian over the distance map before the watershed; null: the weights' own
     min_area: int | None = None                     # px, smaller cells are dropped; null: the weights' own
     border: Literal["keep", "drop"] = "keep"        # drop: leave out cells cut by the edge of the image
     near: float | None = None                       # px, neighbours are counted within this distance; null: a cell's width
@@ -82,6 +83,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name}={value:g}: expected a distance from 0 to below 1")
+        if self.smooth is not None and not 0 <= self.smooth <= 20:
+            raise ValueError(f"smooth={self.smooth:g}: expected 0 to 20 px")
         if self.peak is not None and self.fill is not None and self.fill > self.peak:
             raise ValueError(f"fill={self.fill:g} is above peak={self.peak:g}: cells would end above their markers")
         for name in ("tile", "batch", "block", "plane", "time"):
@@ -188,8 +191,8 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, progress
         for notice in source.notices:                          # now, for all pixels have been seen
             if said := images.told(path, notice):
                 say(said)
-        options = dict(limits=limits, peak=config.peak, fill=config.fill, depth=config.depth, tile=config.tile, overlap=config.overlap,
-                       batch=config.batch)
+        options = dict(limits=limits, peak=config.peak, fill=config.fill, depth=config.depth, smooth=config.smooth,
+                       tile=config.tile, overlap=config.overlap, batch=config.batch)
         scale = choose_scale(config, source, net, options, path)
         reduce = -(-max(H, W) // PICTURE)                      # the overlay is reduced by this whole number
         near = (net.settings.diameter or 40) / scale if config.near is None else config.near

@@ -266,7 +266,9 @@ class Settings:
     peak: float = 0.47                # watershed: a cell's marker lies above
     fill: float = 0.09                # watershed: a cell reaches down to
     depth: float = 0.0                # watershed: two summits are two cells if the valley between them is so deep; 0: peak decides
+    smooth: float = 0.0               # px, Gaussian that smooths the distance map before the watershed
     min_area: int = 0                 # px, smaller cells are dropped
+    kinds: dict = field(default_factory=dict)         # images that want another setting of the watershed: kinds.py
     diameter: float | None = None     # px, median equivalent diameter of the training cells
     pixel_size: float | None = None   # µm per px of the training data, where it has one
     provenance: dict = field(default_factory=dict)    # what it was trained on, how, with which scores

@@ -18,13 +18,14 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import data
+import kinds
 from watershed import watershed
 
 
@@ -71,13 +72,14 @@ def _whole(what: str, image, model, options: dict) -> np.ndarray:
 
 
 def blocks(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None, peak: float | None = None,
-           fill: float | None = None, depth: float | None = None, min_area: int | None = None, border: str = "keep", tile: int | None = None,
-           overlap: int | None = None, batch: int | None = None, block: int = 2048, halo: int | None = None,
-           clock: Counter | None = None, progress=None) -> Iterator[Block]:
+           fill: float | None = None, depth: float | None = None, smooth: float | None = None, min_area: int | None = None,
+           border: str = "keep", tile: int | None = None, overlap: int | None = None, batch: int | None = None,
+           block: int = 2048, halo: int | None = None, clock: Counter | None = None, progress=None) -> Iterator[Block]:
     """Segment block by block, left to right and top to bottom.
 
     scale : network px per image px (see scale_for); limits : (C, 2), what becomes 0 and 1 (data.percentiles).
-    peak, fill, depth, min_area (image px) : None takes the weights' own. border="drop" leaves out cells cut by the image's edge.
+    peak, fill, depth, smooth (network px), min_area (image px) : None takes the weights' own, which may differ with
+        what the image looks like (kinds.py). border="drop" leaves out cells cut by the image's edge.
     tile : px, None takes the training size. overlap : px shared by neighbouring tiles; None: a cell's width, so that
         every cell lies whole in some tile, from an eighth to half of the tile.
     block : px, side of a block; images that are not much larger are one block. halo : px, None: 256 or 4 cells.
@@ -93,12 +95,6 @@ def blocks(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None
     overlap = min(max(tile // 8, round(settings.diameter or 0)), tile // 2) if overlap is None else overlap
     if not 0 <= overlap <= tile // 2:
         raise ValueError(f"overlap={overlap}: expected 0 to half the tile, {tile // 2} px")
-    peak = settings.peak if peak is None else peak
-    fill = settings.fill if fill is None else fill
-    if not 0 <= fill <= peak < 1:
-        raise ValueError(f"peak={peak:g}, fill={fill:g}: expected 0 <= fill <= peak < 1")
-    depth = settings.depth if depth is None else depth
-    min_area = round(settings.min_area / scale**2) if min_area is None else min_area
     halo = halo or max(256, math.ceil(4 * (settings.diameter or 0) / scale))
     if max(H, W) <= block + 2 * halo:
         block = max(H, W)
@@ -107,6 +103,16 @@ def blocks(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None
             limits = data.percentiles(getattr(source, "pixels", source), settings.low, settings.high)
 
     h, w = max(1, round(H * scale)), max(1, round(W * scale))
+    if settings.kinds:
+        with timed(clock, "network"):
+            settings = replace(settings, **kinds.nearest(model, glimpses(source, limits, (h, w), tile))[1])
+    peak = settings.peak if peak is None else peak
+    fill = settings.fill if fill is None else fill
+    if not 0 <= fill <= peak < 1:
+        raise ValueError(f"peak={peak:g}, fill={fill:g}: expected 0 <= fill <= peak < 1")
+    depth = settings.depth if depth is None else depth
+    smooth = settings.smooth if smooth is None else smooth
+    min_area = round(settings.min_area / scale**2) if min_area is None else min_area
     rows = _distances(source, limits, (h, w), model, tile, overlap, batch, clock, progress)
     held, first = [], 0                                       # rows of distances at hand, and the number of the first
     known = np.zeros((0, W), np.int32)                        # final labels of the last `halo` rows above the block
@@ -130,7 +136,8 @@ def blocks(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None
                 finer = h > H or w > W                        # the network sees more pixels than the image has
                 whole = _enlarge(distance, (net_y, net_x), (view_y, view_x), (h / H, w / W))
                 local = watershed(distance if finer else whole, peak, fill,
-                                  min_area if not finer else round(min_area * h * w / (H * W)), depth)
+                                  min_area if not finer else round(min_area * h * w / (H * W)), depth,
+                                  smooth if finer else smooth / scale)
                 if finer:
                     local = _nearest(local, (net_y, net_x), (view_y, view_x), (h / H, w / W))
                 local, whole = local.cpu().numpy(), whole[inner].cpu().numpy()
@@ -246,6 +253,15 @@ class _Runner:
     def _forward(self, x: Tensor) -> list[Tensor]:
         with self.model.autocast():
             return list(self.model(x)[:, 0])                                 # B times (tile, tile)
+
+
+def glimpses(source, limits: np.ndarray, size: tuple[int, int], tile: int) -> Tensor:
+    """What an image shows, from a few places: tiles (1 to 3, 3, tile, tile) from its corners and its middle."""
+    (h, w), found = size, []
+    for y, x in sorted({(0, 0), (max(0, h - tile) // 2, max(0, w - tile) // 2), (max(0, h - tile), max(0, w - tile))}):
+        strip = _read(source, limits, size, slice(y, min(y + tile, h)))[:, :, x:x + tile]
+        found.append(strip[:, _reflect(strip.shape[1], tile)][:, :, _reflect(strip.shape[2], tile)])
+    return torch.stack(found)
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:

@@ -241,14 +241,11 @@ def use_bf16(config: Config, device: str) -> bool:
 
 # -------------------------------------------------------------------------------------------- validation
 
-AREAS = (0, 5, 10, 20, 40, 80)              # px, smallest cells that are tried
-
-
 def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> dict:
-    """Scores on whole images, at the peak, fill, depth and min_area that serve all sets best; these go into the weights.
+    """Scores on whole images, with the setting of the watershed that serves all sets best; it goes into the weights.
 
     The score that decides is AP averaged over IoU 0.5 to 0.95: mean over the images of a set, then over sets, so that
-    no set drowns another. Each set's own best peak, fill and depth stand beside, to show what one setting costs.
+    no set drowns another. Each set's own best setting stands beside, to show what one for all costs.
     """
     import metrics
     import segment
@@ -256,14 +253,12 @@ def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> di
     net.eval()
     distances = [segment.distance_map(entry.pixels, net, limits=segment.UNIT) for entry in entries]
     best = tuning.tuned(distances, [entry.labels for entry in entries], [entry.set for entry in entries],
-                        depths=tuning.DEPTHS, min_areas=AREAS)
+                        min_areas=tuning.AREAS, depths=tuning.DEPTHS, smooths=tuning.SMOOTHS)
     tables = [metrics.overlap(entry.labels, found) for entry, found in zip(entries, best.labels)]
-    net.settings = dataclasses.replace(net.settings, peak=best.peak, fill=best.fill, depth=best.depth,
-                                       min_area=best.min_area)
-    scores = {"score": best.score, "peak": best.peak, "fill": best.fill, "depth": best.depth, "min_area": best.min_area,
-              **summary(metrics.set_scores(tables))}
-    sets = {name: {**summary(metrics.set_scores([t for t, e in zip(tables, entries) if e.set == name])), **own._asdict()}
-            for name, own in best.sets.items()}
+    net.settings = dataclasses.replace(net.settings, **best.setting._asdict(), kinds={})
+    scores = {"score": best.score, **best.setting._asdict(), **summary(metrics.set_scores(tables))}
+    sets = {name: {**summary(metrics.set_scores([t for t, e in zip(tables, entries) if e.set == name])),
+                   **own._asdict(), "setting": own.setting._asdict()} for name, own in best.sets.items()}
     run.log(step, **{f"val_{k}" if k != "score" else k: v for k, v in scores.items()},
             **{f"AP@0.5 {name}": row["AP@0.5"] for name, row in sets.items() if len(sets) > 1})
     if run.rank == 0:
@@ -303,8 +298,11 @@ def export_path(config: Config) -> Path:
 
 def export(net, config: Config, diameter: float | None, hashes: dict, scores: dict, step: int) -> None:
     import torch
+    import kinds
     import model
-    net.settings = dataclasses.replace(net.settings, diameter=diameter, provenance=dict(
+    own = scores.get("sets", {})
+    looks = trainset.glimpsed(config.data, config.seed, net.settings.tile) if len(own) > 1 else {}
+    net.settings = dataclasses.replace(net.settings, kinds=kinds.learnt(net, looks, own), diameter=diameter, provenance=dict(
         config=runs.to_yaml(config, shared=True), step=step, scores=scores, commit=runs.commit(),
         torch=str(torch.__version__), images=hashes))
     model.save(net, export_path(config), half=True)

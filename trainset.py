@@ -115,6 +115,19 @@ def read(example, set_name: str) -> Entry:
     return Entry(f"{set_name}/{example.name}", data.to_rgb(data.normalise(pixels, data.percentiles(pixels))), labels, set_name)
 
 
+def glimpsed(config: Data, seed: int, tile: int, count: int = 32) -> dict[str, list]:
+    """Of each set the tiles (n, 3, tile, tile) that segment.glimpses() takes of its training images, of some by lot."""
+    import segment
+    found = {}
+    for chosen in config.sets:
+        kept, _ = divide(examples(config, chosen), config, seed)
+        lot = np.random.default_rng(seed).permutation(len(kept))[:count]
+        images = (read(kept[i], chosen.name).pixels for i in lot)
+        found[chosen.name] = [segment.glimpses(segment.as_source(pixels), segment.UNIT, pixels.shape[1:], tile)
+                              for pixels in images]
+    return found
+
+
 def synthetic_entries(config: Data, seed: int, number: int) -> list[Entry]:
     """Two channels of one drawn field: the network must not lean on one stain.
 

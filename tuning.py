@@ -1,7 +1,7 @@
 """Settings and what they change: of the encoding, of the watershed, of what is kept of a prediction.
 
     best = encodings(place, found, Encoding(), "DSB", folder)[0]  # true labels -> distance map -> watershed
-    best = tuned(distances, truths, sets)                         # peak, fill, depth, min_area: while one trains
+    best = tuned(distances, truths, sets)                         # what the watershed should be set to: while one trains
     rows = swept(item, place, network, settings)                  # the network runs once per tile and scale
     result, removed = gated(images, "set", 20, (2, 98), "drop")   # of saved predictions, cells left out
 """
@@ -20,7 +20,9 @@ from measure import (CEILING, COMPARED, DataSet, Item, Network, Result, columns_
                      progress, same_size, segmented, without_nan)
 
 PEAKS, FILLS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)   # of the watershed
-DEPTHS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)       # of the valley between two cells
+DEPTHS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)  # of the valley between two cells
+SMOOTHS = (0.0, 0.7, 1.0, 1.5, 2.5)             # px
+AREAS = (0, 10, 20, 40, 80, 160, 320)           # px, smallest cells
 
 
 # -------------------------------------------------------------------------------- the encoding, the watershed
@@ -67,63 +69,72 @@ def encodings(place: DataSet, found: list, grid: Encoding, score: str, folder: P
     return [{**line, "set": place.name} for line in rows]       # the content counts, not the name it had
 
 
-class Tuned(NamedTuple):
-    """Of all sets together."""
+class Setting(NamedTuple):
+    """Of the watershed, in the order of its arguments."""
     peak: float
     fill: float
-    depth: float
-    min_area: int                           # px
+    min_area: int = 0                       # px
+    depth: float = 0.0
+    smooth: float = 0.0                     # px
+
+
+class Tuned(NamedTuple):
+    """Of all sets together."""
+    setting: Setting
     score: float                            # AP over IoU 0.5 to 0.95: mean over images of a set, then sets
-    labels: list[np.ndarray]                # (H, W) of each image, with these settings
+    labels: list[np.ndarray]                # (H, W) of each image, with this setting
     sets: dict[str, OwnBest]
 
 
 class OwnBest(NamedTuple):
-    """Of one set: what it reaches with the settings of all, and with the peak, fill and depth that suit it best."""
+    """Of one set: what it reaches with the setting of all, and with the one that suits it best."""
+    images: int
     score: float
-    peak: float
-    fill: float
-    depth: float
     own_score: float
+    setting: Setting
 
 
 def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: Sequence[str] | None = None,
-          peaks: Sequence[float] = PEAKS, fills: Sequence[float] = FILLS, depths: Sequence[float] = (0.0,),
-          min_areas: Sequence[int] = (0,)) -> Tuned:
-    """The peak, fill and depth that serve all sets best, then the smallest area; of equal ones the first.
+          peaks: Sequence[float] = PEAKS, fills: Sequence[float] = FILLS, min_areas: Sequence[int] = (0,),
+          depths: Sequence[float] = (0.0,), smooths: Sequence[float] = (0.0,)) -> Tuned:
+    """The setting that serves all sets best, and from there what is best for each; of equal ones the first.
 
-    Every peak and fill with the first depth, then every depth with every peak at the best fill, then every fill again.
-    distances, truths : (H, W) of each image; sets : the name of its set. No set drowns another.
+    Every pair of peak and fill, then every pair of depth and smoothing, then every smallest area, each with the best of the
+    others so far, and again until nothing is gained. No set drowns another.
+    distances, truths : (H, W) of each image; sets : the name of its set.
     """
     import metrics
     from watershed import watershed
     members: dict[str, list[int]] = {}
     for number, name in enumerate(sets or [""] * len(truths)):
         members.setdefault(name, []).append(number)
+    known: dict[tuple[str, Setting], float] = {}
 
-    def by_set(peak: float, fill: float, depth: float, area: int = 0) -> dict[str, float]:
-        scores = [metrics.average_precision(truth, watershed(distance, peak, fill, area, depth)).mean()
-                  for distance, truth in zip(distances, truths, strict=True)]
-        return {name: float(np.mean([scores[i] for i in of])) for name, of in members.items()}
+    def score(name: str, setting: Setting) -> float:
+        if (name, setting) not in known:
+            known[name, setting] = float(np.mean([
+                metrics.average_precision(truths[i], watershed(distances[i], *setting)).mean() for i in members[name]]))
+        return known[name, setting]
 
-    def mean(scores: dict[str, float]) -> float:
-        return sum(scores.values()) / len(scores)
+    def search(names: list[str], best: Setting) -> Setting:
+        axes = ([dict(peak=peak, fill=fill) for peak, fill in thresholds(peaks, fills)],
+                [dict(depth=depth, smooth=smooth) for depth, smooth in product(depths, smooths)],
+                [dict(min_area=area) for area in min_areas])
+        before = None
+        while best != before:
+            before = best
+            for axis in axes:
+                tried = [best, *(best._replace(**change) for change in axis)]
+                best = max(tried, key=lambda setting: sum(score(name, setting) for name in names))
+        return best
 
-    tried: dict[tuple[float, float, float], dict[str, float]] = {}
-
-    def best_of(settings: Iterable[tuple[float, float, float]]) -> tuple[float, float, float]:
-        tried.update((setting, by_set(*setting)) for setting in settings if setting not in tried)
-        return max(tried, key=lambda setting: mean(tried[setting]))
-    peak, fill, depth = best_of((*pair, depths[0]) for pair in thresholds(peaks, fills))
-    if len(depths) > 1:
-        peak, fill, depth = best_of((*pair, each) for each in depths[1:] for pair in thresholds(peaks, [fill]))
-        peak, fill, depth = best_of((*pair, depth) for pair in thresholds([peak], fills))
-    areas = {area: by_set(peak, fill, depth, area) if area else tried[peak, fill, depth] for area in min_areas}
-    area = max(areas, key=lambda area: mean(areas[area]))
-    own = {name: max(tried, key=lambda setting: tried[setting][name]) for name in members}
-    return Tuned(peak, fill, depth, area, mean(areas[area]),
-                 [watershed(distance, peak, fill, area, depth) for distance in distances],
-                 {name: OwnBest(areas[area][name], *own[name], tried[own[name]][name]) for name in members})
+    start = Setting(*thresholds(peaks, fills)[0], min_areas[0], depths[0], smooths[0])
+    shared = search(list(members), start)
+    own = {name: search([name], shared) for name in members}
+    return Tuned(shared, float(np.mean([score(name, shared) for name in members])),
+                 [watershed(distance, *shared) for distance in distances],
+                 {name: OwnBest(len(members[name]), score(name, shared), score(name, best), best)
+                  for name, best in own.items()})
 
 
 # ------------------------------------------------------------------------------------- the network's view

@@ -1,6 +1,6 @@
 """Distance map -> cells: a marker watershed in whole-array passes, the same on NumPy, CPU and CUDA tensors.
 
-    labels = watershed(distance, peak=0.47, fill=0.09, min_area=0, depth=0)
+    labels = watershed(distance, peak=0.47, fill=0.09, min_area=0, depth=0, smooth=0)
 
 What is flooded. Markers are the 4-connected components of distance > peak; from them labels flood down the map inside
 distance > fill. Every region is 4-connected and holds exactly one marker; every mask pixel connected to a marker is
@@ -23,28 +23,35 @@ are p - S, p - 1, p + 1, p + S and no test for the border is needed. L its lengt
 """
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0.09, min_area: int = 0, depth: float = 0.0):
+def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0.09, min_area: int = 0, depth: float = 0.0,
+              smooth: float = 0.0):
     """Cells of a distance map.
 
     distance : (H, W) floats; array or tensor. Compared in float32.
     peak : a cell's marker lies above; fill : a cell reaches down to; 0 <= fill <= peak.
     min_area : cells of fewer px are dropped and the rest renumbered.
     depth : two summits above peak are two cells if the valley between them is so deep; 0: if it goes down to peak.
+    smooth : px, width of the Gaussian that the map is smoothed by before all else; 0: it is taken as it is.
     Returns labels (H, W) int32 of the same kind and on the same device; 1..n in raster order of the markers.
     """
     if isinstance(distance, np.ndarray):
-        return watershed(torch.from_numpy(np.ascontiguousarray(distance)), peak, fill, min_area, depth).numpy()
+        return watershed(torch.from_numpy(np.ascontiguousarray(distance)), peak, fill, min_area, depth, smooth).numpy()
     if distance.ndim != 2 or not distance.is_floating_point():
         raise ValueError(f"distance map of shape {tuple(distance.shape)}, {distance.dtype}: expected (H, W) floats")
     if not 0 <= fill <= peak:
         raise ValueError(f"fill={fill}, peak={peak}: expected 0 <= fill <= peak")
-    if not depth >= 0:
-        raise ValueError(f"depth={depth}: expected 0 or more")
+    if not (depth >= 0 and smooth >= 0):
+        raise ValueError(f"depth={depth}, smooth={smooth}: expected 0 or more")
+    if smooth and distance.numel():
+        distance = smoothed(distance.float(), smooth)
     H, W = distance.shape
     S = W + 1
     d = distance.new_full((H + 2, S), -1.0, dtype=torch.float32)
@@ -69,6 +76,15 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
             join(d, node, markers, regions, slope, S)
     label = node.view(H + 2, S)[1:-1, :W]
     return drop_small(label, min_area, markers) if min_area > 1 else label.contiguous()
+
+
+def smoothed(distance: Tensor, sigma: float) -> Tensor:
+    """(H, W) filtered by a Gaussian of that width, cut off at three; beyond the border the map goes on as it ends."""
+    reach = max(1, math.ceil(3 * sigma))
+    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=distance.device) / sigma) ** 2)
+    weights = (weights / weights.sum()).view(1, 1, -1, 1)
+    x = F.pad(distance[None, None], (reach,) * 4, mode="replicate")
+    return F.conv2d(F.conv2d(x, weights), weights.mT)[0, 0]
 
 
 def climb(d: Tensor, node: Tensor, markers: int, slope: Tensor, S: int) -> int:

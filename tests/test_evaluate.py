@@ -668,20 +668,37 @@ def test_tuned_finds_the_best_setting():
     shared = {pair: (score("a", *pair) + score("b", *pair)) / 2 for pair in pairs}
     best = max(shared.values())
     found = tuning.tuned(distances, truths, sets, (0.4, 0.6, 0.8), (0.2, 0.5, 0.7))
-    assert len(set(shared.values())) > 3 and found.min_area == 0
-    assert found.score == pytest.approx(best) == pytest.approx(shared[found.peak, found.fill])
+    one = found.setting
+    assert len(set(shared.values())) > 3 and one[2:] == (0, 0, 0)
+    assert found.score == pytest.approx(best) == pytest.approx(shared[one.peak, one.fill])
     for name, own in found.sets.items():
         assert own.own_score == pytest.approx(max(score(name, *pair) for pair in pairs))
-        assert own.own_score == pytest.approx(score(name, own.peak, own.fill)) and own.depth == 0
-        assert own.score == pytest.approx(score(name, found.peak, found.fill))
-    np.testing.assert_array_equal(found.labels[3], watershed.watershed(distances[3], found.peak, found.fill))
-    clean = tuning.tuned(distances, truths, sets, [found.peak], [found.fill], min_areas=(0, 12, 2000))
-    assert clean.min_area == 12 and clean.score > found.score         # noise makes crumbs; 2000 px too much
+        assert own.own_score == pytest.approx(score(name, *own.setting)) and own.setting[2:] == (0, 0, 0)
+        assert own.score == pytest.approx(score(name, one.peak, one.fill)) and own.images == sets.count(name)
+    np.testing.assert_array_equal(found.labels[3], watershed.watershed(distances[3], one.peak, one.fill))
+    clean = tuning.tuned(distances, truths, sets, [one.peak], [one.fill], min_areas=(0, 12, 2000))
+    assert clean.setting.min_area == 12 and clean.score > found.score         # noise makes crumbs; 2000 px too much
     with pytest.raises(ValueError, match="no pair"):
         tuning.tuned(distances, truths, None, [0.1], [0.2])
     soft = [np.maximum(d, 0.75 * (t > 0)).astype(np.float32) for d, t in zip((data.distance_map(t, 4) for t in truths), truths)]
-    deep = tuning.tuned(soft, truths, sets, (0.4, 0.6), (0.2, 0.3), (0.0, 0.1))       # valleys that end above every peak
-    assert deep.depth == 0.1 and deep.score > tuning.tuned(soft, truths, sets, (0.4, 0.6), (0.2, 0.3)).score + 0.05
+    deep = tuning.tuned(soft, truths, sets, (0.4, 0.6), (0.2, 0.3), depths=(0.0, 0.1))       # valleys that end above every peak
+    assert deep.setting.depth == 0.1 and deep.score > tuning.tuned(soft, truths, sets, (0.4, 0.6), (0.2, 0.3)).score + 0.05
+
+
+def test_each_set_gets_what_suits_it_best():
+    """One set is noisy and wants smoothing, which costs the other its small cells."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:64, :64]
+    small = ((rows % 8 < 5) & (columns % 8 < 5)) * (1 + rows // 8 * 8 + columns // 8).astype(np.int32)
+    large = ((rows % 32 < 28) & (columns % 32 < 28)) * (1 + rows // 32 * 2 + columns // 32).astype(np.int32)
+    clean = data.distance_map(small, 4).astype(np.float32)
+    noisy = (data.distance_map(large, 4) + rng.normal(0, 0.2, large.shape)).clip(0, 1).astype(np.float32)
+    found = tuning.tuned([clean, noisy], [small, large], ["small", "noisy"], (0.3, 0.5), (0.1, 0.2), depths=(0, 0.1, 0.3),
+                         smooths=(0, 2))
+    assert found.sets["noisy"].setting.smooth == 2 and found.sets["small"].setting.smooth == 0
+    for own in found.sets.values():
+        assert own.own_score >= own.score
+    assert max(own.own_score - own.score for own in found.sets.values()) > 0.05
 
 
 # ---------------------------------------------------------------------------------------------- mistakes

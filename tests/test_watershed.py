@@ -6,7 +6,7 @@ from scipy import ndimage
 from skimage.morphology import reconstruction
 from skimage.segmentation import watershed as reference
 
-from watershed import components, watershed
+from watershed import components, smoothed, watershed
 
 PEAK, FILL = 0.47, 0.09
 
@@ -237,3 +237,14 @@ def test_components_are_scipys():
             assert count == n
             np.testing.assert_array_equal(labels.numpy(), expected.ravel()[pixels.numpy()])
             assert (np.diff(pixels.numpy()) > 0).all() and len(pixels) == mask.sum()
+
+
+@pytest.mark.parametrize("sigma", [0.7, 2.5])
+def test_smoothing_is_scipys(sigma):
+    """The same filter, and the same cells as of a map that was smoothed before."""
+    distance = np.random.default_rng(0).random((37, 52)).astype(np.float32)
+    wanted = ndimage.gaussian_filter(distance, sigma, mode="nearest", truncate=np.ceil(3 * sigma) / sigma)
+    np.testing.assert_allclose(smoothed(torch.from_numpy(distance), sigma), wanted, atol=1e-5)
+    found = watershed(distance, 0.55, 0.45, smooth=sigma)
+    np.testing.assert_array_equal(found, watershed(smoothed(torch.from_numpy(distance), sigma), 0.55, 0.45))
+    assert found.max() > 1

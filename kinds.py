@@ -1,0 +1,53 @@
+"""Kinds of images, and the watershed's setting that suits each: phase contrast wants another than fluorescence.
+
+    net.settings.kinds = learnt(net, {"phase": images, "nuclei": images}, best.sets)    # once, when weights are exported
+    name, setting = nearest(net, tiles)                                                 # an image that is to be segmented
+
+One setting for all costs most where cells are unlike the others: the large ones of phase contrast fall to pieces at a depth
+that just parts touching nuclei. The backbone's mean token tells what an image shows, and where a training set gains by a
+setting of its own, images that look like that set get it. Who gives peak=, fill=, depth=, smooth= or min_area= decides alone.
+
+Letters: n tiles, T their side in px, D width of the backbone.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+GAIN = 0.02         # of the score on validation that a setting of its own must bring a set
+LEAST = 2           # validation images that it must have been found on
+
+
+@torch.inference_mode()
+def token(net, tiles: Tensor) -> Tensor:
+    """(n, 3, T, T) in [0, 1] of one image -> (D,): mean of the last block's tokens."""
+    with net.autocast():
+        last, = net.backbone.features((tiles.to(net.mean.device) - net.mean) / net.std, net.taps[-1:])
+    return last.float().mean((0, 1)).cpu()
+
+
+def learnt(net, images: Mapping[str, Iterable[Tensor]], best: Mapping[str, dict]) -> dict:
+    """What nearest() needs, for the weights' settings; empty where one setting serves all.
+
+    images : of each set, the tiles (n, 3, T, T) of some of its images. best : of each set images, score, own_score and
+    setting, as tuning.OwnBest has them.
+    """
+    gains = {name: own["own_score"] - own["score"] >= GAIN and own["images"] >= LEAST for name, own in best.items()}
+    if len(best) < 2 or not any(gains.values()):
+        return {}
+    tokens = {name: torch.stack([token(net, tiles) for tiles in of]) for name, of in images.items()}    # (images, D)
+    spread = torch.cat(list(tokens.values())).std(0) + 1e-6
+    return dict(spread=spread.tolist(), sets=[
+        dict(name=name, token=of.mean(0).tolist(), setting=dict(best[name]["setting"]) if gains.get(name) else {})
+        for name, of in tokens.items()])
+
+
+def nearest(net, tiles: Tensor) -> tuple[str, dict]:
+    """The training set that the image looks most like, and the setting of its own if it has one."""
+    known = net.settings.kinds
+    means = torch.tensor([one["token"] for one in known["sets"]])                      # (sets, D)
+    away = ((token(net, tiles) - means) / torch.tensor(known["spread"])).square().sum(1)
+    chosen = known["sets"][int(away.argmin())]
+    return chosen["name"], chosen["setting"]

@@ -1,0 +1,94 @@
+"""kinds.py: images get the setting of the training set that they look like, if that set has one of its own."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import kinds
+import model
+import segment
+
+OWN = dict(peak=0.7, fill=0.2, min_area=9, depth=0.3, smooth=1.5)
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    backbone = model.ViT(dim=32, depth=4, heads=2, patch=8, layerscale=1.0)
+    return model.DINOCell(backbone, (16, 16, 8), 8, model.Settings(tile=32)).eval()
+
+
+def look(kind: str, seed: int, side: int = 70) -> np.ndarray:
+    """(3, side, side): stripes, or bright dots on black."""
+    rng = np.random.default_rng([seed, len(kind)])
+    if kind == "stripes":
+        image = 0.5 + 0.3 * np.sin(np.arange(side) / rng.uniform(1, 2))[None].repeat(side, 0)
+    else:
+        image = (rng.random((side, side)) < 0.05).astype(float)
+    return (image[None].repeat(3, 0) + rng.normal(0, 0.02, (3, side, side))).clip(0, 1).astype(np.float32)
+
+
+def tiles(image: np.ndarray) -> torch.Tensor:
+    return segment.glimpses(segment.as_source(image), segment.UNIT, image.shape[1:], 32)
+
+
+def best(**changes) -> dict:
+    own = dict(images=2, score=0.2, own_score=0.4, setting=OWN)
+    return dict(stripes={**own, **changes}, dots=dict(images=9, score=0.5, own_score=0.51, setting=OWN))
+
+
+def learnt(net, **changes) -> dict:
+    return kinds.learnt(net, {kind: [tiles(look(kind, seed)) for seed in range(6)] for kind in ("stripes", "dots")}, best(**changes))
+
+
+def test_the_nearest_set_decides(net):
+    net.settings.kinds = learnt(net)
+    for seed in range(50, 60):
+        assert kinds.nearest(net, tiles(look("stripes", seed))) == ("stripes", OWN)
+        assert kinds.nearest(net, tiles(look("dots", seed, 33))) == ("dots", {})        # gains too little: as all
+
+
+@pytest.mark.parametrize("change", [dict(own_score=0.21), dict(images=1)])
+def test_no_setting_without_a_gain_that_was_seen(net, change):
+    assert learnt(net, **change) == {}
+
+
+def test_one_set_needs_no_kinds(net):
+    assert kinds.learnt(net, {"stripes": [tiles(look("stripes", 0))]}, {"stripes": best()["stripes"]}) == {}
+
+
+def test_segment_takes_the_setting_and_gives_way(net, monkeypatch):
+    net.settings.kinds = learnt(net)
+    asked = []
+
+    def watershed(distance, *setting):
+        asked.append(setting)
+        return torch.zeros(distance.shape, dtype=torch.int32)
+    monkeypatch.setattr(segment, "watershed", watershed)
+    segment.segment(look("stripes", 70), net)
+    assert asked.pop() == (0.7, 0.2, 9, 0.3, 1.5)
+    segment.segment(look("stripes", 70), net, depth=0.1, smooth=0)
+    assert asked.pop() == (0.7, 0.2, 9, 0.1, 0)
+    segment.segment(look("stripes", 70), net, scale=0.5)                     # px of the network are two of the image
+    assert asked.pop() == (0.7, 0.2, 36, 0.3, 3.0)
+    plain = net.settings
+    segment.segment(look("dots", 70), net)
+    assert asked.pop() == (plain.peak, plain.fill, plain.min_area, plain.depth, plain.smooth)
+
+
+def test_kinds_travel_with_the_weights(net, tmp_path):
+    net.settings.kinds = learnt(net)
+    model.save(net, tmp_path / "net.pt", half=True)
+    read = model.load(tmp_path / "net.pt")
+    assert kinds.nearest(read, tiles(look("stripes", 80))) == ("stripes", OWN)
+
+
+def test_glimpses_are_corners_and_middle():
+    image = np.arange(3 * 40 * 100, dtype=np.float32).reshape(3, 40, 100) / 12000
+    found = segment.glimpses(segment.as_source(image), segment.UNIT, (40, 100), 32)
+    for tile, (y, x) in zip(found, [(0, 0), (4, 34), (8, 68)], strict=True):
+        np.testing.assert_allclose(tile, image[:, y:y + 32, x:x + 32], atol=1e-5)
+    small = segment.glimpses(segment.as_source(image[:, :20, :32]), segment.UNIT, (20, 32), 32)
+    assert small.shape == (1, 3, 32, 32)                                     # mirrored to a whole tile
+    np.testing.assert_allclose(small[0, :, 20:], image[:, 18:6:-1, :32], atol=1e-5)

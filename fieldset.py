@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -180,6 +179,7 @@ def mixed(config: Data, seed: int):
     lot; of fewer each is taken again: with views across channels such a field then teaches what DINO teaches without.
     Whole images of the first folder, by lot, are held out.
     """
+    from segment import starts
     home, *others = [images_of(Path(config.root or "", folder), config.match) for folder in config.folders]
     order, channels, (C, *_) = lot_of(home, config, seed)
     side = config.square
@@ -205,7 +205,7 @@ def mixed(config: Data, seed: int):
     for path in [*order[config.held:], *(path for found in others for path in found)]:
         with data.open_image(path) as source:
             _, H, W = source.shape
-        fields += [functools.partial(square, path, y, x) for y in starts(H, side) for x in starts(W, side)]
+        fields += [functools.partial(square, path, y, x) for y in starts(H, side, 0) for x in starts(W, side, 0)]
     fields += [functools.partial(synthetic, number) for number in range(config.fields)]
     return fields, channels, lambda make: make()
 
@@ -237,8 +237,3 @@ def pixels_of(path: Path, channels: tuple[str, ...] = ()) -> np.ndarray:
     if pixels.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"{path}: {pixels.dtype}, expected 8 or 16 bits")
     return pixels.astype(np.uint16)
-
-
-def starts(length: int, side: int) -> list[int]:
-    """Where squares begin that cover a length, evenly spread."""
-    return np.linspace(0, max(0, length - side), max(1, math.ceil(length / side))).round().astype(int).tolist()

@@ -199,7 +199,7 @@ def _distances(source, limits, size, model, tile, overlap, batch, clock, progres
     h, w = size
     device = next(model.parameters()).device
     run = _Runner(model, batch or (32 if device.type == "cuda" else 4), clock)
-    ys, xs = _starts(h, tile, overlap), _starts(w, tile, overlap)
+    ys, xs = starts(h, tile, overlap), starts(w, tile, overlap)
     window = _window(tile, overlap).to(device)                               # (tile,)
     square = window[:, None] * window                                        # (tile, tile)
     wide = max(w, tile)
@@ -264,7 +264,7 @@ def glimpses(source, limits: np.ndarray, size: tuple[int, int], tile: int) -> Te
     return torch.stack(found)
 
 
-def _starts(length: int, tile: int, overlap: int) -> list[int]:
+def starts(length: int, tile: int, overlap: int) -> list[int]:
     """Where tiles begin along an axis: evenly spread, sharing at least `overlap` px; the last ends with the image."""
     if length <= tile:
         return [0]

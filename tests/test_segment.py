@@ -122,7 +122,7 @@ def test_reducing_is_an_average_and_enlarging_is_bilinear():
 
 def test_starts_cover_the_axis_with_the_overlap_asked_for():
     for length in range(1, 400, 7):
-        starts = segment._starts(length, 64, 16)
+        starts = segment.starts(length, 64, 16)
         assert starts[0] == 0 and (length <= 64 or starts[-1] == length - 64)
         assert all(0 < b - a <= 48 for a, b in zip(starts, starts[1:]))
 

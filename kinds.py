@@ -34,13 +34,14 @@ def learnt(net, images: Mapping[str, Iterable[Tensor]], best: Mapping[str, dict]
     images : of each set, the tiles (n, 3, T, T) of some of its images. best : of each set images, score, own_score and
     setting, as tuning.OwnBest has them.
     """
-    gains = {name: own["own_score"] - own["score"] >= GAIN and own["images"] >= LEAST for name, own in best.items()}
-    if len(best) < 2 or not any(gains.values()):
+    gains = {name for name in images if name in best and best[name]["images"] >= LEAST      # sets to validate on may be others
+             and best[name]["own_score"] - best[name]["score"] >= GAIN}
+    if len(images) < 2 or not gains:
         return {}
     tokens = {name: torch.stack([token(net, tiles) for tiles in of]) for name, of in images.items()}    # (images, D)
     spread = torch.cat(list(tokens.values())).std(0) + 1e-6
     return dict(spread=spread.tolist(), sets=[
-        dict(name=name, token=of.mean(0).tolist(), setting=dict(best[name]["setting"]) if gains.get(name) else {})
+        dict(name=name, token=of.mean(0).tolist(), setting=dict(best[name]["setting"]) if name in gains else {})
         for name, of in tokens.items()])
 
 

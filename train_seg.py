@@ -302,7 +302,8 @@ def export(net, config: Config, diameter: float | None, hashes: dict, scores: di
     import model
     own = scores.get("sets", {})
     looks = trainset.glimpsed(config.data, config.seed, net.settings.tile) if len(own) > 1 else {}
-    net.settings = dataclasses.replace(net.settings, kinds=kinds.learnt(net, looks, own), diameter=diameter, provenance=dict(
+    net.settings = dataclasses.replace(net.settings, kinds=kinds.learnt(net, looks, own), diameter=diameter,
+                                       provenance=dict(
         config=runs.to_yaml(config, shared=True), step=step, scores=scores, commit=runs.commit(),
         torch=str(torch.__version__), images=hashes))
     model.save(net, export_path(config), half=True)

@@ -58,6 +58,12 @@ def test_one_set_needs_no_kinds(net):
     assert kinds.learnt(net, {"stripes": [tiles(look("stripes", 0))]}, {"stripes": best()["stripes"]}) == {}
 
 
+def test_sets_to_validate_on_may_be_others(net):
+    """They say nothing of how the sets that were trained on look."""
+    images = {kind: [tiles(look(kind, 0))] for kind in ("stripes", "dots")}
+    assert kinds.learnt(net, images, {"other": best()["stripes"], "more": best()["dots"]}) == {}
+
+
 def test_segment_takes_the_setting_and_gives_way(net, monkeypatch):
     net.settings.kinds = learnt(net)
     asked = []

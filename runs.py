@@ -295,7 +295,9 @@ def sentence(error: Exception) -> str:
 # --------------------------------------------------------------------------------------------- run folder
 
 REQUEUE = 85                                     # exit code: saved, not finished; slurm/train.sh queues the job again
+# What a run may go on with although it was begun otherwise: what changes no result, and cycles, for a longer one.
 FREE = ("output_base_dir", "data.root", "device", "log_every", "save_every", "keep", "wandb", "compile")
+LONGER = ("cycles",)
 
 
 class Run:
@@ -343,7 +345,7 @@ class Run:
         new = flatten(yaml.safe_load(to_yaml(self.config)))
         changed = {k: (old.get(k), new.get(k)) for k in {**old, **new} if old.get(k) != new.get(k)}
         said = ", ".join(f"{k}: {a} -> {b}" for k, (a, b) in changed.items())
-        if any(k not in FREE for k in changed):
+        if any(k not in FREE + LONGER for k in changed):
             raise ValueError(f"{self.folder} was begun with another configuration ({said}); "
                              "give a new experiment= name, or remove the folder to begin anew")
         if changed and self.rank == 0:

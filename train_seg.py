@@ -58,7 +58,8 @@ class Config:
     cap: float | None = 4.0                 # px, distances stop growing here (data.distance_map)
     crop: int = 256                         # px, side of the training crops, and of the tiles later
     seed: int = 0                           # of everything random
-    steps: int = 20000                      # optimiser steps
+    steps: int = 20000                      # optimiser steps of a cycle: lr rises in its warm-up, then falls to lr_end
+    cycles: int = 1                         # the weights are good at the end of each; one more may be added to a run
     batch: int = 16                         # crops a step, over all processes
     lr: float = 3e-4                        # at its highest
     lr_end: float = 1e-6                    # at the last step
@@ -83,7 +84,7 @@ class Config:
     def __post_init__(self):
         if self.crop % self.network.patch:
             raise ValueError(f"crop={self.crop}: expected a multiple of the patch, {self.network.patch} px")
-        for name in ("steps", "batch", "val_every", "log_every", "save_every", "keep"):
+        for name in ("steps", "batch", "cycles", "val_every", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
         if self.warmup >= self.steps:
@@ -121,13 +122,14 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
     average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema))
     optimiser = torch.optim.AdamW(parameter_groups(net, config), betas=(0.9, 0.999), eps=config.eps)
     start, best, since = 0, -1.0, 0
+    total = config.steps * config.cycles
     if state:
         net.load_state_dict(state["net"])
         average.load_state_dict(state["average"])
         optimiser.load_state_dict(state["optimiser"])
         start, best, since = state["step"], state["best"], state["since"]
         if config.patience is not None and since >= config.patience:
-            start = config.steps                              # it had come to its end
+            start = total                                     # it had come to its end
     wrapped = net
     if world > 1:
         wrapped = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device] if "cuda" in device else None)
@@ -137,8 +139,8 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=use_bf16(config, device))
 
     losses, waited, clock = [], 0.0, time.perf_counter()
-    for step in range(start, config.steps):
-        factor = runs.cosine(step, config.steps, 1.0, config.lr_end / config.lr, config.warmup)
+    for step in range(start, total):
+        factor = runs.cosine(step % config.steps, config.steps, 1.0, config.lr_end / config.lr, config.warmup)
         for group in optimiser.param_groups:
             group["lr"] = config.lr * factor * group["scale"]
         before = time.perf_counter()
@@ -166,7 +168,7 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
                     images_per_s=len(losses) * config.batch / took, data_share=waited / took, **memory)
             losses, waited, clock = [], 0.0, time.perf_counter()
         better = False
-        if done % config.val_every == 0 or done == config.steps:
+        if done % config.val_every == 0 or done % config.steps == 0:
             before = time.perf_counter()
             scores = validate(average.module, validation, run, done)
             better = scores["score"] > best
@@ -174,7 +176,7 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
             if better and rank == 0:
                 export(average.module, config, images.diameter, hashes, scores, done)
             clock += time.perf_counter() - before             # the rate of training, validation aside
-        finished = done == config.steps or (config.patience is not None and since >= config.patience)
+        finished = done == total or (config.patience is not None and since >= config.patience)
         stop = not finished and run.should_stop(done)
         if better or finished or stop or done % config.save_every == 0:
             run.check_finite(done, loss.item())
@@ -340,7 +342,7 @@ def print_check(config: Config, net, images, validation: list, device: str, chan
     print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M of them learn; "
           f"{flops / 1e9:.0f} GFLOPs a step")
     print(f"{took:.3f} s a step on {device} ({data / took:.0%} of it crops and augmentation): "
-          f"{config.steps} steps take about {config.steps * took / 3600:.1f} h, validation aside")
+          f"{config.steps * config.cycles} steps take about {config.steps * config.cycles * took / 3600:.1f} h, validation aside")
     if "cuda" in device:
         print(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory at most")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

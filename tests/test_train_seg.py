@@ -91,6 +91,24 @@ def test_stopped_and_started_again_it_reaches_the_same_weights(whole, tmp_path, 
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+def test_a_cycle_can_be_added_to_a_run_that_is_done(tmp_path):
+    """The same weights as two cycles from the start, and the learning rate of the first once more."""
+    shape = dict(steps=4, val_every=100, log_every=1, save_every=100)
+    for name, ways in dict(once=["cycles=2"], later=["cycles=1", "cycles=2"]).items():
+        (tmp_path / name).mkdir()
+        for cycles in ways:
+            done = run(toy(tmp_path / name, **shape), cycles)
+            assert done.returncode == 0, done.stderr
+    assert "cycles: 1 -> 2" in done.stderr and "going on from step 4" in done.stderr
+    log = [json.loads(line) for line in (tmp_path / "once/runs/seg/log.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in log if "lr" in line]
+    assert len(rates) == 8 and rates[:4] == rates[4:] and rates[3] < 0.01 * rates[1]
+    assert [line["step"] for line in log if "score" in line] == [4, 8]       # the end of each may be the last
+    once, later = ((torch.load(tmp_path / name / "runs/seg/checkpoints/seg/step_00000008.pt", weights_only=True)["net"])
+                   for name in ("once", "later"))
+    assert all(torch.equal(value, later[name]) for name, value in once.items())
+
+
 def test_two_processes_train_as_one(tmp_path):
     """Weights after 20 steps. No crop without cells: in even ground every feature lies exactly on the kink of a ReLU,
     where the rounding of a sum decides which side counts. And an eps that keeps Adam from dividing gradients that are

@@ -12,7 +12,7 @@ For each image NAME it writes into out=
     NAME_cells.csv       one row per cell: place, size, shape, intensity per channel, neighbours; in µm where known
     NAME_overlay.png     the image with coloured outlines
     NAME_distance.tif, NAME.geojson (QuPath), NAME_rois.zip (ImageJ)      with distance=, geojson=, rois=true
-    summary.csv          one row per image: cells, mean area, confluency, seconds
+    summary.csv          one row per image: cells, mean area, confluency, kind, seconds
 
 With --check it says what there is to do, and stops.
 Results that exist are kept unless overwrite=true, so that the same command goes on where it stopped.
@@ -61,6 +61,7 @@ class Config:
     depth: float | None = None                      # a valley so deep parts two cells; 0: one down to peak; null: the weights' own
     smooth: float | None = None                     # px, Gaussian over the distance map before the watershed; null: the weights' own
     min_area: int | None = None                     # px, smaller cells are dropped; null: the weights' own
+    kind: str | None = None                         # whose "own" it is: a training set's, or shared; null: by what the image shows
     border: Literal["keep", "drop"] = "keep"        # drop: leave out cells cut by the edge of the image
     near: float | None = None                       # px, neighbours are counted within this distance; null: a cell's width
     geojson: bool = False                           # polygons for QuPath
@@ -123,13 +124,16 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
 def segment_all(found: dict[Path | str, str], shelf: remote.Shelf, table: str, weights: Path, config: Config) -> int:
     """Those images that have no results yet; one that cannot be done does not stop the others."""
     todo = {path: name for path, name in found.items() if config.overwrite or not shelf.has(results(name, config))}
-    kept, failed, done, megapixels, seconds = len(found) - len(todo), [], 0, 0.0, 0.0
+    kept, failed, megapixels, seconds = len(found) - len(todo), [], 0.0, 0.0
+    taken: Counter = Counter()                                # images done of each kind
     if todo:
         from tqdm import tqdm                                 # what follows needs torch: half the start-up time
+        import kinds
         import model
         from images import TOLD
         device = runs.pick_device(config.device)
         net = model.load(weights).to(device)
+        kinds.setting(net, config.kind or kinds.SHARED)       # a kind that there is not: said before the first image
         summary, start = Summary(shelf.folder / table), time.perf_counter()
         with (runs.stop_signals() as stop, tqdm(total=len(todo), unit="image", delay=1, file=sys.stderr, smoothing=0.05,
               bar_format="{l_bar}{bar}| {n:.2f}/{total} images [{elapsed}<{remaining}]") as bar):
@@ -152,14 +156,17 @@ def segment_all(found: dict[Path | str, str], shelf: remote.Shelf, table: str, w
                     continue
                 summary.add(row)
                 shelf.deliver()
-                done += 1
+                taken[row["kind"]] += 1
                 megapixels += row["height"] * row["width"] / 1e6
                 bar.update(count + 1 - bar.n)
             bar.clear()                                       # a warning draws it before its second; close() then leaves it
         seconds = time.perf_counter() - start
-    if done:
+    if done := taken.total():
         print(f"{done} image{'s' * (done != 1)}, {megapixels:.3g} megapixels in {seconds:.1f} s "
               f"({done / seconds:.3g} images/s, {megapixels / seconds:.3g} MP/s) with {weights.name} -> {config.out}")
+        if len(taken) > 1:
+            print(f"watershed set by what the images show, for {', '.join(f'{n} as {kind}' for kind, n in taken.most_common())}; "
+                  "kind= gives all the same")
         for notice, count in TOLD.items():
             if count > 1:
                 print(f"{notice}: {count} images", file=sys.stderr)
@@ -192,8 +199,10 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, progress
             if said := images.told(path, notice):
                 say(said)
         options = dict(limits=limits, peak=config.peak, fill=config.fill, depth=config.depth, smooth=config.smooth,
-                       tile=config.tile, overlap=config.overlap, batch=config.batch)
+                       kind=config.kind, tile=config.tile, overlap=config.overlap, batch=config.batch)
         scale = choose_scale(config, source, net, options, path)
+        with segment.timed(clock, "network"):
+            kind = options["kind"] = config.kind or segment.kind_of(source, net, scale=scale, limits=limits, tile=config.tile)
         reduce = -(-max(H, W) // PICTURE)                      # the overlay is reduced by this whole number
         near = (net.settings.diameter or 40) / scale if config.near is None else config.near
         side = max(1, int(config.block / max(scale, 1)) // reduce) * reduce      # of blocks; enlarged, they keep their memory
@@ -246,7 +255,7 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, progress
     n = len(table["id"])
     row = {"image": name, "height": H, "width": W, "cells": n,
            "mean_area_px": round(float(table["area_px"].mean()), 2) if n else "",
-           "confluency": round(labelled / (H * W), 4), "scale": round(scale, 4),
+           "confluency": round(labelled / (H * W), 4), "scale": round(scale, 4), "kind": kind,
            "seconds": round(time.perf_counter() - start, 2)}
     if source.pixel_size:
         row["mean_area_um2"] = round(float(table["area_um2"].mean()), 3) if n else ""

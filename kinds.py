@@ -1,16 +1,19 @@
 """Kinds of images, and the watershed's setting that suits each: phase contrast wants another than fluorescence.
 
-    net.settings.kinds = learnt(net, {"phase": images, "nuclei": images}, best.sets)    # once, when weights are exported
-    name, setting = nearest(net, tiles)                                                 # an image that is to be segmented
+    net.settings.kinds = learnt(net, {"phase": images, "nuclei": images}, best.sets)    # when weights are exported
+    kind = nearest(net, tiles)                                                          # of an image to be segmented
+    change = setting(net, kind)                                                         # {"depth": 0.3, ...}
 
-One setting for all costs most where cells are unlike the others: the large ones of phase contrast fall to pieces at a depth
-that just parts touching nuclei. The backbone's mean token tells what an image shows, and where a training set gains by a
-setting of its own, images that look like that set get it. Who gives peak=, fill=, depth=, smooth= or min_area= decides alone.
+One setting for all costs most where cells are unlike the others: the large ones of phase contrast fall to pieces at a
+depth that just parts touching nuclei. The backbone's mean token tells what an image shows, and where a training set
+gains by a setting of its own, images that look like that set get it. Who gives kind=, peak=, fill=, depth=, smooth= or
+min_area= decides himself.
 
 Letters: n tiles, T their side in px, D width of the backbone.
 """
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor
 
 GAIN = 0.02         # of the score on validation that a setting of its own must bring a set
 LEAST = 2           # validation images that it must have been found on
+SHARED = "shared"   # the name of the setting that serves all sets
 
 
 @torch.inference_mode()
@@ -34,21 +38,35 @@ def learnt(net, images: Mapping[str, Iterable[Tensor]], best: Mapping[str, dict]
     images : of each set, the tiles (n, 3, T, T) of some of its images. best : of each set images, score, own_score and
     setting, as tuning.OwnBest has them.
     """
-    gains = {name for name in images if name in best and best[name]["images"] >= LEAST      # sets to validate on may be others
-             and best[name]["own_score"] - best[name]["score"] >= GAIN}
+    gains = {name for name in images if name in best             # sets to validate on may be others
+             and best[name]["images"] >= LEAST and best[name]["own_score"] - best[name]["score"] >= GAIN}
     if len(images) < 2 or not gains:
         return {}
     tokens = {name: torch.stack([token(net, tiles) for tiles in of]) for name, of in images.items()}    # (images, D)
     spread = torch.cat(list(tokens.values())).std(0) + 1e-6
+    first = Counter(name.split()[0] for name in images)        # "phase/train" says enough of "phase/train ^(?!set40$)"
     return dict(spread=spread.tolist(), sets=[
-        dict(name=name, token=of.mean(0).tolist(), setting=dict(best[name]["setting"]) if name in gains else {})
+        dict(name=name.split()[0] if first[name.split()[0]] == 1 else name, token=of.mean(0).tolist(),
+             setting=dict(best[name]["setting"]) if name in gains else {})
         for name, of in tokens.items()])
 
 
-def nearest(net, tiles: Tensor) -> tuple[str, dict]:
-    """The training set that the image looks most like, and the setting of its own if it has one."""
+def nearest(net, tiles: Tensor) -> str:
+    """The kind of an image: the training set that it looks most like, or SHARED where that set has no setting of its own."""
     known = net.settings.kinds
     means = torch.tensor([one["token"] for one in known["sets"]])                      # (sets, D)
     away = ((token(net, tiles) - means) / torch.tensor(known["spread"])).square().sum(1)
     chosen = known["sets"][int(away.argmin())]
-    return chosen["name"], chosen["setting"]
+    return chosen["name"] if chosen["setting"] else SHARED
+
+
+def setting(net, kind: str) -> dict:
+    """What a kind changes in the setting that serves all. The beginning of its name is enough."""
+    if kind == SHARED:
+        return {}
+    own = {one["name"]: one["setting"] for one in net.settings.kinds.get("sets", ()) if one["setting"]}
+    found = [name for name in own if name.startswith(kind)]
+    if len(found) != 1:
+        raise ValueError(f"kind={kind}: expected one of {', '.join(map(repr, (SHARED, *own)))} (its beginning is enough), "
+                         "the settings that these weights have")
+    return own[found[0]]

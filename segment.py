@@ -59,6 +59,17 @@ def distance_map(image, model, **options) -> np.ndarray:
     return _whole("distance", image, model, options)
 
 
+def kind_of(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None, tile: int | None = None) -> str:
+    """Whose setting of the watershed suits an image (kinds.py); the arguments are those of blocks()."""
+    if not model.settings.kinds:
+        return kinds.SHARED
+    source = as_source(image)
+    if limits is None:
+        limits = data.percentiles(getattr(source, "pixels", source), model.settings.low, model.settings.high)
+    size = tuple(max(1, round(length * scale)) for length in source.shape[1:])
+    return kinds.nearest(model, glimpses(source, limits, size, tile or model.settings.tile))
+
+
 def _whole(what: str, image, model, options: dict) -> np.ndarray:
     """`labels` or `distance` of all blocks in one array."""
     source, whole = as_source(image), None
@@ -72,14 +83,14 @@ def _whole(what: str, image, model, options: dict) -> np.ndarray:
 
 
 def blocks(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None, peak: float | None = None,
-           fill: float | None = None, depth: float | None = None, smooth: float | None = None, min_area: int | None = None,
-           border: str = "keep", tile: int | None = None, overlap: int | None = None, batch: int | None = None,
+           fill: float | None = None, depth: float | None = None, smooth: float | None = None,
+           min_area: int | None = None, kind: str | None = None, border: str = "keep", tile: int | None = None, overlap: int | None = None, batch: int | None = None,
            block: int = 2048, halo: int | None = None, clock: Counter | None = None, progress=None) -> Iterator[Block]:
     """Segment block by block, left to right and top to bottom.
 
     scale : network px per image px (see scale_for); limits : (C, 2), what becomes 0 and 1 (data.percentiles).
-    peak, fill, depth, smooth (network px), min_area (image px) : None takes the weights' own, which may differ with
-        what the image looks like (kinds.py). border="drop" leaves out cells cut by the image's edge.
+    peak, fill, depth, smooth (network px), min_area (image px) : None takes what the weights have for this kind of
+        image; kind : None asks kind_of(). border="drop" leaves out cells cut by the image's edge.
     tile : px, None takes the training size. overlap : px shared by neighbouring tiles; None: a cell's width, so that
         every cell lies whole in some tile, from an eighth to half of the tile.
     block : px, side of a block; images that are not much larger are one block. halo : px, None: 256 or 4 cells.
@@ -103,9 +114,9 @@ def blocks(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None
             limits = data.percentiles(getattr(source, "pixels", source), settings.low, settings.high)
 
     h, w = max(1, round(H * scale)), max(1, round(W * scale))
-    if settings.kinds:
-        with timed(clock, "network"):
-            settings = replace(settings, **kinds.nearest(model, glimpses(source, limits, (h, w), tile))[1])
+    with timed(clock, "network"):
+        kind = kind or kind_of(source, model, scale=scale, limits=limits, tile=tile)
+    settings = replace(settings, **kinds.setting(model, kind))
     peak = settings.peak if peak is None else peak
     fill = settings.fill if fill is None else fill
     if not 0 <= fill <= peak < 1:

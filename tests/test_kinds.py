@@ -1,10 +1,14 @@
 """kinds.py: images get the setting of the training set that they look like, if that set has one of its own."""
 from __future__ import annotations
 
+import csv
+
 import numpy as np
 import pytest
+import skimage.io
 import torch
 
+import infer
 import kinds
 import model
 import segment
@@ -45,8 +49,9 @@ def learnt(net, **changes) -> dict:
 def test_the_nearest_set_decides(net):
     net.settings.kinds = learnt(net)
     for seed in range(50, 60):
-        assert kinds.nearest(net, tiles(look("stripes", seed))) == ("stripes", OWN)
-        assert kinds.nearest(net, tiles(look("dots", seed, 33))) == ("dots", {})        # gains too little: as all
+        assert kinds.nearest(net, tiles(look("stripes", seed))) == "stripes"
+        assert kinds.nearest(net, tiles(look("dots", seed, 33))) == kinds.SHARED        # gains too little: as all
+    assert kinds.setting(net, "stripes") == kinds.setting(net, "str") == OWN and kinds.setting(net, kinds.SHARED) == {}
 
 
 @pytest.mark.parametrize("change", [dict(own_score=0.21), dict(images=1)])
@@ -79,15 +84,47 @@ def test_segment_takes_the_setting_and_gives_way(net, monkeypatch):
     segment.segment(look("stripes", 70), net, scale=0.5)                     # px of the network are two of the image
     assert asked.pop() == (0.7, 0.2, 36, 0.3, 3.0)
     plain = net.settings
-    segment.segment(look("dots", 70), net)
-    assert asked.pop() == (plain.peak, plain.fill, plain.min_area, plain.depth, plain.smooth)
+    for image, kind in (("dots", None), ("stripes", "shared")):
+        segment.segment(look(image, 70), net, kind=kind)
+        assert asked.pop() == (plain.peak, plain.fill, plain.min_area, plain.depth, plain.smooth)
+    segment.segment(look("dots", 70), net, kind="stripes")
+    assert asked.pop() == (0.7, 0.2, 9, 0.3, 1.5)
 
 
 def test_kinds_travel_with_the_weights(net, tmp_path):
     net.settings.kinds = learnt(net)
     model.save(net, tmp_path / "net.pt", half=True)
     read = model.load(tmp_path / "net.pt")
-    assert kinds.nearest(read, tiles(look("stripes", 80))) == ("stripes", OWN)
+    assert kinds.nearest(read, tiles(look("stripes", 80))) == "stripes" and kinds.setting(read, "stripes") == OWN
+
+
+def test_names_are_short_where_that_suffices(net):
+    def names(*given):
+        images = {name: [tiles(look("stripes", 0))] for name in given}
+        return [one["name"] for one in kinds.learnt(net, images, {given[0]: best()["stripes"]})["sets"]]
+    assert names("phase/train ^a", "dots/train") == ["phase/train", "dots/train"]
+    assert names("phase/train ^a", "phase/train ^b") == ["phase/train ^a", "phase/train ^b"]
+
+
+def test_a_folder_of_images_is_told_its_kind_once(net, tmp_path, capsys):
+    """One plate, one setting; the summary says which an image got."""
+    net.settings.kinds = learnt(net)
+    model.save(net, tmp_path / "net.pt", half=True)
+    (tmp_path / "in").mkdir()
+    for name, kind in (("a", "stripes"), ("b", "dots")):
+        skimage.io.imsave(tmp_path / f"in/{name}.png", (look(kind, 3)[0] * 255).astype(np.uint8), check_contrast=False)
+
+    def kinds_of(out, **options):
+        config = infer.Config(out=str(tmp_path / out), weights=str(tmp_path / "net.pt"), device="cpu", **options)
+        assert infer.main(config, [str(tmp_path / "in")]) == 0
+        with open(tmp_path / out / "summary.csv", newline="") as file:
+            return [row["kind"] for row in csv.DictReader(file)]
+    assert kinds_of("by_itself") == ["stripes", "shared"]
+    assert "for 1 as stripes, 1 as shared; kind= gives all the same" in capsys.readouterr().out
+    assert kinds_of("told", kind="stripes") == ["stripes", "stripes"] and "kind=" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="kind=spots: expected one of 'shared', 'stripes'"):
+        kinds_of("wrong", kind="spots")
+    assert not list((tmp_path / "wrong").glob("*_labels.tif"))
 
 
 def test_glimpses_are_corners_and_middle():

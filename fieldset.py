@@ -185,7 +185,11 @@ def mixed(config: Data, seed: int):
     side = config.square
 
     def whole(path: Path) -> Field:
-        return path.stem, pixels_of(path, config.channels), None
+        pixels = pixels_of(path, config.channels)
+        if len(pixels) != C:
+            raise ValueError(f"{path}: {len(pixels)} channels, expected {C} as in {home[0].name}; images of the first of "
+                             "data.folders are measured on, and need the same stains")
+        return path.stem, pixels, None
 
     def fitted(name: str, pixels: np.ndarray) -> Field:                      # (c, h, w) -> (C, side, side)
         c, h, w = pixels.shape

@@ -30,7 +30,7 @@ import re
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePath
 from typing import Literal
@@ -133,7 +133,8 @@ def segment_all(found: dict[Path | str, str], shelf: remote.Shelf, table: str, w
         from images import TOLD
         device = runs.pick_device(config.device)
         net = model.load(weights).to(device)
-        kinds.setting(net, config.kind or kinds.SHARED)       # a kind that there is not: said before the first image
+        if config.kind:                                       # one that there is not: said before the first image
+            config = replace(config, kind=kinds.named(net, config.kind))
         summary, start = Summary(shelf.folder / table), time.perf_counter()
         with (runs.stop_signals() as stop, tqdm(total=len(todo), unit="image", delay=1, file=sys.stderr, smoothing=0.05,
               bar_format="{l_bar}{bar}| {n:.2f}/{total} images [{elapsed}<{remaining}]") as bar):

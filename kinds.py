@@ -2,7 +2,7 @@
 
     net.settings.kinds = learnt(net, {"phase": images, "nuclei": images}, best.sets)    # when weights are exported
     kind = nearest(net, tiles)                                                          # of an image to be segmented
-    change = setting(net, kind)                                                         # {"depth": 0.3, ...}
+    change = settings(net)[kind]                                                        # {"depth": 0.3, ...}
 
 One setting for all costs most where cells are unlike the others: the large ones of phase contrast fall to pieces at a
 depth that just parts touching nuclei. The backbone's mean token tells what an image shows, and where a training set
@@ -60,13 +60,16 @@ def nearest(net, tiles: Tensor) -> str:
     return chosen["name"] if chosen["setting"] else SHARED
 
 
-def setting(net, kind: str) -> dict:
-    """What a kind changes in the setting that serves all. The beginning of its name is enough."""
-    if kind == SHARED:
-        return {}
-    own = {one["name"]: one["setting"] for one in net.settings.kinds.get("sets", ()) if one["setting"]}
-    found = [name for name in own if name.startswith(kind)]
+def settings(net) -> dict[str, dict]:
+    """Kinds that the weights know, and what each changes in the setting that serves all."""
+    return {SHARED: {}, **{one["name"]: one["setting"] for one in net.settings.kinds.get("sets", ()) if one["setting"]}}
+
+
+def named(net, kind: str) -> str:
+    """The kind of that name, or the only one that begins so."""
+    known = settings(net)
+    found = [kind] if kind in known else [name for name in known if name.startswith(kind)]
     if len(found) != 1:
-        raise ValueError(f"kind={kind}: expected one of {', '.join(map(repr, (SHARED, *own)))} (its beginning is enough), "
+        raise ValueError(f"kind={kind}: expected one of {', '.join(map(repr, known))} (its beginning is enough), "
                          "the settings that these weights have")
-    return own[found[0]]
+    return found[0]

@@ -18,7 +18,7 @@ Letters: F windows, C channels, S side of what the network sees in px.
 from __future__ import annotations
 
 import copy
-import json
+import itertools
 import math
 import sys
 from collections.abc import Iterable
@@ -64,25 +64,24 @@ class Windows(NamedTuple):
 
 def cut(fields: Iterable[tuple[str, np.ndarray, np.ndarray | None]], window: int, count: int,
         channels: tuple[str, ...]) -> Windows:
-    """The first `count` windows of `window` px that lie side by side in each field, field by field."""
+    """Windows of `window` px that lie side by side: the first of each field, then the second, up to `count`."""
     import data
-    names, pixels, limits, labels = [], [], [], []
+    found = []                                                # of each field (name, pixels, limits, labels) of its windows
     for name, field, truth in fields:
         H, W = field.shape[1:]
         if min(H, W) < window:
             raise ValueError(f"{name}: {H} x {W} px, expected {window} px or more, to measure on (measure.window)")
         own = data.percentiles(field)
-        for y in range(0, H - window + 1, window):
-            for x in range(0, W - window + 1, window):
-                at = np.s_[y:y + window, x:x + window]
-                names.append(f"{name} {y},{x}")
-                pixels.append(field[:, at[0], at[1]])
-                limits.append(own)
-                labels.append(None if truth is None else truth[at])
-    if len(names) < 2:
-        raise ValueError(f"{len(names)} windows of held-out fields, expected two or more; give a larger data.held")
-    pixels, limits = np.stack(pixels[:count]), np.stack(limits[:count]).astype(np.float32)
-    return Windows(names[:count], pixels, limits, None if labels[0] is None else np.stack(labels[:count]), channels)
+        places = [np.s_[y:y + window, x:x + window] for y in range(0, H - window + 1, window)
+                  for x in range(0, W - window + 1, window)]
+        found.append([(f"{name} {at[0].start},{at[1].start}", field[:, at[0], at[1]], own,
+                       None if truth is None else truth[at]) for at in places])
+    chosen = [one for turn in itertools.zip_longest(*found) for one in turn if one is not None][:count]
+    if len(chosen) < 2:
+        raise ValueError(f"{len(chosen)} windows of held-out fields, expected two or more; give a larger data.held")
+    names, pixels, limits, labels = zip(*chosen)
+    return Windows(list(names), np.stack(pixels), np.stack(limits).astype(np.float32),
+                   None if labels[0] is None else np.stack(labels), channels)
 
 
 def windows_of(config) -> Windows:
@@ -222,12 +221,14 @@ class Looker:
         self.painter = ThreadPoolExecutor(1)
         self.pending: list[Future] = []
         self.labelled = None                                  # of the decoder, read or drawn when first needed
+        self.reached = 0                                      # the last step that anything was logged under
 
     def look(self, vit, step: int) -> None:
         """Numbers at once, into the log; pictures later. The first and the last look also say what leaks."""
         import model
         if self.run.rank:
             return
+        self.reached = step
         settings, size, end = self.config.measure, self.config.views.size, self.config.steps
         numbers, looks = measured(vit, self.windows, size)
         if self.windows.labels is not None and step in (0, end):
@@ -271,6 +272,7 @@ class Looker:
 
     def publish(self, step: int) -> None:
         """Pictures that are done go to wandb, under the present step: wandb takes none for steps gone by."""
+        self.reached = step
         while self.pending and self.pending[0].done():
             for path in self.pending.pop(0).result():         # what went wrong in the background is raised here
                 if self.run.wandb:
@@ -283,7 +285,7 @@ class Looker:
     def __exit__(self, kind, *_) -> None:
         self.painter.shutdown(wait=True)
         if kind is None:
-            self.publish(self.config.steps)
+            self.publish(self.reached)
 
 
 # ----------------------------------------------------------------------------------------------- the command
@@ -298,8 +300,7 @@ def rows(folder: Path) -> list[list[str]]:
     if not log.is_file():
         raise FileNotFoundError(f"no {log}; expected the folder of a run of train_ssl.py")
     found: dict[int, dict] = {}
-    for text in log.read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
+    for line in runs.history(log):
         if "retrieval" in line or "probe_AP@0.5" in line:
             found.setdefault(line["step"], {}).update(line)
     if not found:

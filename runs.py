@@ -373,16 +373,7 @@ class Run:
             self.wandb.log({name: wandb.Image(rgb)}, step=step)
 
     def history(self) -> list[dict]:
-        """The log so far; a line cut by a crash is passed over, and of a step logged twice the later counts."""
-        lines: dict[tuple, dict] = {}
-        path = self.folder / "log.jsonl"
-        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            lines[line["step"], tuple(sorted(line))] = line
-        return sorted(lines.values(), key=lambda line: line["step"])
+        return history(self.folder / "log.jsonl")
 
     def check_finite(self, step: int, loss: float) -> None:
         if not math.isfinite(loss):
@@ -441,6 +432,18 @@ class Run:
     def exit_code(self) -> int:
         """After a stop: Slurm's signals ask to be queued again, Ctrl-C does not."""
         return 130 if self.signal == signal.SIGINT else REQUEUE
+
+
+def history(log: Path) -> list[dict]:
+    """The lines of a log.jsonl; one cut by a crash is passed over, and of a step logged twice the later counts."""
+    lines: dict[tuple, dict] = {}
+    for text in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        lines[line["step"], tuple(sorted(line))] = line
+    return sorted(lines.values(), key=lambda line: line["step"])
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, Any]:

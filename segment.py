@@ -67,7 +67,15 @@ def kind_of(image, model, *, scale: float = 1.0, limits: np.ndarray | None = Non
     if limits is None:
         limits = data.percentiles(getattr(source, "pixels", source), model.settings.low, model.settings.high)
     size = tuple(max(1, round(length * scale)) for length in source.shape[1:])
-    return kinds.nearest(model, glimpses(source, limits, size, tile or model.settings.tile))
+    return kinds.nearest(model, glimpses(source, limits, size, _side(model, tile)))
+
+
+def _side(model, tile: int | None) -> int:
+    """Of the tiles, px."""
+    tile, patch = tile or model.settings.tile, model.backbone.patch
+    if tile % patch:
+        raise ValueError(f"tile={tile}: expected a multiple of the patch, {patch} px")
+    return tile
 
 
 def _whole(what: str, image, model, options: dict) -> np.ndarray:
@@ -99,10 +107,7 @@ def blocks(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None
     source, settings = as_source(image), model.settings
     clock = Counter() if clock is None else clock
     C, H, W = source.shape
-    tile = tile or settings.tile
-    patch = model.backbone.patch
-    if tile % patch:
-        raise ValueError(f"tile={tile}: expected a multiple of the patch, {patch} px")
+    tile = _side(model, tile)
     overlap = min(max(tile // 8, round(settings.diameter or 0)), tile // 2) if overlap is None else overlap
     if not 0 <= overlap <= tile // 2:
         raise ValueError(f"overlap={overlap}: expected 0 to half the tile, {tile // 2} px")
@@ -115,8 +120,8 @@ def blocks(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None
 
     h, w = max(1, round(H * scale)), max(1, round(W * scale))
     with timed(clock, "network"):
-        kind = kind or kind_of(source, model, scale=scale, limits=limits, tile=tile)
-    settings = replace(settings, **kinds.setting(model, kind))
+        kind = kinds.named(model, kind) if kind else kind_of(source, model, scale=scale, limits=limits, tile=tile)
+    settings = replace(settings, **kinds.settings(model)[kind])
     peak = settings.peak if peak is None else peak
     fill = settings.fill if fill is None else fill
     if not 0 <= fill <= peak < 1:

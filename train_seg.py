@@ -89,6 +89,8 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
         if self.warmup >= self.steps:
             raise ValueError(f"warmup={self.warmup}: expected fewer than steps={self.steps}")
+        if self.cycles > 1 and self.patience is not None:
+            raise ValueError(f"cycles={self.cycles}: expected patience=null, for it would end a cycle before its lr has fallen")
         if self.series.budgets and not self.data.sets:
             raise ValueError("series.budgets: expected data.sets, whose images are counted")
 
@@ -249,11 +251,12 @@ def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> di
     The score that decides is AP averaged over IoU 0.5 to 0.95: mean over the images of a set, then over sets, so that
     no set drowns another. Each set's own best setting stands beside, to show what one for all costs.
     """
+    import kinds
     import metrics
     import segment
     import tuning
     net.eval()
-    distances = [segment.distance_map(entry.pixels, net, limits=segment.UNIT) for entry in entries]
+    distances = [segment.distance_map(entry.pixels, net, limits=segment.UNIT, kind=kinds.SHARED) for entry in entries]
     best = tuning.tuned(distances, [entry.labels for entry in entries], [entry.set for entry in entries],
                         min_areas=tuning.AREAS, depths=tuning.DEPTHS, smooths=tuning.SMOOTHS)
     tables = [metrics.overlap(entry.labels, found) for entry, found in zip(entries, best.labels)]
@@ -320,10 +323,14 @@ def print_check(config: Config, net, images, validation: list, device: str, chan
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     print(f"{len(images)} training images, {len(validation)} for validation; "
           f"median cell {images.diameter or 0:.1f} px wide as the network sees it")
+    flops = 3 * config.batch * sum(row[2] for row in model.cost(net, config.crop))
     net.to(device)
+    compiled = config.compile and "cuda" in device            # on a CPU it would take minutes
+    if compiled:
+        net.compile()
     optimiser = torch.optim.AdamW(parameter_groups(net, config))
     times = []
-    for step in range(4):
+    for step in range(5):                                     # the first two compile, measure, take memory
         begin = time.perf_counter()
         sample = np.arange(config.batch)
         x, target, labels = augment.sample(images, images.draw(config.seed, sample), sample, changes, size=config.crop,
@@ -337,11 +344,10 @@ def print_check(config: Config, net, images, validation: list, device: str, chan
         if "cuda" in device:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - begin, prepared - begin))
-    took, data = np.median(times[1:], 0)
-    flops = 3 * config.batch * sum(row[2] for row in model.cost(net.cpu(), config.crop))
+    took, data = np.median(times[2:], 0)
     print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M of them learn; "
           f"{flops / 1e9:.0f} GFLOPs a step")
-    print(f"{took:.3f} s a step on {device} ({data / took:.0%} of it crops and augmentation): "
+    print(f"{took:.3f} s a step on {device}{', compiled' * compiled} ({data / took:.0%} of it crops and augmentation): "
           f"{config.steps * config.cycles} steps take about {config.steps * config.cycles * took / 3600:.1f} h, validation aside")
     if "cuda" in device:
         print(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory at most")

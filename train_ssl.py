@@ -404,11 +404,16 @@ def print_check(config: Config, student, teacher, light, device: str) -> int:
         nonlocal kept
         kept += tensor.nbytes
         return tensor
-    for step in range(3):
-        begin, kept = time.perf_counter(), 0
+    counting = torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda tensor: tensor)
+    compiled = config.compile and "cuda" in device            # on a CPU it would take minutes
+    for step in range(3 + compiled):                          # the first counts; if need be, the second compiles
+        if step == 1 and compiled:
+            student.encoder.compile()
+            teacher.encoder.compile()
+        begin = time.perf_counter()
         batch = make_batch(config, pool, pool.sample(tried, step), np.arange(tried), step, light, kinds)
         prepared = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda tensor: tensor), autocast:
+        with counting if step == 0 else contextlib.nullcontext(), autocast:
             found = student(teacher, batch, config.loss.teacher[0], config.loss)
         found["loss"].backward()
         optimiser.step()
@@ -416,7 +421,7 @@ def print_check(config: Config, student, teacher, light, device: str) -> int:
         if "cuda" in device:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - begin, prepared - begin))
-    took, cutting = np.median(times[1:], 0)
+    took, cutting = np.median(times[-2:], 0)
     weights = sum(p.nbytes for p in student.parameters())
     rows = int(config.loss.mask[1] * batch.mask.numel() / 2) * part // tried                 # masked patches, at most
     table = [("fields in the pool, 16 bits", 2 * count * len(channels) * extent[0] * extent[1]),
@@ -430,7 +435,7 @@ def print_check(config: Config, student, teacher, light, device: str) -> int:
     work = config.batch * learner.flops(student, config.views.size, config.views.local_size, config.views.locals)
     print(f"{backbone:.1f} M parameters in the backbone, {whole:.1f} M with the heads; {work / 1e12:.2f} TFLOPs a step")
     seconds = took * config.batch / tried
-    print(f"{seconds:.3f} s a step on {device}, tried with {tried} fields ({cutting / took:.0%} of it cutting views): "
+    print(f"{seconds:.3f} s a step on {device}{', compiled' * compiled}, tried with {tried} fields ({cutting / took:.0%} of it cutting views): "
           f"{config.steps} steps take about {config.steps * seconds / 3600:.1f} h, measuring aside")
     if "cuda" in device:
         print(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory at most in this trial")

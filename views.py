@@ -223,7 +223,7 @@ def gather(pixels: Tensor, limits: Tensor, slots: Tensor, weights: np.ndarray, c
     down, right = (send(matrix[:, :, i], pixels.device)[:, :, None] * at for i in (0, 1))    # (n, 2, S)
     down = down + send(centre - 0.5, pixels.device)[:, :, None]              # a pixel's middle has its number
     yx = [down[:, i, :, None] + right[:, i, None, :] for i in (0, 1)]        # (n, S, S) each
-    y, x = (mirrored(v, v.new_tensor(float(e))) for v, e in zip(yx, (H, W)))
+    y, x = (mirrored(v, torch.full((), float(e), device=v.device)) for v, e in zip(yx, (H, W)))
     top, left = y.floor().clamp(max=max(H - 2, 0)), x.floor().clamp(max=max(W - 2, 0))
     down, right = y - top, x - left
     corner = top.long() * W + left.long()                                    # (n, S, S) within a plane
@@ -285,6 +285,7 @@ GROUND = 0.2            # intensity that contrast keeps: normalised fluorescence
 def dressed(x: Tensor) -> Tensor:
     """(n, 1, S, S) in [0, 1] -> (n, 3, S, S) as backbones take it: three times the same, mean and deviation
     removed."""
+    from augment import send
     from model import Settings
-    mean, std = (x.new_tensor(v).view(1, 3, 1, 1) for v in (Settings.mean, Settings.std))
+    mean, std = (send(np.reshape(v, (1, 3, 1, 1)), x.device) for v in (Settings.mean, Settings.std))
     return (x - mean) / std

@@ -56,6 +56,14 @@ def test_the_same_lot_every_time(folders):
     assert seen == {"a", "b", "c"}                                           # the seed decides what is held out
 
 
+def test_what_is_measured_on_has_the_same_stains(folders, tmp_path):
+    write(tmp_path / "stains/b.tif", np.ones((3, 48, 48), np.uint16))
+    config = fieldset.Data(**{**folders, "held": 2}, square=32)
+    with pytest.raises(ValueError, match="b.tif: 3 channels, expected 2 as in a.tif"):
+        for seed in range(9):                                                # b is held out with most of them
+            [make() for make in fieldset.resident(config, seed)[0][:2]]
+
+
 def test_pool_holds_what_is_not_held_out(folders):
     pool = fieldset.pool(fieldset.Data(**folders, square=32), 4, 0, "cpu")
     assert pool.pixels.shape == (15, 2, 32, 32)                              # 2 x 4 of the stains, 6 of five, one

@@ -51,7 +51,7 @@ def test_the_nearest_set_decides(net):
     for seed in range(50, 60):
         assert kinds.nearest(net, tiles(look("stripes", seed))) == "stripes"
         assert kinds.nearest(net, tiles(look("dots", seed, 33))) == kinds.SHARED        # gains too little: as all
-    assert kinds.setting(net, "stripes") == kinds.setting(net, "str") == OWN and kinds.setting(net, kinds.SHARED) == {}
+    assert kinds.settings(net) == {kinds.SHARED: {}, "stripes": OWN} and kinds.named(net, "str") == "stripes"
 
 
 @pytest.mark.parametrize("change", [dict(own_score=0.21), dict(images=1)])
@@ -95,7 +95,7 @@ def test_kinds_travel_with_the_weights(net, tmp_path):
     net.settings.kinds = learnt(net)
     model.save(net, tmp_path / "net.pt", half=True)
     read = model.load(tmp_path / "net.pt")
-    assert kinds.nearest(read, tiles(look("stripes", 80))) == "stripes" and kinds.setting(read, "stripes") == OWN
+    assert kinds.nearest(read, tiles(look("stripes", 80))) == "stripes" and kinds.settings(read)["stripes"] == OWN
 
 
 def test_names_are_short_where_that_suffices(net):
@@ -104,6 +104,22 @@ def test_names_are_short_where_that_suffices(net):
         return [one["name"] for one in kinds.learnt(net, images, {given[0]: best()["stripes"]})["sets"]]
     assert names("phase/train ^a", "dots/train") == ["phase/train", "dots/train"]
     assert names("phase/train ^a", "phase/train ^b") == ["phase/train ^a", "phase/train ^b"]
+
+
+def test_a_name_may_begin_another(net):
+    images = {name: [tiles(look(kind, 0))] for name, kind in (("cells", "stripes"), ("cells_dense", "dots"))}
+    net.settings.kinds = kinds.learnt(net, images, dict.fromkeys(images, best()["stripes"]))
+    assert kinds.named(net, "cells") == "cells" and kinds.named(net, "cells_") == "cells_dense"
+    with pytest.raises(ValueError, match="kind=cel: expected one of 'shared', 'cells', 'cells_dense'"):
+        kinds.named(net, "cel")
+    segment.segment(look("stripes", 0), net)
+
+
+@pytest.mark.parametrize("kind", [None, "shared"])
+def test_a_wrong_tile_is_said_first(net, kind):
+    net.settings.kinds = learnt(net)
+    with pytest.raises(ValueError, match="tile=100: expected a multiple of the patch, 8 px"):
+        segment.segment(look("dots", 0), net, tile=100, kind=kind)
 
 
 def test_a_folder_of_images_is_told_its_kind_once(net, tmp_path, capsys):
@@ -121,7 +137,7 @@ def test_a_folder_of_images_is_told_its_kind_once(net, tmp_path, capsys):
             return [row["kind"] for row in csv.DictReader(file)]
     assert kinds_of("by_itself") == ["stripes", "shared"]
     assert "for 1 as stripes, 1 as shared; kind= gives all the same" in capsys.readouterr().out
-    assert kinds_of("told", kind="stripes") == ["stripes", "stripes"] and "kind=" not in capsys.readouterr().out
+    assert kinds_of("told", kind="str") == ["stripes", "stripes"] and "kind=" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="kind=spots: expected one of 'shared', 'stripes'"):
         kinds_of("wrong", kind="spots")
     assert not list((tmp_path / "wrong").glob("*_labels.tif"))

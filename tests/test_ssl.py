@@ -136,6 +136,8 @@ def test_unit_prototypes_give_cosines_and_cannot_shrink():
     unit.load_state_dict(free.state_dict())
     z = F.normalize(torch.randn(4, 6), dim=1)
     assert torch.allclose(unit(z), F.cosine_similarity(z[:, None], free.weight[None], dim=2), atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):                # cosines of 8 bits would be noise at cold temperatures
+        assert torch.equal(unit(z.bfloat16()), unit(z.bfloat16().float()))
     unit(z).square().sum().backward()
     assert (unit.weight.grad * unit.weight).sum(1).abs().max() < 1e-6      # no pull along their own direction
 

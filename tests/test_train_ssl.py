@@ -268,11 +268,19 @@ def test_windows_lie_side_by_side():
     truth = np.arange(50 * 70).reshape(50, 70)
     windows = probe.cut([("a", field, truth), ("b", field + 1, truth)], 25, 9, ("x", "y"))
     assert len(windows.names) == 8 and windows.pixels.shape == (8, 2, 25, 25)
-    assert np.array_equal(windows.pixels[3], field[:, 25:, 25:50]) and np.array_equal(windows.labels[3], truth[25:, 25:50])
+    assert windows.names[:4] == ["a 0,0", "b 0,0", "a 0,25", "b 0,25"]       # so that few windows show all fields
+    assert np.array_equal(windows.pixels[6], field[:, 25:, 25:50]) and np.array_equal(windows.labels[6], truth[25:, 25:50])
+    assert probe.cut([("a", field, truth), ("b", field, truth)], 25, 3, ("x", "y")).names == windows.names[:3]
     shown = probe.seen(windows, 25)
-    low, high = windows.limits[3, 0]
-    assert np.allclose(shown[3, 0], ((field[0, 25:, 25:50] - low) / (high - low)).clip(0, 1), atol=1e-5)
+    low, high = windows.limits[6, 0]
+    assert np.allclose(shown[6, 0], ((field[0, 25:, 25:50] - low) / (high - low)).clip(0, 1), atol=1e-5)
     assert probe.seen(windows, 10).shape == (8, 2, 10, 10)
+
+
+def test_a_log_that_a_crash_cut_is_read_all_the_same(tmp_path):
+    (tmp_path / "config.yaml").write_text("views: {strategy: single}\nseed: 3\n")
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "retrieval": 0.25}\n{"step": 5, "retr\n{"step": 9, "retrieval": 0.5}\n')
+    assert [row[1:5] for row in probe.rows(tmp_path)] == [["single", "3", "0", "0.250"], ["single", "3", "9", "0.500"]]
 
 
 def test_background_knows_nothing_of_the_cells():

@@ -7,6 +7,7 @@
 """
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -99,8 +100,8 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
           depths: Sequence[float] = (0.0,), smooths: Sequence[float] = (0.0,)) -> Tuned:
     """The setting that serves all sets best, and from there what is best for each; of equal ones the first.
 
-    Every pair of peak and fill, then every pair of depth and smoothing, then every smallest area, each with the best of the
-    others so far, and again until nothing is gained. No set drowns another.
+    Every peak, every fill, every pair of depth and smoothing, every smallest area, each with the best of the others so
+    far, and again until nothing is gained. No set drowns another.
     distances, truths : (H, W) of each image; sets : the name of its set.
     """
     import metrics
@@ -108,16 +109,14 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
     members: dict[str, list[int]] = {}
     for number, name in enumerate(sets or [""] * len(truths)):
         members.setdefault(name, []).append(number)
-    known: dict[tuple[str, Setting], float] = {}
 
+    @functools.cache
     def score(name: str, setting: Setting) -> float:
-        if (name, setting) not in known:
-            known[name, setting] = float(np.mean([
-                metrics.average_precision(truths[i], watershed(distances[i], *setting)).mean() for i in members[name]]))
-        return known[name, setting]
+        return float(np.mean([
+            metrics.average_precision(truths[i], watershed(distances[i], *setting)).mean() for i in members[name]]))
 
     def search(names: list[str], best: Setting) -> Setting:
-        axes = ([dict(peak=peak, fill=fill) for peak, fill in thresholds(peaks, fills)],
+        axes = ([dict(peak=peak) for peak in peaks], [dict(fill=fill) for fill in fills],
                 [dict(depth=depth, smooth=smooth) for depth, smooth in product(depths, smooths)],
                 [dict(min_area=area) for area in min_areas])
         before = None
@@ -125,7 +124,8 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
             before = best
             for axis in axes:
                 tried = [best, *(best._replace(**change) for change in axis)]
-                best = max(tried, key=lambda setting: sum(score(name, setting) for name in names))
+                best = max((setting for setting in tried if setting.fill <= setting.peak),
+                           key=lambda setting: sum(score(name, setting) for name in names))
         return best
 
     start = Setting(*thresholds(peaks, fills)[0], min_areas[0], depths[0], smooths[0])

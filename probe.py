@@ -265,7 +265,8 @@ class Looker:
                                            few.channels)
         history = self.run.history()
         report.curves(self.run.folder / "images" / "curves.png", {
-            name: [(line["step"], line[name]) for line in history if isinstance(line.get(name), float)]
+            name: [(line["step"], line[name]) for line in history if isinstance(line.get(name), float)
+                   and ("loss" in line) == (name in ("loss", "kl", "usage"))]        # rank: of held-out windows, not batches
             for name in ("loss", "retrieval", "margin", "kl", "usage", "effective_rank", "attention_entropy",
                          "probe_AP@0.5")})
         return paths

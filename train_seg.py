@@ -307,10 +307,10 @@ def export(net, config: Config, diameter: float | None, hashes: dict, scores: di
     import model
     own = scores.get("sets", {})
     looks = trainset.glimpsed(config.data, config.seed, net.settings.tile) if len(own) > 1 else {}
-    net.settings = dataclasses.replace(net.settings, kinds=kinds.learnt(net, looks, own), diameter=diameter,
-                                       provenance=dict(
+    story = dict(
         config=runs.to_yaml(config, shared=True), step=step, scores=scores, commit=runs.commit(),
-        torch=str(torch.__version__), images=hashes))
+        torch=str(torch.__version__), images=hashes)
+    net.settings = dataclasses.replace(net.settings, kinds=kinds.learnt(net, looks, own), diameter=diameter, provenance=story)
     model.save(net, export_path(config), half=True)
 
 

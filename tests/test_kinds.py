@@ -96,6 +96,7 @@ def test_kinds_travel_with_the_weights(net, tmp_path):
     model.save(net, tmp_path / "net.pt", half=True)
     read = model.load(tmp_path / "net.pt")
     assert kinds.nearest(read, tiles(look("stripes", 80))) == "stripes" and kinds.settings(read)["stripes"] == OWN
+    assert kinds.nearest(read, tiles(look("dots", 80))) == kinds.SHARED       # and not one answer for all
 
 
 def test_names_are_short_where_that_suffices(net):

@@ -182,7 +182,8 @@ def test_it_starts_from_weights(whole, tmp_path):
 @pytest.mark.parametrize("changes,said", [
     (["data.fields=0"], "no data: give data.sets"), (["crop=30"], "crop=30: expected a multiple of the patch"),
     (["augment.flpi=1"], "unknown key 'flpi', did you mean 'flip'?"), (["init=gone.pt"], "no weights at gone.pt"),
-    (["warmup=12"], "warmup=12: expected fewer than steps=12"), (["cycles=2", "patience=3"], "cycles=2: expected patience=null"), (["wandb=on"], "pip install wandb"),
+    (["warmup=12"], "warmup=12: expected fewer than steps=12"),
+    (["cycles=2", "patience=3"], "cycles=2: expected patience=null"), (["wandb=on"], "pip install wandb"),
     (["data.fields=1"], "no images to")])
 def test_mistakes_are_one_line(tmp_path, changes, said):
     done = run(toy(tmp_path), *changes)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import data
 import kinds
-from watershed import watershed
+from watershed import watershed, without_holes
 
 
 UNIT = np.array([[0.0, 1.0]] * 3)      # limits of an image (3, H, W) that is normalised already
@@ -154,6 +154,7 @@ def blocks(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None
                 local = watershed(distance if finer else whole, peak, fill,
                                   min_area if not finer else round(min_area * h * w / (H * W)), depth,
                                   smooth if finer else smooth / scale)
+                local = without_holes(local)
                 if finer:
                     local = _nearest(local, (net_y, net_x), (view_y, view_x), (h / H, w / W))
                 local, whole = local.cpu().numpy(), whole[inner].cpu().numpy()

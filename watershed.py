@@ -275,6 +275,27 @@ def compress(parent: Tensor) -> Tensor:
         parent = grand
 
 
+def without_holes(label: Tensor) -> Tensor:
+    """Labels (H, W) int32, with the ground that one cell encloses given to it: cells have none, their pictures do.
+
+    What a cell encloses together with another, or with the edge of the image, stays as it is.
+    """
+    H, W = label.shape
+    S = W + 1
+    node = F.pad(label, (0, 1, 1, 1)).view(-1)                               # (L,) all ground that is outside hangs together
+    pixels, part, parts = components(node == 0, S)                           # outside is part 1
+    inside = (part > 1).nonzero().squeeze(1)
+    if not len(inside):
+        return label
+    pixels, part = pixels[inside], part[inside].long()
+    beside = node[torch.stack([pixels + step for step in (-S, -1, 1, S)], 1)]            # (K, 4)
+    highest = node.new_zeros(parts + 1).scatter_reduce_(0, part, beside.amax(1), "amax")
+    lowest = node.new_full((parts + 1,), 2**31 - 1).scatter_reduce_(
+        0, part, beside.masked_fill(beside == 0, 2**31 - 1).amin(1), "amin")
+    node[pixels] = torch.where(lowest == highest, highest, 0)[part]
+    return node.view(H + 2, S)[1:-1, :W].contiguous()
+
+
 def drop_small(label: Tensor, min_area: int, count: int) -> Tensor:
     """Cells of fewer than min_area px become background, the rest is numbered 1..n again."""
     keep = torch.bincount(label.flatten(), minlength=count + 1) >= min_area

@@ -53,6 +53,11 @@ def same_cells(a, b):
     return len(table.counts) == len(table.truth_ids) == len(table.pred_ids) and bool((table.ious == 1).all())
 
 
+def whole(image):
+    """The cells of an image that is its own distance map."""
+    return watershed.without_holes(torch.from_numpy(watershed.watershed(image, 0.5, 0.1))).numpy()
+
+
 UNIT = segment.UNIT[:1]
 
 
@@ -64,7 +69,7 @@ def test_tiles_do_not_show(shape):
     assert {size[1:] for size in net.sizes} <= {(3, 64, 64)}                  # one static shape
     labels = segment.segment(image, net, limits=UNIT)
     assert labels.shape == shape and labels.dtype == np.int32
-    assert same_cells(labels, watershed.watershed(image, 0.5, 0.1))
+    assert same_cells(labels, whole(image))
 
 
 def test_blocks_do_not_show():
@@ -101,7 +106,7 @@ def test_a_cell_larger_than_the_halo_keeps_one_id():
 @pytest.mark.parametrize("scale", [0.5, 0.37, 2.0, 1.6])
 def test_scale_gives_the_cells_back_at_full_size(scale):
     image = cones(3, 300, 260, 60, radius=12)
-    expected = watershed.watershed(image, 0.5, 0.1)
+    expected = whole(image)
     labels = segment.segment(image, PassOn(), limits=UNIT, scale=scale)
     assert labels.shape == image.shape
     assert metrics.average_precision(expected, labels, [0.6])[0] > 0.9
@@ -210,6 +215,17 @@ def test_progress_and_clock():
     segment.segment(cones(8, 200, 100, 20), PassOn(), limits=UNIT, progress=seen.append, clock=clock)
     assert seen == sorted(seen) and seen[-1] == 1
     assert set(clock) == {"read", "network", "watershed"} and min(clock.values()) > 0
+
+
+def test_cells_come_without_holes():
+    """In one block and in many, where the hole lies over a corner of four."""
+    image = np.zeros((130, 130), np.float32)
+    y, x = np.mgrid[:130, :130]
+    image[np.abs(np.hypot(y - 64, x - 64) - 12) < 5] = 0.9                   # a ring
+    disc = np.hypot(y - 64, x - 64) < 16
+    for block in (2048, 64):
+        labels = segment.segment(image, PassOn(), limits=UNIT, block=block, halo=32)
+        assert labels.max() == 1 and (labels[disc] == 1).all()
 
 
 def test_components_touching_only_at_block_corners_stay_apart():

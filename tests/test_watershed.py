@@ -6,7 +6,7 @@ from scipy import ndimage
 from skimage.morphology import reconstruction
 from skimage.segmentation import watershed as reference
 
-from watershed import components, smoothed, watershed
+from watershed import components, smoothed, watershed, without_holes
 
 PEAK, FILL = 0.47, 0.09
 
@@ -248,3 +248,39 @@ def test_smoothing_is_scipys(sigma):
     found = watershed(distance, 0.55, 0.45, smooth=sigma)
     np.testing.assert_array_equal(found, watershed(smoothed(torch.from_numpy(distance), sigma), 0.55, 0.45))
     assert found.max() > 1
+
+
+def test_ground_that_one_cell_encloses_is_the_cells():
+    """scipy's components of the ground; each has one answer by who is beside it."""
+    filled = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        labels = (rng.integers(1, 3, (19, 27)) * (rng.random((19, 27)) < rng.choice([0.6, 0.75, 0.9]))).astype(np.int32)
+        ground, parts = ndimage.label(np.pad(labels, 1) == 0)
+        expected = np.pad(labels, 1)
+        for part in range(1, parts + 1):
+            beside = np.unique(expected[ndimage.binary_dilation(ground == part) & (ground != part)])
+            if part != ground[0, 0] and len(beside) == 1:
+                expected[ground == part] = beside[0]
+                filled += 1
+        found = without_holes(torch.from_numpy(labels))
+        np.testing.assert_array_equal(found.numpy(), expected[1:-1, 1:-1])
+        assert found.dtype == torch.int32
+    assert filled > 100
+
+
+def test_what_two_cells_enclose_or_the_edge_cuts_stays_ground():
+    labels = np.zeros((7, 16), np.int32)
+    labels[:5, :5] = 1
+    labels[1:4, 1:4] = 0                                                     # a ring at the corner: filled
+    labels[1:6, 6:11] = 2
+    labels[2:5, 7:10] = 0
+    labels[3, 8] = 3                                                         # a cell in a ring: the ground between them stays
+    labels[:4, 12:] = 4
+    labels[:3, 13:15] = 0                                                    # open to the edge: stays
+    found = without_holes(torch.from_numpy(labels)).numpy()
+    assert (found[:5, :5] == 1).all()
+    labels[:5, :5] = 1
+    np.testing.assert_array_equal(found, labels)
+    empty = torch.zeros((3, 4), dtype=torch.int32)
+    assert torch.equal(without_holes(empty), empty)

@@ -29,11 +29,11 @@ def calibrate(net, bank, train_tiles: list[histology.Tile], folder: Path, side: 
         raise ValueError(f"{folder}/validation: no tiles; make the set with a larger hold_out=")
     distances = [segment.distance_map(histology.normalised(t.pixels), net, limits=segment.UNIT) for t in held]
     best = tuning.tuned(distances, [t.labels for t in held], [t.tissue for t in held], min_areas=(histology.LEAST,),
-                        depths=tuning.DEPTHS, smooths=tuning.SMOOTHS)
+                        depths=tuning.DEPTHS, smooths=tuning.SMOOTHS, shapes=tuning.SHAPES)
     net.settings = dataclasses.replace(net.settings, **best.setting._asdict(), kinds={})
     scores = {"val_AP@0.5": float(np.mean([metrics.average_precision(tile.labels, labels, (0.5,))[0]
                                            for tile, labels in zip(held, best.labels)])),
-              **{name: getattr(best.setting, name) for name in ("peak", "fill", "depth", "smooth")}}
+              **{name: getattr(best.setting, name) for name in ("peak", "fill", "depth", "smooth", "shape")}}
 
     # the tissue: how far tiles of an image lie from the others, image by image (or in six lots of them)
     tokens, lots = [], []

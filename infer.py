@@ -60,6 +60,7 @@ class Config:
     fill: float | None = None                       # a cell reaches down to this distance; null: the weights' own
     depth: float | None = None                      # a valley so deep parts two cells; 0: one down to peak; null: the weights' own
     smooth: float | None = None                     # px, Gaussian over the distance map before the watershed; null: the weights' own
+    shape: float | None = None                      # per px inside a cell, added to the map, so that necks part cells; null: the weights' own
     min_area: int | None = None                     # px, smaller cells are dropped; null: the weights' own
     kind: str | None = None                         # whose "own" it is: a training set's, or shared; null: by what the image shows
     border: Literal["keep", "drop"] = "keep"        # drop: leave out cells cut by the edge of the image
@@ -86,6 +87,8 @@ class Config:
                 raise ValueError(f"{name}={value:g}: expected a distance from 0 to below 1")
         if self.smooth is not None and not 0 <= self.smooth <= 20:
             raise ValueError(f"smooth={self.smooth:g}: expected 0 to 20 px")
+        if self.shape is not None and not 0 <= self.shape <= 1:
+            raise ValueError(f"shape={self.shape:g}: expected 0 to 1 per px")
         if self.peak is not None and self.fill is not None and self.fill > self.peak:
             raise ValueError(f"fill={self.fill:g} is above peak={self.peak:g}: cells would end above their markers")
         for name in ("tile", "batch", "block", "plane", "time"):
@@ -200,7 +203,7 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, progress
             if said := images.told(path, notice):
                 say(said)
         options = dict(limits=limits, peak=config.peak, fill=config.fill, depth=config.depth, smooth=config.smooth,
-                       kind=config.kind, tile=config.tile, overlap=config.overlap, batch=config.batch)
+                       shape=config.shape, kind=config.kind, tile=config.tile, overlap=config.overlap, batch=config.batch)
         scale = choose_scale(config, source, net, options, path)
         with segment.timed(clock, "network"):
             kind = options["kind"] = config.kind or segment.kind_of(source, net, scale=scale, limits=limits, tile=config.tile)

@@ -6,8 +6,11 @@
 
 One setting for all costs most where cells are unlike the others: the large ones of phase contrast fall to pieces at a
 depth that just parts touching nuclei. The backbone's mean token tells what an image shows, and where a training set
-gains by a setting of its own, images that look like that set get it. Who gives kind=, peak=, fill=, depth=, smooth= or
-min_area= decides himself.
+gains by a setting of its own, images that look like one of its images get it. Who gives kind=, peak=, fill=, depth=,
+smooth= or min_area= decides himself.
+
+Why single images are kept and not a mean for each set: a set shows many things, and a small set of one thing lies among
+them. With means, half of the nuclei went to two sets of two images.
 
 Letters: n tiles, T their side in px, D width of the backbone.
 """
@@ -32,31 +35,34 @@ def token(net, tiles: Tensor) -> Tensor:
     return last.float().mean((0, 1)).cpu()
 
 
+def gaining(best: Mapping[str, dict]) -> set[str]:
+    """The sets that are worth a setting of their own; best as learnt() takes it."""
+    return {name for name, of in best.items() if of["images"] >= LEAST and of["own_score"] - of["score"] >= GAIN}
+
+
 def learnt(net, images: Mapping[str, Iterable[Tensor]], best: Mapping[str, dict]) -> dict:
     """What nearest() needs, for the weights' settings; empty where one setting serves all.
 
     images : of each set, the tiles (n, 3, T, T) of some of its images. best : of each set images, score, own_score and
     setting, as tuning.OwnBest has them.
     """
-    gains = {name for name in images if name in best             # sets to validate on may be others
-             and best[name]["images"] >= LEAST and best[name]["own_score"] - best[name]["score"] >= GAIN}
-    if len(images) < 2 or not gains:
+    own = gaining(best) & set(images)                          # sets to validate on may be others
+    if len(images) < 2 or not own:
         return {}
     tokens = {name: torch.stack([token(net, tiles) for tiles in of]) for name, of in images.items()}    # (images, D)
     spread = torch.cat(list(tokens.values())).std(0) + 1e-6
     first = Counter(name.split()[0] for name in images)        # "phase/train" says enough of "phase/train ^(?!set40$)"
     return dict(spread=spread.tolist(), sets=[
-        dict(name=name.split()[0] if first[name.split()[0]] == 1 else name, token=of.mean(0).tolist(),
-             setting=dict(best[name]["setting"]) if name in gains else {})
+        dict(name=name.split()[0] if first[name.split()[0]] == 1 else name, setting=dict(best[name]["setting"]) if name in own else {},
+             tokens=[[float(f"{value:.3g}") for value in row] for row in (of / spread).tolist()])
         for name, of in tokens.items()])
 
 
 def nearest(net, tiles: Tensor) -> str:
-    """The kind of an image: the training set that it looks most like, or SHARED where that set has no setting of its own."""
+    """The kind of an image: the training set that has the image most like it, or SHARED where that set has no own setting."""
     known = net.settings.kinds
-    means = torch.tensor([one["token"] for one in known["sets"]])                      # (sets, D)
-    away = ((token(net, tiles) - means) / torch.tensor(known["spread"])).square().sum(1)
-    chosen = known["sets"][int(away.argmin())]
+    mine = token(net, tiles) / torch.tensor(known["spread"])                           # (D,)
+    chosen = min(known["sets"], key=lambda one: float((mine - torch.tensor(one["tokens"])).square().sum(1).min()))
     return chosen["name"] if chosen["setting"] else SHARED
 
 

@@ -267,6 +267,7 @@ class Settings:
     fill: float = 0.09                # watershed: a cell reaches down to
     depth: float = 0.0                # watershed: two summits are two cells if the valley between them is so deep; 0: peak decides
     smooth: float = 0.0               # px, Gaussian that smooths the distance map before the watershed
+    shape: float = 0.0                # per px, what lying inside adds to the distance, so that necks part cells
     min_area: int = 0                 # px, smaller cells are dropped
     kinds: dict = field(default_factory=dict)         # images that want another setting of the watershed: kinds.py
     diameter: float | None = None     # px, median equivalent diameter of the training cells

@@ -91,14 +91,14 @@ def _whole(what: str, image, model, options: dict) -> np.ndarray:
 
 
 def blocks(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None, peak: float | None = None,
-           fill: float | None = None, depth: float | None = None, smooth: float | None = None,
+           fill: float | None = None, depth: float | None = None, smooth: float | None = None, shape: float | None = None,
            min_area: int | None = None, kind: str | None = None, border: str = "keep", tile: int | None = None, overlap: int | None = None, batch: int | None = None,
            block: int = 2048, halo: int | None = None, clock: Counter | None = None, progress=None) -> Iterator[Block]:
     """Segment block by block, left to right and top to bottom.
 
     scale : network px per image px (see scale_for); limits : (C, 2), what becomes 0 and 1 (data.percentiles).
-    peak, fill, depth, smooth (network px), min_area (image px) : None takes what the weights have for this kind of
-        image; kind : None asks kind_of(). border="drop" leaves out cells cut by the image's edge.
+    peak, fill, depth, smooth (network px), shape, min_area (image px) : None takes what the weights have for this kind
+        of image; kind : None asks kind_of(). border="drop" leaves out cells cut by the image's edge.
     tile : px, None takes the training size. overlap : px shared by neighbouring tiles; None: a cell's width, so that
         every cell lies whole in some tile, from an eighth to half of the tile.
     block : px, side of a block; images that are not much larger are one block. halo : px, None: 256 or 4 cells.
@@ -128,6 +128,7 @@ def blocks(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None
         raise ValueError(f"peak={peak:g}, fill={fill:g}: expected 0 <= fill <= peak < 1")
     depth = settings.depth if depth is None else depth
     smooth = settings.smooth if smooth is None else smooth
+    shape = settings.shape if shape is None else shape
     min_area = round(settings.min_area / scale**2) if min_area is None else min_area
     rows = _distances(source, limits, (h, w), model, tile, overlap, batch, clock, progress)
     held, first = [], 0                                       # rows of distances at hand, and the number of the first
@@ -153,7 +154,7 @@ def blocks(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None
                 whole = _enlarge(distance, (net_y, net_x), (view_y, view_x), (h / H, w / W))
                 local = watershed(distance if finer else whole, peak, fill,
                                   min_area if not finer else round(min_area * h * w / (H * W)), depth,
-                                  smooth if finer else smooth / scale)
+                                  *((smooth, shape) if finer else (smooth / scale, shape * scale)))
                 local = without_holes(local)
                 if finer:
                     local = _nearest(local, (net_y, net_x), (view_y, view_x), (h / H, w / W))

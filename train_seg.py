@@ -249,7 +249,8 @@ def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> di
     """Scores on whole images, with the setting of the watershed that serves all sets best; it goes into the weights.
 
     The score that decides is AP averaged over IoU 0.5 to 0.95: mean over the images of a set, then over sets, so that
-    no set drowns another. Each set's own best setting stands beside, to show what one for all costs.
+    no set drowns another. A set that gains enough by a setting of its own (kinds.gaining) counts with that. Each set's
+    own best stands beside, to show what one for all costs.
     """
     import kinds
     import metrics
@@ -258,12 +259,14 @@ def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> di
     net.eval()
     distances = [segment.distance_map(entry.pixels, net, limits=segment.UNIT, kind=kinds.SHARED) for entry in entries]
     best = tuning.tuned(distances, [entry.labels for entry in entries], [entry.set for entry in entries],
-                        min_areas=tuning.AREAS, depths=tuning.DEPTHS, smooths=tuning.SMOOTHS)
+                        min_areas=tuning.AREAS, depths=tuning.DEPTHS, smooths=tuning.SMOOTHS, shapes=tuning.SHAPES)
     tables = [metrics.overlap(entry.labels, found) for entry, found in zip(entries, best.labels)]
     net.settings = dataclasses.replace(net.settings, **best.setting._asdict(), kinds={})
-    scores = {"score": best.score, **best.setting._asdict(), **summary(metrics.set_scores(tables))}
     sets = {name: {**summary(metrics.set_scores([t for t, e in zip(tables, entries) if e.set == name])),
                    **own._asdict(), "setting": own.setting._asdict()} for name, own in best.sets.items()}
+    own = kinds.gaining(sets)
+    score = float(np.mean([row["own_score" if name in own else "score"] for name, row in sets.items()]))
+    scores = {"score": score, **best.setting._asdict(), **summary(metrics.set_scores(tables))}
     run.log(step, **{f"val_{k}" if k != "score" else k: v for k, v in scores.items()},
             **{f"AP@0.5 {name}": row["AP@0.5"] for name, row in sets.items() if len(sets) > 1})
     if run.rank == 0:

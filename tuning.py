@@ -21,8 +21,9 @@ from measure import (CEILING, COMPARED, DataSet, Item, Network, Result, columns_
                      progress, same_size, segmented, without_nan)
 
 PEAKS, FILLS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)   # of the watershed
-DEPTHS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)  # of the valley between two cells
+DEPTHS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)   # of the valley between two cells
 SMOOTHS = (0.0, 0.7, 1.0, 1.5, 2.5)             # px
+SHAPES = (0.0, 0.05, 0.1)                       # per px
 AREAS = (0, 10, 20, 40, 80, 160, 320)           # px, smallest cells
 
 
@@ -77,6 +78,7 @@ class Setting(NamedTuple):
     min_area: int = 0                       # px
     depth: float = 0.0
     smooth: float = 0.0                     # px
+    shape: float = 0.0                      # per px
 
 
 class Tuned(NamedTuple):
@@ -97,11 +99,11 @@ class OwnBest(NamedTuple):
 
 def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: Sequence[str] | None = None,
           peaks: Sequence[float] = PEAKS, fills: Sequence[float] = FILLS, min_areas: Sequence[int] = (0,),
-          depths: Sequence[float] = (0.0,), smooths: Sequence[float] = (0.0,)) -> Tuned:
+          depths: Sequence[float] = (0.0,), smooths: Sequence[float] = (0.0,), shapes: Sequence[float] = (0.0,)) -> Tuned:
     """The setting that serves all sets best, and from there what is best for each; of equal ones the first.
 
-    Every peak, every fill, every pair of depth and smoothing, every smallest area, each with the best of the others so
-    far, and again until nothing is gained. No set drowns another.
+    Every peak, every fill, every pair of depth and smoothing, of depth and shape, every smallest area, each with the best
+    of the others so far, and again until nothing is gained. No set drowns another.
     distances, truths : (H, W) of each image; sets : the name of its set.
     """
     import metrics
@@ -118,6 +120,7 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
     def search(names: list[str], best: Setting) -> Setting:
         axes = ([dict(peak=peak) for peak in peaks], [dict(fill=fill) for fill in fills],
                 [dict(depth=depth, smooth=smooth) for depth, smooth in product(depths, smooths)],
+                [dict(depth=depth, shape=shape) for depth, shape in product(depths, shapes)],
                 [dict(min_area=area) for area in min_areas])
         before = None
         while best != before:
@@ -128,7 +131,7 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
                            key=lambda setting: sum(score(name, setting) for name in names))
         return best
 
-    start = Setting(*thresholds(peaks, fills)[0], min_areas[0], depths[0], smooths[0])
+    start = Setting(*thresholds(peaks, fills)[0], min_areas[0], depths[0], smooths[0], shapes[0])
     shared = search(list(members), start)
     own = {name: search([name], shared) for name in members}
     return Tuned(shared, float(np.mean([score(name, shared) for name in members])),

@@ -1,6 +1,6 @@
 """Distance map -> cells: a marker watershed in whole-array passes, the same on NumPy, CPU and CUDA tensors.
 
-    labels = watershed(distance, peak=0.47, fill=0.09, min_area=0, depth=0, smooth=0)
+    labels = watershed(distance, peak=0.47, fill=0.09, min_area=0, depth=0, smooth=0, shape=0)
 
 What is flooded. Markers are the 4-connected components of distance > peak; from them labels flood down the map inside
 distance > fill. Every region is 4-connected and holds exactly one marker; every mask pixel connected to a marker is
@@ -10,6 +10,9 @@ skimage.segmentation.watershed(-distance, ndimage.label(distance > peak)[0], mas
 With a depth, a marker is no component but a summit above peak that stands out: every way to higher ground goes down by
 `depth` or more. So nuclei that touch are told apart by the valley between them, however high it lies. That is the same
 with the h-maxima of the map inside distance > fill as markers.
+
+With a shape, a way through a neck goes down too. A capped map is flat inside cells, and where a network saw no valley
+between two of them only their outline tells: so to pixels above peak is added how far they lie inside what is above peak.
 
 How, without a queue. Between fill and peak every pixel points to its highest neighbour if that is higher (steepest
 ascent), across flat ground to the nearest pixel that does, and pointer doubling finds where the climb ends: in a marker,
@@ -30,9 +33,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+REACH = 16          # px, how deep inside shape looks
+
 
 def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0.09, min_area: int = 0, depth: float = 0.0,
-              smooth: float = 0.0):
+              smooth: float = 0.0, shape: float = 0.0):
     """Cells of a distance map.
 
     distance : (H, W) floats; array or tensor. Compared in float32.
@@ -40,18 +45,22 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
     min_area : cells of fewer px are dropped and the rest renumbered.
     depth : two summits above peak are two cells if the valley between them is so deep; 0: if it goes down to peak.
     smooth : px, width of the Gaussian that the map is smoothed by before all else; 0: it is taken as it is.
+    shape : what each px that a pixel lies inside the part above peak adds to its distance, up to REACH px; with a depth
+        necks part cells then.
     Returns labels (H, W) int32 of the same kind and on the same device; 1..n in raster order of the markers.
     """
     if isinstance(distance, np.ndarray):
-        return watershed(torch.from_numpy(np.ascontiguousarray(distance)), peak, fill, min_area, depth, smooth).numpy()
+        return watershed(torch.from_numpy(np.ascontiguousarray(distance)), peak, fill, min_area, depth, smooth, shape).numpy()
     if distance.ndim != 2 or not distance.is_floating_point():
         raise ValueError(f"distance map of shape {tuple(distance.shape)}, {distance.dtype}: expected (H, W) floats")
     if not 0 <= fill <= peak:
         raise ValueError(f"fill={fill}, peak={peak}: expected 0 <= fill <= peak")
-    if not (depth >= 0 and smooth >= 0):
-        raise ValueError(f"depth={depth}, smooth={smooth}: expected 0 or more")
+    if not (depth >= 0 and smooth >= 0 and shape >= 0):
+        raise ValueError(f"depth={depth}, smooth={smooth}, shape={shape}: expected 0 or more")
     if smooth and distance.numel():
         distance = smoothed(distance.float(), smooth)
+    if shape and depth and distance.numel():
+        distance = distance + shape * inwards(distance > peak)
     H, W = distance.shape
     S = W + 1
     d = distance.new_full((H + 2, S), -1.0, dtype=torch.float32)
@@ -89,6 +98,19 @@ def smoothed(distance: Tensor, sigma: float) -> Tensor:
             total.add_(x.narrow(axis, k, total.shape[axis]), alpha=weight)
         x = total
     return x
+
+
+def inwards(high: Tensor) -> Tensor:
+    """(H, W) bool -> px from each set pixel to the nearest that is not, REACH at most; none lies beyond the border."""
+    x = torch.arange(high.shape[1], dtype=torch.float32, device=high.device)
+    before = torch.where(high, -REACH, x).cummax(1).values
+    after = torch.where(high, len(x) + REACH, x).flip(1).cummin(1).values.flip(1)
+    across = torch.minimum(x - before, after - x).clamp(max=REACH).square()              # along the row
+    rows = F.pad(across, (0, 0, REACH, REACH), value=REACH**2)
+    for k in range(1, REACH):                                                # from k rows above and below
+        beside = torch.minimum(*(rows.narrow(0, REACH + step, len(across)) for step in (-k, k)))
+        across = torch.minimum(across, beside.add_(k * k))
+    return across.sqrt()
 
 
 def climb(d: Tensor, node: Tensor, markers: int, slope: Tensor, S: int) -> int:

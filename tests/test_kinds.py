@@ -13,7 +13,7 @@ import kinds
 import model
 import segment
 
-OWN = dict(peak=0.7, fill=0.2, min_area=9, depth=0.3, smooth=1.5)
+OWN = dict(peak=0.7, fill=0.2, min_area=9, depth=0.3, smooth=1.5, shape=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,16 @@ def test_the_nearest_set_decides(net):
     assert kinds.settings(net) == {kinds.SHARED: {}, "stripes": OWN} and kinds.named(net, "str") == "stripes"
 
 
+def test_a_set_of_many_looks_and_one_in_their_midst(net, monkeypatch):
+    """The nearest image decides, not the nearest mean, which is the other set's here."""
+    monkeypatch.setattr(kinds, "token", lambda net, tiles: tiles.mean((1, 2, 3)))
+    images = {name: [torch.full((1, 3, 8, 8), value) for value in values]
+              for name, values in (("stripes", (0.1, 0.2, 0.8, 0.9)), ("dots", (0.5, 0.52)))}
+    net.settings.kinds = kinds.learnt(net, images, best())
+    found = [kinds.nearest(net, torch.full((1, 3, 8, 8), value)) for value in (0.0, 0.3, 0.45, 0.6, 0.7, 1.0)]
+    assert found == ["stripes", "stripes", kinds.SHARED, kinds.SHARED, "stripes", "stripes"]
+
+
 @pytest.mark.parametrize("change", [dict(own_score=0.21), dict(images=1)])
 def test_no_setting_without_a_gain_that_was_seen(net, change):
     assert learnt(net, **change) == {}
@@ -78,17 +88,17 @@ def test_segment_takes_the_setting_and_gives_way(net, monkeypatch):
         return torch.zeros(distance.shape, dtype=torch.int32)
     monkeypatch.setattr(segment, "watershed", watershed)
     segment.segment(look("stripes", 70), net)
-    assert asked.pop() == (0.7, 0.2, 9, 0.3, 1.5)
-    segment.segment(look("stripes", 70), net, depth=0.1, smooth=0)
-    assert asked.pop() == (0.7, 0.2, 9, 0.1, 0)
+    assert asked.pop() == (0.7, 0.2, 9, 0.3, 1.5, 0.1)
+    segment.segment(look("stripes", 70), net, depth=0.1, smooth=0, shape=0)
+    assert asked.pop() == (0.7, 0.2, 9, 0.1, 0, 0)
     segment.segment(look("stripes", 70), net, scale=0.5)                     # px of the network are two of the image
-    assert asked.pop() == (0.7, 0.2, 36, 0.3, 3.0)
+    assert asked.pop() == (0.7, 0.2, 36, 0.3, 3.0, 0.05)
     plain = net.settings
     for image, kind in (("dots", None), ("stripes", "shared")):
         segment.segment(look(image, 70), net, kind=kind)
-        assert asked.pop() == (plain.peak, plain.fill, plain.min_area, plain.depth, plain.smooth)
+        assert asked.pop() == (plain.peak, plain.fill, plain.min_area, plain.depth, plain.smooth, plain.shape)
     segment.segment(look("dots", 70), net, kind="stripes")
-    assert asked.pop() == (0.7, 0.2, 9, 0.3, 1.5)
+    assert asked.pop() == (0.7, 0.2, 9, 0.3, 1.5, 0.1)
 
 
 def test_kinds_travel_with_the_weights(net, tmp_path):

@@ -6,7 +6,7 @@ from scipy import ndimage
 from skimage.morphology import reconstruction
 from skimage.segmentation import watershed as reference
 
-from watershed import components, smoothed, watershed, without_holes
+from watershed import REACH, components, inwards, smoothed, watershed, without_holes
 
 PEAK, FILL = 0.47, 0.09
 
@@ -217,6 +217,7 @@ def test_wrong_input_is_named():
     bad = good.copy()
     bad[1, 2] = np.nan
     for call, said in [(lambda: watershed(bad), "NaN"), (lambda: watershed(good, peak=0.1, fill=0.2), "fill=0.2, peak=0.1"),
+                       (lambda: watershed(good, shape=-1), "shape=-1: expected 0 or more"),
                        (lambda: watershed(good[0]), r"\(4,\)"), (lambda: watershed(good.astype(int)), "floats")]:
         with pytest.raises(ValueError, match=said):
             call()
@@ -248,6 +249,29 @@ def test_smoothing_is_scipys(sigma):
     found = watershed(distance, 0.55, 0.45, smooth=sigma)
     np.testing.assert_array_equal(found, watershed(smoothed(torch.from_numpy(distance), sigma), 0.55, 0.45))
     assert found.max() > 1
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
+def test_how_far_inside_is_scipys(share):
+    """Beyond the border nothing ends: the image goes on set there."""
+    high = np.random.default_rng(0).random((70, 90)) < share
+    wanted = ndimage.distance_transform_edt(np.pad(high, REACH, constant_values=True))[REACH:-REACH, REACH:-REACH]
+    np.testing.assert_allclose(inwards(torch.from_numpy(high)), wanted.clip(max=REACH), rtol=1e-6)
+    for value in (True, False):
+        assert (inwards(torch.full((3, 2), value)) == REACH * value).all()
+
+
+def test_a_shape_parts_cells_at_their_neck():
+    """Two discs that the map does not part, as a network that saw no valley draws them."""
+    y, x = np.mgrid[:40, :70]
+    discs = [np.hypot(y - 20, x - at) < 14 for at in (20, 44)]
+    d = np.where(discs[0] | discs[1], 0.9, 0).astype(np.float32)
+    assert watershed(d, 0.5, 0.1, depth=0.3).max() == watershed(d, 0.5, 0.1, shape=0.1).max() == 1
+    parted = watershed(d, 0.5, 0.1, depth=0.3, shape=0.1)
+    assert parted.max() == 2 and np.array_equal(parted > 0, d > 0)           # nothing is lost
+    for number, disc in enumerate(discs, 1):
+        assert (parted[disc] == number).mean() > 0.95
+    assert watershed(np.where(discs[0], 0.9, 0).astype(np.float32), 0.5, 0.1, depth=0.3, shape=0.1).max() == 1
 
 
 def test_ground_that_one_cell_encloses_is_the_cells():

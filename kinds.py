@@ -53,13 +53,14 @@ def learnt(net, images: Mapping[str, Iterable[Tensor]], best: Mapping[str, dict]
     spread = torch.cat(list(tokens.values())).std(0) + 1e-6
     first = Counter(name.split()[0] for name in images)        # "phase/train" says enough of "phase/train ^(?!set40$)"
     return dict(spread=spread.tolist(), sets=[
-        dict(name=name.split()[0] if first[name.split()[0]] == 1 else name, setting=dict(best[name]["setting"]) if name in own else {},
-             tokens=[[float(f"{value:.3g}") for value in row] for row in (of / spread).tolist()])
+        dict(name=name.split()[0] if first[name.split()[0]] == 1 else name,
+             setting=dict(best[name]["setting"]) if name in own else {},
+             tokens=[[float(f"{value:.3g}") for value in row] for row in (of / spread).tolist()])      # (images, D)
         for name, of in tokens.items()])
 
 
 def nearest(net, tiles: Tensor) -> str:
-    """The kind of an image: the training set that has the image most like it, or SHARED where that set has no own setting."""
+    """The kind of an image: the training set that has the image most like it; SHARED where that has no own setting."""
     known = net.settings.kinds
     mine = token(net, tiles) / torch.tensor(known["spread"])                           # (D,)
     chosen = min(known["sets"], key=lambda one: float((mine - torch.tensor(one["tokens"])).square().sum(1).min()))

@@ -92,8 +92,9 @@ def _whole(what: str, image, model, options: dict) -> np.ndarray:
 
 def blocks(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None, peak: float | None = None,
            fill: float | None = None, depth: float | None = None, smooth: float | None = None, shape: float | None = None,
-           min_area: int | None = None, kind: str | None = None, border: str = "keep", tile: int | None = None, overlap: int | None = None, batch: int | None = None,
-           block: int = 2048, halo: int | None = None, clock: Counter | None = None, progress=None) -> Iterator[Block]:
+           min_area: int | None = None, kind: str | None = None, border: str = "keep", tile: int | None = None,
+           overlap: int | None = None, batch: int | None = None, block: int = 2048, halo: int | None = None,
+           clock: Counter | None = None, progress=None) -> Iterator[Block]:
     """Segment block by block, left to right and top to bottom.
 
     scale : network px per image px (see scale_for); limits : (C, 2), what becomes 0 and 1 (data.percentiles).

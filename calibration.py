@@ -33,7 +33,7 @@ def calibrate(net, bank, train_tiles: list[histology.Tile], folder: Path, side: 
     net.settings = dataclasses.replace(net.settings, **best.setting._asdict(), kinds={})
     scores = {"val_AP@0.5": float(np.mean([metrics.average_precision(tile.labels, labels, (0.5,))[0]
                                            for tile, labels in zip(held, best.labels)])),
-              **{name: getattr(best.setting, name) for name in ("peak", "fill", "depth", "smooth", "shape")}}
+              **{name: value for name, value in best.setting._asdict().items() if name != "min_area"}}
 
     # the tissue: how far tiles of an image lie from the others, image by image (or in six lots of them)
     tokens, lots = [], []

@@ -7,7 +7,7 @@
 One setting for all costs most where cells are unlike the others: the large ones of phase contrast fall to pieces at a
 depth that just parts touching nuclei. The backbone's mean token tells what an image shows, and where a training set
 gains by a setting of its own, images that look like one of its images get it. Who gives kind=, peak=, fill=, depth=,
-smooth= or min_area= decides himself.
+smooth=, shape= or min_area= decides himself.
 
 Why single images are kept and not a mean for each set: a set shows many things, and a small set of one thing lies among
 them. With means, half of the nuclei went to two sets of two images.

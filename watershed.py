@@ -57,8 +57,9 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
         raise ValueError(f"fill={fill}, peak={peak}: expected 0 <= fill <= peak")
     if not (depth >= 0 and smooth >= 0 and shape >= 0):
         raise ValueError(f"depth={depth}, smooth={smooth}, shape={shape}: expected 0 or more")
+    distance = distance.float()
     if smooth and distance.numel():
-        distance = smoothed(distance.float(), smooth)
+        distance = smoothed(distance, smooth)
     if shape and depth and distance.numel():
         distance = distance + shape * inwards(distance > peak)
     H, W = distance.shape

@@ -222,10 +222,10 @@ def test_cells_come_without_holes():
     image = np.zeros((130, 130), np.float32)
     y, x = np.mgrid[:130, :130]
     image[np.abs(np.hypot(y - 64, x - 64) - 12) < 5] = 0.9                   # a ring
-    disc = np.hypot(y - 64, x - 64) < 16
+    disc, ground = np.hypot(y - 64, x - 64) < 16, np.hypot(y - 64, x - 64) > 18
     for block in (2048, 64):
         labels = segment.segment(image, PassOn(), limits=UNIT, block=block, halo=32)
-        assert labels.max() == 1 and (labels[disc] == 1).all()
+        assert labels.max() == 1 and (labels[disc] == 1).all() and not labels[ground].any()
 
 
 def test_components_touching_only_at_block_corners_stay_apart():

@@ -272,6 +272,7 @@ def test_a_shape_parts_cells_at_their_neck():
     for number, disc in enumerate(discs, 1):
         assert (parted[disc] == number).mean() > 0.95
     assert watershed(np.where(discs[0], 0.9, 0).astype(np.float32), 0.5, 0.1, depth=0.3, shape=0.1).max() == 1
+    np.testing.assert_array_equal(watershed(d.astype(np.float64), 0.5, 0.1, depth=0.3, shape=0.1), parted)
 
 
 def test_ground_that_one_cell_encloses_is_the_cells():

@@ -108,6 +108,7 @@ def chosen(config: Data, index) -> tuple[str, ...]:
 
 def fetched(index, count: int, channels: tuple[str, ...], seed: int) -> Iterator[Field]:
     """The first `count` fields of an index, in the order of a lot, that can be had."""
+    import planes
     import stream
     store, found, extent = stream.open_store(index.root), 0, None
     try:
@@ -115,10 +116,10 @@ def fetched(index, count: int, channels: tuple[str, ...], seed: int) -> Iterator
             field = index[row]
             try:
                 bodies = [store.read(field.files[channel]) for channel in channels]
-                extent = extent or stream.size_of(bodies[0])
+                extent = extent or planes.size_of(bodies[0])
                 pixels = np.empty((len(channels), *extent), np.uint16)
                 for body, plane in zip(bodies, pixels):
-                    stream.decode(body, plane)
+                    planes.decode(body, plane)
             except (KeyError, stream.Absent, ValueError) as reason:
                 print(f"{field.name} is not measured on: {reason}", file=sys.stderr)
                 continue

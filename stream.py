@@ -16,7 +16,6 @@ The network decides how fresh the fields are, never how fast sample() answers.
 """
 from __future__ import annotations
 
-import io
 import math
 import sys
 import threading
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from planes import decode, limits_of, size_of
 from plates import CHANNELS, Field, Index, hold_out, make_index, rooted, summary   # noqa: F401  stream.hold_out
 from store import Absent, Cache, Stopped, open_store
 
@@ -39,61 +39,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WINDOW = 1000                       # fields whose failures are counted; at least a tenth of it before judging
-GRID = 1 << 16               # pixels of a channel that its limits are taken from, or up to four times as many
-
-
-# ------------------------------------------------------------------------------------------------- decoding
-
-def decode(body: bytes, out: np.ndarray) -> None:
-    """A TIFF of one page into out (H, W) uint16; Absent if it is another image, ValueError if damaged."""
-    import tifffile
-    from images import DAMAGE
-    try:
-        with tifffile.TiffFile(io.BytesIO(body)) as tif:
-            page = tif.pages.first
-            pages, end = len(tif.pages), max(map(sum, zip(page.dataoffsets, page.databytecounts)))
-            if page.shape == out.shape and page.dtype == np.uint16 and pages == 1 and end <= len(body):
-                page.asarray(out=out, maxworkers=1)
-                return
-    except DAMAGE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"damaged or no TIFF ({reason})") from None
-    if end > len(body):
-        raise ValueError("truncated TIFF")
-    found, expected = (" x ".join(map(str, shape)) for shape in (page.shape, out.shape))
-    raise Absent(f"wrong size, {found} px of {page.dtype}, {pages} page; expected {expected} px of uint16, 1 "
-                 "page")
-
-
-def size_of(body: bytes) -> tuple[int, int]:
-    """(H, W) of a TIFF of one plane."""
-    import tifffile
-    from images import DAMAGE
-    try:
-        with tifffile.TiffFile(io.BytesIO(body)) as tif:
-            H, W = tif.pages.first.shape
-    except DAMAGE as error:
-        raise Absent(f"damaged, no TIFF or no single plane ({error})") from None
-    return H, W
-
-
-def limits_of(pixels: np.ndarray) -> np.ndarray:
-    """Percentiles 1 and 99.8 of each channel, (C, 2) float32; pixels (C, H, W) uint16.
-
-    As data.percentiles for fields up to 512 x 512 px; of larger ones every k-th row and column is looked
-    at, since all pixels would take longer than to decode them. Ranks are off by about 0.04 % then.
-    """
-    step = max(1, math.isqrt((pixels[0].size - 1) // GRID))
-    limits = np.empty((len(pixels), 2), np.float32)
-    for plane, pair in zip(pixels[:, ::step, ::step], limits):
-        total = np.cumsum(np.bincount(plane.ravel()))              # pixels of this value or below
-        at = np.array([0.01, 0.998]) * (plane.size - 1)            # ranks, between two values
-        ranks = np.floor(at), np.ceil(at)
-        below, above = (np.searchsorted(total, rank.astype(int), side="right") for rank in ranks)
-        pair[:] = below + (above - below) * (at % 1)
-        if pair[0] == pair[1]:                                     # a black image with few cells
-            pair[1] = len(total) - 1
-    return limits
 
 
 # ----------------------------------------------------------------------------------------------------- pool
@@ -119,7 +64,7 @@ class Job:
 class FieldPool:
     """N decoded fields on the device, replaced one by one in the background; sample() hands out slot numbers.
 
-    pixels : (slots, C, H, W) int16 holding the bits of uint16. limits : (slots, C, 2) float32, see limits_of.
+    pixels : (slots, C, H, W) int16 holding the bits of uint16. limits : (slots, C, 2) float32, see planes.limits_of.
     names : field name in each slot or None. channels : their names.
 
     There are some more slots than N if not all fields fit: new ones come into these, and when all their

@@ -198,7 +198,6 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
 
 def build(config: Config):
     """The network to train: a whole one, a backbone under a new decoder, or all from scratch."""
-    import torch
     import model
     shape = config.network
     settings = model.Settings(tile=config.crop, cap=config.cap)

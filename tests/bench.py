@@ -231,7 +231,7 @@ def segment() -> None:
             runs = []
             for _ in range(3):
                 clock, start = Counter(), time.perf_counter()
-                row = infer.segment_file(path, path.stem, Path(folder), network, infer.Config(), clock=clock)
+                infer.segment_file(path, path.stem, Path(folder), network, infer.Config(), clock=clock)
                 runs.append((time.perf_counter() - start, clock))
             took, clock = sorted(runs, key=lambda run: run[0])[1]
             rows.append([name, f"{size} x {size}", f"{took:.2f} s", f"{size**2 / 1e6 / took:.2f}",

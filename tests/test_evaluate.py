@@ -18,7 +18,6 @@ import metrics
 import model
 import results
 import runs
-import tuning
 import watershed
 from conftest import ROOT
 from test_report import browse
@@ -651,67 +650,6 @@ def test_sweep_keeps_validation_and_test_apart(tmp_path, capsys):
         said = fails(capsys, "sweep", tmp_path, **config)
         assert "test image c/other" in said and "is in validation too, as a/1" in said
     assert not (tmp_path / "runs").exists()
-
-
-def test_tuned_finds_the_best_setting():
-    """Against every setting tried by hand: a set of two images counts as much as one of three."""
-    rng = np.random.default_rng(0)
-    truths = [discs(seed)[1] for seed in range(5)]
-    distances = [np.clip(data.distance_map(t, 4) + rng.normal(0, 0.15, t.shape), 0, 1).astype(np.float32)
-                 for t in truths]
-    sets = ["a", "b", "a", "b", "b"]
-
-    def score(name, *setting):
-        return np.mean([metrics.dsb_score(t, watershed.watershed(d, *setting))
-                        for d, t, s in zip(distances, truths, sets) if s == name])
-    pairs = [(peak, fill) for peak in (0.4, 0.6, 0.8) for fill in (0.2, 0.5, 0.7) if fill <= peak]
-    shared = {pair: (score("a", *pair) + score("b", *pair)) / 2 for pair in pairs}
-    best = max(shared.values())
-    found = tuning.tuned(distances, truths, sets, (0.4, 0.6, 0.8), (0.2, 0.5, 0.7))
-    one = found.setting
-    assert len(set(shared.values())) > 3 and not any(one[2:])
-    assert found.score == pytest.approx(best) == pytest.approx(shared[one.peak, one.fill])
-    for name, own in found.sets.items():
-        assert own.own_score == pytest.approx(max(score(name, *pair) for pair in pairs))
-        assert own.own_score == pytest.approx(score(name, *own.setting)) and not any(own.setting[2:])
-        assert own.score == pytest.approx(score(name, one.peak, one.fill)) and own.images == sets.count(name)
-    np.testing.assert_array_equal(found.labels[3], watershed.watershed(distances[3], one.peak, one.fill))
-    clean = tuning.tuned(distances, truths, sets, [one.peak], [one.fill], min_areas=(0, 12, 2000))
-    assert clean.setting.min_area == 12 and clean.score > found.score         # noise makes crumbs; 2000 px too much
-    with pytest.raises(ValueError, match="no pair"):
-        tuning.tuned(distances, truths, None, [0.1], [0.2])
-    soft = [np.maximum(d, 0.75 * (t > 0)).astype(np.float32) for d, t in zip((data.distance_map(t, 4) for t in truths), truths)]
-    deep = tuning.tuned(soft, truths, sets, (0.4, 0.6), (0.2, 0.3), depths=(0.0, 0.1))       # valleys that end above every peak
-    assert deep.setting.depth == 0.1 and deep.score > tuning.tuned(soft, truths, sets, (0.4, 0.6), (0.2, 0.3)).score + 0.05
-
-
-def test_tuned_finds_the_shape():
-    """Pairs of discs that the map does not part at all."""
-    y, x = np.mgrid[:40, :70]
-    truths, distances = [], []
-    for at in (42, 43, 44):
-        discs = [np.hypot(y - 20, x - centre) < 14 for centre in (20, at)]
-        truths.append(np.where(discs[0] & (x < (20 + at) / 2), 1, np.where(discs[1], 2, 0)).astype(np.int32))
-        distances.append(np.where(truths[-1] > 0, 0.9, 0).astype(np.float32))
-    options = dict(peaks=[0.5], fills=[0.2], depths=(0, 0.1, 0.2))
-    found = tuning.tuned(distances, truths, shapes=(0, 0.1), **options)
-    assert found.setting.shape == 0.1 and found.score > 0.8 and tuning.tuned(distances, truths, **options).score < 0.2
-
-
-def test_each_set_gets_what_suits_it_best():
-    """One set is noisy and wants smoothing, which costs the other its small cells."""
-    rng = np.random.default_rng(0)
-    rows, columns = np.mgrid[:64, :64]
-    small = ((rows % 8 < 5) & (columns % 8 < 5)) * (1 + rows // 8 * 8 + columns // 8).astype(np.int32)
-    large = ((rows % 32 < 28) & (columns % 32 < 28)) * (1 + rows // 32 * 2 + columns // 32).astype(np.int32)
-    clean = data.distance_map(small, 4).astype(np.float32)
-    noisy = (data.distance_map(large, 4) + rng.normal(0, 0.2, large.shape)).clip(0, 1).astype(np.float32)
-    found = tuning.tuned([clean, noisy], [small, large], ["small", "noisy"], (0.3, 0.5), (0.1, 0.2), depths=(0, 0.1, 0.3),
-                         smooths=(0, 2))
-    assert found.sets["noisy"].setting.smooth == 2 and found.sets["small"].setting.smooth == 0
-    for own in found.sets.values():
-        assert own.own_score >= own.score
-    assert max(own.own_score - own.score for own in found.sets.values()) > 0.05
 
 
 # ---------------------------------------------------------------------------------------------- mistakes

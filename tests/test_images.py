@@ -1,6 +1,5 @@
 """images.py: every kind of file written by another hand and read back, every mistake."""
 import importlib.util
-import os
 import struct
 import warnings
 import zlib

@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import data
+import planes
 import plates
 import runs
 import store
@@ -365,12 +366,12 @@ def test_limits_are_the_percentiles_of_data_py(h, w, top, seed):
     pixels = np.random.default_rng(seed).integers(0, top + 1, (2, h, w)).astype(np.uint16)
     pixels[1] = 0
     pixels[1, 0, 0] = top
-    np.testing.assert_allclose(stream.limits_of(pixels), data.percentiles(pixels), rtol=2e-7)
+    np.testing.assert_allclose(planes.limits_of(pixels), data.percentiles(pixels), rtol=2e-7)
 
 
 def test_limits_of_a_large_field_are_close():
     pixels = np.random.default_rng(0).gamma(2, 900, (1, 1080, 1080)).clip(0, 65535).astype(np.uint16)
-    low, high = stream.limits_of(pixels)[0]
+    low, high = planes.limits_of(pixels)[0]
     assert abs((pixels <= low).mean() - 0.01) < 0.0015 and abs((pixels <= high).mean() - 0.998) < 0.0007
 
 

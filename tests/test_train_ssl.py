@@ -1,7 +1,6 @@
 """train_ssl.py end to end at toy size: what it writes, resuming, ranks, what it refuses; and probe.py."""
 import json
 import math
-import os
 import re
 import signal
 import subprocess

@@ -220,11 +220,11 @@ def script(doc: str, cls: type, main: Callable[..., int | None], arguments: list
     parameter `check` is called with check=True for --check: it says what it would do, and stops.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if "--help" in arguments or "-h" in arguments:
-        print(f"{doc.strip()}\n\nKeys, as key=value or in YAML:\n{describe(cls)}")
-        sys.exit(0)
 
     def run() -> int:
+        if "--help" in arguments or "-h" in arguments:
+            print(f"{doc.strip()}\n\nKeys, as key=value or in YAML:\n{describe(cls)}", flush=True)
+            return 0
         files, overrides = split_arguments(arguments)
         flags = {"check": True} if "--check" in files and "check" in inspect.signature(main).parameters else {}
         files = [a for a in files if not (flags and a == "--check")]

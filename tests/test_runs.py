@@ -111,6 +111,13 @@ def test_script_ends_in_one_line_and_a_code(tmp_path):
     assert code == 0 and "Says hello." in out and "n=1" in out and "times" in out
 
 
+def test_help_into_a_closed_pipe_is_no_traceback():
+    """python infer.py --help | head"""
+    script = subprocess.Popen([sys.executable, ROOT / "infer.py", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    script.stdout.close()
+    assert script.stderr.read() == b"" and script.wait() == 0
+
+
 def test_what_is_given_to_others_names_no_place_on_this_machine():
     @dataclass(frozen=True)
     class Places:

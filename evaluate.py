@@ -41,7 +41,7 @@ import report
 import runs
 from measure import (CEILING, COMPARED, READ, DataSet, Encoded, Model, Network, Peer, Result, check_distinct,
                      check_scores, columns_of, differences, digest, examples, group_rows, grouped, items,
-                     kept, measured, plain)
+                     kept, measured, plain, seeds_joined)
 from tuning import (FILLS, PEAKS, Encoding, best_setting, encodings, gateable, gated, mean_defined, swept,
                     thresholds)
 
@@ -60,11 +60,12 @@ def run_folder(config) -> Path:
 
 @dataclass(frozen=True)
 class Bench:
-    models: tuple[Model, ...]               # the others are compared with the first
+    models: tuple[Model, ...]               # to measure, in this order
     sets: tuple[DataSet, ...]               # labelled images
     experiment: str = "evaluate"            # name of the run
     output_base_dir: str = "."              # where runs/ is made
     root: str = "."                         # folder that the sets are in
+    against: tuple[str, ...] = ()           # models that the others are compared with, in documents too; empty: the first
     ceiling: Encoding = field(default_factory=Encoding)  # grid whose best stands first: cap, peak, fill
     score: str = "DSB"                      # what best means for the ceiling
     pictures: int = 3                       # models shown on the page, from the first on
@@ -76,9 +77,11 @@ class Bench:
     overwrite: bool = False                 # make every prediction anew
 
     def __post_init__(self):
-        check_distinct("model", [m.name for m in self.models])
+        check_distinct("model", [*{m.seeds_of: "" for m in self.models if m.seeds_of}, *(m.name for m in self.models)])
         check_distinct("set", [s.name for s in self.sets])
         check_scores(self.score, *self.columns)
+        for name in set(self.against) - {m.seeds_of or m.name for m in self.models}:
+            raise ValueError(f"against: '{name}', expected a model or, of several seeds, their seeds_of")
 
 
 def bench(config: Bench) -> None:
@@ -102,10 +105,10 @@ def bench(config: Bench) -> None:
         if source := sources.pop((name, place.name), None):             # so that one network is in memory
             done[place.name][name] = measured(name, place, found[place.name], source,
                                               folder / name / place.name, config.overwrite)
+    lines, joined = seeds_joined(config.models, entries, done)          # as documents have them
     rows, compared, by_group = [], [], []
     for place in config.sets:
         there = done[place.name]
-        first = next((there[entry.name] for entry in config.models if entry.name in there), None)
         for name, note in entries:
             line, result = {"set": place.name, "model": name, "note": note}, there.get(name)
             if result is None:
@@ -114,12 +117,16 @@ def bench(config: Bench) -> None:
             line["note"] = "; ".join(filter(None, (note, result.note)))
             rows.append({**line, "n": len(result.names), "missing": len(result.missing),
                          "seconds": result.seconds, **columns_of(result.scores)})
-            if first and result is not first:
-                compared += differences(place, first, result)
+        alike = joined[place.name]
+        against = config.against or [m.seeds_of or m.name for m in config.models if (m.seeds_of or m.name) in alike][:1]
+        for first, other in product(filter(alike.get, against), alike):
+            if other != first:
+                compared += differences(place, alike[first], alike[other])
         by_group += group_rows(place, list(there.values()), groups[place.name])
     for name, table in (("metrics_all_models", rows), ("delta", compared), ("groups", by_group)):
         report.write_tsv(folder / f"{name}.tsv", table)
-    brief, full = results.markdown(config.sets, entries, done, config.columns, made_by(config))
+    brief, full = results.markdown(config.sets, lines, joined, config.columns, made_by(config),
+                                   compared if config.against else [])
     runs.write_text(folder / "table.md", full)
     for (path, name), text in zip(documents.items(), [full] * bool(config.markdown) + [brief]):
         report.put_between(path, name, text)

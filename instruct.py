@@ -335,9 +335,8 @@ def train(config: Config, files: list[str]) -> int:
     net = average.module.eval()
     scores = calibration.calibrate(net, bank, tiles, Path(config.data), config.tile, encoder)
     run.log(config.steps, **scores)
-    net.settings = dataclasses.replace(net.settings, diameter=images.diameter, provenance=dict(
-        config=runs.to_yaml(config, shared=True), scores=scores, cells=record["cells"],
-        step=config.steps, commit=runs.commit(), torch=str(torch.__version__)))
+    net.settings = dataclasses.replace(net.settings, diameter=images.diameter, provenance=runs.provenance(
+        config, config.steps, scores=scores, cells=record["cells"]))
     answer.save(net.cpu(), config.exported)
     print(f"{json.dumps(scores)}\n-> {config.exported}")
     return 0

@@ -19,7 +19,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +47,7 @@ class Model:
     weights: str | None = None              # file of this project
     labels: str | None = None               # or a folder of label images of any other program, or SET/ in it
     note: str = ""                          # printed beside the name; why, if it was not run
+    seeds_of: str | None = None             # runs that differ in their seed alone: in documents the mean of all stands so
     optional: bool = False                  # files that are not there make a row "not run", and no error
     peak: float | None = None               # null: the weights' own
     fill: float | None = None               # null: the weights' own
@@ -454,6 +455,24 @@ def differences(place: DataSet, first: Result, other: Result) -> list[dict]:
         if len(defined) < ENOUGH:
             rows += [{**line, "image": name, "n": 1, "difference": float(d)} for name, d in zip(both, change)]
     return rows
+
+
+def seeds_joined(models: Sequence[Model], entries: Sequence[tuple[str, str]], results: dict[str, dict[str, Result]]
+                 ) -> tuple[list[tuple[str, str]], dict[str, dict[str, Result]]]:
+    """Entries (name, note) and {set: {name: Result}} with one result for all runs of one `seeds_of`: their mean."""
+    import metrics
+    called, joined = {m.name: m.seeds_of for m in models if m.seeds_of}, {}
+    for place, there in results.items():
+        members: dict[str, list[Result]] = {}
+        for name, result in there.items():
+            members.setdefault(called.get(name, name), []).append(result)
+        joined[place] = {name: found[0] if name not in called.values() else found[0]._replace(
+            model=name, note=f"{len(found)} seed{'s' * (len(found) > 1)}", tables=[], seconds=None,
+            scores=metrics.run_scores([result.tables for result in found])) for name, found in members.items()}
+    notes: dict[str, str] = {}
+    for name, note in entries:
+        notes.setdefault(called.get(name, name), note)
+    return list(notes.items()), joined
 
 
 def group_rows(place: DataSet, results: list[Result], groups: dict[str, str]) -> list[dict]:

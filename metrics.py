@@ -218,7 +218,7 @@ def _sums(table: Overlap, thresholds: tuple[float, ...]) -> NDArray:
 
 
 def _ratios(sums: NDArray, thresholds: tuple[float, ...]) -> dict[str, NDArray]:
-    """Scores of one row of sums or of many at once: sums ([rows,] 9 + thresholds) -> name: ([rows])."""
+    """Scores of one row of sums or of many at once: sums ([[runs,] rows,] 9 + thresholds) -> name: ([rows[, runs]])."""
     n_true, n_pred, paired_iou, area, union, aji_overlap, mma_overlap, covered_iou, aogm = sums.T[:9]
     at = {t: rates(tp, n_pred - tp, n_true - tp) for t, tp in zip(thresholds, sums.T[9:])}
     tp, half, empty = sums.T[9], at[0.5], (n_true + n_pred == 0).astype(float)
@@ -322,19 +322,47 @@ def set_scores(tables: Iterable[Overlap], thresholds: Iterable[float] = (), n: i
     >>> both.mean["AP@0.5"], round(both.pooled["AP@0.5"], 3), both.mean_interval["AP@0.5"]
     (0.5, 0.667, (0.0, 1.0))
     """
+    return run_scores([tables], thresholds, n, seed, level)
+
+
+def run_scores(runs: Iterable[Iterable[Overlap]], thresholds: Iterable[float] = (), n: int = 1000, seed: int = 0,
+               level: float = 0.95) -> SetScores:
+    """set_scores of several runs on the same images, such as seeds: each score is the mean over runs.
+
+    Intervals are over images: a resample that draws one draws what every run made of it.
+
+    Parameters
+    ----------
+    runs : iterable of iterables of Overlap
+        For each run the tables of all images, in the same order.
+    thresholds, n, seed, level
+        As in `scores` and `bootstrap`.
+
+    Examples
+    --------
+    >>> right, half = overlap([[1, 2]], [[1, 2]]), overlap([[1, 2]], [[1, 0]])
+    >>> run_scores([[right, half], [half, half]]).mean["AP@0.5"]
+    0.625
+    """
     thresholds = _with_standard(thresholds)
-    sums = np.array([_sums(table, thresholds) for table in tables])  # (images, 9 + thresholds)
-    if len(sums) == 0:
+    rows = [[_sums(table, thresholds) for table in tables] for tables in runs]
+    if not any(rows):
         raise ValueError("no image to score, expected at least one overlap table")
-    columns = _ratios(sums, thresholds)                              # name: (images,)
-    images = [_plain({name: column[i] for name, column in columns.items()}) for i in range(len(sums))]
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError(f"{', '.join(str(len(row)) for row in rows)} images to score, expected as many of each run")
+    sums = np.array(rows)                                            # (runs, images, 9 + thresholds)
+
+    def over_runs(sums: NDArray) -> dict[str, NDArray]:              # (runs[, rows], 9 + thresholds) -> name: ([rows])
+        return {name: np.mean(values, axis=-1) for name, values in _ratios(sums, thresholds).items()}
+    columns = over_runs(sums)                                        # name: (images,)
+    images = [_plain({name: column[i] for name, column in columns.items()}) for i in range(sums.shape[1])]
     defined = {name: column[~np.isnan(column)] for name, column in columns.items()}
     mean = {name: float(column.mean()) if len(column) else np.nan for name, column in defined.items()}
     mean_interval = {name: bootstrap(column, n=n, seed=seed, level=level) for name, column in columns.items()}
     # How often a resample draws an image, times the image's sums: all resamples of all pooled scores at once.
-    share = np.full(len(sums), 1 / len(sums))
-    drawn = np.random.default_rng(seed).multinomial(len(sums), share, n)  # (n, images)
-    pooled, resampled = _plain(_ratios(sums.sum(0), thresholds)), _ratios(drawn @ sums, thresholds)
+    share = np.full(len(images), 1 / len(images))
+    drawn = np.random.default_rng(seed).multinomial(len(images), share, n)  # (n, images)
+    pooled, resampled = _plain(over_runs(sums.sum(1))), over_runs(drawn @ sums)
     for name in ("DSB", "count_error"):
         del pooled[name]
     return SetScores(images, mean, pooled, mean_interval,
@@ -388,7 +416,7 @@ def _interval(resampled: NDArray, level: float) -> tuple[float, float]:
 
 
 def _plain(values: dict[str, NDArray]) -> dict[str, float]:
-    return {name: int(value) if name in COUNTS else float(value) for name, value in values.items()}
+    return {name: round(float(value)) if name in COUNTS else float(value) for name, value in values.items()}
 
 
 def _with_standard(thresholds: Iterable[float]) -> tuple[float, ...]:

@@ -310,15 +310,19 @@ class DINOCell(nn.Module):
 
 # --------------------------------------------------------------------------------------- weights: writing
 
-def save(model: DINOCell | ViT, path: str | Path, half: bool = False) -> None:
-    """Write architecture, settings and tensors; half=True stores float16. The file appears whole or not at all."""
+def save(model: DINOCell | ViT, path: str | Path, half: bool = False, provenance: dict | None = None) -> None:
+    """Write architecture, settings and tensors; half=True stores float16. The file appears whole or not at all.
+
+    A backbone has no settings of its own: what it was trained on comes with `provenance`.
+    """
     path = Path(path)
     tensors = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     if half:                           # periods stay exact: angles multiply their error by the image's extent
         tensors = {k: v.half() if v.is_floating_point() and not k.endswith("periods") else v
                    for k, v in tensors.items()}
     content = dict(format=FORMAT, kind=type(model).__name__, architecture=model.architecture,
-                   settings=asdict(model.settings) if isinstance(model, DINOCell) else {}, state_dict=tensors)
+                   settings=asdict(model.settings) if isinstance(model, DINOCell) else {"provenance": provenance or {}},
+                   state_dict=tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -238,7 +238,7 @@ class Looker:
             numbers |= segmentation(vit, *self.labelled, settings.probe_steps, size, seed=self.config.seed)
         self.run.log(step, windows=len(self.windows.names), **numbers)
         if step:
-            model.save(vit, self.export)
+            model.save(vit, self.export, provenance=runs.provenance(self.config, step, scores=numbers))
         self.pending.append(self.painter.submit(self.paint, step, looks))
 
     def labelled_images(self, device: str):

@@ -178,9 +178,12 @@ def outlined(pixels: np.ndarray, labels: np.ndarray, right: np.ndarray, part: Pa
 
 # ------------------------------------------------------------------------------------------------ as Markdown
 
-def markdown(sets: Sequence[DataSet], entries: Entries, results: Results, columns: Sequence[str], made: str
-             ) -> tuple[str, str]:
-    """One short table of all sets; and that with a table of each set, below ENOUGH images also one by one."""
+def markdown(sets: Sequence[DataSet], entries: Entries, results: Results, columns: Sequence[str], made: str,
+             compared: Sequence[dict] = ()) -> tuple[str, str]:
+    """One short table of all sets; and that with a table of each set, below ENOUGH images also one by one.
+
+    compared : rows of measure.differences, for a table of them behind the short one.
+    """
     ran = [name for name, _ in entries if any(name in there for there in results.values())]
     rows = []
     for place in sets:
@@ -191,7 +194,7 @@ def markdown(sets: Sequence[DataSet], entries: Entries, results: Results, column
              + report.markdown(("set", "images", *ran), rows))
     if missing := [name for name, _ in entries if name not in ran]:
         brief += f"\nNot run: {', '.join(missing)}.\n"
-    parts = [made + "\n", brief]
+    parts = [made + "\n", brief, *([changes(compared)] if compared else [])]
     for place in sets:
         there = results[place.name]
         parts.append(f"**{place.name}**" + (f": {place.note}" if place.note else "") + "\n")
@@ -206,6 +209,19 @@ def markdown(sets: Sequence[DataSet], entries: Entries, results: Results, column
             table = report.markdown(("image", "model", *columns), rows, words=2)
             parts.append(f"<details><summary>{place.name}, image by image</summary>\n\n{table}\n</details>\n")
     return brief, "\n".join(parts)
+
+
+def changes(compared: Sequence[dict]) -> str:
+    """A row for each set and model, a column for each that it was compared with."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in compared:
+        if row["score"] == BRIEF[0] and row["image"] == "mean" and row["model"] != CEILING:
+            ends = f" [{row['low']:+.3f} to {row['high']:+.3f}]" if row["low"] is not None else ""
+            cells.setdefault((row["set"], row["model"]), {})[row["against"]] = f"{row['difference']:+.3f}{ends}"
+    firsts = list(dict.fromkeys(name for there in cells.values() for name in there))
+    rows = [(*key, *(there.get(first, "-") for first in firsts)) for key, there in cells.items()]
+    return (f"Difference in {BRIEF[0]}, image by image.\n\n"
+            + report.markdown(("set", "model", *(f"against {first}" for first in firsts)), rows, words=2))
 
 
 def short(result: Result | None) -> str:

@@ -513,6 +513,12 @@ def commit() -> str:
         return "unknown"
 
 
+def provenance(config: Any, step: int, **more: Any) -> dict:
+    """What weights say of themselves; no place on the machine that trained them is in it."""
+    import torch
+    return dict(config=to_yaml(config, shared=True), step=step, commit=commit(), torch=str(torch.__version__), **more)
+
+
 def mean_over_ranks(value, world: int) -> float:
     """Mean of a scalar tensor over all processes: each sees its share of the batch."""
     if world > 1:

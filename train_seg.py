@@ -304,14 +304,11 @@ def export_path(config: Config) -> Path:
 
 
 def export(net, config: Config, diameter: float | None, hashes: dict, scores: dict, step: int) -> None:
-    import torch
     import kinds
     import model
     own = scores.get("sets", {})
     looks = trainset.glimpsed(config.data, config.seed, net.settings.tile) if len(own) > 1 else {}
-    story = dict(
-        config=runs.to_yaml(config, shared=True), step=step, scores=scores, commit=runs.commit(),
-        torch=str(torch.__version__), images=hashes)
+    story = runs.provenance(config, step, scores=scores, images=hashes)
     net.settings = dataclasses.replace(net.settings, kinds=kinds.learnt(net, looks, own), diameter=diameter, provenance=story)
     model.save(net, export_path(config), half=True)
 

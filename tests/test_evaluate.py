@@ -1,6 +1,7 @@
 """evaluate.py end to end at toy size: closed forms, the same numbers another way, nothing done twice."""
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -420,6 +421,31 @@ def test_document(tmp_path, capsys):
     assert "discs, image by image" in text and "| 1 | a | 1.000 |" in text
     assert text.split("-->\n")[1].startswith((tmp_path / "runs/evaluate/table.md").read_text())
     assert run("bench", tmp_path, **config) == 0 and document.read_text() == text
+
+
+def test_seeds_stand_as_one_and_are_compared_with_whom_one_asks(tmp_path, capsys):
+    place = a_set(tmp_path / "set", range(11))
+    kinds = {"one_0": eroded, "one_1": lambda labels, n: labels, "none": lambda labels, n: 0 * labels}
+    models = [entry_of(name, peer(tmp_path / name, place, change)) for name, change in kinds.items()]
+    for entry_ in models[:2]:
+        entry_ |= dict(seeds_of="one", note="the same twice")
+    models.append(dict(name="one_2", labels=str(tmp_path / "no"), seeds_of="one", optional=True))
+    config = dict(models=models, sets=[entry("discs", place)], against=["one", "none"])
+    assert run("bench", tmp_path, **config) == 0
+    folder = tmp_path / "runs/evaluate"
+    assert [row["model"] for row in table(folder / "metrics_all_models.tsv")] == ["ceiling", "one_0", "one_1", "none", "one_2"]
+    text, means = (folder / "table.md").read_text(), [
+        json.loads((folder / name / "discs/metrics.json").read_text())["AP@0.5"] for name in ("one_0", "one_1")]
+    mean = np.mean(means)
+    assert means[0] < 0.95 and f"| one (the same twice; 2 seeds) | 11 | {mean:.3f} [" in text and "one_0" not in text
+    assert re.search(rf"\| discs \| one \| - \| \+{mean:.3f} \[\+[\d.]+ to \+[\d.]+\] \|", text), text
+    assert f"| discs | none | -{mean:.3f} [" in text and "| set | model | against one | against none |" in text
+    delta = {(row["model"], row["against"]): float(row["difference"]) for row in table(folder / "delta.tsv")
+             if row["score"] == "AP@0.5"}
+    assert delta["one", "none"] == pytest.approx(mean, abs=1e-4) == -delta["none", "one"]
+    assert "against: 'on', expected a model" in fails(capsys, "bench", tmp_path, **config | dict(against=["on"]))
+    models[2]["name"] = "one"
+    assert "two models are called 'one'" in fails(capsys, "bench", tmp_path, **config)
 
 
 def test_report_page_of_a_network(tmp_path):

@@ -373,6 +373,26 @@ def test_pooling_is_laying_the_images_side_by_side():
         assert alone.pooled_interval[name] == pytest.approx((value, value))
 
 
+def test_runs_are_averaged_and_drawn_together():
+    """Equal runs are one run, with its interval; of unlike ones scores are the means, an image without cells included."""
+    rng = np.random.default_rng(7)
+    pairs = [random_pair(rng) for _ in range(6)] + [(np.zeros((9, 9), int), np.zeros((9, 9), int))]
+    good = [overlap(truth, truth) for truth, _ in pairs]
+    poor = [overlap(*pair) for pair in pairs]
+    thrice, once = metrics.run_scores([poor] * 3), set_scores(poor)
+    for part in ("mean", "pooled"):
+        same(getattr(thrice, part), getattr(once, part))
+        for name, ends in getattr(once, f"{part}_interval").items():
+            assert getattr(thrice, f"{part}_interval")[name] == pytest.approx(ends, nan_ok=True)
+    both, best = metrics.run_scores([good, poor]), set_scores(good)
+    for name in ("AP@0.5", "SEG", "F1", "DET"):
+        assert both.mean[name] == pytest.approx((best.mean[name] + once.mean[name]) / 2)
+        assert both.pooled[name] == pytest.approx((best.pooled[name] + once.pooled[name]) / 2)
+        assert both.pooled_interval[name][0] < both.pooled[name] < both.pooled_interval[name][1]
+    with pytest.raises(ValueError, match="7, 6 images to score, expected as many of each run"):
+        metrics.run_scores([good, poor[1:]])
+
+
 # ------------------------------------------------------------------------------------------- bootstrap
 
 def test_bootstrap_of_a_mean_is_its_standard_error():

@@ -103,6 +103,8 @@ def test_a_run_leaves_what_it_promises(whole):
 def test_the_export_is_the_teachers_backbone(whole):
     vit = model.load_backbone(whole / "final_models/ssl.pt")
     teacher = checkpoint(whole)["teacher"]
+    told = torch.load(whole / "final_models/ssl.pt", weights_only=True)["settings"]["provenance"]
+    assert told["step"] == 8 and "prototypes:" in told["config"] and {"margin", "retrieval"} <= told["scores"].keys()
     for name, value in vit.state_dict().items():
         assert torch.equal(value, teacher[f"encoder.vit.{name}"]), name
     assert not any(torch.equal(value, checkpoint(whole)["student"][name]) for name, value in teacher.items()

@@ -7,16 +7,21 @@ Called by train_seg.py when the configuration has series.budgets, series.channel
 
     records.tsv     a row for each run and test set: variant, channel, budget, seed, images and scores
     summary.json    mean, spread and number of seeds for each set, variant, channel and budget
+    table.md        the same to be read; with series.markdown in that document too, between two lines of comment
     budget.png      AP@0.5 over labelled images, a dot for each seed, a line through their means
+
+The same command, started once for each core or GPU, shares the work: each process takes a run that no other is at.
 """
 from __future__ import annotations
 
 import csv
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +38,7 @@ class Series:
     variants: dict = field(default_factory=dict)    # {name: {key: value}}, what each changes in the configuration
     seeds: tuple[int, ...] = (0, 1, 2)      # of lot, network and crops
     test: tuple[trainset.Set, ...] = ()     # sets in data.root that the weights are scored on
+    markdown: str | None = None             # document to put table.md into
 
     def __post_init__(self):
         if self and not (self.seeds and self.test):
@@ -50,18 +56,49 @@ KEYS = ("variant", "channel", "budget", "seed")               # of a run
 
 def run_all(config, train: Callable[..., int], rank: int, world: int, device: str) -> int:
     """Every run that has no row in records.tsv yet; an interrupted one goes on from its checkpoint."""
-    folder = Path(config.output_base_dir) / "runs" / config.experiment
+    import report
+    folder, others = Path(config.output_base_dir) / "runs" / config.experiment, 0
+    table = folder / "records.tsv"
     jobs = [(key, one, fingerprint(one)) for key, one in plan(config, folder)]        # all is checked before any starts
+    order = {tuple(map(str, key.values())): number for number, (key, *_) in enumerate(jobs)}
+    if config.series.markdown:
+        report.between(Path(config.series.markdown), f"series {config.experiment}")
     for key, one, mark in jobs:
-        if known(folder / "records.tsv", key, mark):
+        if known(table, key, mark):
             continue
-        if code := train(one, rank, world, device):
-            return code
-        if rank == 0:
-            rows = [dict(**key, set=s.name, **score(one, s, device), config=mark) for s in config.series.test]
-            write(folder / "records.tsv", records(folder / "records.tsv") + rows)
-            summarise(folder)
+        with turn(Path(one.export_path).with_suffix(".lock"), alone=world == 1, wait=False) as mine:
+            others += not mine
+            if not mine or known(table, key, mark):                              # done since
+                continue
+            if code := train(one, rank, world, device):
+                return code
+            if rank == 0:
+                rows = [dict(**key, set=s.name, **score(one, s, device), config=mark) for s in config.series.test]
+                with turn(folder / "records.lock", alone=world == 1):
+                    rows = [*records(table), *rows]
+                    write(table, sorted(rows, key=lambda row: order.get(tuple(str(row[k]) for k in KEYS), -1)))
+                    summarise(folder, config)
+    if others:
+        print(f"{others} of {len(jobs)} runs are left to other processes that are at them")
+    elif rank == 0:                                                              # all done: the document may be new
+        summarise(folder, config)
     return 0
+
+
+@contextmanager
+def turn(path: Path, alone: bool, wait: bool = True) -> Iterator[bool]:
+    """True while no other process has this lock, which ends with the process. A group of processes takes none: it moves as one."""
+    if not alone:
+        yield True
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def plan(config, folder: Path):
@@ -130,8 +167,8 @@ def score(config, chosen: trainset.Set, device: str) -> dict:
     return dict(images=len(entries), **{name: round(float(mean[name]), 5) for name in SCORES})
 
 
-def summarise(folder: Path) -> None:
-    """summary.json and budget.png from records.tsv."""
+def summarise(folder: Path, config) -> None:
+    """summary.json, table.md and budget.png from records.tsv."""
     import report
     rows = records(folder / "records.tsv")
     groups: dict[tuple, list[dict]] = {}
@@ -140,6 +177,14 @@ def summarise(folder: Path) -> None:
     summary = [dict(zip(("set", *KEYS), of), seeds=len(found), **{s: spread(found, s) for s in SCORES})
                for of, found in groups.items()]
     runs.write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    varied = [name for name in KEYS[:-1] if len({row[name] for row in rows}) > 1]
+    text = report.markdown(
+        ("set", *varied, "seeds", *SCORES),
+        [(row["set"], *(row[name] for name in varied), str(row["seeds"]), *(ranged(row[name]) for name in SCORES))
+         for row in summary], words=1 + len(varied))
+    runs.write_text(folder / "table.md", text)
+    if config.series.markdown:
+        report.put_between(Path(config.series.markdown), f"series {config.experiment}", text)
     points: dict[str, list] = {}
     for row in rows:
         line = " ".join([row["set"], *(row[key] for key in ("variant", "channel") if row[key] not in ("-", "all"))])
@@ -147,6 +192,11 @@ def summarise(folder: Path) -> None:
             points.setdefault(line, []).append((int(row["budget"]), float(row["AP@0.5"])))
     if points:
         report.spread(folder / "budget.png", points, "labelled images", "AP@0.5")
+
+
+def ranged(score: dict) -> str:
+    several = f" ({score['min']:.3f}–{score['max']:.3f})" if score["max"] > score["min"] else ""
+    return f"{score['mean']:.3f}{several}"
 
 
 def spread(rows: list[dict], name: str) -> dict[str, float | None]:

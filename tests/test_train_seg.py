@@ -1,17 +1,20 @@
 """train_seg.py end to end at toy size: resuming, signals, ranks, what it writes and what it refuses."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 import model
 import runs
+import series
 import train_seg
 import trainset
 from conftest import ROOT
@@ -209,7 +212,7 @@ def test_label_efficiency(tmp_path):
     labelled_folder(tmp_path / "cells", 6)
     labelled_folder(tmp_path / "test", 2)
     arguments = [toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"], share=0.3), steps=4, val_every=4,
-                     series=dict(budgets=[1, 3], seeds=[0, 1], test=["test"])), "experiment=curve"]
+                     series=dict(budgets=[1, 3], seeds=[0, 1], test=["test"], markdown=str(tmp_path / "doc.md"))), "experiment=curve"]
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs/curve"
@@ -219,6 +222,10 @@ def test_label_efficiency(tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     assert [(row["budget"], row["seeds"]) for row in summary] == [("1", 2), ("3", 2)]
     assert (folder / "budget.png").stat().st_size > 1000
+    scores = [float(row[rows[0].index("SEG")]) for row in rows[1:3]]
+    mean = f"{np.mean(scores):.3f}" + (f" ({min(scores):.3f}–{max(scores):.3f})" if min(scores) < max(scores) else "")
+    document = (tmp_path / "doc.md").read_text()
+    assert "| set | budget | seeds | AP@0.5 |" in document and re.search(rf"\| test \| 1 \| 2 \| .* {re.escape(mean)} \|\n", document)
     used = {}
     for name in ("budget_001_seed_0", "budget_003_seed_0", "budget_003_seed_1"):
         story = model.load(folder / f"{name}.pt").settings.provenance["images"]
@@ -233,6 +240,26 @@ def test_label_efficiency(tmp_path):
     assert [line.split("\t") for line in (folder / "records.tsv").read_text().splitlines()] == lines
     done = run(*arguments, "lr=2e-3")
     assert done.returncode == 1 and "records.tsv: its rows were made with another configuration" in done.stderr
+
+
+def test_processes_share_a_series(tmp_path):
+    """Two of the same command: every run is made by one of them, a run that another is at is left to it."""
+    labelled_folder(tmp_path / "cells", 4)
+    labelled_folder(tmp_path / "test", 1)
+    arguments = command(toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"], share=0.3), steps=4, val_every=4,
+                            series=dict(budgets=[1, 2], seeds=[0, 1], test=["test"])), "experiment=curve")
+    folder = tmp_path / "runs/curve"
+    folder.mkdir(parents=True)
+    with series.turn(folder / "budget_002_seed_0.lock", alone=True) as mine:
+        assert mine
+        both = [subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENVIRONMENT)
+                for _ in range(2)]
+        said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    made = [row.split("\t")[2:4] for row in (folder / "records.tsv").read_text().splitlines()[1:]]
+    assert made == [["1", "0"], ["1", "1"], ["2", "1"]]
+    assert all("of 4 runs are left to other processes" in out for out, _ in said)
+    assert sum(out.count("-> ") for out, _ in said) == 3 and not (folder / "budget_002_seed_0.pt").exists()
 
 
 def test_wandb_gets_numbers_and_pictures(tmp_path):

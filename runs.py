@@ -36,7 +36,7 @@ import time
 import types
 import typing
 from pathlib import Path
-from typing import Any, Callable, TypeVar
+from typing import Any, Callable, Sequence, TypeVar
 
 import yaml
 
@@ -517,6 +517,17 @@ def provenance(config: Any, step: int, **more: Any) -> dict:
     """What weights say of themselves; no place on the machine that trained them is in it."""
     import torch
     return dict(config=to_yaml(config, shared=True), step=step, commit=commit(), torch=str(torch.__version__), **more)
+
+
+def shared_out(function: Callable[[Any], Any], items: Sequence, rank: int = 0, world: int = 1) -> list:
+    """[function(item) for item in items]: each process of a group does its share, and all get all of it."""
+    mine = [function(item) for item in items[rank::world]]
+    if world == 1:
+        return mine
+    import torch
+    parts: list[list] = [[] for _ in range(world)]
+    torch.distributed.all_gather_object(parts, mine)
+    return [parts[number % world][number // world] for number in range(len(items))]
 
 
 def mean_over_ranks(value, world: int) -> float:

@@ -15,6 +15,7 @@ network for each channel (configs/channel.yaml), ablations (configs/ablation.yam
 from __future__ import annotations
 
 import dataclasses
+import functools
 import resource
 import sys
 import time
@@ -256,9 +257,10 @@ def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> di
     import segment
     import tuning
     net.eval()
-    distances = [segment.distance_map(entry.pixels, net, limits=segment.UNIT, kind=kinds.SHARED) for entry in entries]
+    each = functools.partial(runs.shared_out, rank=run.rank, world=run.world)
+    distances = each(lambda entry: segment.distance_map(entry.pixels, net, limits=segment.UNIT, kind=kinds.SHARED), entries)
     best = tuning.tuned(distances, [entry.labels for entry in entries], [entry.set for entry in entries],
-                        min_areas=tuning.AREAS, depths=tuning.DEPTHS, smooths=tuning.SMOOTHS, shapes=tuning.SHAPES)
+                        min_areas=tuning.AREAS, depths=tuning.DEPTHS, smooths=tuning.SMOOTHS, shapes=tuning.SHAPES, each=each)
     tables = [metrics.overlap(entry.labels, found) for entry, found in zip(entries, best.labels)]
     net.settings = dataclasses.replace(net.settings, **best.setting._asdict(), kinds={})
     sets = {name: {**summary(metrics.set_scores([t for t, e in zip(tables, entries) if e.set == name])),

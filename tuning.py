@@ -7,9 +7,8 @@
 """
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -99,12 +98,14 @@ class OwnBest(NamedTuple):
 
 def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: Sequence[str] | None = None,
           peaks: Sequence[float] = PEAKS, fills: Sequence[float] = FILLS, min_areas: Sequence[int] = (0,),
-          depths: Sequence[float] = (0.0,), smooths: Sequence[float] = (0.0,), shapes: Sequence[float] = (0.0,)) -> Tuned:
+          depths: Sequence[float] = (0.0,), smooths: Sequence[float] = (0.0,), shapes: Sequence[float] = (0.0,),
+          each: Callable[[Callable, list], list] = lambda function, items: [function(item) for item in items]) -> Tuned:
     """The setting that serves all sets best, and from there what is best for each; of equal ones the first.
 
     Every peak, every fill, every pair of depth and smoothing, of depth and shape, every smallest area, each with the best
     of the others so far, and again until nothing is gained. No set drowns another.
-    distances, truths : (H, W) of each image; sets : the name of its set.
+    distances, truths : (H, W) of each image; sets : the name of its set; each(function, items) : where processes share
+    the work, runs.shared_out with their places.
     """
     import metrics
     from watershed import watershed
@@ -112,10 +113,10 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
     for number, name in enumerate(sets or [""] * len(truths)):
         members.setdefault(name, []).append(number)
 
-    @functools.cache
-    def score(name: str, setting: Setting) -> float:
+    def score(job: tuple[str, Setting]) -> float:
         return float(np.mean([
-            metrics.average_precision(truths[i], watershed(distances[i], *setting)).mean() for i in members[name]]))
+            metrics.average_precision(truths[i], watershed(distances[i], *job[1])).mean() for i in members[job[0]]]))
+    known: dict[tuple[str, Setting], float] = {}
 
     def search(names: list[str], best: Setting) -> Setting:
         axes = ([dict(peak=peak) for peak in peaks], [dict(fill=fill) for fill in fills],
@@ -126,17 +127,19 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
         while best != before:
             before = best
             for axis in axes:
-                tried = [best, *(best._replace(**change) for change in axis)]
-                best = max((setting for setting in tried if setting.fill <= setting.peak),
-                           key=lambda setting: sum(score(name, setting) for name in names))
+                tried = dict.fromkeys([best, *(best._replace(**change) for change in axis)])
+                tried = [setting for setting in tried if setting.fill <= setting.peak]
+                jobs = [job for job in product(names, tried) if job not in known]
+                known.update(zip(jobs, each(score, jobs)))
+                best = max(tried, key=lambda setting: sum(known[name, setting] for name in names))
         return best
 
     start = Setting(*thresholds(peaks, fills)[0], min_areas[0], depths[0], smooths[0], shapes[0])
     shared = search(list(members), start)
     own = {name: search([name], shared) for name in members}
-    return Tuned(shared, float(np.mean([score(name, shared) for name in members])),
+    return Tuned(shared, float(np.mean([known[name, shared] for name in members])),
                  [watershed(distance, *shared) for distance in distances],
-                 {name: OwnBest(len(members[name]), score(name, shared), score(name, best), best)
+                 {name: OwnBest(len(members[name]), known[name, shared], known[name, best], best)
                   for name, best in own.items()})
 
 

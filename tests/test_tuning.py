@@ -1,4 +1,7 @@
 """tuning.py against every setting tried by hand."""
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -6,6 +9,7 @@ import data
 import metrics
 import tuning
 import watershed
+from conftest import ROOT
 from test_evaluate import discs
 
 
@@ -68,3 +72,32 @@ def test_each_set_gets_what_suits_it_best():
     for own in found.sets.values():
         assert own.own_score >= own.score
     assert max(own.own_score - own.score for own in found.sets.values()) > 0.05
+
+
+def test_processes_share_the_search(tmp_path):
+    """Three processes that divide it find the same as one alone, each having scored its part; all of them know it all."""
+    script = tmp_path / "share.py"
+    script.write_text(f"""import functools, json, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import numpy as np, torch, data, runs, tuning, test_evaluate, watershed
+rank, world = int(sys.argv[1]), 3
+torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/meet", rank=rank, world_size=world)
+noise = np.random.default_rng(0)
+truths = [test_evaluate.discs(seed)[1] for seed in range(3)]
+maps = [np.clip(data.distance_map(t, 4) + noise.normal(0, 0.15, t.shape), 0, 1).astype(np.float32) for t in truths]
+calls, plain = [], watershed.watershed
+watershed.watershed = lambda *given: calls.append(1) or plain(*given)
+options = dict(sets=["a", "b", "a"], peaks=(0.4, 0.6, 0.8), fills=(0.2, 0.5), min_areas=(0, 12), depths=(0, 0.1))
+best = tuning.tuned(maps, truths, each=functools.partial(runs.shared_out, rank=rank, world=world), **options)
+shared = len(calls)
+alone = tuning.tuned(maps, truths, **options)
+assert best[:2] == alone[:2] and best.sets == alone.sets and shared < 0.7 * (len(calls) - shared), (shared, len(calls))
+assert runs.shared_out(lambda n: (n, rank), list(range(5)), rank, world) == [(0, 0), (1, 1), (2, 2), (3, 0), (4, 1)]
+torch.distributed.barrier()
+print("alike")
+runs.leave(0)
+""")
+    group = [subprocess.Popen([sys.executable, str(script), str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+             for rank in range(3)]
+    said = [process.communicate(timeout=120)[0] for process in group]
+    assert [text.endswith("alike\n") for text in said] == [True] * 3, said

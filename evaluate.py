@@ -65,7 +65,7 @@ class Bench:
     experiment: str = "evaluate"            # name of the run
     output_base_dir: str = "."              # where runs/ is made
     root: str = "."                         # folder that the sets are in
-    against: tuple[str, ...] = ()           # models that the others are compared with, in documents too; empty: the first
+    against: tuple[str, ...] = ()           # models to compare the others with, in documents too; empty: the first, in delta.tsv
     ceiling: Encoding = field(default_factory=Encoding)  # grid whose best stands first: cap, peak, fill
     score: str = "DSB"                      # what best means for the ceiling
     pictures: int = 3                       # models shown on the page, from the first on
@@ -106,6 +106,8 @@ def bench(config: Bench) -> None:
             done[place.name][name] = measured(name, place, found[place.name], source,
                                               folder / name / place.name, config.overwrite)
     lines, joined = seeds_joined(config.models, entries, done)          # as documents have them
+    for name in set(config.against).difference(*joined.values()):
+        print(f"against: {name} was not run; nothing is compared with it", file=sys.stderr)
     rows, compared, by_group = [], [], []
     for place in config.sets:
         there = done[place.name]

@@ -35,9 +35,11 @@ def token(net, tiles: Tensor) -> Tensor:
     return last.float().mean((0, 1)).cpu()
 
 
-def gaining(best: Mapping[str, dict]) -> set[str]:
-    """The sets that are worth a setting of their own; best as learnt() takes it."""
-    return {name for name, of in best.items() if of["images"] >= LEAST and of["own_score"] - of["score"] >= GAIN}
+def gaining(best: Mapping[str, dict], trained: Iterable[str]) -> set[str]:
+    """The sets that get a setting of their own; best as learnt() takes it. Images are told apart by the sets that the network
+    was trained on: it takes two, and sets to validate on that are others have no say."""
+    trained = set(trained)
+    return set() if len(trained) < 2 else {name for name, of in best.items() if of["images"] >= LEAST and of["own_score"] - of["score"] >= GAIN} & trained
 
 
 def learnt(net, images: Mapping[str, Iterable[Tensor]], best: Mapping[str, dict]) -> dict:
@@ -46,8 +48,8 @@ def learnt(net, images: Mapping[str, Iterable[Tensor]], best: Mapping[str, dict]
     images : of each set, the tiles (n, 3, T, T) of some of its images. best : of each set images, score, own_score and
     setting, as tuning.OwnBest has them.
     """
-    own = gaining(best) & set(images)                          # sets to validate on may be others
-    if len(images) < 2 or not own:
+    own = gaining(best, images)
+    if not own:
         return {}
     tokens = {name: torch.stack([token(net, tiles) for tiles in of]) for name, of in images.items()}    # (images, D)
     spread = torch.cat(list(tokens.values())).std(0) + 1e-6

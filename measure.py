@@ -58,7 +58,9 @@ class Model:
 
     def __post_init__(self):
         check_name(self.name)
-        if self.name == CEILING:
+        if self.seeds_of is not None:
+            check_name(self.seeds_of)
+        if CEILING in (self.name, self.seeds_of):
             raise ValueError(f"model '{CEILING}': the row of the encoding is called so; choose another name")
         if self.weights and self.labels:
             raise ValueError(f"model '{self.name}' has weights and labels; give one of the two")
@@ -466,6 +468,12 @@ def seeds_joined(models: Sequence[Model], entries: Sequence[tuple[str, str]], re
         members: dict[str, list[Result]] = {}
         for name, result in there.items():
             members.setdefault(called.get(name, name), []).append(result)
+        for name, found in members.items():
+            for other in found[1:]:
+                if other.names != found[0].names:
+                    unlike = sorted(set(other.names) ^ set(found[0].names))
+                    raise ValueError(f"{name} on {place}: {found[0].model} and {other.model} are seeds of one, but only one of them "
+                                     f"has {', '.join(unlike[:3])}{' ...' * (len(unlike) > 3)}; expected the same images of each")
         joined[place] = {name: found[0] if name not in called.values() else found[0]._replace(
             model=name, note=f"{len(found)} seed{'s' * (len(found) > 1)}", tables=[], seconds=None,
             scores=metrics.run_scores([result.tables for result in found])) for name, found in members.items()}

@@ -215,7 +215,7 @@ def changes(compared: Sequence[dict]) -> str:
     """A row for each set and model, a column for each that it was compared with."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in compared:
-        if row["score"] == BRIEF[0] and row["image"] == "mean" and row["model"] != CEILING:
+        if (row["score"], row["image"]) == (BRIEF[0], "mean") and row["difference"] is not None and row["model"] != CEILING:
             ends = f" [{row['low']:+.3f} to {row['high']:+.3f}]" if row["low"] is not None else ""
             cells.setdefault((row["set"], row["model"]), {})[row["against"]] = f"{row['difference']:+.3f}{ends}"
     firsts = list(dict.fromkeys(name for there in cells.values() for name in there))

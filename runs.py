@@ -105,6 +105,13 @@ def from_dict(cls: type[Config], values: dict[str, Any], origin: str, prefix: st
         raise ValueError(f"{origin}: {error}") from None
 
 
+def _ungiven(value: Any) -> Any:
+    """Without the texts of arguments, however deep in a free section."""
+    if isinstance(value, dict):
+        return {k: _ungiven(v) for k, v in value.items()}
+    return value.value if isinstance(value, _Given) else value
+
+
 def _convert(value: Any, hint: Any, key: str, origin: str) -> Any:
     """YAML's value as the field's type, or an error. 1e-4 is text to PyYAML; 3 serves as a float; no is not 0."""
     typed = value.text.partition("=")[2] if isinstance(value, _Given) else None
@@ -139,7 +146,7 @@ def _convert(value: Any, hint: Any, key: str, origin: str) -> Any:
             return tuple(_convert(item, inner[0], key, origin) for item in value)
     elif kind is dict or hint is dict:
         if isinstance(value, dict):
-            return {k: v.value if isinstance(v, _Given) else v for k, v in value.items()}
+            return _ungiven(value)
     elif hint is bool:
         if isinstance(value, bool):
             return value
@@ -317,13 +324,20 @@ class Run:
             write_text(self.folder / "config.yaml", to_yaml(config))
             if getattr(config, "wandb", "off") != "off":
                 self.wandb = start_wandb(config, self.folder)
-        for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM)):
-            signal.signal(number, self._stop)
+        self.before = {number: signal.signal(number, self._stop)
+                       for number in {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM)}}
 
     def _stop(self, number: int, frame) -> None:
         if self.stopping and number == signal.SIGINT:         # a second Ctrl-C means now
             raise KeyboardInterrupt
         self.stopping, self.signal = True, number
+
+    def close(self) -> None:
+        """Signals go to who heard them before, one that came too late to stop this run as well."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if callable(handler := self.before.get(self.signal)):
+            handler(self.signal, None)
 
     def should_stop(self, step: int) -> bool:
         """Whether a signal came. Processes of a group must stop after the same step, so they ask each other, on log steps."""

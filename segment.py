@@ -26,7 +26,7 @@ from torch import Tensor
 
 import data
 import kinds
-from watershed import watershed, without_holes
+from watershed import REACH, watershed, without_holes
 
 
 UNIT = np.array([[0.0, 1.0]] * 3)      # limits of an image (3, H, W) that is normalised already
@@ -155,7 +155,7 @@ def blocks(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None
                 whole = _enlarge(distance, (net_y, net_x), (view_y, view_x), (h / H, w / W))
                 local = watershed(distance if finer else whole, peak, fill,
                                   min_area if not finer else round(min_area * h * w / (H * W)), depth,
-                                  *((smooth, shape) if finer else (smooth / scale, shape * scale)))
+                                  *((smooth, shape) if finer else (smooth / scale, shape * scale, round(REACH / scale))))
                 local = without_holes(local)
                 if finer:
                     local = _nearest(local, (net_y, net_x), (view_y, view_x), (h / H, w / W))

@@ -41,6 +41,8 @@ class Series:
     markdown: str | None = None             # document to put table.md into
 
     def __post_init__(self):
+        if not self and (self.test or self.markdown):
+            raise ValueError("series.test and series.markdown: expected series.budgets, series.channels or series.variants as well")
         if self and not (self.seeds and self.test):
             raise ValueError("series: expected series.seeds and series.test (sets to score on) as well")
         if any(budget < 1 for budget in self.budgets):
@@ -56,28 +58,28 @@ KEYS = ("variant", "channel", "budget", "seed")               # of a run
 
 def run_all(config, train: Callable[..., int], rank: int, world: int, device: str) -> int:
     """Every run that has no row in records.tsv yet; an interrupted one goes on from its checkpoint."""
-    import report
     folder, others = Path(config.output_base_dir) / "runs" / config.experiment, 0
     table = folder / "records.tsv"
-    jobs = [(key, one, fingerprint(one)) for key, one in plan(config, folder)]        # all is checked before any starts
+    jobs = [(key, one, fingerprint(one)) for key, one in plan(config, folder)]
     order = {tuple(map(str, key.values())): number for number, (key, *_) in enumerate(jobs)}
-    if config.series.markdown:
-        report.between(Path(config.series.markdown), f"series {config.experiment}")
+    check(config, [one for _, one, _ in jobs])
     for key, one, mark in jobs:
-        if known(table, key, mark):
-            continue
-        with turn(Path(one.export_path).with_suffix(".lock"), alone=world == 1, wait=False) as mine:
-            others += not mine
-            if not mine or known(table, key, mark):                              # done since
+        with runs.stop_signals() as stopped, turn(Path(one.export_path).with_suffix(".lock"), rank, wait=False) as mine:
+            # As the first of a group finds it: a group moves as one.
+            mine, done = runs.shared_out(lambda _: (mine, known(table, key, mark)), [0], rank, world)[0]
+            others += not (mine or done)
+            if done or not mine:
                 continue
             if code := train(one, rank, world, device):
                 return code
             if rank == 0:
                 rows = [dict(**key, set=s.name, **score(one, s, device), config=mark) for s in config.series.test]
-                with turn(folder / "records.lock", alone=world == 1):
+                with turn(folder / "records.lock", rank):
                     rows = [*records(table), *rows]
                     write(table, sorted(rows, key=lambda row: order.get(tuple(str(row[k]) for k in KEYS), -1)))
                     summarise(folder, config)
+        if any(runs.shared_out(lambda _: bool(stopped), range(world), rank, world)):
+            return runs.REQUEUE
     if others:
         print(f"{others} of {len(jobs)} runs are left to other processes that are at them")
     elif rank == 0:                                                              # all done: the document may be new
@@ -85,11 +87,27 @@ def run_all(config, train: Callable[..., int], rank: int, world: int, device: st
     return 0
 
 
+def check(config, jobs: list) -> None:
+    """What could only be missed after hours: the document, the sets to score on, what each run changes and begins from."""
+    import augment
+    import report
+    if document := config.series.markdown:
+        if not Path(document).parent.is_dir():
+            raise ValueError(f"series.markdown={document}: no such folder; start in the repository's, or give another document")
+        report.between(Path(document), f"series {config.experiment}")
+    for test in config.series.test:
+        trainset.examples(config.data, test)
+    for one in jobs:
+        runs.from_dict(augment.Augment, one.augment, "augment")
+        if one.init and not Path(one.init).exists():
+            raise ValueError(f"init={one.init} of {Path(one.export_path).stem}: no such file; expected weights or a backbone")
+
+
 @contextmanager
-def turn(path: Path, alone: bool, wait: bool = True) -> Iterator[bool]:
-    """True while no other process has this lock, which ends with the process. A group of processes takes none: it moves as one."""
-    if not alone:
-        yield True
+def turn(path: Path, rank: int = 0, wait: bool = True) -> Iterator[bool]:
+    """True while no other process has this lock, which ends with the process; for the first of a group to ask."""
+    if rank:
+        yield False
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
@@ -97,6 +115,8 @@ def turn(path: Path, alone: bool, wait: bool = True) -> Iterator[bool]:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
+        except OSError as error:
+            raise ValueError(f"{path}: this file system knows no locks ({error.strerror}); put output_base_dir on another") from None
         else:
             yield True
 
@@ -130,7 +150,7 @@ def fingerprint(config) -> str:
     """Of all in a configuration that may change a result."""
     import yaml
     values = runs.flatten(yaml.safe_load(runs.to_yaml(config)))
-    kept = {k: v for k, v in values.items() if k not in (*runs.FREE, "export_path")}
+    kept = {k: v for k, v in values.items() if k not in (*runs.FREE, "export_path") and not k.startswith("series.")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -156,15 +176,16 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 def score(config, chosen: trainset.Set, device: str) -> dict:
-    """Means over the images of a test set, at the thresholds that are stored with the weights."""
+    """Of a test set, at the thresholds that are stored with the weights."""
+    import measure
     import metrics
     import model
     import segment
     net = model.load(config.export_path).to(device)
     entries = [trainset.read(e, chosen.name) for e in trainset.examples(config.data, chosen)]
     tables = [metrics.overlap(e.labels, segment.segment(e.pixels, net, limits=segment.UNIT)) for e in entries]
-    mean = metrics.set_scores(tables, n=1).mean
-    return dict(images=len(entries), **{name: round(float(mean[name]), 5) for name in SCORES})
+    found = measure.headline(metrics.set_scores(tables, n=1))
+    return dict(images=len(entries), **{name: round(float(found[name]), 5) for name in SCORES})
 
 
 def summarise(folder: Path, config) -> None:
@@ -178,7 +199,8 @@ def summarise(folder: Path, config) -> None:
                for of, found in groups.items()]
     runs.write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     varied = [name for name in KEYS[:-1] if len({row[name] for row in rows}) > 1]
-    text = report.markdown(
+    text = ("Mean over seeds, and from the least to the largest. AP is a mean over images, F1 and SEG count the cells of all images "
+            "together.\n\n") + report.markdown(
         ("set", *varied, "seeds", *SCORES),
         [(row["set"], *(row[name] for name in varied), str(row["seeds"]), *(ranged(row[name]) for name in SCORES))
          for row in summary], words=1 + len(varied))

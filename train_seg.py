@@ -116,6 +116,7 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
     torch.manual_seed(config.seed)
     images, validation, hashes = trainset.load(config.data, config.seed, device, config.cap)
     net = build(config)
+    net.settings = dataclasses.replace(net.settings, diameter=images.diameter)
     if check:
         return print_check(config, net, images, validation, device, changes)
     run = runs.Run(config, rank, world, device)
@@ -177,7 +178,7 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
             better = scores["score"] > best
             best, since = max(best, scores["score"]), 0 if better else since + 1
             if better and rank == 0:
-                export(average.module, config, images.diameter, hashes, scores, done)
+                export(average.module, config, hashes, scores, done)
             clock += time.perf_counter() - before             # the rate of training, validation aside
         finished = done == total or (config.patience is not None and since >= config.patience)
         stop = not finished and run.should_stop(done)
@@ -192,6 +193,7 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
             return run.exit_code()
     if rank == 0:
         print(f"best validation score {best:.4f} -> {export_path(config)}")
+    run.close()
     return 0
 
 
@@ -265,7 +267,7 @@ def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> di
     net.settings = dataclasses.replace(net.settings, **best.setting._asdict(), kinds={})
     sets = {name: {**summary(metrics.set_scores([t for t, e in zip(tables, entries) if e.set == name])),
                    **own._asdict(), "setting": own.setting._asdict()} for name, own in best.sets.items()}
-    own = kinds.gaining(sets)
+    own = kinds.gaining(sets, [s.name for s in run.config.data.sets])
     score = float(np.mean([row["own_score" if name in own else "score"] for name, row in sets.items()]))
     scores = {"score": score, **best.setting._asdict(), **summary(metrics.set_scores(tables))}
     run.log(step, **{f"val_{k}" if k != "score" else k: v for k, v in scores.items()},
@@ -305,13 +307,13 @@ def export_path(config: Config) -> Path:
     return Path(config.export_path or Path(config.output_base_dir) / "final_models" / f"{config.experiment}.pt")
 
 
-def export(net, config: Config, diameter: float | None, hashes: dict, scores: dict, step: int) -> None:
+def export(net, config: Config, hashes: dict, scores: dict, step: int) -> None:
     import kinds
     import model
     own = scores.get("sets", {})
     looks = trainset.glimpsed(config.data, config.seed, net.settings.tile) if len(own) > 1 else {}
     story = runs.provenance(config, step, scores=scores, images=hashes)
-    net.settings = dataclasses.replace(net.settings, kinds=kinds.learnt(net, looks, own), diameter=diameter, provenance=story)
+    net.settings = dataclasses.replace(net.settings, kinds=kinds.learnt(net, looks, own), provenance=story)
     model.save(net, export_path(config), half=True)
 
 

@@ -33,11 +33,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-REACH = 16          # px, how deep inside shape looks
+REACH = 16          # px, how deep inside shape looks in an image that is not scaled
 
 
 def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0.09, min_area: int = 0, depth: float = 0.0,
-              smooth: float = 0.0, shape: float = 0.0):
+              smooth: float = 0.0, shape: float = 0.0, reach: int = REACH):
     """Cells of a distance map.
 
     distance : (H, W) floats; array or tensor. Compared in float32.
@@ -45,23 +45,24 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
     min_area : cells of fewer px are dropped and the rest renumbered.
     depth : two summits above peak are two cells if the valley between them is so deep; 0: if it goes down to peak.
     smooth : px, width of the Gaussian that the map is smoothed by before all else; 0: it is taken as it is.
-    shape : what each px that a pixel lies inside the part above peak adds to its distance, up to REACH px; with a depth
+    shape : what each px that a pixel lies inside the part above peak adds to its distance, up to `reach` px; with a depth
         necks part cells then.
     Returns labels (H, W) int32 of the same kind and on the same device; 1..n in raster order of the markers.
     """
     if isinstance(distance, np.ndarray):
-        return watershed(torch.from_numpy(np.ascontiguousarray(distance)), peak, fill, min_area, depth, smooth, shape).numpy()
+        return watershed(torch.from_numpy(np.ascontiguousarray(distance)), peak, fill, min_area, depth, smooth, shape,
+                         reach).numpy()
     if distance.ndim != 2 or not distance.is_floating_point():
         raise ValueError(f"distance map of shape {tuple(distance.shape)}, {distance.dtype}: expected (H, W) floats")
     if not 0 <= fill <= peak:
         raise ValueError(f"fill={fill}, peak={peak}: expected 0 <= fill <= peak")
-    if not (depth >= 0 and smooth >= 0 and shape >= 0):
-        raise ValueError(f"depth={depth}, smooth={smooth}, shape={shape}: expected 0 or more")
+    if not (depth >= 0 and smooth >= 0 and shape >= 0 and reach >= 1):
+        raise ValueError(f"depth={depth}, smooth={smooth}, shape={shape}, reach={reach}: expected 0 or more, and a reach of 1 or more")
     distance = distance.float()
     if smooth and distance.numel():
         distance = smoothed(distance, smooth)
     if shape and depth and distance.numel():
-        distance = distance + shape * inwards(distance > peak)
+        distance = distance + shape * inwards(distance > peak, reach)
     H, W = distance.shape
     S = W + 1
     d = distance.new_full((H + 2, S), -1.0, dtype=torch.float32)
@@ -101,15 +102,15 @@ def smoothed(distance: Tensor, sigma: float) -> Tensor:
     return x
 
 
-def inwards(high: Tensor) -> Tensor:
-    """(H, W) bool -> px from each set pixel to the nearest that is not, REACH at most; none lies beyond the border."""
+def inwards(high: Tensor, reach: int) -> Tensor:
+    """(H, W) bool -> px from each set pixel to the nearest that is not, `reach` at most; none lies beyond the border."""
     x = torch.arange(high.shape[1], dtype=torch.float32, device=high.device)
-    before = torch.where(high, -REACH, x).cummax(1).values
-    after = torch.where(high, len(x) + REACH, x).flip(1).cummin(1).values.flip(1)
-    across = torch.minimum(x - before, after - x).clamp(max=REACH).square()              # along the row
-    rows = F.pad(across, (0, 0, REACH, REACH), value=REACH**2)
-    for k in range(1, REACH):                                                # from k rows above and below
-        beside = torch.minimum(*(rows.narrow(0, REACH + step, len(across)) for step in (-k, k)))
+    before = torch.where(high, -reach, x).cummax(1).values
+    after = torch.where(high, len(x) + reach, x).flip(1).cummin(1).values.flip(1)
+    across = torch.minimum(x - before, after - x).clamp(max=reach).square()              # along the row
+    rows = F.pad(across, (0, 0, reach, reach), value=reach**2)
+    for k in range(1, reach):                                                # from k rows above and below
+        beside = torch.minimum(*(rows.narrow(0, reach + step, len(across)) for step in (-k, k)))
         across = torch.minimum(across, beside.add_(k * k))
     return across.sqrt()
 

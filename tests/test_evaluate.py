@@ -444,6 +444,11 @@ def test_seeds_stand_as_one_and_are_compared_with_whom_one_asks(tmp_path, capsys
              if row["score"] == "AP@0.5"}
     assert delta["one", "none"] == pytest.approx(mean, abs=1e-4) == -delta["none", "one"]
     assert "against: 'on', expected a model" in fails(capsys, "bench", tmp_path, **config | dict(against=["on"]))
+    for wrong in ("ceiling", "a/b"):
+        assert f"'{wrong}'" in fails(capsys, "bench", tmp_path, **config | dict(models=[models[2] | dict(seeds_of=wrong)], against=[]))
+    (tmp_path / "one_1" / "0.tif").unlink()
+    assert run("bench", tmp_path, **config | dict(models=models[:2], against=[])) == 1
+    assert "error: one on discs: one_0 and one_1 are seeds of one, but only one of them has 0;" in capsys.readouterr().err
     models[2]["name"] = "one"
     assert "two models are called 'one'" in fails(capsys, "bench", tmp_path, **config)
 

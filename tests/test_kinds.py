@@ -76,7 +76,9 @@ def test_one_set_needs_no_kinds(net):
 def test_sets_to_validate_on_may_be_others(net):
     """They say nothing of how the sets that were trained on look."""
     images = {kind: [tiles(look(kind, 0))] for kind in ("stripes", "dots")}
-    assert kinds.learnt(net, images, {"other": best()["stripes"], "more": best()["dots"]}) == {}
+    others = {"other": best()["stripes"], "more": best()["dots"]}
+    assert kinds.learnt(net, images, others) == {} == dict.fromkeys(kinds.gaining(others, images))
+    assert kinds.gaining(best(), images) == {"stripes"} and not kinds.gaining(best(), ["stripes"])
 
 
 def test_segment_takes_the_setting_and_gives_way(net, monkeypatch):
@@ -88,17 +90,17 @@ def test_segment_takes_the_setting_and_gives_way(net, monkeypatch):
         return torch.zeros(distance.shape, dtype=torch.int32)
     monkeypatch.setattr(segment, "watershed", watershed)
     segment.segment(look("stripes", 70), net)
-    assert asked.pop() == (0.7, 0.2, 9, 0.3, 1.5, 0.1)
+    assert asked.pop() == (0.7, 0.2, 9, 0.3, 1.5, 0.1, 16)
     segment.segment(look("stripes", 70), net, depth=0.1, smooth=0, shape=0)
-    assert asked.pop() == (0.7, 0.2, 9, 0.1, 0, 0)
+    assert asked.pop() == (0.7, 0.2, 9, 0.1, 0, 0, 16)
     segment.segment(look("stripes", 70), net, scale=0.5)                     # px of the network are two of the image
-    assert asked.pop() == (0.7, 0.2, 36, 0.3, 3.0, 0.05)
+    assert asked.pop() == (0.7, 0.2, 36, 0.3, 3.0, 0.05, 32)
     plain = net.settings
     for image, kind in (("dots", None), ("stripes", "shared")):
         segment.segment(look(image, 70), net, kind=kind)
-        assert asked.pop() == (plain.peak, plain.fill, plain.min_area, plain.depth, plain.smooth, plain.shape)
+        assert asked.pop() == (plain.peak, plain.fill, plain.min_area, plain.depth, plain.smooth, plain.shape, 16)
     segment.segment(look("dots", 70), net, kind="stripes")
-    assert asked.pop() == (0.7, 0.2, 9, 0.3, 1.5, 0.1)
+    assert asked.pop() == (0.7, 0.2, 9, 0.3, 1.5, 0.1, 16)
 
 
 def test_kinds_travel_with_the_weights(net, tmp_path):

@@ -50,6 +50,16 @@ def test_lists_and_null_on_the_command_line():
     assert config.data.channels == (4, 5) and config.cap is None and config.device == "cpu"
 
 
+def test_a_free_section_takes_values_at_any_depth(tmp_path):
+    @dataclass(frozen=True)
+    class Free:
+        variants: dict = field(default_factory=dict)
+    path = write(tmp_path, "variants: {a: {lr: 1.0e-3}, b: {}}")
+    config = runs.load(Free, path, ["variants.b.init=x.pt", "variants.a.network.stem=0"])
+    assert config.variants == {"a": {"lr": 1e-3, "network": {"stem": 0}}, "b": {"init": "x.pt"}}
+    assert "init: x.pt" in runs.to_yaml(config)
+
+
 @pytest.mark.parametrize("text,overrides,said", [
     ("stpes: 3", [], "c.yaml: unknown key 'stpes', did you mean 'steps'?"),
     ("steps: 3\ndata: {rot: 1}", [], "c.yaml: unknown key 'data.rot', did you mean 'root'?"),

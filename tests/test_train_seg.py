@@ -12,8 +12,11 @@ import pytest
 import torch
 import yaml
 
+import data
+import metrics
 import model
 import runs
+import segment
 import series
 import train_seg
 import trainset
@@ -116,17 +119,19 @@ def test_two_processes_train_as_one(tmp_path):
     """Weights after 20 steps. No crop without cells: in even ground every feature lies exactly on the kink of a ReLU,
     where the rounding of a sum decides which side counts. And an eps that keeps Adam from dividing gradients that are
     nothing but rounding by themselves."""
-    nets, norms = [], []
+    nets, norms, scores = [], [], []
     for processes in (0, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        done = run(toy(folder, steps=20, val_every=20, save_every=20, log_every=1, eps=1e-6, augment=dict(negative=0)),
+        done = run(toy(folder, steps=20, val_every=10, save_every=20, log_every=1, eps=1e-6, augment=dict(negative=0)),
                    torchrun=processes)
         assert done.returncode == 0, done.stderr
         nets.append(torch.load(folder / "runs/seg/checkpoints/seg/step_00000020.pt", weights_only=True)["net"])
-        log = map(json.loads, (folder / "runs/seg/log.jsonl").read_text().splitlines())
+        log = [*map(json.loads, (folder / "runs/seg/log.jsonl").read_text().splitlines())]
         norms.append([(line["gradient"], line["loss"]) for line in log if "gradient" in line])
+        scores.append([line["val_DET"] for line in log if "score" in line])
     assert len(norms[0]) == 20 and norms[1] == [pytest.approx(pair, rel=1e-4) for pair in norms[0]]
+    assert len(scores[0]) == 2 and scores[1] == pytest.approx(scores[0], abs=0.02)
     one, two = nets
     apart = sum((two[name] - value).square().sum() for name, value in one.items()).sqrt()
     assert apart < 1e-5 * sum(value.square().sum() for value in one.values()).sqrt()
@@ -196,7 +201,6 @@ def test_mistakes_are_one_line(tmp_path, changes, said):
 
 def labelled_folder(folder, images):
     """NAME.tif of two channels with NAME_masks.tif, drawn."""
-    import data
     import synthetic
     import tifffile
     folder.mkdir()
@@ -222,6 +226,11 @@ def test_label_efficiency(tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     assert [(row["budget"], row["seeds"]) for row in summary] == [("1", 2), ("3", 2)]
     assert (folder / "budget.png").stat().st_size > 1000
+    net = model.load(folder / "budget_001_seed_0.pt")
+    entries = [trainset.read(example, "test") for example in data.examples(tmp_path / "test")]
+    found = [segment.segment(entry.pixels, net, limits=segment.UNIT) for entry in entries]
+    pooled = metrics.set_scores(metrics.overlap(entry.labels, labels) for entry, labels in zip(entries, found)).pooled
+    assert float(rows[1][rows[0].index("SEG")]) == pytest.approx(pooled["SEG"], abs=1e-4)
     scores = [float(row[rows[0].index("SEG")]) for row in rows[1:3]]
     mean = f"{np.mean(scores):.3f}" + (f" ({min(scores):.3f}–{max(scores):.3f})" if min(scores) < max(scores) else "")
     document = (tmp_path / "doc.md").read_text()
@@ -242,24 +251,40 @@ def test_label_efficiency(tmp_path):
     assert done.returncode == 1 and "records.tsv: its rows were made with another configuration" in done.stderr
 
 
-def test_processes_share_a_series(tmp_path):
-    """Two of the same command: every run is made by one of them, a run that another is at is left to it."""
+def test_a_series_leaves_to_others_what_they_are_at(tmp_path):
+    """A run that another process holds is left out; all others are made, in whatever order, and stand in the series' order."""
     labelled_folder(tmp_path / "cells", 4)
     labelled_folder(tmp_path / "test", 1)
-    arguments = command(toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"], share=0.3), steps=4, val_every=4,
-                            series=dict(budgets=[1, 2], seeds=[0, 1], test=["test"])), "experiment=curve")
+    arguments = [toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"], share=0.3), steps=4, val_every=4,
+                     series=dict(budgets=[1, 2], seeds=[0, 1], test=["test"])), "experiment=curve"]
     folder = tmp_path / "runs/curve"
-    folder.mkdir(parents=True)
-    with series.turn(folder / "budget_002_seed_0.lock", alone=True) as mine:
+
+    def made() -> list[list[str]]:
+        return [row.split("\t")[2:4] for row in (folder / "records.tsv").read_text().splitlines()[1:]]
+    with series.turn(folder / "budget_001_seed_1.lock") as mine:
         assert mine
-        both = [subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENVIRONMENT)
-                for _ in range(2)]
-        said = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    made = [row.split("\t")[2:4] for row in (folder / "records.tsv").read_text().splitlines()[1:]]
-    assert made == [["1", "0"], ["1", "1"], ["2", "1"]]
-    assert all("of 4 runs are left to other processes" in out for out, _ in said)
-    assert sum(out.count("-> ") for out, _ in said) == 3 and not (folder / "budget_002_seed_0.pt").exists()
+        done = run(*arguments)
+    assert done.returncode == 0 and "1 of 4 runs are left to other processes" in done.stdout, done.stderr
+    assert made() == [["1", "0"], ["2", "0"], ["2", "1"]] and not (folder / "budget_001_seed_1.pt").exists()
+    done = run(*arguments, torchrun=2)
+    assert done.returncode == 0 and done.stdout.count("-> ") == 1 and "left to" not in done.stdout, done.stderr
+    assert made() == [["1", "0"], ["1", "1"], ["2", "0"], ["2", "1"]]
+
+
+def test_a_series_is_checked_before_it_starts(tmp_path):
+    labelled_folder(tmp_path / "cells", 3)
+    labelled_folder(tmp_path / "test", 1)
+    arguments = [toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"], share=0.3),
+                     series=dict(budgets=[1], seeds=[0], test=["test"], variants=dict(a={}, b={}))), "experiment=curve"]
+    for wrong, said in (("series.markdown=no/doc.md", "series.markdown=no/doc.md: no such folder"),
+                        ("series.variants.b.init=no.pt", "init=no.pt of b_budget_001_seed_0: no such file"),
+                        ("series.variants.b.augment.scal=2", "did you mean 'scale'"), ("series.test=nowhere", "nowhere: no such"),
+                        ("series.variants.b.steps=x", "steps is 'x', expected a whole number")):
+        done = run(*arguments, wrong)
+        assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "runs").exists()
+    done = run(toy(tmp_path), "series.test=test")
+    assert done.returncode == 1 and "series.test and series.markdown: expected series.budgets" in done.stderr
 
 
 def test_wandb_gets_numbers_and_pictures(tmp_path):

@@ -256,9 +256,9 @@ def test_how_far_inside_is_scipys(share):
     """Beyond the border nothing ends: the image goes on set there."""
     high = np.random.default_rng(0).random((70, 90)) < share
     wanted = ndimage.distance_transform_edt(np.pad(high, REACH, constant_values=True))[REACH:-REACH, REACH:-REACH]
-    np.testing.assert_allclose(inwards(torch.from_numpy(high)), wanted.clip(max=REACH), rtol=1e-6)
+    np.testing.assert_allclose(inwards(torch.from_numpy(high), REACH), wanted.clip(max=REACH), rtol=1e-6)
     for value in (True, False):
-        assert (inwards(torch.full((3, 2), value)) == REACH * value).all()
+        assert (inwards(torch.full((3, 2), value), REACH) == REACH * value).all()
 
 
 def test_a_shape_parts_cells_at_their_neck():
@@ -273,6 +273,17 @@ def test_a_shape_parts_cells_at_their_neck():
         assert (parted[disc] == number).mean() > 0.95
     assert watershed(np.where(discs[0], 0.9, 0).astype(np.float32), 0.5, 0.1, depth=0.3, shape=0.1).max() == 1
     np.testing.assert_array_equal(watershed(d.astype(np.float64), 0.5, 0.1, depth=0.3, shape=0.1), parted)
+
+
+@pytest.mark.parametrize("apart", [18, 20, 24])
+def test_shape_is_the_same_at_every_scale(apart):
+    """An image k times as large, shape / k and k times the reach: the same neck parts the same cells."""
+    def cells(times: int) -> list[int]:
+        y, x = np.mgrid[:44 * times, :70 * times] / times
+        discs = [np.hypot(y - 22, x - at) < 14 for at in (20, 20 + apart)]
+        d = np.where(discs[0] | discs[1], 0.9, 0).astype(np.float32)
+        return [watershed(d, 0.5, 0.1, depth=depth, shape=0.1 / times, reach=REACH * times).max() for depth in (0.05, 0.15, 2)]
+    assert cells(1) == cells(2) == cells(4) == [2, 2, 1]
 
 
 def test_ground_that_one_cell_encloses_is_the_cells():

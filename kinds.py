@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 GAIN = 0.02         # of the score on validation that a setting of its own must bring a set
-LEAST = 2           # validation images that it must have been found on
+ALONE = 0.1         # and what it must bring where it was found on one image; on n an n-th of it
 SHARED = "shared"   # the name of the setting that serves all sets
 
 
@@ -39,7 +39,8 @@ def gaining(best: Mapping[str, dict], trained: Iterable[str]) -> set[str]:
     """The sets that get a setting of their own; best as learnt() takes it. Images are told apart by the sets that the network
     was trained on: it takes two, and sets to validate on that are others have no say."""
     trained = set(trained)
-    return set() if len(trained) < 2 else {name for name, of in best.items() if of["images"] >= LEAST and of["own_score"] - of["score"] >= GAIN} & trained
+    gained = {name for name, of in best.items() if of["own_score"] - of["score"] >= max(GAIN, ALONE / of["images"])}
+    return gained & trained if len(trained) > 1 else set()
 
 
 def learnt(net, images: Mapping[str, Iterable[Tensor]], best: Mapping[str, dict]) -> dict:

@@ -64,9 +64,15 @@ def test_a_set_of_many_looks_and_one_in_their_midst(net, monkeypatch):
     assert found == ["stripes", "stripes", kinds.SHARED, kinds.SHARED, "stripes", "stripes"]
 
 
-@pytest.mark.parametrize("change", [dict(own_score=0.21), dict(images=1)])
+@pytest.mark.parametrize("change", [dict(own_score=0.21), dict(images=9, own_score=0.215), dict(images=2, own_score=0.245),
+                                    dict(images=1, own_score=0.29)])
 def test_no_setting_without_a_gain_that_was_seen(net, change):
     assert learnt(net, **change) == {}
+
+
+@pytest.mark.parametrize("change", [dict(images=9, own_score=0.225), dict(images=2, own_score=0.255), dict(images=1, own_score=0.31)])
+def test_the_fewer_images_the_more_must_be_gained(net, change):
+    assert learnt(net, **change)["sets"][0]["setting"] == OWN
 
 
 def test_one_set_needs_no_kinds(net):

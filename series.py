@@ -90,6 +90,7 @@ def run_all(config, train: Callable[..., int], rank: int, world: int, device: st
 def check(config, jobs: list) -> None:
     """What could only be missed after hours: the document, the sets to score on, what each run changes and begins from."""
     import augment
+    import model
     import report
     if document := config.series.markdown:
         if not Path(document).parent.is_dir():
@@ -99,8 +100,8 @@ def check(config, jobs: list) -> None:
         trainset.examples(config.data, test)
     for one in jobs:
         runs.from_dict(augment.Augment, one.augment, "augment")
-        if one.init and not Path(one.init).exists():
-            raise ValueError(f"init={one.init} of {Path(one.export_path).stem}: no such file; expected weights or a backbone")
+    for init in {one.init for one in jobs if one.init}:
+        model.kind(init)
 
 
 @contextmanager

@@ -277,7 +277,9 @@ def test_a_series_is_checked_before_it_starts(tmp_path):
     arguments = [toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"], share=0.3),
                      series=dict(budgets=[1], seeds=[0], test=["test"], variants=dict(a={}, b={}))), "experiment=curve"]
     for wrong, said in (("series.markdown=no/doc.md", "series.markdown=no/doc.md: no such folder"),
-                        ("series.variants.b.init=no.pt", "init=no.pt of b_budget_001_seed_0: no such file"),
+                        ("series.variants.b.init=no.pt", "no weights at no.pt"),
+                        (f"series.variants.b.init={ROOT}/README.md", "README.md: not a file of PyTorch weights"),
+                        (f"series.markdown={ROOT}/LICENSE", "<!-- begin series curve -->"),
                         ("series.variants.b.augment.scal=2", "did you mean 'scale'"), ("series.test=nowhere", "nowhere: no such"),
                         ("series.variants.b.steps=x", "steps is 'x', expected a whole number")):
         done = run(*arguments, wrong)

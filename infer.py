@@ -119,7 +119,13 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
               f"weights {weights}\nresults into {config.out}")
         return 0
     if not remote.is_remote(config.out):
-        return segment_all(mine, remote.Shelf(prepare(Path(config.out))), table, weights, config)
+        new = not Path(config.out).exists()
+        out = prepare(Path(config.out))
+        try:
+            return segment_all(mine, remote.Shelf(out), table, weights, config)
+        finally:
+            if new and parts == 1 and not any(out.iterdir()):            # nothing came of it
+                out.rmdir()
     with remote.open_shelf(config.out, [table], config.endpoint) as shelf:
         return segment_all(mine, shelf, table, weights, config)
 

@@ -56,8 +56,10 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
         raise ValueError(f"distance map of shape {tuple(distance.shape)}, {distance.dtype}: expected (H, W) floats")
     if not 0 <= fill <= peak:
         raise ValueError(f"fill={fill}, peak={peak}: expected 0 <= fill <= peak")
-    if not (depth >= 0 and smooth >= 0 and shape >= 0 and reach >= 1):
-        raise ValueError(f"depth={depth}, smooth={smooth}, shape={shape}, reach={reach}: expected 0 or more, and a reach of 1 or more")
+    if not (depth >= 0 and smooth >= 0 and shape >= 0):
+        raise ValueError(f"depth={depth}, smooth={smooth}, shape={shape}: expected 0 or more")
+    if reach < 1:
+        raise ValueError(f"reach={reach}: expected 1 px or more")
     distance = distance.float()
     if smooth and distance.numel():
         distance = smoothed(distance, smooth)

@@ -217,7 +217,7 @@ def test_wrong_input_is_named():
     bad = good.copy()
     bad[1, 2] = np.nan
     for call, said in [(lambda: watershed(bad), "NaN"), (lambda: watershed(good, peak=0.1, fill=0.2), "fill=0.2, peak=0.1"),
-                       (lambda: watershed(good, shape=-1), "shape=-1: expected 0 or more"),
+                       (lambda: watershed(good, shape=-1), "shape=-1: expected 0 or more"), (lambda: watershed(good, reach=0), "reach=0: expected 1"),
                        (lambda: watershed(good[0]), r"\(4,\)"), (lambda: watershed(good.astype(int)), "floats")]:
         with pytest.raises(ValueError, match=said):
             call()

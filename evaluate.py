@@ -80,7 +80,7 @@ class Bench:
         check_distinct("model", [*{m.seeds_of: "" for m in self.models if m.seeds_of}, *(m.name for m in self.models)])
         check_distinct("set", [s.name for s in self.sets])
         check_scores(self.score, *self.columns)
-        for name in set(self.against) - {m.seeds_of or m.name for m in self.models}:
+        for name in set(self.against) - {m.row for m in self.models}:
             raise ValueError(f"against: '{name}', expected a model or, of several seeds, their seeds_of")
 
 
@@ -120,7 +120,7 @@ def bench(config: Bench) -> None:
             rows.append({**line, "n": len(result.names), "missing": len(result.missing),
                          "seconds": result.seconds, **columns_of(result.scores)})
         alike = joined[place.name]
-        against = config.against or [m.seeds_of or m.name for m in config.models if (m.seeds_of or m.name) in alike][:1]
+        against = config.against or [m.row for m in config.models if m.row in alike][:1]
         for first, other in product(filter(alike.get, against), alike):
             if other != first:
                 compared += differences(place, alike[first], alike[other])

@@ -56,10 +56,14 @@ class Model:
     overlap: int | None = None              # px; null: a cell's width, from an eighth to half of the tile
     scale: float = 1.0                      # network px per image px, on top of the set's diameter
 
+    @property
+    def row(self) -> str:
+        """What documents call it."""
+        return self.seeds_of or self.name
+
     def __post_init__(self):
         check_name(self.name)
-        if self.seeds_of is not None:
-            check_name(self.seeds_of)
+        check_name(self.row)
         if CEILING in (self.name, self.seeds_of):
             raise ValueError(f"model '{CEILING}': the row of the encoding is called so; choose another name")
         if self.weights and self.labels:
@@ -463,7 +467,7 @@ def seeds_joined(models: Sequence[Model], entries: Sequence[tuple[str, str]], re
                  ) -> tuple[list[tuple[str, str]], dict[str, dict[str, Result]]]:
     """Entries (name, note) and {set: {name: Result}} with one result for all runs of one `seeds_of`: their mean."""
     import metrics
-    called, joined = {m.name: m.seeds_of for m in models if m.seeds_of}, {}
+    called, joined = {m.name: m.row for m in models if m.seeds_of}, {}
     for place, there in results.items():
         members: dict[str, list[Result]] = {}
         for name, result in there.items():

@@ -1,4 +1,5 @@
 """runs.py: configurations go round, and every mistake is one line that says what to do."""
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -126,6 +127,28 @@ def test_help_into_a_closed_pipe_is_no_traceback():
     script = subprocess.Popen([sys.executable, ROOT / "infer.py", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     script.stdout.close()
     assert script.stderr.read() == b"" and script.wait() == 0
+
+
+def test_a_signal_too_late_for_one_run_reaches_who_listens_to_all(tmp_path):
+    """A run hears signals until it is closed; then those hear them who did before, of one that came meanwhile too."""
+    @dataclass(frozen=True)
+    class Few:
+        experiment: str = "few"
+        checkpoint_name: str = "few"
+        output_base_dir: str = str(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    with runs.stop_signals() as heard:
+        for times in (1, 2):
+            run = runs.Run(Few())
+            signal.raise_signal(signal.SIGTERM)
+            assert run.stopping and len(heard) == times - 1
+            run.close()
+            assert heard == [signal.SIGTERM] * times
+        signal.raise_signal(signal.SIGTERM)
+        assert len(heard) == 3
+        runs.Run(Few()).close()
+        assert len(heard) == 3                                               # none came: none is told
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_what_is_given_to_others_names_no_place_on_this_machine():

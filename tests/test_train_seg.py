@@ -131,7 +131,7 @@ def test_two_processes_train_as_one(tmp_path):
         norms.append([(line["gradient"], line["loss"]) for line in log if "gradient" in line])
         scores.append([line["val_DET"] for line in log if "score" in line])
     assert len(norms[0]) == 20 and norms[1] == [pytest.approx(pair, rel=1e-4) for pair in norms[0]]
-    assert len(scores[0]) == 2 and scores[1] == pytest.approx(scores[0], abs=0.02)
+    assert len(set(scores[0])) == 2 and min(scores[0]) > 0.3 and scores[1] == pytest.approx(scores[0], abs=0.02)
     one, two = nets
     apart = sum((two[name] - value).square().sum() for name, value in one.items()).sqrt()
     assert apart < 1e-5 * sum(value.square().sum() for value in one.values()).sqrt()

@@ -175,7 +175,7 @@ def segment_all(found: dict[Path | str, str], shelf: remote.Shelf, table: str, w
         print(f"{done} image{'s' * (done != 1)}, {megapixels:.3g} megapixels in {seconds:.1f} s "
               f"({done / seconds:.3g} images/s, {megapixels / seconds:.3g} MP/s) with {weights.name} -> {config.out}")
         if len(taken) > 1:
-            print(f"watershed set by what the images show, for {', '.join(f'{n} as {kind}' for kind, n in taken.most_common())}; "
+            print(f"decoder and watershed chosen by what the images show, for {', '.join(f'{n} as {kind}' for kind, n in taken.most_common())}; "
                   "kind= gives all the same")
         for notice, count in TOLD.items():
             if count > 1:
@@ -438,7 +438,7 @@ def export_network(config: export.Config, files: list[str]) -> int:
         raise ValueError(f"export: unexpected {files[0]}; the file to write is out=FILE.onnx, --help lists the keys")
     import model
     weights = find_weights(config.weights, Path(__file__).resolve().parent / "final_models")
-    error = export.to_onnx(model.load(weights), config.out, config.tile, config.opset, config.half)
+    error = export.to_onnx(model.load(weights), config.out, config.tile, config.opset, config.half, config.kind)
     checked = "not compared with PyTorch: pip install onnxruntime" if error is None else f"within {error:.1e} of PyTorch"
     print(f"{weights.name} -> {config.out}, {Path(config.out).stat().st_size / 1e6:.1f} MB, {checked}")
     return 0

@@ -1,13 +1,13 @@
-"""Kinds of images, and the watershed's setting that suits each: phase contrast wants another than fluorescence.
+"""Kinds of images, and what suits each: a decoder of its own, a setting of the watershed of its own.
 
-    net.settings.kinds = learnt(net, {"phase": images, "nuclei": images}, best.sets)    # when weights are exported
+    net.settings.kinds = learnt(net, {"phase": images, "nuclei": images}, {"phase": {"setting": ..., "decoder": "phase"}})
     kind = nearest(net, tiles)                                                          # of an image to be segmented
-    change = settings(net)[kind]                                                        # {"depth": 0.3, ...}
+    net, settings = suited(net, kind)                                                   # its decoder, its setting
 
-One setting for all costs most where cells are unlike the others: the large ones of phase contrast fall to pieces at a
-depth that just parts touching nuclei. The backbone's mean token tells what an image shows, and where a training set
-gains by a setting of its own, images that look like one of its images get it. Who gives kind=, peak=, fill=, depth=,
-smooth=, shape= or min_area= decides himself.
+One decoder and one setting for all cost most where cells are unlike the others: the large ones of phase contrast fall to
+pieces at a depth that just parts touching nuclei. The backbone's mean token tells what an image shows, and images that
+look like one of a training set get what that set has of its own. Who gives kind=, peak=, fill=, depth=, smooth=, shape=
+or min_area= decides himself.
 
 Why single images are kept and not a mean for each set: a set shows many things, and a small set of one thing lies among
 them. With means, half of the nuclei went to two sets of two images.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,21 +36,21 @@ def token(net, tiles: Tensor) -> Tensor:
     return last.float().mean((0, 1)).cpu()
 
 
-def gaining(best: Mapping[str, dict], trained: Iterable[str]) -> set[str]:
-    """The sets that get a setting of their own; best as learnt() takes it. Images are told apart by the sets that the network
-    was trained on: it takes two, and sets to validate on that are others have no say."""
+def gaining(best: Mapping[str, dict], trained: Iterable[str]) -> dict[str, dict]:
+    """{set: {"setting": its own}} of the sets that gain enough by it; best : of each set images, score, own_score and setting,
+    as tuning.OwnBest has them. Images are told apart by the sets that the network was trained on: it takes two, and sets to
+    validate on that are others have no say."""
     trained = set(trained)
-    gained = {name for name, of in best.items() if of["own_score"] - of["score"] >= max(GAIN, ALONE / of["images"])}
-    return gained & trained if len(trained) > 1 else set()
+    return {name: dict(setting=of["setting"]) for name, of in best.items() if name in trained and len(trained) > 1 and
+            of["own_score"] - of["score"] >= max(GAIN, ALONE / of["images"])}
 
 
-def learnt(net, images: Mapping[str, Iterable[Tensor]], best: Mapping[str, dict]) -> dict:
-    """What nearest() needs, for the weights' settings; empty where one setting serves all.
+def learnt(net, images: Mapping[str, Iterable[Tensor]], own: Mapping[str, dict]) -> dict:
+    """What nearest() needs, for the weights' settings; empty where nothing is any set's own.
 
-    images : of each set, the tiles (n, 3, T, T) of some of its images. best : of each set images, score, own_score and
-    setting, as tuning.OwnBest has them.
+    images : of each set, the tiles (n, 3, T, T) of some of its images. own : of the sets that have something of their own, the
+    setting of the watershed and perhaps the name of a decoder.
     """
-    own = gaining(best, images)
     if not own:
         return {}
     tokens = {name: torch.stack([token(net, tiles) for tiles in of]) for name, of in images.items()}    # (images, D)
@@ -57,13 +58,13 @@ def learnt(net, images: Mapping[str, Iterable[Tensor]], best: Mapping[str, dict]
     first = Counter(name.split()[0] for name in images)        # "phase/train" says enough of "phase/train ^(?!set40$)"
     return dict(spread=spread.tolist(), sets=[
         dict(name=name.split()[0] if first[name.split()[0]] == 1 else name,
-             setting=dict(best[name]["setting"]) if name in own else {},
+             setting=dict(own[name]["setting"]) if name in own else {}, decoder=own.get(name, {}).get("decoder"),
              tokens=[[float(f"{value:.3g}") for value in row] for row in (of / spread).tolist()])      # (images, D)
         for name, of in tokens.items()])
 
 
 def nearest(net, tiles: Tensor) -> str:
-    """The kind of an image: the training set that has the image most like it; SHARED where that has no own setting."""
+    """The kind of an image: the training set that has the image most like it; SHARED where that has nothing of its own."""
     known = net.settings.kinds
     mine = token(net, tiles) / torch.tensor(known["spread"])                           # (D,)
     chosen = min(known["sets"], key=lambda one: float((mine - torch.tensor(one["tokens"])).square().sum(1).min()))
@@ -73,6 +74,12 @@ def nearest(net, tiles: Tensor) -> str:
 def settings(net) -> dict[str, dict]:
     """Kinds that the weights know, and what each changes in the setting that serves all."""
     return {SHARED: {}, **{one["name"]: one["setting"] for one in net.settings.kinds.get("sets", ()) if one["setting"]}}
+
+
+def suited(net, kind: str) -> tuple:
+    """(the network with the decoder of this kind, its settings with those of this kind)"""
+    decoder = next((one.get("decoder") for one in net.settings.kinds.get("sets", ()) if one["name"] == kind), None)
+    return net.with_decoder(decoder) if decoder else net, replace(net.settings, **settings(net)[kind])
 
 
 def named(net, kind: str) -> str:

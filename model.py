@@ -290,6 +290,7 @@ class DINOCell(nn.Module):
         self.taps = tuple(vit.depth * (i + 1) // quarters - 1 for i in range(quarters))     # 12 blocks: 2, 5, 8, 11
         self.architecture = dict(backbone=vit.architecture, widths=tuple(widths), last=last, stem=stem)
         self.decoder = Decoder(vit.dim, vit.patch, tuple(widths), last, stem)
+        self.decoders = nn.ModuleDict()                                      # {name: one more, for some kinds of images}
         self.register_buffer("mean", torch.tensor(self.settings.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.settings.std).view(1, 3, 1, 1), persistent=False)
         for name, parameter in vit.named_parameters():
@@ -301,6 +302,24 @@ class DINOCell(nn.Module):
         taps = self.backbone.features(x, self.taps)
         h, w = x.shape[2] // self.backbone.patch, x.shape[3] // self.backbone.patch
         return self.decoder(x, taps, h, w).float().sigmoid()                 # (B, 1, H, W)
+
+    def give_decoder(self, name: str, decoder: Decoder | None = None) -> None:
+        """One more decoder of that name, or as new a one as the first in the place of None."""
+        self.decoders[name] = copy.deepcopy(self.decoder if decoder is None else decoder)
+        self.architecture["decoders"] = list(self.decoders)
+
+    def drop_decoders(self) -> None:
+        """Leave only the decoder for all, which is what one trains."""
+        self.decoders.clear()
+        self.architecture.pop("decoders", None)
+
+    def with_decoder(self, name: str | None) -> DINOCell:
+        """The same network, tensors and all, that decodes with the decoder of that name; None: with the one for all."""
+        if name is None:
+            return self
+        chosen = copy.copy(self)
+        chosen._modules = {**self._modules, "decoder": self.decoders[name]}
+        return chosen
 
     def autocast(self) -> torch.autocast:
         """bfloat16 inside a with block, where this network's device computes in it."""
@@ -351,6 +370,8 @@ def load(path: str | Path) -> DINOCell:
         backbone = {"ViT": ViT, "ConvNet": ConvNet}[backbone.pop("kind", "ViT")](**backbone)
         net = DINOCell(backbone, tuple(shape["widths"]), shape["last"], Settings(**content["settings"]),
                        shape["stem"])
+        for name in shape.get("decoders", ()):
+            net.give_decoder(name)
     net.to_empty(device="cpu")
     net.mean.copy_(torch.tensor(net.settings.mean).view(1, 3, 1, 1))
     net.std.copy_(torch.tensor(net.settings.std).view(1, 3, 1, 1))

@@ -355,8 +355,7 @@ class Run:
         before = self.folder / "config.yaml"
         if not before.exists() or not any(self.checkpoints.glob("step_*.pt")):
             return
-        old = flatten(yaml.safe_load(before.read_text(encoding="utf-8")))
-        new = flatten(yaml.safe_load(to_yaml(self.config)))
+        old, new = (within(flatten(yaml.safe_load(text))) for text in (before.read_text(encoding="utf-8"), to_yaml(self.config)))
         changed = {k: (old.get(k), new.get(k)) for k in {**old, **new} if old.get(k) != new.get(k)}
         said = ", ".join(f"{k}: {a} -> {b}" for k, (a, b) in changed.items())
         if any(k not in FREE + LONGER for k in changed):
@@ -466,6 +465,12 @@ def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def within(values: dict[str, Any]) -> dict[str, Any]:
+    """Paths into output_base_dir without it: the whole folder may have moved."""
+    base = f"{values.get('output_base_dir')}/"
+    return {k: v.removeprefix(base) if isinstance(v, str) else v for k, v in values.items()}
 
 
 def write_text(path: Path, text: str) -> None:

@@ -60,7 +60,7 @@ def distance_map(image, model, **options) -> np.ndarray:
 
 
 def kind_of(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None, tile: int | None = None) -> str:
-    """Whose setting of the watershed suits an image (kinds.py); the arguments are those of blocks()."""
+    """Whose decoder and setting of the watershed suit an image (kinds.py); the arguments are those of blocks()."""
     if not model.settings.kinds:
         return kinds.SHARED
     source = as_source(image)
@@ -122,7 +122,7 @@ def blocks(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None
     h, w = max(1, round(H * scale)), max(1, round(W * scale))
     with timed(clock, "network"):
         kind = kinds.named(model, kind) if kind else kind_of(source, model, scale=scale, limits=limits, tile=tile)
-    settings = replace(settings, **kinds.settings(model)[kind])
+    model, settings = kinds.suited(model, kind)
     peak = settings.peak if peak is None else peak
     fill = settings.fill if fill is None else fill
     if not 0 <= fill <= peak < 1:

@@ -1,10 +1,10 @@
 """Train segmentation on labelled images: python train_seg.py configs/seg.yaml [key=value ...] [--check]
 
-From pretrained weights or from scratch, the network learns each pixel's distance to the edge of its cell (mean squared
-error). All images lie on the training device, and each step cuts, turns and disturbs its own crops there. Started
-again with the same configuration it goes on from the last checkpoint, to the same weights. --check validates the
-configuration, counts the data, estimates time and memory here, and stops. `torchrun --nproc_per_node=4 train_seg.py
-configs/seg.yaml` shares the batch out between four GPUs, with the same result.
+From pretrained weights or from scratch, the network learns each pixel's distance to the edge of its cell. All images lie
+on the training device, and each step cuts, turns and disturbs its own crops there. Started again with the same
+configuration it goes on from the last checkpoint, to the same weights. --check validates the configuration, counts the
+data, estimates time and memory here, and stops. `torchrun --nproc_per_node=4 train_seg.py configs/seg.yaml` shares the
+batch out between four GPUs, with the same result. Where sets name a decoder, each gets its own after that (decoders.py).
 
     runs/<experiment>/config.yaml, log.jsonl, checkpoints/, images/curves.png, images/validation_*.png
     final_models/<experiment>.pt      the averaged weights with the best validation score, for infer.py
@@ -25,6 +25,7 @@ from typing import Literal
 
 import numpy as np
 
+import decoders
 import runs
 import series
 import trainset
@@ -54,6 +55,7 @@ class Config:
     network: Network = field(default_factory=Network)   # from scratch, or the decoder of a new backbone
     data: trainset.Data = field(default_factory=trainset.Data)
     augment: dict = field(default_factory=dict)          # what happens to crops: changes to augment.Augment
+    loss: Literal["squared", "cross_entropy"] = "squared"    # of distances; the second does not fade where the network is sure and wrong
     edge_weight: float = 0.0                # k: pixels near an edge count up to 1 + k times
     seam_weight: float = 0.0                # pixels between two cells that touch or nearly do count so much more
     cap: float | None = 4.0                 # px, distances stop growing here (data.distance_map)
@@ -80,6 +82,7 @@ class Config:
     precision: Literal["auto", "bf16", "float32"] = "auto"   # auto: bf16 where the hardware has it
     compile: bool = False                   # torch.compile: worth its minute on a GPU
     wandb: Literal["off", "on", "offline"] = "off"           # live curves
+    decoders: dict = field(default_factory=dict)         # changes to all this for the decoders that data.sets name (decoders.py)
     series: series.Series = field(default_factory=series.Series)   # many runs: label efficiency, channels
 
     def __post_init__(self):
@@ -104,7 +107,11 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
         raise ValueError(f"batch={config.batch}: expected a multiple of the {group[1]} processes")
     if config.series and not check:
         return series.run_all(config, train, *group)
-    return train(config, *group, check)
+    jobs = dict(decoders.plan(config, str(export_path(config))))     # what is wrong with them is said now, not after hours
+    code = train(config, *group, check)
+    if code or check:
+        return code
+    return decoders.train_all(config, jobs, train, *group)
 
 
 def train(config: Config, rank: int, world: int, device: str, check: bool = False) -> int:
@@ -154,7 +161,7 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
         waited += time.perf_counter() - before
         with autocast:
             predicted = wrapped(x.contiguous(memory_format=layout))          # (B, 1, S, S)
-        loss = trainset.error(predicted.float(), target, labels, config.edge_weight, config.seam_weight)
+        loss = trainset.error(predicted.float(), target, labels, config.edge_weight, config.seam_weight, config.loss)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
         optimiser.step()
@@ -212,6 +219,7 @@ def build(config: Config):
         net = model.DINOCell(backbone, shape.widths, shape.last, settings, shape.stem)
     elif model.kind(config.init) == "DINOCell":
         net = model.load(config.init).train()
+        net.drop_decoders()
         net.settings = dataclasses.replace(net.settings, tile=config.crop, cap=config.cap)
     else:
         net = model.DINOCell(model.load_backbone(config.init, shape.patch), shape.widths, shape.last, settings, shape.stem)
@@ -310,8 +318,9 @@ def export_path(config: Config) -> Path:
 def export(net, config: Config, hashes: dict, scores: dict, step: int) -> None:
     import kinds
     import model
-    own = scores.get("sets", {})
-    looks = trainset.glimpsed(config.data, config.seed, net.settings.tile) if len(own) > 1 else {}
+    best = scores.get("sets", {})
+    own = kinds.gaining(best, [s.name for s in config.data.sets])
+    looks = trainset.glimpsed(config.data, config.seed, net.settings.tile) if own else {}
     story = runs.provenance(config, step, scores=scores, images=hashes)
     net.settings = dataclasses.replace(net.settings, kinds=kinds.learnt(net, looks, own), provenance=story)
     model.save(net, export_path(config), half=True)
@@ -341,7 +350,7 @@ def print_check(config: Config, net, images, validation: list, device: str, chan
         prepared = time.perf_counter()
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=use_bf16(config, device)):
             predicted = net(x)
-        trainset.error(predicted.float(), target, labels, config.edge_weight, config.seam_weight).backward()
+        trainset.error(predicted.float(), target, labels, config.edge_weight, config.seam_weight, config.loss).backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         if "cuda" in device:

@@ -7,6 +7,7 @@
 """
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,13 @@ class Set:
     match: str | None = None                # regular expression: only images with it in their names
     labels: str | None = None               # which, where an image has several: cells, nuclei
     weight: float = 1.0                     # how often its images are drawn, relative to other sets
+    decoder: str | None = None              # the name of the decoder that this kind of image gets (decoders.py); null: the one for all
 
     def __post_init__(self):
         if not self.weight > 0:
             raise ValueError(f"{self.path}: weight={self.weight:g}, expected more than 0; leave the set out instead")
+        if self.decoder is not None and not self.decoder.isidentifier():
+            raise ValueError(f"{self.path}: decoder={self.decoder!r}, expected a name of letters, digits and _")
 
     @property
     def name(self) -> str:
@@ -160,19 +164,27 @@ def augmented(config: Data) -> bool:
 BESIDE = 2          # px from a cell that are near it
 
 
-def error(predicted, target, labels, edge_weight: float = 0.0, seam_weight: float = 0.0):
-    """Mean squared error of distances (B, 1, S, S), each pixel weighed; labels (B, S, S), 0 is ground.
+def error(predicted, target, labels, edge_weight: float = 0.0, seam_weight: float = 0.0, loss: str = "squared"):
+    """Mean error of distances (B, 1, S, S), each pixel weighed; labels (B, S, S), 0 is ground.
+
+    squared : the squared error. cross_entropy : half of what binary cross-entropy has above its least, which is the
+    squared error or more. Both are least at the mean of what may be true, but where the network is sure and wrong, at a
+    seam that it took for the inside of a cell, the sigmoid lets next to nothing of the squared error's gradient through.
 
     Near an edge, on both sides of it, by 1 + edge_weight (1 - distance): with the cell's side alone the network would
     rather draw cells too large than too small. And seam_weight more where two cells are near: what parts touching cells
     is a valley of few pixels that else hardly shows in the mean.
     """
     import torch
-    square = (predicted - target).square()
+    if loss == "squared":
+        wrong = (predicted - target).square()                                # (B, 1, S, S)
+    else:
+        entropy = functools.partial(torch.nn.functional.binary_cross_entropy, target=target, reduction="none")
+        wrong = (entropy(predicted) - entropy(target)) / 2
     if not edge_weight and not seam_weight:
-        return square.mean()
+        return wrong.mean()
     number = labels[:, None].to(target.dtype)                                # (B, 1, S, S)
     highest, lowest = (torch.nn.functional.max_pool2d(v, 2 * BESIDE + 1, 1, BESIDE)
                        for v in (number, -number.masked_fill(number == 0, torch.inf)))
     near, seam = highest > 0, (highest > 0) & (highest != -lowest)           # of one cell or more, of two or more
-    return (square * (1 + edge_weight * (1 - target) * near + seam_weight * seam)).mean()
+    return (wrong * (1 + edge_weight * (1 - target) * near + seam_weight * seam)).mean()

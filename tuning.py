@@ -164,6 +164,10 @@ class Recorded:
     def __init__(self, net):
         self.net, self.tiles, self.at = net, [], 0
 
+    def with_decoder(self, name: str | None) -> Recorded:       # an image is of one kind, however often it is asked for
+        self.net = self.net.with_decoder(name)
+        return self
+
     def __getattr__(self, name: str):                           # in all else it is the network
         return getattr(self.net, name)
 

@@ -43,7 +43,8 @@ def best(**changes) -> dict:
 
 
 def learnt(net, **changes) -> dict:
-    return kinds.learnt(net, {kind: [tiles(look(kind, seed)) for seed in range(6)] for kind in ("stripes", "dots")}, best(**changes))
+    images = {kind: [tiles(look(kind, seed)) for seed in range(6)] for kind in ("stripes", "dots")}
+    return kinds.learnt(net, images, kinds.gaining(best(**changes), images))
 
 
 def test_the_nearest_set_decides(net):
@@ -59,7 +60,7 @@ def test_a_set_of_many_looks_and_one_in_their_midst(net, monkeypatch):
     monkeypatch.setattr(kinds, "token", lambda net, tiles: tiles.mean((1, 2, 3)))
     images = {name: [torch.full((1, 3, 8, 8), value) for value in values]
               for name, values in (("stripes", (0.1, 0.2, 0.8, 0.9)), ("dots", (0.5, 0.52)))}
-    net.settings.kinds = kinds.learnt(net, images, best())
+    net.settings.kinds = kinds.learnt(net, images, kinds.gaining(best(), images))
     found = [kinds.nearest(net, torch.full((1, 3, 8, 8), value)) for value in (0.0, 0.3, 0.45, 0.6, 0.7, 1.0)]
     assert found == ["stripes", "stripes", kinds.SHARED, kinds.SHARED, "stripes", "stripes"]
 
@@ -76,15 +77,14 @@ def test_the_fewer_images_the_more_must_be_gained(net, change):
 
 
 def test_one_set_needs_no_kinds(net):
-    assert kinds.learnt(net, {"stripes": [tiles(look("stripes", 0))]}, {"stripes": best()["stripes"]}) == {}
+    assert kinds.gaining({"stripes": best()["stripes"]}, ["stripes"]) == {} == kinds.learnt(net, {}, {})
 
 
 def test_sets_to_validate_on_may_be_others(net):
     """They say nothing of how the sets that were trained on look."""
-    images = {kind: [tiles(look(kind, 0))] for kind in ("stripes", "dots")}
     others = {"other": best()["stripes"], "more": best()["dots"]}
-    assert kinds.learnt(net, images, others) == {} == dict.fromkeys(kinds.gaining(others, images))
-    assert kinds.gaining(best(), images) == {"stripes"} and not kinds.gaining(best(), ["stripes"])
+    assert kinds.gaining(others, ["stripes", "dots"]) == {} == kinds.gaining(best(), ["stripes"])
+    assert kinds.gaining(best(), ["stripes", "dots"]) == {"stripes": dict(setting=OWN)}
 
 
 def test_segment_takes_the_setting_and_gives_way(net, monkeypatch):

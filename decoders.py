@@ -1,0 +1,70 @@
+"""A decoder of its own for each kind of image, on the backbone that all share.
+
+    jobs = dict(decoders.plan(config, "final_models/cells.pt"))          # {name: the configuration that trains it}
+    code = decoders.train_all(config, jobs, train, rank, world, device)
+
+Called by train_seg.py where sets name a decoder. One decoder for all kinds must part nuclei by valleys of two pixels and
+not cut the large cells of phase contrast at any; each kind costs the others. So when the network for all is done, each
+name in data.sets trains a copy of its decoder on the sets that name it, with the backbone as it is, and with what `decoders`
+changes in the configuration. Then all go into one file, and kinds.py chooses between them: who segments sees no difference,
+and an image takes no more time. Each is a run of its own in runs/<experiment>/<name>/, resumed like any other.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import series
+import trainset
+
+
+def plan(config, weights: str) -> Iterator[tuple[str, object]]:
+    """(name of a decoder, the configuration that trains it); weights : of the network for all, which gets the decoders."""
+    folder = Path(config.output_base_dir) / "runs" / config.experiment
+    names = list(dict.fromkeys(chosen.decoder for chosen in config.data.sets if chosen.decoder))
+    if config.decoders and not names:
+        raise ValueError("decoders: no set has one; name it with the set, as in {path: ..., decoder: phase}, or leave this out")
+    for name in names:
+        one = series.changed(config, config.decoders, "decoders")
+        sets = tuple(replace(chosen, decoder=None) for chosen in config.data.sets if chosen.decoder == name)
+        yield name, replace(one, experiment=f"{config.experiment}/{name}", init=weights, train_blocks=0, decoders={},
+                            export_path=str(folder / f"{name}.pt"), data=replace(one.data, sets=sets, fields=0))
+
+
+def train_all(config, jobs: dict, train: Callable[..., int], rank: int, world: int, device: str) -> int:
+    """train(config, rank, world, device) -> exit code. After each the weights are whole, and better by a decoder."""
+    for one in jobs.values():
+        if code := train(one, rank, world, device):
+            return code
+        if rank == 0:
+            join(config, jobs)
+    return 0
+
+
+def join(config, jobs: dict) -> None:
+    """Into the weights that they began from all decoders that are trained, and what tells their kinds of images apart."""
+    import torch
+    import kinds
+    import model
+    import tuning
+    weights = next(iter(jobs.values())).init
+    net = model.load(weights)
+    story, names = net.settings.provenance, [one.name for one in config.data.sets]
+    own, stories = kinds.gaining(story["scores"]["sets"], names), {}
+    for name, one in jobs.items():
+        if not Path(one.export_path).exists():
+            continue
+        trained = model.load(one.export_path)
+        if not all(map(torch.equal, net.backbone.state_dict().values(), trained.backbone.state_dict().values())):
+            raise ValueError(f"{one.export_path}: trained on another backbone than that of {weights}; remove its run "
+                             f"({Path(one.output_base_dir) / 'runs' / one.experiment}), so that it is trained anew")
+        net.give_decoder(name, trained.decoder)
+        settings, stories[name] = trained.settings, trained.settings.provenance
+        mine = [chosen.name for chosen in one.data.sets]
+        common = dict(setting={field: getattr(settings, field) for field in tuning.Setting._fields})
+        gained = kinds.gaining(stories[name]["scores"]["sets"], mine)
+        own.update({chosen: dict(gained.get(chosen, common), decoder=name) for chosen in mine})
+    looks = trainset.glimpsed(config.data, config.seed, net.settings.tile)
+    net.settings = replace(net.settings, kinds=kinds.learnt(net, looks, own), provenance={**story, "decoders": stories})
+    model.save(net, weights, half=True)

@@ -1,0 +1,162 @@
+"""decoders.py: a decoder for each kind of image on one backbone, trained, joined, chosen."""
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import skimage.io
+import torch
+
+import export
+import kinds
+import model
+import runs
+import segment
+import train_seg
+import tuning
+from test_train_seg import run, toy
+
+SHORT = dict(steps=4, warmup=1, val_every=4, save_every=2, log_every=2)
+
+
+def stripes(seed: int) -> np.ndarray:
+    return np.tile(128 + 90 * np.sin(np.arange(64) / 1.5 + seed), (64, 1))
+
+
+def dots(seed: int) -> np.ndarray:
+    return np.where(np.random.default_rng(seed).random((64, 64)) < 0.1, 250, 5)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two sets that look different, a decoder for each, from one command; and what it wrote."""
+    folder = tmp_path_factory.mktemp("decoders")
+    labels = np.zeros((64, 64), np.uint16)
+    labels[5:30, 5:30], labels[35:60, 20:60] = 1, 2
+    for name, look in (("striped", stripes), ("dotted", dots)):
+        (folder / name).mkdir()
+        for seed in range(5):
+            skimage.io.imsave(folder / name / f"{name}{seed}.png", look(seed).astype(np.uint8), check_contrast=False)
+            skimage.io.imsave(folder / name / f"{name}{seed}_masks.png", labels, check_contrast=False)
+    path = toy(folder, **SHORT, decoders=dict(steps=6, lr=5e-3, loss="squared"),
+               data=dict(root=str(folder), share=0.3, sets=[dict(path="striped", decoder="stripes"), dict(path="dotted", decoder="dots")]))
+    done = run(path)
+    assert done.returncode == 0, done.stderr
+    return folder, path
+
+
+def test_one_command_trains_all_and_one_file_holds_them(trained):
+    folder, _ = trained
+    net = model.load(folder / "final_models/seg.pt")
+    assert list(net.decoders) == ["stripes", "dots"]
+    start = torch.load(folder / "runs/seg/checkpoints/seg/best.pt", weights_only=True)["average"]
+    for name, tensor in net.state_dict().items():             # the network for all is as it was
+        if not name.startswith("decoders."):
+            assert torch.equal(tensor, start[f"module.{name}"].half().float() if "periods" not in name else tensor), name
+    for name in net.decoders:
+        alone = model.load(folder / f"runs/seg/{name}.pt")
+        assert alone.settings.provenance["step"] in (4, 6) and len(alone.settings.provenance["images"]["train"]) in (3, 4)
+        assert net.settings.provenance["decoders"][name] == alone.settings.provenance
+        assert all(torch.equal(tensor, alone.decoder.state_dict()[key]) for key, tensor in net.decoders[name].state_dict().items())
+        moved = [not torch.equal(tensor, net.decoder.state_dict()[key]) for key, tensor in net.decoders[name].state_dict().items()]
+        assert np.mean(moved) > 0.9
+
+
+def test_an_image_goes_through_the_decoder_of_its_kind(trained):
+    folder, _ = trained
+    net = model.load(folder / "final_models/seg.pt")
+    for own, other, look, kind in (("stripes", "dots", stripes, "striped"), ("dots", "stripes", dots, "dotted")):
+        image = look(77)
+        found = segment.distance_map(image, net)
+        assert segment.kind_of(image, net) == kind
+        assert np.array_equal(found, segment.distance_map(image, model.load(folder / f"runs/seg/{own}.pt"), kind="shared"))
+        assert np.array_equal(found, segment.distance_map(image, net, kind=kind))
+        assert not np.allclose(found, segment.distance_map(image, model.load(folder / f"runs/seg/{other}.pt"), kind="shared"))
+        assert not np.allclose(found, segment.distance_map(image, net, kind="shared"))
+        alone = model.load(folder / f"runs/seg/{own}.pt").settings
+        assert kinds.settings(net)[kind] == {name: getattr(alone, name) for name in tuning.Setting._fields}
+
+
+def test_started_again_nothing_is_trained_twice(trained, tmp_path):
+    folder, path = trained
+    before = {p: p.read_bytes() for p in folder.glob("runs/seg/**/log.jsonl")}
+    whole = torch.load(folder / "final_models/seg.pt", weights_only=True)
+    done = run(path)
+    assert done.returncode == 0 and len(before) == 3
+    assert {p: p.read_bytes() for p in before} == before
+    again = torch.load(folder / "final_models/seg.pt", weights_only=True)
+    assert all(torch.equal(again["state_dict"][name], tensor) for name, tensor in whole["state_dict"].items())
+    assert again["settings"] == whole["settings"]
+
+
+def test_training_from_the_file_takes_the_network_for_all(trained):
+    folder, path = trained
+    config = runs.load(train_seg.Config, path, [f"init={folder / 'final_models/seg.pt'}"])
+    net = train_seg.build(config)
+    assert not net.decoders and "decoders" not in net.architecture
+    model.save(net, folder / "plain.pt")
+    assert not model.load(folder / "plain.pt").decoders
+
+
+def test_a_decoder_of_another_backbone_is_refused(trained, tmp_path):
+    folder, path = trained
+    for part in ("runs", "final_models", "striped", "dotted"):
+        shutil.copytree(folder / part, tmp_path / part)
+    stranger = model.load(tmp_path / "runs/seg/dots.pt")
+    stranger.backbone.cls_token.data += 1
+    model.save(stranger, tmp_path / "runs/seg/dots.pt", half=True)
+    done = run(path, f"output_base_dir={tmp_path}")
+    assert done.returncode == 1 and "dots.pt: trained on another backbone" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("changes,said", [
+    (["decoders.stepps=3"], "decoders: unknown key 'stepps'"),
+    (["decoders.warmup=100"], "warmup=100: expected fewer than steps=6")])
+def test_wrong_changes_are_said_before_anything_is_trained(trained, tmp_path, changes, said):
+    _, path = trained
+    done = run(path, f"output_base_dir={tmp_path}", *changes)
+    assert done.returncode == 1 and said in done.stderr and not (tmp_path / "final_models").exists()
+
+
+def test_decoders_need_a_set_that_has_one(tmp_path):
+    done = run(toy(tmp_path, decoders=dict(steps=3, warmup=0)))
+    assert done.returncode == 1 and "decoders: no set has one; name it with the set" in done.stderr
+
+
+def test_a_wrong_name_is_refused(tmp_path):
+    done = run(toy(tmp_path, data=dict(sets=[dict(path="cells", decoder="a.b")])))
+    assert done.returncode == 1 and "cells: decoder='a.b', expected a name of letters, digits and _" in done.stderr
+
+
+def test_evaluating_settings_runs_the_right_decoder_once(trained):
+    """tuning.Recorded keeps tiles of the network; the decoder of a kind must not slip past it."""
+    folder, _ = trained
+    net = model.load(folder / "final_models/seg.pt")
+    recorded, image, ran = tuning.Recorded(net), stripes(77), []
+    net.decoders["stripes"].register_forward_hook(lambda *_: ran.append(1))
+    found, batches = [], []
+    for _ in range(3):
+        recorded.at = 0
+        found.append(segment.distance_map(image, recorded))
+        batches.append(len(ran))
+    assert batches[0] > 0 and batches == batches[:1] * 3 and all(np.array_equal(found[0], other) for other in found)
+    assert np.array_equal(found[0], segment.distance_map(image, model.load(folder / "runs/seg/stripes.pt"), kind="shared"))
+
+
+def test_the_decoder_of_a_kind_can_be_exported(trained, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    folder, _ = trained
+    net = model.load(folder / "final_models/seg.pt")
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for kind, alone in (("dot", "runs/seg/dots.pt"), (None, "final_models/seg.pt")):
+        export.to_onnx(net, tmp_path / f"{kind}.onnx", kind=kind)
+        found, = onnxruntime.InferenceSession(tmp_path / f"{kind}.onnx").run(None, {"image": x.numpy()})
+        with torch.inference_mode():
+            np.testing.assert_allclose(found, model.load(folder / alone)(x).numpy(), atol=1e-4)
+    assert list(net.decoders) == ["stripes", "dots"]          # the network itself is as it was
+    sizes = [(tmp_path / f"{kind}.onnx").stat().st_size for kind in ("dot", None)]
+    assert abs(sizes[0] - sizes[1]) < 2000                    # one decoder in each
+    with pytest.raises(ValueError, match="kind=blue: expected one of 'shared', 'striped', 'dotted'"):
+        export.to_onnx(net, tmp_path / "x.onnx", kind="blue")

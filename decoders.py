@@ -5,9 +5,10 @@
 
 Called by train_seg.py where sets name a decoder. One decoder for all kinds must part nuclei by valleys of two pixels and
 not cut the large cells of phase contrast at any; each kind costs the others. So when the network for all is done, each
-name in data.sets trains a copy of its decoder on the sets that name it, with the backbone as it is, and with what `decoders`
-changes in the configuration. Then all go into one file, and kinds.py chooses between them: who segments sees no difference,
-and an image takes no more time. Each is a run of its own in runs/<experiment>/<name>/, resumed like any other.
+name in data.sets trains a copy of its decoder on the sets that name it, with the backbone as it is, and with what
+`decoders: {name: {key: value}}` changes in the configuration. Then all go into one file, and kinds.py chooses between them:
+who segments sees no difference, and an image takes no more time. Each is a run of its own in runs/<experiment>/<name>/,
+resumed like any other.
 """
 from __future__ import annotations
 
@@ -23,10 +24,10 @@ def plan(config, weights: str) -> Iterator[tuple[str, object]]:
     """(name of a decoder, the configuration that trains it); weights : of the network for all, which gets the decoders."""
     folder = Path(config.output_base_dir) / "runs" / config.experiment
     names = list(dict.fromkeys(chosen.decoder for chosen in config.data.sets if chosen.decoder))
-    if config.decoders and not names:
-        raise ValueError("decoders: no set has one; name it with the set, as in {path: ..., decoder: phase}, or leave this out")
+    if strange := sorted(config.decoders.keys() - set(names)):
+        raise ValueError(f"decoders.{strange[0]}: no set in data.sets has decoder: {strange[0]} (there are: {', '.join(names) or 'none'})")
     for name in names:
-        one = series.changed(config, config.decoders, "decoders")
+        one = series.changed(config, config.decoders.get(name, {}), f"decoders.{name}")
         sets = tuple(replace(chosen, decoder=None) for chosen in config.data.sets if chosen.decoder == name)
         yield name, replace(one, experiment=f"{config.experiment}/{name}", init=weights, train_blocks=0, decoders={},
                             export_path=str(folder / f"{name}.pt"), data=replace(one.data, sets=sets, fields=0))

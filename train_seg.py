@@ -82,7 +82,7 @@ class Config:
     precision: Literal["auto", "bf16", "float32"] = "auto"   # auto: bf16 where the hardware has it
     compile: bool = False                   # torch.compile: worth its minute on a GPU
     wandb: Literal["off", "on", "offline"] = "off"           # live curves
-    decoders: dict = field(default_factory=dict)         # changes to all this for the decoders that data.sets name (decoders.py)
+    decoders: dict = field(default_factory=dict)         # {name: {key: value}}: changes to all this for the decoders that data.sets name (decoders.py)
     series: series.Series = field(default_factory=series.Series)   # many runs: label efficiency, channels
 
     def __post_init__(self):

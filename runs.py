@@ -66,9 +66,11 @@ def load(cls: type[Config], path: str | Path | None = None, overrides: list[str]
         *sections, last = key.split(".")
         inner = values
         for section in sections:
-            inner = inner.setdefault(section, {})
-            if not isinstance(inner, dict):
+            within_it = inner.get(section, {})
+            if not isinstance(within_it, dict):
                 raise ValueError(f"{text}: '{section}' is a value in {origin}, no section")
+            inner[section] = dict(within_it)                   # a section that YAML names twice (&, *) is two
+            inner = inner[section]
         try:
             inner[last] = yaml.safe_load(value) if value else ""
         except yaml.YAMLError:

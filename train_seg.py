@@ -1,10 +1,11 @@
 """Train segmentation on labelled images: python train_seg.py configs/seg.yaml [key=value ...] [--check]
 
-From pretrained weights or from scratch, the network learns each pixel's distance to the edge of its cell. All images lie
-on the training device, and each step cuts, turns and disturbs its own crops there. Started again with the same
-configuration it goes on from the last checkpoint, to the same weights. --check validates the configuration, counts the
-data, estimates time and memory here, and stops. `torchrun --nproc_per_node=4 train_seg.py configs/seg.yaml` shares the
-batch out between four GPUs, with the same result. Where sets name a decoder, each gets its own after that (decoders.py).
+From pretrained weights or from scratch, the network learns each pixel's distance to the edge of its cell (mean squared
+error). All images lie on the training device, and each step cuts, turns and disturbs its own crops there. Started
+again with the same configuration it goes on from the last checkpoint, to the same weights. --check validates the
+configuration, counts the data, estimates time and memory here, and stops. `torchrun --nproc_per_node=4 train_seg.py
+configs/seg.yaml` shares the batch out between four GPUs, with the same result. Where sets name a decoder, each name
+trains one of its own after that (decoders.py).
 
     runs/<experiment>/config.yaml, log.jsonl, checkpoints/, images/curves.png, images/validation_*.png
     final_models/<experiment>.pt      the averaged weights with the best validation score, for infer.py
@@ -55,7 +56,6 @@ class Config:
     network: Network = field(default_factory=Network)   # from scratch, or the decoder of a new backbone
     data: trainset.Data = field(default_factory=trainset.Data)
     augment: dict = field(default_factory=dict)          # what happens to crops: changes to augment.Augment
-    loss: Literal["squared", "cross_entropy"] = "squared"    # of distances; the second does not fade where the network is sure and wrong
     edge_weight: float = 0.0                # k: pixels near an edge count up to 1 + k times
     seam_weight: float = 0.0                # pixels between two cells that touch or nearly do count so much more
     cap: float | None = 4.0                 # px, distances stop growing here (data.distance_map)
@@ -161,7 +161,7 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
         waited += time.perf_counter() - before
         with autocast:
             predicted = wrapped(x.contiguous(memory_format=layout))          # (B, 1, S, S)
-        loss = trainset.error(predicted.float(), target, labels, config.edge_weight, config.seam_weight, config.loss)
+        loss = trainset.error(predicted.float(), target, labels, config.edge_weight, config.seam_weight)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
         optimiser.step()
@@ -350,7 +350,7 @@ def print_check(config: Config, net, images, validation: list, device: str, chan
         prepared = time.perf_counter()
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=use_bf16(config, device)):
             predicted = net(x)
-        trainset.error(predicted.float(), target, labels, config.edge_weight, config.seam_weight, config.loss).backward()
+        trainset.error(predicted.float(), target, labels, config.edge_weight, config.seam_weight).backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         if "cuda" in device:

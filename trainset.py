@@ -7,7 +7,6 @@
 """
 from __future__ import annotations
 
-import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,27 +163,19 @@ def augmented(config: Data) -> bool:
 BESIDE = 2          # px from a cell that are near it
 
 
-def error(predicted, target, labels, edge_weight: float = 0.0, seam_weight: float = 0.0, loss: str = "squared"):
-    """Mean error of distances (B, 1, S, S), each pixel weighed; labels (B, S, S), 0 is ground.
-
-    squared : the squared error. cross_entropy : half of what binary cross-entropy has above its least, which is the
-    squared error or more. Both are least at the mean of what may be true, but where the network is sure and wrong, at a
-    seam that it took for the inside of a cell, the sigmoid lets next to nothing of the squared error's gradient through.
+def error(predicted, target, labels, edge_weight: float = 0.0, seam_weight: float = 0.0):
+    """Mean squared error of distances (B, 1, S, S), each pixel weighed; labels (B, S, S), 0 is ground.
 
     Near an edge, on both sides of it, by 1 + edge_weight (1 - distance): with the cell's side alone the network would
     rather draw cells too large than too small. And seam_weight more where two cells are near: what parts touching cells
     is a valley of few pixels that else hardly shows in the mean.
     """
     import torch
-    if loss == "squared":
-        wrong = (predicted - target).square()                                # (B, 1, S, S)
-    else:
-        entropy = functools.partial(torch.nn.functional.binary_cross_entropy, target=target, reduction="none")
-        wrong = (entropy(predicted) - entropy(target)) / 2
+    square = (predicted - target).square()
     if not edge_weight and not seam_weight:
-        return wrong.mean()
+        return square.mean()
     number = labels[:, None].to(target.dtype)                                # (B, 1, S, S)
     highest, lowest = (torch.nn.functional.max_pool2d(v, 2 * BESIDE + 1, 1, BESIDE)
                        for v in (number, -number.masked_fill(number == 0, torch.inf)))
     near, seam = highest > 0, (highest > 0) & (highest != -lowest)           # of one cell or more, of two or more
-    return (wrong * (1 + edge_weight * (1 - target) * near + seam_weight * seam)).mean()
+    return (square * (1 + edge_weight * (1 - target) * near + seam_weight * seam)).mean()

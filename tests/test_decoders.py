@@ -17,7 +17,7 @@ import train_seg
 import tuning
 from test_train_seg import run, toy
 
-SIX = dict(steps=6, lr=5e-3, loss="cross_entropy")
+SIX = dict(steps=6, lr=5e-3)
 SHORT = dict(steps=4, warmup=1, val_every=4, save_every=2, log_every=2)
 
 

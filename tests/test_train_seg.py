@@ -173,19 +173,6 @@ def test_edges_and_seams_count_more_when_asked():
     assert trainset.error(predicted, target, two, 0, 10).item() == pytest.approx(expected)
 
 
-def test_cross_entropy_is_least_where_the_squared_error_is_and_does_not_fade():
-    """Half of binary cross-entropy above its least: by hand ln 2 / 2 - ... for one pixel; its gradient at the logit is (p - t) / 2."""
-    labels = torch.ones(1, 1, 1)
-    for p, t in ((0.5, 0.25), (0.9, 0.25), (0.3, 0.3), (0.2, 0.0), (0.2, 1.0)):
-        expected = sum(a * np.log(a / b) for a, b in ((t, p), (1 - t, 1 - p)) if a) / 2
-        got = trainset.error(torch.full((1, 1, 1, 1), p), torch.full((1, 1, 1, 1), t), labels, loss="cross_entropy")
-        assert got.item() == pytest.approx(expected, abs=1e-6) and expected >= (p - t) ** 2 - 1e-9
-    for logit in (-12.0, 0.0, 3.0, 12.0):
-        z = torch.full((1, 1, 1, 1), logit, requires_grad=True)
-        trainset.error(z.sigmoid(), torch.full((1, 1, 1, 1), 0.25), labels, loss="cross_entropy").backward()
-        assert z.grad.item() == pytest.approx((torch.sigmoid(z).item() - 0.25) / 2, rel=1e-2)
-
-
 def test_it_starts_from_weights(whole, tmp_path):
     path = whole / "final_models/seg.pt"
     config = runs.load(train_seg.Config, toy(tmp_path), [f"init={path}", "train_blocks=1"])

@@ -103,7 +103,7 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
     """The setting that serves all sets best, and from there what is best for each; of equal ones the first.
 
     Every peak, every fill, every pair of depth and smoothing, of depth and shape, every smallest area, each with the best
-    of the others so far, and again until nothing is gained. No set drowns another.
+    of the others so far, from the middle of all, and again until nothing is gained. No set drowns another.
     distances, truths : (H, W) of each image; sets : the name of its set; each(function, items) : where processes share
     the work, runs.shared_out with their places.
     """
@@ -134,13 +134,18 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
                 best = max(tried, key=lambda setting: sum(known[name, setting] for name in names))
         return best
 
-    start = Setting(*thresholds(peaks, fills)[0], min_areas[0], depths[0], smooths[0], shapes[0])
+    pairs, pair = thresholds(peaks, fills), (middle(peaks), middle(fills))
+    start = Setting(*(pair if pair in pairs else pairs[0]), *map(middle, (min_areas, depths, smooths, shapes)))
     shared = search(list(members), start)
     own = {name: search([name], shared) for name in members}
     return Tuned(shared, float(np.mean([known[name, shared] for name in members])),
                  [watershed(distance, *shared) for distance in distances],
                  {name: OwnBest(len(members[name]), known[name, shared], known[name, best], best)
                   for name, best in own.items()})
+
+
+def middle(values: Sequence):
+    return values[(len(values) - 1) // 2]
 
 
 # ------------------------------------------------------------------------------------- the network's view

@@ -103,7 +103,8 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
     """The setting that serves all sets best, and from there what is best for each; of equal ones the first.
 
     Every peak, every fill, every pair of depth and smoothing, of depth and shape, every smallest area, each with the best
-    of the others so far, from the middle of all, and again until nothing is gained. No set drowns another.
+    of the others so far, and again until nothing is gained: from the first of all and from their middle, which may end at
+    different ones. No set drowns another.
     distances, truths : (H, W) of each image; sets : the name of its set; each(function, items) : where processes share
     the work, runs.shared_out with their places.
     """
@@ -134,14 +135,20 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
                 best = max(tried, key=lambda setting: sum(known[name, setting] for name in names))
         return best
 
-    pairs, pair = thresholds(peaks, fills), (middle(peaks), middle(fills))
-    start = Setting(*(pair if pair in pairs else pairs[0]), *map(middle, (min_areas, depths, smooths, shapes)))
-    shared = search(list(members), start)
+    pairs = thresholds(peaks, fills)
+    starts = [Setting(*(pair if pair in pairs else pairs[0]), *map(which, (min_areas, depths, smooths, shapes)))
+              for which in (first, middle) for pair in [(which(peaks), which(fills))]]
+    shared = max((search(list(members), start) for start in dict.fromkeys(starts)),
+                 key=lambda setting: sum(known[name, setting] for name in members))
     own = {name: search([name], shared) for name in members}
     return Tuned(shared, float(np.mean([known[name, shared] for name in members])),
                  [watershed(distance, *shared) for distance in distances],
                  {name: OwnBest(len(members[name]), known[name, shared], known[name, best], best)
                   for name, best in own.items()})
+
+
+def first(values: Sequence):
+    return values[0]
 
 
 def middle(values: Sequence):

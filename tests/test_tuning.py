@@ -101,3 +101,17 @@ runs.leave(0)
              for rank in range(3)]
     said = [process.communicate(timeout=120)[0] for process in group]
     assert [text.endswith("alike\n") for text in said] == [True] * 3, said
+
+
+@pytest.mark.parametrize("height,expected", [(0.6, (0.4, 0.2, 20, 0.2, 1.0, 0.05)), (0.4, (0.3, 0.1, 0, 0.0, 0.0, 0.0))])
+def test_the_higher_of_two_hills_is_found_from_either_start(monkeypatch, height, expected):
+    """One hill at the first values and one at the middle ones: on every way between them it goes down first."""
+    hills = {(0.3, 0.1, 0, 0.0, 0.0, 0.0): 0.5, (0.4, 0.2, 20, 0.2, 1.0, 0.05): height}
+
+    def score(truth, setting):
+        return np.array([max(top - 0.05 * sum(a != b for a, b in zip(setting, hill)) for hill, top in hills.items())])
+    monkeypatch.setattr(watershed, "watershed", lambda distance, *setting: setting)
+    monkeypatch.setattr(metrics, "average_precision", score)
+    best = tuning.tuned([np.zeros((2, 2))], [np.zeros((2, 2))], None, (0.3, 0.4, 0.5), (0.1, 0.2, 0.3), (0, 20, 40),
+                        (0.0, 0.2, 0.4), (0.0, 1.0, 2.0), (0.0, 0.05, 0.1))
+    assert best.setting == expected and best.score == max(hills.values())

@@ -258,8 +258,8 @@ def use_bf16(config: Config, device: str) -> bool:
 def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> dict:
     """Scores on whole images, with the setting of the watershed that serves all sets best; it goes into the weights.
 
-    The score that decides is AP averaged over IoU 0.5 to 0.95: mean over the images of a set, then over sets, so that
-    no set drowns another. A set that gains enough by a setting of its own (kinds.gaining) counts with that. Each set's
+    The score that decides is AP averaged over IoU 0.5 to 0.95: mean over the images of a set, then over sets by the weight
+    that they have in training, so that no set drowns another. A set that gains enough by a setting of its own (kinds.gaining) counts with that. Each set's
     own best stands beside, to show what one for all costs.
     """
     import kinds
@@ -268,15 +268,18 @@ def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> di
     import tuning
     net.eval()
     each = functools.partial(runs.shared_out, rank=run.rank, world=run.world)
+    weights = {chosen.name: chosen.weight for chosen in run.config.data.sets}
     distances = each(lambda entry: segment.distance_map(entry.pixels, net, limits=segment.UNIT, kind=kinds.SHARED), entries)
     best = tuning.tuned(distances, [entry.labels for entry in entries], [entry.set for entry in entries],
-                        min_areas=tuning.AREAS, depths=tuning.DEPTHS, smooths=tuning.SMOOTHS, shapes=tuning.SHAPES, each=each)
+                        min_areas=tuning.AREAS, depths=tuning.DEPTHS, smooths=tuning.SMOOTHS, shapes=tuning.SHAPES,
+                        weights=weights, each=each)
     tables = [metrics.overlap(entry.labels, found) for entry, found in zip(entries, best.labels)]
     net.settings = dataclasses.replace(net.settings, **best.setting._asdict(), kinds={})
     sets = {name: {**summary(metrics.set_scores([t for t, e in zip(tables, entries) if e.set == name])),
                    **own._asdict(), "setting": own.setting._asdict()} for name, own in best.sets.items()}
     own = kinds.gaining(sets, [s.name for s in run.config.data.sets])
-    score = float(np.mean([row["own_score" if name in own else "score"] for name, row in sets.items()]))
+    score = float(np.average([row["own_score" if name in own else "score"] for name, row in sets.items()],
+                             weights=[weights.get(name, 1.0) for name in sets]))
     scores = {"score": score, **best.setting._asdict(), **summary(metrics.set_scores(tables))}
     run.log(step, **{f"val_{k}" if k != "score" else k: v for k, v in scores.items()},
             **{f"AP@0.5 {name}": row["AP@0.5"] for name, row in sets.items() if len(sets) > 1})

@@ -118,7 +118,7 @@ def read(example, set_name: str) -> Entry:
     return Entry(f"{set_name}/{example.name}", data.to_rgb(data.normalise(pixels, data.percentiles(pixels))), labels, set_name)
 
 
-def glimpsed(config: Data, seed: int, tile: int, count: int = 32) -> dict[str, list]:
+def glimpsed(config: Data, seed: int, tile: int, count: int = 256) -> dict[str, list]:
     """Of each set the tiles (n, 3, tile, tile) that segment.glimpses() takes of its training images, of some by lot."""
     import segment
     found = {}

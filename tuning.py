@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -83,7 +83,7 @@ class Setting(NamedTuple):
 class Tuned(NamedTuple):
     """Of all sets together."""
     setting: Setting
-    score: float                            # AP over IoU 0.5 to 0.95: mean over images of a set, then sets
+    score: float                            # AP over IoU 0.5 to 0.95: mean over images of a set, then over sets by weight
     labels: list[np.ndarray]                # (H, W) of each image, with this setting
     sets: dict[str, OwnBest]
 
@@ -99,12 +99,13 @@ class OwnBest(NamedTuple):
 def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: Sequence[str] | None = None,
           peaks: Sequence[float] = PEAKS, fills: Sequence[float] = FILLS, min_areas: Sequence[int] = (0,),
           depths: Sequence[float] = (0.0,), smooths: Sequence[float] = (0.0,), shapes: Sequence[float] = (0.0,),
+          weights: Mapping[str, float] | None = None,
           each: Callable[[Callable, list], list] = lambda function, items: [function(item) for item in items]) -> Tuned:
     """The setting that serves all sets best, and from there what is best for each; of equal ones the first.
 
     Every peak, every fill, every pair of depth and smoothing, of depth and shape, every smallest area, each with the best
     of the others so far, and again until nothing is gained: from the first of all and from their middle, which may end at
-    different ones. No set drowns another.
+    different ones. A set of many images counts as much as one of few, or as `weights` says by its name.
     distances, truths : (H, W) of each image; sets : the name of its set; each(function, items) : where processes share
     the work, runs.shared_out with their places.
     """
@@ -118,6 +119,10 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
         return float(np.mean([
             metrics.average_precision(truths[i], watershed(distances[i], *job[1])).mean() for i in members[job[0]]]))
     known: dict[tuple[str, Setting], float] = {}
+    share = {name: (weights or {}).get(name, 1.0) for name in members}
+
+    def total(names: Iterable[str], setting: Setting) -> float:
+        return sum(share[name] * known[name, setting] for name in names)
 
     def search(names: list[str], best: Setting) -> Setting:
         axes = ([dict(peak=peak) for peak in peaks], [dict(fill=fill) for fill in fills],
@@ -132,16 +137,16 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
                 tried = [setting for setting in tried if setting.fill <= setting.peak]
                 jobs = [job for job in product(names, tried) if job not in known]
                 known.update(zip(jobs, each(score, jobs)))
-                best = max(tried, key=lambda setting: sum(known[name, setting] for name in names))
+                best = max(tried, key=lambda setting: total(names, setting))
         return best
 
     pairs = thresholds(peaks, fills)
     starts = [Setting(*(pair if pair in pairs else pairs[0]), *map(which, (min_areas, depths, smooths, shapes)))
               for which in (first, middle) for pair in [(which(peaks), which(fills))]]
     shared = max((search(list(members), start) for start in dict.fromkeys(starts)),
-                 key=lambda setting: sum(known[name, setting] for name in members))
+                 key=lambda setting: total(members, setting))
     own = {name: search([name], shared) for name in members}
-    return Tuned(shared, float(np.mean([known[name, shared] for name in members])),
+    return Tuned(shared, total(members, shared) / sum(share.values()),
                  [watershed(distance, *shared) for distance in distances],
                  {name: OwnBest(len(members[name]), known[name, shared], known[name, best], best)
                   for name, best in own.items()})

@@ -36,6 +36,11 @@ def test_tuned_finds_the_best_setting():
         assert own.own_score == pytest.approx(score(name, *own.setting)) and not any(own.setting[2:])
         assert own.score == pytest.approx(score(name, one.peak, one.fill)) and own.images == sets.count(name)
     np.testing.assert_array_equal(found.labels[3], watershed.watershed(distances[3], one.peak, one.fill))
+    for heavy in "ab":                                        # of which one counts ten times as much: its own best, nearly
+        weighed = {pair: (score("a", *pair) * (10 if heavy == "a" else 1) + score("b", *pair) * (10 if heavy == "b" else 1)) / 11
+                   for pair in pairs}
+        got = tuning.tuned(distances, truths, sets, (0.4, 0.6, 0.8), (0.2, 0.5, 0.7), weights={heavy: 10.0})
+        assert got.score == pytest.approx(max(weighed.values())) == pytest.approx(weighed[got.setting[:2]])
     clean = tuning.tuned(distances, truths, sets, [one.peak], [one.fill], min_areas=(0, 12, 2000))
     assert clean.setting.min_area == 12 and clean.score > found.score         # noise makes crumbs; 2000 px too much
     with pytest.raises(ValueError, match="no pair"):

@@ -9,6 +9,7 @@ from skimage.io import imread
 
 import answer
 import infer
+import kinds
 import metrics
 import model
 import segment
@@ -96,11 +97,14 @@ def test_faint_cells_are_found(net, nuclei):
     assert metrics.set_scores([table]).pooled["F1"] > 0.7
 
 
-def test_a_demo_of_each_kind_gives_cells(net):
-    for name, least in (("nuclei_fluorescence", 80), ("he_tile", 20), ("cells_phase", 15)):
+def test_a_demo_of_each_kind_gives_cells_by_its_own_decoder(net):
+    for name, kind, least in (("nuclei_fluorescence", "nuclei_fluo", 80), ("he_tile", "nuclei_stained", 20), ("cells_phase", "phase", 15)):
         image = imread(ROOT / f"demo/{name}.png")
         image = np.moveaxis(image, -1, 0) if image.ndim == 3 else image
         assert segment.segment(image, net).max() >= least, name
+        assert segment.kind_of(image, net).startswith(kind)
+        own, _ = kinds.suited(net, segment.kind_of(image, net))
+        assert not torch.equal(own.decoder.head.weight, net.decoder.head.weight)
 
 
 def test_halves_and_wholes_agree(net, nuclei):

@@ -28,7 +28,7 @@ EXACT, HALF = 1e-4, 1e-2         # largest difference from PyTorch that passes, 
 class Config:
     out: str = "dinocell.onnx"      # the file
     weights: str = "default"        # file, or the name of one in final_models/ (tiny)
-    kind: str | None = None         # of images, whose decoder is exported (its name's beginning); null: the decoder for all
+    kind: str | None = None         # of images, whose decoder is exported (a part of its name); null: the decoder for all
     tile: int | None = None         # px, side of the tiles the file takes; null: as trained
     opset: int = 18                 # version of ONNX's operators
     half: bool = False              # compute in float16

@@ -62,7 +62,7 @@ class Config:
     smooth: float | None = None                     # px, Gaussian over the distance map before the watershed; null: the weights' own
     shape: float | None = None                      # per px inside a cell, added to the map, so that necks part cells; null: the weights' own
     min_area: int | None = None                     # px, smaller cells are dropped; null: the weights' own
-    kind: str | None = None                         # whose "own" it is: a training set's, or shared; null: by what the image shows
+    kind: str | None = None                         # whose decoder and "own" it is: a part of a training set's name, or shared; null: by what the image shows
     border: Literal["keep", "drop"] = "keep"        # drop: leave out cells cut by the edge of the image
     near: float | None = None                       # px, neighbours are counted within this distance; null: a cell's width
     geojson: bool = False                           # polygons for QuPath

@@ -140,6 +140,8 @@ def plan(config, folder: Path):
 def changed(config, changes: dict, origin: str):
     """The configuration with {key: value} put in, sections merged; unknown keys are an error."""
     import yaml
+    if not isinstance(changes, dict):
+        raise ValueError(f"{origin}={changes}: expected what it changes, {{key: value}}")
 
     def merge(values: dict, new: dict) -> dict:
         return {**values, **{k: merge(values[k], v) if isinstance(v, dict) and isinstance(values.get(k), dict) else v

@@ -109,6 +109,8 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
         return series.run_all(config, train, *group)
     jobs = dict(decoders.plan(config, str(export_path(config))))     # what is wrong with them is said now, not after hours
     code = train(config, *group, check)
+    if check and jobs:
+        print(f"then {len(jobs)} decoders ({', '.join(jobs)}), {sum(one.steps * one.cycles for one in jobs.values())} steps in all")
     if code or check:
         return code
     return decoders.train_all(config, jobs, train, *group)

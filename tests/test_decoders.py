@@ -113,6 +113,7 @@ def test_a_decoder_of_another_backbone_is_refused(trained, tmp_path):
 
 @pytest.mark.parametrize("changes,said", [
     (["decoders.dots.stepps=3"], "decoders.dots: unknown key 'stepps'"),
+    (["decoders.dots=3"], "decoders.dots=3: expected what it changes, {key: value}"),
     (["decoders.dots.warmup=100"], "warmup=100: expected fewer than steps=6"),
     (["decoders.dashes.steps=3"], "decoders.dashes: no set in data.sets has decoder: dashes (there are: stripes, dots)")])
 def test_wrong_changes_are_said_before_anything_is_trained(trained, tmp_path, changes, said):
@@ -157,3 +158,8 @@ def test_the_decoder_of_a_kind_can_be_exported(trained, tmp_path):
     assert abs(sizes[0] - sizes[1]) < 2000                    # one decoder in each
     with pytest.raises(ValueError, match="kind=blue: expected one of 'shared', 'striped', 'dotted'"):
         export.to_onnx(net, tmp_path / "x.onnx", kind="blue")
+
+
+def test_check_counts_the_decoders_as_well(trained):
+    done = run(trained[1], "--check")
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "then 2 decoders (stripes, dots), 12 steps in all"

@@ -16,8 +16,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import runs
 import series
 import trainset
+
+# Keys of a decoder's run that follow from the network for all.
+GIVEN = {"experiment", "export_path", "init", "train_blocks", "data.sets", "data.validation", "data.fields", "data.root",
+         "output_base_dir"}
 
 
 def plan(config, weights: str) -> Iterator[tuple[str, object]]:
@@ -26,15 +31,36 @@ def plan(config, weights: str) -> Iterator[tuple[str, object]]:
     names = list(dict.fromkeys(chosen.decoder for chosen in config.data.sets if chosen.decoder))
     if strange := sorted(config.decoders.keys() - set(names)):
         raise ValueError(f"decoders.{strange[0]}: no set in data.sets has decoder: {strange[0]} (there are: {', '.join(names) or 'none'})")
+    if names:                                                 # what follows needs torch
+        import torch
+        import augment
     for name in names:
-        one = series.changed(config, config.decoders.get(name, {}), f"decoders.{name}")
-        sets = tuple(replace(chosen, decoder=None) for chosen in config.data.sets if chosen.decoder == name)
+        changes = config.decoders.get(name, {})
+        one = series.changed(config, changes, f"decoders.{name}")
+        runs.from_dict(augment.Augment, one.augment, f"decoders.{name}.augment")
+        if given := sorted(key for key in runs.flatten(changes) if key in GIVEN or key.startswith(("network.", "series."))):
+            raise ValueError(f"decoders.{name}.{given[0]}: follows from the network for all; leave it out")
+        if name in ("images", "logs", "checkpoints") or hasattr(torch.nn.ModuleDict(), name):
+            raise ValueError(f"decoder: {name}: this name is taken; give another")
+        sets, validation = ([replace(chosen, decoder=None) for chosen in of if chosen.decoder == name]
+                            for of in (config.data.sets, config.data.validation))
+        data = replace(one.data, sets=tuple(sets), validation=tuple(validation), fields=0)
+        if not validation and not any(trainset.divide(trainset.examples(data, chosen), data, 0)[1] for chosen in sets):
+            raise ValueError(f"decoder: {name}: its sets leave no image to validate on; add images, or a set to data.validation "
+                             f"with decoder: {name}")
         yield name, replace(one, experiment=f"{config.experiment}/{name}", init=weights, train_blocks=0, decoders={},
-                            export_path=str(folder / f"{name}.pt"), data=replace(one.data, sets=sets, fields=0))
+                            export_path=str(folder / f"{name}.pt"), data=data)
 
 
 def train_all(config, jobs: dict, train: Callable[..., int], rank: int, world: int, device: str) -> int:
     """train(config, rank, world, device) -> exit code. After each the weights are whole, and better by a decoder."""
+    import model
+
+    def fits(rank: int) -> None:                              # before hours of training; the others wait until all is written
+        for one in jobs.values() if rank == 0 else ():
+            if Path(one.export_path).exists():
+                trained_on(one, model.load(one.init))
+    runs.shared_out(fits, range(world), rank, world)
     for one in jobs.values():
         if code := train(one, rank, world, device):
             return code
@@ -43,9 +69,19 @@ def train_all(config, jobs: dict, train: Callable[..., int], rank: int, world: i
     return 0
 
 
+def trained_on(one, net):
+    """The network that a decoder's run exported, if its backbone is that of net."""
+    import torch
+    import model
+    trained = model.load(one.export_path)
+    if not all(map(torch.equal, net.backbone.state_dict().values(), trained.backbone.state_dict().values())):
+        raise ValueError(f"{one.export_path}: trained on another backbone than that of {one.init}; remove it and its run "
+                         f"({Path(one.output_base_dir) / 'runs' / one.experiment}), so that it is trained anew")
+    return trained
+
+
 def join(config, jobs: dict) -> None:
     """Into the weights that they began from all decoders that are trained, and what tells their kinds of images apart."""
-    import torch
     import kinds
     import model
     import tuning
@@ -56,10 +92,7 @@ def join(config, jobs: dict) -> None:
     for name, one in jobs.items():
         if not Path(one.export_path).exists():
             continue
-        trained = model.load(one.export_path)
-        if not all(map(torch.equal, net.backbone.state_dict().values(), trained.backbone.state_dict().values())):
-            raise ValueError(f"{one.export_path}: trained on another backbone than that of {weights}; remove its run "
-                             f"({Path(one.output_base_dir) / 'runs' / one.experiment}), so that it is trained anew")
+        trained = trained_on(one, net)
         net.give_decoder(name, trained.decoder)
         settings, stories[name] = trained.settings, trained.settings.provenance
         mine = [chosen.name for chosen in one.data.sets]

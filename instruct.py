@@ -365,6 +365,7 @@ def build(config: Config, record: dict, classes: list[str], text: int):
     else:                                                  # a whole network, whatever its shape
         base = model.load(config.init)
         shape = base.architecture
+        base.drop_decoders()
         settings = dataclasses.replace(base.settings, tile=config.crop, cap=config.cap)
         net = answer.Instructed(base.backbone, shape["widths"], shape["last"], settings, words, shape["stem"])
         net.take_decoder(base.decoder)

@@ -68,7 +68,7 @@ def nearest(net, tiles: Tensor) -> str:
     known = net.settings.kinds
     mine = token(net, tiles) / torch.tensor(known["spread"])                           # (D,)
     chosen = min(known["sets"], key=lambda one: float((mine - torch.tensor(one["tokens"])).square().sum(1).min()))
-    return chosen["name"] if chosen["setting"] else SHARED
+    return chosen["name"] if chosen["name"] in settings(net) else SHARED
 
 
 def settings(net) -> dict[str, dict]:
@@ -87,6 +87,6 @@ def named(net, kind: str) -> str:
     known = settings(net)
     found = [kind] if kind in known else [name for name in known if kind in name]
     if len(found) != 1:
-        raise ValueError(f"kind={kind}: expected one of {', '.join(map(repr, known))} (a part is enough), "
+        raise ValueError(f"kind={kind}: {'several have this in their names, ' * (len(found) > 1)}expected one of {', '.join(map(repr, known))} (a part is enough), "
                          "the kinds of images that these weights know")
     return found[0]

@@ -20,7 +20,7 @@ import pickle
 import struct
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -309,7 +309,8 @@ class DINOCell(nn.Module):
         self.architecture["decoders"] = list(self.decoders)
 
     def drop_decoders(self) -> None:
-        """Leave only the decoder for all, which is what one trains."""
+        """Leave only the decoder for all, which is what one trains, and nothing that chooses between several."""
+        self.settings = replace(self.settings, kinds={})
         self.decoders.clear()
         self.architecture.pop("decoders", None)
 
@@ -538,7 +539,7 @@ def cost(net: DINOCell, size: int) -> list[tuple[str, int, float]]:
                   for name in ([f"{prefix}.{i}" for i in range(len(m))] if isinstance(m, nn.ModuleList) else [prefix])]
         rows.append((label, sum(p.numel() for m in modules for p in m.parameters()),
                      float(sum(flops.get(leaf, 0) for leaf in leaves))))
-    total = sum(p.numel() for p in net.parameters())
+    total = sum(p.numel() for name, p in net.named_parameters() if not name.startswith("decoders."))
     rows.insert(2, ("backbone: class, register tokens, norm", total - sum(row[1] for row in rows), 0.0))
     return rows
 

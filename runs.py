@@ -357,7 +357,7 @@ class Run:
         before = self.folder / "config.yaml"
         if not before.exists() or not any(self.checkpoints.glob("step_*.pt")):
             return
-        old, new = (within(flatten(yaml.safe_load(text))) for text in (before.read_text(encoding="utf-8"), to_yaml(self.config)))
+        old, new = (lasting(flatten(yaml.safe_load(text))) for text in (before.read_text(encoding="utf-8"), to_yaml(self.config)))
         changed = {k: (old.get(k), new.get(k)) for k in {**old, **new} if old.get(k) != new.get(k)}
         said = ", ".join(f"{k}: {a} -> {b}" for k, (a, b) in changed.items())
         if any(k not in FREE + LONGER for k in changed):
@@ -469,10 +469,13 @@ def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def within(values: dict[str, Any]) -> dict[str, Any]:
-    """Paths into output_base_dir without it: the whole folder may have moved."""
-    base = f"{values.get('output_base_dir')}/"
-    return {k: v.removeprefix(base) if isinstance(v, str) else v for k, v in values.items()}
+def lasting(values: dict[str, Any]) -> dict[str, Any]:
+    """What a run must go on with: paths into output_base_dir without it, for the whole folder may have moved; and nothing of
+    the decoders that are trained when it is done (decoders.py)."""
+    base = f"{Path(values.get('output_base_dir') or '.')}/"
+    kept = {k: v.removeprefix(base) if isinstance(v, str) else v for k, v in values.items() if not k.startswith("decoders")}
+    sets = kept.get("data.sets")
+    return kept | ({"data.sets": [{k: v for k, v in one.items() if k != "decoder"} for one in sets]} if sets else {})
 
 
 def write_text(path: Path, text: str) -> None:

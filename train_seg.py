@@ -103,11 +103,14 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
     if files:
         raise ValueError(f"{files[0]}: train_seg.py takes one configuration and key=value")
     group = runs.join_group(config.device)
-    if config.batch % group[1]:
-        raise ValueError(f"batch={config.batch}: expected a multiple of the {group[1]} processes")
+    jobs = dict(decoders.plan(config, str(export_path(config))))     # what is wrong with them is said now, not after hours
+    for one in (config, *jobs.values()):
+        if one.batch % group[1]:
+            raise ValueError(f"batch={one.batch}: expected a multiple of the {group[1]} processes")
+    if config.series and jobs:
+        raise ValueError("series: trains networks without decoders; leave decoder out of data.sets")
     if config.series and not check:
         return series.run_all(config, train, *group)
-    jobs = dict(decoders.plan(config, str(export_path(config))))     # what is wrong with them is said now, not after hours
     code = train(config, *group, check)
     if check and jobs:
         print(f"then {len(jobs)} decoders ({', '.join(jobs)}), {sum(one.steps * one.cycles for one in jobs.values())} steps in all")
@@ -261,7 +264,7 @@ def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> di
     """Scores on whole images, with the setting of the watershed that serves all sets best; it goes into the weights.
 
     The score that decides is AP averaged over IoU 0.5 to 0.95: mean over the images of a set, then over sets by the weight
-    that they have in training, so that no set drowns another. A set that gains enough by a setting of its own (kinds.gaining) counts with that. Each set's
+    that they have in training (1 for others), so that a set of many images drowns none. A set that gains enough by a setting of its own (kinds.gaining) counts with that. Each set's
     own best stands beside, to show what one for all costs.
     """
     import kinds

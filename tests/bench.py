@@ -288,9 +288,9 @@ def elsewhere(file: str, part: str):
 
 
 PARTS = {"watershed": watershed, "network": network, "metrics": metrics, "segment": segment,
-         "train_seg": elsewhere("bench_seg", "train_seg"), "ssl": elsewhere("bench_ssl", "ssl"),
+         "train_seg": elsewhere("bench_seg", "train_seg"), "kinds": elsewhere("bench_seg", "kinds"), "ssl": elsewhere("bench_ssl", "ssl"),
          "stream": elsewhere("bench_stream", "stream"), "seams": seams, "memory": memory}
-SLOW = ("ssl", "stream", "seams", "memory")
+SLOW = ("kinds", "ssl", "stream", "seams", "memory")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ import skimage.io
 import torch
 
 import export
+import instruct
 import kinds
 import model
 import runs
 import segment
 import train_seg
 import tuning
+from conftest import ROOT
 from test_train_seg import run, toy
 
 SIX = dict(steps=6, lr=5e-3)
@@ -29,19 +31,31 @@ def dots(seed: int) -> np.ndarray:
     return np.where(np.random.default_rng(seed).random((64, 64)) < 0.1, 250, 5)
 
 
+def upright(seed: int) -> np.ndarray:
+    return stripes(seed).T
+
+
+def smooth(seed: int) -> np.ndarray:
+    return np.clip(np.add.outer(np.arange(64), np.arange(64)) * 1.5 + 3 * seed, 0, 255)
+
+
+LOOKS = dict(striped=stripes, dotted=dots, upright=upright, smooth=smooth)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Two sets that look different, a decoder for each, from one command; and what it wrote."""
+    """Sets that look different, a decoder for two of them, one for a third, none for the last, from one command."""
     folder = tmp_path_factory.mktemp("decoders")
     labels = np.zeros((64, 64), np.uint16)
     labels[5:30, 5:30], labels[35:60, 20:60] = 1, 2
-    for name, look in (("striped", stripes), ("dotted", dots)):
+    for name, look in LOOKS.items():
         (folder / name).mkdir()
         for seed in range(5):
             skimage.io.imsave(folder / name / f"{name}{seed}.png", look(seed).astype(np.uint8), check_contrast=False)
             skimage.io.imsave(folder / name / f"{name}{seed}_masks.png", labels, check_contrast=False)
     path = toy(folder, **SHORT, decoders=dict(stripes=SIX, dots=SIX),
-               data=dict(root=str(folder), share=0.3, sets=[dict(path="striped", decoder="stripes"), dict(path="dotted", decoder="dots")]))
+               data=dict(root=str(folder), share=0.3, sets=[dict(path="striped", decoder="stripes"), dict(path="dotted", decoder="dots"), dict(path="upright", decoder="stripes"),
+                          dict(path="smooth")]))
     done = run(path)
     assert done.returncode == 0, done.stderr
     return folder, path
@@ -57,7 +71,7 @@ def test_one_command_trains_all_and_one_file_holds_them(trained):
             assert torch.equal(tensor, start[f"module.{name}"].half().float() if "periods" not in name else tensor), name
     for name in net.decoders:
         alone = model.load(folder / f"runs/seg/{name}.pt")
-        assert alone.settings.provenance["step"] in (4, 6) and len(alone.settings.provenance["images"]["train"]) in (3, 4)
+        assert alone.settings.provenance["step"] in (4, 6) and len(alone.settings.provenance["images"]["train"]) == (8 if name == "stripes" else 4)
         assert net.settings.provenance["decoders"][name] == alone.settings.provenance
         assert all(torch.equal(tensor, alone.decoder.state_dict()[key]) for key, tensor in net.decoders[name].state_dict().items())
         moved = [not torch.equal(tensor, net.decoder.state_dict()[key]) for key, tensor in net.decoders[name].state_dict().items()]
@@ -67,7 +81,8 @@ def test_one_command_trains_all_and_one_file_holds_them(trained):
 def test_an_image_goes_through_the_decoder_of_its_kind(trained):
     folder, _ = trained
     net = model.load(folder / "final_models/seg.pt")
-    for own, other, look, kind in (("stripes", "dots", stripes, "striped"), ("dots", "stripes", dots, "dotted")):
+    for own, other, look, kind in (("stripes", "dots", stripes, "striped"), ("dots", "stripes", dots, "dotted"),
+                                   ("stripes", "dots", upright, "upright")):
         image = look(77)
         found = segment.distance_map(image, net)
         assert segment.kind_of(image, net) == kind
@@ -76,7 +91,13 @@ def test_an_image_goes_through_the_decoder_of_its_kind(trained):
         assert not np.allclose(found, segment.distance_map(image, model.load(folder / f"runs/seg/{other}.pt"), kind="shared"))
         assert not np.allclose(found, segment.distance_map(image, net, kind="shared"))
         alone = model.load(folder / f"runs/seg/{own}.pt").settings
-        assert kinds.settings(net)[kind] == {name: getattr(alone, name) for name in tuning.Setting._fields}
+        gained = kinds.gaining(alone.provenance["scores"]["sets"], ["striped", "upright"]).get(kind)
+        assert kinds.settings(net)[kind] == (gained or dict(setting={name: getattr(alone, name) for name in tuning.Setting._fields}))["setting"]
+    if "smooth" not in kinds.settings(net):                   # it gained nothing by a setting of its own
+        assert segment.kind_of(smooth(3), net) == "shared"
+    whole, image = model.load(folder / "final_models/seg.pt"), smooth(3)
+    whole.drop_decoders()
+    assert np.array_equal(segment.distance_map(image, net), segment.distance_map(image, whole))
 
 
 def test_started_again_nothing_is_trained_twice(trained, tmp_path):
@@ -95,14 +116,17 @@ def test_training_from_the_file_takes_the_network_for_all(trained):
     folder, path = trained
     config = runs.load(train_seg.Config, path, [f"init={folder / 'final_models/seg.pt'}"])
     net = train_seg.build(config)
-    assert not net.decoders and "decoders" not in net.architecture
+    whole = model.load(folder / "final_models/seg.pt")
+    assert not net.decoders and "decoders" not in net.architecture and whole.settings.kinds and not net.settings.kinds
+    assert all(torch.equal(tensor, whole.decoder.state_dict()[name]) for name, tensor in net.decoder.state_dict().items())
+    assert sum(row[1] for row in model.cost(whole, 32)) == sum(row[1] for row in model.cost(net, 32))
     model.save(net, folder / "plain.pt")
     assert not model.load(folder / "plain.pt").decoders
 
 
 def test_a_decoder_of_another_backbone_is_refused(trained, tmp_path):
     folder, path = trained
-    for part in ("runs", "final_models", "striped", "dotted"):
+    for part in ("runs", "final_models", *LOOKS):
         shutil.copytree(folder / part, tmp_path / part)
     stranger = model.load(tmp_path / "runs/seg/dots.pt")
     stranger.backbone.cls_token.data += 1
@@ -113,6 +137,9 @@ def test_a_decoder_of_another_backbone_is_refused(trained, tmp_path):
 
 @pytest.mark.parametrize("changes,said", [
     (["decoders.dots.stepps=3"], "decoders.dots: unknown key 'stepps'"),
+    (["decoders.dots.augment.invrt=1"], "decoders.dots.augment: unknown key 'invrt'"),
+    (["decoders.dots.init=x.pt"], "decoders.dots.init: follows from the network for all; leave it out"),
+    (["data.share=0"], "decoder: stripes: its sets leave no image to validate on"),
     (["decoders.dots=3"], "decoders.dots=3: expected what it changes, {key: value}"),
     (["decoders.dots.warmup=100"], "warmup=100: expected fewer than steps=6"),
     (["decoders.dashes.steps=3"], "decoders.dashes: no set in data.sets has decoder: dashes (there are: stripes, dots)")])
@@ -163,3 +190,38 @@ def test_the_decoder_of_a_kind_can_be_exported(trained, tmp_path):
 def test_check_counts_the_decoders_as_well(trained):
     done = run(trained[1], "--check")
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "then 2 decoders (stripes, dots), 12 steps in all"
+
+
+def test_two_processes_train_the_same_decoders(trained, tmp_path):
+    folder, path = trained
+    done = run(path, f"output_base_dir={tmp_path}", torchrun=2)
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(place / "final_models/seg.pt", weights_only=True) for place in (folder, tmp_path))
+    assert one["state_dict"].keys() == two["state_dict"].keys() and one["architecture"] == two["architecture"]
+    for name, tensor in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name].float(), tensor.float(), atol=2e-3, rtol=2e-3, msg=name)
+
+
+def test_a_decoder_may_be_trained_otherwise_without_the_network_for_all(trained, tmp_path):
+    """Its own run is begun anew; the network for all, hours of training, stays as it is."""
+    folder, path = trained
+    for part in ("runs", "final_models", *LOOKS):
+        shutil.copytree(folder / part, tmp_path / part)
+    done = run(path, f"output_base_dir={tmp_path}", "decoders.dots.steps=8")
+    assert done.returncode == 1 and "runs/seg/dots was begun with another configuration" in done.stderr
+    shutil.rmtree(tmp_path / "runs/seg/dots")
+    done = run(path, f"output_base_dir={tmp_path}", "decoders.dots.steps=8")
+    assert done.returncode == 0, done.stderr
+    whole, before = model.load(tmp_path / "final_models/seg.pt"), model.load(folder / "final_models/seg.pt")
+    assert "steps: 8" in whole.settings.provenance["decoders"]["dots"]["config"]
+    same = [torch.equal(tensor, before.state_dict()[name]) for name, tensor in whole.state_dict().items() if "decoders.dots" not in name]
+    assert all(same) and not torch.equal(whole.decoders["dots"].head.weight, before.decoders["dots"].head.weight)
+
+
+def test_the_instructed_network_starts_from_the_decoder_for_all(trained):
+    folder, _ = trained
+    base = model.load(folder / "final_models/seg.pt")
+    config = runs.load(instruct.Config, ROOT / "configs/instruct.yaml", [f"init={folder / 'final_models/seg.pt'}", "crop=32"])
+    record = dict(trained=["tumour"], regions=[], tissues=[], licence=["", ""])
+    net = instruct.build(config, record, ["tumour"], 4)
+    assert torch.equal(net.decoder.refine[0].weight, base.decoder.refine[0].weight) and not net.settings.kinds and not net.decoders

@@ -2,7 +2,7 @@
 
     python tests/bench.py                         everything but what is slow
     python tests/bench.py watershed segment       some of it: watershed, network, metrics, segment,
-                                                  train_seg; ssl, stream, seams, memory (slow)
+                                                  train_seg; kinds, ssl, stream, seams, memory (slow)
 
 Medians of several runs; the header names hardware and versions. With a CUDA device the network and the watershed
 run there as well.

@@ -1,4 +1,4 @@
-"""Part of bench.py: a step of train_seg.py and what of it is not the network."""
+"""Parts of bench.py: a step of train_seg.py and what of it is not the network; which decoder images go to."""
 from __future__ import annotations
 
 import dataclasses

@@ -55,12 +55,12 @@ def plan(config, weights: str) -> Iterator[tuple[str, object]]:
 def train_all(config, jobs: dict, train: Callable[..., int], rank: int, world: int, device: str) -> int:
     """train(config, rank, world, device) -> exit code. After each the weights are whole, and better by a decoder."""
     import model
-
-    def fits(rank: int) -> None:                              # before hours of training; the others wait until all is written
-        for one in jobs.values() if rank == 0 else ():
-            if Path(one.export_path).exists():
-                trained_on(one, model.load(one.init))
-    runs.shared_out(fits, range(world), rank, world)
+    done = [one for one in jobs.values() if Path(one.export_path).exists()]
+    if rank == 0 and done:
+        net = model.load(done[0].init)
+        for one in done:                                      # what does not fit is said before more is trained
+            trained_on(one, net)
+    runs.shared_out(bool, range(world), rank, world)          # all wait for the first, which writes the weights
     for one in jobs.values():
         if code := train(one, rank, world, device):
             return code
@@ -87,18 +87,17 @@ def join(config, jobs: dict) -> None:
     import tuning
     weights = next(iter(jobs.values())).init
     net = model.load(weights)
-    story, names = net.settings.provenance, [one.name for one in config.data.sets]
-    own, stories = kinds.gaining(story["scores"]["sets"], names), {}
+    story, stories = net.settings.provenance, {}
+    own = kinds.gaining(story["scores"]["sets"], [chosen.name for chosen in config.data.sets])
     for name, one in jobs.items():
         if not Path(one.export_path).exists():
             continue
         trained = trained_on(one, net)
         net.give_decoder(name, trained.decoder)
-        settings, stories[name] = trained.settings, trained.settings.provenance
-        mine = [chosen.name for chosen in one.data.sets]
-        common = dict(setting={field: getattr(settings, field) for field in tuning.Setting._fields})
-        gained = kinds.gaining(stories[name]["scores"]["sets"], mine)
-        own.update({chosen: dict(gained.get(chosen, common), decoder=name) for chosen in mine})
+        stories[name], sets = trained.settings.provenance, [chosen.name for chosen in one.data.sets]
+        shared = dict(setting={field: getattr(trained.settings, field) for field in tuning.Setting._fields})
+        gained = kinds.gaining(stories[name]["scores"]["sets"], sets)
+        own.update({chosen: dict(gained.get(chosen, shared), decoder=name) for chosen in sets})
     looks = trainset.glimpsed(config.data, config.seed, net.settings.tile)
     net.settings = replace(net.settings, kinds=kinds.learnt(net, looks, own), provenance={**story, "decoders": stories})
     model.save(net, weights, half=True)

@@ -66,11 +66,10 @@ def load(cls: type[Config], path: str | Path | None = None, overrides: list[str]
         *sections, last = key.split(".")
         inner = values
         for section in sections:
-            within_it = inner.get(section, {})
-            if not isinstance(within_it, dict):
+            below = inner.get(section, {})
+            if not isinstance(below, dict):
                 raise ValueError(f"{text}: '{section}' is a value in {origin}, no section")
-            inner[section] = dict(within_it)                   # a section that YAML names twice (&, *) is two
-            inner = inner[section]
+            inner[section] = inner = dict(below)               # a section that YAML names twice (&, *) is two
         try:
             inner[last] = yaml.safe_load(value) if value else ""
         except yaml.YAMLError:

@@ -152,7 +152,7 @@ def changed(config, changes: dict, origin: str):
 def fingerprint(config) -> str:
     """Of all in a configuration that may change a result."""
     import yaml
-    values = runs.flatten(yaml.safe_load(runs.to_yaml(config)))
+    values = runs.lasting(runs.flatten(yaml.safe_load(runs.to_yaml(config))))
     kept = {k: v for k, v in values.items() if k not in (*runs.FREE, "export_path") and not k.startswith("series.")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 

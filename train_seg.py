@@ -264,8 +264,8 @@ def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> di
     """Scores on whole images, with the setting of the watershed that serves all sets best; it goes into the weights.
 
     The score that decides is AP averaged over IoU 0.5 to 0.95: mean over the images of a set, then over sets by the weight
-    that they have in training (1 for others), so that a set of many images drowns none. A set that gains enough by a setting of its own (kinds.gaining) counts with that. Each set's
-    own best stands beside, to show what one for all costs.
+    that they have in training (1 for others), so that a set of many images drowns none. A set that gains enough by a
+    setting of its own (kinds.gaining) counts with that. Each set's own best stands beside, to show what one for all costs.
     """
     import kinds
     import metrics

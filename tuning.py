@@ -140,10 +140,11 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
                 best = max(tried, key=lambda setting: total(names, setting))
         return best
 
-    pairs = thresholds(peaks, fills)
-    starts = [Setting(*(pair if pair in pairs else pairs[0]), *map(which, (min_areas, depths, smooths, shapes)))
-              for which in (first, middle) for pair in [(which(peaks), which(fills))]]
-    shared = max((search(list(members), start) for start in dict.fromkeys(starts)),
+    def start(which: Callable[[Sequence], Any]) -> Setting:
+        pairs, pair = thresholds(peaks, fills), (which(peaks), which(fills))
+        return Setting(*(pair if pair in pairs else pairs[0]), *map(which, (min_areas, depths, smooths, shapes)))
+
+    shared = max((search(list(members), begin) for begin in dict.fromkeys((start(first), start(middle)))),
                  key=lambda setting: total(members, setting))
     own = {name: search([name], shared) for name in members}
     return Tuned(shared, total(members, shared) / sum(share.values()),

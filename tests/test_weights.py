@@ -79,8 +79,10 @@ def test_uneven_light_has_hardly_any(net):
     rows, columns = np.mgrid[:512, :512]
     slope = (200 + rows / 4 + columns / 8).astype(np.uint16)
     vignette = (1000 * (1 - ((rows - 256) ** 2 + (columns - 256) ** 2) / 3e5)).astype(np.uint16)
+    discs = ((rows % 40 - 20) ** 2 + (columns % 40 - 20) ** 2 < 100) * 1500               # 169 of them, 20 px wide
     for name, ground in dict(slope=slope, vignette=vignette).items():
         assert segment.segment(ground, net).max() <= 6, name
+        assert 150 <= segment.segment((ground + discs).astype(np.uint16), net).max() <= 190, "no network that sees nothing"
 
 
 @pytest.fixture(scope="module")

@@ -83,9 +83,10 @@ def suited(net, kind: str) -> tuple:
 
 
 def named(net, kind: str) -> str:
-    """The kind of that name, or the only one that has this in its name."""
+    """The kind of that name, or the only one that begins so; where none does, the only one that has this in its name."""
     known = settings(net)
-    found = [kind] if kind in known else [name for name in known if kind in name]
+    found = ([kind] if kind in known else
+             [name for name in known if name.startswith(kind)] or [name for name in known if kind in name])
     if len(found) != 1:
         raise ValueError(f"kind={kind}: {'several have this in their names, ' * (len(found) > 1)}expected one of {', '.join(map(repr, known))} (a part is enough), "
                          "the kinds of images that these weights know")

@@ -129,6 +129,7 @@ def test_a_name_may_begin_another(net):
     images = {name: [tiles(look(kind, 0))] for name, kind in (("cells", "stripes"), ("cells_dense", "dots"))}
     net.settings.kinds = kinds.learnt(net, images, dict.fromkeys(images, best()["stripes"]))
     assert kinds.named(net, "cells") == "cells" and kinds.named(net, "cells_") == "cells_dense"
+    assert kinds.named(net, "dense") == "cells_dense" and kinds.named(net, "s_") == "cells_dense" and kinds.named(net, "sh") == "shared"
     with pytest.raises(ValueError, match="kind=cel: several have this in their names, expected one of 'shared', 'cells', 'cells_dense'"):
         kinds.named(net, "cel")
     segment.segment(look("stripes", 0), net)

@@ -105,6 +105,7 @@ def test_a_demo_of_each_kind_gives_cells_by_its_own_decoder(net):
         image = np.moveaxis(image, -1, 0) if image.ndim == 3 else image
         assert segment.segment(image, net).max() >= least, name
         assert segment.kind_of(image, net).startswith(kind)
+        assert kinds.named(net, dict(nuclei_stained="stained").get(kind, kind)) == segment.kind_of(image, net)
         own, _ = kinds.suited(net, segment.kind_of(image, net))
         assert not torch.equal(own.decoder.head.weight, net.decoder.head.weight)
 

@@ -95,9 +95,11 @@ def join(config, jobs: dict) -> None:
         trained = trained_on(one, net)
         net.give_decoder(name, trained.decoder)
         stories[name], sets = trained.settings.provenance, [chosen.name for chosen in one.data.sets]
-        shared = dict(setting={field: getattr(trained.settings, field) for field in tuning.Setting._fields})
+        shared = {field: getattr(trained.settings, field) for field in tuning.Setting._fields}
         gained = kinds.gaining(stories[name]["scores"]["sets"], sets)
-        own.update({chosen: dict(gained.get(chosen, shared), decoder=name) for chosen in sets})
+        for chosen in sets:
+            setting = gained[chosen]["setting"] if chosen in gained else shared
+            own[chosen] = dict(setting={**setting, "diameter": trained.settings.diameter}, decoder=name)
     looks = trainset.glimpsed(config.data, config.seed, net.settings.tile)
     net.settings = replace(net.settings, kinds=kinds.learnt(net, looks, own), provenance={**story, "decoders": stories})
     model.save(net, weights, half=True)

@@ -204,9 +204,9 @@ class Network:
         import cohort
         import segment
         entry, config = self.entry, self.config
-        scale, begin = segment.scale_for(config.diameter, self.net), time.perf_counter()
+        begin = time.perf_counter()
         seen = {"both": pixels, "nuclei": pixels[:1], "marker": pixels[1:]}[entry.sees]
-        labels = segment.segment(seen, self.net, scale=scale, border=config.border, batch=config.batch,
+        labels = segment.segment(seen, self.net, diameter=config.diameter, border=config.border, batch=config.batch,
                                  peak=entry.peak, fill=entry.fill, min_area=entry.min_area)
         seconds = time.perf_counter() - begin
         percentile = config.percentile if config.statistic == "percentile" else None

@@ -195,6 +195,7 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, progress
     import cells
     import data
     import images
+    import kinds
     import overlay
     import segment
     start, clock = time.perf_counter(), Counter() if clock is None else clock
@@ -210,11 +211,13 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, progress
                 say(said)
         options = dict(limits=limits, peak=config.peak, fill=config.fill, depth=config.depth, smooth=config.smooth,
                        shape=config.shape, kind=config.kind, tile=config.tile, overlap=config.overlap, batch=config.batch)
-        scale = choose_scale(config, source, net, options, path)
+        diameter, scale = choose_size(config, source, net, options, path)
         with segment.timed(clock, "network"):
-            kind = options["kind"] = config.kind or segment.kind_of(source, net, scale=scale, limits=limits, tile=config.tile)
+            kind = options["kind"] = config.kind or segment.kind_of(
+                source, net, diameter=diameter, scale=scale, limits=limits, tile=config.tile)
+        scale *= segment.scale_for(diameter, net, kind)
         reduce = -(-max(H, W) // PICTURE)                      # the overlay is reduced by this whole number
-        near = (net.settings.diameter or 40) / scale if config.near is None else config.near
+        near = (kinds.suited(net, kind)[1].diameter or 40) / scale if config.near is None else config.near
         side = max(1, int(config.block / max(scale, 1)) // reduce) * reduce      # of blocks; enlarged, they keep their memory
         columns, polygons, labelled = [], [], 0
         small = (-(-H // reduce), -(-W // reduce))
@@ -299,20 +302,21 @@ def save_labels(path: Path, size: tuple[int, int], parts, pixel_size: float | No
     data.write_label_tiles(path, size, tiles(), (TILE, TILE), pixel_size)
 
 
-def choose_scale(config: Config, source, net, options: dict, path: Path) -> float:
+def choose_size(config: Config, source, net, options: dict, path: Path) -> tuple[float | None, float]:
+    """(how wide cells are, px, where that is known; network px per image px, on top of what follows from it)"""
     import segment
     settings = net.settings
     if config.diameter is None:
         if source.pixel_size and settings.pixel_size:
-            return segment.scale_for(settings.diameter * settings.pixel_size / source.pixel_size, net)
-        return 1.0
+            return None, segment.scale_for(settings.diameter * settings.pixel_size / source.pixel_size, net)
+        return None, 1.0
     if config.diameter == "auto":
         diameter = segment.find_diameter(source, net, **options)
         if diameter is None:
             say(f"{path}: diameter=auto found no cells to measure; taking the image as it is")
     else:
         diameter = parse_diameter(config.diameter, source.pixel_size, path)
-    return segment.scale_for(diameter, net)
+    return diameter, 1.0
 
 
 def parse_diameter(text: str, pixel_size: float | None, path: Path | None) -> float:

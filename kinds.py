@@ -1,7 +1,7 @@
 """Kinds of images, and what suits each: a decoder of its own, a setting of the watershed of its own.
 
     net.settings.kinds = learnt(net, {"phase": images, "nuclei": images}, {"phase": {"setting": ..., "decoder": "phase"}})
-    kind = nearest(net, tiles)                                                          # of an image to be segmented
+    kind = nearest(net, {name: token(net, tiles) for name in sets(net)})                # of an image to be segmented
     net, settings = suited(net, kind)                                                   # its decoder, its setting
 
 One decoder and one setting for all cost most where cells are unlike the others: the large ones of phase contrast fall to
@@ -63,16 +63,25 @@ def learnt(net, images: Mapping[str, Iterable[Tensor]], own: Mapping[str, dict])
         for name, of in tokens.items()])
 
 
-def nearest(net, tiles: Tensor) -> str:
-    """The kind of an image: the training set that has the image most like it; SHARED where that has nothing of its own."""
+def nearest(net, looks: Mapping[str, Tensor]) -> str:
+    """The kind of an image: the training set that has the image most like it; SHARED where that has nothing of its own.
+
+    looks : by the name of each set of sets(), the image's token (D,) at the scale at which this set would have its cells.
+    """
     known = net.settings.kinds
-    mine = token(net, tiles) / torch.tensor(known["spread"])                           # (D,)
-    chosen = min(known["sets"], key=lambda one: float((mine - torch.tensor(one["tokens"])).square().sum(1).min()))
-    return chosen["name"] if chosen["name"] in settings(net) else SHARED
+    spread = torch.tensor(known["spread"])                                             # (D,)
+    chosen = min(known["sets"], key=lambda one: float(
+        (looks[one["name"]] / spread - torch.tensor(one["tokens"])).square().sum(1).min()))["name"]
+    return sets(net)[chosen]
+
+
+def sets(net) -> dict[str, str]:
+    """The training sets that images are compared with, and the kind that each stands for."""
+    return {one["name"]: one["name"] if one["setting"] else SHARED for one in net.settings.kinds.get("sets", ())}
 
 
 def settings(net) -> dict[str, dict]:
-    """Kinds that the weights know, and what each changes in the setting that serves all."""
+    """Kinds that the weights know, and what each changes in the settings that serve all: the watershed's, the diameter of cells."""
     return {SHARED: {}, **{one["name"]: one["setting"] for one in net.settings.kinds.get("sets", ()) if one["setting"]}}
 
 

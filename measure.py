@@ -286,8 +286,7 @@ class Network:
 def segmented(item: Item, place: DataSet, net, scale: float, **options) -> np.ndarray:
     import segment
     try:
-        scale *= segment.scale_for(place.diameter, net)
-        return segment.segment(item.pixels, net, scale=scale, **options)
+        return segment.segment(item.pixels, net, diameter=place.diameter, scale=scale, **options)
     except ValueError as error:             # segment knows no names
         raise ValueError(f"{place.name}/{item.name}: {error}") from None
 

@@ -59,15 +59,26 @@ def distance_map(image, model, **options) -> np.ndarray:
     return _whole("distance", image, model, options)
 
 
-def kind_of(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None, tile: int | None = None) -> str:
-    """Whose decoder and setting of the watershed suit an image (kinds.py); the arguments are those of blocks()."""
+def kind_of(image, model, *, diameter: float | None = None, scale: float = 1.0, limits: np.ndarray | None = None,
+            tile: int | None = None) -> str:
+    """Whose decoder and setting of the watershed suit an image (kinds.py); the arguments are those of blocks().
+
+    Where the diameter of its cells is known, each kind looks at it with cells as wide as its own.
+    """
     if not model.settings.kinds:
         return kinds.SHARED
     source = as_source(image)
     if limits is None:
         limits = data.percentiles(getattr(source, "pixels", source), model.settings.low, model.settings.high)
-    size = tuple(max(1, round(length * scale)) for length in source.shape[1:])
-    return kinds.nearest(model, glimpses(source, limits, size, _side(model, tile)))
+    scales = {name: scale * scale_for(diameter, model, kind) for name, kind in kinds.sets(model).items()}
+    looks = {at: kinds.token(model, glimpses(source, limits, _scaled(source.shape[1:], at), _side(model, tile)))
+             for at in set(scales.values())}
+    return kinds.nearest(model, {name: looks[at] for name, at in scales.items()})
+
+
+def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    H, W = size
+    return max(1, round(H * scale)), max(1, round(W * scale))
 
 
 def _side(model, tile: int | None) -> int:
@@ -90,14 +101,15 @@ def _whole(what: str, image, model, options: dict) -> np.ndarray:
     return whole
 
 
-def blocks(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None, peak: float | None = None,
-           fill: float | None = None, depth: float | None = None, smooth: float | None = None, shape: float | None = None,
-           min_area: int | None = None, kind: str | None = None, border: str = "keep", tile: int | None = None,
-           overlap: int | None = None, batch: int | None = None, block: int = 2048, halo: int | None = None,
-           clock: Counter | None = None, progress=None) -> Iterator[Block]:
+def blocks(image, model, *, diameter: float | None = None, scale: float = 1.0, limits: np.ndarray | None = None,
+           peak: float | None = None, fill: float | None = None, depth: float | None = None, smooth: float | None = None,
+           shape: float | None = None, min_area: int | None = None, kind: str | None = None, border: str = "keep",
+           tile: int | None = None, overlap: int | None = None, batch: int | None = None, block: int = 2048,
+           halo: int | None = None, clock: Counter | None = None, progress=None) -> Iterator[Block]:
     """Segment block by block, left to right and top to bottom.
 
-    scale : network px per image px (see scale_for); limits : (C, 2), what becomes 0 and 1 (data.percentiles).
+    diameter : px, how wide cells are in the image, which is scaled so that they are as wide as this kind's were in training
+        (scale_for); scale : network px per image px, on top of that. limits : (C, 2), what becomes 0 and 1 (data.percentiles).
     peak, fill, depth, smooth (network px), shape, min_area (image px) : None takes what the weights have for this kind
         of image; kind : None asks kind_of(). border="drop" leaves out cells cut by the image's edge.
     tile : px, None takes the training size. overlap : px shared by neighbouring tiles; None: a cell's width, so that
@@ -105,24 +117,25 @@ def blocks(image, model, *, scale: float = 1.0, limits: np.ndarray | None = None
     block : px, side of a block; images that are not much larger are one block. halo : px, None: 256 or 4 cells.
     clock : seconds are added under read, network, watershed; progress : called with the share of the image done.
     """
-    source, settings = as_source(image), model.settings
+    source = as_source(image)
     clock = Counter() if clock is None else clock
     C, H, W = source.shape
     tile = _side(model, tile)
+    if limits is None:
+        with timed(clock, "read"):
+            limits = data.percentiles(getattr(source, "pixels", source), model.settings.low, model.settings.high)
+    with timed(clock, "network"):
+        kind = (kinds.named(model, kind) if kind else
+                kind_of(source, model, diameter=diameter, scale=scale, limits=limits, tile=tile))
+    scale *= scale_for(diameter, model, kind)
+    model, settings = kinds.suited(model, kind)
     overlap = min(max(tile // 8, round(settings.diameter or 0)), tile // 2) if overlap is None else overlap
     if not 0 <= overlap <= tile // 2:
         raise ValueError(f"overlap={overlap}: expected 0 to half the tile, {tile // 2} px")
     halo = halo or max(256, math.ceil(4 * (settings.diameter or 0) / scale))
     if max(H, W) <= block + 2 * halo:
         block = max(H, W)
-    if limits is None:
-        with timed(clock, "read"):
-            limits = data.percentiles(getattr(source, "pixels", source), settings.low, settings.high)
-
-    h, w = max(1, round(H * scale)), max(1, round(W * scale))
-    with timed(clock, "network"):
-        kind = kinds.named(model, kind) if kind else kind_of(source, model, scale=scale, limits=limits, tile=tile)
-    model, settings = kinds.suited(model, kind)
+    h, w = _scaled((H, W), scale)
     peak = settings.peak if peak is None else peak
     fill = settings.fill if fill is None else fill
     if not 0 <= fill <= peak < 1:
@@ -308,52 +321,57 @@ def _reflect(length: int, wanted: int) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------- scale
 
-def scale_for(diameter: float | None, model) -> float:
-    """Network px per image px so that cells `diameter` px wide look as wide as the training cells; None: as they are."""
+def scale_for(diameter: float | None, model, kind: str = kinds.SHARED) -> float:
+    """Network px per image px so that cells `diameter` px wide look as wide as the training cells of that kind; None: as they are."""
     if diameter is None:
         return 1.0
-    if model.settings.diameter is None:
+    typical = kinds.suited(model, kind)[1].diameter
+    if typical is None:
         raise ValueError("diameter: these weights do not say how large their training cells were; leave it out")
     if not diameter > 0:
         raise ValueError(f"diameter={diameter:g}: expected more than 0 px")
-    scale = model.settings.diameter / diameter
+    scale = typical / diameter
     if scale > 10:
         raise ValueError(f"diameter={diameter:g}: the image would be enlarged {scale:.0f} times, for these weights know cells of "
-                         f"{model.settings.diameter:g} px; expected {model.settings.diameter / 10:.2g} px or more")
+                         f"{typical:.3g} px; expected {typical / 10:.2g} px or more")
     return 1.0 if abs(math.log(scale)) < 0.05 else scale       # under 5 %: resampling would cost more than it brings
 
 
-def find_diameter(image, model, limits: np.ndarray, **options) -> float | None:
+def find_diameter(image, model, limits: np.ndarray, *, kind: str | None = None, **options) -> float | None:
     """Median diameter (px) of the cells of an image, from a few passes over parts of it; None where it finds no cells.
 
     A part is segmented at each of four scales an octave apart: the liveliest of nine, at most 1024 px wide, and 640 px
     for the network, so that all passes together take as long as some 1.5 megapixels. The network finds cells best when
-    they are as large as it knows them, so the scale counts at which they come out closest to that; a last pass refines it.
+    they are as large as it knows them of their kind, so the scale counts at which they come out closest to that; a last
+    pass refines it.
     """
-    source, typical = as_source(image), model.settings.diameter
-    if typical is None:
+    source = as_source(image)
+    if model.settings.diameter is None:
         raise ValueError("diameter=auto: these weights do not say how large their training cells were; give diameter in px")
     _, H, W = source.shape
 
-    def measure(scale: float) -> float | None:
+    def measure(scale: float) -> tuple[float, float] | None:
+        """Diameter in the image, and as the network knows it of this kind."""
+        seen = kind or kind_of(source, model, scale=scale, limits=limits, tile=options.get("tile"))
         side = min(1024, round(640 / scale))
         corners = [(y, x) for y in sorted({0, max(0, (H - side) // 2), max(0, H - side)})
                    for x in sorted({0, max(0, (W - side) // 2), max(0, W - side)})]
         parts = (source.region(y, min(H, y + side), x, min(W, x + side)) for y, x in corners)
         part = max(parts, key=lambda pixels: data.normalise(pixels, limits).std())
-        labels = segment(part, model, scale=scale, limits=limits, **options)
+        labels = segment(part, model, scale=scale, limits=limits, kind=seen, **options)
         area = np.bincount(labels.ravel())[1:].astype(float)
         if len(area) < 3:
             return None
         whole = area[area >= 0.2 * (area @ area) / area.sum()]               # crumbs at a wrong scale say nothing
-        return 2 * math.sqrt(np.median(whole) / math.pi)
+        return 2 * math.sqrt(np.median(whole) / math.pi), kinds.suited(model, kinds.named(model, seen))[1].diameter
 
     found = {scale: d for scale in (0.25, 0.5, 1.0, 2.0) if min(H, W, 1024) * scale >= 32
              and (d := measure(scale)) is not None}
     if not found:
         return None
-    best = min(found, key=lambda scale: abs(math.log(found[scale] * scale / typical)))
-    return measure(min(max(typical / found[best], 0.1), 4.0)) or found[best]
+    best = min(found, key=lambda scale: abs(math.log(found[scale][0] * scale / found[scale][1])))
+    width, typical = found[best]
+    return (measure(min(max(typical / width, 0.1), 4.0)) or found[best])[0]
 
 
 def _read(source, limits, size, rows: slice) -> Tensor:

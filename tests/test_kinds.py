@@ -37,6 +37,11 @@ def tiles(image: np.ndarray) -> torch.Tensor:
     return segment.glimpses(segment.as_source(image), segment.UNIT, image.shape[1:], 32)
 
 
+def nearest(net, image: np.ndarray | torch.Tensor) -> str:
+    seen = kinds.token(net, tiles(image) if isinstance(image, np.ndarray) else image)
+    return kinds.nearest(net, {name: seen for name in kinds.sets(net)})
+
+
 def best(**changes) -> dict:
     own = dict(images=2, score=0.2, own_score=0.4, setting=OWN)
     return dict(stripes={**own, **changes}, dots=dict(images=9, score=0.5, own_score=0.51, setting=OWN))
@@ -50,8 +55,8 @@ def learnt(net, **changes) -> dict:
 def test_the_nearest_set_decides(net):
     net.settings.kinds = learnt(net)
     for seed in range(50, 60):
-        assert kinds.nearest(net, tiles(look("stripes", seed))) == "stripes"
-        assert kinds.nearest(net, tiles(look("dots", seed, 33))) == kinds.SHARED        # gains too little: as all
+        assert nearest(net, look("stripes", seed)) == "stripes"
+        assert nearest(net, look("dots", seed, 33)) == kinds.SHARED        # gains too little: as all
     assert kinds.settings(net) == {kinds.SHARED: {}, "stripes": OWN} and kinds.named(net, "str") == "stripes"
 
 
@@ -61,7 +66,7 @@ def test_a_set_of_many_looks_and_one_in_their_midst(net, monkeypatch):
     images = {name: [torch.full((1, 3, 8, 8), value) for value in values]
               for name, values in (("stripes", (0.1, 0.2, 0.8, 0.9)), ("dots", (0.5, 0.52)))}
     net.settings.kinds = kinds.learnt(net, images, kinds.gaining(best(), images))
-    found = [kinds.nearest(net, torch.full((1, 3, 8, 8), value)) for value in (0.0, 0.3, 0.45, 0.6, 0.7, 1.0)]
+    found = [nearest(net, torch.full((1, 3, 8, 8), value)) for value in (0.0, 0.3, 0.45, 0.6, 0.7, 1.0)]
     assert found == ["stripes", "stripes", kinds.SHARED, kinds.SHARED, "stripes", "stripes"]
 
 
@@ -109,12 +114,33 @@ def test_segment_takes_the_setting_and_gives_way(net, monkeypatch):
     assert asked.pop() == (0.7, 0.2, 9, 0.3, 1.5, 0.1, 16)
 
 
+def test_each_kind_knows_how_wide_its_cells_are(net, monkeypatch):
+    """Told their diameter, an image is shown to each kind with cells as wide as its own, and goes through at that size."""
+    net.settings.diameter, net.settings.kinds = 10.0, learnt(net)
+    net.settings.kinds["sets"][0]["setting"]["diameter"] = 40.0              # of stripes; dots have nothing of their own
+    assert segment.scale_for(20, net) == 0.5 and segment.scale_for(20, net, "stripes") == 2
+    shown, seen = [], segment.glimpses
+    monkeypatch.setattr(segment, "glimpses", lambda source, limits, size, tile: shown.append(size) or seen(source, limits, size, tile))
+    segment.kind_of(look("dots", 5), net, diameter=20)
+    assert sorted(shown) == [(35, 35), (140, 140)]
+    sizes, distances = [], segment._distances
+    monkeypatch.setattr(segment, "_distances", lambda source, limits, size, model, tile, overlap, *more:
+                        sizes.append((size, overlap)) or distances(source, limits, size, model, tile, overlap, *more))
+    for kind, expected in (("stripes", ((140, 140), 16)), ("shared", ((35, 35), 10))):       # 40 px is more than half a tile
+        segment.segment(look("dots", 5), net, diameter=20, kind=kind)
+        assert sizes.pop() == expected
+    segment.segment(look("dots", 5), net, diameter=20, scale=2, kind="stripes")
+    assert sizes.pop()[0] == (280, 280)
+    shown.clear()
+    assert segment.kind_of(look("stripes", 70), net) == "stripes" and shown == [(70, 70)]    # not told: as it is
+
+
 def test_kinds_travel_with_the_weights(net, tmp_path):
     net.settings.kinds = learnt(net)
     model.save(net, tmp_path / "net.pt", half=True)
     read = model.load(tmp_path / "net.pt")
-    assert kinds.nearest(read, tiles(look("stripes", 80))) == "stripes" and kinds.settings(read)["stripes"] == OWN
-    assert kinds.nearest(read, tiles(look("dots", 80))) == kinds.SHARED       # and not one answer for all
+    assert nearest(read, look("stripes", 80)) == "stripes" and kinds.settings(read)["stripes"] == OWN
+    assert nearest(read, look("dots", 80)) == kinds.SHARED       # and not one answer for all
 
 
 def test_names_are_short_where_that_suffices(net):

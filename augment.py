@@ -435,19 +435,33 @@ def stretch(x: Tensor, least: float) -> Tensor:
     return ((x - low) / (high - low).clamp(min=least)).clamp(0, 1)
 
 
+SPREAD = (0.003, 0.3)       # standard deviation of texture
+
+
 def texture(x: Tensor, draws: Draws) -> Tensor:
-    """Fields without cells for x (k, C, S, S): noise and smooth structure of several widths on some gray."""
+    """Fields without cells for x (k, C, S, S): noise and smooth structure of several widths on some gray.
+
+    Half of them are the same in all channels: a gray image of noise must be nothing to a network of stained tissue either.
+    """
     weights = draws.uniform("octaves", 6) ** 4                               # one or two of them stand out
     weights /= np.sqrt((weights ** 2).sum(1, keepdims=True))
     x = torch.zeros_like(x)
-    size, spread = x.shape[-1], draws.within("spread", (0.003, 0.3))
+    size, spread = x.shape[-1], draws.within("spread", SPREAD)
     for octave in range(6):                                                  # knots every 1, 2, 4 ... 32 px
         knots = fresh(f"octave {octave}", draws, x[..., ::2 ** octave, ::2 ** octave])
         if octave:
             knots = F.interpolate(knots, size=(size, size), mode="bicubic")
         x += each(weights[:, octave] * spread, x) * knots
+    x = touch(x, draws, draws.uniform("one channel") < 0.5, lambda v, _: v[:, :1].expand_as(v))
     x = (x + each(draws.uniform("level"), x)).clamp(0, 1)
+    x = touch(x, draws, draws.uniform("counted") < 0.3, counted)
     return touch(x, draws, draws.uniform("stretch") < 0.6, lambda v, _: stretch(v, least=1e-3))
+
+
+def counted(x: Tensor, draws: Draws) -> Tensor:
+    """Texture as a camera shows it that tells only a few levels of it apart."""
+    step = each(draws.within("spread", SPREAD) * draws.within("steps", (0.3, 4.0)), x)
+    return ((x / step).round() * step).clamp(0, 1)
 
 
 def recolour(x: Tensor, draws: Draws, alive: np.ndarray) -> Tensor:

@@ -373,6 +373,14 @@ def test_negatives_have_no_cells():
     assert 20 < mixed.sum() < 44
 
 
+def test_negatives_of_colour_images_are_gray_as_well_and_some_have_few_levels():
+    x = crops([entry(0, 90, 90, colour=True)], only(negative=1.0), B=96)[0]
+    gray = (x[:, 0] == x[:, 1]).all((1, 2)) & (x[:, 0] == x[:, 2]).all((1, 2))
+    assert 30 < gray.sum() < 66 and (x[~gray, 0] != x[~gray, 1]).any((1, 2)).all()
+    levels = np.array([len(crop.unique()) for crop in x])
+    assert 15 < (levels < 100).sum() < 45 < (levels > 1000).sum()
+
+
 @pytest.mark.parametrize("changes,said", [(dict(blur=1.5), "blur=1.5: expected a probability"),
                                           (dict(scale=(2, 1)), "expected two numbers, low and high"),
                                           (dict(dim_photons=(0, 1)), "expected numbers above 0")])

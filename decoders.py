@@ -81,14 +81,18 @@ def trained_on(one, net):
 
 
 def join(config, jobs: dict) -> None:
-    """Into the weights that they began from all decoders that are trained, and what tells their kinds of images apart."""
+    """Into the weights that they began from all decoders that are trained, and what tells their kinds of images apart.
+
+    A set that the decoder for all serves better on validation keeps it: one of few images gains nothing by one of many.
+    """
     import kinds
     import model
     import tuning
     weights = next(iter(jobs.values())).init
     net = model.load(weights)
     story, stories = net.settings.provenance, {}
-    own = kinds.gaining(story["scores"]["sets"], [chosen.name for chosen in config.data.sets])
+    general = kinds.gaining(story["scores"]["sets"], [chosen.name for chosen in config.data.sets])
+    own = dict(general)
     for name, one in jobs.items():
         if not Path(one.export_path).exists():
             continue
@@ -98,8 +102,15 @@ def join(config, jobs: dict) -> None:
         shared = {field: getattr(trained.settings, field) for field in tuning.Setting._fields}
         gained = kinds.gaining(stories[name]["scores"]["sets"], sets)
         for chosen in sets:
-            setting = gained[chosen]["setting"] if chosen in gained else shared
-            own[chosen] = dict(setting={**setting, "diameter": trained.settings.diameter}, decoder=name)
+            if reached(chosen, stories[name], gained) >= reached(chosen, story, general):
+                setting = gained[chosen]["setting"] if chosen in gained else shared
+                own[chosen] = dict(setting={**setting, "diameter": trained.settings.diameter}, decoder=name)
     looks = trainset.glimpsed(config.data, config.seed, net.settings.tile)
     net.settings = replace(net.settings, kinds=kinds.learnt(net, looks, own), provenance={**story, "decoders": stories})
     model.save(net, weights, half=True)
+
+
+def reached(name: str, story: dict, gained: dict) -> float:
+    """The score of a set on validation, with the setting that it would be given; one without images there leaves it to the others."""
+    row = story["scores"]["sets"].get(name)
+    return row["own_score" if name in gained else "score"] if row else 0.0

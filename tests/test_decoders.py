@@ -20,7 +20,7 @@ from conftest import ROOT
 from test_train_seg import run, toy
 
 SIX = dict(steps=6, lr=5e-3)
-SHORT = dict(steps=4, warmup=1, val_every=4, save_every=2, log_every=2)
+SHORT = dict(steps=4, lr=2e-4, warmup=1, val_every=4, save_every=2, log_every=2)
 
 
 def stripes(seed: int) -> np.ndarray:
@@ -99,6 +99,20 @@ def test_an_image_goes_through_the_decoder_of_its_kind(trained):
     whole, image = model.load(folder / "final_models/seg.pt"), smooth(3)
     whole.drop_decoders()
     assert np.array_equal(segment.distance_map(image, net), segment.distance_map(image, whole))
+
+
+def test_a_set_that_the_decoder_for_all_serves_better_keeps_it(trained, tmp_path):
+    folder, path = trained
+    for part in ("runs", "final_models", *LOOKS):
+        shutil.copytree(folder / part, tmp_path / part)
+    net = model.load(tmp_path / "final_models/seg.pt")
+    assert net.settings.provenance["scores"]["sets"]["upright"]["score"] < 0.05
+    net.settings.provenance["scores"]["sets"]["upright"].update(score=0.9, own_score=0.9)
+    model.save(net, tmp_path / "final_models/seg.pt", half=True)
+    done = run(path, f"output_base_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    chosen = {entry["name"]: entry["decoder"] for entry in model.load(tmp_path / "final_models/seg.pt").settings.kinds["sets"]}
+    assert chosen == dict(striped="stripes", dotted="dots", upright=None, smooth=None)
 
 
 def test_started_again_nothing_is_trained_twice(trained, tmp_path):

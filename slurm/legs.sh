@@ -8,6 +8,7 @@
 #
 # Each leg may be the last: it ends with exported half-precision weights in final_models/, copied to out/ in pieces of 15 MB
 # (cat out/x.pt.* > x.pt) with the logs. How many steps fit is measured once, at the start of each part, and kept.
+# Of the supervised part they are those of the network for all; its decoders' are set aside.
 set -uo pipefail
 usage="usage: slurm/legs.sh SECONDS [OUT] [key=value ...]"
 leg=${1:-}
@@ -43,11 +44,12 @@ part() {                                                      # part SCRIPT CONF
     name=$(name_of "$config")
     [ -f "$keep/$name.done" ] && return 0
     if [ ! -f "$keep/$name.steps" ]; then
-        local rate
+        local rate then
         "$python" "$script" "$config" "$@" --check > "$keep/$name.check.txt" 2>&1 || { cat "$keep/$name.check.txt"; exit 1; }
         rate=$(sed -n 's/^\([0-9.]*\) s a step on .*/\1/p' "$keep/$name.check.txt")
-        awk -v s="$seconds" -v r="$rate" -v w="$(sed -n 's/^warmup: *\([0-9]*\).*/\1/p' "$config")" \
-            'BEGIN { n = int(s / r); if (n < 2 * w) n = 2 * w; print n }' > "$keep/$name.steps"
+        then=$(sed -n 's/^then .* decoders .*, \([0-9]*\) steps in all$/\1/p' "$keep/$name.check.txt")    # of decoders: theirs too
+        awk -v s="$seconds" -v r="$rate" -v t="${then:-0}" -v w="$(sed -n 's/^warmup: *\([0-9]*\).*/\1/p' "$config")" \
+            'BEGIN { n = int(s / r) - t; if (n < 2 * w) n = 2 * w; print n }' > "$keep/$name.steps"
         echo "$name: $rate s a step, $(cat "$keep/$name.steps") steps in $seconds s"
     fi
     [ "$(left)" -gt 5 ] || { deliver; exit 85; }

@@ -210,6 +210,7 @@ config, *rest = sys.argv[1:]
 name = next(l.split()[1] for l in open(config) if l.startswith("experiment:"))
 if "--check" in rest:
     print("0.100 s a step on cpu (1% of it crops): so many steps")
+    print("then 2 decoders (one, two), 4 steps in all" * (name == "b"))
     sys.exit(0)
 given = dict(word.split("=") for word in rest)
 stop = []
@@ -241,7 +242,7 @@ def test_legs_go_on_and_each_leaves_weights(tmp_path):
 
     def leg(seconds, *arguments):
         return subprocess.run(["bash", "slurm/legs.sh", str(seconds), *arguments], cwd=tmp_path, capture_output=True, text=True,
-                              env={**os.environ, "SSL": "a.yaml", "SEG": "b.yaml", "PRETRAIN": "4", "TRAIN": "1",
+                              env={**os.environ, "SSL": "a.yaml", "SEG": "b.yaml", "PRETRAIN": "4", "TRAIN": "2",
                                    "MEASURE": "no", "PYTHON": sys.executable})
 
     assert leg(4, "out").returncode == 85                     # too short for anything but the count of steps
@@ -255,7 +256,7 @@ def test_legs_go_on_and_each_leaves_weights(tmp_path):
     last = leg(20, "out", "data.root=here")
     assert last.returncode == 0, last.stdout + last.stderr
     assert re.search(r"a ends \{'steps': '200', 'data.root': 'here'\}", last.stdout)
-    assert re.search(r"b ends \{'steps': '10', 'init': 'final_models/a.pt', 'data.root': 'here'\}", last.stdout)
+    assert re.search(r"b ends \{'steps': '16', 'init': 'final_models/a.pt', 'data.root': 'here'\}", last.stdout)
     assert sorted(p.name for p in (tmp_path / "out").glob("*.pt.*")) == ["a.pt.00", "b.pt.00"]
     again = leg(8)
     assert again.returncode == 0 and "ends" not in again.stdout

@@ -270,7 +270,8 @@ class Settings:
     shape: float = 0.0                # per px, what lying inside adds to the distance, so that necks part cells
     min_area: int = 0                 # px, smaller cells are dropped
     kinds: dict = field(default_factory=dict)         # images that want another setting of the watershed: kinds.py
-    diameter: float | None = None     # px, median equivalent diameter of the training cells
+    zoom: float = 1.0                 # network px per image px, where nobody says how large cells are
+    diameter: float | None = None     # network px, median equivalent diameter of the training cells
     pixel_size: float | None = None   # µm per px of the training data, where it has one
     provenance: dict = field(default_factory=dict)    # what it was trained on, how, with which scores
 

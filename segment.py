@@ -26,7 +26,7 @@ from torch import Tensor
 
 import data
 import kinds
-from watershed import REACH, watershed, without_holes
+from watershed import lengths, watershed, without_holes
 
 
 UNIT = np.array([[0.0, 1.0]] * 3)      # limits of an image (3, H, W) that is normalised already
@@ -71,12 +71,12 @@ def kind_of(image, model, *, diameter: float | None = None, scale: float = 1.0, 
     if limits is None:
         limits = data.percentiles(getattr(source, "pixels", source), model.settings.low, model.settings.high)
     scales = {name: scale * scale_for(diameter, model, kind) for name, kind in kinds.sets(model).items()}
-    looks = {at: kinds.token(model, glimpses(source, limits, _scaled(source.shape[1:], at), _side(model, tile)))
+    looks = {at: kinds.token(model, glimpses(source, limits, scaled(source.shape[1:], at), _side(model, tile)))
              for at in set(scales.values())}
     return kinds.nearest(model, {name: looks[at] for name, at in scales.items()})
 
 
-def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
+def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
     H, W = size
     return max(1, round(H * scale)), max(1, round(W * scale))
 
@@ -108,8 +108,9 @@ def blocks(image, model, *, diameter: float | None = None, scale: float = 1.0, l
            halo: int | None = None, clock: Counter | None = None, progress=None) -> Iterator[Block]:
     """Segment block by block, left to right and top to bottom.
 
-    diameter : px, how wide cells are in the image, which is scaled so that they are as wide as this kind's were in training
-        (scale_for); scale : network px per image px, on top of that. limits : (C, 2), what becomes 0 and 1 (data.percentiles).
+    diameter : px, how wide cells are in the image, which is scaled so that they are as wide as this kind's were in training;
+        None: as images of this kind were (scale_for). scale : network px per image px, on top of that.
+    limits : (C, 2), what becomes 0 and 1 (data.percentiles).
     peak, fill, depth, smooth (network px), shape, min_area (image px) : None takes what the weights have for this kind
         of image; kind : None asks kind_of(). border="drop" leaves out cells cut by the image's edge.
     tile : px, None takes the training size. overlap : px shared by neighbouring tiles; None: a cell's width, so that
@@ -135,7 +136,7 @@ def blocks(image, model, *, diameter: float | None = None, scale: float = 1.0, l
     halo = halo or max(256, math.ceil(4 * (settings.diameter or 0) / scale))
     if max(H, W) <= block + 2 * halo:
         block = max(H, W)
-    h, w = _scaled((H, W), scale)
+    h, w = scaled((H, W), scale)
     peak = settings.peak if peak is None else peak
     fill = settings.fill if fill is None else fill
     if not 0 <= fill <= peak < 1:
@@ -168,7 +169,7 @@ def blocks(image, model, *, diameter: float | None = None, scale: float = 1.0, l
                 whole = _enlarge(distance, (net_y, net_x), (view_y, view_x), (h / H, w / W))
                 local = watershed(distance if finer else whole, peak, fill,
                                   min_area if not finer else round(min_area * h * w / (H * W)), depth,
-                                  *((smooth, shape) if finer else (smooth / scale, shape * scale, round(REACH / scale))))
+                                  *lengths(smooth, shape, 1.0 if finer else scale))
                 local = without_holes(local)
                 if finer:
                     local = _nearest(local, (net_y, net_x), (view_y, view_x), (h / H, w / W))
@@ -322,10 +323,12 @@ def _reflect(length: int, wanted: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- scale
 
 def scale_for(diameter: float | None, model, kind: str = kinds.SHARED) -> float:
-    """Network px per image px so that cells `diameter` px wide look as wide as the training cells of that kind; None: as they are."""
+    """Network px per image px, so that cells `diameter` px wide look as wide as the training cells of that kind; None: as for
+    its training images."""
+    settings = kinds.suited(model, kind)[1]
     if diameter is None:
-        return 1.0
-    typical = kinds.suited(model, kind)[1].diameter
+        return settings.zoom
+    typical = settings.diameter
     if typical is None:
         raise ValueError("diameter: these weights do not say how large their training cells were; leave it out")
     if not diameter > 0:
@@ -351,8 +354,9 @@ def find_diameter(image, model, limits: np.ndarray, *, kind: str | None = None, 
     _, H, W = source.shape
 
     def measure(scale: float) -> tuple[float, float] | None:
-        """Diameter in the image, and as the network knows it of this kind."""
+        """Diameter in the image, and as it is in training images of this kind."""
         seen = kind or kind_of(source, model, scale=scale, limits=limits, tile=options.get("tile"))
+        settings = kinds.suited(model, kinds.named(model, seen))[1]
         side = min(1024, round(640 / scale))
         corners = [(y, x) for y in sorted({0, max(0, (H - side) // 2), max(0, H - side)})
                    for x in sorted({0, max(0, (W - side) // 2), max(0, W - side)})]
@@ -363,7 +367,7 @@ def find_diameter(image, model, limits: np.ndarray, *, kind: str | None = None, 
         if len(area) < 3:
             return None
         whole = area[area >= 0.2 * (area @ area) / area.sum()]               # crumbs at a wrong scale say nothing
-        return 2 * math.sqrt(np.median(whole) / math.pi), kinds.suited(model, kinds.named(model, seen))[1].diameter
+        return 2 * math.sqrt(np.median(whole) / math.pi), settings.diameter / settings.zoom
 
     found = {scale: d for scale in (0.25, 0.5, 1.0, 2.0) if min(H, W, 1024) * scale >= 32
              and (d := measure(scale)) is not None}

@@ -128,7 +128,7 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
     torch.manual_seed(config.seed)
     images, validation, hashes = trainset.load(config.data, config.seed, device, config.cap)
     net = build(config)
-    net.settings = dataclasses.replace(net.settings, diameter=images.diameter)
+    net.settings = dataclasses.replace(net.settings, diameter=images.diameter, zoom=config.data.zoom)
     if check:
         return print_check(config, net, images, validation, device, changes)
     run = runs.Run(config, rank, world, device)
@@ -277,7 +277,7 @@ def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> di
     distances = each(lambda entry: segment.distance_map(entry.pixels, net, limits=segment.UNIT, kind=kinds.SHARED), entries)
     best = tuning.tuned(distances, [entry.labels for entry in entries], [entry.set for entry in entries],
                         min_areas=tuning.AREAS, depths=tuning.DEPTHS, smooths=tuning.SMOOTHS, shapes=tuning.SHAPES,
-                        weights=weights, each=each)
+                        weights=weights, zoom=net.settings.zoom, each=each)
     tables = [metrics.overlap(entry.labels, found) for entry, found in zip(entries, best.labels)]
     net.settings = dataclasses.replace(net.settings, **best.setting._asdict(), kinds={})
     sets = {name: {**summary(metrics.set_scores([t for t, e in zip(tables, entries) if e.set == name])),

@@ -44,6 +44,7 @@ class Data:
     share: float = 0.1                      # of each set that is held out then, in whole groups (data.group_of)
     channels: tuple[str, ...] | None = None # of the images of sets that do not choose themselves
     limit: int | None = None                # images used of each set, by lot: those of 10 are among those of 20
+    zoom: float = 1.0                       # px that the network sees per px of an image; below 1 for cells that are large
     diameter: float | None = None           # px, images are scaled so that median cells come out as wide; null: as is
     fields: int = 0                         # synthetic fields to draw in addition (synthetic.py), a tenth to validate on
     field_channels: tuple[str, ...] = ("AGP", "ER", "RNA", "Brightfield", "HighZBF", "LowZBF")   # two of them a field
@@ -60,6 +61,10 @@ class Data:
         if len(set(self.field_channels) & set(synthetic.CHANNELS)) < max(2, len(self.field_channels)):
             raise ValueError(f"data.field_channels={list(self.field_channels)}: expected two or more of "
                              f"{', '.join(synthetic.CHANNELS)}")
+        if not 0.1 <= self.zoom <= 1:
+            raise ValueError(f"data.zoom={self.zoom:g}: expected 0.1 to 1")
+        if self.zoom != 1 and (self.diameter is not None or self.fields):
+            raise ValueError("data.zoom: goes with neither data.diameter, which scales images as well, nor data.fields")
         if not 0 <= self.share < 1 or (self.limit is not None and self.limit < 1):
             raise ValueError(f"data.share={self.share:g}, data.limit={self.limit}: expected 0 to below 1, and 1 or more")
 
@@ -90,7 +95,7 @@ def load(config: Data, seed: int, device: str, cap: float | None):
     hashes = {part: {e.name: hashlib.sha256(e.pixels.tobytes() + e.labels.tobytes()).hexdigest()[:16] for e in entries}
               for part, entries in (("train", train), ("validation", validation))}
     resident = augment.Resident((e[:3] for e in train), [e.set for e in train], device, cap, config.diameter,
-                                {s.name: s.weight for s in config.sets})
+                                {s.name: s.weight for s in config.sets}, config.zoom)
     return resident, validation, hashes
 
 
@@ -118,15 +123,19 @@ def read(example, set_name: str) -> Entry:
     return Entry(f"{set_name}/{example.name}", data.to_rgb(data.normalise(pixels, data.percentiles(pixels))), labels, set_name)
 
 
-def glimpsed(config: Data, seed: int, tile: int, count: int = 256) -> dict[str, list]:
-    """Of each set the tiles (n, 3, tile, tile) that segment.glimpses() takes of its training images, of some by lot."""
+def glimpsed(config: Data, seed: int, tile: int, zooms: dict[str, float] | None = None, count: int = 256) -> dict[str, list]:
+    """Of each set the tiles (n, 3, tile, tile) that segment.glimpses() takes of its training images, of some by lot.
+
+    zooms : of sets that the network sees at another scale.
+    """
     import segment
     found = {}
     for chosen in config.sets:
         kept, _ = divide(examples(config, chosen), config, seed)
         lot = np.random.default_rng(seed).permutation(len(kept))[:count]
         images = (read(kept[i], chosen.name).pixels for i in lot)
-        found[chosen.name] = [segment.glimpses(segment.as_source(pixels), segment.UNIT, pixels.shape[1:], tile)
+        zoom = (zooms or {}).get(chosen.name, config.zoom)
+        found[chosen.name] = [segment.glimpses(segment.as_source(pixels), segment.UNIT, segment.scaled(pixels.shape[1:], zoom), tile)
                               for pixels in images]
     return found
 

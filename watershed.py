@@ -36,6 +36,11 @@ from torch import Tensor
 REACH = 16          # px, how deep inside shape looks in an image that is not scaled
 
 
+def lengths(smooth: float, shape: float, zoom: float) -> tuple[float, float, int]:
+    """smooth, shape and reach of a map that was enlarged by 1 / zoom after they were chosen."""
+    return smooth / zoom, shape * zoom, round(REACH / zoom)
+
+
 def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0.09, min_area: int = 0, depth: float = 0.0,
               smooth: float = 0.0, shape: float = 0.0, reach: int = REACH):
     """Cells of a distance map.

@@ -1,4 +1,5 @@
 """segment.py with a network that passes its input on: then tiles, blending, scale and blocks must not show at all."""
+import dataclasses
 import math
 from collections import Counter
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ from scipy import ndimage
 import metrics
 import model
 import segment
+import tuning
 import watershed
 
 
@@ -182,6 +184,26 @@ def test_scale_follows_the_diameter():
     net.settings.diameter = None
     with pytest.raises(ValueError, match="do not say how large"):
         segment.scale_for(32, net)
+
+
+def test_images_that_were_reduced_in_training_are_reduced():
+    """By default; a given diameter overrides it. What the watershed was tuned to in training is what it does here."""
+    net, image = PassOn(diameter=10.0), cones(3, 200, 180, 40, 20.0)
+    net.settings.zoom = 0.5
+    assert segment.scale_for(None, net) == 0.5 and segment.scale_for(20, net) == 0.5 and segment.scale_for(10, net) == 1
+    native, truth = PassOn(diameter=10.0), whole(image)
+    distance = segment.distance_map(image, net, limits=UNIT)
+    assert np.array_equal(distance, segment.distance_map(image, native, limits=UNIT, scale=0.5))
+    best = tuning.tuned([distance], [truth], peaks=(0.6,), fills=(0.15,), min_areas=(30,), smooths=(1.0,), shapes=(0.04,), depths=(0.1,),
+                        zoom=0.5)
+    net.settings = dataclasses.replace(net.settings, **best.setting._asdict())
+    found = segment.segment(image, net, limits=UNIT)
+    assert 5 < found.max() and same_cells(watershed.without_holes(torch.from_numpy(best.labels[0])).numpy(), found)
+    plain = tuning.tuned([distance], [truth], peaks=(0.6,), fills=(0.15,), min_areas=(30,), smooths=(1.0,), shapes=(0.04,), depths=(0.1,))
+    assert not same_cells(plain.labels[0], best.labels[0])                   # lengths are of the network's px
+    assert np.bincount(found.ravel())[1:].min() >= 120
+    assert same_cells(segment.segment(image, native, limits=UNIT), segment.segment(image, net, limits=UNIT, scale=2, **{
+        name: getattr(native.settings, name) for name in tuning.Setting._fields}))
 
 
 def test_memory_runs_out_and_the_batch_shrinks():

@@ -141,7 +141,7 @@ class Resident:
 
     def __init__(self, entries: Iterable[tuple[str, np.ndarray, np.ndarray]], groups: list[str] | None = None,
                  device: str | torch.device = "cpu", cap: float | None = 4.0, diameter: float | None = None,
-                 weights: dict[str, float] | None = None, zoom: float = 1.0):
+                 weights: dict[str, float] | None = None, zooms: list[float] | None = None):
         words, labels, depths, centres, rows = [], [], [], [], []
         for name, pixels, truth in entries:
             if pixels.shape != (3, *truth.shape) or truth.dtype.kind not in "iu" or truth.size == 0:
@@ -166,7 +166,7 @@ class Resident:
         # (N,) intensity, (N,) channels are equal, (N, 3) channel is not black, (N,) count, (N, LEVELS, 2) px
         self.word, self.label, self.cell = starts(words).reshape(-1, LEVELS), starts(labels), starts(depths)
         self.centre = np.concatenate(centres)                              # (cells, 2) y, x px, ground first
-        self.scale = np.full(len(rows), zoom)                                # (N,) nominal
+        self.scale = np.array(zooms or [1.0] * len(rows))                    # (N,) nominal
         if diameter is not None:
             self.scale[widths > 0] = diameter / widths[widths > 0]
         seen = (widths * self.scale)[widths > 0]

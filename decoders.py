@@ -92,7 +92,7 @@ def join(config, jobs: dict) -> None:
     net = model.load(weights)
     story, stories = net.settings.provenance, {}
     general = kinds.gaining(story["scores"]["sets"], [chosen.name for chosen in config.data.sets])
-    own, zooms = dict(general), {}
+    own = dict(general)
     for name, one in jobs.items():
         if not Path(one.export_path).exists():
             continue
@@ -104,9 +104,9 @@ def join(config, jobs: dict) -> None:
         for chosen in sets:
             if reached(chosen, stories[name], gained) >= reached(chosen, story, general):
                 setting = gained[chosen]["setting"] if chosen in gained else shared
-                own[chosen] = dict(setting={**setting, "diameter": trained.settings.diameter, "zoom": trained.settings.zoom}, decoder=name)
-                zooms[chosen] = trained.settings.zoom
-    looks = trainset.glimpsed(config.data, config.seed, net.settings.tile, zooms)
+                own[chosen] = dict(setting={**setting, "diameter": trained.settings.diameter}, decoder=name)
+    own = kinds.zoomed(own, config.data.sets, net.settings.zoom)
+    looks = trainset.glimpsed(config.data, config.seed, net.settings.tile)
     net.settings = replace(net.settings, kinds=kinds.learnt(net, looks, own), provenance={**story, "decoders": stories})
     model.save(net, weights, half=True)
 

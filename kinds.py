@@ -45,6 +45,12 @@ def gaining(best: Mapping[str, dict], trained: Iterable[str]) -> dict[str, dict]
             of["own_score"] - of["score"] >= max(GAIN, ALONE / of["images"])}
 
 
+def zoomed(own: dict[str, dict], sets: Iterable, common: float) -> dict[str, dict]:
+    """And of the sets (trainset.Set) whose images the network sees at another zoom than that of all."""
+    more = {one.name: {"zoom": one.zoom} for one in sets if one.zoom != common}
+    return {name: dict(own.get(name, {}), setting={**own.get(name, {}).get("setting", {}), **more.get(name, {})}) for name in {**own, **more}}
+
+
 def learnt(net, images: Mapping[str, Iterable[Tensor]], own: Mapping[str, dict]) -> dict:
     """What nearest() needs, for the weights' settings; empty where nothing is any set's own.
 

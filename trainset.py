@@ -22,11 +22,14 @@ class Set:
     match: str | None = None                # regular expression: only images with it in their names
     labels: str | None = None               # which, where an image has several: cells, nuclei
     weight: float = 1.0                     # how often its images are drawn, relative to other sets
+    zoom: float = 1.0                       # px that the network sees per px of its images; below 1 where cells are large
     decoder: str | None = None              # the name of the decoder that this kind of image gets (decoders.py); null: the one for all
 
     def __post_init__(self):
         if not self.weight > 0:
             raise ValueError(f"{self.path}: weight={self.weight:g}, expected more than 0; leave the set out instead")
+        if not 0.1 <= self.zoom <= 1:
+            raise ValueError(f"{self.path}: zoom={self.zoom:g}, expected 0.1 to 1")
         if self.decoder is not None and not self.decoder.isidentifier():
             raise ValueError(f"{self.path}: decoder={self.decoder!r}, expected a name of letters, digits and _")
 
@@ -44,7 +47,6 @@ class Data:
     share: float = 0.1                      # of each set that is held out then, in whole groups (data.group_of)
     channels: tuple[str, ...] | None = None # of the images of sets that do not choose themselves
     limit: int | None = None                # images used of each set, by lot: those of 10 are among those of 20
-    zoom: float = 1.0                       # px that the network sees per px of an image; below 1 for cells that are large
     diameter: float | None = None           # px, images are scaled so that median cells come out as wide; null: as is
     fields: int = 0                         # synthetic fields to draw in addition (synthetic.py), a tenth to validate on
     field_channels: tuple[str, ...] = ("AGP", "ER", "RNA", "Brightfield", "HighZBF", "LowZBF")   # two of them a field
@@ -61,10 +63,8 @@ class Data:
         if len(set(self.field_channels) & set(synthetic.CHANNELS)) < max(2, len(self.field_channels)):
             raise ValueError(f"data.field_channels={list(self.field_channels)}: expected two or more of "
                              f"{', '.join(synthetic.CHANNELS)}")
-        if not 0.1 <= self.zoom <= 1:
-            raise ValueError(f"data.zoom={self.zoom:g}: expected 0.1 to 1")
-        if self.zoom != 1 and (self.diameter is not None or self.fields):
-            raise ValueError("data.zoom: goes with neither data.diameter, which scales images as well, nor data.fields")
+        if self.diameter is not None and any(s.zoom != 1 for s in (*self.sets, *self.validation)):
+            raise ValueError("data.diameter scales images, and so does the zoom of a set; leave one out")
         if not 0 <= self.share < 1 or (self.limit is not None and self.limit < 1):
             raise ValueError(f"data.share={self.share:g}, data.limit={self.limit}: expected 0 to below 1, and 1 or more")
 
@@ -75,6 +75,7 @@ class Entry(NamedTuple):
     pixels: np.ndarray                      # (3, H, W) in [0, 1]
     labels: np.ndarray                      # (H, W)
     set: str                                # the set that it is of
+    zoom: float = 1.0                       # of that set
 
 
 def load(config: Data, seed: int, device: str, cap: float | None):
@@ -83,10 +84,10 @@ def load(config: Data, seed: int, device: str, cap: float | None):
     train, validation = [], []
     for chosen in config.sets:
         kept, held = divide(examples(config, chosen), config, seed)
-        train += [read(example, chosen.name) for example in kept]
-        validation += [read(example, chosen.name) for example in held]
+        train += [read(example, chosen.name, chosen.zoom) for example in kept]
+        validation += [read(example, chosen.name, chosen.zoom) for example in held]
     for chosen in config.validation:
-        validation += [read(example, chosen.name) for example in examples(config, chosen)]
+        validation += [read(example, chosen.name, chosen.zoom) for example in examples(config, chosen)]
     drawn = max(1, round(0.1 * config.fields)) if not config.validation else 0       # fields to validate on
     for number in range(config.fields):
         (validation if number < drawn else train).extend(synthetic_entries(config, seed, number))
@@ -95,7 +96,7 @@ def load(config: Data, seed: int, device: str, cap: float | None):
     hashes = {part: {e.name: hashlib.sha256(e.pixels.tobytes() + e.labels.tobytes()).hexdigest()[:16] for e in entries}
               for part, entries in (("train", train), ("validation", validation))}
     resident = augment.Resident((e[:3] for e in train), [e.set for e in train], device, cap, config.diameter,
-                                {s.name: s.weight for s in config.sets}, config.zoom)
+                                {s.name: s.weight for s in config.sets}, [e.zoom for e in train])
     return resident, validation, hashes
 
 
@@ -117,26 +118,28 @@ def divide(found: list, config: Data, seed: int) -> tuple[list, list]:
     return kept, held
 
 
-def read(example, set_name: str) -> Entry:
+def read(example, set_name: str, zoom: float = 1.0) -> Entry:
     import data
     pixels, labels = example.image().pixels, example.labels()
-    return Entry(f"{set_name}/{example.name}", data.to_rgb(data.normalise(pixels, data.percentiles(pixels))), labels, set_name)
+    return Entry(f"{set_name}/{example.name}", data.to_rgb(data.normalise(pixels, data.percentiles(pixels))), labels, set_name, zoom)
 
 
-def glimpsed(config: Data, seed: int, tile: int, zooms: dict[str, float] | None = None, count: int = 256) -> dict[str, list]:
-    """Of each set the tiles (n, 3, tile, tile) that segment.glimpses() takes of its training images, of some by lot.
+def common_zoom(config: Data) -> float:
+    """Of all sets, where it is the same; else 1, and the kinds of images have their own."""
+    zooms = {chosen.zoom for chosen in config.sets}
+    return zooms.pop() if len(zooms) == 1 and not config.fields else 1.0
 
-    zooms : of sets that the network sees at another scale.
-    """
+
+def glimpsed(config: Data, seed: int, tile: int, count: int = 256) -> dict[str, list]:
+    """Of each set the tiles (n, 3, tile, tile) that segment.glimpses() takes of its training images, of some by lot."""
     import segment
     found = {}
     for chosen in config.sets:
         kept, _ = divide(examples(config, chosen), config, seed)
         lot = np.random.default_rng(seed).permutation(len(kept))[:count]
         images = (read(kept[i], chosen.name).pixels for i in lot)
-        zoom = (zooms or {}).get(chosen.name, config.zoom)
-        found[chosen.name] = [segment.glimpses(segment.as_source(pixels), segment.UNIT, segment.scaled(pixels.shape[1:], zoom), tile)
-                              for pixels in images]
+        found[chosen.name] = [segment.glimpses(segment.as_source(pixels), segment.UNIT,
+                                               segment.scaled(pixels.shape[1:], chosen.zoom), tile) for pixels in images]
     return found
 
 

@@ -99,15 +99,15 @@ class OwnBest(NamedTuple):
 def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: Sequence[str] | None = None,
           peaks: Sequence[float] = PEAKS, fills: Sequence[float] = FILLS, min_areas: Sequence[int] = (0,),
           depths: Sequence[float] = (0.0,), smooths: Sequence[float] = (0.0,), shapes: Sequence[float] = (0.0,),
-          weights: Mapping[str, float] | None = None, zoom: float = 1.0,
+          weights: Mapping[str, float] | None = None, zooms: Sequence[float] | None = None,
           each: Callable[[Callable, list], list] = lambda function, items: [function(item) for item in items]) -> Tuned:
     """The setting that serves all sets best, and from there what is best for each; of equal ones the first.
 
     Every peak, every fill, every pair of depth and smoothing, of depth and shape, every smallest area, each with the best
     of the others so far, and again until nothing is gained: from the first of all and from their middle, which may end at
     different ones. A set of many images counts as much as one of few, or as `weights` says by its name.
-    distances, truths : (H, W) of each image; sets : the name of its set; zoom : px of the network for each px of theirs, 1 or
-    less: lengths are of the network's; each(function, items) : where processes share the work, runs.shared_out with
+    distances, truths : (H, W) of each image; sets : the name of its set; zooms : px of the network for each px of
+    theirs, 1 or less: lengths are of the network's; each(function, items) : where processes share the work, runs.shared_out with
     their places.
     """
     import metrics
@@ -116,12 +116,12 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
     for number, name in enumerate(sets or [""] * len(truths)):
         members.setdefault(name, []).append(number)
 
-    def found(distance: np.ndarray, setting: Setting) -> np.ndarray:
-        peak, fill, area, depth, smooth, shape = setting
-        return watershed(distance, peak, fill, round(area / zoom**2), depth, *lengths(smooth, shape, zoom))
+    def found(i: int, setting: Setting) -> np.ndarray:
+        (peak, fill, area, depth, smooth, shape), zoom = setting, zooms[i] if zooms else 1.0
+        return watershed(distances[i], peak, fill, round(area / zoom**2), depth, *lengths(smooth, shape, zoom))
 
     def score(job: tuple[str, Setting]) -> float:
-        return float(np.mean([metrics.average_precision(truths[i], found(distances[i], job[1])).mean() for i in members[job[0]]]))
+        return float(np.mean([metrics.average_precision(truths[i], found(i, job[1])).mean() for i in members[job[0]]]))
     known: dict[tuple[str, Setting], float] = {}
     share = {name: (weights or {}).get(name, 1.0) for name in members}
 
@@ -152,7 +152,7 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
                  key=lambda setting: total(members, setting))
     own = {name: search([name], shared) for name in members}
     return Tuned(shared, total(members, shared) / sum(share.values()),
-                 [found(distance, shared) for distance in distances],
+                 [found(i, shared) for i in range(len(distances))],
                  {name: OwnBest(len(members[name]), known[name, shared], known[name, best], best)
                   for name, best in own.items()})
 

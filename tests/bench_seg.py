@@ -26,7 +26,7 @@ def train_seg(steps: int = 20) -> None:
             images, *_ = trainset.load(drawn, 0, device, config.cap)
             changes = runs.from_dict(augment.Augment, config.augment, name)
             net = script.build(config).to(device)
-            optimiser = torch.optim.AdamW(script.parameter_groups(net, config))
+            optimiser = script.optimiser_for(net, config)
             average = torch.optim.swa_utils.AveragedModel(
                 net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema))
 
@@ -72,18 +72,23 @@ def kinds() -> None:
         raise SystemExit(f"{ROOT / config.root}: no such folder; the images of configs/dinocell_tiny.yaml are needed")
     net, parts = model.load(ROOT / "final_models/dinocell_tiny.pt"), []
     config = dataclasses.replace(config, root=str(ROOT / config.root))
+    zooms = {one["decoder"]: one["setting"]["zoom"] for one in net.settings.kinds["sets"] if one["decoder"]}
     for chosen in config.sets:
         for examples in trainset.divide(trainset.examples(config, chosen), config, 0):          # to train on, held out
-            images = (trainset.read(example, chosen.name).pixels for example in examples)
-            tokens = [rooms.token(net, segment.glimpses(segment.as_source(v), segment.UNIT, v.shape[1:], net.settings.tile))
-                      for v in images]
-            parts.append((chosen.decoder, torch.stack(tokens)[np.random.default_rng(0).permutation(len(tokens))]))
+            images = [trainset.read(example, chosen.name).pixels for example in examples]
+            order = np.random.default_rng(0).permutation(len(images))
+            parts.append((chosen.decoder, {zoom: torch.stack([rooms.token(net, segment.glimpses(
+                segment.as_source(v), segment.UNIT, segment.scaled(v.shape[1:], zoom), net.settings.tile)) for v in images])[order]
+                for zoom in set(zooms.values())}))                                              # (images, D) at each zoom
     rows = []
     for count in (16, 32, 64, 128, 256):
-        known = torch.cat([tokens[:count] for _, tokens in parts[::2]])                          # (K, D)
-        names = np.repeat([name for name, _ in parts[::2]], [len(tokens[:count]) for _, tokens in parts[::2]])
-        spread = known.std(0) + 1e-6
-        wrong = [[names[torch.cdist(token[None] / spread, known / spread).argmin()] != name for name, tokens in some for token in tokens]
-                 for some in ([(name, tokens[count:]) for name, tokens in parts[::2]], parts[1::2])]
-        rows.append([str(count), *(f"{sum(w)} of {len(w)}" for w in wrong)])
+        known = [(zooms[name], tokens[zooms[name]][:count]) for name, tokens in parts[::2]]     # (<= count, D) of each set
+        names = np.repeat([name for name, _ in parts[::2]], [len(mine) for _, mine in known])
+        spread = torch.cat([mine for _, mine in known]).std(0) + 1e-6
+
+        def wrong(some: list, first: int) -> str:
+            found = [names[torch.cat([torch.cdist(tokens[zoom][first:] / spread, mine / spread) for zoom, mine in known], 1).argmin(1)] != name
+                     for name, tokens in some if len(tokens[1.0]) > first]
+            return f"{sum(map(np.count_nonzero, found))} of {sum(map(len, found))}"
+        rows.append([str(count), wrong(parts[::2], count), wrong(parts[1::2], 0)])
     table("Images that go to another kind's decoder", ["known of each set", "other training images", "held out to validate"], rows)

@@ -93,7 +93,7 @@ def test_an_image_goes_through_the_decoder_of_its_kind(trained):
         alone = model.load(folder / f"runs/seg/{own}.pt").settings
         gained = kinds.gaining(alone.provenance["scores"]["sets"], ["striped", "upright"]).get(kind)
         setting = (gained or dict(setting={name: getattr(alone, name) for name in tuning.Setting._fields}))["setting"]
-        assert kinds.settings(net)[kind] == {**setting, "diameter": alone.diameter, "zoom": 1.0}
+        assert kinds.settings(net)[kind] == {**setting, "diameter": alone.diameter}
     if "smooth" not in kinds.settings(net):                   # it gained nothing by a setting of its own
         assert segment.kind_of(smooth(3), net) == "shared"
     whole, image = model.load(folder / "final_models/seg.pt"), smooth(3)

@@ -195,7 +195,7 @@ def test_images_that_were_reduced_in_training_are_reduced():
     distance = segment.distance_map(image, net, limits=UNIT)
     assert np.array_equal(distance, segment.distance_map(image, native, limits=UNIT, scale=0.5))
     best = tuning.tuned([distance], [truth], peaks=(0.6,), fills=(0.15,), min_areas=(30,), smooths=(1.0,), shapes=(0.04,), depths=(0.1,),
-                        zoom=0.5)
+                        zooms=[0.5])
     net.settings = dataclasses.replace(net.settings, **best.setting._asdict())
     found = segment.segment(image, net, limits=UNIT)
     assert 5 < found.max() and same_cells(watershed.without_holes(torch.from_numpy(best.labels[0])).numpy(), found)

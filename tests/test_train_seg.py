@@ -192,14 +192,15 @@ def test_images_of_large_cells_can_be_reduced(tmp_path):
     """The weights say so, and their cells are as wide as the network sees them."""
     labelled_folder(tmp_path / "cells", 6)
     for zoom in (1.0, 0.5):
-        path = toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"], share=0.3, zoom=zoom), output_base_dir=str(tmp_path / str(zoom)))
+        path = toy(tmp_path, data=dict(root=str(tmp_path), sets=[dict(path="cells", zoom=zoom)], share=0.3), output_base_dir=str(tmp_path / str(zoom)))
         assert run(path).returncode == 0
     plain, net = (model.load(tmp_path / zoom / "final_models/seg.pt").settings for zoom in ("1.0", "0.5"))
     assert (plain.zoom, net.zoom) == (1, 0.5) and net.diameter == pytest.approx(plain.diameter / 2)
 
 
 @pytest.mark.parametrize("changes,said", [
-    (["data.zoom=2"], "data.zoom=2: expected 0.1 to 1"), (["data.zoom=0.5"], "data.zoom: goes with neither"),
+    (["data.sets=[{path: a, zoom: 2}]"], "a: zoom=2, expected 0.1 to 1"),
+    (["data.sets=[{path: a, zoom: 0.5}]", "data.diameter=20"], "and so does the zoom of a set; leave one out"),
     (["data.fields=0"], "no data: give data.sets"), (["crop=30"], "crop=30: expected a multiple of the patch"),
     (["augment.flpi=1"], "unknown key 'flpi', did you mean 'flip'?"), (["init=gone.pt"], "no weights at gone.pt"),
     (["warmup=12"], "warmup=12: expected fewer than steps=12"),

@@ -202,7 +202,7 @@ def segmentation(vit, train, validation: list, steps: int = 200, crop: int = 96,
         optimiser.zero_grad(set_to_none=True)
     net.eval()
     aps = []
-    for entry in validation:
+    for entry in filter(lambda entry: entry.held, validation):
         distance = segment.distance_map(entry.pixels, net, limits=segment.UNIT)
         labels = watershed.watershed(distance, 0.47, 0.2)
         aps.append(metrics.average_precision(entry.labels, labels, (0.5, 0.75)))

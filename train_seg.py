@@ -289,10 +289,11 @@ def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> di
                                                         scale=entry.zoom / net.settings.zoom), entries)
     best = tuning.tuned(distances, [entry.labels for entry in entries], [entry.set for entry in entries],
                         min_areas=tuning.AREAS, depths=tuning.DEPTHS, smooths=tuning.SMOOTHS, shapes=tuning.SHAPES,
-                        weights=weights, zooms=[entry.zoom for entry in entries], each=each)
-    tables = [metrics.overlap(entry.labels, found) for entry, found in zip(entries, best.labels)]
+                        weights=weights, zooms=[entry.zoom for entry in entries], counted=[entry.held for entry in entries], each=each)
+    held, labels = zip(*((entry, found) for entry, found in zip(entries, best.labels) if entry.held))
+    tables = [metrics.overlap(entry.labels, found) for entry, found in zip(held, labels)]
     net.settings = dataclasses.replace(net.settings, **best.setting._asdict(), kinds={})
-    sets = {name: {**summary(metrics.set_scores([t for t, e in zip(tables, entries) if e.set == name])),
+    sets = {name: {**summary(metrics.set_scores([t for t, e in zip(tables, held) if e.set == name])),
                    **own._asdict(), "setting": own.setting._asdict()} for name, own in best.sets.items()}
     own = kinds.gaining(sets, [s.name for s in run.config.data.sets])
     score = float(np.average([row["own_score" if name in own else "score"] for name, row in sets.items()],
@@ -301,7 +302,7 @@ def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> di
     run.log(step, **{f"val_{k}" if k != "score" else k: v for k, v in scores.items()},
             **{f"AP@0.5 {name}": row["AP@0.5"] for name, row in sets.items() if len(sets) > 1})
     if run.rank == 0:
-        draw(run, entries, best.labels, step)
+        draw(run, held, labels, step)
     net.train()
     return {**scores, "sets": sets}
 
@@ -353,7 +354,7 @@ def print_check(config: Config, net, images, validation: list, device: str, chan
     import model
     print(runs.to_yaml(config))
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    print(f"{len(images)} training images, {len(validation)} for validation; "
+    print(f"{len(images)} training images, {sum(entry.held for entry in validation)} for validation; "
           f"median cell {images.diameter or 0:.1f} px wide as the network sees it")
     flops = 3 * config.batch * sum(row[2] for row in model.cost(net, config.crop))
     net.to(device)

@@ -69,6 +69,9 @@ class Data:
             raise ValueError(f"data.share={self.share:g}, data.limit={self.limit}: expected 0 to below 1, and 1 or more")
 
 
+FEW = 8         # images of a set: with fewer held out the watershed's setting is chosen on some that were trained on as well
+
+
 class Entry(NamedTuple):
     """One labelled image as the network is given it."""
     name: str
@@ -76,16 +79,24 @@ class Entry(NamedTuple):
     labels: np.ndarray                      # (H, W)
     set: str                                # the set that it is of
     zoom: float = 1.0                       # of that set
+    held: bool = True                       # of an image to validate on: held out, or trained on and there for settings alone
 
 
 def load(config: Data, seed: int, device: str, cap: float | None):
-    """Resident training images; validation entries; content hashes {train, validation: {name: hash}}."""
+    """Resident training images; validation entries; content hashes {train, validation: {name: hash}}.
+
+    Sets of which few images are held out are filled up with training images, `held` false: they choose settings, but count in
+    no score. A setting found on two images suits these two.
+    """
     import augment
     train, validation = [], []
     for chosen in config.sets:
         kept, held = divide(examples(config, chosen), config, seed)
         train += [read(example, chosen.name, chosen.zoom) for example in kept]
         validation += [read(example, chosen.name, chosen.zoom) for example in held]
+        if held:
+            lot = np.random.default_rng(0).permutation(len(kept))[:max(0, FEW - len(held))]
+            validation += [train[i - len(kept)]._replace(held=False) for i in lot]
     for chosen in config.validation:
         validation += [read(example, chosen.name, chosen.zoom) for example in examples(config, chosen)]
     drawn = max(1, round(0.1 * config.fields)) if not config.validation else 0       # fields to validate on
@@ -93,7 +104,7 @@ def load(config: Data, seed: int, device: str, cap: float | None):
         (validation if number < drawn else train).extend(synthetic_entries(config, seed, number))
     if not validation:
         raise ValueError("no validation images; give data.validation, or data.share so large that some are held out")
-    hashes = {part: {e.name: hashlib.sha256(e.pixels.tobytes() + e.labels.tobytes()).hexdigest()[:16] for e in entries}
+    hashes = {part: {e.name: hashlib.sha256(e.pixels.tobytes() + e.labels.tobytes()).hexdigest()[:16] for e in entries if e.held}
               for part, entries in (("train", train), ("validation", validation))}
     resident = augment.Resident((e[:3] for e in train), [e.set for e in train], device, cap, config.diameter,
                                 {s.name: s.weight for s in config.sets}, [e.zoom for e in train])

@@ -100,6 +100,7 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
           peaks: Sequence[float] = PEAKS, fills: Sequence[float] = FILLS, min_areas: Sequence[int] = (0,),
           depths: Sequence[float] = (0.0,), smooths: Sequence[float] = (0.0,), shapes: Sequence[float] = (0.0,),
           weights: Mapping[str, float] | None = None, zooms: Sequence[float] | None = None,
+          counted: Sequence[bool] | None = None,
           each: Callable[[Callable, list], list] = lambda function, items: [function(item) for item in items]) -> Tuned:
     """The setting that serves all sets best, and from there what is best for each; of equal ones the first.
 
@@ -107,7 +108,7 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
     of the others so far, and again until nothing is gained: from the first of all and from their middle, which may end at
     different ones. A set of many images counts as much as one of few, or as `weights` says by its name.
     distances, truths : (H, W) of each image; sets : the name of its set; zooms : px of the network for each px of
-    theirs, 1 or less: lengths are of the network's; each(function, items) : where processes share the work, runs.shared_out with
+    theirs, 1 or less: lengths are of the network's; counted : which images the scores are of, all by default, while all choose the setting; each(function, items) : where processes share the work, runs.shared_out with
     their places.
     """
     import metrics
@@ -120,13 +121,16 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
         (peak, fill, area, depth, smooth, shape), zoom = setting, zooms[i] if zooms else 1.0
         return watershed(distances[i], peak, fill, round(area / zoom**2), depth, *lengths(smooth, shape, zoom))
 
-    def score(job: tuple[str, Setting]) -> float:
-        return float(np.mean([metrics.average_precision(truths[i], found(i, job[1])).mean() for i in members[job[0]]]))
-    known: dict[tuple[str, Setting], float] = {}
+    def scores(job: tuple[str, Setting]) -> list[float]:
+        return [float(metrics.average_precision(truths[i], found(i, job[1])).mean()) for i in members[job[0]]]
+    known: dict[tuple[str, Setting], list[float]] = {}
     share = {name: (weights or {}).get(name, 1.0) for name in members}
 
     def total(names: Iterable[str], setting: Setting) -> float:
-        return sum(share[name] * known[name, setting] for name in names)
+        return sum(share[name] * float(np.mean(known[name, setting])) for name in names)
+
+    def reached(name: str, setting: Setting) -> float:
+        return float(np.mean([value for i, value in zip(members[name], known[name, setting]) if not counted or counted[i]]))
 
     def search(names: list[str], best: Setting) -> Setting:
         axes = ([dict(peak=peak) for peak in peaks], [dict(fill=fill) for fill in fills],
@@ -140,7 +144,7 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
                 tried = dict.fromkeys([best, *(best._replace(**change) for change in axis)])
                 tried = [setting for setting in tried if setting.fill <= setting.peak]
                 jobs = [job for job in product(names, tried) if job not in known]
-                known.update(zip(jobs, each(score, jobs)))
+                known.update(zip(jobs, each(scores, jobs)))
                 best = max(tried, key=lambda setting: total(names, setting))
         return best
 
@@ -151,9 +155,9 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
     shared = max((search(list(members), begin) for begin in dict.fromkeys((start(first), start(middle)))),
                  key=lambda setting: total(members, setting))
     own = {name: search([name], shared) for name in members}
-    return Tuned(shared, total(members, shared) / sum(share.values()),
+    return Tuned(shared, sum(share[name] * reached(name, shared) for name in members) / sum(share.values()),
                  [found(i, shared) for i in range(len(distances))],
-                 {name: OwnBest(len(members[name]), known[name, shared], known[name, best], best)
+                 {name: OwnBest(sum(not counted or counted[i] for i in members[name]), reached(name, shared), reached(name, best), best)
                   for name, best in own.items()})
 
 

@@ -198,6 +198,18 @@ def test_images_of_large_cells_can_be_reduced(tmp_path):
     assert (plain.zoom, net.zoom) == (1, 0.5) and net.diameter == pytest.approx(plain.diameter / 2)
 
 
+def test_few_held_out_images_are_filled_up_for_settings_alone(tmp_path):
+    labelled_folder(tmp_path / "cells", 14)
+    for share, held in ((0.2, 3), (0.6, 8)):
+        config = trainset.Data(root=str(tmp_path), sets=(trainset.Set("cells", zoom=0.5),), share=share, fields=3)
+        train, entries, hashes = trainset.load(config, 0, "cpu", 4.0)
+        own = [entry for entry in entries if entry.set == "cells"]
+        assert sum(e.held for e in own) == held and len(own) == 8 and all(e.zoom == 0.5 for e in own)
+        assert all(e.held and e.zoom == 1 for e in entries if e.set == "synthetic") and len(train) == 14 - held + 4
+        assert {e.name for e in own if e.held} <= set(hashes["validation"]) and len(hashes["validation"]) == held + 2
+        assert {e.name for e in own if not e.held} < set(hashes["train"])
+
+
 @pytest.mark.parametrize("changes,said", [
     (["data.sets=[{path: a, zoom: 2}]"], "a: zoom=2, expected 0.1 to 1"),
     (["data.sets=[{path: a, zoom: 0.5}]", "data.diameter=20"], "and so does the zoom of a set; leave one out"),

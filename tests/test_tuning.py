@@ -79,6 +79,23 @@ def test_each_set_gets_what_suits_it_best():
     assert max(own.own_score - own.score for own in found.sets.values()) > 0.05
 
 
+def test_images_that_do_not_count_choose_all_the_same():
+    """One held-out image that wants a high peak among four that want a low one: theirs is taken, and its score told with that."""
+    rows, columns = np.mgrid[:48, :48]
+    truth = ((rows % 16 < 12) & (columns % 16 < 12)) * (1 + rows // 16 * 3 + columns // 16).astype(np.int32)
+    dim = np.where(truth > 0, 0.5, 0).astype(np.float32)                     # found with a low peak alone
+    bright = np.maximum(np.where(truth > 0, 0.9, 0), 0.5 * ((rows + columns) % 5 == 0)).astype(np.float32)     # merged with a low one
+    distances, options = [bright, dim, dim, dim, dim], dict(peaks=(0.3, 0.7), fills=(0.2,))
+
+    def score(peak: float) -> float:
+        return metrics.average_precision(truth, watershed.watershed(bright, peak, 0.2)).mean()
+    alone = tuning.tuned(distances[:1], [truth], ["a"], **options)
+    found = tuning.tuned(distances, [truth] * 5, ["a"] * 5, counted=[True] + [False] * 4, **options)
+    assert alone.setting.peak == 0.7 and found.setting.peak == 0.3 and score(0.3) < 0.9 < score(0.7) == alone.score
+    assert found.score == found.sets["a"].score == pytest.approx(score(0.3)) and found.sets["a"].images == 1
+    assert tuning.tuned(distances, [truth] * 5, ["a"] * 5, **options).score > 0.7
+
+
 def test_processes_share_the_search(tmp_path):
     """Three processes that divide it find the same as one alone, each having scored its part; all of them know it all."""
     script = tmp_path / "share.py"

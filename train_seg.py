@@ -67,7 +67,7 @@ class Config:
     lr: float = 3e-4                        # at its highest
     lr_end: float = 1e-6                    # at the last step
     warmup: int = 500                       # steps until lr is reached
-    optimiser: Literal["adamw", "muon"] = "adamw"   # muon: from scratch it comes as far in a third of the steps (muon.py)
+    optimiser: Literal["adamw", "muon"] = "adamw"   # muon: learns from scratch in far fewer steps (muon.py)
     weight_decay: float = 0.05              # none on biases, norms and scales
     layer_decay: float = 1.0                # lr of each backbone block relative to the next deeper one; 0.8 when pretrained
     clip: float = 1.0                       # norm of the gradient

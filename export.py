@@ -6,7 +6,7 @@
     distance  (batch, 1, tile, tile) float32 in [0, 1], what watershed.watershed takes
 
 Subtracting the mean is part of the network; tiling, blending and the watershed are not (segment.py). What these
-need to know, such as percentiles, peak, fill and diameter, is JSON in the file's metadata under "dinocell". Where weights
+need to know, such as percentiles, zoom, peak, fill and diameter, is JSON in the file's metadata under "dinocell". Where weights
 have several decoders (kinds.py) kind= chooses one, with its setting of the watershed; else it is the one for all kinds.
 half=true computes in float16: half the size, for GPUs. Where onnxruntime is installed, the file is compared with PyTorch
 before it appears.

@@ -46,9 +46,13 @@ def gaining(best: Mapping[str, dict], trained: Iterable[str]) -> dict[str, dict]
 
 
 def zoomed(own: dict[str, dict], sets: Iterable, common: float) -> dict[str, dict]:
-    """And of the sets (trainset.Set) whose images the network sees at another zoom than that of all."""
-    more = {one.name: {"zoom": one.zoom} for one in sets if one.zoom != common}
-    return {name: dict(own.get(name, {}), setting={**own.get(name, {}).get("setting", {}), **more.get(name, {})}) for name in {**own, **more}}
+    """What sets have of their own, and the zoom of those (trainset.Set) whose images the network sees at another than the common one."""
+    own = dict(own)
+    for one in sets:
+        if one.zoom != common:
+            mine = own.get(one.name, dict(setting={}))
+            own[one.name] = dict(mine, setting={**mine["setting"], "zoom": one.zoom})
+    return own
 
 
 def learnt(net, images: Mapping[str, Iterable[Tensor]], own: Mapping[str, dict]) -> dict:

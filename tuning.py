@@ -108,8 +108,8 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
     of the others so far, and again until nothing is gained: from the first of all and from their middle, which may end at
     different ones. A set of many images counts as much as one of few, or as `weights` says by its name.
     distances, truths : (H, W) of each image; sets : the name of its set; zooms : px of the network for each px of
-    theirs, 1 or less: lengths are of the network's; counted : which images the scores are of, all by default, while all choose the setting; each(function, items) : where processes share the work, runs.shared_out with
-    their places.
+    theirs, 1 or less: lengths are of the network's; counted : whether the scores are of it too, while all choose the setting;
+    each(function, items) : where processes share the work, runs.shared_out with their places.
     """
     import metrics
     from watershed import lengths, watershed

@@ -12,6 +12,7 @@ import infer
 import kinds
 import model
 import segment
+import trainset
 
 OWN = dict(peak=0.7, fill=0.2, min_area=9, depth=0.3, smooth=1.5, shape=0.1)
 
@@ -197,3 +198,11 @@ def test_glimpses_are_corners_and_middle():
     small = segment.glimpses(segment.as_source(image[:, :20, :32]), segment.UNIT, (20, 32), 32)
     assert small.shape == (1, 3, 32, 32)                                     # mirrored to a whole tile
     np.testing.assert_allclose(small[0, :, 20:], image[:, 18:6:-1, :32], atol=1e-5)
+
+
+def test_a_zoom_of_its_own_makes_a_set_a_kind():
+    """Where one zoom is not that of all; whatever else the set has stays."""
+    sets = [trainset.Set("a", zoom=0.5), trainset.Set("b"), trainset.Set("c", zoom=0.25)]
+    own = dict(a=dict(setting=OWN, decoder="a"), b=dict(setting=OWN))
+    assert kinds.zoomed(own, sets, 1.0) == dict(a=dict(setting={**OWN, "zoom": 0.5}, decoder="a"), b=dict(setting=OWN), c=dict(setting={"zoom": 0.25}))
+    assert kinds.zoomed({}, sets[:1], 0.5) == {} and own["a"]["setting"] is OWN and "zoom" not in OWN

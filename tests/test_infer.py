@@ -224,7 +224,7 @@ def test_every_mistake_is_one_line(tmp_path, monkeypatch, capsys):
             ([good, "weights=gone"], "no weights at"), ([good, "peak=2"], "peak=2: expected"),
             ([good, "peka=0.3"], "unknown key 'peka', did you mean 'peak'?"), ([""], "an empty file name"),
             ([good, "near=nan"], "near=nan: expected"), ([good, "near=-1"], "near=-1: expected"),
-            ([good, "diameter=0.5"], "would be enlarged"), ([good, "block=0"], "block=0: expected 1 or more"),
+            ([good, "diameter=0.5"], "would be enlarged"), ([good, "diameter=9000"], "would be reduced"), ([good, "block=0"], "block=0: expected 1 or more"),
             ([good, "overlap=500"], "overlap=500: expected"), ([good, "fill=0.99"], "expected 0 <= fill <= peak"),
             ([good, "plane=2"], "has no axis Z"), ([good, "border=cut"], "expected keep or drop"),
             ([good, "tile=60"], "tile=60: expected a multiple of the patch"), ([good, "channels=DNA"], "no channel 'DNA'"),

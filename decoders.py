@@ -102,16 +102,11 @@ def join(config, jobs: dict) -> None:
         shared = {field: getattr(trained.settings, field) for field in tuning.Setting._fields}
         gained = kinds.gaining(stories[name]["scores"]["sets"], sets)
         for chosen in sets:
-            if reached(chosen, stories[name], gained) >= reached(chosen, story, general):
+            mine, its = stories[name]["scores"]["sets"], story["scores"]["sets"]
+            if kinds.reached(mine, gained, chosen) >= kinds.reached(its, general, chosen):
                 setting = gained[chosen]["setting"] if chosen in gained else shared
                 own[chosen] = dict(setting={**setting, "diameter": trained.settings.diameter}, decoder=name)
     own = kinds.zoomed(own, config.data.sets, net.settings.zoom)
     looks = trainset.glimpsed(config.data, config.seed, net.settings.tile)
     net.settings = replace(net.settings, kinds=kinds.learnt(net, looks, own), provenance={**story, "decoders": stories})
     model.save(net, weights, half=True)
-
-
-def reached(name: str, story: dict, gained: dict) -> float:
-    """The score of a set on validation, with the setting that it would be given; one without images there leaves it to the others."""
-    row = story["scores"]["sets"].get(name)
-    return row["own_score" if name in gained else "score"] if row else 0.0

@@ -45,6 +45,11 @@ def gaining(best: Mapping[str, dict], trained: Iterable[str]) -> dict[str, dict]
             of["own_score"] - of["score"] >= max(GAIN, ALONE / of["images"])}
 
 
+def reached(best: Mapping[str, dict], own: Mapping[str, dict], name: str) -> float:
+    """The score of a set on validation with the setting that it gets, its own where it gains by it; 0 without images there."""
+    return best[name]["own_score" if name in own else "score"] if name in best else 0.0
+
+
 def zoomed(own: dict[str, dict], sets: Iterable, common: float) -> dict[str, dict]:
     """What sets have of their own, and the zoom of those (trainset.Set) whose images the network sees at another than the common one."""
     own = dict(own)

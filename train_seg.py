@@ -296,7 +296,7 @@ def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> di
     sets = {name: {**summary(metrics.set_scores([t for t, e in zip(tables, held) if e.set == name])),
                    **own._asdict(), "setting": own.setting._asdict()} for name, own in best.sets.items()}
     own = kinds.gaining(sets, [s.name for s in run.config.data.sets])
-    score = float(np.average([row["own_score" if name in own else "score"] for name, row in sets.items()],
+    score = float(np.average([kinds.reached(sets, own, name) for name in sets],
                              weights=[weights.get(name, 1.0) for name in sets]))
     scores = {"score": score, **best.setting._asdict(), **summary(metrics.set_scores(tables))}
     run.log(step, **{f"val_{k}" if k != "score" else k: v for k, v in scores.items()},

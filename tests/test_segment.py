@@ -177,6 +177,17 @@ def test_diameter_is_found_from_the_image():
     assert segment.find_diameter(np.zeros((99, 99), np.float32), PassOn(), UNIT) is None
 
 
+def test_a_measured_diameter_is_compared_with_that_of_the_training_images(monkeypatch):
+    """Which the network saw reduced: the last pass shows the image at the scale at which its cells are as wide as theirs."""
+    image, asked, inner = cones(6, 512, 512, 120, 10.0), [], segment.segment
+    monkeypatch.setattr(segment, "segment", lambda part, net, scale, **more: asked.append(scale) or inner(part, net, scale=scale, **more))
+    for zoom, typical in ((1.0, 12.0), (0.5, 24.0)):
+        net = PassOn(diameter=12.0)
+        net.settings.zoom = zoom
+        found = segment.find_diameter(image, net, UNIT)
+        assert 10 < found < 24 and asked[-1] == pytest.approx(typical / found, rel=0.2), "in px of the image"
+
+
 def test_scale_follows_the_diameter():
     net = PassOn(diameter=16.0)
     assert segment.scale_for(None, net) == 1 and segment.scale_for(32, net) == 0.5

@@ -15,6 +15,7 @@ import yaml
 import data
 import metrics
 import model
+import muon
 import runs
 import segment
 import series
@@ -196,6 +197,24 @@ def test_images_of_large_cells_can_be_reduced(tmp_path):
         assert run(path).returncode == 0
     plain, net = (model.load(tmp_path / zoom / "final_models/seg.pt").settings for zoom in ("1.0", "0.5"))
     assert (plain.zoom, net.zoom) == (1, 0.5) and net.diameter == pytest.approx(plain.diameter / 2)
+
+
+def test_muon_learns_the_inner_layers_and_goes_on(tmp_path):
+    """Not those that meet pixels or answer, nor vectors; a run that is stopped reaches the same weights."""
+    config = runs.load(train_seg.Config, toy(tmp_path), ["optimiser=muon"])
+    net = train_seg.build(config)
+    optimiser, names = train_seg.optimiser_for(net, config), {id(p): name for name, p in net.named_parameters()}
+    inner = {names[id(p)] for group in optimiser.param_groups if group["matrix"] for p in group["params"]}
+    assert isinstance(optimiser, muon.Muon) and {"backbone.blocks.0.fc1.weight", "decoder.ups.0.weight"} <= inner, sorted(inner)
+    assert not [name for name in inner if "bias" in name or "norm" in name or "patch_embed" in name or "head" in name or "token" in name]
+    assert isinstance(train_seg.optimiser_for(net, runs.load(train_seg.Config, toy(tmp_path))), torch.optim.AdamW)
+    found = []
+    for place, more in (("once", []), ("twice", ["cycles=1"])):
+        path = toy(tmp_path, output_base_dir=str(tmp_path / place), optimiser="muon", steps=4, val_every=4, warmup=1, cycles=2)
+        assert not more or run(path, *more).returncode == 0
+        assert run(path).returncode == 0
+        found.append(weights(tmp_path / place))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_few_held_out_images_are_filled_up_for_settings_alone(tmp_path):

@@ -22,7 +22,8 @@ class Muon(torch.optim.Optimizer):
     """Groups of params with `matrix`: whether theirs are made orthogonal, as (out, rest); else AdamW."""
 
     def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0.0):
+                 eps: float = 1e-8, weight_decay: float = 0.0, products: torch.dtype = torch.float32):
+        self.products = products                # bfloat16, where the device has it, takes a third of the time
         super().__init__(groups, dict(lr=lr, momentum=momentum, betas=betas, eps=eps, weight_decay=weight_decay, matrix=False))
 
     @torch.no_grad()
@@ -34,12 +35,11 @@ class Muon(torch.optim.Optimizer):
                     change = change(parameter.grad, self.state[parameter], group)
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change, alpha=group["lr"])
 
-    @staticmethod
-    def matrix(gradient: Tensor, state: dict, group: dict) -> Tensor:
+    def matrix(self, gradient: Tensor, state: dict, group: dict) -> Tensor:
         momentum = state.setdefault("momentum", torch.zeros_like(gradient))
         momentum.lerp_(gradient, 1 - group["momentum"])
         ahead = gradient.lerp(momentum, group["momentum"]).flatten(1)                      # (out, rest), Nesterov's
-        return (orthogonal(ahead) * SIZE * math.sqrt(max(ahead.shape))).view_as(gradient)
+        return (orthogonal(ahead.to(self.products)) * SIZE * math.sqrt(max(ahead.shape))).view_as(gradient)
 
     @staticmethod
     def vector(gradient: Tensor, state: dict, group: dict) -> Tensor:

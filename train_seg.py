@@ -137,7 +137,7 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
     layout = torch.channels_last if "cuda" in device else torch.contiguous_format   # of the GPU's convolutions; CPUs lose
     net.to(device, memory_format=layout)
     average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema))
-    optimiser = optimiser_for(net, config)
+    optimiser = optimiser_for(net, config, device)
     start, best, since = 0, -1.0, 0
     total = config.steps * config.cycles
     if state:
@@ -237,11 +237,12 @@ def build(config: Config):
     return net
 
 
-def optimiser_for(net, config: Config):
+def optimiser_for(net, config: Config, device: str):
     import torch
     import muon
     if config.optimiser == "muon":
-        return muon.Muon(parameter_groups(net, config), config.lr, eps=config.eps)
+        products = torch.bfloat16 if use_bf16(config, device) else torch.float32
+        return muon.Muon(parameter_groups(net, config), config.lr, eps=config.eps, products=products)
     return torch.optim.AdamW(parameter_groups(net, config), config.lr, betas=(0.9, 0.999), eps=config.eps)
 
 
@@ -361,7 +362,7 @@ def print_check(config: Config, net, images, validation: list, device: str, chan
     compiled = config.compile and "cuda" in device            # on a CPU it would take minutes
     if compiled:
         net.compile()
-    optimiser = optimiser_for(net, config)
+    optimiser = optimiser_for(net, config, device)
     times = []
     for step in range(5):                                     # the first two compile, measure, take memory
         begin = time.perf_counter()

@@ -26,7 +26,7 @@ def train_seg(steps: int = 20) -> None:
             images, *_ = trainset.load(drawn, 0, device, config.cap)
             changes = runs.from_dict(augment.Augment, config.augment, name)
             net = script.build(config).to(device)
-            optimiser = script.optimiser_for(net, config)
+            optimiser = script.optimiser_for(net, config, device)
             average = torch.optim.swa_utils.AveragedModel(
                 net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema))
 

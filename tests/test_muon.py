@@ -21,6 +21,18 @@ def test_singular_values_come_near_one_and_vectors_stay(shape):
     assert muon.orthogonal(torch.zeros(shape)).abs().max() == 0
 
 
+def test_products_in_bfloat16_are_nearly_those_in_float32():
+    torch.manual_seed(0)
+    gradient, found = torch.randn(20, 48) @ torch.diag(torch.logspace(0, -1, 48)), []
+    for products in (torch.float32, torch.bfloat16):
+        parameter = torch.nn.Parameter(torch.zeros(20, 48))
+        parameter.grad = gradient.clone()
+        Muon([dict(params=[parameter], matrix=True)], lr=0.01, products=products).step()
+        found.append(parameter.detach())
+    assert not torch.equal(*found) and found[1].dtype == torch.float32
+    assert torch.cosine_similarity(found[0].flatten(), found[1].flatten(), dim=0) > 0.995
+
+
 def test_vectors_are_adamws():
     torch.manual_seed(0)
     start, gradients = torch.randn(5), torch.randn(20, 5)

@@ -203,11 +203,11 @@ def test_muon_learns_the_inner_layers_and_goes_on(tmp_path):
     """Not those that meet pixels or answer, nor vectors; a run that is stopped reaches the same weights."""
     config = runs.load(train_seg.Config, toy(tmp_path), ["optimiser=muon"])
     net = train_seg.build(config)
-    optimiser, names = train_seg.optimiser_for(net, config), {id(p): name for name, p in net.named_parameters()}
+    optimiser, names = train_seg.optimiser_for(net, config, "cpu"), {id(p): name for name, p in net.named_parameters()}
     inner = {names[id(p)] for group in optimiser.param_groups if group["matrix"] for p in group["params"]}
     assert isinstance(optimiser, muon.Muon) and {"backbone.blocks.0.fc1.weight", "decoder.ups.0.weight"} <= inner, sorted(inner)
     assert not [name for name in inner if "bias" in name or "norm" in name or "patch_embed" in name or "head" in name or "token" in name]
-    assert isinstance(train_seg.optimiser_for(net, runs.load(train_seg.Config, toy(tmp_path))), torch.optim.AdamW)
+    assert isinstance(train_seg.optimiser_for(net, runs.load(train_seg.Config, toy(tmp_path)), "cpu"), torch.optim.AdamW)
     found = []
     for place, more in (("once", []), ("twice", ["cycles=1"])):
         path = toy(tmp_path, output_base_dir=str(tmp_path / place), optimiser="muon", steps=4, val_every=4, warmup=1, cycles=2)

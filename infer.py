@@ -395,7 +395,7 @@ def results(name: str, config: Config) -> list[str]:
 def find_weights(name: str, folder: Path) -> Path:
     if name == "default":
         choices = [folder / f for f in ("dinocell_s8.pt", "dinocell_tiny.pt", "demo_synthetic.pt")]
-    elif name.endswith(".pt") or "/" in name:
+    elif name.endswith(".pt") or "/" in name or Path(name).is_file():
         choices = [Path(name)]
     else:
         choices = [folder / f"{name}.pt", folder / f"dinocell_{name}.pt"]

@@ -16,7 +16,6 @@ import copy
 import json
 import math
 import os
-import pickle
 import struct
 import sys
 import time
@@ -445,7 +444,9 @@ def _read(path: str | Path) -> dict:
         return read_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:              # whatever an unpickler makes of bytes that are something else
         raise ValueError(f"{path}: not a file of PyTorch weights, or damaged ({type(error).__name__}); expected what "
                          "train_seg.py or train_ssl.py exported, or a DINOv3 checkpoint") from None
     if not isinstance(content, dict):

@@ -221,7 +221,7 @@ def test_every_mistake_is_one_line(tmp_path, monkeypatch, capsys):
             (["stack.tif"], "plane=1..25"), (["nan.tif"], "NaN"), (["five.tif"], "channels="),
             (["gone"], "gone: no such file or folder"), ([good, "out=a file/x"], "cannot write there"),
             ([good, "weights=none.pt"], "none.pt: not a file of PyTorch weights"), ([good, "weights=ssl_tiny"], "a backbone without decoder"),
-            ([good, "weights=gone"], "no weights at"), ([good, "peak=2"], "peak=2: expected"),
+            (["weights=text.tif", good], "text.tif: not a file of PyTorch weights"), ([good, "weights=gone"], "no weights at"), ([good, "peak=2"], "peak=2: expected"),
             ([good, "peka=0.3"], "unknown key 'peka', did you mean 'peak'?"), ([""], "an empty file name"),
             ([good, "near=nan"], "near=nan: expected"), ([good, "near=-1"], "near=-1: expected"),
             ([good, "diameter=0.5"], "would be enlarged"), ([good, "diameter=9000"], "would be reduced"), ([good, "block=0"], "block=0: expected 1 or more"),

@@ -30,7 +30,8 @@ def plan(config, weights: str) -> Iterator[tuple[str, object]]:
     folder = Path(config.output_base_dir) / "runs" / config.experiment
     names = list(dict.fromkeys(chosen.decoder for chosen in config.data.sets if chosen.decoder))
     if strange := sorted(config.decoders.keys() - set(names)):
-        raise ValueError(f"decoders.{strange[0]}: no set in data.sets has decoder: {strange[0]} (there are: {', '.join(names) or 'none'})")
+        raise ValueError(f"decoders.{strange[0]}: no set in data.sets has decoder: {strange[0]} "
+                         f"(there are: {', '.join(names) or 'none'})")
     if names:                                                 # what follows needs torch
         import torch
         import augment

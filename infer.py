@@ -59,10 +59,10 @@ class Config:
     peak: float | None = None                       # a cell's marker lies above this distance; null: the weights' own
     fill: float | None = None                       # a cell reaches down to this distance; null: the weights' own
     depth: float | None = None                      # a valley so deep parts two cells; 0: one down to peak; null: the weights' own
-    smooth: float | None = None                     # px, Gaussian over the distance map before the watershed; null: the weights' own
-    shape: float | None = None                      # per px inside a cell, added to the map, so that necks part cells; null: the weights' own
+    smooth: float | None = None                     # px, Gaussian over the map before the watershed; null: the weights' own
+    shape: float | None = None                      # added per px inside a cell, so that necks part; null: the weights' own
     min_area: int | None = None                     # px, smaller cells are dropped; null: the weights' own
-    kind: str | None = None                         # whose decoder and "own" it is: a part of a training set's name, or shared; null: by what the image shows
+    kind: str | None = None                         # taken as: a part of a training set's name, or shared; null: by what it shows
     border: Literal["keep", "drop"] = "keep"        # drop: leave out cells cut by the edge of the image
     near: float | None = None                       # px, neighbours are counted within this distance; null: a cell's width
     geojson: bool = False                           # polygons for QuPath
@@ -175,8 +175,8 @@ def segment_all(found: dict[Path | str, str], shelf: remote.Shelf, table: str, w
         print(f"{done} image{'s' * (done != 1)}, {megapixels:.3g} megapixels in {seconds:.1f} s "
               f"({done / seconds:.3g} images/s, {megapixels / seconds:.3g} MP/s) with {weights.name} -> {config.out}")
         if len(taken) > 1:
-            print(f"decoder and watershed chosen by what the images show, for {', '.join(f'{n} as {kind}' for kind, n in taken.most_common())}; "
-                  "kind= gives all the same")
+            named = ", ".join(f"{n} as {kind}" for kind, n in taken.most_common())
+            print(f"decoder and watershed chosen by what the images show, for {named}; kind= gives all the same")
         for notice, count in TOLD.items():
             if count > 1:
                 print(f"{notice}: {count} images", file=sys.stderr)

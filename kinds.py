@@ -51,7 +51,7 @@ def reached(best: Mapping[str, dict], own: Mapping[str, dict], name: str) -> flo
 
 
 def zoomed(own: dict[str, dict], sets: Iterable, common: float) -> dict[str, dict]:
-    """What sets have of their own, and the zoom of those (trainset.Set) whose images the network sees at another than the common one."""
+    """What sets have of their own, and the zoom (trainset.Set) of those whose images the network sees at an uncommon one."""
     own = dict(own)
     for one in sets:
         if one.zoom != common:
@@ -112,6 +112,6 @@ def named(net, kind: str) -> str:
     found = ([kind] if kind in known else
              [name for name in known if name.startswith(kind)] or [name for name in known if kind in name])
     if len(found) != 1:
-        raise ValueError(f"kind={kind}: {'several have this in their names, ' * (len(found) > 1)}expected one of {', '.join(map(repr, known))} (a part is enough), "
-                         "the kinds of images that these weights know")
+        raise ValueError(f"kind={kind}: {'several have this in their names, ' * (len(found) > 1)}expected one of "
+                         f"{', '.join(map(repr, known))} (a part is enough), the kinds of images that these weights know")
     return found[0]

@@ -475,8 +475,8 @@ def seeds_joined(models: Sequence[Model], entries: Sequence[tuple[str, str]], re
             for other in found[1:]:
                 if other.names != found[0].names:
                     unlike = sorted(set(other.names) ^ set(found[0].names))
-                    raise ValueError(f"{name} on {place}: {found[0].model} and {other.model} are seeds of one, but only one of them "
-                                     f"has {', '.join(unlike[:3])}{' ...' * (len(unlike) > 3)}; expected the same images of each")
+                    raise ValueError(f"{name} on {place}: {found[0].model} and {other.model} are seeds of one, but "
+                                     f"only one of them has {', '.join(unlike[:3])}{' ...' * (len(unlike) > 3)}; expected the same images of each")
         joined[place] = {name: found[0] if name not in called.values() else found[0]._replace(
             model=name, note=f"{len(found)} seed{'s' * (len(found) > 1)}", tables=[], seconds=None,
             scores=metrics.run_scores([result.tables for result in found])) for name, found in members.items()}

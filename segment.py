@@ -335,11 +335,11 @@ def scale_for(diameter: float | None, model, kind: str = kinds.SHARED) -> float:
         raise ValueError(f"diameter={diameter:g}: expected more than 0 px")
     scale = typical / diameter
     if scale > 10:
-        raise ValueError(f"diameter={diameter:g}: the image would be enlarged {scale:.0f} times, for these weights know cells of "
-                         f"{typical:.3g} px; expected {typical / 10:.2g} px or more")
+        raise ValueError(f"diameter={diameter:g}: the image would be enlarged {scale:.0f} times, for these weights know "
+                         f"cells of {typical:.3g} px; expected {typical / 10:.2g} px or more")
     if scale < 1 / 32:
-        raise ValueError(f"diameter={diameter:g}: the image would be reduced {1 / scale:.0f} times, for these weights know cells of "
-                         f"{typical:.3g} px; expected {32 * typical:.3g} px or less")
+        raise ValueError(f"diameter={diameter:g}: the image would be reduced {1 / scale:.0f} times, for these weights know "
+                         f"cells of {typical:.3g} px; expected {32 * typical:.3g} px or less")
     return 1.0 if abs(math.log(scale)) < 0.05 else scale       # under 5 %: resampling would cost more than it brings
 
 

@@ -117,7 +117,8 @@ def turn(path: Path, rank: int = 0, wait: bool = True) -> Iterator[bool]:
         except BlockingIOError:
             yield False
         except OSError as error:
-            raise ValueError(f"{path}: this file system knows no locks ({error.strerror}); put output_base_dir on another") from None
+            raise ValueError(f"{path}: this file system knows no locks ({error.strerror}); "
+                             "put output_base_dir on another") from None
         else:
             yield True
 
@@ -202,8 +203,8 @@ def summarise(folder: Path, config) -> None:
                for of, found in groups.items()]
     runs.write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     varied = [name for name in KEYS[:-1] if len({row[name] for row in rows}) > 1]
-    text = ("Mean over seeds, and from the least to the largest. AP is a mean over images, F1 and SEG count the cells of all images "
-            "together.\n\n") + report.markdown(
+    text = ("Mean over seeds, and from the least to the largest. AP is a mean over images, F1 and SEG count the cells of all "
+            "images together.\n\n") + report.markdown(
         ("set", *varied, "seeds", *SCORES),
         [(row["set"], *(row[name] for name in varied), str(row["seeds"]), *(ranged(row[name]) for name in SCORES))
          for row in summary], words=1 + len(varied))

@@ -43,7 +43,7 @@ class Network:
     layerscale: float = 0.1                 # start of LayerScale; small values need long training
     widths: tuple[int, ...] = (256, 128, 64)  # decoder stages, one for each doubling of the grid
     last: int = 32                          # width of the last stage, at full size
-    stem: int = 1                           # levels of convolutions on the image itself: 1 at full size, 2 at a half, too ...; 0: tokens alone
+    stem: int = 1                           # levels of convolutions on the image: 1 at full size, 2 at a half, too ...; 0: none
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Config:
     precision: Literal["auto", "bf16", "float32"] = "auto"   # auto: bf16 where the hardware has it
     compile: bool = False                   # torch.compile: worth its minute on a GPU
     wandb: Literal["off", "on", "offline"] = "off"           # live curves
-    decoders: dict = field(default_factory=dict)         # {name: {key: value}}: changes to all this for the decoders that data.sets name (decoders.py)
+    decoders: dict = field(default_factory=dict)         # {name: {key: value}}: changes for the decoders that data.sets name
     series: series.Series = field(default_factory=series.Series)   # many runs: label efficiency, channels
 
     def __post_init__(self):
@@ -290,7 +290,8 @@ def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> di
                                                         scale=entry.zoom / net.settings.zoom), entries)
     best = tuning.tuned(distances, [entry.labels for entry in entries], [entry.set for entry in entries],
                         min_areas=tuning.AREAS, depths=tuning.DEPTHS, smooths=tuning.SMOOTHS, shapes=tuning.SHAPES,
-                        weights=weights, zooms=[entry.zoom for entry in entries], counted=[entry.held for entry in entries], each=each)
+                        weights=weights, zooms=[entry.zoom for entry in entries],
+                        counted=[entry.held for entry in entries], each=each)
     held, labels = zip(*((entry, found) for entry, found in zip(entries, best.labels) if entry.held))
     tables = [metrics.overlap(entry.labels, found) for entry, found in zip(held, labels)]
     net.settings = dataclasses.replace(net.settings, **best.setting._asdict(), kinds={})

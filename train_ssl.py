@@ -435,8 +435,8 @@ def print_check(config: Config, student, teacher, light, device: str) -> int:
     work = config.batch * learner.flops(student, config.views.size, config.views.local_size, config.views.locals)
     print(f"{backbone:.1f} M parameters in the backbone, {whole:.1f} M with the heads; {work / 1e12:.2f} TFLOPs a step")
     seconds = took * config.batch / tried
-    print(f"{seconds:.3f} s a step on {device}{', compiled' * compiled}, tried with {tried} fields ({cutting / took:.0%} of it cutting views): "
-          f"{config.steps} steps take about {config.steps * seconds / 3600:.1f} h, measuring aside")
+    print(f"{seconds:.3f} s a step on {device}{', compiled' * compiled}, tried with {tried} fields ({cutting / took:.0%} of it "
+          f"cutting views): {config.steps} steps take about {config.steps * seconds / 3600:.1f} h, measuring aside")
     if "cuda" in device:
         print(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory at most in this trial")
     return 0

@@ -23,7 +23,7 @@ class Set:
     labels: str | None = None               # which, where an image has several: cells, nuclei
     weight: float = 1.0                     # how often its images are drawn, relative to other sets
     zoom: float = 1.0                       # px that the network sees per px of its images; below 1 where cells are large
-    decoder: str | None = None              # the name of the decoder that this kind of image gets (decoders.py); null: the one for all
+    decoder: str | None = None              # name of its kind's own decoder (decoders.py); null: the one for all
 
     def __post_init__(self):
         if not self.weight > 0:
@@ -132,7 +132,8 @@ def divide(found: list, config: Data, seed: int) -> tuple[list, list]:
 def read(example, set_name: str, zoom: float = 1.0) -> Entry:
     import data
     pixels, labels = example.image().pixels, example.labels()
-    return Entry(f"{set_name}/{example.name}", data.to_rgb(data.normalise(pixels, data.percentiles(pixels))), labels, set_name, zoom)
+    pixels = data.to_rgb(data.normalise(pixels, data.percentiles(pixels)))
+    return Entry(f"{set_name}/{example.name}", pixels, labels, set_name, zoom)
 
 
 def common_zoom(config: Data) -> float:

@@ -157,8 +157,8 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
     own = {name: search([name], shared) for name in members}
     return Tuned(shared, sum(share[name] * reached(name, shared) for name in members) / sum(share.values()),
                  [found(i, shared) for i in range(len(distances))],
-                 {name: OwnBest(sum(not counted or counted[i] for i in members[name]), reached(name, shared), reached(name, best), best)
-                  for name, best in own.items()})
+                 {name: OwnBest(sum(not counted or counted[i] for i in members[name]), reached(name, shared),
+                                reached(name, best), best) for name, best in own.items()})
 
 
 def first(values: Sequence):

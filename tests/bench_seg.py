@@ -72,7 +72,7 @@ def kinds() -> None:
         raise SystemExit(f"{ROOT / config.root}: no such folder; the images of configs/dinocell_tiny.yaml are needed")
     net, parts = model.load(ROOT / "final_models/dinocell_tiny.pt"), []
     config = dataclasses.replace(config, root=str(ROOT / config.root))
-    zooms = {one["decoder"]: one["setting"]["zoom"] for one in net.settings.kinds["sets"] if one["decoder"]}
+    zooms = {one["decoder"]: one["setting"].get("zoom", net.settings.zoom) for one in net.settings.kinds["sets"] if one["decoder"]}
     for chosen in config.sets:
         for examples in trainset.divide(trainset.examples(config, chosen), config, 0):          # to train on, held out
             images = [trainset.read(example, chosen.name).pixels for example in examples]
@@ -87,7 +87,7 @@ def kinds() -> None:
         spread = torch.cat([mine for _, mine in known]).std(0) + 1e-6
 
         def wrong(some: list, first: int) -> str:
-            found = [names[torch.cat([torch.cdist(tokens[zoom][first:] / spread, mine / spread) for zoom, mine in known], 1).argmin(1)] != name
+            found = [names[torch.cat([torch.cdist(tokens[zoom][first:] / spread, mine / spread) for zoom, mine in known], 1).argmin(1).numpy()] != name
                      for name, tokens in some if len(tokens[1.0]) > first]
             return f"{sum(map(np.count_nonzero, found))} of {sum(map(len, found))}"
         rows.append([str(count), wrong(parts[::2], count), wrong(parts[1::2], 0)])

@@ -444,7 +444,7 @@ def _read(path: str | Path) -> dict:
         return read_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:              # whatever an unpickler makes of bytes that are something else
         raise ValueError(f"{path}: not a file of PyTorch weights, or damaged ({type(error).__name__}); expected what "

@@ -208,6 +208,9 @@ def test_muon_learns_the_inner_layers_and_goes_on(tmp_path):
     assert isinstance(optimiser, muon.Muon) and {"backbone.blocks.0.fc1.weight", "decoder.ups.0.weight"} <= inner, sorted(inner)
     assert not [name for name in inner if "bias" in name or "norm" in name or "patch_embed" in name or "head" in name or "token" in name]
     assert isinstance(train_seg.optimiser_for(net, runs.load(train_seg.Config, toy(tmp_path)), "cpu"), torch.optim.AdamW)
+    for precision, products in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+        asked = runs.load(train_seg.Config, toy(tmp_path), ["optimiser=muon", f"precision={precision}"])
+        assert train_seg.optimiser_for(net, asked, "cpu").products == products
     found = []
     for place, more in (("once", []), ("twice", ["cycles=1"])):
         path = toy(tmp_path, output_base_dir=str(tmp_path / place), optimiser="muon", steps=4, val_every=4, warmup=1, cycles=2)

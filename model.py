@@ -16,6 +16,7 @@ import copy
 import json
 import math
 import os
+import pickle
 import struct
 import sys
 import time
@@ -444,9 +445,8 @@ def _read(path: str | Path) -> dict:
         return read_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:              # whatever an unpickler makes of bytes that are something else
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError,
+            AssertionError, struct.error) as error:                          # what it makes of bytes that are something else
         raise ValueError(f"{path}: not a file of PyTorch weights, or damaged ({type(error).__name__}); expected what "
                          "train_seg.py or train_ssl.py exported, or a DINOv3 checkpoint") from None
     if not isinstance(content, dict):

@@ -217,7 +217,7 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, progress
                 source, net, diameter=diameter, scale=scale, limits=limits, tile=config.tile)
         scale *= segment.scale_for(diameter, net, kind)
         reduce = -(-max(H, W) // PICTURE)                      # the overlay is reduced by this whole number
-        near = (kinds.suited(net, kind)[1].diameter or 40) / scale if config.near is None else config.near
+        near = (kinds.settings_of(net, kind).diameter or 40) / scale if config.near is None else config.near
         side = max(1, int(config.block / max(scale, 1)) // reduce) * reduce      # of blocks; enlarged, they keep their memory
         columns, polygons, labelled = [], [], 0
         small = (-(-H // reduce), -(-W // reduce))

@@ -5,12 +5,12 @@
     net, settings = suited(net, kind)                                                   # its decoder, its setting
 
 One decoder and one setting for all cost most where cells are unlike the others: the large ones of phase contrast fall to
-pieces at a depth that just parts touching nuclei. The backbone's mean token tells what an image shows, and images that
-look like one of a training set get what that set has of its own. Who gives kind=, peak=, fill=, depth=, smooth=, shape=
+pieces at a depth that just parts touching nuclei. The backbone's tokens tell what an image shows, and images that
+look like one of a training set get what that set has of its own, which may be nothing. Who gives kind=, peak=, fill=, depth=, smooth=, shape=
 or min_area= decides himself.
 
 Why single images are kept and not a mean for each set: a set shows many things, and a small set of one thing lies among
-them. With means, half of the nuclei went to two sets of two images.
+them. With means, half of the nuclei went to two sets of two images. `python tests/bench.py kinds` measures how often it errs.
 
 Letters: n tiles, T their side in px, D width of the backbone.
 """
@@ -25,15 +25,16 @@ from torch import Tensor
 
 GAIN = 0.02         # of the score on validation that a setting of its own must bring a set
 ALONE = 0.1         # and what it must bring where it was found on one image; on n an n-th of it
-SHARED = "shared"   # the name of the setting that serves all sets
+SHARED = "shared"   # the name of the decoder and the setting that serve all sets
 
 
 @torch.inference_mode()
 def token(net, tiles: Tensor) -> Tensor:
-    """(n, 3, T, T) in [0, 1] of one image -> (D,): mean of the last block's tokens."""
+    """(n, 3, T, T) in [0, 1] of one image -> (2 D,): mean and deviation of the last block's tokens in a tile, of all tiles."""
     with net.autocast():
         last, = net.backbone.features((tiles.to(net.mean.device) - net.mean) / net.std, net.taps[-1:])
-    return last.float().mean((0, 1)).cpu()
+    last = last.float()                                                                # (n, tokens, D)
+    return torch.cat([last.mean(1), last.std(1, correction=0)], 1).mean(0).cpu()
 
 
 def gaining(best: Mapping[str, dict], trained: Iterable[str]) -> dict[str, dict]:
@@ -68,42 +69,46 @@ def learnt(net, images: Mapping[str, Iterable[Tensor]], own: Mapping[str, dict])
     """
     if not own:
         return {}
-    tokens = {name: torch.stack([token(net, tiles) for tiles in of]) for name, of in images.items()}    # (images, D)
+    tokens = {name: torch.stack([token(net, tiles) for tiles in of]) for name, of in images.items()}    # (images, 2 D)
     spread = torch.cat(list(tokens.values())).std(0) + 1e-6
     first = Counter(name.split()[0] for name in images)        # "phase/train" says enough of "phase/train ^(?!set40$)"
     return dict(spread=spread.tolist(), sets=[
         dict(name=name.split()[0] if first[name.split()[0]] == 1 else name,
              setting=dict(own[name]["setting"]) if name in own else {}, decoder=own.get(name, {}).get("decoder"),
-             tokens=[[float(f"{value:.3g}") for value in row] for row in (of / spread).tolist()])      # (images, D)
+             tokens=[[float(f"{value:.3g}") for value in row] for row in (of / spread).tolist()])      # (images, 2 D)
         for name, of in tokens.items()])
 
 
 def nearest(net, looks: Mapping[str, Tensor]) -> str:
-    """The kind of an image: the training set that has the image most like it; SHARED where that has nothing of its own.
+    """The kind of an image: the training set that has the image most like it.
 
-    looks : by the name of each set of sets(), the image's token (D,) at the scale at which this set would have its cells.
+    looks : by the name of each set of sets(), the image's token (2 D,) at the scale at which this set would have its cells.
     """
     known = net.settings.kinds
-    spread = torch.tensor(known["spread"])                                             # (D,)
-    chosen = min(known["sets"], key=lambda one: float(
+    spread = torch.tensor(known["spread"])                                             # (2 D,)
+    return min(known["sets"], key=lambda one: float(
         (looks[one["name"]] / spread - torch.tensor(one["tokens"])).square().sum(1).min()))["name"]
-    return sets(net)[chosen]
 
 
-def sets(net) -> dict[str, str]:
-    """The training sets that images are compared with, and the kind that each stands for."""
-    return {one["name"]: one["name"] if one["setting"] else SHARED for one in net.settings.kinds.get("sets", ())}
+def sets(net) -> list[str]:
+    """The training sets that images are compared with."""
+    return [one["name"] for one in net.settings.kinds.get("sets", ())]
 
 
 def settings(net) -> dict[str, dict]:
     """Kinds that the weights know, and what each changes in the settings that serve all: the watershed's, the diameter of cells."""
-    return {SHARED: {}, **{one["name"]: one["setting"] for one in net.settings.kinds.get("sets", ()) if one["setting"]}}
+    return {SHARED: {}, **{one["name"]: one["setting"] for one in net.settings.kinds.get("sets", ())}}
+
+
+def settings_of(net, kind: str):
+    """The network's settings with those of this kind."""
+    return replace(net.settings, **settings(net)[kind])
 
 
 def suited(net, kind: str) -> tuple:
     """(the network with the decoder of this kind, its settings with those of this kind)"""
     decoder = next((one.get("decoder") for one in net.settings.kinds.get("sets", ()) if one["name"] == kind), None)
-    return net.with_decoder(decoder) if decoder else net, replace(net.settings, **settings(net)[kind])
+    return net.with_decoder(decoder) if decoder else net, settings_of(net, kind)
 
 
 def named(net, kind: str) -> str:

@@ -19,6 +19,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -63,14 +65,14 @@ def kind_of(image, model, *, diameter: float | None = None, scale: float = 1.0, 
             tile: int | None = None) -> str:
     """Whose decoder and setting of the watershed suit an image (kinds.py); the arguments are those of blocks().
 
-    Where the diameter of its cells is known, each kind looks at it with cells as wide as its own.
+    Where the diameter of its cells is known, each kind looks at it with cells as wide as they are in its training images.
     """
     if not model.settings.kinds:
         return kinds.SHARED
     source = as_source(image)
     if limits is None:
         limits = data.percentiles(getattr(source, "pixels", source), model.settings.low, model.settings.high)
-    scales = {name: scale * scale_for(diameter, model, kind) for name, kind in kinds.sets(model).items()}
+    scales = {name: scale * scale_for(diameter, model, name) / kinds.settings_of(model, name).zoom for name in kinds.sets(model)}
     looks = {at: kinds.token(model, glimpses(source, limits, scaled(source.shape[1:], at), _side(model, tile)))
              for at in set(scales.values())}
     return kinds.nearest(model, {name: looks[at] for name, at in scales.items()})
@@ -289,11 +291,14 @@ class _Runner:
 
 
 def glimpses(source, limits: np.ndarray, size: tuple[int, int], tile: int) -> Tensor:
-    """What an image shows, from a few places: tiles (1 to 3, 3, tile, tile) from its corners and its middle."""
+    """What an image shows, from a few places: tiles (1 to 5, 3, tile, tile) from its corners and its middle."""
     (h, w), found = size, []
-    for y, x in sorted({(0, 0), (max(0, h - tile) // 2, max(0, w - tile) // 2), (max(0, h - tile), max(0, w - tile))}):
-        strip = _read(source, limits, size, slice(y, min(y + tile, h)))[:, :, x:x + tile]
-        found.append(strip[:, _reflect(strip.shape[1], tile)][:, :, _reflect(strip.shape[2], tile)])
+    bottom, right = max(0, h - tile), max(0, w - tile)
+    places = sorted({(0, 0), (0, right), (bottom // 2, right // 2), (bottom, 0), (bottom, right)})
+    for y, row in groupby(places, key=itemgetter(0)):
+        strip = _read(source, limits, size, slice(y, min(y + tile, h)))
+        for part in (strip[:, :, x:x + tile] for _, x in row):
+            found.append(part[:, _reflect(part.shape[1], tile)][:, :, _reflect(part.shape[2], tile)])
     return torch.stack(found)
 
 
@@ -325,7 +330,7 @@ def _reflect(length: int, wanted: int) -> Tensor:
 def scale_for(diameter: float | None, model, kind: str = kinds.SHARED) -> float:
     """Network px per image px, so that cells `diameter` px wide look as wide as the training cells of that kind; None: as for
     its training images."""
-    settings = kinds.suited(model, kind)[1]
+    settings = kinds.settings_of(model, kind)
     if diameter is None:
         return settings.zoom
     typical = settings.diameter
@@ -359,7 +364,7 @@ def find_diameter(image, model, limits: np.ndarray, *, kind: str | None = None, 
     def measure(scale: float) -> tuple[float, float] | None:
         """Diameter in the image, and as it is in training images of this kind."""
         seen = kind or kind_of(source, model, scale=scale, limits=limits, tile=options.get("tile"))
-        settings = kinds.suited(model, kinds.named(model, seen))[1]
+        settings = kinds.settings_of(model, kinds.named(model, seen))
         side = min(1024, round(640 / scale))
         corners = [(y, x) for y in sorted({0, max(0, (H - side) // 2), max(0, H - side)})
                    for x in sorted({0, max(0, (W - side) // 2), max(0, W - side)})]

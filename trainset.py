@@ -150,8 +150,8 @@ def glimpsed(config: Data, seed: int, tile: int, count: int = 256) -> dict[str, 
         kept, _ = divide(examples(config, chosen), config, seed)
         lot = np.random.default_rng(seed).permutation(len(kept))[:count]
         images = (read(kept[i], chosen.name).pixels for i in lot)
-        found[chosen.name] = [segment.glimpses(segment.as_source(pixels), segment.UNIT,
-                                               segment.scaled(pixels.shape[1:], chosen.zoom), tile) for pixels in images]
+        found[chosen.name] = [segment.glimpses(segment.as_source(pixels), segment.UNIT, pixels.shape[1:], tile)
+                              for pixels in images]
     return found
 
 

@@ -56,10 +56,10 @@ def train_seg(steps: int = 20) -> None:
     table("A step of train_seg.py", ["configuration", "device", "crops", "time", "crops/s", "outside the network"], rows)
 
 
-def kinds() -> None:
-    """How often an image goes to another kind's decoder, by how many training images of each set the weights know."""
-    import numpy as np
+def kinds(weights: str = "dinocell_tiny") -> None:
+    """How often an image goes to another kind's decoder: each training image against all but those of its own group."""
     import torch
+    import data
     import kinds as rooms
     import model
     import runs
@@ -67,28 +67,22 @@ def kinds() -> None:
     import train_seg as script
     import trainset
     from bench import table
-    config = runs.load(script.Config, ROOT / "configs/dinocell_tiny.yaml").data
-    if not (ROOT / config.root).is_dir():
-        raise SystemExit(f"{ROOT / config.root}: no such folder; the images of configs/dinocell_tiny.yaml are needed")
-    net, parts = model.load(ROOT / "final_models/dinocell_tiny.pt"), []
+    config = runs.load(script.Config, ROOT / f"configs/{weights}.yaml").data
     config = dataclasses.replace(config, root=str(ROOT / config.root))
-    zooms = {one["decoder"]: one["setting"].get("zoom", net.settings.zoom) for one in net.settings.kinds["sets"] if one["decoder"]}
+    if not Path(config.root).is_dir():
+        raise SystemExit(f"{config.root}: no such folder; the images of configs/{weights}.yaml are needed")
+    net = model.load(ROOT / f"final_models/{weights}.pt")
+    looks, kind, groups = [], [], []
     for chosen in config.sets:
-        for examples in trainset.divide(trainset.examples(config, chosen), config, 0):          # to train on, held out
-            images = [trainset.read(example, chosen.name).pixels for example in examples]
-            order = np.random.default_rng(0).permutation(len(images))
-            parts.append((chosen.decoder, {zoom: torch.stack([rooms.token(net, segment.glimpses(
-                segment.as_source(v), segment.UNIT, segment.scaled(v.shape[1:], zoom), net.settings.tile)) for v in images])[order]
-                for zoom in set(zooms.values())}))                                              # (images, D) at each zoom
-    rows = []
-    for count in (16, 32, 64, 128, 256):
-        known = [(zooms[name], tokens[zooms[name]][:count]) for name, tokens in parts[::2]]     # (<= count, D) of each set
-        names = np.repeat([name for name, _ in parts[::2]], [len(mine) for _, mine in known])
-        spread = torch.cat([mine for _, mine in known]).std(0) + 1e-6
-
-        def wrong(some: list, first: int) -> str:
-            found = [names[torch.cat([torch.cdist(tokens[zoom][first:] / spread, mine / spread) for zoom, mine in known], 1).argmin(1).numpy()] != name
-                     for name, tokens in some if len(tokens[1.0]) > first]
-            return f"{sum(map(np.count_nonzero, found))} of {sum(map(len, found))}"
-        rows.append([str(count), wrong(parts[::2], count), wrong(parts[1::2], 0)])
-    table("Images that go to another kind's decoder", ["known of each set", "other training images", "held out to validate"], rows)
+        for example in trainset.examples(config, chosen):
+            pixels = trainset.read(example, chosen.name).pixels
+            looks.append(rooms.token(net, segment.glimpses(segment.as_source(pixels), segment.UNIT, pixels.shape[1:], net.settings.tile)))
+            kind.append(chosen.decoder)
+            groups.append((chosen.name, data.group_of(example.name)))
+    looks = torch.stack(looks)                                                                  # (images, 2 D)
+    far = torch.cdist(looks / (spread := looks.std(0) + 1e-6), looks / spread)                  # (images, images)
+    far[torch.tensor([[a == b for b in groups] for a in groups])] = torch.inf
+    went = list(zip(kind, (kind[i] for i in far.argmin(1).tolist())))
+    table("Which decoder an image gets that is like no other of its group: rows, its own; columns, where it goes",
+          ["", *(names := list(dict.fromkeys(kind))), "images"],
+          [[own, *(str(went.count((own, name))) for name in names), str(kind.count(own))] for own in names])

@@ -94,8 +94,8 @@ def test_an_image_goes_through_the_decoder_of_its_kind(trained):
         gained = kinds.gaining(alone.provenance["scores"]["sets"], ["striped", "upright"]).get(kind)
         setting = (gained or dict(setting={name: getattr(alone, name) for name in tuning.Setting._fields}))["setting"]
         assert kinds.settings(net)[kind] == {**setting, "diameter": alone.diameter}
-    if "smooth" not in kinds.settings(net):                   # it gained nothing by a setting of its own
-        assert segment.kind_of(smooth(3), net) == "shared"
+    if not kinds.settings(net)["smooth"]:                   # it gained nothing by a setting of its own
+        assert segment.kind_of(smooth(3), net) == "smooth"
     whole, image = model.load(folder / "final_models/seg.pt"), smooth(3)
     whole.drop_decoders()
     assert np.array_equal(segment.distance_map(image, net), segment.distance_map(image, whole))

@@ -57,8 +57,9 @@ def test_the_nearest_set_decides(net):
     net.settings.kinds = learnt(net)
     for seed in range(50, 60):
         assert nearest(net, look("stripes", seed)) == "stripes"
-        assert nearest(net, look("dots", seed, 33)) == kinds.SHARED        # gains too little: as all
-    assert kinds.settings(net) == {kinds.SHARED: {}, "stripes": OWN} and kinds.named(net, "str") == "stripes"
+        assert nearest(net, look("dots", seed, 33)) == "dots"              # gains too little: as all
+    assert kinds.settings(net) == {kinds.SHARED: {}, "stripes": OWN, "dots": {}} and kinds.named(net, "str") == "stripes"
+    assert kinds.settings_of(net, "dots") == kinds.settings_of(net, kinds.SHARED) == net.settings != kinds.settings_of(net, "stripes")
 
 
 def test_a_set_of_many_looks_and_one_in_their_midst(net, monkeypatch):
@@ -68,7 +69,17 @@ def test_a_set_of_many_looks_and_one_in_their_midst(net, monkeypatch):
               for name, values in (("stripes", (0.1, 0.2, 0.8, 0.9)), ("dots", (0.5, 0.52)))}
     net.settings.kinds = kinds.learnt(net, images, kinds.gaining(best(), images))
     found = [nearest(net, torch.full((1, 3, 8, 8), value)) for value in (0.0, 0.3, 0.45, 0.6, 0.7, 1.0)]
-    assert found == ["stripes", "stripes", kinds.SHARED, kinds.SHARED, "stripes", "stripes"]
+    assert found == ["stripes", "stripes", "dots", "dots", "stripes", "stripes"]
+
+
+def test_the_same_mean_and_another_deviation(net):
+    """Of tokens within a tile; tiles that differ from one another are no deviation."""
+    flat, lively = torch.full((4, 3, 32, 32), 0.5), torch.full((4, 3, 32, 32), 0.5)
+    lively[:, :, :16] = 0.0
+    lively[:, :, 16:] = 1.0
+    deviation = [kinds.token(net, tiles)[32:].norm() for tiles in (flat, lively, torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32)]))]
+    assert deviation[1] > 3 * deviation[0] and deviation[1] > 3 * deviation[2]
+    assert kinds.token(net, flat[:, :, :8, :8]).isfinite().all()             # one token
 
 
 @pytest.mark.parametrize("change", [dict(own_score=0.21), dict(images=9, own_score=0.215), dict(images=2, own_score=0.245),
@@ -116,7 +127,7 @@ def test_segment_takes_the_setting_and_gives_way(net, monkeypatch):
 
 
 def test_each_kind_knows_how_wide_its_cells_are(net, monkeypatch):
-    """Told their diameter, an image is shown to each kind with cells as wide as its own, and goes through at that size."""
+    """Told their diameter, an image is shown to each kind with cells as wide as in its images, and goes through at its size."""
     net.settings.diameter, net.settings.kinds = 10.0, learnt(net)
     net.settings.kinds["sets"][0]["setting"]["diameter"] = 40.0              # of stripes; dots have nothing of their own
     assert segment.scale_for(20, net) == 0.5 and segment.scale_for(20, net, "stripes") == 2
@@ -124,6 +135,14 @@ def test_each_kind_knows_how_wide_its_cells_are(net, monkeypatch):
     monkeypatch.setattr(segment, "glimpses", lambda source, limits, size, tile: shown.append(size) or seen(source, limits, size, tile))
     segment.kind_of(look("dots", 5), net, diameter=20)
     assert sorted(shown) == [(35, 35), (140, 140)]
+    shown.clear()
+    net.settings.kinds["sets"][0]["setting"]["zoom"] = 0.5                   # the network saw stripes at half their size
+    segment.kind_of(look("dots", 5), net, diameter=20)
+    assert sorted(shown) == [(35, 35), (280, 280)]
+    shown.clear()
+    segment.kind_of(look("dots", 5), net)
+    assert shown == [(70, 70)]                                               # not told, all look at the image as it is
+    del net.settings.kinds["sets"][0]["setting"]["zoom"]
     sizes, distances = [], segment._distances
     monkeypatch.setattr(segment, "_distances", lambda source, limits, size, model, tile, overlap, *more:
                         sizes.append((size, overlap)) or distances(source, limits, size, model, tile, overlap, *more))
@@ -141,7 +160,7 @@ def test_kinds_travel_with_the_weights(net, tmp_path):
     model.save(net, tmp_path / "net.pt", half=True)
     read = model.load(tmp_path / "net.pt")
     assert nearest(read, look("stripes", 80)) == "stripes" and kinds.settings(read)["stripes"] == OWN
-    assert nearest(read, look("dots", 80)) == kinds.SHARED       # and not one answer for all
+    assert nearest(read, look("dots", 80)) == "dots"             # and not one answer for all
 
 
 def test_names_are_short_where_that_suffices(net):
@@ -182,10 +201,10 @@ def test_a_folder_of_images_is_told_its_kind_once(net, tmp_path, capsys):
         assert infer.main(config, [str(tmp_path / "in")]) == 0
         with open(tmp_path / out / "summary.csv", newline="") as file:
             return [row["kind"] for row in csv.DictReader(file)]
-    assert kinds_of("by_itself") == ["stripes", "shared"]
-    assert "for 1 as stripes, 1 as shared; kind= gives all the same" in capsys.readouterr().out
+    assert kinds_of("by_itself") == ["stripes", "dots"]
+    assert "for 1 as stripes, 1 as dots; kind= gives all the same" in capsys.readouterr().out
     assert kinds_of("told", kind="str") == ["stripes", "stripes"] and "kind=" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match="kind=spots: expected one of 'shared', 'stripes'"):
+    with pytest.raises(ValueError, match="kind=spots: expected one of 'shared', 'stripes', 'dots'"):
         kinds_of("wrong", kind="spots")
     assert not list((tmp_path / "wrong").glob("*_labels.tif"))
 
@@ -193,7 +212,7 @@ def test_a_folder_of_images_is_told_its_kind_once(net, tmp_path, capsys):
 def test_glimpses_are_corners_and_middle():
     image = np.arange(3 * 40 * 100, dtype=np.float32).reshape(3, 40, 100) / 12000
     found = segment.glimpses(segment.as_source(image), segment.UNIT, (40, 100), 32)
-    for tile, (y, x) in zip(found, [(0, 0), (4, 34), (8, 68)], strict=True):
+    for tile, (y, x) in zip(found, [(0, 0), (0, 68), (4, 34), (8, 0), (8, 68)], strict=True):
         np.testing.assert_allclose(tile, image[:, y:y + 32, x:x + 32], atol=1e-5)
     small = segment.glimpses(segment.as_source(image[:, :20, :32]), segment.UNIT, (20, 32), 32)
     assert small.shape == (1, 3, 32, 32)                                     # mirrored to a whole tile

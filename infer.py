@@ -215,10 +215,10 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, progress
         with segment.timed(clock, "network"):
             kind = options["kind"] = config.kind or segment.kind_of(
                 source, net, diameter=diameter, scale=scale, limits=limits, tile=config.tile)
-        scale *= segment.scale_for(diameter, net, kind)
+        zoom = scale * segment.scale_for(diameter, net, kind)  # network px per image px
         reduce = -(-max(H, W) // PICTURE)                      # the overlay is reduced by this whole number
-        near = (kinds.settings_of(net, kind).diameter or 40) / scale if config.near is None else config.near
-        side = max(1, int(config.block / max(scale, 1)) // reduce) * reduce      # of blocks; enlarged, they keep their memory
+        near = (kinds.settings_of(net, kind).diameter or 40) / zoom if config.near is None else config.near
+        side = max(1, int(config.block / max(zoom, 1)) // reduce) * reduce      # of blocks; enlarged, they keep their memory
         columns, polygons, labelled = [], [], 0
         small = (-(-H // reduce), -(-W // reduce))
         picture = (np.zeros((C, *small), source.dtype), np.zeros(small, np.int32)) if config.overlay else None
@@ -227,9 +227,9 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, progress
         def walk():
             """Every block measured; yields what the label file needs."""
             nonlocal labelled
-            for block in segment.blocks(source, net, scale=scale, min_area=config.min_area, border=config.border,
-                                        block=side, halo=max(HALO, round(4 * near)), clock=clock, progress=progress,
-                                        **options):
+            for block in segment.blocks(source, net, diameter=diameter, scale=scale, min_area=config.min_area,
+                                        border=config.border, block=side, halo=max(HALO, round(4 * near)),
+                                        clock=clock, progress=progress, **options):
                 with segment.timed(clock, "read"):
                     pixels = source.region(*edges(block.view))
                 with segment.timed(clock, "measure"):
@@ -268,7 +268,7 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, progress
     n = len(table["id"])
     row = {"image": name, "height": H, "width": W, "cells": n,
            "mean_area_px": round(float(table["area_px"].mean()), 2) if n else "",
-           "confluency": round(labelled / (H * W), 4), "scale": round(scale, 4), "kind": kind,
+           "confluency": round(labelled / (H * W), 4), "scale": round(zoom, 4), "kind": kind,
            "seconds": round(time.perf_counter() - start, 2)}
     if source.pixel_size:
         row["mean_area_um2"] = round(float(table["area_um2"].mean()), 3) if n else ""

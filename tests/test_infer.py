@@ -1,5 +1,6 @@
 """infer.py as a user meets it: files in, files out, one line for every mistake. Uses weights that ship."""
 import csv
+import dataclasses
 import functools
 import json
 import os
@@ -16,7 +17,9 @@ from skimage.io import imread
 import data
 import infer
 import metrics
+import model
 import runs
+import segment
 import synthetic
 from conftest import ROOT
 
@@ -168,6 +171,19 @@ def test_diameter_in_px_and_micrometres():
         infer.parse_diameter("12um", None, "a.tif")
     with pytest.raises(ValueError, match="diameter=wide: expected px"):
         Config(diameter="wide")
+
+
+@pytest.mark.parametrize("diameter, scale", [(None, 0.5), ("20", 1.2)])
+def test_weights_that_saw_images_reduced_see_them_so_once(tmp_path, field, diameter, scale):
+    """The labels are segment()'s, and the scale in the summary is the one at which the network saw the image."""
+    image = write(tmp_path / "a.tif", field, "ER")
+    net = model.load(ROOT / "final_models/demo_synthetic.pt")
+    net.settings = dataclasses.replace(net.settings, zoom=0.5, diameter=24.0)
+    model.save(net, tmp_path / "net.pt")
+    infer.main(infer.Config(out=str(tmp_path), weights=str(tmp_path / "net.pt"), diameter=diameter), [str(image)])
+    expected = segment.segment(tifffile.imread(image), net, diameter=diameter and float(diameter))
+    assert expected.max() > 3 and np.array_equal(data.read_labels(tmp_path / "a_labels.tif"), expected)
+    assert float(rows(tmp_path / "summary.csv")[0]["scale"]) == scale
 
 
 def test_enlarged_cells_are_found_with_diameter(tmp_path, field):

@@ -51,9 +51,9 @@ def noise(kind: str, seed: int, side: int = 160) -> np.ndarray:
     return np.clip(level * (1 + 10 ** rng.uniform(-2, -0.6) * plain), 0, 65535).astype(np.uint16)
 
 
-# The aim is less than one false cell in a megapixel, 2 of each kind; 0, 0 and 16 were counted. Other processors round otherwise, so that
+# The aim is less than one false cell in a megapixel, 2 of each kind; 1, 1 and 3 were counted. Other processors round otherwise, so that
 # the last bound leaves some room; better weights should lower it.
-FALSE_CELLS = dict(poisson=2, gaussian=2, smoothed=40)
+FALSE_CELLS = dict(poisson=2, gaussian=2, smoothed=5)
 
 
 @pytest.mark.parametrize("kind", FALSE_CELLS)
@@ -75,13 +75,13 @@ def test_empty_ground_has_no_cells(net):
 
 
 def test_uneven_light_has_hardly_any(net):
-    """The aim is none; 0 and 4 were counted."""
+    """The aim is none, and none were counted."""
     rows, columns = np.mgrid[:512, :512]
     slope = (200 + rows / 4 + columns / 8).astype(np.uint16)
     vignette = (1000 * (1 - ((rows - 256) ** 2 + (columns - 256) ** 2) / 3e5)).astype(np.uint16)
     discs = ((rows % 40 - 20) ** 2 + (columns % 40 - 20) ** 2 < 100) * 1500               # 169 of them, 20 px wide
     for name, ground in dict(slope=slope, vignette=vignette).items():
-        assert segment.segment(ground, net).max() <= 6, name
+        assert segment.segment(ground, net).max() <= 1, name
         assert 150 <= segment.segment((ground + discs).astype(np.uint16), net).max() <= 190, "no network that sees nothing"
 
 
@@ -100,14 +100,16 @@ def test_faint_cells_are_found(net, nuclei):
 
 
 def test_a_demo_of_each_kind_gives_cells_by_its_own_decoder(net):
-    for name, kind, least in (("nuclei_fluorescence", "nuclei_fluo", 80), ("he_tile", "nuclei_stained", 20), ("cells_phase", "phase", 15)):
+    heads = set()
+    for name, kind, least in (("nuclei_fluorescence", "nuclei_fluo", 80), ("he_tile", "nuclei_stained", 20), ("cells_phase", "phase", 18)):
         image = imread(ROOT / f"demo/{name}.png")
         image = np.moveaxis(image, -1, 0) if image.ndim == 3 else image
         assert segment.segment(image, net).max() >= least, name
         assert segment.kind_of(image, net).startswith(kind)
         assert kinds.named(net, dict(nuclei_stained="stained").get(kind, kind)) == segment.kind_of(image, net)
         own, _ = kinds.suited(net, segment.kind_of(image, net))
-        assert not torch.equal(own.decoder.head.weight, net.decoder.head.weight)
+        heads.add(tuple(own.decoder.head.weight.flatten().tolist()))
+    assert len(heads) == 3
 
 
 def test_halves_and_wholes_agree(net, nuclei):

@@ -52,6 +52,7 @@ class Model:
     peak: float | None = None               # null: the weights' own
     fill: float | None = None               # null: the weights' own
     min_area: int | None = None             # px; null: the weights' own
+    kind: str | None = None                 # whose decoder and settings all tiles get; null: each by what it shows
 
 
 @dataclass(frozen=True)
@@ -202,16 +203,20 @@ class Network:
     def measure(self, pixels: np.ndarray) -> dict[str, Any]:
         """Cells of a tile (2, H, W): the marker in each, in the image's units, and their area."""
         import cohort
+        import data
+        import kinds
         import segment
-        entry, config = self.entry, self.config
+        entry, config, net = self.entry, self.config, self.net
         begin = time.perf_counter()
         seen = {"both": pixels, "nuclei": pixels[:1], "marker": pixels[1:]}[entry.sees]
-        labels = segment.segment(seen, self.net, diameter=config.diameter, border=config.border, batch=config.batch,
+        options = dict(diameter=config.diameter, limits=data.percentiles(seen, net.settings.low, net.settings.high))
+        kind = kinds.named(net, entry.kind) if entry.kind else segment.kind_of(seen, net, **options)
+        labels = segment.segment(seen, net, **options, kind=kind, border=config.border, batch=config.batch,
                                  peak=entry.peak, fill=entry.fill, min_area=entry.min_area)
         seconds = time.perf_counter() - begin
         percentile = config.percentile if config.statistic == "percentile" else None
         values = [float(f"{value:.6g}") for value in cohort.intensity(labels, pixels[1], percentile)]
-        return dict(seconds=round(seconds, 3), area_px=int(np.count_nonzero(labels)), dtype=str(pixels.dtype),
+        return dict(kind=kind, seconds=round(seconds, 3), area_px=int(np.count_nonzero(labels)), dtype=str(pixels.dtype),
                     intensity=values)
 
     def write(self, tile: Any, **found: Any) -> None:
@@ -233,7 +238,8 @@ def key(entry: Model, config: Config) -> str:
     """Stands for all that a line depends on besides the tile: the content of the weights, and settings."""
     percentile = config.percentile if config.statistic == "percentile" else None
     settings = {**asdict(entry), "name": None, "weights": weights_hash(entry), "diameter": config.diameter,
-                "border": config.border, "percentile": percentile}
+                "border": config.border, "percentile": percentile, "tiles": config.tiles, "pattern": config.pattern,
+                "nuclei": config.nuclei, "marker": config.marker}            # a tile is named after its nuclei only
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -263,12 +269,16 @@ def merge(config: Config) -> int:
               "differences between donors that are to be found", file=sys.stderr)
     print(f"positive: {rule(config)}")
     for entry, recorded in zip(config.models, found):
-        lines = [recorded[tile.name] for tile in tiles]
+        lines = [{**recorded[tile.name], "donor": tile.donor} for tile in tiles]     # donor= may have changed since
         done = [line for line in lines if "why" not in line]
         skipped = lost | {line["tile"]: line["why"] for line in lines if "why" in line}
         cuts = cohort.thresholds(done, config.threshold, config.value, config.controls,
                                  config.control_percentile)
-        digest = weights_hash(entry)
+        digest, seen_as = weights_hash(entry), Counter(line["kind"] for line in done)
+        if len(seen_as) > 1:
+            print(f"warning: model '{entry.name}': tiles went through the decoders and thresholds of different kinds of images, "
+                  f"{', '.join(f'{count} as {kind}' for kind, count in seen_as.most_common())}; that alone may part donors, so "
+                  "give the model one of them as kind:", file=sys.stderr)
         rows = [{"donor": line["donor"], "tile": line["tile"], "cells": len(line["intensity"]),
                  "positive": sum(value > cuts[line["donor"]] for value in line["intensity"]),
                  "area_px": line["area_px"], "seconds": line["seconds"], "model_sha256": digest,

@@ -55,6 +55,7 @@ class Model:
     tile: int | None = None                 # px; null: as trained
     overlap: int | None = None              # px; null: a cell's width, from an eighth to half of the tile
     scale: float = 1.0                      # network px per image px, on top of the set's diameter
+    kind: str | None = None                 # whose decoder and settings all images get; null: each by what it shows
 
     @property
     def row(self) -> str:
@@ -260,7 +261,7 @@ class Network:
         model.load(self.path)
         self.digest = digest(self.path)
         self.options = dict(peak=entry.peak, fill=entry.fill, min_area=entry.min_area, tile=entry.tile,
-                            overlap=entry.overlap, scale=entry.scale)
+                            overlap=entry.overlap, scale=entry.scale, kind=entry.kind)
 
     @cached_property
     def net(self):

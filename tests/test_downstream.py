@@ -1,9 +1,11 @@
 """downstream.py with cohort.py and diagrams.py: tiles, shards, tables, the page, mistakes."""
 
+import dataclasses
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -313,6 +315,44 @@ def test_another_rule_takes_the_old_lines_another_statistic_does_not(whole, caps
     assert step(out / "c.yaml", "merge", "threshold=otsu_per_donor") == 0
     assert "erases the differences between donors" in capsys.readouterr().err
     assert step(out / "c.yaml", "merge") == 0
+
+
+def test_lines_of_other_channels_or_folders_are_not_taken(whole, study):
+    """A tile is called after its image of nuclei alone."""
+    out, _ = whole
+    assert step(out / "c.yaml", "merge") == 0
+    config = runs.load(downstream.Config, out / "c.yaml")
+    keys = {downstream.key(dataclasses.replace(config.models[0], **of), dataclasses.replace(config, **change)) for of, change in (
+        ({}, {}), ({}, dict(marker="2")), ({}, dict(nuclei="1", marker="0")), ({}, dict(tiles="elsewhere")),
+        ({}, dict(pattern=r"b1c(?P<channel>\d+)")), (dict(kind="phase"), {}), (dict(peak=0.5), {}), (dict(sees="marker"), {}))}
+    assert len(keys) == 8
+    same = [downstream.key(config.models[0], dataclasses.replace(config, **change)) for change in (
+        dict(shard="2/3"), dict(threshold="fixed", value=9), dict(donor="x(.)"), dict(out="other"))]
+    assert set(same) == {downstream.key(config.models[0], config)}
+    with pytest.raises(ValueError, match="17 of 17 tiles are not done with these settings"):
+        step(out / "c.yaml", "merge", "marker=0", "nuclei=1")
+
+
+def test_donors_are_those_of_now(whole, capsys):
+    """Not those of the day when the tiles were done."""
+    out, _ = whole
+    assert step(out / "c.yaml", "merge", "donor=donor_[0-9]/(t[0-9])") == 0
+    counts = table(out / "results/full_inference/tuned/tile_counts.tsv")
+    assert {row["donor"] for row in counts} == {"t0", "t1"}
+    assert step(out / "c.yaml", "merge") == 0
+
+
+def test_tiles_of_several_kinds_are_told(whole, study, tmp_path, capsys):
+    out, _ = whole
+    shutil.copytree(out / "results", tmp_path / "results")
+    path = configured(study, tmp_path)
+    assert step(path, "merge") == 0 and "kinds of images" not in capsys.readouterr().err
+    shard = tmp_path / "results/full_inference/tuned/shards/1_of_1.jsonl"
+    assert shard.read_text().count('"kind": "shared"') == 16
+    shard.write_text(shard.read_text().replace('"kind": "shared"', '"kind": "phase"', 3))
+    assert step(path, "merge") == 0
+    said = capsys.readouterr().err
+    assert "model 'tuned': tiles went through" in said and "13 as shared, 3 as phase" in said and "'base'" not in said
 
 
 def test_four_shards_are_one_run_also_when_one_is_killed(study, whole, tmp_path):

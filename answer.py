@@ -124,6 +124,7 @@ class Instructed(model.DINOCell):
 
     def strangeness(self, tokens: Tensor) -> float:
         """How far a mean token (D,) lies from the training tissue: its Mahalanobis distance over sqrt(D)."""
+        tokens = tokens.to(self.centre.device)
         return float((self.whiten @ (tokens - self.centre)).norm() / math.sqrt(len(tokens)))
 
 
@@ -146,7 +147,7 @@ def load(path: str | Path) -> Instructed:
     if strange := set(shape["words"]) ^ {f.name for f in fields(Words)}:
         raise ValueError(f"{path}: written by another version of this code ({', '.join(sorted(strange))}); "
                          "train it anew")
-    net = Instructed(model.ViT(**shape["backbone"]), tuple(shape["widths"]), shape["last"],
+    net = Instructed(model.built(shape["backbone"]), tuple(shape["widths"]), shape["last"],
                      model.Settings(**content["settings"]), Words(**shape["words"]), shape["stem"])
     net.load_state_dict({name: tensor.float() for name, tensor in content["state_dict"].items()})
     return net.eval()

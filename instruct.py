@@ -366,7 +366,7 @@ def build(config: Config, record: dict, classes: list[str], text: int):
         base = model.load(config.init)
         shape = base.architecture
         base.drop_decoders()
-        settings = dataclasses.replace(base.settings, tile=config.crop, cap=config.cap)
+        settings = dataclasses.replace(base.settings, tile=config.crop, cap=config.cap, zoom=1.0)    # seen at full size
         net = answer.Instructed(base.backbone, shape["widths"], shape["last"], settings, words, shape["stem"])
         net.take_decoder(base.decoder)
         return net

@@ -368,9 +368,7 @@ def load(path: str | Path) -> DINOCell:
     if surplus := set(content["settings"]) - known:
         raise ValueError(f"{path}: unknown settings {sorted(surplus)}; the file is newer than this code: update it")
     with torch.device("meta"):
-        backbone = dict(shape["backbone"])
-        backbone = {"ViT": ViT, "ConvNet": ConvNet}[backbone.pop("kind", "ViT")](**backbone)
-        net = DINOCell(backbone, tuple(shape["widths"]), shape["last"], Settings(**content["settings"]),
+        net = DINOCell(built(shape["backbone"]), tuple(shape["widths"]), shape["last"], Settings(**content["settings"]),
                        shape["stem"])
         for name in shape.get("decoders", ()):
             net.give_decoder(name)
@@ -379,6 +377,12 @@ def load(path: str | Path) -> DINOCell:
     net.std.copy_(torch.tensor(net.settings.std).view(1, 3, 1, 1))
     _fill(net, content["state_dict"], path)
     return net.eval()
+
+
+def built(shape: dict) -> ViT | ConvNet:
+    """A backbone as a file's architecture describes it, untrained."""
+    shape = dict(shape)
+    return {"ViT": ViT, "ConvNet": ConvNet}[shape.pop("kind", "ViT")](**shape)
 
 
 def load_backbone(path: str | Path, patch: int = 8, **options) -> ViT:

@@ -109,11 +109,12 @@ def test_weights_round_trip(tmp_path):
         answer.load(tmp_path / "z.pt")
 
 
-def test_init_takes_a_whole_network_over(tmp_path):
+@pytest.mark.parametrize("backbone", [model.ViT(32, 4, 1, 8, 2), model.ConvNet(32, 4)])
+def test_init_takes_a_whole_network_over(tmp_path, backbone):
     """Whatever its shape: before any training the new network finds the same cells."""
     torch.manual_seed(1)
-    settings = model.Settings(tile=96, peak=0.6, depth=0.15, low=2.0)
-    base = model.DINOCell(model.ViT(32, 4, 1, 8, 2), (16, 8, 8), 8, settings, stem=3).eval()
+    settings = model.Settings(tile=96, peak=0.6, depth=0.15, low=2.0, zoom=0.5, diameter=15.0)
+    base = model.DINOCell(backbone, (16, 8, 8), 8, settings, stem=3).eval()
     model.save(base, tmp_path / "base.pt")
     record = dict(trained=["nuclei"], regions={}, tissues=[], licence=[])
     config = instruct.Config(init=str(tmp_path / "base.pt"), crop=64)
@@ -121,9 +122,12 @@ def test_init_takes_a_whole_network_over(tmp_path):
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         assert torch.allclose(net(x), base(x), atol=1e-5)
-    assert net.settings == dataclasses.replace(settings, tile=64, cap=config.cap)
+    assert net.settings == dataclasses.replace(settings, tile=64, cap=config.cap, zoom=1.0)     # it is trained on whole images
     answer.save(net, tmp_path / "new.pt")
-    assert answer.load(tmp_path / "new.pt").architecture["stem"] == 3
+    read = answer.load(tmp_path / "new.pt")
+    assert read.architecture["stem"] == 3 and type(read.backbone) is type(backbone)
+    with torch.inference_mode():
+        assert torch.allclose(read(x), net(x), atol=2e-2)
 
 
 # ------------------------------------------------------------------------------------------------ guardrails

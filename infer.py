@@ -214,10 +214,11 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, progress
         diameter, scale = choose_size(config, source, net, options, path)
         with segment.timed(clock, "network"):
             kind = options["kind"] = config.kind or segment.kind_of(
-                source, net, diameter=diameter, scale=scale, limits=limits, tile=config.tile)
+                source, net, diameter=diameter, scale=scale, limits=limits)
         zoom = scale * segment.scale_for(diameter, net, kind)  # network px per image px
         reduce = -(-max(H, W) // PICTURE)                      # the overlay is reduced by this whole number
-        near = (kinds.settings_of(net, kind).diameter or 40) / zoom if config.near is None else config.near
+        wide = (kinds.settings_of(net, kind).diameter or 40) / zoom            # px, a cell of this kind
+        near = wide if config.near is None else config.near
         side = max(1, int(config.block / max(zoom, 1)) // reduce) * reduce      # of blocks; enlarged, they keep their memory
         columns, polygons, labelled = [], [], 0
         small = (-(-H // reduce), -(-W // reduce))
@@ -228,7 +229,7 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, progress
             """Every block measured; yields what the label file needs."""
             nonlocal labelled
             for block in segment.blocks(source, net, diameter=diameter, scale=scale, min_area=config.min_area,
-                                        border=config.border, block=side, halo=max(HALO, round(4 * near)),
+                                        border=config.border, block=side, halo=max(HALO, round(4 * max(near, wide))),
                                         clock=clock, progress=progress, **options):
                 with segment.timed(clock, "read"):
                     pixels = source.region(*edges(block.view))

@@ -82,11 +82,12 @@ def learnt(net, images: Mapping[str, Iterable[Tensor]], own: Mapping[str, dict])
 def nearest(net, looks: Mapping[str, Tensor]) -> str:
     """The kind of an image: the training set that has the image most like it.
 
-    looks : by the name of each set of sets(), the image's token (2 D,) at the scale at which this set would have its cells.
+    looks : by the name of each set of sets(), the image's token (2 D,) at the scale at which this set would have its cells;
+        sets that are missing here are not compared.
     """
     known = net.settings.kinds
     spread = torch.tensor(known["spread"])                                             # (2 D,)
-    return min(known["sets"], key=lambda one: float(
+    return min((one for one in known["sets"] if one["name"] in looks), key=lambda one: float(
         (looks[one["name"]] / spread - torch.tensor(one["tokens"])).square().sum(1).min()))["name"]
 
 

@@ -14,6 +14,7 @@ own square and a margin (`halo`), keeps what lies inside, and takes the ids of c
 """
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import Counter
@@ -28,7 +29,7 @@ from torch import Tensor
 
 import data
 import kinds
-from watershed import lengths, watershed, without_holes
+from watershed import drop_small, lengths, watershed, without_holes
 
 
 UNIT = np.array([[0.0, 1.0]] * 3)      # limits of an image (3, H, W) that is normalised already
@@ -61,21 +62,24 @@ def distance_map(image, model, **options) -> np.ndarray:
     return _whole("distance", image, model, options)
 
 
-def kind_of(image, model, *, diameter: float | None = None, scale: float = 1.0, limits: np.ndarray | None = None,
-            tile: int | None = None) -> str:
+def kind_of(image, model, *, diameter: float | None = None, scale: float = 1.0, limits: np.ndarray | None = None) -> str:
     """Whose decoder and setting of the watershed suit an image (kinds.py); the arguments are those of blocks().
 
-    Where the diameter of its cells is known, each kind looks at it with cells as wide as they are in its training images.
+    Where the diameter of its cells is known, each kind looks at it with cells as wide as they are in its training images;
+    kinds whose cells are never as small or as large are not asked.
     """
     if not model.settings.kinds:
         return kinds.SHARED
     source = as_source(image)
     if limits is None:
         limits = data.percentiles(getattr(source, "pixels", source), model.settings.low, model.settings.high)
-    scales = {name: scale * scale_for(diameter, model, name) / kinds.settings_of(model, name).zoom for name in kinds.sets(model)}
-    looks = {at: kinds.token(model, glimpses(source, limits, scaled(source.shape[1:], at), _side(model, tile)))
+    scales = {}
+    for name in kinds.sets(model):
+        with contextlib.suppress(ValueError):
+            scales[name] = scale * scale_for(diameter, model, name) / kinds.settings_of(model, name).zoom
+    looks = {at: kinds.token(model, glimpses(source, limits, scaled(source.shape[1:], at), model.settings.tile))
              for at in set(scales.values())}
-    return kinds.nearest(model, {name: looks[at] for name, at in scales.items()})
+    return kinds.nearest(model, {name: looks[at] for name, at in scales.items()}) if scales else kinds.SHARED
 
 
 def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
@@ -129,7 +133,7 @@ def blocks(image, model, *, diameter: float | None = None, scale: float = 1.0, l
             limits = data.percentiles(getattr(source, "pixels", source), model.settings.low, model.settings.high)
     with timed(clock, "network"):
         kind = (kinds.named(model, kind) if kind else
-                kind_of(source, model, diameter=diameter, scale=scale, limits=limits, tile=tile))
+                kind_of(source, model, diameter=diameter, scale=scale, limits=limits))
     scale *= scale_for(diameter, model, kind)
     model, settings = kinds.suited(model, kind)
     overlap = min(max(tile // 8, round(settings.diameter or 0)), tile // 2) if overlap is None else overlap
@@ -175,6 +179,7 @@ def blocks(image, model, *, diameter: float | None = None, scale: float = 1.0, l
                 local = without_holes(local)
                 if finer:
                     local = _nearest(local, (net_y, net_x), (view_y, view_x), (h / H, w / W))
+                    local = drop_small(local, 1, int(local.max()))       # cells smaller than a pixel of the image are none
                 local, whole = local.cpu().numpy(), whole[inner].cpu().numpy()
                 if border == "drop":
                     local = _drop_cut(local, (view_y, view_x), (H, W))
@@ -363,7 +368,7 @@ def find_diameter(image, model, limits: np.ndarray, *, kind: str | None = None, 
 
     def measure(scale: float) -> tuple[float, float] | None:
         """Diameter in the image, and as it is in training images of this kind."""
-        seen = kind or kind_of(source, model, scale=scale, limits=limits, tile=options.get("tile"))
+        seen = kind or kind_of(source, model, scale=scale, limits=limits)
         settings = kinds.settings_of(model, kinds.named(model, seen))
         side = min(1024, round(640 / scale))
         corners = [(y, x) for y in sorted({0, max(0, (H - side) // 2), max(0, H - side)})

@@ -32,6 +32,12 @@ def field():
     return synthetic.field(7, (240, 300), 60, diameter=32)
 
 
+@pytest.fixture(scope="module")
+def broad():
+    """Of several blocks of 64 px, with what lies within four cells of them."""
+    return synthetic.field(7, (240, 480), 90, diameter=32)
+
+
 def write(path, field, *names, **options):
     pixels = np.stack([field.pixels[field.channels.index(name)] for name in names])
     tifffile.imwrite(path, pixels if len(names) > 1 else pixels[0], imagej=True,
@@ -86,13 +92,14 @@ def surface(geometry) -> float:
     return sum((r[:-1, 0] * r[1:, 1] - r[1:, 0] * r[:-1, 1]).sum() / 2 for r in rings)
 
 
-def test_large_images_go_block_by_block_with_the_same_result(tmp_path, field, monkeypatch):
-    image = write(tmp_path / "a.tif", field, "ER")
+def test_large_images_go_block_by_block_with_the_same_result(tmp_path, broad, monkeypatch):
+    """Cells are whole whatever they are measured with: near= is about neighbours, not about what a block sees."""
+    image = write(tmp_path / "a.tif", broad, "ER")
     outs = tmp_path / "one", tmp_path / "many"
-    more = dict(geojson=True, rois=True, distance=True)
+    more = dict(geojson=True, rois=True, distance=True, near=1)
     infer.main(Config(out=str(outs[0]), **more), [str(image)])
-    monkeypatch.setattr(infer, "HALO", 70)
-    infer.main(Config(out=str(outs[1]), block=64, near=10, **more), [str(image)])
+    monkeypatch.setattr(infer, "HALO", 1)
+    infer.main(Config(out=str(outs[1]), block=64, **more), [str(image)])
     one, many = (tifffile.imread(out / "a_labels.tif") for out in outs)
     assert many.dtype == np.uint32 and tifffile.TiffFile(outs[1] / "a_labels.tif").pages[0].is_tiled
     assert metrics.average_precision(one, many, [0.9])[0] >= 0.999
@@ -111,16 +118,16 @@ def test_large_images_go_block_by_block_with_the_same_result(tmp_path, field, mo
     np.testing.assert_allclose(*(tifffile.imread(out / "a_distance.tif") for out in outs), atol=2e-3)      # kept as float16
 
 
-def test_pictures_of_large_images_are_reduced(tmp_path, field, monkeypatch):
-    image = write(tmp_path / "a.tif", field, "ER")
+def test_pictures_of_large_images_are_reduced(tmp_path, broad, monkeypatch):
+    image = write(tmp_path / "a.tif", broad, "ER")
     monkeypatch.setattr(infer, "PICTURE", 100)
-    monkeypatch.setattr(infer, "HALO", 70)
+    monkeypatch.setattr(infer, "HALO", 1)
     pictures = []
     for block in (64, 2048):
         out = tmp_path / str(block)
-        infer.main(Config(out=str(out), block=block, near=10), [str(image)])
+        infer.main(Config(out=str(out), block=block), [str(image)])
         pictures.append(np.ptp(imread(out / "a_overlay.png").astype(int), axis=2) > 10)      # where it is coloured
-    assert pictures[0].shape[0] * 100 == pictures[0].shape[1] * 80 and pictures[0].any()                # 80 x 100, enlarged to be seen
+    assert pictures[0].shape[0] * 2 == pictures[0].shape[1] and pictures[0].any()                # 48 x 96, enlarged to be seen
     assert (pictures[0] == pictures[1]).mean() > 0.999                           # other ids, other colours, same lines
 
 

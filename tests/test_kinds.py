@@ -155,6 +155,27 @@ def test_each_kind_knows_how_wide_its_cells_are(net, monkeypatch):
     assert segment.kind_of(look("stripes", 70), net) == "stripes" and shown == [(70, 70)]    # not told: as it is
 
 
+def test_tiles_of_another_size_do_not_change_the_kind(net, monkeypatch):
+    """The weights know images by tiles of their own size; tile= is about speed and memory."""
+    net.settings.kinds = learnt(net)
+    shown, seen = [], segment.glimpses
+    monkeypatch.setattr(segment, "glimpses", lambda source, limits, size, tile: shown.append(tile) or seen(source, limits, size, tile))
+    segment.segment(look("dots", 5), net, tile=64)
+    assert shown == [32]
+
+
+def test_a_kind_of_large_cells_does_not_forbid_small_ones(net):
+    net.settings.diameter, net.settings.kinds = 10.0, learnt(net)
+    net.settings.kinds["sets"][0]["setting"]["diameter"] = 40.0              # of stripes; 40 / 3 is more than 10 times
+    assert segment.kind_of(look("stripes", 5), net) == "stripes"
+    assert segment.kind_of(look("stripes", 5, 20), net, diameter=3) == "dots"
+    segment.segment(look("stripes", 5, 20), net, diameter=3)
+    with pytest.raises(ValueError, match="diameter=0.5: the image would be enlarged 20 times"):
+        segment.segment(look("stripes", 5, 20), net, diameter=0.5)
+    with pytest.raises(ValueError, match="diameter=3: the image would be enlarged 13 times"):
+        segment.segment(look("stripes", 5, 20), net, diameter=3, kind="stripes")
+
+
 def test_kinds_travel_with_the_weights(net, tmp_path):
     net.settings.kinds = learnt(net)
     model.save(net, tmp_path / "net.pt", half=True)

@@ -217,6 +217,15 @@ def test_images_that_were_reduced_in_training_are_reduced():
         name: getattr(native.settings, name) for name in tuning.Setting._fields}))
 
 
+def test_cells_smaller_than_a_pixel_leave_no_gap_in_the_numbers():
+    """Where the network sees more pixels than the image has."""
+    net, image = PassOn(diameter=40.0), np.random.default_rng(2).random((60, 60), np.float32)
+    block, = segment.blocks(image, net, limits=UNIT, diameter=5, peak=0.5, fill=0.5, min_area=0)
+    fine = segment.segment(image, net, limits=UNIT, peak=0.5, fill=0.5, min_area=0)
+    assert 100 < block.labels.max() < 900 and fine.max() > 100
+    assert np.array_equal(np.unique(block.labels), np.arange(block.labels.max() + 1)) and len(block.new) == block.labels.max()
+
+
 def test_memory_runs_out_and_the_batch_shrinks():
     class Small(PassOn):
         def forward(self, x):

@@ -151,10 +151,10 @@ class Resident:
                 raise ValueError(f"{name}: values {pixels.min():g} to {pixels.max():g}; expected 0 to 1")
             ids = np.unique(np.append(truth, 0))                             # ground first
             truth = np.searchsorted(ids, truth).astype(np.int32)             # 0..n
-            width, centre, depth = measure(truth, len(ids))
+            wide, centre, depth = measure(truth, len(ids))
             far = data.distance_map(truth) if cap is None else np.zeros(truth.shape, np.float32)
             levels = pyramid(np.concatenate((pixels, far[None])))
-            rows.append((width, pixels.mean(), (pixels == pixels[0]).all(), pixels.any((1, 2)), len(ids) - 1,
+            rows.append((wide, pixels.mean(), (pixels == pixels[0]).all(), pixels.any((1, 2)), len(ids) - 1,
                          [level.shape[:2] for level in levels]))
             words += [np.round(v * 65535 - 32768).astype(np.int16).view(np.int64).ravel() for v in levels]
             labels.append(truth.ravel())
@@ -202,8 +202,12 @@ def measure(labels: np.ndarray, n: int) -> tuple[float, np.ndarray, np.ndarray]:
     away = ndimage.distance_transform_edt(~edge) if edge.any() else np.full(edge.shape, np.hypot(*edge.shape))
     depth = np.zeros(n, np.float32)
     np.maximum.at(depth, flat, 1 + away.ravel().astype(np.float32))
-    width = math.sqrt(4 / math.pi * np.median(area[1:])) if n > 1 else 0.0
-    return width, np.stack(sums, 1) / np.maximum(area, 1)[:, None], depth
+    return width(area[1:]), np.stack(sums, 1) / np.maximum(area, 1)[:, None], depth
+
+
+def width(areas: np.ndarray) -> float:
+    """px, of a disc of the median of these areas; 0 without any."""
+    return math.sqrt(4 / math.pi * np.median(areas)) if len(areas) else 0.0
 
 
 def pyramid(planes: np.ndarray) -> list[np.ndarray]:

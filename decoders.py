@@ -106,7 +106,7 @@ def join(config, jobs: dict) -> None:
             mine, its = stories[name]["scores"]["sets"], story["scores"]["sets"]
             if kinds.reached(mine, gained, chosen) >= kinds.reached(its, general, chosen):
                 setting = gained[chosen]["setting"] if chosen in gained else shared
-                own[chosen] = dict(setting={**setting, "diameter": trained.settings.diameter}, decoder=name)
+                own[chosen] = dict(setting=dict(setting), decoder=name)
     own = kinds.zoomed(own, config.data.sets, net.settings.zoom)
     looks = trainset.glimpsed(config.data, config.seed, net.settings.tile)
     net.settings = replace(net.settings, kinds=kinds.learnt(net, looks, own), provenance={**story, "decoders": stories})

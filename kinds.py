@@ -1,6 +1,6 @@
 """Kinds of images, and what suits each: a decoder of its own, a setting of the watershed of its own.
 
-    net.settings.kinds = learnt(net, {"phase": images, "nuclei": images}, {"phase": {"setting": ..., "decoder": "phase"}})
+    net.settings.kinds = learnt(net, trainset.glimpsed(...), {"phase": {"setting": ..., "decoder": "phase"}})
     kind = nearest(net, {name: token(net, tiles) for name in sets(net)})                # of an image to be segmented
     net, settings = suited(net, kind)                                                   # its decoder, its setting
 
@@ -61,20 +61,21 @@ def zoomed(own: dict[str, dict], sets: Iterable, common: float) -> dict[str, dic
     return own
 
 
-def learnt(net, images: Mapping[str, Iterable[Tensor]], own: Mapping[str, dict]) -> dict:
+def learnt(net, looks: Mapping, own: Mapping[str, dict]) -> dict:
     """What nearest() needs, for the weights' settings; empty where nothing is any set's own.
 
-    images : of each set, the tiles (n, 3, T, T) of some of its images. own : of the sets that have something of their own, the
-    setting of the watershed and perhaps the name of a decoder.
+    looks : of each set a trainset.Look, some of its images and how wide its cells are. own : of the sets that have something of
+    their own, the setting of the watershed and perhaps the name of a decoder.
     """
     if not own:
         return {}
-    tokens = {name: torch.stack([token(net, tiles) for tiles in of]) for name, of in images.items()}    # (images, 2 D)
+    tokens = {name: torch.stack([token(net, tiles) for tiles in look.tiles]) for name, look in looks.items()}    # (images, 2 D)
     spread = torch.cat(list(tokens.values())).std(0) + 1e-6
-    first = Counter(name.split()[0] for name in images)        # "phase/train" says enough of "phase/train ^(?!set40$)"
+    first = Counter(name.split()[0] for name in looks)         # "phase/train" says enough of "phase/train ^(?!set40$)"
+    mine = {name: {**own.get(name, {}).get("setting", {}), **({"diameter": look.diameter} if look.diameter else {})}
+            for name, look in looks.items()}
     return dict(spread=spread.tolist(), sets=[
-        dict(name=name.split()[0] if first[name.split()[0]] == 1 else name,
-             setting=dict(own[name]["setting"]) if name in own else {}, decoder=own.get(name, {}).get("decoder"),
+        dict(name=name.split()[0] if first[name.split()[0]] == 1 else name, setting=mine[name], decoder=own.get(name, {}).get("decoder"),
              tokens=[[float(f"{value:.3g}") for value in row] for row in (of / spread).tolist()])      # (images, 2 D)
         for name, of in tokens.items()])
 

@@ -47,6 +47,8 @@ class Series:
             raise ValueError("series: expected series.seeds and series.test (sets to score on) as well")
         if any(budget < 1 for budget in self.budgets):
             raise ValueError(f"series.budgets={list(self.budgets)}: expected 1 image or more")
+        if zoomed := [test.name for test in self.test if test.zoom != 1]:
+            raise ValueError(f"series.test: {zoomed[0]} has a zoom; that is for sets to learn from, and the weights keep it. Leave it out")
 
     def __bool__(self) -> bool:
         return bool(self.budgets or self.channels or self.variants)
@@ -57,7 +59,8 @@ KEYS = ("variant", "channel", "budget", "seed")               # of a run
 
 
 def run_all(config, train: Callable[..., int], rank: int, world: int, device: str) -> int:
-    """Every run that has no row in records.tsv yet; an interrupted one goes on from its checkpoint."""
+    """Every run that lacks a row in records.tsv; an interrupted one goes on from its checkpoint, and one that is scored on
+    sets that were not asked for then is not trained anew."""
     folder, others = Path(config.output_base_dir) / "runs" / config.experiment, 0
     table = folder / "records.tsv"
     jobs = [(key, one, fingerprint(one)) for key, one in plan(config, folder)]
@@ -66,14 +69,15 @@ def run_all(config, train: Callable[..., int], rank: int, world: int, device: st
     for key, one, mark in jobs:
         with runs.stop_signals() as stopped, turn(Path(one.export_path).with_suffix(".lock"), rank, wait=False) as mine:
             # As the first of a group finds it: a group moves as one.
-            mine, done = runs.shared_out(lambda _: (mine, known(table, key, mark)), [0], rank, world)[0]
-            others += not (mine or done)
-            if done or not mine:
+            mine, scored = runs.shared_out(lambda _: (mine, known(table, key, mark)), [0], rank, world)[0]
+            missing = [test for test in config.series.test if test.name not in scored]
+            others += not (mine or not missing)
+            if not (missing and mine):
                 continue
-            if code := train(one, rank, world, device):
+            if not scored and (code := train(one, rank, world, device)):
                 return code
             if rank == 0:
-                rows = [dict(**key, set=s.name, **score(one, s, device), config=mark) for s in config.series.test]
+                rows = [dict(**key, set=s.name, **score(one, s, device), config=mark) for s in missing]
                 with turn(folder / "records.lock", rank):
                     rows = [*records(table), *rows]
                     write(table, sorted(rows, key=lambda row: order.get(tuple(str(row[k]) for k in KEYS), -1)))
@@ -158,12 +162,13 @@ def fingerprint(config) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def known(path: Path, key: dict, config: str) -> bool:
-    found = {row["config"] for row in records(path) if all(row[k] == str(v) for k, v in key.items())}
-    if found - {config}:
+def known(path: Path, key: dict, config: str) -> set[str]:
+    """The sets that this run was scored on."""
+    found = [row for row in records(path) if all(row[k] == str(v) for k, v in key.items())]
+    if {row["config"] for row in found} - {config}:
         raise ValueError(f"{path}: its rows were made with another configuration; give a new experiment=, "
                          "or remove the folder to begin anew")
-    return bool(found)
+    return {row["set"] for row in found}
 
 
 def records(path: Path) -> list[dict]:
@@ -180,14 +185,16 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 def score(config, chosen: trainset.Set, device: str) -> dict:
-    """Of a test set, at the thresholds that are stored with the weights."""
+    """Of a test set, at the thresholds that are stored with the weights; with data.diameter at that size, as in training."""
     import measure
     import metrics
     import model
     import segment
     net = model.load(config.export_path).to(device)
     entries = [trainset.read(e, chosen.name) for e in trainset.examples(config.data, chosen)]
-    tables = [metrics.overlap(e.labels, segment.segment(e.pixels, net, limits=segment.UNIT)) for e in entries]
+    wide = [trainset.width(entry.labels) or None if config.data.diameter else None for entry in entries]
+    tables = [metrics.overlap(e.labels, segment.segment(e.pixels, net, limits=segment.UNIT, diameter=diameter))
+              for e, diameter in zip(entries, wide)]
     found = measure.headline(metrics.set_scores(tables, n=1))
     return dict(images=len(entries), **{name: round(float(found[name]), 5) for name in SCORES})
 

@@ -102,6 +102,8 @@ def load(config: Data, seed: int, device: str, cap: float | None):
     drawn = max(1, round(0.1 * config.fields)) if not config.validation else 0       # fields to validate on
     for number in range(config.fields):
         (validation if number < drawn else train).extend(synthetic_entries(config, seed, number))
+    if config.diameter:
+        validation = [e._replace(zoom=config.diameter / wide) if (wide := width(e.labels)) else e for e in validation]
     if not validation:
         raise ValueError("no validation images; give data.validation, or data.share so large that some are held out")
     hashes = {part: {e.name: hashlib.sha256(e.pixels.tobytes() + e.labels.tobytes()).hexdigest()[:16] for e in entries if e.held}
@@ -136,22 +138,36 @@ def read(example, set_name: str, zoom: float = 1.0) -> Entry:
     return Entry(f"{set_name}/{example.name}", pixels, labels, set_name, zoom)
 
 
+def width(labels: np.ndarray) -> float:
+    """px, of a disc of the median cell's area; 0 without cells."""
+    import augment
+    return augment.width(np.unique(labels[labels > 0], return_counts=True)[1])
+
+
 def common_zoom(config: Data) -> float:
     """Of all sets, where it is the same; else 1, and the kinds of images have their own."""
     zooms = {chosen.zoom for chosen in config.sets}
     return zooms.pop() if len(zooms) == 1 and not config.fields else 1.0
 
 
-def glimpsed(config: Data, seed: int, tile: int, count: int = 256) -> dict[str, list]:
-    """Of each set the tiles (n, 3, tile, tile) that segment.glimpses() takes of its training images, of some by lot."""
+class Look(NamedTuple):
+    """Of a set, by some of its training images."""
+    tiles: list                             # of each image (n, 3, tile, tile), those of segment.glimpses()
+    diameter: float | None                  # px, of a median cell as the network sees it; None: there are no cells
+
+
+def glimpsed(config: Data, seed: int, tile: int, count: int = 256) -> dict[str, Look]:
+    """What tells sets apart, of each of them; where it has more than `count` images, the lot decides which."""
     import segment
     found = {}
     for chosen in config.sets:
         kept, _ = divide(examples(config, chosen), config, seed)
         lot = np.random.default_rng(seed).permutation(len(kept))[:count]
-        images = (read(kept[i], chosen.name).pixels for i in lot)
-        found[chosen.name] = [segment.glimpses(segment.as_source(pixels), segment.UNIT, pixels.shape[1:], tile)
-                              for pixels in images]
+        tiles, widths = [], []
+        for entry in (read(kept[i], chosen.name) for i in lot):
+            tiles.append(segment.glimpses(segment.as_source(entry.pixels), segment.UNIT, entry.pixels.shape[1:], tile))
+            widths += [wide] if (wide := width(entry.labels)) else []
+        found[chosen.name] = Look(tiles, (config.diameter or chosen.zoom * float(np.median(widths))) if widths else None)
     return found
 
 

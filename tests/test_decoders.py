@@ -46,13 +46,14 @@ LOOKS = dict(striped=stripes, dotted=dots, upright=upright, smooth=smooth)
 def trained(tmp_path_factory):
     """Sets that look different, a decoder for two of them, one for a third, none for the last, from one command."""
     folder = tmp_path_factory.mktemp("decoders")
-    labels = np.zeros((64, 64), np.uint16)
+    labels, large = np.zeros((2, 64, 64), np.uint16)
     labels[5:30, 5:30], labels[35:60, 20:60] = 1, 2
+    large[5:45, 5:45] = 1
     for name, look in LOOKS.items():
         (folder / name).mkdir()
         for seed in range(5):
             skimage.io.imsave(folder / name / f"{name}{seed}.png", look(seed).astype(np.uint8), check_contrast=False)
-            skimage.io.imsave(folder / name / f"{name}{seed}_masks.png", labels, check_contrast=False)
+            skimage.io.imsave(folder / name / f"{name}{seed}_masks.png", large if name == "upright" else labels, check_contrast=False)
     path = toy(folder, **SHORT, decoders=dict(stripes=SIX, dots=SIX),
                data=dict(root=str(folder), share=0.3, sets=[dict(path="striped", decoder="stripes"), dict(path="dotted", decoder="dots"), dict(path="upright", decoder="stripes"),
                           dict(path="smooth")]))
@@ -93,8 +94,10 @@ def test_an_image_goes_through_the_decoder_of_its_kind(trained):
         alone = model.load(folder / f"runs/seg/{own}.pt").settings
         gained = kinds.gaining(alone.provenance["scores"]["sets"], ["striped", "upright"]).get(kind)
         setting = (gained or dict(setting={name: getattr(alone, name) for name in tuning.Setting._fields}))["setting"]
-        assert kinds.settings(net)[kind] == {**setting, "diameter": alone.diameter}
-    if not kinds.settings(net)["smooth"]:                   # it gained nothing by a setting of its own
+        wide = np.sqrt(4 / np.pi * (1600 if kind == "upright" else np.median([625, 1000])))     # the set's, not its decoder's
+        assert kinds.settings(net)[kind] == {**setting, "diameter": pytest.approx(wide)}
+        assert segment.scale_for(20, net, kind) == pytest.approx(wide / 20)
+    if kinds.settings(net)["smooth"].keys() == {"diameter"}:                   # it gained nothing by a setting of its own
         assert segment.kind_of(smooth(3), net) == "smooth"
     whole, image = model.load(folder / "final_models/seg.pt"), smooth(3)
     whole.drop_decoders()

@@ -49,7 +49,7 @@ def best(**changes) -> dict:
 
 
 def learnt(net, **changes) -> dict:
-    images = {kind: [tiles(look(kind, seed)) for seed in range(6)] for kind in ("stripes", "dots")}
+    images = {kind: trainset.Look([tiles(look(kind, seed)) for seed in range(6)], None) for kind in ("stripes", "dots")}
     return kinds.learnt(net, images, kinds.gaining(best(**changes), images))
 
 
@@ -65,7 +65,7 @@ def test_the_nearest_set_decides(net):
 def test_a_set_of_many_looks_and_one_in_their_midst(net, monkeypatch):
     """The nearest image decides, not the nearest mean, which is the other set's here."""
     monkeypatch.setattr(kinds, "token", lambda net, tiles: tiles.mean((1, 2, 3)))
-    images = {name: [torch.full((1, 3, 8, 8), value) for value in values]
+    images = {name: trainset.Look([torch.full((1, 3, 8, 8), value) for value in values], None)
               for name, values in (("stripes", (0.1, 0.2, 0.8, 0.9)), ("dots", (0.5, 0.52)))}
     net.settings.kinds = kinds.learnt(net, images, kinds.gaining(best(), images))
     found = [nearest(net, torch.full((1, 3, 8, 8), value)) for value in (0.0, 0.3, 0.45, 0.6, 0.7, 1.0)]
@@ -186,15 +186,16 @@ def test_kinds_travel_with_the_weights(net, tmp_path):
 
 def test_names_are_short_where_that_suffices(net):
     def names(*given):
-        images = {name: [tiles(look("stripes", 0))] for name in given}
+        images = {name: trainset.Look([tiles(look("stripes", 0))], None) for name in given}
         return [one["name"] for one in kinds.learnt(net, images, {given[0]: best()["stripes"]})["sets"]]
     assert names("phase/train ^a", "dots/train") == ["phase/train", "dots/train"]
     assert names("phase/train ^a", "phase/train ^b") == ["phase/train ^a", "phase/train ^b"]
 
 
 def test_a_name_may_begin_another(net):
-    images = {name: [tiles(look(kind, 0))] for name, kind in (("cells", "stripes"), ("cells_dense", "dots"))}
+    images = {name: trainset.Look([tiles(look(kind, 0))], 20.0) for name, kind in (("cells", "stripes"), ("cells_dense", "dots"))}
     net.settings.kinds = kinds.learnt(net, images, dict.fromkeys(images, best()["stripes"]))
+    assert kinds.settings(net)["cells"] == dict(OWN, diameter=20.0)
     assert kinds.named(net, "cells") == "cells" and kinds.named(net, "cells_") == "cells_dense"
     assert kinds.named(net, "dense") == "cells_dense" and kinds.named(net, "s_") == "cells_dense" and kinds.named(net, "sh") == "shared"
     with pytest.raises(ValueError, match="kind=cel: several have this in their names, expected one of 'shared', 'cells', 'cells_dense'"):

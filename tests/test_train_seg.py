@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,6 +200,22 @@ def test_images_of_large_cells_can_be_reduced(tmp_path):
     assert (plain.zoom, net.zoom) == (1, 0.5) and net.diameter == pytest.approx(plain.diameter / 2)
 
 
+def test_images_to_validate_on_are_scaled_as_those_to_train_on(tmp_path):
+    """data.diameter: settings are chosen on cells as wide as the network learns them."""
+    labelled_folder(tmp_path / "cells", 6)
+    chosen = trainset.Data(root=str(tmp_path), sets=(trainset.Set("cells"),), share=0.3, diameter=18.0, fields=3, field_size=96, field_cells=5)
+    train, validation, _ = trainset.load(chosen, 0, "cpu", 4.0)
+    assert train.diameter == pytest.approx(18) and {entry.set for entry in validation} == {"cells", "synthetic"}
+    for entry in validation:
+        area = np.bincount(entry.labels.ravel())[1:]
+        assert entry.zoom * np.sqrt(4 / np.pi * np.median(area[area > 0])) == pytest.approx(18), entry.name
+    assert trainset.glimpsed(chosen, 0, 32)["cells"].diameter == 18
+    plain = trainset.Data(root=str(tmp_path), sets=(trainset.Set("cells", zoom=0.5),), share=0.3)
+    train, validation, _ = trainset.load(plain, 0, "cpu", 4.0)
+    assert {entry.zoom for entry in validation} == {0.5} and trainset.glimpsed(plain, 0, 32)["cells"].diameter == pytest.approx(train.diameter)
+    assert trainset.width(np.zeros((9, 9), int)) == 0
+
+
 def test_muon_learns_the_inner_layers_and_goes_on(tmp_path):
     """Not those that meet pixels or answer, nor vectors; a run that is stopped reaches the same weights."""
     config = runs.load(train_seg.Config, toy(tmp_path), ["optimiser=muon"])
@@ -294,6 +311,12 @@ def test_label_efficiency(tmp_path):
     done = run(*arguments)
     assert done.returncode == 0 and (folder / "budget_001_seed_0.pt").stat().st_mtime_ns == before
     assert [line.split("\t") for line in (folder / "records.tsv").read_text().splitlines()] == lines
+    labelled_folder(tmp_path / "more", 1)
+    shutil.rmtree(folder / "budget_001_seed_0")                              # what is trained is only scored on a further set
+    done = run(*arguments, "series.test=[test, more]")
+    assert done.returncode == 0 and (folder / "budget_001_seed_0.pt").stat().st_mtime_ns == before, done.stderr
+    rows = [line.split("\t")[2:5] for line in (folder / "records.tsv").read_text().splitlines()[1:]]
+    assert sorted(rows) == [[budget, seed, name] for budget in "13" for seed in "01" for name in ("more", "test")]
     done = run(*arguments, "lr=2e-3")
     assert done.returncode == 1 and "records.tsv: its rows were made with another configuration" in done.stderr
 
@@ -328,6 +351,7 @@ def test_a_series_is_checked_before_it_starts(tmp_path):
                         (f"series.variants.b.init={ROOT}/README.md", "README.md: not a file of PyTorch weights"),
                         (f"series.markdown={ROOT}/LICENSE", "<!-- begin series curve -->"),
                         ("series.variants.b.augment.scal=2", "did you mean 'scale'"), ("series.test=nowhere", "nowhere: no such"),
+                        ("series.test=[{path: test, zoom: 0.5}]", "series.test: test has a zoom"),
                         ("series.variants.b.steps=x", "steps is 'x', expected a whole number")):
         done = run(*arguments, wrong)
         assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -351,21 +351,25 @@ def areas(view: View, vector: Tensor, net: Instructed) -> np.ndarray:
 def gather(view: View, vector: Tensor, reading: Reading, net: Instructed) -> tuple[Found, np.ndarray]:
     """The cells or areas that belong to the text, what they amount to, and their label image."""
     words = net.words
-    if set(reading.targets) & set(words.regions):
-        labels = areas(view, vector, net)
-        mine = np.ones(labels.max(), bool)
-    else:
-        sides = net.prototypes[[words.trained.index(name) for name in reading.targets]]      # (1 or 2, E)
+    sides = net.prototypes[[words.trained.index(name) for name in reading.targets]]          # (1 or 2, E)
+    if not set(reading.targets) & set(words.regions):
         # A comparison is about both sides, each by the mean of its wordings; else the text itself decides.
         mine = chosen(view, sides if reading.task == "compare" else vector[None], words, net).any(0)     # (n,)
         labels = view.labels * np.append(False, mine)[view.labels]
-    counts = (int(mine.sum()),)
-    if len(reading.targets) > 1 and not set(reading.targets) & set(words.regions):
         nearest = net.similarity(sides, view.cells).numpy().argmax(0)
         counts = tuple(int((mine & (nearest == side)).sum()) for side in range(len(sides)))
+    else:                                                     # areas, or areas and cells: each by itself, cells above
+        labels, counts = np.zeros(view.labels.shape, np.int32), ()
+        for name, side in sorted(zip(reading.targets, sides), key=lambda one: one[0] not in words.regions):
+            mine = (areas(view, vector if len(sides) == 1 else side, net) if name in words.regions else
+                    view.labels * np.append(False, chosen(view, side[None], words, net)[0])[view.labels])
+            counts += (len(np.unique(mine[mine > 0])),)
+            labels = np.where(mine > 0, mine + labels.max(), labels)
+        if reading.targets[0] not in words.regions:
+            counts = counts[::-1]
     area = np.bincount(labels.ravel(), minlength=2)[1:]
     ids = np.flatnonzero(area) + 1
-    return Found(reading.task, reading.targets, counts, int(mine.sum()), float(area.sum() / labels.size),
+    return Found(reading.task, reading.targets, counts, sum(counts), float(area.sum() / labels.size),
                  float(np.median(area[ids - 1])) if len(ids) else 0.0,
                  instructions.place_of(instructions.centres(labels, ids), labels.shape)), labels
 

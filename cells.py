@@ -173,8 +173,10 @@ def measured_near(r: Runs, a: np.ndarray, b: np.ndarray, distance: float) -> np.
         gap = math.isqrt(limit - max(abs(dy) - 1, 0) ** 2)         # widest gap along the row
         y = r.y[run] + dy
         row = (b[pair] * H + y) * W
-        facing = np.searchsorted(key, row + np.maximum(r.left[run] - gap, 0)).clip(max=len(key) - 1)
-        hit = (y >= 0) & (y < H) & (key[facing] // W == row // W) & (r.left[facing] <= r.right[run] + gap)
+        want = row + np.maximum(r.left[run] - gap, 0)
+        facing = np.searchsorted(key, want).clip(max=len(key) - 1)           # the last where none ends so far right
+        hit = ((y >= 0) & (y < H) & (key[facing] >= want) & (key[facing] // W == row // W)
+               & (r.left[facing] <= r.right[run] + gap))
         near[pair[hit]] = True
         run, pair = run[~near[pair]], pair[~near[pair]]
     return near

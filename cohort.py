@@ -27,6 +27,7 @@ import readers
 import runs
 
 MISSING = ("", "na", "n/a", "nan", "null", "none", ".", "-")      # what people write where there is no value
+UNNAMED = ("", "na", "n/a", "nan", "null")                        # the same of a category, where none is a treatment
 
 
 # ------------------------------------------------------------------------------------------------- tiles
@@ -224,8 +225,8 @@ def read_donors(path: str | Path, donor: str, outcomes: Sequence[str], covariate
     extra = [numbers(column) for column in covariates]
     for column in categories:
         words = [row[column] for row in rows]
-        levels = sorted({word for word in words if word.lower() not in MISSING})
-        extra += [[math.nan if word.lower() in MISSING else float(word == level) for word in words]
+        levels = sorted({word for word in words if word.lower() not in UNNAMED})
+        extra += [[math.nan if word.lower() in UNNAMED else float(word == level) for word in words]
                   for level in levels[1:]]
     return Donors(list(seen), np.array([numbers(column) for column in outcomes]),
                   np.array(extra) if extra else None)

@@ -34,15 +34,15 @@ from readers import TILE, Example, examples, regex, unread
 
 # ------------------------------------------------------------------------------------------ groups and splits
 
-DONOR = r"(?i)(?:donor|patient|subject|case)[-_ ]?([a-z0-9]+)"
+DONOR = r"(?i)(?<![a-z])(?:donor|patient|subject|case)(?:[-_ ]|(?=\d))([a-z0-9]+)"
 MOMENT = re.compile(r"(?i)[-_. ]?\d+d\d+h\d+m.*")                  # LIVECell's 01d04h00m_2: time and quarter
-FRAME = re.compile(r"(?i)(?<![a-z0-9])(?:t|tp|time|frame|copy|crop)[-_]?\d+(?=xy|[^a-z0-9]|$)")
-FIELD = re.compile(r"(?i)(?<![a-z0-9])(r\d+c\d+|[a-p]\d\d?)(?:[-_]?(?:s|f|site|field)[-_]?|[-_])\d+(?:p\d+)?"
+FRAME = re.compile(r"(?i)(?<![a-z0-9])(?:t|tp|time|frame|copy|crop|z|slice|plane|w|ch|channel)[-_]?\d+(?=xy|[^a-z0-9]|$)")
+FIELD = re.compile(r"(?i)(?<![a-z0-9])(r\d+c\d+|[a-p]\d\d?)(?:[-_]?(?:s|f|site|field|pos)[-_]?|[-_])\d+(?:[pd]\d+)?"
                    r"(?![a-z0-9])")                                # of a well
 
 
 def group_of(name: str) -> str:
-    """What must not be on two sides: a time-lapse, a well, a slide, copies of an image; else the name itself.
+    """What must not be on two sides: a time-lapse, a stack, a well, a slide, copies of an image; else the name itself.
 
     trpL_t09 -> trpL, 01/t012 -> 01, A172_Phase_C7_1_00d04h00m_2 -> A172_Phase_C7, nf1_F7_2 -> nf1_F7,
     jump_r01c01f03 -> jump_r01c01, slide3_b0c0x0 -> slide3, hela_copy007 -> hela. Bare numbers say nothing:
@@ -55,9 +55,9 @@ def group_of(name: str) -> str:
 
 
 def donor_of(name: str, pattern: str | None = None) -> str:
-    """What the group of a regular expression finds; by default what follows donor, patient, subject, case."""
+    """What the group of a regular expression finds; by default what follows the last donor, patient, subject or case."""
     expression = regex("pattern", pattern or DONOR)
-    found = expression.search(name)
+    found = expression.search(name) if pattern else next(reversed(list(expression.finditer(name))), None)
     if expression.groups != 1 or not found or not found[1]:
         raise ValueError(f"no donor in the name {name}; give pattern=REGEX with one group around it, such as "
                          f"'^([^_]+)_' for 1234_tile7")
@@ -191,7 +191,7 @@ def write_image(path: Path, image: Image) -> None:
 
 def split(options: Options, source: str) -> int:
     found, sides = _read(source, options), ("train", "validation", "test")[:len(options.fractions)]
-    of = {"image": str, "group": group_of, "donor": partial(donor_of, pattern=options.pattern)}[options.by]
+    of = {"image": partial(re.sub, r"_copy\d+$", ""), "group": group_of, "donor": partial(donor_of, pattern=options.pattern)}[options.by]
     rows, members = [], defaultdict(set)                           # members: data sets of a group
     for name in (example.name for example in found):
         if options.stratify and "/" not in name:

@@ -15,6 +15,7 @@ import math
 import pickle
 import re
 import tokenize
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from images import read_image
 from labels import check_labels, read_labels
 
 LARGEST = np.iinfo(np.int32).max
+OBJECTS = {"PathCellObject": "cell", "PathDetectionObject": "detection"}                # as QuPath 0.2 says it
 
 
 # -------------------------------------------------------------------------------------- cells as flat indices
@@ -35,6 +37,8 @@ def painted(shape: tuple[int, int], cells: Sequence[np.ndarray]) -> np.ndarray:
     labels = np.zeros(math.prod(shape), np.int32)
     for i in sorted(range(len(cells)), key=lambda i: -len(cells[i])):
         labels[cells[i]] = i + 1
+    if lost := len(cells) - len(np.unique(labels[labels > 0])):
+        warnings.warn(f"{lost} of {len(cells)} cells have no pixel of their own: smaller than one, or covered by others", stacklevel=2)
     return labels.reshape(shape)
 
 
@@ -177,7 +181,7 @@ def read_geojson(path: Path, shape: tuple[int, int]) -> np.ndarray:
     features = parsed.get("features", [parsed]) if isinstance(parsed, dict) else parsed
     if not isinstance(features, list) or not all(isinstance(feature, dict) for feature in features):
         raise ValueError(f"{path}: expected GeoJSON features, as QuPath exports them")
-    kinds = [(feature.get("properties") or {}).get("objectType") for feature in features]
+    kinds = [(feature.get("properties") or {}).get("objectType") or OBJECTS.get(str(feature.get("id"))) for feature in features]
     cells = [feature for feature, kind in zip(features, kinds) if kind in ("cell", "detection")] or features
     pixels = []
     for i, feature in enumerate(cells, 1):

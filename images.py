@@ -23,6 +23,7 @@ import logging
 import lzma
 import math
 import os
+import re
 import struct
 import tokenize
 import warnings
@@ -248,10 +249,12 @@ def _open_npy(path: Path, index: Index, files: ExitStack) -> dict[str, Any]:
 
 def _open_png_jpeg(path: Path, index: Index, files: ExitStack) -> dict[str, Any]:
     with decoding(path), PIL.Image.open(path, formats=("PNG", "JPEG")) as image:
-        deep = str(image.tile[0][3]).endswith(";16B")
+        raw = str(image.tile[0][3])
+        deep, few = raw.endswith(";16B"), {"L;2": 85, "L;4": 17}.get(raw, 1)     # Pillow stretches few bits to 8
         if image.mode == "P":
             image = image.convert("RGBA" if "transparency" in image.info else "RGB")
         array = _sixteen_bits(path, image) if deep else np.asarray(image)
+        array = array // np.uint8(few) if few > 1 else array
     if image.mode not in ("1", "L", "LA", "I", "I;16", "RGB", "RGBA"):
         raise ValueError(f"{path}: colours are {image.mode}, expected gray or RGB; save it as RGB")
     index("YX", array.shape[:2])
@@ -330,6 +333,8 @@ def _tiff_metadata(tif: tifffile.TiffFile, page: Any) -> dict[str, Any]:
     else:
         imagej = tif.imagej_metadata or {}
         names = imagej.get("Labels")
+        if names and any(re.match(r"[czt]:\d+/\d+|.*\n", str(name)) for name in names):
+            names = None                                           # titles of slices, each file's own
         if "unit" in imagej:
             unit = MICROMETRES.get(str(imagej["unit"]).lower(), 0)
         else:

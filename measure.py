@@ -207,10 +207,15 @@ def manifested(place: DataSet, root: str, found: list, column: str) -> dict[str,
         by_stem.setdefault(Path(line[image] or "").stem, []).append(line)
     said = {}
     for example in found:                   # of several rows with its stem, the one with its folders too
-        files = [Path(file).as_posix() for file in example.files]
-        stems = dict.fromkeys([example.name.rpartition("/")[2], *(Path(file).stem for file in files)])
+        files = [Path(file) for file in example.files]
+        stems = dict.fromkeys([example.name.rpartition("/")[2], *(file.stem for file in files)])
         fits = [line for stem in stems for line in by_stem.get(stem, ())]
-        fits.sort(key=lambda line: not any(file.endswith(line[image]) for file in files))
+        names = [f"/{name}" for name in (example.name, *(way.as_posix() for file in files for way in (file, file.with_suffix(""))))]
+        whole = [line for line in fits if any(name.endswith(f"/{line[image]}") for name in names)]
+        fits = [line for line in whole if len(line[image]) == max(len(other[image]) for other in whole)] or fits
+        if len({line[column] for line in fits}) > 1:
+            raise ValueError(f"{path}: {len(fits)} rows may be that of {example.name} ({', '.join(line[image] for line in fits[:3])}) "
+                             f"and differ in '{column}'; write names with their folders")
         if fits:
             said[plain(example.name)] = fits[0][column] or "-"
     return said

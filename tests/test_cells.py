@@ -1,6 +1,7 @@
 """cells.py: numbers against scikit-image and brute force, outlines drawn again, files read back."""
 import csv
 import json
+import math
 import uuid
 
 import numpy as np
@@ -136,6 +137,15 @@ def test_neighbours_equal_all_pairs_of_pixels(seed):
         assert t["neighbours_near"].tolist() == (close & ~itself).sum(0).tolist()
         assert t["neighbours_touching"].tolist() == ((gaps == 0) & ~itself).sum(0).tolist()
         assert (t["near_px"] == near).all()
+
+
+def test_nothing_to_the_right_is_no_neighbour():
+    """Of the cell that is sorted last."""
+    labels = np.array([[4, 0, 1, 2, 3, 0], [2, 2, 3, 2, 2, 4], [3, 4, 0, 1, 2, 0]])
+    gaps = np.array([[min(math.hypot(max(abs(a - c) - 1, 0), max(abs(b - d) - 1, 0)) for a, b in np.argwhere(labels == i)
+                          for c, d in np.argwhere(labels == j)) for j in range(1, 5)] for i in range(1, 5)])
+    expected = ((gaps == 0).sum(0) - 1).tolist()
+    assert cells.table(labels, near=0)["neighbours_near"].tolist() == expected
 
 
 def test_neighbours_of_concave_and_huge_cells():

@@ -21,11 +21,37 @@ from test_formats import SQUARE, blobs, coco, command, holed, pair, picture, sav
     ("trpL_t09", "trpL"), ("01/t012", "01"), ("t00", ""), ("pg6_t3", "pg6"), ("movie/frame_12", "movie"),
     ("omnipose_ec_5I_t141xy5c1", "omnipose_ec_5I_xy5c1"), ("SkBr3_Phase_H3_2_03d00h00m_4", "SkBr3_Phase_H3"),
     ("jump_r01c01f03", "jump_r01c01"), ("pediatric_r03c03f03p01", "pediatric_r03c03"), ("nf1_F7_2", "nf1_F7"),
-    ("A01_s3", "A01"), ("hela_copy007", "hela"), ("s1_slide3_s0b0c0x0-512y0", "s1_slide3"),
+    ("A01_s3", "A01"), ("emb1_z01", "emb1"), ("emb1_slice3", "emb1"), ("emb1_ch2", "emb1"), ("emb1_w2", "emb1"), ("A01_pos3", "A01"),
+    ("A01f03d0", "A01"), ("plate_B02f01d1", "plate_B02"), ("hela_copy007", "hela"), ("s1_slide3_s0b0c0x0-512y0", "s1_slide3"),
     *((name, name) for name in ("A01", "set46", "T98G_12", "T47D", "gbm12", "he/test_11", "bc_22_2",
                                 "set/007", "3T3_set1", "val_MCF10A", "00ae65c1", "b3c4d5", "2024-05_dish"))])
 def test_group_of(name, group):
     assert data.group_of(name) == group
+
+
+@pytest.mark.parametrize("name, donor", [
+    ("donor_7/t1", "7"), ("cases/donor_12/tile_b0c0x1", "12"), ("case_control/donor_7/x", "7"), ("patients/patient_3/a", "3"),
+    ("patient7/a", "7"), ("Subject AB12/a", "AB12"), ("showcase_1/donor_2", "2")])
+def test_donor_of(name, donor):
+    assert data.donor_of(name) == donor
+
+
+@pytest.mark.parametrize("name", ["donors/7_b0c0", "cases/a", "tile7", "showcase_1"])
+def test_no_donor_in_the_name(name):
+    with pytest.raises(ValueError, match="no donor in the name"):
+        data.donor_of(name)
+
+
+def test_copies_of_an_image_stay_on_one_side(tmp_path):
+    """COCO files name an image twice, and then it is called so."""
+    for number in range(8):
+        for name in (f"im{number}", f"im{number}_copy2"):
+            pair(tmp_path / "in", name, number)
+    command("split", tmp_path / "in", f"out={tmp_path / 'out'}", "fractions=0.5,0.5")
+    with open(tmp_path / "out/split.tsv", newline="") as file:
+        sides = {row["name"]: row["split"] for row in csv.DictReader(file, delimiter="\t")}
+    assert len(sides) == 16 and len(set(sides.values())) == 2
+    assert all(sides[f"im{number}"] == sides[f"im{number}_copy2"] for number in range(8))
 
 
 def named(*names: str) -> list[data.Example]:

@@ -333,6 +333,22 @@ def test_manifest_groups(tmp_path, capsys):
     assert "fits none of its 3 images" in said(group="donor")
 
 
+def test_rows_of_a_manifest_belong_to_whole_names(tmp_path, capsys):
+    """Without their suffix as well, as data.py split writes them; and 1/img is not the end of 11/img."""
+    for name in ("1", "11", "21"):
+        a_set(tmp_path / "root/s" / name, range(2))
+    models = [dict(name="a", weights=str(weights(tmp_path / "net.pt")))]
+    for suffix in ("", ".tif"):
+        (tmp_path / "root/m.tsv").write_text("\n".join(["name\tdonor", *(
+            f"{folder}/{n}{suffix}\tP{folder}" for folder in ("1", "11", "21") for n in range(2))]))
+        assert run("bench", tmp_path, models=models, root=str(tmp_path / "root"), sets=[entry("s", "s", manifest="m.tsv", group="donor")]) == 0
+        rows = table(tmp_path / "runs/evaluate/groups.tsv")
+        assert {row["group"]: row["n"] for row in rows} == {"P1": "2", "P11": "2", "P21": "2"}
+    (tmp_path / "root/m.tsv").write_text("name\tdonor\nx/0\tA\ny/0\tB\n")
+    assert "2 rows may be that of 1/0 (x/0, y/0) and differ in 'donor'" in fails(
+        capsys, "bench", tmp_path, models=models, root=str(tmp_path / "root"), sets=[entry("s", "s", manifest="m.tsv", group="donor")])
+
+
 def test_where_leaves_images_out(tmp_path, capsys):
     """Only images whose row fits are scored; one without a row cannot be told of."""
     place = a_set(tmp_path / "root/here", range(4))

@@ -105,6 +105,21 @@ def test_of_several_labels_the_first_counts_or_those_asked_for(tmp_path):
         data.examples(tmp_path, labels="masks")
 
 
+def test_an_image_that_has_labels_is_none_of_another(tmp_path):
+    save(tmp_path / "a.tif", picture(0))
+    pair(tmp_path, "a_cells", 1)
+    assert [(e.name, e.labels().max()) for e in data.examples(tmp_path)] == [("a_cells", blobs(1).max())]
+    save(tmp_path / "a_masks.tif", blobs(2))
+    assert [e.name for e in data.examples(tmp_path)] == ["a", "a_cells"]
+    assert np.array_equal(data.examples(tmp_path)[0].labels(), blobs(2))
+
+
+def test_cells_without_a_pixel_are_told_of():
+    with pytest.warns(UserWarning, match="2 of 3 cells have no pixel of their own"):
+        labels = formats.painted((3, 4), [np.array([0, 1, 2]), np.array([], int), np.array([0, 1, 2])])
+    assert np.unique(labels).tolist() == [0, 3]
+
+
 def test_channels_of_an_image_by_number_and_name(tmp_path):
     stack = np.stack([picture(i) for i in range(8)])
     names = {"axes": "CYX", "Labels": list("abcdefgh")}
@@ -426,6 +441,10 @@ def test_qupath_regions_are_no_cells(tmp_path):
         return formats.read_geojson(path, (24, 31))
     alone = [[y, x] for y in range(1, 5) for x in range(10, 13)]
     assert np.array_equal(np.argwhere(labels([region, cell])), alone) and labels([region]).sum() == 12
+    for one, name in ((region, "PathAnnotationObject"), (cell, "PathCellObject")):         # QuPath 0.2 says it there
+        del one["properties"]["objectType"]
+        one["id"] = name
+    assert np.array_equal(np.argwhere(labels([region, cell])), alone)
     for features, problem in (([feature("cell", 2, "LineString")], "1 is a LineString"), (7, "expected Geo"),
                               ([feature("cell", 90)], "outside of the"), ([{"geometry": None}], "is a None")):
         with pytest.raises(ValueError, match=problem):

@@ -248,6 +248,28 @@ def test_channel_names(tmp_path):
         open_image(path, channels=[])
 
 
+def test_titles_of_slices_are_no_channel_names(tmp_path):
+    """Of Bio-Formats, and of ImageJ where they have lines of text: they differ from file to file."""
+    for titles in (["c:1/2 - w1.nd2 (series 1)", "c:2/2 - w1.nd2 (series 1)"], ["DAPI\n  x=3", "actin"]):
+        tifffile.imwrite(tmp_path / "x.tif", noise(2, 20, 30), imagej=True, metadata={"axes": "CYX", "Labels": titles})
+        assert not read_image(tmp_path / "x.tif").channels
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_png_of_few_bits_keeps_its_values(tmp_path, bits):
+    values = np.random.default_rng(bits).integers(0, 2**bits, (9, 13))
+    packed = np.zeros((9, -(-13 * bits // 8) * 8), np.uint8)
+    for bit in range(bits):
+        packed[:, bit:13 * bits:bits] = values >> (bits - 1 - bit) & 1
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    lines = b"".join(b"\0" + row.tobytes() for row in np.packbits(packed, axis=1))
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 13, 9, bits, 0, 0, 0, 0))
+                                     + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png").pixels[0], values)
+
+
 def test_channel_names_that_are_numbers_do_not_shuffle_the_rest(tmp_path):
     pixels = noise(2, 20, 30)
     tifffile.imwrite(tmp_path / "x.ome.tif", pixels, photometric="minisblack",

@@ -53,8 +53,11 @@ def plan(config, weights: str) -> Iterator[tuple[str, object]]:
                             export_path=str(folder / f"{name}.pt"), data=data)
 
 
-def train_all(config, jobs: dict, train: Callable[..., int], rank: int, world: int, device: str) -> int:
-    """train(config, rank, world, device) -> exit code. After each the weights are whole, and better by a decoder."""
+def train_all(config, jobs: dict, train: Callable[..., int], rank: int, world: int, device: str, stopped: list) -> int:
+    """train(config, rank, world, device) -> exit code. After each the weights are whole, and better by a decoder.
+
+    stopped : of runs.stop_signals; a signal that came between two trainings ends it there.
+    """
     import model
     done = [one for one in jobs.values() if Path(one.export_path).exists()]
     if rank == 0 and done:
@@ -63,6 +66,8 @@ def train_all(config, jobs: dict, train: Callable[..., int], rank: int, world: i
             trained_on(one, net)
     runs.shared_out(bool, range(world), rank, world)          # all wait for the first, which writes the weights
     for one in jobs.values():
+        if any(runs.shared_out(lambda _: bool(stopped), range(world), rank, world)):
+            return runs.REQUEUE
         if code := train(one, rank, world, device):
             return code
         if rank == 0:

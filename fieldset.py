@@ -30,6 +30,8 @@ class Data:
     pool: int = 512                         # fields of it that lie on the device at a time
     least: int = 1                          # crops that one gives before it may be replaced; more spares the net
     threads: int = 32                       # that download
+    endpoint: str | None = None             # URL of another S3 server than Amazon's, for the index
+    signed: bool = False                    # read it with your AWS credentials; public buckets need none
     cache: str | None = None                # folder for what was downloaded
     cache_gb: float = 100.0                 # 10^9 bytes, its limit
     held_plates: tuple[str, ...] = ()       # of the index, never trained on; empty: held_share of it, by lot
@@ -65,7 +67,7 @@ def pool(config: Data, batch: int, seed: int, device: str, rank: int = 0, world:
         train, _ = plates(config, seed)
         return stream.FieldPool(train, config.pool, chosen(config, train), device, least=config.least,
                                 threads=config.threads, cache=config.cache, cache_gb=config.cache_gb,
-                                bad_fields=bad_fields, **given)
+                                endpoint=config.endpoint, signed=config.signed, bad_fields=bad_fields, **given)
     names, channels, read = resident(config, seed)
     train = names[config.held:]
     if len(train) < batch:
@@ -78,7 +80,7 @@ def held(config: Data, seed: int) -> tuple[tuple[str, ...], Iterator[Field]]:
     """Names of the channels, and the fields held out."""
     if config.index:
         _, out = plates(config, seed)
-        return chosen(config, out), fetched(out, config.held, chosen(config, out), seed)
+        return chosen(config, out), fetched(config, out, seed)
     names, channels, read = resident(config, seed)
     return channels, map(read, names[:config.held])
 
@@ -106,11 +108,12 @@ def chosen(config: Data, index) -> tuple[str, ...]:
     return stream.known_channels(index, config.channels or index.channels)
 
 
-def fetched(index, count: int, channels: tuple[str, ...], seed: int) -> Iterator[Field]:
-    """The first `count` fields of an index, in the order of a lot, that can be had."""
+def fetched(config: Data, index, seed: int) -> Iterator[Field]:
+    """The first data.held fields of an index, in the order of a lot, that can be had."""
     import planes
     import stream
-    store, found, extent = stream.open_store(index.root), 0, None
+    store, found, extent = stream.open_store(index.root, endpoint=config.endpoint, signed=config.signed), 0, None
+    count, channels = config.held, chosen(config, index)
     try:
         for row in np.random.default_rng((seed, 1)).permutation(len(index)):
             field = index[row]

@@ -29,6 +29,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -304,7 +305,7 @@ def sentence(error: Exception) -> str:
 
 REQUEUE = 85                                     # exit code: saved, not finished; slurm/train.sh queues the job again
 # What a run may go on with although it was begun otherwise: what changes no result, and cycles, for a longer one.
-FREE = ("output_base_dir", "data.root", "device", "log_every", "save_every", "keep", "wandb", "compile")
+FREE = ("output_base_dir", "data.root", "device", "log_every", "save_every", "keep", "wandb", "compile", "data.endpoint", "data.signed")
 LONGER = ("cycles",)
 
 
@@ -335,6 +336,8 @@ class Run:
 
     def close(self) -> None:
         """Signals go to who heard them before, one that came too late to stop this run as well."""
+        if self.wandb is not None:
+            self.wandb.finish()                               # else the next run of this process would go into this one's curves
         for number, handler in self.before.items():
             signal.signal(number, handler)
         if callable(handler := self.before.get(self.signal)):
@@ -420,7 +423,10 @@ class Run:
         if is_best:
             copy = self.checkpoints / "best.tmp"
             copy.unlink(missing_ok=True)
-            os.link(path, copy)                               # the same bytes under a second name
+            try:
+                os.link(path, copy)                           # the same bytes under a second name
+            except OSError:                                   # of a file system that knows none
+                shutil.copyfile(path, copy)
             os.replace(copy, self.checkpoints / "best.pt")
         for old in sorted(self.checkpoints.glob("step_*.pt"))[:-self.config.keep]:
             old.unlink()
@@ -489,7 +495,7 @@ def start_wandb(config: Any, folder: Path):
         import wandb
     except ImportError:
         raise ValueError(f"wandb={config.wandb}: the package is not installed; pip install wandb, or wandb=off") from None
-    return wandb.init(project="dinocell", name=config.experiment, dir=str(folder), id=config.experiment,
+    return wandb.init(project="dinocell", name=config.experiment, dir=str(folder), id=config.experiment.replace("/", "."),
                       resume="allow", mode={"on": "online"}.get(config.wandb, config.wandb),
                       config=dataclasses.asdict(config))
 

@@ -102,6 +102,9 @@ def check(config, jobs: list) -> None:
         report.between(Path(document), f"series {config.experiment}")
     for test in config.series.test:
         trainset.examples(config.data, test)
+    for one in (*config.data.sets, *config.data.validation, *config.series.test) if config.series.channels else ():
+        if one.channels:
+            raise ValueError(f"series.channels: {one.path} has channels of its own, which every run would take; leave them out")
     for one in jobs:
         runs.from_dict(augment.Augment, one.augment, "augment")
     for init in {one.init for one in jobs if one.init}:

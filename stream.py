@@ -281,6 +281,7 @@ class FieldPool:
             if self._uses[slot] < self._least:                 # still here and not used yet: wait until it is
                 return
             self._uses[slot], self._arrived[slot] = 0, time.monotonic()      # used: stays, as if it came anew
+            self._recent.append("")
             self._consumed[self._order.popleft()] = True
         if not full and row not in self._flight:                     # where a returning resident is
             self._queue(self._order.popleft(), True, 0)

@@ -92,6 +92,8 @@ class Config:
         for name in ("steps", "batch", "cycles", "val_every", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience={self.patience}: expected 1 or more, or null")
         if self.warmup >= self.steps:
             raise ValueError(f"warmup={self.warmup}: expected fewer than steps={self.steps}")
         if self.cycles > 1 and self.patience is not None:
@@ -112,12 +114,13 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
         raise ValueError("series: trains networks without decoders; leave decoder out of data.sets")
     if config.series and not check:
         return series.run_all(config, train, *group)
-    code = train(config, *group, check)
-    if check and jobs:
-        print(f"then {len(jobs)} decoders ({', '.join(jobs)}), {sum(one.steps * one.cycles for one in jobs.values())} steps in all")
-    if code or check:
-        return code
-    return decoders.train_all(config, jobs, train, *group)
+    with runs.stop_signals() as stopped:                      # also between the network for all and its decoders
+        code = train(config, *group, check)
+        if check and jobs:
+            print(f"then {len(jobs)} decoders ({', '.join(jobs)}), {sum(one.steps * one.cycles for one in jobs.values())} steps in all")
+        if code or check:
+            return code
+        return decoders.train_all(config, jobs, train, *group, stopped)
 
 
 def train(config: Config, rank: int, world: int, device: str, check: bool = False) -> int:

@@ -108,8 +108,10 @@ def load(config: Data, seed: int, device: str, cap: float | None):
         raise ValueError("no validation images; give data.validation, or data.share so large that some are held out")
     hashes = {part: {e.name: hashlib.sha256(e.pixels.tobytes() + e.labels.tobytes()).hexdigest()[:16] for e in entries if e.held}
               for part, entries in (("train", train), ("validation", validation))}
-    resident = augment.Resident((e[:3] for e in train), [e.set for e in train], device, cap, config.diameter,
-                                {s.name: s.weight for s in config.sets}, [e.zoom for e in train])
+    groups, zooms = [e.set for e in train], [e.zoom for e in train]
+    train.reverse()                                           # each image goes as soon as it is packed: they are large together
+    resident = augment.Resident((train.pop()[:3] for _ in groups), groups, device, cap, config.diameter,
+                                {s.name: s.weight for s in config.sets}, zooms)
     return resident, validation, hashes
 
 

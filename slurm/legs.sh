@@ -62,6 +62,16 @@ part() {                                                      # part SCRIPT CONF
     deliver
 }
 
+measured() {                                                  # measured FILE SCRIPT ...: what it prints
+    local file=$1 code
+    shift
+    [ "$(left)" -gt 5 ] || { deliver; echo "leg over while measuring; the same command goes on"; exit 85; }
+    timeout "$(left)" "$python" "$@" 2>&1 | tee "$keep/$file"
+    code=${PIPESTATUS[0]}
+    if [ "$code" -eq 124 ]; then deliver; echo "leg over while measuring; the same command goes on"; exit 85; fi
+    [ "$code" -eq 0 ] || { deliver; exit "$code"; }
+}
+
 SSL=${SSL:-configs/ssl_s8.yaml} SEG=${SEG:-configs/dinocell_s8.yaml}
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2> /dev/null | tee "$keep/hardware.txt"
 roots=()
@@ -70,8 +80,8 @@ part train_ssl.py "$SSL" "${PRETRAIN:-480}" ${roots[@]+"${roots[@]}"}
 part train_seg.py "$SEG" "${TRAIN:-840}" "init=final_models/$(name_of "$SSL").pt" "$@"
 if [ "${MEASURE:-yes}" = yes ]; then
     [ "$(left)" -gt 60 ] || { echo "leg over before measuring; the same command goes on"; exit 85; }
-    "$python" tests/bench.py network segment train_seg ssl watershed 2>&1 | tee "$keep/bench.txt"
-    "$python" evaluate.py bench configs/results.yaml 2>&1 | tee "$keep/results.txt"
+    measured bench.txt tests/bench.py network segment train_seg ssl watershed
+    measured results.txt evaluate.py bench configs/results.yaml
     cp docs/results.md "$keep/results.md.txt"
 fi
 deliver

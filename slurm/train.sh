@@ -3,7 +3,7 @@
 # script's name, all written --name=value, are sbatch's and override the lines below.
 #
 #   slurm/train.sh train_seg.py configs/seg.yaml [key=value ...]                    one A100, 56 hours at most
-#   slurm/train.sh --gres=gpu:a40:1 --mem=48G --cpus-per-task=8 --time=12:00:00 train_seg.py configs/seg_s8_a40.yaml
+#   slurm/train.sh --gres=gpu:a40:1 --mem=64G --cpus-per-task=8 --time=12:00:00 train_seg.py configs/seg_s8_a40.yaml
 #   slurm/train.sh --nodes=2 --gres=gpu:a100:4 --cpus-per-task=64 --mem=256G train_ssl.py configs/ssl.yaml
 #   sbatch [flags] slurm/train.sh train_ssl.py configs/ssl.yaml [key=value ...]     no check (instruct.py has none)
 #

@@ -8,6 +8,7 @@ import pytest
 import skimage.io
 import torch
 
+import decoders
 import export
 import instruct
 import kinds
@@ -102,6 +103,15 @@ def test_an_image_goes_through_the_decoder_of_its_kind(trained):
     whole, image = model.load(folder / "final_models/seg.pt"), smooth(3)
     whole.drop_decoders()
     assert np.array_equal(segment.distance_map(image, net), segment.distance_map(image, whole))
+
+
+def test_a_signal_between_two_trainings_ends_them_there(trained):
+    """It came when no run was listening."""
+    _, path = trained
+    config = runs.load(train_seg.Config, path)
+    jobs, begun = dict(decoders.plan(config, str(train_seg.export_path(config)))), []
+    for stopped, expected in (([15], (runs.REQUEUE, [])), ([], (1, ["stripes"]))):
+        assert (decoders.train_all(config, jobs, lambda one, *_: begun.append(one.experiment.split("/")[1]) or 1, 0, 1, "cpu", stopped), begun) == expected
 
 
 def test_a_set_that_the_decoder_for_all_serves_better_keeps_it(trained, tmp_path):

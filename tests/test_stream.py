@@ -629,6 +629,16 @@ def test_too_many_failures_stop_the_run_with_the_commonest_reason(s3, index, tmp
             pool.sample(2, 0)
 
 
+def test_a_damaged_field_is_no_more_of_the_fields_in_every_pass(s3, index):
+    """Those that stay in the pool count as well."""
+    s3.set()
+    lines = [line.replace(b"-ch5", b"-ch9") if i == 3 else line for i, line in enumerate(index.lines[:12])]
+    few = stream.Index(index.root, CHANNELS, lines)
+    with stream.FieldPool(few, 12, ("DNA",), "cpu", threads=4, endpoint=s3.direct, min_fill=8, size=(SIDE, SIDE), max_failed=0.3) as pool:
+        draw(pool, lambda: pool.stats()["failures"] >= 45, batch=2)
+        assert list(pool.bad) == [few[3].name]
+
+
 # ------------------------------------------------------------------------------------------------------ cache
 
 def test_cache_is_shared_and_a_second_run_needs_no_network(s3, index, tmp_path):

@@ -352,6 +352,7 @@ def test_a_series_is_checked_before_it_starts(tmp_path):
                         (f"series.markdown={ROOT}/LICENSE", "<!-- begin series curve -->"),
                         ("series.variants.b.augment.scal=2", "did you mean 'scale'"), ("series.test=nowhere", "nowhere: no such"),
                         ("series.test=[{path: test, zoom: 0.5}]", "series.test: test has a zoom"),
+                        ("patience=0", "patience=0: expected 1 or more, or null"),
                         ("series.variants.b.steps=x", "steps is 'x', expected a whole number")):
         done = run(*arguments, wrong)
         assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -370,14 +371,15 @@ class Image:
     def __init__(self, rgb): self.shape = rgb.shape
 def log(values, step): write("log", {k: list(v.shape) if isinstance(v, Image) else v for k, v in values.items()} | {"step": step})
 def init(**options):
+    assert not set(options["id"]) & set("/:;,#?'")
     write("init", {k: options[k] for k in ("mode", "name", "resume")})
-    return types.SimpleNamespace(log=log)
+    return types.SimpleNamespace(log=log, finish=lambda: write("end", {}))
 """)
-    done = subprocess.run(command(toy(tmp_path), "wandb=on", "steps=6"), capture_output=True, text=True, cwd=tmp_path,
+    done = subprocess.run(command(toy(tmp_path), "wandb=on", "steps=6", "experiment=a/seg"), capture_output=True, text=True, cwd=tmp_path,
                           env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr
-    (_, begun), *sent = map(json.loads, (tmp_path / "sent.jsonl").read_text().splitlines())
-    assert begun == {"mode": "online", "name": "seg", "resume": "allow"}
+    (_, begun), *sent, end = map(json.loads, (tmp_path / "sent.jsonl").read_text().splitlines())
+    assert begun == {"mode": "online", "name": "a/seg", "resume": "allow"} and end[0] == "end"
     names = {name for _, values in sent for name in values}
     assert names >= {"loss", "lr", "weight_decay", "gradient", "images_per_s", "data_share", "score", "val_AP@0.5"}
     pictures = [values for _, values in sent if any(name.startswith("validation_") for name in values)]
@@ -398,6 +400,13 @@ def test_a_network_for_each_channel(tmp_path, whole):
     same = {name: torch.equal(p, q) for (name, p), (_, q) in zip(one.named_parameters(), two.named_parameters())}
     assert all(equal for name, equal in same.items() if name.startswith("backbone."))
     assert not all(equal for name, equal in same.items() if name.startswith("decoder."))
+
+
+def test_channels_of_a_set_are_not_overridden_in_silence(tmp_path):
+    labelled_folder(tmp_path / "cells", 3)
+    for sets, test in (([dict(path="cells", channels=[1])], ["cells"]), (["cells"], [dict(path="cells", channels=[1])])):
+        done = run(toy(tmp_path, data=dict(root=str(tmp_path), sets=sets, share=0.4), series=dict(channels=[1, 2], seeds=[0], test=test)))
+        assert done.returncode == 1 and "series.channels: cells has channels of its own" in done.stderr, done.stderr
 
 
 def test_ablations(tmp_path):

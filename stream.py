@@ -148,6 +148,7 @@ class FieldPool:
         self._counts: Counter[str] = Counter()                     # fields, failures, cache_hits, ...
         self._base = 0                                             # bytes before this process
         self._waited = 0.0                                         # seconds that sample() did not answer
+        self.stopped: Callable[[], bool] = lambda: False           # asked while sample() waits
         self._last = time.monotonic(), 0, 0                        # of stats(): when, fields, bytes
         self._closing, self._error, self._workers = False, None, []
 
@@ -213,6 +214,8 @@ class FieldPool:
                 raise self._error
             if self._closing:
                 raise ValueError("the pool is closed")
+            if self.stopped():
+                raise Stopped
             if (here := int(self._ready.sum())) >= self._floor:
                 break
             self._changed.wait(1.0)

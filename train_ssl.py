@@ -146,6 +146,7 @@ def train(config: Config, student, teacher, light, rank: int, world: int, device
     import fieldset
     import probe
     import ssl_
+    import stream
     import views
     run = runs.Run(config, rank, world, device)
     state, start = run.resume(), 0
@@ -171,6 +172,7 @@ def train(config: Config, student, teacher, light, rank: int, world: int, device
     share = slice(rank * config.batch // world, (rank + 1) * config.batch // world)
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=use_bf16(config, device))
 
+    pool.stopped = lambda: run.stopping
     with pool, probe.Looker(config, run, export_path(config)) as looker:
         if start == 0:
             looker.look(teacher.encoder.vit, 0)               # the random network: what all else is compared with
@@ -181,8 +183,12 @@ def train(config: Config, student, teacher, light, rank: int, world: int, device
                 frozen = group["prototypes"] and step < config.freeze
                 group["lr"] = 0.0 if frozen else rates["lr"] * group["scale"]
                 group["weight_decay"] = rates["weight_decay"] if group["decays"] else 0.0
-            with cutting:
-                slots = pool.sample(config.batch // world, step)
+            try:
+                with cutting:
+                    slots = pool.sample(config.batch // world, step)
+            except stream.Stopped:                            # the pool is being filled: no step was made since
+                print(f"stopped at step {step}, waiting for fields; the same command goes on from there", file=sys.stderr)
+                return run.exit_code()
             sample = np.arange(config.batch)[share] + step * config.batch    # numbers that no other sample has
             for part in np.array_split(np.arange(len(sample)), config.accumulate):
                 with cutting:

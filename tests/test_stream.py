@@ -629,6 +629,17 @@ def test_too_many_failures_stop_the_run_with_the_commonest_reason(s3, index, tmp
             pool.sample(2, 0)
 
 
+def test_a_stop_is_heard_while_fields_are_waited_for(s3, index):
+    s3.set(latency=30)
+    with stream.FieldPool(index, 6, ("DNA",), "cpu", threads=2, endpoint=s3.url, min_fill=3, size=(SIDE, SIDE)) as pool:
+        begun = time.monotonic()
+        pool.stopped = lambda: time.monotonic() > begun + 1
+        with pytest.raises(stream.Stopped):
+            pool.sample(2, 0)
+        assert time.monotonic() - begun < 6
+    s3.set()
+
+
 def test_a_damaged_field_is_no_more_of_the_fields_in_every_pass(s3, index):
     """Those that stay in the pool count as well."""
     s3.set()

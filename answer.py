@@ -348,6 +348,7 @@ def areas(view: View, vector: Tensor, net: Instructed) -> np.ndarray:
     return label((p >= net.words.pixel).view(view.labels.shape).numpy(), connectivity=1).astype(np.int32)
 
 
+@torch.inference_mode()
 def gather(view: View, vector: Tensor, reading: Reading, net: Instructed) -> tuple[Found, np.ndarray]:
     """The cells or areas that belong to the text, what they amount to, and their label image."""
     words = net.words

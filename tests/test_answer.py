@@ -130,6 +130,29 @@ def test_init_takes_a_whole_network_over(tmp_path, backbone):
         assert torch.allclose(read(x), net(x), atol=2e-2)
 
 
+@pytest.mark.parametrize("targets", [("necrosis", "inflammatory"), ("inflammatory", "necrosis"), ("necrosis",), ("inflammatory",)])
+def test_areas_and_cells_are_counted_each_by_itself(targets):
+    """Pixels right of the middle are necrosis, the cells in the upper half are inflammatory."""
+    net = small_net(trained=("nuclei", "inflammatory", "necrosis"), names=("nuclei", "inflammatory", "necrosis"), regions=("necrosis",),
+                    belongs=0.5, pixel=0.5)
+    with torch.no_grad():
+        net.prototypes.copy_(torch.eye(8)[:3])
+        net.offset.fill_(-5.0)
+    labels = np.zeros((40, 60), np.int32)
+    for number, (y, x) in enumerate([(5, 5), (5, 15), (5, 50), (30, 5), (30, 50)], 1):
+        labels[y:y + 5, x:x + 5] = number
+    plane = torch.zeros(8, 40, 60)
+    plane[2, :, 30:] = plane[7, :, :30] = 1
+    view = answer.View(None, labels, torch.eye(8)[[1, 1, 1, 7, 7]], plane, 1.0, 0.0, "")
+    vector = net.prototypes[{"inflammatory": 1, "necrosis": 2}[targets[0]]].detach()
+    for task in ("count", "segment", "compare")[:2 + (len(targets) == 2)]:
+        found, shown = answer.gather(view, vector, answer.Reading(task, targets, "known", None, "", 0.9), net)
+        assert dict(zip(targets, found.counts)) == {name: {"inflammatory": 3, "necrosis": 1}[name] for name in targets}
+        assert found.count == sum(found.counts) == len(np.unique(shown)) - 1
+        assert str(3) in answer.instructions.sentence(found) or "inflammatory" not in targets
+        assert ((shown > 0)[:, 30:].all() and shown[30, 30] != shown[6, 52] * ("inflammatory" in targets)) or "necrosis" not in targets
+
+
 # ------------------------------------------------------------------------------------------------ guardrails
 
 def test_stain_tells_he_from_what_is_none():

@@ -132,7 +132,7 @@ def test_two_processes_train_as_one(tmp_path):
         nets.append(torch.load(folder / "runs/seg/checkpoints/seg/step_00000020.pt", weights_only=True)["net"])
         log = [*map(json.loads, (folder / "runs/seg/log.jsonl").read_text().splitlines())]
         norms.append([(line["gradient"], line["loss"]) for line in log if "gradient" in line])
-        scores.append([line["val_DET"] for line in log if "score" in line])
+        scores.append([line["val_SEG"] for line in log if "score" in line])
     assert len(norms[0]) == 20 and norms[1] == [pytest.approx(pair, rel=1e-4) for pair in norms[0]]
     assert len(set(scores[0])) == 2 and min(scores[0]) > 0.3 and scores[1] == pytest.approx(scores[0], abs=0.02)
     one, two = nets

@@ -34,7 +34,7 @@ from readers import TILE, Example, examples, regex, unread
 
 # ------------------------------------------------------------------------------------------ groups and splits
 
-DONOR = r"(?i)(?<![a-z])(?:donor|patient|subject|case)(?:[-_ ]|(?=\d))([a-z0-9]+)"
+DONOR = r"(?i).*(?<![a-z])(?:donor|patient|subject|case)(?:[-_ ]|(?=\d))([a-z0-9]+)"
 MOMENT = re.compile(r"(?i)[-_. ]?\d+d\d+h\d+m.*")                  # LIVECell's 01d04h00m_2: time and quarter
 FRAME = re.compile(r"(?i)(?<![a-z0-9])(?:t|tp|time|frame|copy|crop|z|slice|plane|w|ch|channel)[-_]?\d+(?=xy|[^a-z0-9]|$)")
 FIELD = re.compile(r"(?i)(?<![a-z0-9])(r\d+c\d+|[a-p]\d\d?)(?:[-_]?(?:s|f|site|field|pos)[-_]?|[-_])\d+(?:[pd]\d+)?"
@@ -57,7 +57,7 @@ def group_of(name: str) -> str:
 def donor_of(name: str, pattern: str | None = None) -> str:
     """What the group of a regular expression finds; by default what follows the last donor, patient, subject or case."""
     expression = regex("pattern", pattern or DONOR)
-    found = expression.search(name) if pattern else next(reversed(list(expression.finditer(name))), None)
+    found = expression.search(name)
     if expression.groups != 1 or not found or not found[1]:
         raise ValueError(f"no donor in the name {name}; give pattern=REGEX with one group around it, such as "
                          f"'^([^_]+)_' for 1234_tile7")

@@ -204,13 +204,12 @@ class Network:
         """Cells of a tile (2, H, W): the marker in each, in the image's units, and their area."""
         import cohort
         import data
-        import kinds
         import segment
         entry, config, net = self.entry, self.config, self.net
         begin = time.perf_counter()
         seen = {"both": pixels, "nuclei": pixels[:1], "marker": pixels[1:]}[entry.sees]
         options = dict(diameter=config.diameter, limits=data.percentiles(seen, net.settings.low, net.settings.high))
-        kind = kinds.named(net, entry.kind) if entry.kind else segment.kind_of(seen, net, **options)
+        kind = segment.kind_of(seen, net, kind=entry.kind, **options)
         labels = segment.segment(seen, net, **options, kind=kind, border=config.border, batch=config.batch,
                                  peak=entry.peak, fill=entry.fill, min_area=entry.min_area)
         seconds = time.perf_counter() - begin

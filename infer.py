@@ -213,8 +213,7 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, progress
                        shape=config.shape, kind=config.kind, tile=config.tile, overlap=config.overlap, batch=config.batch)
         diameter, scale = choose_size(config, source, net, options, path)
         with segment.timed(clock, "network"):
-            kind = options["kind"] = config.kind or segment.kind_of(
-                source, net, diameter=diameter, scale=scale, limits=limits)
+            kind = options["kind"] = segment.kind_of(source, net, kind=config.kind, diameter=diameter, scale=scale, limits=limits)
         zoom = scale * segment.scale_for(diameter, net, kind)  # network px per image px
         reduce = -(-max(H, W) // PICTURE)                      # the overlay is reduced by this whole number
         wide = (kinds.settings_of(net, kind).diameter or 40) / zoom            # px, a cell of this kind

@@ -165,13 +165,11 @@ def _matched(folder: Path, images: list[Path], labels: list[Path], choice: Choic
                     and key in shots and file not in shots[key] and choice.labels in (None, end[1:]):
                 truths[key][rank].append(file)
                 break
-    for key, ranked in truths.items():                             # a_cells with a_cells_masks is an image, not labels of a
-        for rank, candidates in ranked.items():
-            ranked[rank] = [file for file in candidates if file not in shots.get(key_of(stem_of(file)), ())
-                            or key_of(stem_of(file)) not in truths]
-    truths = {key: kept_ranks for key, ranked in truths.items() if (kept_ranks := {k: v for k, v in ranked.items() if v})}
+    labelled = {file for key in truths for file in shots[key]}     # a_cells beside a_cells_masks is an image, not labels of a
+    truths = {key: {rank: rest for rank, found in ranked.items() if (rest := [file for file in found if file not in labelled])}
+              for key, ranked in truths.items()}
     number = {file: int(found[2]) for file in images if (found := TILE.search(stem_of(file)))}
-    for key, ranked in truths.items():
+    for key, ranked in ((key, ranked) for key, ranked in truths.items() if ranked):
         shot, truth = sorted(shots[key], key=lambda file: number.get(file, 0)), ranked[min(ranked)]
         numbers = sorted({number[file] for file in shot if file in number})
         if len(truth) > 1 or len(shot) != max(1, len(numbers)):

@@ -62,12 +62,16 @@ def distance_map(image, model, **options) -> np.ndarray:
     return _whole("distance", image, model, options)
 
 
-def kind_of(image, model, *, diameter: float | None = None, scale: float = 1.0, limits: np.ndarray | None = None) -> str:
-    """Whose decoder and setting of the watershed suit an image (kinds.py); the arguments are those of blocks().
+def kind_of(image, model, *, kind: str | None = None, diameter: float | None = None, scale: float = 1.0,
+            limits: np.ndarray | None = None) -> str:
+    """Whose decoder and setting of the watershed an image gets (kinds.py): the given ones, or those that suit it. The arguments
+    are those of blocks().
 
     Where the diameter of its cells is known, each kind looks at it with cells as wide as they are in its training images;
     kinds whose cells are never as small or as large are not asked.
     """
+    if kind:
+        return kinds.named(model, kind)
     if not model.settings.kinds:
         return kinds.SHARED
     source = as_source(image)
@@ -132,8 +136,7 @@ def blocks(image, model, *, diameter: float | None = None, scale: float = 1.0, l
         with timed(clock, "read"):
             limits = data.percentiles(getattr(source, "pixels", source), model.settings.low, model.settings.high)
     with timed(clock, "network"):
-        kind = (kinds.named(model, kind) if kind else
-                kind_of(source, model, diameter=diameter, scale=scale, limits=limits))
+        kind = kind_of(source, model, kind=kind, diameter=diameter, scale=scale, limits=limits)
     scale *= scale_for(diameter, model, kind)
     model, settings = kinds.suited(model, kind)
     overlap = min(max(tile // 8, round(settings.diameter or 0)), tile // 2) if overlap is None else overlap
@@ -368,8 +371,8 @@ def find_diameter(image, model, limits: np.ndarray, *, kind: str | None = None, 
 
     def measure(scale: float) -> tuple[float, float] | None:
         """Diameter in the image, and as it is in training images of this kind."""
-        seen = kind or kind_of(source, model, scale=scale, limits=limits)
-        settings = kinds.settings_of(model, kinds.named(model, seen))
+        seen = kind_of(source, model, kind=kind, scale=scale, limits=limits)
+        settings = kinds.settings_of(model, seen)
         side = min(1024, round(640 / scale))
         corners = [(y, x) for y in sorted({0, max(0, (H - side) // 2), max(0, H - side)})
                    for x in sorted({0, max(0, (W - side) // 2), max(0, W - side)})]

@@ -63,6 +63,8 @@ class Data:
         if len(set(self.field_channels) & set(synthetic.CHANNELS)) < max(2, len(self.field_channels)):
             raise ValueError(f"data.field_channels={list(self.field_channels)}: expected two or more of "
                              f"{', '.join(synthetic.CHANNELS)}")
+        if self.diameter is not None and not self.diameter > 0:
+            raise ValueError(f"data.diameter={self.diameter:g}: expected more than 0 px")
         if self.diameter is not None and any(s.zoom != 1 for s in (*self.sets, *self.validation)):
             raise ValueError("data.diameter scales images, and so does the zoom of a set; leave one out")
         if not 0 <= self.share < 1 or (self.limit is not None and self.limit < 1):

@@ -252,6 +252,7 @@ def test_few_held_out_images_are_filled_up_for_settings_alone(tmp_path):
 @pytest.mark.parametrize("changes,said", [
     (["data.sets=[{path: a, zoom: 2}]"], "a: zoom=2, expected 0.1 to 1"),
     (["data.sets=[{path: a, zoom: 0.5}]", "data.diameter=20"], "and so does the zoom of a set; leave one out"),
+    (["data.diameter=-4"], "data.diameter=-4: expected more than 0 px"),
     (["data.fields=0"], "no data: give data.sets"), (["crop=30"], "crop=30: expected a multiple of the patch"),
     (["augment.flpi=1"], "unknown key 'flpi', did you mean 'flip'?"), (["init=gone.pt"], "no weights at gone.pt"),
     (["warmup=12"], "warmup=12: expected fewer than steps=12"),

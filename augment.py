@@ -550,9 +550,7 @@ def main(config: Config, files: list[str]) -> None:
         names = [n for n in names if config.overwrite or not (output / "images" / f"{n}.tif").exists()]
         if not names:
             continue
-        pixels = example.image().pixels
-        pixels = data.to_rgb(data.normalise(pixels, data.percentiles(pixels)))
-        resident = Resident([(str(example.files[0]), pixels, example.labels())], diameter=config.diameter)
+        resident = Resident([(str(example.files[0]), data.seen(example), example.labels())], diameter=config.diameter)
         for name in names:                                     # its name is its number: sets may grow later
             x, _, labels = sample(resident, [0], [hashed(name)], config.augment, config.size, config.seed)
             pieces = label(labels[0].numpy(), connectivity=1)  # what is cut or mirrored falls apart

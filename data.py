@@ -32,6 +32,15 @@ from images import (Image, Source, normalise, open_image, percentiles, read_imag
 from labels import distance_map, read_labels, write_label_tiles, write_labels      # noqa: F401
 from readers import TILE, Example, examples, regex, unread
 
+def seen(example: Example) -> np.ndarray:
+    """(3, H, W) float32, what a network in training sees of a labelled image."""
+    pixels = example.image().pixels
+    try:
+        return to_rgb(normalise(pixels, percentiles(pixels)))
+    except ValueError as error:                                    # of a channel too many, say
+        raise ValueError(f"{example.files[0]}: {error}") from None
+
+
 # ------------------------------------------------------------------------------------------ groups and splits
 
 DONOR = r"(?i).*(?<![a-z])(?:donor|patient|subject|case)(?:[-_ ]|(?=\d))([a-z0-9]+)"

@@ -190,9 +190,9 @@ def read_geojson(path: Path, shape: tuple[int, int]) -> np.ndarray:
         if kind not in ("Polygon", "MultiPolygon"):
             raise ValueError(f"{where} is a {kind}, expected Polygon or MultiPolygon; delete it in QuPath")
         try:
-            parts = [[np.array(ring, np.float64).reshape(-1, 2) for ring in part]
+            parts = [[np.array(ring, np.float64)[:, :2] for ring in part]          # a third number is a height
                      for part in (parts if kind == "MultiPolygon" else [parts])]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, IndexError):
             raise ValueError(f"{where} has coordinates that are no rings of [x, y]") from None
         pixels.append(cell_pixels(parts, shape, where))
     return painted(shape, pixels)
@@ -202,7 +202,10 @@ def read_masks(paths: Sequence[Path]) -> np.ndarray:
     """(H, W) int32 of masks in a file for each cell: what is not 0."""
     cells, shape = [], None
     for path in paths:
-        mask = read_image(path).pixels.any(axis=0)                 # (H, W)
+        pixels = read_image(path).pixels                           # (C, H, W)
+        if len(paths) == 1 and (several := len(np.unique(pixels[0][pixels[0] > 0]))) > 1:
+            raise ValueError(f"{path}: {several} values, expected a mask of one cell; labels of many are named as their image")
+        mask = pixels.any(axis=0)                                  # (H, W)
         if shape not in (None, mask.shape):
             raise ValueError(f"{path}: a mask of {mask.shape} px, but {paths[0].name} has {shape}")
         shape = mask.shape

@@ -30,7 +30,7 @@ import warnings
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,6 +126,7 @@ class Source:
         names = tuple(names) if names and len(names) == shape[0] else None
         self._picked, self._read = _pick_channels(path, channels, shape[0] - alpha, names or ()), read
         self._alpha = [shape[0] - 1] if alpha else []
+        self.numbers = tuple(i + 1 for i in self._picked)          # of the file's channels, from 1
         self.path, self.shape = path, (len(self._picked), *shape[1:])
         self.dtype = np.dtype(np.uint8) if dtype.kind == "b" else dtype.newbyteorder("=")
         self.channels = names and tuple(names[i] for i in self._picked)
@@ -324,9 +325,14 @@ def _open_tiff(path: Path, index: Index, files: ExitStack) -> dict[str, Any]:
 def _tiff_metadata(tif: tifffile.TiffFile, page: Any) -> dict[str, Any]:
     """Channel names, pixel size in µm and notices: from OME, else ImageJ, else the resolution tags."""
     sizes, largest, notices = [], math.inf, []
-    if tif.series[0].kind == "ome":
-        pixels = ElementTree.fromstring(tif.ome_metadata).find(".//{*}Pixels")   # of the first image
+    pixels = None
+    if tif.is_ome:
+        with suppress(ElementTree.ParseError):
+            pixels = ElementTree.fromstring(tif.ome_metadata).find(".//{*}Pixels")   # of the first image
+    if pixels is not None:
         names = [channel.get("Name") for channel in pixels.iterfind("{*}Channel")]
+        if tif.series[0].kind != "ome":                            # one file of a set: whose planes it has is not known
+            names = None
         for key in ("PhysicalSizeX", "PhysicalSizeY"):
             unit = MICROMETRES.get(pixels.get(key + "Unit", "µm").lower(), 0)
             sizes.append(float(pixels.get(key, 0)) * unit)
@@ -337,6 +343,7 @@ def _tiff_metadata(tif: tifffile.TiffFile, page: Any) -> dict[str, Any]:
             names = None                                           # titles of slices, each file's own
         if "unit" in imagej:
             unit = MICROMETRES.get(str(imagej["unit"]).lower(), 0)
+            largest = CALIBRATED if unit >= 1e4 else math.inf      # cm and inch are a printer's, too
         else:
             unit, largest = {2: 25400.0, 3: 1e4}.get(int(page.tags.valueof(296, 2)), 0), CALIBRATED
         for tag in (282, 283):                                     # XResolution, YResolution: a fraction

@@ -8,7 +8,7 @@
 
 For each image NAME it writes into out=
 
-    NAME_labels.tif      every cell its own number, 0 is background (uint16, uint32 past 65,535 cells)
+    NAME_labels.tif      every cell its own number, 0 is background (uint16; uint32 past 65,535 cells and over some 2,500 px)
     NAME_cells.csv       one row per cell: place, size, shape, intensity per channel, neighbours; in µm where known
     NAME_overlay.png     the image with coloured outlines
     NAME_distance.tif, NAME.geojson (QuPath), NAME_rois.zip (ImageJ)      with distance=, geojson=, rois=true
@@ -41,8 +41,9 @@ import export
 import remote
 import runs
 
-SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".npy")
-OURS = ("_labels", "_overlay", "_distance", "_cells", "_masks", "_nuclei")    # ends of names that are no images
+SUFFIXES = (".tif", ".tiff", ".btf", ".png", ".jpg", ".jpeg", ".npy")
+OURS = ("_labels", "_overlay", "_distance")                                    # ends of names that are results
+THEIRS = ("_cells", "_masks", "_nuclei")                                       # and labels of others, where the image is there too
 PICTURE = 4096                                                                 # px, longest side of an overlay
 HALO = 256                                                                     # px around a block, at least
 TILE = 512                                                                     # px, of label files written in blocks
@@ -235,7 +236,7 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, progress
                 with segment.timed(clock, "measure"):
                     labelled += np.count_nonzero(block.labels)
                     top, bottom, left, right = edges(block.view)
-                    rows = cells.table(block.local, pixels, channels=source.channels, pixel_size=source.pixel_size,
+                    rows = cells.table(block.local, pixels, channels=source.channels or source.numbers, pixel_size=source.pixel_size,
                                        near=near, ids=block.new, origin=(top, left),
                                        edges=(top == 0, left == 0, bottom == H, right == W))
                     columns.append({**rows, "id": block.ids[rows["id"]]})
@@ -346,36 +347,34 @@ def edges(view: tuple[slice, slice]) -> tuple[int, int, int, int]:
 def find_images(arguments: list[str], config: Config) -> dict[Path | str, str]:
     """Image -> name of its results. Folders are searched whole; results of earlier runs are no images."""
     found: dict[Path | str, str] = {}
-
-    def is_image(path: PurePath) -> bool:
-        return path.suffix.lower() in SUFFIXES and not path.stem.endswith(OURS)
-
+    results_of_named = {Path(argument).stem + end for argument in arguments for end in OURS}
     for argument in arguments:
         if not argument:
             raise ValueError("an empty file name among the images; is a variable of the shell empty?")
         path = Path(argument)
         if remote.is_remote(argument) and glob.has_magic(argument):
             raise ValueError(f"{argument}: on S3 give the folder, and pattern={path.name} beside it")
-        if remote.is_remote(argument) and is_image(path):
+        if remote.is_remote(argument) and path.suffix.lower() in SUFFIXES:
             found[argument] = path.stem
         elif remote.is_remote(argument) or path.is_dir():
             if remote.is_remote(argument):
                 below = remote.find(argument, config.endpoint, config.signed)
             else:
                 below = {p: str(p.relative_to(path)) for p in sorted(path.rglob("*")) if p.is_file()}
-            inside = {p: "_".join(Path(name).with_suffix("").parts) for p, name in below.items()
-                      if is_image(Path(name)) and fnmatch(Path(name).name, config.pattern)}
-            if not inside:
-                raise FileNotFoundError(f"{argument}: no image in this folder ({', '.join(SUFFIXES)}; pattern={config.pattern})")
-            found.update(inside)
+            below = images_among({p: name for p, name in below.items() if fnmatch(Path(name).name, config.pattern)})
+            if not below:
+                raise FileNotFoundError(f"{argument}: no image in this folder ({', '.join(SUFFIXES)}; pattern={config.pattern}; "
+                                        f"names with {', '.join(OURS)} are results)")
+            found.update((p, "_".join(Path(name).with_suffix("").parts)) for p, name in below.items())
         elif path.exists() or not glob.has_magic(argument):
             if not path.exists():
                 raise FileNotFoundError(f"{argument}: no such file or folder")
-            found[path] = path.stem
+            if path.stem not in results_of_named:             # a shell that wrote *.tif out names them, too
+                found[path] = path.stem
         else:
-            matches = [Path(p) for p in sorted(glob.glob(argument, recursive=True)) if Path(p).is_file()]
+            matches = images_among({Path(p): Path(p).name for p in sorted(glob.glob(argument, recursive=True)) if Path(p).is_file()})
             if not matches:
-                raise FileNotFoundError(f"{argument}: nothing matches")
+                raise FileNotFoundError(f"{argument}: no image matches ({', '.join(SUFFIXES)}; names with {', '.join(OURS)} are results)")
             found.update((p, p.stem) for p in matches)
     owner: dict[str, Path | str] = {}
     for path, name in found.items():
@@ -384,6 +383,18 @@ def find_images(arguments: list[str], config: Config) -> dict[Path | str, str]:
                              "run them one after the other with different out=")
         owner[name] = path
     return found
+
+
+def images_among(files: dict[Path | str, str]) -> dict[Path | str, str]:
+    """Of {file: its path below the folder asked for} the images: nothing hidden, no results, no labels of an image that is there."""
+    files = {p: name for p, name in files.items() if Path(name).suffix.lower() in SUFFIXES
+             and not Path(name).stem.endswith(OURS) and not any(part.startswith(".") for part in PurePath(name).parts)}
+    images = {Path(name).stem for name in files.values() if not Path(name).stem.endswith(THEIRS)}
+
+    def labels(stem: str) -> bool:                            # a_masks or a_cp_masks, of a
+        parts = stem.split("_")
+        return stem.endswith(THEIRS) and any("_".join(parts[:n]) in images for n in range(1, len(parts)))
+    return {p: name for p, name in files.items() if not labels(Path(name).stem)}
 
 
 def results(name: str, config: Config) -> list[str]:
@@ -423,8 +434,11 @@ class Summary:
     def __init__(self, path: Path):
         self.path, self.rows = path, {}
         if path.exists():
-            with open(path, newline="", encoding="utf-8") as file:
-                self.rows = {row["image"]: row for row in csv.DictReader(file)}
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                reader = csv.DictReader(file)
+                if "image" not in (reader.fieldnames or ["image"]):
+                    raise ValueError(f"{path}: no column 'image'; was it saved by another program? rename or remove it")
+                self.rows = {row["image"]: row for row in reader}
 
     def add(self, row: dict) -> None:
         self.rows[row["image"]] = row

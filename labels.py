@@ -19,6 +19,7 @@ import tifffile
 from images import open_image, replacing
 
 DEEP = 64                               # px, see distance_map; sums of two squares must fit int16
+CLASSIC = 1 << 31                       # bytes of pixels; beyond, a TIFF needs the 64-bit places of BigTIFF, which fewer programs read
 
 
 # ------------------------------------------------------------------------------------------------------ files
@@ -44,7 +45,7 @@ def write_labels(path: str | Path, labels: np.ndarray, pixel_size: float | None 
 
 def write_label_tiles(path: str | Path, shape: tuple[int, int], tiles: Iterable[np.ndarray],
                       tile: tuple[int, int] = (512, 512), pixel_size: float | None = None) -> None:
-    """Compressed, tiled uint32 BigTIFF of shape (H, W), written while its tiles come, row-major.
+    """Compressed, tiled uint32 TIFF of shape (H, W), a BigTIFF where it is large, written while its tiles come, row-major.
 
     tiles : (h, w) integers, at the right and lower rim cut to the image; tile : px, multiples of 16.
     """
@@ -63,7 +64,7 @@ def write_label_tiles(path: str | Path, shape: tuple[int, int], tiles: Iterable[
             yield np.pad(part.astype(np.uint32), [(0, h - expected[0]), (0, w - expected[1])])
 
     with replacing(path) as temporary:
-        tifffile.imwrite(temporary, padded(), shape=shape, dtype=np.uint32, tile=tile, bigtiff=True,
+        tifffile.imwrite(temporary, padded(), shape=shape, dtype=np.uint32, tile=tile, bigtiff=4 * H * W > CLASSIC,
                          **_label_options(pixel_size))
         if next(given, None) is not None:
             raise ValueError(f"{path}: more tiles than {H} x {W} px hold")

@@ -11,7 +11,6 @@ Names are relative to the root, with slashes. Many threads may use one store. bo
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import math
 import os
@@ -123,9 +122,12 @@ class Bucket:
         self.bucket, _, prefix = root.removeprefix("s3://").partition("/")
         self.prefix = prefix.rstrip("/") + "/" if prefix.strip("/") else ""
         how = {} if signed else {"signature_version": botocore.UNSIGNED}
-        self.client = boto3.session.Session().client("s3", endpoint_url=endpoint, config=Config(
-            max_pool_connections=connections, connect_timeout=CONNECT, read_timeout=READ,
-            retries={"total_max_attempts": 1}, **how))                 # tries are made here, bodies included
+        try:
+            self.client = boto3.session.Session().client("s3", endpoint_url=endpoint, config=Config(
+                max_pool_connections=connections, connect_timeout=CONNECT, read_timeout=READ,
+                retries={"total_max_attempts": 1}, **how))             # tries are made here, bodies included
+        except botocore.exceptions.BotoCoreError as error:             # of AWS_PROFILE and the like
+            raise ValueError(f"{root}: {error}") from None
         self.tried = f"{self.client.meta.endpoint_url} ({'signed' if signed else 'unsigned'})"
         self.counts = Counter()                          # bytes, retries
         self._lock, self._stop = threading.Lock(), threading.Event()
@@ -355,6 +357,7 @@ class Cache:
     @contextlib.contextmanager
     def _turn(self) -> Iterator:
         with open(self.folder / "bytes.lock", "a+", encoding="ascii") as file:
+            import fcntl                                 # not on Windows, which reads without a cache
             fcntl.flock(file, fcntl.LOCK_EX)             # until closed
             file.seek(0)
             yield file

@@ -137,9 +137,7 @@ def divide(found: list, config: Data, seed: int) -> tuple[list, list]:
 
 def read(example, set_name: str, zoom: float = 1.0) -> Entry:
     import data
-    pixels, labels = example.image().pixels, example.labels()
-    pixels = data.to_rgb(data.normalise(pixels, data.percentiles(pixels)))
-    return Entry(f"{set_name}/{example.name}", pixels, labels, set_name, zoom)
+    return Entry(f"{set_name}/{example.name}", data.seen(example), example.labels(), set_name, zoom)
 
 
 def width(labels: np.ndarray) -> float:

@@ -202,6 +202,13 @@ def test_one_mask_for_each_nucleus(tmp_path):
     assert np.array_equal(found[0].labels(), truth)
     assert len(found[0].files) == 1 + truth.max()
     assert only(tmp_path / "stage1_train" / "00ae65").name == "00ae65"
+    alone = tmp_path / "stage1_train" / "0bcd2c" / "masks"
+    for path in sorted(alone.iterdir())[1:]:
+        path.unlink()
+    assert np.array_equal(data.examples(tmp_path)[1].labels(), truth == 1)
+    save(alone / "01.png", truth.astype(np.uint8))                         # labels of all under a name that says nothing
+    with pytest.raises(ValueError, match=f"{truth.max()} values, expected a mask of one cell"):
+        data.examples(tmp_path)[1].labels()
     save(found[0].files[-1], np.zeros((3, 3), np.uint8))
     with pytest.raises(ValueError, match=r"a mask of \(3, 3\)"):
         found[0].labels()
@@ -445,6 +452,9 @@ def test_qupath_regions_are_no_cells(tmp_path):
         del one["properties"]["objectType"]
         one["id"] = name
     assert np.array_equal(np.argwhere(labels([region, cell])), alone)
+    high = feature("detection", 10)
+    high["geometry"]["coordinates"] = [[[x, y, 7] for x, y in cell["geometry"]["coordinates"][0]]]
+    assert np.array_equal(np.argwhere(labels([high])), alone)                               # heights are left out
     for features, problem in (([feature("cell", 2, "LineString")], "1 is a LineString"), (7, "expected Geo"),
                               ([feature("cell", 90)], "outside of the"), ([{"geometry": None}], "is a None")):
         with pytest.raises(ValueError, match=problem):

@@ -1,5 +1,6 @@
 """images.py: every kind of file written by another hand and read back, every mistake."""
 import importlib.util
+import re
 import struct
 import warnings
 import zlib
@@ -289,6 +290,9 @@ def test_channel_names_that_are_numbers_do_not_shuffle_the_rest(tmp_path):
     (dict(imagej=True, resolution=(2.0, 2.0), metadata={"unit": "\\u00B5m"}), 0.5),
     (dict(imagej=True, resolution=(0.01, 0.01), metadata={"unit": "micron"}), 100.0),
     (dict(imagej=True, resolution=(10000.0, 10000.0), metadata={"unit": "cm"}), 1.0),
+    (dict(imagej=True, resolution=(300.0, 300.0), metadata={"unit": "inch"}), None),                       # a printer's
+    (dict(imagej=True, resolution=(72.0, 72.0), metadata={"unit": "cm"}), None),
+    (dict(imagej=True, resolution=(0.2, 0.2), metadata={"unit": "mm"}), 5000.0),
     (dict(imagej=True, resolution=(2.0, 2.0), metadata={"unit": "pixel"}), None),
     (dict(imagej=True), None),
     (dict(resolution=(20000.0, 20000.0), resolutionunit="CENTIMETER"), 0.5),
@@ -301,6 +305,22 @@ def test_channel_names_that_are_numbers_do_not_shuffle_the_rest(tmp_path):
 def test_pixel_size(tmp_path, options, expected):
     tifffile.imwrite(tmp_path / "x.tif", noise(20, 30), **options)
     assert read_image(tmp_path / "x.tif").pixel_size == (expected and pytest.approx(expected, rel=1e-6))
+
+
+def test_a_file_of_an_ome_set_keeps_its_pixel_size_and_takes_no_names(tmp_path):
+    """Its XML tells of all files of the set: the size is of each of them, which channel this one holds is not said."""
+    path = tmp_path / "first.ome.tif"
+    for other, names in (("second.ome.tif", None), (path.name, ("DNA",))):
+        tifffile.imwrite(path, noise(20, 30), photometric="minisblack",
+                         metadata={"axes": "YX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5, "Channel": {"Name": ["DNA"]}})
+        with tifffile.TiffFile(path) as tif:
+            told = tif.ome_metadata
+        block = f'<TiffData><UUID FileName="{other}">urn:uuid:1</UUID></TiffData>'
+        assert "<TiffData" in told
+        if names is None:
+            tifffile.tiffcomment(path, re.sub(r"<TiffData.*?(/>|</TiffData>)", block, told, flags=re.DOTALL).encode())
+        image = read_image(path)
+        assert image.pixel_size == 0.5 and image.channels == names and image.pixels.shape == (1, 20, 30)
 
 
 def test_pixels_that_are_not_square(tmp_path):

@@ -166,9 +166,47 @@ def test_folders_globs_and_patterns(tmp_path):
     assert list(infer.find_images([str(tmp_path / "p1" / "*_w?.tif")], Config()).values()) == ["x_w1", "x_w2"]
     with pytest.raises(ValueError, match="would both write x_w1_labels.tif"):
         infer.find_images([str(tmp_path / "p1/x_w1.tif"), str(tmp_path / "p2/deep/x_w1.png")], Config())
-    for wrong in (["gone"], [str(tmp_path / "*.jpg")]):
+    for wrong in (["gone"], [str(tmp_path / "*.jpg")], [str(tmp_path / "*/*_labels.tif")]):
         with pytest.raises(FileNotFoundError):
             infer.find_images(wrong, Config())
+
+
+def test_what_is_no_image_of_a_folder_is_left_out_and_nothing_else(tmp_path):
+    """Results and labels beside their images, and what a Mac leaves; a stain called nuclei is an image."""
+    for name in ("a.tif", "a_labels.tif", "a_cp_masks.tif", "b_nuclei.tif", "b_actin.btf", "._a.tif", ".cache/c.png", "sub/a_masks.png",
+                 "a_cells.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert sorted(infer.find_images([str(tmp_path)], Config()).values()) == ["a", "b_actin", "b_nuclei"]
+    assert sorted(infer.find_images([str(tmp_path / "*")], Config()).values()) == ["a", "b_actin", "b_nuclei"]
+    assert list(infer.find_images([str(tmp_path)], Config(pattern="*_masks.*")).values()) == ["a_cp_masks", "sub_a_masks"]
+    named = [str(tmp_path / name) for name in ("a.tif", "a_labels.tif", "b_nuclei.tif")]      # as a shell gives them
+    assert list(infer.find_images(named, Config()).values()) == ["a", "b_nuclei"]
+    assert list(infer.find_images(named[1:2], Config()).values()) == ["a_labels"]             # asked for by name
+
+
+def test_channels_keep_their_numbers(tmp_path, field):
+    tifffile.imwrite(tmp_path / "a.tif", field.pixels[:3], photometric="minisblack", metadata={"axes": "CYX"})
+    infer.main(Config(out=str(tmp_path / "out"), channels=("3", "1")), [str(tmp_path / "a.tif")])
+    table, whole = rows(tmp_path / "out/a_cells.csv"), data.read_image(tmp_path / "a.tif").pixels
+    assert {"intensity_mean_3", "intensity_mean_1"} <= table[0].keys() and "intensity_mean_2" not in table[0]
+    labels = data.read_labels(tmp_path / "out/a_labels.tif")
+    for number in (1, 3):
+        assert float(table[0][f"intensity_mean_{number}"]) == pytest.approx(whole[number - 1][labels == int(table[0]["id"])].mean(), rel=1e-4)
+
+
+def test_a_summary_saved_by_another_program(tmp_path, field):
+    write(tmp_path / "a.tif", field, "ER")
+    out = tmp_path / "out"
+    infer.main(Config(out=str(out)), [str(tmp_path / "a.tif")])
+    plain = (out / "summary.csv").read_text(encoding="utf-8")
+    write(tmp_path / "b.tif", field, "RNA")
+    (out / "summary.csv").write_text(plain, encoding="utf-8-sig")            # with the mark that Excel puts first
+    infer.main(Config(out=str(out)), [str(tmp_path / "b.tif")])
+    assert [row["image"] for row in rows(out / "summary.csv")] == ["a", "b"]
+    (out / "summary.csv").write_text(plain.replace(",", ";"), encoding="utf-8")
+    with pytest.raises(ValueError, match="no column 'image'; was it saved by another program"):
+        infer.main(Config(out=str(out), overwrite=True), [str(tmp_path / "b.tif")])
 
 
 def test_diameter_in_px_and_micrometres():

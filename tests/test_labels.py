@@ -65,7 +65,18 @@ def test_label_tiles_round_trip(tmp_path, shape):
     assert read_image(path).pixel_size == pytest.approx(0.5) and os.listdir(tmp_path) == ["x.tif"]
     with tifffile.TiffFile(path) as tif:
         page = tif.pages[0]
-        assert tif.is_bigtiff and page.tile == (64, 32) and page.dtype == np.uint32 and page.compression > 1
+        assert not tif.is_bigtiff and page.tile == (64, 32) and page.dtype == np.uint32 and page.compression > 1
+
+
+def test_only_large_label_tiles_are_bigtiff(tmp_path, monkeypatch):
+    """Many programs read no BigTIFF."""
+    monkeypatch.setattr("labels.CLASSIC", 4 * 100 * 100)
+    for side in (100, 101):
+        labels = noise(side, side, dtype=np.uint32) // 2
+        write_label_tiles(tmp_path / "x.tif", labels.shape, cut(labels, 64, 32), tile=(64, 32))
+        np.testing.assert_array_equal(read_labels(tmp_path / "x.tif"), labels)
+        with tifffile.TiffFile(tmp_path / "x.tif") as tif:
+            assert tif.is_bigtiff == (side > 100)
 
 
 def test_label_tiles_that_fail_leave_nothing_and_keep_what_was(tmp_path):

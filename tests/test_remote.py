@@ -114,6 +114,9 @@ def test_mistakes_on_s3_are_one_line(s3, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "b_labels.tif").exists()
     assert "warning: s3://cells/broken/a.tif" in (said := capsys.readouterr().err) and "/tmp" not in said
 
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match=r"s3://cells/raw: The config profile \(nope\) could not be found"):
+        patched.setenv("AWS_PROFILE", "nope")
+        infer.main(config, ["s3://cells/raw"])
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

@@ -22,7 +22,7 @@ import trainset
 
 # Keys of a decoder's run that follow from the network for all.
 GIVEN = {"experiment", "export_path", "init", "train_blocks", "data.sets", "data.validation", "data.fields", "data.root",
-         "output_base_dir"}
+         "data.diameter", "crop", "output_base_dir"}
 
 
 def plan(config, weights: str) -> Iterator[tuple[str, object]]:

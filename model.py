@@ -117,7 +117,7 @@ class ViT(nn.Module):
     def __init__(self, dim: int = 384, depth: int = 12, heads: int = 6, patch: int = 8, registers: int = 4,
                  layerscale: float = 1e-5, rope_jitter: float = 1.0):
         super().__init__()
-        if dim % heads or (dim // heads) % 4:
+        if heads < 1 or dim % heads or (dim // heads) % 4:
             raise ValueError(f"dim={dim}, heads={heads}: the head width dim / heads must be a multiple of 4 for RoPE")
         self.architecture = dict(dim=dim, depth=depth, heads=heads, patch=patch, registers=registers)
         self.dim, self.depth, self.patch, self.registers = dim, depth, patch, registers

@@ -4,7 +4,7 @@
 
 The gradient of a layer points mostly in a few directions. AdamW, which looks at each number alone, follows these; Muon (Jordan
 et al., 2024) makes the momentum's matrix nearly orthogonal first, by a polynomial that brings all its singular values near 1.
-What is no matrix (biases, norms, tokens), and the layers that meet pixels and answers, are AdamW's. Updates are as large as
+What is no matrix (biases, norms, tokens), and the patch embedding and the head, are AdamW's. Updates are as large as
 AdamW's would be (Liu et al., 2025), so that one learning rate and one weight decay serve both.
 """
 from __future__ import annotations

@@ -155,7 +155,7 @@ def _convert(value: Any, hint: Any, key: str, origin: str) -> Any:
     elif hint is int:
         if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE]\+?\d+", value):
             value = float(value)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value == int(value):
             return int(value)
     elif hint is float:
         try:
@@ -256,12 +256,22 @@ def leave(code: int) -> None:
     sys.exit(code)
 
 
+class Stopped(Exception):
+    """Of Run.each: a signal came while the work was shared out."""
+
+
+class Heard(list):
+    """The signals that came, as their handler."""
+
+    def __call__(self, number: int, frame) -> None:
+        self.append(number)
+
+
 @contextlib.contextmanager
 def stop_signals():
     """A list that fills when the machine is to be given back: SIGTERM, or SIGUSR1, Slurm's word that time is nearly up."""
-    caught: list[int] = []
-    before = {each: signal.signal(each, lambda number, frame: caught.append(number))
-              for each in {signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}}
+    caught = Heard()
+    before = {each: signal.signal(each, caught) for each in {signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}}
     try:
         yield caught
     finally:
@@ -292,6 +302,11 @@ def guarded(run: Callable[[], int]) -> int:
             raise
         print("error: " + " ".join(sentence(error).split()), file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" or os.environ.get("DINOCELL_DEBUG"):       # torch's, of the GPU
+            raise
+        print("error: out of GPU memory; give a smaller batch= or smaller crops or tiles", file=sys.stderr)
+        return 1
 
 
 def sentence(error: Exception) -> str:
@@ -305,7 +320,8 @@ def sentence(error: Exception) -> str:
 
 REQUEUE = 85                                     # exit code: saved, not finished; slurm/train.sh queues the job again
 # What a run may go on with although it was begun otherwise: what changes no result, and cycles, for a longer one.
-FREE = ("output_base_dir", "data.root", "device", "log_every", "save_every", "keep", "wandb", "compile", "data.endpoint", "data.signed")
+FREE = ("output_base_dir", "data.root", "device", "log_every", "save_every", "keep", "wandb", "compile", "data.endpoint", "data.signed",
+        "data.cache", "data.cache_gb", "data.threads")
 LONGER = ("cycles",)
 
 
@@ -328,6 +344,7 @@ class Run:
                 self.wandb = start_wandb(config, self.folder)
         self.before = {number: signal.signal(number, self._stop)
                        for number in {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM)}}
+        self.stopping = isinstance(heard := self.before[signal.SIGTERM], Heard) and bool(heard)    # while data were loaded
 
     def _stop(self, number: int, frame) -> None:
         if self.stopping and number == signal.SIGINT:         # a second Ctrl-C means now
@@ -353,6 +370,13 @@ class Run:
         flag = torch.tensor(float(self.stopping), device=self.device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return bool(flag)
+
+    def each(self, function: Callable[[Any], Any], items: Sequence) -> list:
+        """shared_out between the processes of this run; Stopped in all of them once a signal came to one."""
+        found = shared_out(lambda item: None if self.stopping else function(item), items, self.rank, self.world)
+        if any(shared_out(lambda _: self.stopping, range(self.world), self.rank, self.world)):
+            raise Stopped
+        return found
 
     def _check_same_run(self) -> None:
         """A folder goes on with the configuration it was begun with; places and habits may change, and are named."""
@@ -479,8 +503,8 @@ def lasting(values: dict[str, Any]) -> dict[str, Any]:
     the decoders that are trained when it is done (decoders.py)."""
     base = f"{Path(values.get('output_base_dir') or '.')}/"
     kept = {k: v.removeprefix(base) if isinstance(v, str) else v for k, v in values.items() if not k.startswith("decoders")}
-    sets = kept.get("data.sets")
-    return kept | ({"data.sets": [{k: v for k, v in one.items() if k != "decoder"} for one in sets]} if sets else {})
+    return kept | {key: [{k: v for k, v in one.items() if k != "decoder"} for one in kept[key]]
+                   for key in ("data.sets", "data.validation") if kept.get(key)}
 
 
 def write_text(path: Path, text: str) -> None:

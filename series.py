@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
@@ -107,6 +106,11 @@ def check(config, jobs: list) -> None:
             raise ValueError(f"series.channels: {one.path} has channels of its own, which every run would take; leave them out")
     for one in jobs:
         runs.from_dict(augment.Augment, one.augment, "augment")
+        for chosen in one.data.sets if config.series.budgets else ():
+            whole = dataclasses.replace(one.data, limit=None)
+            kept, _ = trainset.divide(trainset.examples(whole, chosen), whole, one.seed)
+            if len(kept) < one.data.limit:
+                raise ValueError(f"series.budgets: {one.data.limit} images of {chosen.name}, which has {len(kept)} to train on")
     for init in {one.init for one in jobs if one.init}:
         model.kind(init)
 
@@ -117,6 +121,7 @@ def turn(path: Path, rank: int = 0, wait: bool = True) -> Iterator[bool]:
     if rank:
         yield False
         return
+    import fcntl                                              # not on Windows, where the rest trains
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:

@@ -16,7 +16,6 @@ network for each channel (configs/channel.yaml), ablations (configs/ablation.yam
 from __future__ import annotations
 
 import dataclasses
-import functools
 import resource
 import sys
 import time
@@ -87,11 +86,16 @@ class Config:
     series: series.Series = field(default_factory=series.Series)   # many runs: label efficiency, channels
 
     def __post_init__(self):
-        if self.crop % self.network.patch:
+        if self.crop < 1 or self.crop % self.network.patch:
             raise ValueError(f"crop={self.crop}: expected a multiple of the patch, {self.network.patch} px")
         for name in ("steps", "batch", "cycles", "val_every", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name):g}: expected more than 0")
+        if self.cap is not None and not self.cap > 0:
+            raise ValueError(f"cap={self.cap:g}: expected more than 0 px, or null for none")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience={self.patience}: expected 1 or more, or null")
         if self.warmup >= self.steps:
@@ -190,7 +194,11 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
         better = False
         if done % config.val_every == 0 or done % config.steps == 0:
             before = time.perf_counter()
-            scores = validate(average.module, validation, run, done)
+            try:
+                scores = validate(average.module, validation, run, done)
+            except runs.Stopped:
+                print(f"stopped in the validation of step {done}; the same command goes on from the last checkpoint", file=sys.stderr)
+                return run.exit_code()
             better = scores["score"] > best
             best, since = max(best, scores["score"]), 0 if better else since + 1
             if better and rank == 0:
@@ -251,7 +259,7 @@ def optimiser_for(net, config: Config, device: str):
 
 def parameter_groups(net, config: Config) -> list[dict]:
     """The optimiser's groups: no decay on vectors; smaller lr for shallower blocks when layer_decay < 1. `matrix`: of layers
-    between the first, which meet pixels, and the last, which answers."""
+    between the patch embedding, which meets pixels, and the head, which answers."""
     groups: dict[tuple, dict] = {}
     for name, parameter in net.named_parameters():
         if not parameter.requires_grad:
@@ -287,14 +295,13 @@ def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> di
     import segment
     import tuning
     net.eval()
-    each = functools.partial(runs.shared_out, rank=run.rank, world=run.world)
     weights = {chosen.name: chosen.weight for chosen in run.config.data.sets}
-    distances = each(lambda entry: segment.distance_map(entry.pixels, net, limits=segment.UNIT, kind=kinds.SHARED,
-                                                        scale=entry.zoom / net.settings.zoom), entries)
+    distances = run.each(lambda entry: segment.distance_map(entry.pixels, net, limits=segment.UNIT, kind=kinds.SHARED,
+                                                            scale=entry.zoom / net.settings.zoom), entries)
     best = tuning.tuned(distances, [entry.labels for entry in entries], [entry.set for entry in entries],
                         min_areas=tuning.AREAS, depths=tuning.DEPTHS, smooths=tuning.SMOOTHS, shapes=tuning.SHAPES,
                         weights=weights, zooms=[entry.zoom for entry in entries],
-                        counted=[entry.held for entry in entries], each=each)
+                        counted=[entry.held for entry in entries], each=run.each)
     held, labels = zip(*((entry, found) for entry, found in zip(entries, best.labels) if entry.held))
     tables = [metrics.overlap(entry.labels, found) for entry, found in zip(held, labels)]
     net.settings = dataclasses.replace(net.settings, **best.setting._asdict(), kinds={})

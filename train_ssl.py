@@ -105,6 +105,9 @@ class Config:
         for name in ("steps", "batch", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
+        for name in ("lr", "clip"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name):g}: expected more than 0")
         if self.batch % self.accumulate or self.batch < 2 * self.accumulate:
             raise ValueError(f"batch={self.batch}: expected a multiple of accumulate={self.accumulate}, with two "
                              "fields or more in each part")

@@ -166,6 +166,7 @@ def test_a_decoder_of_another_backbone_is_refused(trained, tmp_path):
 @pytest.mark.parametrize("changes,said", [
     (["decoders.dots.stepps=3"], "decoders.dots: unknown key 'stepps'"),
     (["decoders.dots.augment.invrt=1"], "decoders.dots.augment: unknown key 'invrt'"),
+    (["decoders.dots.crop=64"], "decoders.dots.crop: follows from the network for all; leave it out"),
     (["decoders.dots.init=x.pt"], "decoders.dots.init: follows from the network for all; leave it out"),
     (["data.share=0"], "decoder: stripes: its sets leave no image to validate on"),
     (["decoders.dots=3"], "decoders.dots=3: expected what it changes, {key: value}"),

@@ -151,6 +151,49 @@ def test_a_signal_too_late_for_one_run_reaches_who_listens_to_all(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_before_the_run_and_one_while_work_is_shared_stop_it(tmp_path):
+    @dataclass(frozen=True)
+    class Few:
+        experiment: str = "few"
+        checkpoint_name: str = "few"
+        output_base_dir: str = str(tmp_path)
+    with runs.stop_signals() as heard:
+        run = runs.Run(Few())
+        assert run.each(lambda x: 2 * x, [1, 2, 3]) == [2, 4, 6]
+        done = []
+        with pytest.raises(runs.Stopped):
+            run.each(lambda x: done.append(x) or (x == 2 and signal.raise_signal(signal.SIGUSR1)), [1, 2, 3])
+        assert done == [1, 2] and run.exit_code() == runs.REQUEUE
+        run.close()
+        assert heard == [signal.SIGUSR1]
+        late = runs.Run(Few())
+        assert late.stopping and late.should_stop(1) and late.exit_code() == runs.REQUEUE
+        late.close()
+        assert heard == [signal.SIGUSR1]                                     # it was told once
+    fresh = runs.Run(Few())
+    assert not fresh.stopping
+    fresh.close()
+
+
+def test_memory_that_a_gpu_lacks_is_one_line_and_other_errors_are_not_hidden(capsys):
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    def fail(error):
+        raise error
+    assert runs.guarded(lambda: fail(OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"))) == 1
+    assert capsys.readouterr().err == "error: out of GPU memory; give a smaller batch= or smaller crops or tiles\n"
+    with pytest.raises(RuntimeError):
+        runs.guarded(lambda: fail(RuntimeError("a bug")))
+
+
+def test_a_run_goes_on_with_decoders_named_later():
+    plain = {"data.sets": [{"path": "a"}], "data.validation": [{"path": "b", "zoom": 1}], "steps": 3}
+    named = {"data.sets": [{"path": "a", "decoder": "x"}], "data.validation": [{"path": "b", "zoom": 1, "decoder": "x"}], "steps": 3,
+             "decoders.x.steps": 2}
+    assert runs.lasting(plain) == runs.lasting(named) != runs.lasting({**named, "steps": 4})
+
+
 def test_what_is_given_to_others_names_no_place_on_this_machine():
     @dataclass(frozen=True)
     class Places:

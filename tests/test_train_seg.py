@@ -99,6 +99,24 @@ def test_stopped_and_started_again_it_reaches_the_same_weights(whole, tmp_path, 
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+def test_a_signal_while_it_validates_is_heard(tmp_path, monkeypatch):
+    """Nothing is exported, and the next start goes on from the last checkpoint to its end."""
+    import segment
+    config = runs.load(train_seg.Config, toy(tmp_path, steps=4, warmup=1, val_every=4, save_every=2))
+    asked, look = [], segment.distance_map
+
+    def interrupted(*arguments, **options):
+        asked.append(1)
+        signal.raise_signal(signal.SIGTERM)
+        return look(*arguments, **options)
+    with runs.stop_signals(), monkeypatch.context() as patched:
+        patched.setattr(segment, "distance_map", interrupted)
+        assert train_seg.train(config, 0, 1, "cpu") == runs.REQUEUE and len(asked) == 1
+    assert not (tmp_path / "final_models").exists()
+    assert [p.name for p in (tmp_path / "runs/seg/checkpoints/seg").iterdir()] == ["step_00000002.pt"]
+    assert train_seg.train(config, 0, 1, "cpu") == 0 and (tmp_path / "final_models/seg.pt").exists()
+
+
 def test_a_cycle_can_be_added_to_a_run_that_is_done(tmp_path):
     """The same weights as two cycles from the start, and the learning rate of the first once more."""
     shape = dict(steps=4, val_every=100, log_every=1, save_every=100)
@@ -255,7 +273,9 @@ def test_few_held_out_images_are_filled_up_for_settings_alone(tmp_path):
     (["data.diameter=-4"], "data.diameter=-4: expected more than 0 px"),
     (["data.fields=0"], "no data: give data.sets"), (["crop=30"], "crop=30: expected a multiple of the patch"),
     (["augment.flpi=1"], "unknown key 'flpi', did you mean 'flip'?"), (["init=gone.pt"], "no weights at gone.pt"),
-    (["warmup=12"], "warmup=12: expected fewer than steps=12"),
+    (["warmup=12"], "warmup=12: expected fewer than steps=12"), (["cap=0"], "cap=0: expected more than 0 px, or null"),
+    (["clip=0"], "clip=0: expected more than 0"), (["lr=0"], "lr=0: expected more than 0"), (["crop=0"], "crop=0: expected a multiple"),
+    (["steps=.inf"], "steps=.inf: steps is '.inf', expected a whole number"), (["network.heads=0"], "heads=0: the head width"),
     (["cycles=2", "patience=3"], "cycles=2: expected patience=null"), (["wandb=on"], "pip install wandb"),
     (["data.fields=1"], "no images to")])
 def test_mistakes_are_one_line(tmp_path, changes, said):
@@ -354,6 +374,7 @@ def test_a_series_is_checked_before_it_starts(tmp_path):
                         ("series.variants.b.augment.scal=2", "did you mean 'scale'"), ("series.test=nowhere", "nowhere: no such"),
                         ("series.test=[{path: test, zoom: 0.5}]", "series.test: test has a zoom"),
                         ("patience=0", "patience=0: expected 1 or more, or null"),
+                        ("series.budgets=[1,3]", "series.budgets: 3 images of cells, which has 2 to train on"),
                         ("series.variants.b.steps=x", "steps is 'x', expected a whole number")):
         done = run(*arguments, wrong)
         assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -449,8 +470,8 @@ def test_an_augmented_set_is_not_moved_again(tmp_path):
     assert still.flip == still.rotate == still.elastic == still.quarter == 0 and still.scale == (1, 1)
 
 
-@pytest.mark.parametrize("name", ["seg", "seg_s8_a100", "seg_s8_a40", "seg_s8_a100_uncapped", "budget", "dinocell_tiny", "ablation",
-                                  "seg_laptop", "if_generic", "if_hybrid", "if_marker", "if_marker_only", "channel"])
+@pytest.mark.parametrize("name", ["seg", "seg_s8_a100", "seg_s8_a40", "seg_s8_a100_uncapped", "budget", "dinocell_tiny", "dinocell_s8",
+                                  "ablation", "seg_laptop", "if_generic", "if_hybrid", "if_marker", "if_marker_only", "channel"])
 def test_shipped_configurations_are_whole(name):
     """Every key is known and every combination allowed; the network they describe can be built."""
     config = runs.load(train_seg.Config, ROOT / "configs" / f"{name}.yaml")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # dinocell_s8 on one GPU: pretraining, supervised training, tables, benchmarks. In legs, for a machine lent by the minute.
 #
-#   slurm/legs.sh 540 out                    a leg of at most 540 s; the same command goes on where the last one stopped
+#   slurm/legs.sh 540 out batch=32 crop=256 compile=true    a leg of at most 540 s; the same command goes on where the last one stopped
 #   PRETRAIN=480 TRAIN=840 slurm/legs.sh ... seconds for each part, all legs together: 8 and 14 minutes
 #   SSL=configs/a.yaml SEG=configs/b.yaml slurm/legs.sh 540 out data.root=../data     other parts; key=value go to
 #                                            train_seg.py, data.root to pretraining too

@@ -9,7 +9,6 @@ run there as well.
 """
 from __future__ import annotations
 
-import copy
 import importlib
 import platform
 import statistics
@@ -202,41 +201,28 @@ def whole_image(size: int, folder: Path) -> Path:
     return path
 
 
-def beside(net):
-    """S/8 without training does its work, and another network answers: the time of the one with the cells of the other."""
-    import model
-    large = model.DINOCell().eval()
-    answer = net.forward
-
-    def forward(x):
-        large(x)
-        return answer(x)
-    both = copy.deepcopy(net)
-    both.forward = forward
-    return both
-
-
 def segment() -> None:
     """infer.py's work on one image, part by part, with the weights that ship."""
     import tempfile
     from collections import Counter
     import infer
     import model
-    weights = infer.find_weights("default", Path(infer.__file__).parent / "final_models")
-    net, rows = model.load(weights), []
+    import runs
+    device, rows = runs.pick_device("auto"), []
     with tempfile.TemporaryDirectory() as folder:
-        for name, network, size in ((weights.stem, net, 1024), (weights.stem, net, 2048),
-                                    (f"S/8 at work, cells of {weights.stem}", beside(net), 1024)):
+        for name, size in (("tiny", 1024), ("tiny", 2048), ("s8", 1024 if device == "cpu" else 2048)):
+            weights = infer.find_weights(name, Path(infer.__file__).parent / "final_models")
+            network = model.load(weights).to(device)
             path = whole_image(size, Path(folder))
-            runs = []
+            times = []
             for _ in range(3):
                 clock, start = Counter(), time.perf_counter()
-                infer.segment_file(path, path.stem, Path(folder), network, infer.Config(), clock=clock)
-                runs.append((time.perf_counter() - start, clock))
-            took, clock = sorted(runs, key=lambda run: run[0])[1]
-            rows.append([name, f"{size} x {size}", f"{took:.2f} s", f"{size**2 / 1e6 / took:.2f}",
+                infer.segment_file(path, path.stem, Path(folder), network, infer.Config(kind="shared"), clock=clock)
+                times.append((time.perf_counter() - start, clock))
+            took, clock = sorted(times, key=lambda one: one[0])[1]
+            rows.append([weights.stem, f"{size} x {size}", f"{took:.2f} s", f"{size**2 / 1e6 / took:.2f}",
                          *(f"{clock[part] / took:.1%}" for part in ("read", "network", "watershed", "measure", "write"))])
-    table("infer.py, one image to all its files, on the CPU",
+    table(f"infer.py, one image to all its files, on the {'CPU' if device == 'cpu' else 'GPU'}",
           ["network", "px", "time", "MP/s", "read", "network", "watershed", "measure", "write"], rows)
 
 
@@ -253,7 +239,7 @@ def memory(sizes: tuple[int, ...] = (1024, 4096, 20000)) -> None:
             start = time.perf_counter()
             done = subprocess.run([sys.executable, "-c", watch, sys.executable,
                                    str(Path(__file__).resolve().parent.parent / "infer.py"), str(path),
-                                   f"out={folder}/{size}"], capture_output=True, text=True)
+                                   "weights=tiny", f"out={folder}/{size}"], capture_output=True, text=True)
             took = time.perf_counter() - start
             if done.returncode:
                 raise RuntimeError(done.stderr)
@@ -271,7 +257,7 @@ def seams(size: int = 4096) -> None:
     import model
     import segment
     from metrics import average_precision
-    weights = infer.find_weights("default", Path(infer.__file__).parent / "final_models")
+    weights = infer.find_weights("tiny", Path(infer.__file__).parent / "final_models")
     net = model.load(weights)
     with tempfile.TemporaryDirectory() as folder, data.open_image(whole_image(size, Path(folder))) as source:
         limits = data.percentiles(source)

@@ -301,7 +301,7 @@ def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> di
     best = tuning.tuned(distances, [entry.labels for entry in entries], [entry.set for entry in entries],
                         min_areas=tuning.AREAS, depths=tuning.DEPTHS, smooths=tuning.SMOOTHS, shapes=tuning.SHAPES,
                         weights=weights, zooms=[entry.zoom for entry in entries],
-                        counted=[entry.held for entry in entries], each=run.each)
+                        counted=[entry.held for entry in entries], device=run.device, each=run.each)
     held, labels = zip(*((entry, found) for entry, found in zip(entries, best.labels) if entry.held))
     tables = [metrics.overlap(entry.labels, found) for entry, found in zip(held, labels)]
     net.settings = dataclasses.replace(net.settings, **best.setting._asdict(), kinds={})

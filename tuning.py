@@ -100,7 +100,7 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
           peaks: Sequence[float] = PEAKS, fills: Sequence[float] = FILLS, min_areas: Sequence[int] = (0,),
           depths: Sequence[float] = (0.0,), smooths: Sequence[float] = (0.0,), shapes: Sequence[float] = (0.0,),
           weights: Mapping[str, float] | None = None, zooms: Sequence[float] | None = None,
-          counted: Sequence[bool] | None = None,
+          counted: Sequence[bool] | None = None, device: str = "cpu",
           each: Callable[[Callable, list], list] = lambda function, items: [function(item) for item in items]) -> Tuned:
     """The setting that serves all sets best, and from there what is best for each; of equal ones the first.
 
@@ -109,17 +109,19 @@ def tuned(distances: Sequence[np.ndarray], truths: Sequence[np.ndarray], sets: S
     different ones. A set of many images counts as much as one of few, or as `weights` says by its name.
     distances, truths : (H, W) of each image; sets : the name of its set; zooms : px of the network for each px of
     theirs, 1 or less: lengths are of the network's; counted : whether the scores are of it too, while all choose the setting;
-    each(function, items) : where processes share the work, runs.shared_out with their places.
+    device : where the maps are flooded; each(function, items) : where processes share the work, Run.each.
     """
+    import torch
     import metrics
     from watershed import lengths, watershed
+    maps = [torch.from_numpy(np.ascontiguousarray(distance)).to(device) for distance in distances]
     members: dict[str, list[int]] = {}
     for number, name in enumerate(sets or [""] * len(truths)):
         members.setdefault(name, []).append(number)
 
     def found(i: int, setting: Setting) -> np.ndarray:
         (peak, fill, area, depth, smooth, shape), zoom = setting, zooms[i] if zooms else 1.0
-        return watershed(distances[i], peak, fill, round(area / zoom**2), depth, *lengths(smooth, shape, zoom))
+        return watershed(maps[i], peak, fill, round(area / zoom**2), depth, *lengths(smooth, shape, zoom)).cpu().numpy()
 
     def scores(job: tuple[str, Setting]) -> list[float]:
         return [float(metrics.average_precision(truths[i], found(i, job[1])).mean()) for i in members[job[0]]]

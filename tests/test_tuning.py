@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import data
 import metrics
@@ -132,7 +133,7 @@ def test_the_higher_of_two_hills_is_found_from_either_start(monkeypatch, height,
 
     def score(truth, setting):
         return np.array([max(top - 0.05 * sum(a != b for a, b in zip(setting, hill)) for hill, top in hills.items())])
-    monkeypatch.setattr(watershed, "watershed", lambda distance, *setting: setting)
+    monkeypatch.setattr(watershed, "watershed", lambda distance, *setting: torch.tensor(setting, dtype=torch.float64))
     monkeypatch.setattr(metrics, "average_precision", score)
     best = tuning.tuned([np.zeros((2, 2))], [np.zeros((2, 2))], None, (0.3, 0.4, 0.5), (0.1, 0.2, 0.3), (0, 20, 40),
                         (0.0, 0.2, 0.4), (0.0, 1.0, 2.0), (0.0, 0.05, 0.1))

@@ -22,7 +22,7 @@ import trainset
 
 # Keys of a decoder's run that follow from the network for all.
 GIVEN = {"experiment", "export_path", "init", "train_blocks", "data.sets", "data.validation", "data.fields", "data.root",
-         "data.diameter", "crop", "output_base_dir"}
+         "data.diameter", "crop", "output_base_dir", "unclear"}
 
 
 def plan(config, weights: str) -> Iterator[tuple[str, object]]:
@@ -114,5 +114,5 @@ def join(config, jobs: dict) -> None:
                 own[chosen] = dict(setting=dict(setting), decoder=name)
     own = kinds.zoomed(own, config.data.sets, net.settings.zoom)
     looks = trainset.glimpsed(config.data, config.seed, net.settings.tile)
-    net.settings = replace(net.settings, kinds=kinds.learnt(net, looks, own), provenance={**story, "decoders": stories})
+    net.settings = replace(net.settings, kinds=kinds.learnt(net, looks, own, config.unclear), provenance={**story, "decoders": stories})
     model.save(net, weights, half=True)

@@ -10,7 +10,8 @@ look like one of a training set get what that set has of its own, which may be n
 or min_area= decides himself.
 
 Why single images are kept and not a mean for each set: a set shows many things, and a small set of one thing lies among
-them. With means, half of the nuclei went to two sets of two images. `python tests/bench.py kinds` measures how often it errs.
+them. With means, half of the nuclei went to two sets of two images. Why by direction from the middle of all, and not by distance: how far
+from the middle a token lies follows the contrast of the image. `python tests/bench.py kinds` measures how often each errs.
 
 Letters: n tiles, T their side in px, D width of the backbone.
 """
@@ -25,6 +26,8 @@ from torch import Tensor
 
 GAIN = 0.02         # of the score on validation that a setting of its own must bring a set
 ALONE = 0.1         # and what it must bring where it was found on one image; on n an n-th of it
+CLEAR = 0.7         # an image is of the nearest kind if it is at most this much as far from it as from those with another decoder
+NEAR = 0.4          # and this far from it at most, as apart() measures
 SHARED = "shared"   # the name of the decoder and the setting that serve all sets
 
 
@@ -35,6 +38,11 @@ def token(net, tiles: Tensor) -> Tensor:
         last, = net.backbone.features((tiles.to(net.mean.device) - net.mean) / net.std, net.taps[-1:])
     last = last.float()                                                                # (n, tokens, D)
     return torch.cat([last.mean(1), last.std(1, correction=0)], 1).mean(0).cpu()
+
+
+def apart(tokens: Tensor, others: Tensor, middle: Tensor) -> Tensor:
+    """(m, 2 D) and (n, 2 D), each value divided by its spread -> (m, n): between the directions in which they lie from (2 D,), 0 to 2."""
+    return torch.cdist(torch.nn.functional.normalize(tokens - middle, dim=1), torch.nn.functional.normalize(others - middle, dim=1))
 
 
 def gaining(best: Mapping[str, dict], trained: Iterable[str]) -> dict[str, dict]:
@@ -61,11 +69,11 @@ def zoomed(own: dict[str, dict], sets: Iterable, common: float) -> dict[str, dic
     return own
 
 
-def learnt(net, looks: Mapping, own: Mapping[str, dict]) -> dict:
+def learnt(net, looks: Mapping, own: Mapping[str, dict], unclear: str = "nearest") -> dict:
     """What nearest() needs, for the weights' settings; empty where nothing is any set's own.
 
     looks : of each set a trainset.Look, some of its images and how wide its cells are. own : of the sets that have something of
-    their own, the setting of the watershed and perhaps the name of a decoder.
+    their own, the setting of the watershed and perhaps the name of a decoder. unclear : of nearest().
     """
     if not own:
         return {}
@@ -74,22 +82,29 @@ def learnt(net, looks: Mapping, own: Mapping[str, dict]) -> dict:
     first = Counter(name.split()[0] for name in looks)         # "phase/train" says enough of "phase/train ^(?!set40$)"
     mine = {name: {**own.get(name, {}).get("setting", {}), **({"diameter": look.diameter} if look.diameter else {})}
             for name, look in looks.items()}
-    return dict(spread=spread.tolist(), sets=[
+    return dict(unclear=unclear, spread=spread.tolist(), sets=[
         dict(name=name.split()[0] if first[name.split()[0]] == 1 else name, setting=mine[name], decoder=own.get(name, {}).get("decoder"),
              tokens=[[float(f"{value:.3g}") for value in row] for row in (of / spread).tolist()])      # (images, 2 D)
         for name, of in tokens.items()])
 
 
 def nearest(net, looks: Mapping[str, Tensor]) -> str:
-    """The kind of an image: the training set that has the image most like it.
+    """The kind of an image: the training set that has the image most like it. Where that is not clear, it is nobody's, SHARED, if the
+    weights say so (unclear: all): the decoder for all errs little where another kind's sees nothing.
 
     looks : by the name of each set of sets(), the image's token (2 D,) at the scale at which this set would have its cells;
         sets that are missing here are not compared.
     """
-    known = net.settings.kinds
-    spread = torch.tensor(known["spread"])                                             # (2 D,)
-    return min((one for one in known["sets"] if one["name"] in looks), key=lambda one: float(
-        (looks[one["name"]] / spread - torch.tensor(one["tokens"])).square().sum(1).min()))["name"]
+    spread = torch.tensor(net.settings.kinds["spread"])                                # (2 D,)
+    known = {one["name"]: torch.tensor(one["tokens"]) for one in net.settings.kinds["sets"]}            # (images, 2 D)
+    middle = torch.stack([tokens.mean(0) for tokens in known.values()]).mean(0)        # each set counts the same
+    far = {name: float(apart(looks[name][None] / spread, known[name], middle).min()) for name in known if name in looks}
+    decoder = {one["name"]: one.get("decoder") for one in net.settings.kinds["sets"]}
+    best = min(far, key=far.get)
+    others = [far[name] for name in far if decoder[name] != decoder[best]]
+    if net.settings.kinds.get("unclear") == "all" and others and (far[best] > NEAR or far[best] > CLEAR * min(others)):
+        return SHARED
+    return best
 
 
 def sets(net) -> list[str]:

@@ -83,6 +83,7 @@ class Config:
     compile: bool = False                   # torch.compile: worth its minute on a GPU
     wandb: Literal["off", "on", "offline"] = "off"           # live curves
     decoders: dict = field(default_factory=dict)         # {name: {key: value}}: changes for the decoders that data.sets name
+    unclear: Literal["all", "nearest"] = "all"               # which decoder an image gets whose kind is not clear (kinds.py)
     series: series.Series = field(default_factory=series.Series)   # many runs: label efficiency, channels
 
     def __post_init__(self):

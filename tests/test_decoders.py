@@ -55,7 +55,7 @@ def trained(tmp_path_factory):
         for seed in range(5):
             skimage.io.imsave(folder / name / f"{name}{seed}.png", look(seed).astype(np.uint8), check_contrast=False)
             skimage.io.imsave(folder / name / f"{name}{seed}_masks.png", large if name == "upright" else labels, check_contrast=False)
-    path = toy(folder, **SHORT, decoders=dict(stripes=SIX, dots=SIX),
+    path = toy(folder, **SHORT, unclear="nearest", decoders=dict(stripes=SIX, dots=SIX),
                data=dict(root=str(folder), share=0.3, sets=[dict(path="striped", decoder="stripes"), dict(path="dotted", decoder="dots"), dict(path="upright", decoder="stripes"),
                           dict(path="smooth")]))
     done = run(path)
@@ -66,7 +66,7 @@ def trained(tmp_path_factory):
 def test_one_command_trains_all_and_one_file_holds_them(trained):
     folder, _ = trained
     net = model.load(folder / "final_models/seg.pt")
-    assert list(net.decoders) == ["stripes", "dots"]
+    assert list(net.decoders) == ["stripes", "dots"] and net.settings.kinds["unclear"] == "nearest"
     start = torch.load(folder / "runs/seg/checkpoints/seg/best.pt", weights_only=True)["average"]
     for name, tensor in net.state_dict().items():             # the network for all is as it was
         if not name.startswith("decoders."):
@@ -122,9 +122,11 @@ def test_a_set_that_the_decoder_for_all_serves_better_keeps_it(trained, tmp_path
     assert net.settings.provenance["scores"]["sets"]["upright"]["score"] < 0.05
     net.settings.provenance["scores"]["sets"]["upright"].update(score=0.9, own_score=0.9)
     model.save(net, tmp_path / "final_models/seg.pt", half=True)
-    done = run(path, f"output_base_dir={tmp_path}")
+    done = run(path, f"output_base_dir={tmp_path}", "unclear=all")              # which is of the weights, not of what was trained
     assert done.returncode == 0, done.stderr
-    chosen = {entry["name"]: entry["decoder"] for entry in model.load(tmp_path / "final_models/seg.pt").settings.kinds["sets"]}
+    known = model.load(tmp_path / "final_models/seg.pt").settings.kinds
+    assert known["unclear"] == "all"
+    chosen = {entry["name"]: entry["decoder"] for entry in known["sets"]}
     assert chosen == dict(striped="stripes", dotted="dots", upright=None, smooth=None)
 
 
@@ -167,6 +169,7 @@ def test_a_decoder_of_another_backbone_is_refused(trained, tmp_path):
     (["decoders.dots.stepps=3"], "decoders.dots: unknown key 'stepps'"),
     (["decoders.dots.augment.invrt=1"], "decoders.dots.augment: unknown key 'invrt'"),
     (["decoders.dots.crop=64"], "decoders.dots.crop: follows from the network for all; leave it out"),
+    (["decoders.dots.unclear=all"], "decoders.dots.unclear: follows from the network for all; leave it out"),
     (["decoders.dots.init=x.pt"], "decoders.dots.init: follows from the network for all; leave it out"),
     (["data.share=0"], "decoder: stripes: its sets leave no image to validate on"),
     (["decoders.dots=3"], "decoders.dots=3: expected what it changes, {key: value}"),

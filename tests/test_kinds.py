@@ -63,13 +63,39 @@ def test_the_nearest_set_decides(net):
 
 
 def test_a_set_of_many_looks_and_one_in_their_midst(net, monkeypatch):
-    """The nearest image decides, not the nearest mean, which is the other set's here."""
-    monkeypatch.setattr(kinds, "token", lambda net, tiles: tiles.mean((1, 2, 3)))
-    images = {name: trainset.Look([torch.full((1, 3, 8, 8), value) for value in values], None)
-              for name, values in (("stripes", (0.1, 0.2, 0.8, 0.9)), ("dots", (0.5, 0.52)))}
+    """The image in the most similar direction decides, not the mean of a set, which is the other's here, and not how far from the
+    middle an image lies, which goes with its contrast."""
+    def token(net, tiles):                                                   # on a circle: where, and how far from its middle
+        turn, radius = 2 * torch.pi * tiles[0, 0, 0, 0], tiles[0, 0, 0, 1]
+        return 5 + radius * torch.stack([torch.cos(turn), torch.sin(turn)])
+
+    def place(turn, radius=1.0):
+        return torch.tensor([turn, radius]).view(1, 1, 1, 2)
+    monkeypatch.setattr(kinds, "token", token)
+    images = {name: trainset.Look([place(turn) for turn in turns], None)
+              for name, turns in (("stripes", (0.0, 0.1, 0.5, 0.6)), ("dots", (0.25, 0.3, 0.75, 0.8)))}
     net.settings.kinds = kinds.learnt(net, images, kinds.gaining(best(), images))
-    found = [nearest(net, torch.full((1, 3, 8, 8), value)) for value in (0.0, 0.3, 0.45, 0.6, 0.7, 1.0)]
-    assert found == ["stripes", "stripes", "dots", "dots", "stripes", "stripes"]
+    for turn, expected in ((0.02, "stripes"), (0.12, "stripes"), (0.22, "dots"), (0.31, "dots"), (0.48, "stripes"), (0.72, "dots")):
+        assert nearest(net, place(turn)) == nearest(net, place(turn, 9.0)) == nearest(net, place(turn, 0.2)) == expected
+
+
+@pytest.mark.parametrize("unclear", ["all", "nearest"])
+def test_an_image_of_no_clear_kind_is_nobodys(net, unclear):
+    """Between two decoders, or far from all. Between two sets of one decoder, or without that in the file, the nearest decides."""
+    net.settings.kinds = dict(unclear=unclear, spread=[1.0, 1.0, 1.0], sets=[
+        dict(name=name, setting={}, decoder=decoder, tokens=[at])
+        for name, decoder, at in (("east", "a", [1.0, 0.0, 0.0]), ("north", "b", [0.8, 0.6, 0.0]),
+                                  ("west", "b", [-1.0, 0.0, 0.0]), ("south", "b", [-0.8, -0.6, 0.0]))])
+
+    def at(degrees, up=0.0):
+        turn = np.deg2rad(degrees)
+        return kinds.nearest(net, dict.fromkeys(kinds.sets(net), torch.tensor([np.cos(turn), np.sin(turn), up]).float()))
+    assert at(5) == at(-15) == "east" and at(32) == at(45) == "north"
+    assert at(198) == at(198, 0.2) == "west"                                 # in the middle of two that have the same decoder
+    for unsure, near in ((at(18), "east"), (at(-60), "east"), (at(5, 2.0), "east"), (at(35, 0.6), "north"), (at(198, 0.6), "west")):
+        assert unsure == (kinds.SHARED if unclear == "all" else near)
+    del net.settings.kinds["unclear"]
+    assert at(18) == at(5, 2.0) == "east"
 
 
 def test_the_same_mean_and_another_deviation(net):

@@ -274,6 +274,7 @@ def test_few_held_out_images_are_filled_up_for_settings_alone(tmp_path):
     (["data.fields=0"], "no data: give data.sets"), (["crop=30"], "crop=30: expected a multiple of the patch"),
     (["augment.flpi=1"], "unknown key 'flpi', did you mean 'flip'?"), (["init=gone.pt"], "no weights at gone.pt"),
     (["warmup=12"], "warmup=12: expected fewer than steps=12"), (["cap=0"], "cap=0: expected more than 0 px, or null"),
+    (["unclear=none"], "unclear=none: unclear is 'none', expected all or nearest"),
     (["clip=0"], "clip=0: expected more than 0"), (["lr=0"], "lr=0: expected more than 0"), (["crop=0"], "crop=0: expected a multiple"),
     (["steps=.inf"], "steps=.inf: steps is '.inf', expected a whole number"), (["network.heads=0"], "heads=0: the head width"),
     (["cycles=2", "patience=3"], "cycles=2: expected patience=null"), (["wandb=on"], "pip install wandb"),

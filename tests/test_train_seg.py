@@ -212,7 +212,8 @@ def test_images_of_large_cells_can_be_reduced(tmp_path):
     """The weights say so, and their cells are as wide as the network sees them."""
     labelled_folder(tmp_path / "cells", 6)
     for zoom in (1.0, 0.5):
-        path = toy(tmp_path, data=dict(root=str(tmp_path), sets=[dict(path="cells", zoom=zoom)], share=0.3), output_base_dir=str(tmp_path / str(zoom)))
+        path = toy(tmp_path, data=dict(root=str(tmp_path), sets=[dict(path="cells", zoom=zoom)], share=0.3), output_base_dir=str(tmp_path / str(zoom)),
+                   steps=4, val_every=4, warmup=1)
         assert run(path).returncode == 0
     plain, net = (model.load(tmp_path / zoom / "final_models/seg.pt").settings for zoom in ("1.0", "0.5"))
     assert (plain.zoom, net.zoom) == (1, 0.5) and net.diameter == pytest.approx(plain.diameter / 2)

@@ -45,6 +45,16 @@ def apart(tokens: Tensor, others: Tensor, middle: Tensor) -> Tensor:
     return torch.cdist(torch.nn.functional.normalize(tokens - middle, dim=1), torch.nn.functional.normalize(others - middle, dim=1))
 
 
+def middle_of(sets: Iterable[Tensor]) -> Tensor:
+    """(images, 2 D) of each set -> (2 D,), where each set counts the same."""
+    return torch.stack([tokens.mean(0) for tokens in sets]).mean(0)
+
+
+def is_clear(near: float, next_near: float) -> bool:
+    """Whether an image is of the nearest kind, by how far apart() it is from that and from the nearest with another decoder."""
+    return near <= min(NEAR, CLEAR * next_near)
+
+
 def gaining(best: Mapping[str, dict], trained: Iterable[str]) -> dict[str, dict]:
     """{set: {"setting": its own}} of the sets that gain enough by it; best : of each set images, score, own_score and setting,
     as tuning.OwnBest has them. Images are told apart by the sets that the network was trained on: it takes two, and sets to
@@ -97,14 +107,12 @@ def nearest(net, looks: Mapping[str, Tensor]) -> str:
     """
     spread = torch.tensor(net.settings.kinds["spread"])                                # (2 D,)
     known = {one["name"]: torch.tensor(one["tokens"]) for one in net.settings.kinds["sets"]}            # (images, 2 D)
-    middle = torch.stack([tokens.mean(0) for tokens in known.values()]).mean(0)        # each set counts the same
+    middle = middle_of(known.values())
     far = {name: float(apart(looks[name][None] / spread, known[name], middle).min()) for name in known if name in looks}
     decoder = {one["name"]: one.get("decoder") for one in net.settings.kinds["sets"]}
     best = min(far, key=far.get)
     others = [far[name] for name in far if decoder[name] != decoder[best]]
-    if net.settings.kinds.get("unclear") == "all" and others and (far[best] > NEAR or far[best] > CLEAR * min(others)):
-        return SHARED
-    return best
+    return SHARED if net.settings.kinds.get("unclear") == "all" and others and not is_clear(far[best], min(others)) else best
 
 
 def sets(net) -> list[str]:

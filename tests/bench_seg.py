@@ -94,17 +94,16 @@ def kinds() -> None:
         spread = looks[_as_is].std(0) + 1e-6
         known, same = looks[_as_is] / spread, torch.tensor([[a == b for b in groups] for a in groups])
         of_set = [torch.tensor([name == group[0] for group in groups]) for name in dict.fromkeys(group[0] for group in groups)]
-        middle = torch.stack([known[mine].mean(0) for mine in of_set]).mean(0)
+        middle = rooms.middle_of(known[mine] for mine in of_set)
         of_kind = [torch.tensor([one == name for one in kind]) for name in names]
         for view, found in looks.items():
             distance, direction = torch.cdist(found / spread, known), rooms.apart(found / spread, known, middle)    # (images, images)
-            for rule, far in (("distance", distance), ("direction", direction), ("direction, unclear: all", direction)):
+            for rule, far, clear in (("distance", distance, lambda *_: True), ("direction", direction, lambda *_: True),
+                                     ("direction, unclear: all", direction, rooms.is_clear)):
                 far = far.masked_fill(same, torch.inf)
                 far = torch.stack([far[:, mine].min(1).values for mine in of_kind], 1)          # (images, kinds)
-                first, second = far.sort(1).values[:, :2].T
-                unclear = ((first > rooms.NEAR) | (first > rooms.CLEAR * second)) & (rule[-3:] == "all")
-                went = [None if nobodys else names[at] for nobodys, at in zip(unclear.tolist(), far.argmin(1).tolist())]
-                seen = list(zip(kind, went))
+                seen = [(own, names[min(range(len(names)), key=one.__getitem__)] if clear(*sorted(one)[:2]) else None)
+                        for own, one in zip(kind, far.tolist())]
                 rows.append([weights, view.__doc__, rule, *(f"{sum(own == name and to not in (own, None) for own, to in seen)} / "
                                                             f"{seen.count((name, None))} of {kind.count(name)}" for name in names)])
     table("Images that go to another kind's decoder / to the one for all, where none of their own group is known",

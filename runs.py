@@ -44,6 +44,40 @@ import yaml
 Config = TypeVar("Config")
 
 
+# ------------------------------------------------------------------------------------------------ threads
+
+def cores(cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> int:
+    """Cores that this process may use, which may be fewer than the machine has: its affinity, the quota of its control
+    groups (containers), and what Slurm gave the task, whichever is least."""
+    found = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if slurm.isdigit():
+        found.append(int(slurm))
+    with contextlib.suppress(OSError, ValueError):             # no Linux, or a quota written as nobody knows it
+        for line in process.read_text().splitlines():
+            _, controllers, place = line.split(":", 2)         # version 2 names no controllers
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            folder = cgroups / ("cpu" if controllers else "") / place.strip("/")
+            for group in (folder, *folder.parents):
+                if group != cgroups and cgroups not in group.parents:
+                    break
+                quota, period = "max", "100000"
+                if (group / "cpu.max").is_file():              # version 2
+                    quota, period = (group / "cpu.max").read_text().split()
+                elif (group / "cpu.cfs_quota_us").is_file():   # version 1, where -1 means none
+                    quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+                if quota != "max" and int(quota) > 0:
+                    found.append(math.ceil(int(quota) / int(period)))
+    return max(1, min(found))
+
+
+# Before PyTorch is loaded, which reads these once. Threads that wait spin for some milliseconds by default, which takes the
+# core from those that they wait for where other processes run: five times slower. A tenth of a millisecond costs nothing.
+for _name, _value in (("OMP_NUM_THREADS", cores()), ("GOMP_SPINCOUNT", 1000), ("KMP_BLOCKTIME", 1)):
+    os.environ.setdefault(_name, str(_value))
+
+
 # ---------------------------------------------------------------------------------------------- reading
 
 def load(cls: type[Config], path: str | Path | None = None, overrides: list[str] = ()) -> Config:

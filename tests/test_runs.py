@@ -1,4 +1,5 @@
 """runs.py: configurations go round, and every mistake is one line that says what to do."""
+import os
 import signal
 import subprocess
 import sys
@@ -216,3 +217,36 @@ runs.leave(runs.REQUEUE)
 """)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=40)
     assert (done.returncode, done.stdout) == (runs.REQUEUE, "told\n"), done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ threads
+
+def test_cores_are_those_that_this_process_may_use(tmp_path, monkeypatch):
+    """The least of affinity, Slurm's word and the quotas of the process's control group and of those above it."""
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.setattr(runs.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    process, root = tmp_path / "cgroup", tmp_path / "fs"
+    (root / "job" / "step").mkdir(parents=True)
+    (root / "cpu" / "job").mkdir(parents=True)
+    process.write_text("0::/job/step\n")
+    assert runs.cores(root, process) == runs.cores(root, tmp_path / "none") == 8
+    (root / "job" / "step" / "cpu.max").write_text("max 100000\n")
+    assert runs.cores(root, process) == 8
+    (root / "job" / "cpu.max").write_text("250000 100000\n")
+    assert runs.cores(root, process) == 3                                    # two and a half
+    process.write_text("5:memory:/job\n4:cpu,cpuacct:/job\n")
+    for quota, expected in ((-1, 8), (50000, 1), (600000, 6)):
+        (root / "cpu" / "job" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (root / "cpu" / "job" / "cpu.cfs_period_us").write_text("100000\n")
+        assert runs.cores(root, process) == expected
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "2")
+    assert runs.cores(root, process) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_scripts_take_the_threads_of_their_cores():
+    core = min(os.sched_getaffinity(0))
+    code = f"import os; os.sched_setaffinity(0, {{{core}}}); import runs, torch; print(torch.get_num_threads(), os.environ['GOMP_SPINCOUNT'])"
+    bare = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=bare, capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "1000"], done.stderr

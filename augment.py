@@ -21,12 +21,14 @@ three channels are equal, noise included.
 """
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -48,6 +50,17 @@ class Augment:
     negative: float = 0.04                  # of noise, texture or even ground, without cells, for the image
     light: float = 0.3                      # of uneven light, a smooth field that multiplies
     light_range: Range = (0.05, 0.35)       # standard deviation of the field's logarithm
+    paste: float = 0.0                      # of cells of another image of the set, laid over
+    halo: float = 0.0                       # of bright or dark rims, as phase contrast has around cells
+    halo_px: Range = (2.0, 8.0)             # px of the crop, how wide the rim is
+    halo_range: Range = (0.3, 1.5)          # how strong it is, in contrasts of what it surrounds
+    coarse: float = 0.0                     # of fewer pixels: reduced, and enlarged again
+    coarse_range: Range = (0.4, 1.0)        # the factor
+    blocks: float = 0.0                     # of JPEG compression
+    blocks_range: Range = (0.5, 6.0)        # its strength: multiples of the standard's tables (quality 50 is 1)
+    stain: float = 0.0                      # of other dyes: another mixture of the optical densities (colour images)
+    stain_range: Range = (0.05, 0.3)        # how far the mixture is from none
+    tint: float = 0.0                       # of one dye on white, of any colour (gray images)
     blur: float = 0.2                       # of a Gaussian blur
     blur_px: Range = (0.4, 2.0)             # px of the crop, its sigma
     noise: float = 0.3                      # of Gaussian noise
@@ -111,12 +124,13 @@ import tifffile                             # noqa: E402
 import torch                                # noqa: E402
 import torch.nn.functional as F             # noqa: E402
 from scipy import ndimage                   # noqa: E402
+from scipy.special import ndtri             # noqa: E402
 from skimage.measure import label           # noqa: E402
 from torch import Tensor                    # noqa: E402
 from tqdm import tqdm                       # noqa: E402
 
 import data                                 # noqa: E402
-from draws import Draws, hashed, noise      # noqa: E402
+from draws import Draws, hashed, noise, scramble                       # noqa: E402
 
 
 # -------------------------------------------------------------------------------------------- resident
@@ -254,6 +268,11 @@ def sample(resident: Resident, images: np.ndarray, numbers: np.ndarray, config: 
     negative = draws.happens("negative")
     out = y.new_empty(len(images), 3, size, size)
     far = y.new_empty(len(images), 1, size, size)
+    labels = nearest(resident, images, y, x) * send(~negative, device)[:, None, None]
+    depth = depths(resident, images, scale)                                  # (B, K)
+    over = paste(resident, images, draws, size, negative, labels, depth) if cap is not None and config.paste else None
+    if over:
+        labels, depth = over.labels, over.depth
     for C in (1, 3):
         rows = np.flatnonzero(resident.gray[images] == (C == 1))
         if len(rows):
@@ -261,17 +280,24 @@ def sample(resident: Resident, images: np.ndarray, numbers: np.ndarray, config: 
             wanted = [*range(C)] + [3] * (cap is None)
             planes = bilinear(resident, here, level[rows], y[index], x[index], wanted)
             crop = touch(planes[:, :C], some, negative[rows], texture)       # (k, C, S, S)
+            if over:
+                crop = crop.lerp(over.pixels[index, :C], over.alpha[index])
+            crop = touch(crop, some, some.happens("stain") & (C == 3), stain)
             crop = expose(crop, some, np.where(negative[rows], 0.5, resident.mean[here]))
-            out.index_copy_(0, index, recolour(crop, some, resident.alive[here, :C]))
+            crop = recolour(crop, some, resident.alive[here, :C])            # (k, 3, S, S)
+            out.index_copy_(0, index, touch(crop, some, some.happens("tint") & (C == 1), tint))
             far.index_copy_(0, index, planes[:, -1:])
-    labels = nearest(resident, images, y, x) * send(~negative, device)[:, None, None]
 
-    K = int(resident.cells[images].max()) + 1
-    cell = send(resident.cell[images], device)[:, None] + torch.arange(K, device=device)     # (B, K)
-    depth = resident.depth.take(cell.clamp(max=len(resident.depth) - 1)) * send(scale, device)[:, None]
     if cap is None:
         return out, per_cell(far * (labels > 0)[:, None], labels, torch.ones_like(depth)), labels
     return out, per_cell(capped(labels, cap), labels, depth.clamp(max=cap)), labels
+
+
+def depths(resident: Resident, images: np.ndarray, scale: np.ndarray) -> Tensor:
+    """(B, K) px of the crop: the largest distance to its edge in each cell of the images, ground first."""
+    device = resident.words.device
+    cell = send(resident.cell[images], device)[:, None] + torch.arange(int(resident.cells[images].max()) + 1, device=device)
+    return resident.depth.take(cell.clamp(max=len(resident.depth) - 1)) * send(scale, device)[:, None]
 
 
 def send(array: np.ndarray, device: torch.device) -> Tensor:
@@ -292,6 +318,48 @@ def touch(x: Tensor, draws: Draws, which: np.ndarray, change: Callable[[Tensor, 
         index = send(rows, x.device)
         x.index_copy_(0, index, change(x[index], draws.at(rows)))
     return x
+
+
+# ------------------------------------------------------------------------------------------- more cells
+
+class Pasted(NamedTuple):
+    """Cells of other images over those of B crops."""
+    pixels: Tensor                      # (B, 3, S, S) of the other images
+    alpha: Tensor                       # (B, 1, S, S) how far they cover
+    labels: Tensor                      # (B, S, S) of both, the pasted ones behind
+    depth: Tensor                       # (B, K) of both
+
+
+def paste(resident: Resident, images: np.ndarray, draws: Draws, size: int, negative: np.ndarray, labels: Tensor,
+          depth: Tensor) -> Pasted | None:
+    """About half of the cells of another image of the same set, over the crops labels (B, S, S); None where none are.
+
+    They bring their surroundings along over two pixels; under them cells lose what is covered.
+    """
+    device, group = resident.words.device, resident.group[images]
+    first, count = np.searchsorted(np.sort(resident.group), np.arange(group.max() + 1)), np.bincount(resident.group)
+    other = np.argsort(resident.group, kind="stable")[first[group] + (draws.uniform("paste image") * count[group]).astype(int)]
+    rows = np.flatnonzero(draws.happens("paste") & ~negative & (resident.gray[other] == resident.gray[images]))
+    if not len(rows):
+        return None
+    second = Draws(scramble(draws.key[rows]), draws.config)                  # values of their own for place and turn
+    scale, y, x = coordinates(resident, other[rows], second, size)
+    level = np.clip(np.round(-np.log2(scale)), 0, LEVELS - 1).astype(int)
+    theirs = nearest(resident, other[rows], y, x)                            # (k, S, S)
+    whole = depths(resident, other[rows], scale)                             # (k, K')
+    taken = second.uniform("taken", whole.shape[1]) < 0.5
+    taken[:, 0] = False
+    theirs = theirs * send(taken, device).gather(1, theirs.flatten(1).long()).view(theirs.shape)
+    index, own = send(rows, device), send(resident.cells[images[rows]], device)[:, None]     # (k, 1) cells there are
+    mask = (theirs > 0)[:, None].float()
+    soft = torch.maximum(mask, F.avg_pool2d(F.max_pool2d(mask, 3, 1, 1), 3, 1, 1, count_include_pad=False))
+    pixels, alpha = labels.new_zeros(len(images), 3, size, size, dtype=y.dtype), labels.new_zeros(len(images), 1, size, size, dtype=y.dtype)
+    pixels.index_copy_(0, index, bilinear(resident, other[rows], level, y, x, [0, 1, 2]))
+    alpha.index_copy_(0, index, soft)
+    both = labels.index_copy(0, index, torch.where(theirs > 0, theirs + own[:, :, None], labels[index]).to(labels.dtype))
+    depth = F.pad(depth, (0, whole.shape[1]))                                # theirs follow each image's own
+    places = own + torch.arange(1, whole.shape[1], device=device)
+    return Pasted(pixels, alpha, both, depth.index_copy(0, index, depth[index].scatter(1, places, whole[:, 1:])))
 
 
 # -------------------------------------------------------------------------------------------- geometry
@@ -378,8 +446,10 @@ def bilinear(resident: Resident, images: np.ndarray, level: np.ndarray, y: Tenso
 
 def expose(x: Tensor, draws: Draws, mean: np.ndarray) -> Tensor:
     """x (k, C, S, S) in [0, 1], written over, through light, optics, camera, display; mean (k,) of images."""
+    x = touch(x, draws, draws.happens("halo"), halo)
     x = touch(x, draws, draws.happens("light"), light)
     x = touch(x, draws, draws.happens("blur"), blur)
+    x = touch(x, draws, draws.happens("coarse"), coarse)
     x = touch(x, draws, draws.happens("noise") | draws.happens("shot"), grain).clamp_(0, 1)
     x = touch(x, draws, draws.happens("dim"), dim)
     invert = draws.happens("invert")                                         # then contrast around the mean
@@ -387,7 +457,85 @@ def expose(x: Tensor, draws: Draws, mean: np.ndarray) -> Tensor:
     offset = draws.within("brightness_range") * draws.happens("brightness")
     offset += invert * factor + np.where(invert, 1 - mean, mean) * (1 - factor)
     x = x.mul_(each(np.where(invert, -factor, factor), x)).add_(each(offset, x)).clamp_(0, 1)
-    return touch(x, draws, draws.happens("gamma"), gamma)
+    x = touch(x, draws, draws.happens("gamma"), gamma)
+    return touch(x, draws, draws.happens("blocks"), blocks)
+
+
+def halo(x: Tensor, draws: Draws) -> Tensor:
+    """What differs from its surroundings pushes these the other way; the means over a box and over boxes of boxes are Gaussian
+    enough. Then the range is that of the image again."""
+    wide = draws.within("halo_px")
+    around = torch.stack([smoothed(one, 2 * int(px) + 1) for one, px in zip(x, wide)])       # (k, C, S, S)
+    return stretch(x + each(draws.within("halo_range"), x) * (x - around), least=0.1)
+
+
+def smoothed(x: Tensor, side: int) -> Tensor:
+    """(C, S, S) averaged twice over squares of `side` px, edges repeated."""
+    half = min(side // 2, x.shape[-1] - 1)
+    for _ in range(2):
+        x = F.avg_pool2d(F.pad(x[None], (half,) * 4, mode="replicate"), 2 * half + 1, 1)[0]
+    return x
+
+
+def coarse(x: Tensor, draws: Draws) -> Tensor:
+    size = x.shape[-1]
+    few = [F.interpolate(one[None], size=(max(8, round(size * part)),) * 2, mode="bilinear", antialias=True)
+           for one, part in zip(x, draws.within("coarse_range"))]
+    return torch.cat([F.interpolate(one, size=(size, size), mode="bilinear") for one in few])
+
+
+DARKEST = 0.05              # of the light passes at least: an optical density of 3
+
+
+def stain(x: Tensor, draws: Draws) -> Tensor:
+    """(k, 3, S, S) in colour: densities -log(x) mixed anew, so that dyes move apart and together and change their hue; stretched
+    as every image is."""
+    strength = draws.within("stain_range")[:, None, None]
+    matrix = np.eye(3) + strength * ndtri(draws.uniform("dyes", 3, 3))                       # (k, 3, 3)
+    density = -(x * (1 - DARKEST) + DARKEST).log()
+    density = torch.einsum("kij,kjyx->kiyx", send(matrix, x.device), density)
+    return stretch((-density.clamp(min=-1, max=4)).exp(), least=0.05)
+
+
+def tint(x: Tensor, draws: Draws) -> Tensor:
+    """(k, 3, S, S) gray: its brightness becomes the density of a dye on white, beside a counterstain in patches."""
+    dye = 0.3 + 2.5 * draws.uniform("dye", 3) ** 1.5                         # (k, 3) densities where it is brightest
+    beside = draws.uniform("counterstain", 3) ** 2
+    density = x * each(dye, x) + texture(x[:, :1], draws) * each(beside, x)
+    return stretch((-density).exp(), least=0.05)
+
+
+# ISO/IEC 10918-1, annex K: steps of the cosine coefficients of brightness and of colour
+BRIGHTNESS = ((16, 11, 10, 16, 24, 40, 51, 61), (12, 12, 14, 19, 26, 58, 60, 55), (14, 13, 16, 24, 40, 57, 69, 56),
+              (14, 17, 22, 29, 51, 87, 80, 62), (18, 22, 37, 56, 68, 109, 103, 77), (24, 35, 55, 64, 81, 104, 113, 92),
+              (49, 64, 78, 87, 103, 121, 120, 101), (72, 92, 95, 98, 112, 100, 103, 99))
+COLOUR = ((17, 18, 24, 47), (18, 21, 26, 66), (24, 26, 56, 99), (47, 66, 99, 99))           # 99 elsewhere
+YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))   # ITU-T T.871
+
+
+@functools.lru_cache
+def jpeg(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The cosine transform of 8 px, the steps of three planes in [0, 1], the colour transform and back."""
+    at = np.arange(8)
+    cosines = np.cos((2 * at + 1) * at[:, None] * np.pi / 16) * np.where(at[:, None], 0.5, 8 ** -0.5)
+    colour = np.full((8, 8), 99)
+    colour[:4, :4] = COLOUR
+    steps = np.stack((BRIGHTNESS, colour, colour)) / 255
+    return tuple(send(v, device) for v in (cosines, steps, np.array(YCBCR), np.linalg.inv(YCBCR)))
+
+
+def blocks(x: Tensor, draws: Draws) -> Tensor:
+    """(k, C, S, S) as JPEG keeps it: squares of 8 px, their cosine coefficients rounded."""
+    cosines, steps, into, back = jpeg(x.device)
+    (C, size), pad = x.shape[1:3], -x.shape[-1] % 8
+    planes = F.pad(x, (0, pad, 0, pad), mode="replicate")
+    if C == 3:
+        planes = torch.einsum("ij,kjyx->kiyx", into, planes)
+    squares = planes.unfold(2, 8, 8).unfold(3, 8, 8)                         # (k, C, S/8, S/8, 8, 8)
+    step = steps[:C, None, None] * send(draws.within("blocks_range"), x.device).view(-1, 1, 1, 1, 1, 1)
+    squares = cosines.T @ ((cosines @ squares @ cosines.T / step).round() * step) @ cosines
+    planes = squares.transpose(3, 4).reshape(planes.shape)[..., :size, :size]
+    return (torch.einsum("ij,kjyx->kiyx", back, planes) if C == 3 else planes).clamp(0, 1)
 
 
 def light(x: Tensor, draws: Draws) -> Tensor:

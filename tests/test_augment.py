@@ -339,7 +339,7 @@ def test_light_darkens_smoothly():
 
 
 def test_gray_stays_gray_and_black_stays_black():
-    busy = Augment(**{name: 0.7 for name in CHANCES} | {"drop": 0.0, "negative": 0.3})
+    busy = Augment(**{name: 0.7 for name in CHANCES} | {"drop": 0.0, "negative": 0.3, "tint": 0.0})
     x = crops([entry(0, 90, 90)], busy, B=16)[0]
     assert torch.equal(x[:, 0], x[:, 1]) and torch.equal(x[:, 0], x[:, 2])
     name, pixels, labels = entry(1, 90, 90, colour=True)
@@ -498,3 +498,70 @@ def test_the_shipped_configuration_lists_every_key():
     text = (ROOT / "configs" / "augment.yaml").read_text()
     assert all(f"{f.name}: " in text for c in (augment.Config, Augment) for f in dataclasses.fields(c)
                if f.name != "augment")
+
+
+# --------------------------------------------------------------------------------- what strangers look like
+
+def test_pasted_cells_bring_their_pixels_labels_and_distances():
+    """Half of the pixels are bright where cells are; pasted ones as well, and the target is the distance map of what is there."""
+    entries = [entry(seed, 96, 96, n=8, radius=10) for seed in range(3)]
+    one, two = (crops(entries, config, np.arange(8) % 3, size=96) for config in (OFF, only(paste=1.0)))
+    assert sum(len(np.unique(b)) > len(np.unique(a)) for a, b in zip(one[2], two[2])) >= 6
+    for x, y, labels in zip(*two):
+        labels = labels.numpy()
+        inside = ndimage.minimum_filter(labels, 5) == ndimage.maximum_filter(labels, 5)
+        assert x[0].numpy()[inside & (labels > 0)].min() > 0.55 and x[0].numpy()[inside & (labels == 0)].max() < 0.35
+        whole = data.distance_map(labels, cap=4)
+        cut = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+        kept = np.isin(labels, cut, invert=True) & (np.bincount(labels.ravel())[labels] > 150)
+        assert abs(y[0].numpy() - whole)[kept].max() < 0.35                  # covered cells keep the depth they had
+    assert torch.equal(two[0], crops(entries, only(paste=1.0), np.arange(8) % 3, size=96)[0])
+
+
+def test_halos_push_the_surroundings_away():
+    """A bright square on gray gets a darker rim, a dark one a brighter; far from both nothing changes sides."""
+    image = np.full((3, 96, 96), 0.5, np.float32)
+    image[:, 20:40, 20:40], image[:, 60:80, 60:80] = 1, 0
+    x = crops([("a", image, np.zeros((96, 96), int))], only(halo=1.0, halo_px=(5, 5), halo_range=(1, 1)), size=96, B=2)[0][0, 0]
+    far, beside_bright, beside_dark = x[8, 88], x[44, 30], x[56, 70]
+    assert beside_bright < far - 0.05 and beside_dark > far + 0.05
+
+
+def test_coarse_images_have_no_fine_detail():
+    rng = np.random.default_rng(0)
+    image = rng.random((1, 96, 96), np.float32).repeat(3, 0)
+    x = crops([("a", image, np.zeros((96, 96), int))], only(coarse=1.0, coarse_range=(0.4, 0.4)), size=96, B=1)[0][0, 0].numpy()
+    power = abs(np.fft.fft2(x - x.mean())) ** 2
+    y, x = np.meshgrid(*(abs(np.fft.fftfreq(96)),) * 2, indexing="ij")
+    assert power[np.hypot(y, x) > 0.3].sum() < 0.05 * power.sum()
+
+
+def test_blocks_are_what_pillow_writes():
+    """Quality 50 is the standard's tables themselves; without subsampling the images differ by a level of its integers or two, and a coefficient here and there."""
+    from io import BytesIO
+    from PIL import Image
+    y, x = np.mgrid[:64, :64] / 64
+    image = np.stack([y, x, 0.5 + 0.4 * np.sin(20 * x * y)]).astype(np.float32)
+    image = np.round(image * 255) / 255
+    ours = crops([("a", image, np.zeros((64, 64), int))], only(blocks=1.0, blocks_range=(1, 1)), size=64, B=1)[0][0].numpy()
+    file = BytesIO()
+    Image.fromarray(np.round(image * 255).astype(np.uint8).transpose(1, 2, 0)).save(file, "JPEG", quality=50, subsampling=0)
+    theirs = np.asarray(Image.open(file), float).transpose(2, 0, 1) / 255
+    assert abs(ours - theirs).max() < 0.04 and abs(ours - theirs).mean() < 0.003 and abs(ours - image).max() > 0.05
+
+
+def test_stains_change_hue_but_not_place():
+    labels, (_, image, _) = discs(0, 96, 96, 10, 12), entry(0, 96, 96, colour=True)
+    image = 1 - 0.6 * (labels > 0) * np.array([0.9, 1.0, 0.5])[:, None, None] - 0.1 * image
+    x = crops([("a", image.astype(np.float32), labels)], only(stain=1.0, stain_range=(0.2, 0.2)), size=96)[0].numpy()
+    assert (abs(x - image).max((1, 2, 3)) > 0.02).all() and len(np.unique(x.mean((1, 2, 3)).round(4))) == 8
+    for one in x:
+        assert max(abs(np.corrcoef(plane.ravel(), labels.ravel() > 0)[0, 1]) for plane in one) > 0.8
+
+
+def test_gray_images_get_a_dye_on_white():
+    labels = discs(0, 96, 96, 10, 12)
+    image = np.broadcast_to((labels > 0).astype(np.float32), (3, 96, 96))
+    x = crops([("a", image, labels)], only(tint=1.0), size=96)[0].numpy()
+    inside, outside = x[:, :, labels > 0].mean(2), x[:, :, labels == 0].mean(2)
+    assert (inside < outside - 0.2).any(1).all() and (abs(x[:, 0] - x[:, 1]).max((1, 2)) > 0.02).all()

@@ -1,8 +1,8 @@
 """Speed, as ratios in one run on one machine: every row stands beside what it is compared with.
 
-    python tests/bench.py                         everything but what is slow
-    python tests/bench.py watershed segment       some of it: watershed, network, metrics, segment,
-                                                  train_seg; kinds, ssl, stream, seams, memory (slow)
+    python bench/bench.py                         everything but what is slow
+    python bench/bench.py watershed segment       some of it: watershed, metrics, segment, processor;
+                                                  threads, kinds, ssl, stream, seams, memory (slow)
 
 Medians of several runs; the header names hardware and versions. With a CUDA device the network and the watershed
 run there as well.
@@ -100,41 +100,6 @@ def watershed() -> None:
     table("Watershed, 2048 x 2048 px, 2,000 cells", ["map", "scikit-image", "watershed.py", "faster", "same pixels"], rows)
 
 
-def network() -> None:
-    import torch
-    import model
-    rows = []
-    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        net = model.DINOCell().eval().to(device)
-        for size in (224, 512):
-            parts = model.cost(net, size)
-            flops = sum(row[2] for row in parts)
-            x = torch.rand(1, 3, size, size, device=device)
-            h = size // net.backbone.patch
-
-            def whole():
-                net(x)
-                x.is_cuda and torch.cuda.synchronize()
-
-            def backbone():
-                net.backbone.features(x, net.taps)
-                x.is_cuda and torch.cuda.synchronize()
-
-            with torch.inference_mode():
-                taps = net.backbone.features(x, net.taps)
-
-                def decoder():
-                    net.decoder(x, taps, h, h)
-                    x.is_cuda and torch.cuda.synchronize()
-                all_of_it, first, second = seconds(whole), seconds(backbone), seconds(decoder)
-            work = sum(row[2] for row in parts if row[0].startswith("decoder"))
-            rows.append([f"{size}, {device}", f"{all_of_it:.3f} s", f"{flops / all_of_it / 1e9:.0f} GFLOP/s",
-                         f"{flops / 1e9:.1f}", f"{first / (first + second):.0%} / {second / (first + second):.0%}",
-                         f"{1 - work / flops:.0%} / {work / flops:.0%}"])
-    table("S/8, forward pass of one image, float32",
-          ["px, device", "time", "rate", "GFLOPs", "time backbone / decoder", "FLOPs backbone / decoder"], rows)
-
-
 def cell_pair(size: int = 2048, cells: int = 5000, move: float = 2.0, seed: int = 0):
     """Two int32 label images of touching cells about size / sqrt(cells) px wide; the second's centres are moved."""
     import numpy as np
@@ -212,7 +177,7 @@ def segment() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, size in (("tiny", 1024), ("tiny", 2048), ("s8", 1024 if device == "cpu" else 2048)):
             weights = infer.find_weights(name, Path(infer.__file__).parent / "final_models")
-            network = model.load(weights).to(device)
+            network = model.load(weights).ready(device)
             path = whole_image(size, Path(folder))
             times = []
             for _ in range(3):
@@ -273,10 +238,10 @@ def elsewhere(file: str, part: str):
     return lambda: getattr(importlib.import_module(file), part)()
 
 
-PARTS = {"watershed": watershed, "network": network, "metrics": metrics, "segment": segment,
-         "train_seg": elsewhere("bench_seg", "train_seg"), "kinds": elsewhere("bench_seg", "kinds"), "ssl": elsewhere("bench_ssl", "ssl"),
-         "stream": elsewhere("bench_stream", "stream"), "seams": seams, "memory": memory}
-SLOW = ("kinds", "ssl", "stream", "seams", "memory")
+PARTS = {"watershed": watershed, "metrics": metrics, "segment": segment,
+         "processor": elsewhere("bench_processor", "processor"), "threads": elsewhere("bench_processor", "threads"),
+         "kinds": elsewhere("bench_kinds", "kinds"), "ssl": elsewhere("bench_ssl", "ssl"), "stream": elsewhere("bench_stream", "stream"), "seams": seams, "memory": memory}
+SLOW = ("threads", "kinds", "ssl", "stream", "seams", "memory")
 
 
 if __name__ == "__main__":

@@ -1,61 +1,12 @@
-"""Parts of bench.py: a step of train_seg.py and what of it is not the network; which decoder images go to."""
+"""Part of bench.py: which decoder images go to."""
 from __future__ import annotations
 
 import dataclasses
-import statistics
-import time
 from pathlib import Path
 
 import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def train_seg(steps: int = 20) -> None:
-    """The shipped small configurations on drawn fields: forward, backward and AdamW against cutting and augmenting crops."""
-    import numpy as np
-    import torch
-    import augment
-    import runs
-    import train_seg as script
-    import trainset
-    from bench import table
-    rows = []
-    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        for name in ("seg_laptop", "dinocell_tiny"):
-            config = runs.load(script.Config, ROOT / "configs" / f"{name}.yaml")
-            drawn = trainset.Data(fields=20, field_size=384)
-            images, *_ = trainset.load(drawn, 0, device, config.cap)
-            changes = runs.from_dict(augment.Augment, config.augment, name)
-            net = script.build(config).to(device)
-            optimiser = script.optimiser_for(net, config, device)
-            average = torch.optim.swa_utils.AveragedModel(
-                net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema))
-
-            def wait():
-                if device == "cuda":
-                    torch.cuda.synchronize()
-            clocks = []
-            for step in range(steps + 2):
-                begin = time.perf_counter()
-                sample = np.arange(config.batch) + step * config.batch
-                x, target, _ = augment.sample(images, images.draw(0, sample), sample, changes, config.crop, 0, config.cap)
-                wait()
-                prepared = time.perf_counter()
-                with torch.autocast(device, torch.bfloat16, enabled=script.use_bf16(config, device)):
-                    loss = (net(x).float() - target).square().mean()
-                loss.backward()
-                optimiser.step()
-                optimiser.zero_grad(set_to_none=True)
-                wait()
-                learned = time.perf_counter()
-                average.update_parameters(net)
-                wait()
-                clocks.append((time.perf_counter() - begin, learned - prepared))
-            whole, network = (statistics.median(c) for c in zip(*clocks[2:]))
-            rows.append([name, device, f"{config.batch} x {config.crop} x {config.crop}", f"{whole:.3f} s",
-                         f"{config.batch / whole:.1f}", f"{1 - network / whole:.1%}"])
-    table("A step of train_seg.py", ["configuration", "device", "crops", "time", "crops/s", "outside the network"], rows)
 
 
 def kinds() -> None:

@@ -1,7 +1,7 @@
 """Speed of pretraining: a step as train_ssl.py runs it against one of plain modules, and what each operation
 is bound by.
 
-    python tests/bench.py ssl
+    python bench/bench.py ssl
 
 On a GPU the shape of configs/ssl.yaml (S/8, 64 fields, 2 x 224 and 8 x 96 px, bf16, compiled); on a CPU a
 small one in float32, uncompiled: there the two ways differ by little. The rate that utilisation is a share
@@ -185,7 +185,7 @@ def operations(config, pool, device: str, rate: float, bandwidth: float) -> list
          4 * 2 * B * T * T * D, 4 * width * large.numel()),
         ("attention in small crops", lambda: F.scaled_dot_product_attention(small, small, small),
          4 * B * shown.locals * t * t * D, 4 * width * small.numel()),
-        ("RoPE on large crops", lambda: model.rotate(large, *rope), 3 * large.numel(), 2 * width * large.numel()),
+        ("RoPE on large crops", lambda: model.rotate(large.transpose(1, 2), *rope), 3 * large.numel(), 2 * width * large.numel()),
         ("LayerNorm, all tokens", lambda: F.layer_norm(x, (D,), ones, ones), 8 * n * D, 2 * width * n * D),
         ("GELU, all tokens", lambda: F.gelu(wide), 8 * wide.numel(), 2 * width * wide.numel()),
         ("residual with LayerScale", lambda: x + ones * x, 2 * n * D, 3 * width * n * D),

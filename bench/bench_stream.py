@@ -1,4 +1,4 @@
-"""How fast fields come, and whether training waits for them: `python tests/bench.py stream`.
+"""How fast fields come, and whether training waits for them: `python bench/bench.py stream`.
 
 A server on loopback (moto in a process of its own) gives fields of 8 channels of 1080 x 1080 px. (1) Fields a
 second against a plain loop of boto3 in threads that decodes as well. (2) With the server limited to 20 MB/s, who

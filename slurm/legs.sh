@@ -80,7 +80,7 @@ part train_ssl.py "$SSL" "${PRETRAIN:-480}" ${roots[@]+"${roots[@]}"}
 part train_seg.py "$SEG" "${TRAIN:-840}" "init=final_models/$(name_of "$SSL").pt" "$@"
 if [ "${MEASURE:-yes}" = yes ]; then
     [ "$(left)" -gt 60 ] || { echo "leg over before measuring; the same command goes on"; exit 85; }
-    measured bench.txt tests/bench.py network segment train_seg ssl watershed
+    measured bench.txt bench/bench.py network segment train_seg ssl watershed
     measured results.txt evaluate.py bench configs/results.yaml
     cp docs/results.md "$keep/results.md.txt"
 fi

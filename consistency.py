@@ -74,12 +74,13 @@ def with_attention(vit: model.ViT, x: Tensor) -> tuple[model.Tokens, Tensor]:
     finally:
         hook.remove()
         vit.train(training)
-    (y, rope), = inputs                                             # (B, T, D)
+    (y, rope, _), = inputs                                             # (B, T, D)
     B, T, D = y.shape
-    q, k = ((y @ part.mT).view(B, T, attention.heads, -1).transpose(1, 2)
-            for part in attention.qkv.weight[:2 * D].split(D))      # (B, heads, T, head)
-    q = q + attention.q_bias.view(attention.heads, 1, -1)           # keys have no bias
-    logits = model.rotate(q, *rope)[:, :, :1] @ model.rotate(k, *rope).mT / math.sqrt(q.shape[3])
+    q, k = ((y @ part.mT).view(B, T, attention.heads, -1)
+            for part in attention.qkv.weight[:2 * D].split(D))      # (B, T, heads, head)
+    q = q + attention.q_bias.view(attention.heads, -1)              # keys have no bias
+    q, k = (model.rotate(part, *rope).transpose(1, 2) for part in (q, k))
+    logits = q[:, :, :1] @ k.mT / math.sqrt(q.shape[3])
     share = logits.float().softmax(3)[:, :, 0, 1 + vit.registers:]  # (B, heads, N)
     return tokens, share.unflatten(2, (x.shape[2] // vit.patch, -1))
 

@@ -198,7 +198,7 @@ class Network:
     @cached_property
     def net(self):
         import model
-        return model.load(self.entry.weights).to(runs.pick_device(self.config.device))
+        return model.load(self.entry.weights).ready(runs.pick_device(self.config.device))
 
     def measure(self, pixels: np.ndarray) -> dict[str, Any]:
         """Cells of a tile (2, H, W): the marker in each, in the image's units, and their area."""

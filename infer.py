@@ -142,7 +142,7 @@ def segment_all(found: dict[Path | str, str], shelf: remote.Shelf, table: str, w
         import model
         from images import TOLD
         device = runs.pick_device(config.device)
-        net = model.load(weights).to(device)
+        net = model.load(weights).ready(device)
         if config.kind:                                       # one that there is not: said before the first image
             config = replace(config, kind=kinds.named(net, config.kind))
         summary, start = Summary(shelf.folder / table), time.perf_counter()

@@ -11,7 +11,7 @@ or min_area= decides himself.
 
 Why single images are kept and not a mean for each set: a set shows many things, and a small set of one thing lies among
 them. With means, half of the nuclei went to two sets of two images. Why by direction from the middle of all, and not by distance: how far
-from the middle a token lies follows the contrast of the image. `python tests/bench.py kinds` measures how often each errs.
+from the middle a token lies follows the contrast of the image. `python bench/bench.py kinds` measures how often each errs.
 
 Letters: n tiles, T their side in px, D width of the backbone.
 """
@@ -35,7 +35,7 @@ SHARED = "shared"   # the name of the decoder and the setting that serve all set
 def token(net, tiles: Tensor) -> Tensor:
     """(n, 3, T, T) in [0, 1] of one image -> (2 D,): mean and deviation of the last block's tokens in a tile, of all tiles."""
     with net.autocast():
-        last, = net.backbone.features((tiles.to(net.mean.device) - net.mean) / net.std, net.taps[-1:])
+        last, = net.backbone.features(net.standardised(tiles.to(net.mean.device)), net.taps[-1:])
     last = last.float()                                                                # (n, tokens, D)
     return torch.cat([last.mean(1), last.std(1, correction=0)], 1).mean(0).cpu()
 

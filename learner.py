@@ -57,9 +57,9 @@ class Encoder(nn.Module):
             if jitter is not None:
                 ropes = [rope_table(vit.periods, *g, plain, jitter[depth, i]) for i, g in enumerate(grids)]
             parts = zip(block.norm1(x).split(lengths), shapes, ropes)
-            parts = [block.attn(part.view(shape), rope).flatten(0, 1) for part, shape, rope in parts]
-            x = x + block.scale1 * torch.cat(parts)
-            x = x + block.scale2 * block.fc2(F.gelu(block.fc1(block.norm2(x))))
+            parts = [block.attn(part.view(shape), rope, block.scale1).flatten(0, 1) for part, shape, rope in parts]
+            x = x + torch.cat(parts)
+            x = x + block.mlp(x)
         parts = [part.view(shape) for part, shape in zip(vit.norm(x).split(lengths), shapes)]
         return [Tokens(t[:, 0], t[:, 1:plain], t[:, plain:]) for t in parts]
 

@@ -271,7 +271,7 @@ class Network:
     @cached_property
     def net(self):
         import model
-        return model.load(self.path).to(runs.pick_device(self.device))
+        return model.load(self.path).ready(runs.pick_device(self.device))
 
     def with_options(self, **options) -> Network:
         """The same network, read once, with other options."""

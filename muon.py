@@ -16,7 +16,7 @@ from torch import Tensor
 
 # a x + b x^3 + c x^5, one after the other: each is the one that comes closest to 1 on where the one before leaves singular
 # values between .003 and 1 (a linear programme; Amsel et al., 2025). After the last they are between .80 and 1.20, those of
-# .001 at .29. Jordan's, one polynomial five times, leaves .68 to 1.13 and takes a quarter longer.
+# .001 at .29. Jordan's, one polynomial five times, leaves .68 to 1.20 and takes a quarter longer.
 POLYNOMIALS = ((8.3837, -24.7659, 18.3571), (4.0434, -3.0114, 0.5695), (3.5056, -2.6267, 0.5257), (2.4901, -1.8343, 0.4368))
 SIZE = 0.2                                  # root mean square of AdamW's updates, in learning rates
 

@@ -32,6 +32,7 @@ import kinds
 from watershed import drop_small, lengths, watershed, without_holes
 
 
+GROWN = 1.6             # tiles are at most so much larger than the crops of training
 UNIT = np.array([[0.0, 1.0]] * 3)      # limits of an image (3, H, W) that is normalised already
 
 
@@ -91,12 +92,17 @@ def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
     return max(1, round(H * scale)), max(1, round(W * scale))
 
 
-def _side(model, tile: int | None) -> int:
-    """Of the tiles, px."""
-    tile, patch = tile or model.settings.tile, model.backbone.patch
-    if tile % patch:
+def _side(model, tile: int | None, overlap: int | None, diameter: float | None, size: tuple[int, int]) -> tuple[int, int]:
+    """Side of the tiles and what neighbours share, px. The side is the given one; or, from the training crops' to GROWN times
+    that, the one whose tiles cover an image of that size with the fewest pixels. The overlap is the given one, or `diameter`."""
+    patch, least = model.backbone.patch, tile or model.settings.tile
+    if least % patch:
         raise ValueError(f"tile={tile}: expected a multiple of the patch, {patch} px")
-    return tile
+    shared = min(max(least // 8, round(diameter or 0)), least // 2) if overlap is None else overlap
+    if not 0 <= shared <= least // 2:
+        raise ValueError(f"overlap={overlap}: expected 0 to half the tile, {least // 2} px")
+    sides = [least] if tile else range(least, int(GROWN * least) + 1, patch)
+    return min(sides, key=lambda side: len(starts(size[0], side, shared)) * len(starts(size[1], side, shared)) * side**2), shared
 
 
 def _whole(what: str, image, model, options: dict) -> np.ndarray:
@@ -123,7 +129,7 @@ def blocks(image, model, *, diameter: float | None = None, scale: float = 1.0, l
     limits : (C, 2), what becomes 0 and 1 (data.percentiles).
     peak, fill, depth, smooth (network px), shape, min_area (image px) : None takes what the weights have for this kind
         of image; kind : None asks kind_of(). border="drop" leaves out cells cut by the image's edge.
-    tile : px, None takes the training size. overlap : px shared by neighbouring tiles; None: a cell's width, so that
+    tile : px, None takes the training size or somewhat more, as fits the image. overlap : px shared by neighbouring tiles; None: a cell's width, so that
         every cell lies whole in some tile, from an eighth to half of the tile.
     block : px, side of a block; images that are not much larger are one block. halo : px, None: 256 or 4 cells.
     clock : seconds are added under read, network, watershed; progress : called with the share of the image done.
@@ -131,7 +137,6 @@ def blocks(image, model, *, diameter: float | None = None, scale: float = 1.0, l
     source = as_source(image)
     clock = Counter() if clock is None else clock
     C, H, W = source.shape
-    tile = _side(model, tile)
     if limits is None:
         with timed(clock, "read"):
             limits = data.percentiles(getattr(source, "pixels", source), model.settings.low, model.settings.high)
@@ -139,13 +144,11 @@ def blocks(image, model, *, diameter: float | None = None, scale: float = 1.0, l
         kind = kind_of(source, model, kind=kind, diameter=diameter, scale=scale, limits=limits)
     scale *= scale_for(diameter, model, kind)
     model, settings = kinds.suited(model, kind)
-    overlap = min(max(tile // 8, round(settings.diameter or 0)), tile // 2) if overlap is None else overlap
-    if not 0 <= overlap <= tile // 2:
-        raise ValueError(f"overlap={overlap}: expected 0 to half the tile, {tile // 2} px")
     halo = halo or max(256, math.ceil(4 * (settings.diameter or 0) / scale))
     if max(H, W) <= block + 2 * halo:
         block = max(H, W)
     h, w = scaled((H, W), scale)
+    tile, overlap = _side(model, tile, overlap, settings.diameter, (h, w))
     peak = settings.peak if peak is None else peak
     fill = settings.fill if fill is None else fill
     if not 0 <= fill <= peak < 1:

@@ -15,6 +15,7 @@ network for each channel (configs/channel.yaml), ablations (configs/ablation.yam
 """
 from __future__ import annotations
 
+import copy
 import dataclasses
 import resource
 import sys
@@ -142,10 +143,8 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
         return print_check(config, net, images, validation, device, changes)
     run = runs.Run(config, rank, world, device)
     state = run.resume()
-    layout = torch.channels_last if "cuda" in device else torch.contiguous_format   # of the GPU's convolutions; CPUs lose
-    net.to(device, memory_format=layout)
-    average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema))
-    optimiser = optimiser_for(net, config, device)
+    trainer = Trainer(config, net, device, world)
+    average, optimiser = trainer.average, trainer.optimiser
     start, best, since = 0, -1.0, 0
     total = config.steps * config.cycles
     if state:
@@ -155,33 +154,18 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
         start, best, since = state["step"], state["best"], state["since"]
         if config.patience is not None and since >= config.patience:
             start = total                                     # it had come to its end
-    wrapped = net
-    if world > 1:
-        wrapped = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device] if "cuda" in device else None)
-    if config.compile:
-        wrapped.compile()
     share = slice(rank * config.batch // world, (rank + 1) * config.batch // world)
-    autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=use_bf16(config, device))
 
     losses, waited, clock = [], 0.0, time.perf_counter()
     for step in range(start, total):
         factor = runs.cosine(step % config.steps, config.steps, 1.0, config.lr_end / config.lr, config.warmup)
-        for group in optimiser.param_groups:
-            group["lr"] = config.lr * factor * group["scale"]
         before = time.perf_counter()
         sample = np.arange(config.batch)[share] + step * config.batch        # numbers that no other sample ever has
-        x, target, labels = augment.sample(images, images.draw(config.seed, sample), sample, changes, size=config.crop,
-                                           seed=config.seed, cap=config.cap)     # (B, 3, S, S), (B, 1, S, S), (B, S, S)
+        batch = augment.sample(images, images.draw(config.seed, sample), sample, changes, size=config.crop,
+                               seed=config.seed, cap=config.cap)             # (B, 3, S, S), (B, 1, S, S), (B, S, S)
         waited += time.perf_counter() - before
-        with autocast:
-            predicted = wrapped(x.contiguous(memory_format=layout))          # (B, 1, S, S)
-        loss = trainset.error(predicted.float(), target, labels, config.edge_weight, config.seam_weight)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        average.update_parameters(net)
-        losses.append(loss.detach())
+        loss, norm = trainer.step(batch, factor)
+        losses.append(loss)
         done = step + 1
 
         if done % config.log_every == 0:
@@ -223,6 +207,42 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
 
 
 # ----------------------------------------------------------------------------------------------- network
+
+class Trainer:
+    """A network, its optimiser and its running average, and the step that changes all three."""
+
+    def __init__(self, config: Config, net, device: str, world: int = 1):
+        import torch
+        bf16 = use_bf16(config, device)
+        self.config, self.net = config, net
+        self.layout = torch.channels_last if bf16 or "cuda" in device else torch.contiguous_format   # not for float32 on a CPU
+        self.autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16)
+        net.to(device, memory_format=self.layout)
+        self.average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema))
+        self.optimiser = optimiser_for(net, config, device)
+        self.wrapped = net
+        if world > 1:
+            self.wrapped = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device] if "cuda" in device else None)
+        if config.compile:
+            self.wrapped.compile()
+
+    def step(self, batch: tuple, factor: float) -> tuple:
+        """Learn from x (B, 3, S, S), targets (B, 1, S, S) and labels (B, S, S), at `factor` of the learning rate; the loss and the
+        norm of its gradient, tensors."""
+        import torch
+        x, target, labels = batch
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.config.lr * factor * group["scale"]
+        with self.autocast:
+            predicted = self.wrapped(x.contiguous(memory_format=self.layout))                # (B, 1, S, S)
+        loss = trainset.error(predicted.float(), target, labels, self.config.edge_weight, self.config.seam_weight)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.average.update_parameters(self.net)
+        return loss.detach(), norm
+
 
 def build(config: Config):
     """The network to train: a whole one, a backbone under a new decoder, or all from scratch."""
@@ -295,9 +315,9 @@ def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> di
     import metrics
     import segment
     import tuning
-    net.eval()
+    shown = copy.deepcopy(net).ready(run.device)              # as infer.py has it
     weights = {chosen.name: chosen.weight for chosen in run.config.data.sets}
-    distances = run.each(lambda entry: segment.distance_map(entry.pixels, net, limits=segment.UNIT, kind=kinds.SHARED,
+    distances = run.each(lambda entry: segment.distance_map(entry.pixels, shown, limits=segment.UNIT, kind=kinds.SHARED,
                                                             scale=entry.zoom / net.settings.zoom), entries)
     best = tuning.tuned(distances, [entry.labels for entry in entries], [entry.set for entry in entries],
                         min_areas=tuning.AREAS, depths=tuning.DEPTHS, smooths=tuning.SMOOTHS, shapes=tuning.SHAPES,
@@ -316,7 +336,6 @@ def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> di
             **{f"AP@0.5 {name}": row["AP@0.5"] for name, row in sets.items() if len(sets) > 1})
     if run.rank == 0:
         draw(run, held, labels, step)
-    net.train()
     return {**scores, "sets": sets}
 
 
@@ -370,23 +389,16 @@ def print_check(config: Config, net, images, validation: list, device: str, chan
     print(f"{len(images)} training images, {sum(entry.held for entry in validation)} for validation; "
           f"median cell {images.diameter or 0:.1f} px wide as the network sees it")
     flops = 3 * config.batch * sum(row[2] for row in model.cost(net, config.crop))
-    net.to(device)
     compiled = config.compile and "cuda" in device            # on a CPU it would take minutes
-    if compiled:
-        net.compile()
-    optimiser = optimiser_for(net, config, device)
+    trainer = Trainer(dataclasses.replace(config, compile=compiled), net, device)
     times = []
     for step in range(5):                                     # the first two compile, measure, take memory
         begin = time.perf_counter()
         sample = np.arange(config.batch)
-        x, target, labels = augment.sample(images, images.draw(config.seed, sample), sample, changes, size=config.crop,
-                                           seed=config.seed, cap=config.cap)
+        batch = augment.sample(images, images.draw(config.seed, sample), sample, changes, size=config.crop,
+                               seed=config.seed, cap=config.cap)
         prepared = time.perf_counter()
-        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=use_bf16(config, device)):
-            predicted = net(x)
-        trainset.error(predicted.float(), target, labels, config.edge_weight, config.seam_weight).backward()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        trainer.step(batch, 1.0)
         if "cuda" in device:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - begin, prepared - begin))

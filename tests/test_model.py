@@ -1,4 +1,5 @@
 """model.py against DINOv3's own outputs (../shared/fixtures), and its closed forms."""
+import copy
 import math
 
 import numpy as np
@@ -196,6 +197,51 @@ def test_a_plain_unet_in_place_of_the_transformer(tmp_path):
     assert all(p.grad is not None for p in net.parameters())
 
 
+def test_a_head_that_answers_for_two_by_two_pixels(tmp_path):
+    """last=0: a stage less, the same size of answer, every level of the stem learns, and each pixel of four has its own weights."""
+    torch.manual_seed(0)
+    net = DINOCell(ViT(16, 3, 2), (16, 8), last=0, stem=2)
+    x = torch.rand(2, 3, 32, 48)
+    net(x).sum().backward()
+    assert net(x).shape == (2, 1, 32, 48) and all(p.grad is not None and p.grad.any() for p in net.decoder.parameters())
+    model.save(net, tmp_path / "net.pt")
+    assert torch.equal(model.load(tmp_path / "net.pt")(x), net.eval()(x))
+    before = net(x)
+    with torch.no_grad():
+        net.decoder.head.bias[1] += 1                                        # of the upper right one
+    changed = net(x) != before
+    assert changed[..., ::2, 1::2].all() and changed.sum() == changed[..., ::2, 1::2].numel()
+    with pytest.raises(ValueError, match="give 2 widths with last=0"):
+        DINOCell(ViT(16, 4, 2), (16, 8, 8), last=0)
+
+
+def test_ready_is_the_same_network_in_the_type_of_the_hardware(monkeypatch):
+    """In bfloat16, of which this processor may know nothing, maps differ by rounding alone; elsewhere by nothing."""
+    torch.manual_seed(0)
+    net, x = small_net().eval(), torch.rand(2, 3, 32, 40)
+    with torch.inference_mode():
+        for bf16, tolerance in ((False, 0), (True, 0.02)):
+            monkeypatch.setattr(model, "has_bf16", lambda device, bf16=bf16: bf16)
+            ready = copy.deepcopy(net).ready("cpu")
+            assert ready.dtype == (torch.bfloat16 if bf16 else torch.float32)
+            with ready.autocast():
+                found = ready(x)
+            assert found.dtype == torch.float32 and (found - net(x)).abs().max() <= tolerance
+            assert not bf16 or not torch.equal(found, net(x))
+
+
+def test_attention_by_products_has_the_gradient_of_attention():
+    torch.manual_seed(0)
+    parts = [torch.randn(2, 3, 17, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    weight = torch.randn(2, 3, 17, 8, dtype=torch.float64)
+    found = []
+    for attend in (model.AttentionByProducts.apply, torch.nn.functional.scaled_dot_product_attention):
+        out = attend(*parts)
+        found.append((out, *torch.autograd.grad((out * weight).sum(), parts)))
+    for ours, theirs in zip(*found):
+        assert torch.allclose(ours, theirs, atol=1e-12)
+
+
 def test_decoder_costs_less_than_the_backbone():
     rows = model.cost(DINOCell(), 224)
     total = sum(r[2] for r in rows)
@@ -257,8 +303,8 @@ def test_rope_sees_relative_places_only():
     cos, sin = model.rope_table(vit.periods, 6, 6, 0)
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 64)
-    product = model.rotate(q.expand(-1, -1, 36, -1), cos, sin) @ model.rotate(k.expand(-1, -1, 36, -1), cos, sin).mT
-    product = product.view(6, 6, 6, 6)                     # row, column of the query; row, column of the key
+    q, k = (model.rotate(part.expand(-1, 36, -1, -1), cos, sin)[0, :, 0] for part in (q, k))         # (36, 64)
+    product = (q @ k.mT).view(6, 6, 6, 6)                     # row, column of the query; row, column of the key
     assert torch.allclose(product[:5, :5, 0, 0], product[1:, 1:, 1, 1], atol=1e-4)
     assert not torch.allclose(product[0, 0, 0, 1], product[0, 0, 1, 0], atol=1e-3)
 

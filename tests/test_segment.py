@@ -68,7 +68,7 @@ def test_tiles_do_not_show(shape):
     image = cones(0, *shape, count=1 + shape[0] * shape[1] // 300)
     net = PassOn()
     np.testing.assert_allclose(segment.distance_map(image, net, limits=UNIT), image, atol=1e-5)
-    assert {size[1:] for size in net.sizes} <= {(3, 64, 64)}                  # one static shape
+    assert len({size[1:] for size in net.sizes}) == 1 and {size[2] for size in net.sizes} <= set(range(64, 103, 8))
     labels = segment.segment(image, net, limits=UNIT)
     assert labels.shape == shape and labels.dtype == np.int32
     assert same_cells(labels, whole(image))

@@ -6,6 +6,8 @@
     python data.py split SRC by=donor fractions=0.6,0.2,0.2 [out=DIR]
                                                SRC/split.tsv; with out= DIR/split.tsv, and images converted
                                                in DIR/train, DIR/validation, DIR/test
+    python data.py planes SRC DST [every=4]    stacks NAME.tif (Z, Y, X) with NAME_labels.tif -> every fourth plane
+                                               with three cells or more, as `convert` writes images
     python data.py check DIR [DIR ...]         counts, and what is wrong in and between them: exit code 1
 """
 from __future__ import annotations
@@ -121,15 +123,18 @@ class Options:
     pattern: str | None = None              # split: regular expression with one group, the donor in a name
     out: str | None = None                  # split: folder to convert the images to
     seed: int = 0                           # split
+    every: int = 4                          # planes: of so many, one
 
     def __post_init__(self):
+        if self.every < 1:
+            raise ValueError(f"every={self.every}: expected 1 or more")
         total = round(sum(self.fractions), 6)
         if len(self.fractions) not in (2, 3) or min(self.fractions) <= 0 or total != 1:
             raise ValueError(f"fractions={self.fractions}: expected two or three above 0 that add up to 1")
 
 
 def main(options: Options, paths: list[str]) -> int:
-    commands = {"convert": (convert, "SRC DST"), "split": (split, "SRC"), "check": (check, "DIR ...")}
+    commands = {"convert": (convert, "SRC DST"), "split": (split, "SRC"), "planes": (planes, "SRC DST"), "check": (check, "DIR ...")}
     command = paths.pop(0) if paths else "nothing"
     if command not in commands:
         raise ValueError(f"got {command}, expected {', '.join(commands)}; --help explains them")
@@ -138,7 +143,8 @@ def main(options: Options, paths: list[str]) -> int:
         raise ValueError(f"{command}: got {' '.join(paths) or 'no folder'}, expected {expected}")
     for field in fields(Options):
         given = getattr(options, field.name) != field.default
-        if given and run is not split and field.name not in ("channels", "match", "labels"):
+        used = {convert: ("channels", "match", "labels"), check: ("channels", "match", "labels"), planes: ("every",)}
+        if given and field.name not in used.get(run, field.name):
             raise ValueError(f"{command} does not use {field.name}=; leave it out")
     return run(options, *paths)
 
@@ -229,6 +235,27 @@ def split(options: Options, source: str) -> int:
         groups = {row["group"] for row in rows if row["split"] == side}
         print(f"{side}: {len(chosen)} images, {len(groups)} {options.by}s")
     print(table)
+    return 0
+
+
+def planes(options: Options, source: str, target: str) -> int:
+    made, found = 0, sorted(Path(source).rglob("*_labels.tif"))
+    if not found:
+        raise ValueError(f"{source}: no NAME_labels.tif in it or below; expected stacks NAME.tif (Z, Y, X) with these beside them")
+    _claim(Path(target) / "converted.txt", f"planes of {Path(source).resolve()}, every={options.every}\n")
+    for labelled in found:
+        name = labelled.name.removesuffix("_labels.tif")
+        stack, labels = tifffile.imread(labelled.with_name(f"{name}.tif")), tifffile.imread(labelled)
+        if stack.shape != labels.shape or stack.ndim != 3:
+            raise ValueError(f"{labelled}: labels {labels.shape} for a stack {stack.shape}; expected (Z, Y, X), the same of both")
+        for z in range(0, len(stack), options.every):
+            ids, plane = np.unique(np.append(labels[z], 0), return_inverse=True)             # background first
+            if len(ids) > 3:
+                path = Path(target) / f"{name}_z{z:03d}.tif"
+                write_labels(path.with_name(f"{path.stem}_masks.tif"), plane[:-1].reshape(labels[z].shape).astype(np.int32))
+                write_image(path, Image(stack[z][None], None, None))
+                made += 1
+    print(f"{target}: {made} planes of {len(found)} stacks")
     return 0
 
 

@@ -291,6 +291,8 @@ def _open_tiff(path: Path, index: Index, files: ExitStack) -> dict[str, Any]:
         page, pages = series.keyframe, series.pages
         inner, more = page.axes, _tiff_metadata(tif, page)
     lead = shape[:-len(inner)]
+    if "S" in inner and "S" not in axes and axes[-3:].replace("C", "S") == inner:
+        axes = axes[:-3] + inner                                   # samples of a page that its metadata call channels
     if dtype is None or 0 in shape or inner not in ("YX", "YXS", "SYX") or not axes.endswith(inner) \
             or offset is None and math.prod(lead) != len(pages):
         raise ValueError(f"{path}: {dtype} pixels, axes {axes} of {shape} in {len(pages)} pages of {inner}; "

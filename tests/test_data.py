@@ -232,6 +232,31 @@ def test_convert_stops_before_half_a_pair(tmp_path, capsys):
     assert "choose a folder outside" in within and not (tmp_path / "in" / "x").exists()
 
 
+def test_planes_of_stacks_become_images(tmp_path, capsys):
+    """Every second plane that has three cells, numbered anew, under a name that keeps the planes of a stack together."""
+    stack = np.random.default_rng(0).integers(0, 999, (5, 30, 40)).astype(np.uint16)
+    labels = np.zeros((5, 30, 40), np.uint16)
+    for cell, z in enumerate((0, 0, 0, 2, 2, 4, 4, 4, 4, 1, 1, 1)):
+        labels[z, 2 * cell:2 * cell + 2, 5:20] = 7 * cell + 3
+    (tmp_path / "in").mkdir()
+    tifffile.imwrite(tmp_path / "in" / "ovule.tif", stack)
+    tifffile.imwrite(tmp_path / "in" / "ovule_labels.tif", labels)
+    assert data.main(data.Options(every=2), ["planes", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    found = data.examples(tmp_path / "out")
+    assert [example.name for example in found] == ["ovule_z000", "ovule_z004"] and "2 planes" in capsys.readouterr().out
+    for example, z in zip(found, (0, 4)):
+        np.testing.assert_array_equal(example.image().pixels[0], stack[z])
+        np.testing.assert_array_equal(example.labels() > 0, labels[z] > 0)
+        assert len(np.unique(example.labels())) - 1 == example.labels().max() == len(np.unique(labels[z])) - 1
+    assert {data.group_of(example.name) for example in found} == {"ovule"}
+    tifffile.imwrite(tmp_path / "in" / "flat_labels.tif", labels[0])
+    tifffile.imwrite(tmp_path / "in" / "flat.tif", stack[0])
+    with pytest.raises(ValueError, match=r"flat_labels.tif: .* expected \(Z, Y, X\)"):
+        data.main(data.Options(every=2), ["planes", str(tmp_path / "in"), str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="no NAME_labels.tif"):
+        data.main(data.Options(), ["planes", str(tmp_path / "out"), str(tmp_path / "x")])
+
+
 def test_check_lists_everything(tmp_path, capsys):
     one, two = tmp_path / "train", tmp_path / "test"
     for i in range(3):

@@ -76,10 +76,12 @@ def test_tiff_layouts_give_back_regions(tmp_path, layout, dtype):
 @pytest.mark.parametrize("options", [{}, dict(compression="zlib"), dict(tile=(16, 32)),
                                      dict(tile=(16, 32), compression="zlib", predictor=True)])
 @pytest.mark.parametrize("planar", ["contig", "separate"])
-def test_rgb_samples_are_channels(tmp_path, options, planar):
+@pytest.mark.parametrize("named", [False, True])                             # metadata that call the samples channels
+def test_rgb_samples_are_channels(tmp_path, options, planar, named):
     pixels = noise(3, 50, 70, dtype=np.uint8)
     stored = pixels if planar == "separate" else np.moveaxis(pixels, 0, 2)
-    tifffile.imwrite(tmp_path / "x.tif", stored, photometric="rgb", planarconfig=planar, **options)
+    axes = dict(metadata={"axes": "CYX" if planar == "separate" else "YXC"}) if named else {}
+    tifffile.imwrite(tmp_path / "x.tif", stored, photometric="rgb", planarconfig=planar, **options, **axes)
     np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels, pixels)
     np.testing.assert_array_equal(read_image(tmp_path / "x.tif", channels=[3, 2]).pixels, pixels[[2, 1]])
     with open_image(tmp_path / "x.tif") as source:

@@ -183,14 +183,19 @@ class Resident:
         self.scale = np.array(zooms or [1.0] * len(rows))                    # (N,) nominal
         if diameter is not None:
             self.scale[widths > 0] = diameter / widths[widths > 0]
-        seen = (widths * self.scale)[widths > 0]
+        self.width = widths * self.scale                                     # (N,) px, a median cell at nominal scale; 0: none
+        seen = self.width[widths > 0]
         self.diameter = float(np.median(seen)) if len(seen) else None        # px, a median cell in crops
         self.words, self.labels, self.depth = (torch.from_numpy(np.concatenate(parts)).to(device)
                                                for parts in (words, labels, depths))
-        names, self.group = np.unique(groups or ["all"] * len(rows), return_inverse=True)    # (N,)
-        share = np.cumsum([(weights or {}).get(str(name), 1.0) for name in names])
-        self.share = share / share[-1]                                       # (groups,) up to each of them
+        self.groups, self.group = np.unique(groups or ["all"] * len(rows), return_inverse=True)   # (groups,), (N,)
+        self.weigh(weights or {})
         self.cap = cap
+
+    def weigh(self, weights: dict[str, float]) -> None:
+        """How often images of each group are drawn, by its name; 1 where this is silent, never where it says 0."""
+        share = np.cumsum([weights.get(str(name), 1.0) for name in self.groups])
+        self.share = share / share[-1]                                       # (groups,) up to each of them
 
     def __len__(self) -> int:
         return len(self.scale)
@@ -367,10 +372,8 @@ def paste(resident: Resident, images: np.ndarray, draws: Draws, size: int, negat
 def coordinates(resident: Resident, images: np.ndarray, draws: Draws, size: int
                 ) -> tuple[np.ndarray, Tensor, Tensor]:
     """scale (B,), px of crop per px of image; y, x (B, S, S), px, where each pixel looks in its image."""
-    device = resident.words.device
-    scale, extent = resident.scale[images], resident.shape[images, 0].astype(float)          # (B,), (B, 2) px
-    least = np.minimum(1, 0.8 * size / (scale * extent.min(1)))              # else a kaleidoscope of mirrors
-    scale = scale * np.maximum(draws.within("scale"), least)
+    device, extent = resident.words.device, resident.shape[images, 0].astype(float)          # (B, 2) px
+    scale = resident.scale[images] * factors(resident, images, draws, size)  # (B,)
     quarter = np.floor(4 * draws.uniform("quarter")) / 4 * draws.happens("quarter")
     turn = 2 * np.pi * np.where(draws.happens("rotate"), draws.uniform("angle"), quarter)
     mirror = np.where(draws.happens("flip"), -1, 1)
@@ -397,6 +400,12 @@ def coordinates(resident: Resident, images: np.ndarray, draws: Draws, size: int
         for i in (0, 1):
             yx[i].index_add_(0, send(rows, device), shift[:, i])
     return scale, *(mirrored(yx[i], send(extent[:, i], device)[:, None, None]) for i in (0, 1))
+
+
+def factors(resident: Resident, images: np.ndarray, draws: Draws, size: int) -> np.ndarray:
+    """(B,) of each crop on its image's nominal scale."""
+    side = resident.scale[images] * resident.shape[images, 0].min(1)         # px
+    return np.maximum(draws.within("scale"), np.minimum(1, 0.8 * size / side))               # else a kaleidoscope of mirrors
 
 
 def mirrored(c: Tensor, extent: Tensor) -> Tensor:

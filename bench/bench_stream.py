@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent / part) for part in (".", "tests")]
 
 BUCKET, PREFIX = "cellpainting-gallery", "bench/"
 STORED = 6                              # fields on the server; the index has many names for them

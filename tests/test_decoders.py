@@ -20,7 +20,7 @@ import tuning
 from conftest import ROOT
 from test_train_seg import run, toy
 
-SIX = dict(steps=6, lr=5e-3)
+SIX = dict(steps=6, lr=5e-3, eps=1e-4)      # else AdamW makes whole steps of gradients that are rounding alone
 SHORT = dict(steps=4, lr=2e-4, warmup=1, val_every=4, save_every=2, log_every=2)
 
 
@@ -231,7 +231,7 @@ def test_two_processes_train_the_same_decoders(trained, tmp_path):
     one, two = (torch.load(place / "final_models/seg.pt", weights_only=True) for place in (folder, tmp_path))
     assert one["state_dict"].keys() == two["state_dict"].keys() and one["architecture"] == two["architecture"]
     for name, tensor in one["state_dict"].items():
-        torch.testing.assert_close(two["state_dict"][name].float(), tensor.float(), atol=2e-3, rtol=2e-3, msg=name)
+        torch.testing.assert_close(two["state_dict"][name].float(), tensor.float(), atol=6e-3, rtol=2e-3, msg=lambda said, name=name: f"{name}: {said}")
 
 
 def test_a_decoder_may_be_trained_otherwise_without_the_network_for_all(trained, tmp_path):

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import tifffile
+import torch
 import yaml
 from scipy import stats
 
@@ -29,6 +30,15 @@ from conftest import ROOT
 
 WEIGHTS = ROOT / "final_models/demo_synthetic.pt"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the processes started here have: the number of threads changes how sums in bfloat16 are rounded."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 # ------------------------------------------------------------------------------------------ tiles and shards

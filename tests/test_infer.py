@@ -226,7 +226,7 @@ def test_weights_that_saw_images_reduced_see_them_so_once(tmp_path, field, diame
     net.settings = dataclasses.replace(net.settings, zoom=0.5, diameter=24.0)
     model.save(net, tmp_path / "net.pt")
     infer.main(infer.Config(out=str(tmp_path), weights=str(tmp_path / "net.pt"), diameter=diameter), [str(image)])
-    expected = segment.segment(tifffile.imread(image), net, diameter=diameter and float(diameter))
+    expected = segment.segment(tifffile.imread(image), net.ready("cpu"), diameter=diameter and float(diameter))
     assert expected.max() > 3 and np.array_equal(data.read_labels(tmp_path / "a_labels.tif"), expected)
     assert float(rows(tmp_path / "summary.csv")[0]["scale"]) == scale
 

@@ -312,7 +312,7 @@ def choose_size(config: Config, source, net, options: dict, path: Path) -> tuple
     if config.diameter is None:
         if source.pixel_size and settings.pixel_size:
             return None, segment.scale_for(settings.diameter * settings.pixel_size / source.pixel_size, net)
-        return None, 1.0
+        return segment.look(source, net, options["limits"]) if net.size is not None else None, 1.0
     if config.diameter == "auto":
         diameter = segment.find_diameter(source, net, **options)
         if diameter is None:

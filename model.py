@@ -295,6 +295,26 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(self.head(x), self.grain)                     # (B, 1, H, W)
 
 
+class SizeHead(nn.Module):
+    """How wide the cells of an image are, from the tokens of the last block.
+
+    Each token makes a guess at the logarithm of the median diameter, at how far off it may be, and at how much it counts: those on
+    cells know, those on background do not.
+    """
+
+    def __init__(self, dim: int, hidden: int = 128):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, 3)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, D) -> log of px, log of the scale of a Laplace distribution around it, (B,) each."""
+        guess, spread, weight = self.fc2(F.gelu(self.fc1(self.norm(tokens)))).float().unbind(2)          # (B, N) each
+        share = weight.softmax(1)
+        return (share * guess).sum(1), (share * spread).sum(1)
+
+
 # ------------------------------------------------------------------------------------------ whole network
 
 @dataclass
@@ -335,6 +355,7 @@ class DINOCell(nn.Module):
         self.architecture = dict(backbone=vit.architecture, widths=tuple(widths), last=last, stem=stem)
         self.decoder = Decoder(vit.dim, vit.patch, tuple(widths), last, stem)
         self.decoders = nn.ModuleDict()                                      # {name: one more, for some kinds of images}
+        self.size: SizeHead | None = None                                    # give_size() makes one
         self.register_buffer("mean", torch.tensor(self.settings.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.settings.std).view(1, 3, 1, 1), persistent=False)
         for name, parameter in vit.named_parameters():
@@ -351,6 +372,17 @@ class DINOCell(nn.Module):
         """One more decoder of that name, or as new a one as the first in the place of None."""
         self.decoders[name] = copy.deepcopy(self.decoder if decoder is None else decoder)
         self.architecture["decoders"] = list(self.decoders)
+
+    def give_size(self) -> None:
+        """A new head that says how wide cells are."""
+        self.size = SizeHead(self.backbone.dim).to(self.mean.device)
+        self.architecture["size"] = True
+
+    def widths(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) in [0, 1] -> what the size head says of each."""
+        with self.autocast():
+            last, = self.backbone.features(self.standardised(x), self.taps[-1:])
+            return self.size(last.to(self.dtype))
 
     def drop_decoders(self) -> None:
         """Leave only the decoder for all, which is what one trains, and nothing that chooses between several."""
@@ -435,6 +467,8 @@ def load(path: str | Path) -> DINOCell:
                        shape["stem"])
         for name in shape.get("decoders", ()):
             net.give_decoder(name)
+        if shape.get("size"):
+            net.give_size()
     net.to_empty(device="cpu")
     net.mean.copy_(torch.tensor(net.settings.mean).view(1, 3, 1, 1))
     net.std.copy_(torch.tensor(net.settings.std).view(1, 3, 1, 1))

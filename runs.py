@@ -420,7 +420,13 @@ class Run:
         old, new = (lasting(flatten(yaml.safe_load(text))) for text in (before.read_text(encoding="utf-8"), to_yaml(self.config)))
         changed = {k: (old.get(k), new.get(k)) for k in {**old, **new} if old.get(k) != new.get(k)}
         said = ", ".join(f"{k}: {a} -> {b}" for k, (a, b) in changed.items())
-        if any(k not in FREE + LONGER for k in changed):
+        free, newest = FREE + LONGER, self.newest()
+        if "steps" in changed and getattr(self.config, "schedule", "") == "constant":
+            free += ("steps",)
+            if newest and int(newest.stem[5:]) > (1 - DECAY) * min(changed["steps"]):
+                raise ValueError(f"steps={self.config.steps}: {newest} lies in the last fifth of {min(changed['steps'])} steps, where lr "
+                                 "falls; steps may only change before that")
+        if any(k not in free for k in changed):
             raise ValueError(f"{self.folder} was begun with another configuration ({said}); "
                              "give a new experiment= name, or remove the folder to begin anew")
         if changed and self.rank == 0:
@@ -566,6 +572,16 @@ def cosine(step: int, steps: int, start: float, end: float, warmup: int = 0) -> 
         return start * (step + 1) / warmup
     share = (step - warmup) / max(1, steps - 1 - warmup)
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+DECAY = 0.2                                      # of all steps, at the end
+
+
+def constant(step: int, steps: int, end: float, warmup: int = 0) -> float:
+    """From 0 up to 1 in `warmup` steps, 1, then in a line to `end` over the last fifth. How many steps there will be need not be
+    known before the fall begins (Hägele et al., 2024)."""
+    fall = max(1, round(DECAY * steps))
+    return min(1.0, (step + 1) / max(1, warmup), max(end, end + (1 - end) * (steps - 1 - step) / fall))
 
 
 def pick_device(name: str) -> str:

@@ -125,7 +125,7 @@ def blocks(image, model, *, diameter: float | None = None, scale: float = 1.0, l
     """Segment block by block, left to right and top to bottom.
 
     diameter : px, how wide cells are in the image, which is scaled so that they are as wide as this kind's were in training;
-        None: as images of this kind were (scale_for). scale : network px per image px, on top of that.
+        None: as the size head sees it, or without one as images of this kind were (scale_for). scale : network px per image px, on top of that.
     limits : (C, 2), what becomes 0 and 1 (data.percentiles).
     peak, fill, depth, smooth (network px), shape, min_area (image px) : None takes what the weights have for this kind
         of image; kind : None asks kind_of(). border="drop" leaves out cells cut by the image's edge.
@@ -141,6 +141,8 @@ def blocks(image, model, *, diameter: float | None = None, scale: float = 1.0, l
         with timed(clock, "read"):
             limits = data.percentiles(getattr(source, "pixels", source), model.settings.low, model.settings.high)
     with timed(clock, "network"):
+        if diameter is None and model.size is not None:
+            diameter = look(source, model, limits)
         kind = kind_of(source, model, kind=kind, diameter=diameter, scale=scale, limits=limits)
     scale *= scale_for(diameter, model, kind)
     model, settings = kinds.suited(model, kind)
@@ -368,6 +370,8 @@ def find_diameter(image, model, limits: np.ndarray, *, kind: str | None = None, 
     pass refines it.
     """
     source = as_source(image)
+    if model.size is not None:
+        return look(source, model, limits)
     if model.settings.diameter is None:
         raise ValueError("diameter=auto: these weights do not say how large their training cells were; give diameter in px")
     _, H, W = source.shape
@@ -395,6 +399,20 @@ def find_diameter(image, model, limits: np.ndarray, *, kind: str | None = None, 
     best = min(found, key=lambda scale: abs(math.log(found[scale][0] * scale / found[scale][1])))
     width, typical = found[best]
     return (measure(min(max(typical / width, 0.1), 4.0)) or found[best])[0]
+
+
+@torch.inference_mode()
+def look(source, model, limits: np.ndarray, looks: int = 2) -> float:
+    """Median diameter (px) of the cells of an image, as the size head sees it: first in a few tiles as they are, then in tiles at the
+    scale that this asks for. Tiles count by how sure it is of them."""
+    typical, zoom = model.settings.diameter, 1.0
+    for _ in range(looks):
+        size = scaled(source.shape[1:], zoom)
+        guess, spread = model.widths(glimpses(source, limits, size, model.settings.tile).to(model.mean.device))
+        weight = torch.exp(-2 * spread)
+        width = math.exp(float((guess * weight).sum() / weight.sum())) / zoom
+        zoom = min(max(typical / width, 1 / 32), 8.0)
+    return width
 
 
 def _read(source, limits, size, rows: slice) -> Tensor:

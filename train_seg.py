@@ -53,6 +53,7 @@ class Config:
     export_path: str | None = None          # weights; null: final_models/<experiment>.pt
     output_base_dir: str = "."              # where runs/ and final_models/ are made
     init: str | None = None                 # weights to start from: a backbone (DINOv3, train_ssl.py) or a whole network
+    new_decoder: bool = False               # take the backbone of init alone, although there is a decoder in it
     network: Network = field(default_factory=Network)   # from scratch, or the decoder of a new backbone
     data: trainset.Data = field(default_factory=trainset.Data)
     augment: dict = field(default_factory=dict)          # what happens to crops: changes to augment.Augment
@@ -67,11 +68,13 @@ class Config:
     lr: float = 3e-4                        # at its highest
     lr_end: float = 1e-6                    # at the last step
     warmup: int = 500                       # steps until lr is reached
+    schedule: Literal["cosine", "constant"] = "cosine"   # of lr; constant: it falls in the last fifth, and until then steps may change
     optimiser: Literal["adamw", "muon"] = "adamw"   # muon: learns from scratch in far fewer steps (muon.py)
     weight_decay: float = 0.05              # none on biases, norms and scales
     layer_decay: float = 1.0                # lr of each backbone block relative to the next deeper one; 0.8 when pretrained
     clip: float = 1.0                       # norm of the gradient
     eps: float = 1e-8                       # AdamW's: gradients far below it move nothing
+    size_steps: int = 0                     # then the head learns that says how wide cells are; 0: there is none
     ema: float = 0.999                      # the exported weights are a running average with this memory
     train_blocks: int | None = None         # only the last k blocks of the backbone learn; 0: the decoder alone; null: all
     val_every: int = 1000                   # steps between validations
@@ -158,7 +161,7 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
 
     losses, waited, clock = [], 0.0, time.perf_counter()
     for step in range(start, total):
-        factor = runs.cosine(step % config.steps, config.steps, 1.0, config.lr_end / config.lr, config.warmup)
+        factor = rate(config, step)
         before = time.perf_counter()
         sample = np.arange(config.batch)[share] + step * config.batch        # numbers that no other sample ever has
         batch = augment.sample(images, images.draw(config.seed, sample), sample, changes, size=config.crop,
@@ -200,10 +203,20 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
         if stop:
             print(f"stopped at step {done}; the same command goes on from there", file=sys.stderr)
             return run.exit_code()
+    if rank == 0 and config.size_steps and not learn_size(config, images, changes, run):
+        return run.exit_code()
     if rank == 0:
         print(f"best validation score {best:.4f} -> {export_path(config)}")
     run.close()
     return 0
+
+
+def rate(config: Config, step: int) -> float:
+    """The learning rate of a step, as a factor on its highest."""
+    step, end = step % config.steps, config.lr_end / config.lr
+    if config.schedule == "constant":
+        return runs.constant(step, config.steps, end, config.warmup)
+    return runs.cosine(step, config.steps, 1.0, end, config.warmup)
 
 
 # ----------------------------------------------------------------------------------------------- network
@@ -244,6 +257,46 @@ class Trainer:
         return loss.detach(), norm
 
 
+SIZES = 5.0         # cells to learn the size of are up to so many times larger and smaller than the network's
+
+
+def learn_size(config: Config, images, changes, run: runs.Run) -> bool:
+    """Into the exported weights the head that says how wide cells are, learnt on the backbone as it is; False: a signal came, and it
+    begins anew. Where there are no cells any size is as likely, so that the head learns to say so."""
+    import torch
+    import augment
+    import model
+    net = model.load(export_path(config))
+    if net.size is not None:
+        return True
+    torch.manual_seed(config.seed)
+    net.requires_grad_(False).to(run.device)
+    net.give_size()
+    torch.nn.init.constant_(net.size.fc2.bias[0], np.log(images.diameter))   # in the middle of what there is
+    changes = dataclasses.replace(changes, scale=(1 / SIZES, SIZES), paste=0.0, negative=0.1)
+    optimiser, losses = torch.optim.AdamW(net.size.parameters(), 2e-3, weight_decay=0.01), []
+    for step in range(config.size_steps):
+        optimiser.param_groups[0]["lr"] = 2e-3 * runs.cosine(step, config.size_steps, 1.0, 0.01, min(50, config.size_steps - 1))
+        sample = np.arange(config.batch) + (config.steps * config.cycles + step) * config.batch
+        chosen, draws = images.draw(config.seed, sample), augment.Draws.of(config.seed, sample, changes)
+        x, _, _ = augment.sample(images, chosen, sample, changes, config.crop, config.seed, config.cap)
+        wide = images.width[chosen] * augment.factors(images, chosen, draws, config.crop)
+        none = draws.happens("negative") | (wide == 0)
+        wide = np.where(none, images.diameter * draws.within("any size", (1 / SIZES, SIZES)), wide)
+        guess, spread = net.widths(x)
+        loss = ((guess - augment.send(np.log(wide), run.device)).abs() / spread.exp() + spread).mean()    # of Laplace's distribution
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+        if (step + 1) % config.log_every == 0:
+            run.log(config.steps * config.cycles + step + 1, size_loss=float(np.mean(losses[-config.log_every:])))
+            if run.stopping:
+                return False
+    model.save(net, export_path(config), half=True)
+    return True
+
+
 def build(config: Config):
     """The network to train: a whole one, a backbone under a new decoder, or all from scratch."""
     import model
@@ -255,7 +308,7 @@ def build(config: Config):
         else:
             backbone = model.ViT(shape.dim, shape.depth, shape.heads, shape.patch, shape.registers, shape.layerscale)
         net = model.DINOCell(backbone, shape.widths, shape.last, settings, shape.stem)
-    elif model.kind(config.init) == "DINOCell":
+    elif model.kind(config.init) == "DINOCell" and not config.new_decoder:
         net = model.load(config.init).train()
         net.drop_decoders()
         net.settings = dataclasses.replace(net.settings, tile=config.crop, cap=config.cap)

@@ -315,3 +315,19 @@ def test_rope_jitter_only_trains():
     assert not torch.equal(vit(x).cls, vit(x).cls)
     vit.eval()
     assert torch.equal(vit(x).cls, vit(x).cls)
+
+
+def test_a_size_head_is_kept_and_each_token_counts_by_its_own_word(tmp_path):
+    torch.manual_seed(0)
+    net = small_net().eval()
+    plain = net(torch.ones(1, 3, 32, 32) / 2)
+    net.give_size()
+    model.save(net, tmp_path / "net.pt")
+    back, x = model.load(tmp_path / "net.pt"), torch.rand(2, 3, 32, 40)
+    with torch.inference_mode():
+        assert all(torch.equal(a, b) for a, b in zip(net.widths(x), back.widths(x)))
+        assert torch.equal(back(torch.ones(1, 3, 32, 32) / 2), plain)
+        head, tokens = back.size, torch.randn(1, 5, back.backbone.dim)
+        head.fc2.weight.zero_()
+        head.fc2.bias.copy_(torch.tensor([3.0, -1.0, 0.0]))
+        assert [v.item() for v in head(tokens)] == pytest.approx([3, -1])

@@ -1,5 +1,6 @@
 """train_seg.py end to end at toy size: resuming, signals, ranks, what it writes and what it refuses."""
 import json
+import math
 import os
 import re
 import shutil
@@ -206,6 +207,29 @@ def test_it_starts_from_weights(whole, tmp_path):
     assert {group["scale"] for group in groups} >= {1.0, 0.5}
     listed = [id(p) for group in groups for p in group["params"]]
     assert len(listed) == len(set(listed)) == sum(p.requires_grad for p in net.parameters())
+    old, new = model.load(path), train_seg.build(runs.load(train_seg.Config, toy(tmp_path), [
+        f"init={path}", "new_decoder=true", "network.widths=[8, 8]", "network.last=0", "network.stem=2"]))
+    assert torch.equal(new.backbone.blocks[0].fc1.weight, old.backbone.blocks[0].fc1.weight) and new.decoder.grain == 2
+
+
+def test_steps_may_change_until_a_constant_rate_falls(tmp_path):
+    labelled_folder(tmp_path / "cells", 4)
+    path = toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"], share=0.3), steps=20, warmup=2, schedule="constant", save_every=2,
+               val_every=40)
+
+    def begun(*changes):
+        return runs.Run(runs.load(train_seg.Config, path, list(changes)))
+    run = begun()
+    run.save(12)
+    run.close()
+    begun("steps=30").close()                                                # 12 lies before the last fifth of both
+    with pytest.raises(ValueError, match="begun with another configuration .*steps: 30 -> 20, lr"):
+        begun("lr=1e-5")
+    run = begun()
+    run.save(18)
+    run.close()
+    with pytest.raises(ValueError, match="steps=40: .*step_00000018.pt lies in the last fifth of 20 steps"):
+        begun("steps=40")
 
 
 def test_images_of_large_cells_can_be_reduced(tmp_path):
@@ -254,6 +278,28 @@ def test_muon_learns_the_inner_layers_and_goes_on(tmp_path):
         assert run(path).returncode == 0
         found.append(weights(tmp_path / place))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_the_size_head_learns_how_wide_cells_are(tmp_path):
+    """It tells small cells from large ones, nothing else of the network changes, what is learnt is not learnt again, and images are
+    segmented at the scale that it asks for."""
+    labelled_folder(tmp_path / "cells", 6)
+    path = toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"], share=0.3, diameter=16), steps=4, val_every=4, batch=16,
+               crop=64, init=str(ROOT / "final_models/demo_synthetic.pt"), lr=1e-5)
+    assert train_seg.main(runs.load(train_seg.Config, path), []) == 0
+    plain = model.load(tmp_path / "final_models/seg.pt")
+    for _ in range(2):
+        assert train_seg.main(runs.load(train_seg.Config, path, ["size_steps=150", "experiment=sized"]), []) == 0
+    assert [line["step"] for line in runs.history(tmp_path / "runs/sized/log.jsonl") if "size_loss" in line] == list(range(7, 155, 3))
+    net = model.load(tmp_path / "final_models/sized.pt")
+    assert plain.size is None and all(torch.equal(a, b) for a, b in zip(plain.decoder.parameters(), net.decoder.parameters()))
+    pixels = torch.from_numpy(data.seen(data.examples(tmp_path / "cells")[0]))
+    seen = [torch.nn.functional.interpolate(pixels[None], scale_factor=zoom, mode="bilinear", antialias=True)[0].numpy() for zoom in (0.3, 3.0)]
+    small, large = (segment.look(segment.as_source(image), net, segment.UNIT, looks=1) for image in seen)
+    assert 2 < small < 0.8 * large < 200, (small, large)
+    wide = segment.look(segment.as_source(seen[1]), net, segment.UNIT)
+    found = [segment.segment(seen[1], net, limits=segment.UNIT, diameter=diameter) for diameter in (None, wide)]
+    assert np.array_equal(*found)
 
 
 def test_few_held_out_images_are_filled_up_for_settings_alone(tmp_path):

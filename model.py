@@ -630,7 +630,7 @@ def cost(net: DINOCell, size: int) -> list[tuple[str, int, float]]:
              "decoder: skips": ["decoder.norms", "decoder.skips"],
              "decoder: transposed convolutions": ["decoder.ups"],
              "decoder: stages": ["decoder.stages"],
-             "decoder: last stage, stem, head": [f"decoder.{n}" for n in ("narrow", "stem", "refine", "head")]}
+             "decoder: last stage, stem, head": [f"decoder.{n}" for n in ("narrow", "stem", "refine", "head") if hasattr(net.decoder, n)]}
     ghost = copy.deepcopy(net).to("meta")                  # shapes only: any size in no time
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         ghost(torch.empty(1, 3, size, size, device="meta"))

@@ -328,7 +328,7 @@ def optimiser_for(net, config: Config, device: str):
     if config.optimiser == "muon":
         products = torch.bfloat16 if use_bf16(config, device) else torch.float32
         return muon.Muon(parameter_groups(net, config), config.lr, eps=config.eps, products=products)
-    return torch.optim.AdamW(parameter_groups(net, config), config.lr, betas=(0.9, 0.999), eps=config.eps)
+    return torch.optim.AdamW(parameter_groups(net, config), config.lr, betas=(0.9, 0.999), eps=config.eps, fused=True)
 
 
 def parameter_groups(net, config: Config) -> list[dict]:

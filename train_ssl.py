@@ -156,7 +156,7 @@ def train(config: Config, student, teacher, light, rank: int, world: int, device
     pool = fieldset.pool(config.data, config.batch, config.seed, device, rank, world, run.folder / "bad_fields.tsv")
     kinds = views.stains(pool.channels, config.data.brightfield)
     student.to(device), teacher.to(device)
-    optimiser = torch.optim.AdamW(parameter_groups(student, config), betas=(0.9, 0.999), eps=config.eps)
+    optimiser = torch.optim.AdamW(parameter_groups(student, config), betas=(0.9, 0.999), eps=config.eps, fused=True)
     usage = torch.zeros(config.network.prototypes, device=device)
     if state:
         student.load_state_dict(state["student"])
@@ -405,7 +405,7 @@ def print_check(config: Config, student, teacher, light, device: str) -> int:
     pool = stream.FieldPool.resident(noise, channels, device, seed=config.seed)
     kinds = views.stains(channels, config.data.brightfield)
     student.to(device), teacher.to(device)
-    optimiser = torch.optim.AdamW(parameter_groups(student, config))
+    optimiser = torch.optim.AdamW(parameter_groups(student, config), fused=True)
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=use_bf16(config, device))
     kept, times = 0, []
 

@@ -60,7 +60,10 @@ def row(name: str, run: Callable[[], object], flops: float | None, device: str, 
 def processor() -> None:
     import torch
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = [*inference(device), *peers(device), supervised(device), unsupervised(device)]
+    rows = []
+    for part in (inference, supervised, unsupervised, peers):
+        rows += (found := part(device))
+        print(*(" ".join(row) for row in found), sep="\n", file=sys.stderr, flush=True)     # some take minutes
     table(f"{hardware()}: one image of {SIZE} x {SIDE // 2} px through the network, tiles included; steps of training",
           ["what", "time", "TFLOP/s of a product", "products", "TFLOP", "of that rate"], rows)
 
@@ -80,7 +83,7 @@ def inference(device: str) -> list[list[str]]:
     return rows
 
 
-def supervised(device: str) -> list[str]:
+def supervised(device: str) -> list[list[str]]:
     """A step of train_seg.py with the network, loss and optimiser of configs/dinocell_s8.yaml, on drawn fields."""
     import numpy as np
     import torch
@@ -102,10 +105,10 @@ def supervised(device: str) -> list[str]:
         number += 1
         trainer.step(augment.sample(images, images.draw(0, sample), sample, changes, config.crop, 0, config.cap), 1.0)
     torch.manual_seed(0)
-    return row(f"train_seg.py, {config.batch} crops of {config.crop} px, {config.optimiser}", step, flops, device)
+    return [row(f"train_seg.py, {config.batch} crops of {config.crop} px, {config.optimiser}", step, flops, device)]
 
 
-def unsupervised(device: str) -> list[str]:
+def unsupervised(device: str) -> list[list[str]]:
     """A step of train_ssl.py at S/8 with the views of configs/ssl.yaml; on a CPU with a few fields."""
     import bench_ssl
     import learner
@@ -114,12 +117,12 @@ def unsupervised(device: str) -> list[str]:
     import model
     config = runs.load(train_ssl.Config, ROOT / "configs" / "ssl.yaml")
     on_gpu = device == "cuda"
-    config = dataclasses.replace(config, batch=64 if on_gpu else 4, compile=on_gpu, precision="bf16" if model.has_bf16(device) else "float32",
-                                 data=dataclasses.replace(config.data, fields=96 if on_gpu else 8))
+    config = dataclasses.replace(config, batch=64 if on_gpu else 4, compile=on_gpu, lr=5e-4, precision="bf16" if model.has_bf16(device) else "float32",
+                                 data=dataclasses.replace(config.data, index=None, fields=96 if on_gpu else 8))
     step = bench_ssl.Step(config, bench_ssl.pool_of(config, device, 1080 if on_gpu else 512), device, plain=False)
     shown = config.views
     flops = config.batch * learner.flops(step.student, shown.size, shown.local_size, shown.locals)
-    return row(f"train_ssl.py, {config.batch} fields, 2 x {shown.size} and {shown.locals} x {shown.local_size} px", step, flops, device, 3)
+    return [row(f"train_ssl.py, {config.batch} fields, 2 x {shown.size} and {shown.locals} x {shown.local_size} px", step, flops, device, 3)]
 
 
 # -------------------------------------------------------------------------------------------------- peers

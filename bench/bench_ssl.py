@@ -54,7 +54,7 @@ class Step:
         elif config.compile:
             self.student.encoder.compile()
             self.teacher.encoder.compile()
-        self.optimiser = torch.optim.AdamW(train_ssl.parameter_groups(self.student, config), lr=1e-4)
+        self.optimiser = torch.optim.AdamW(train_ssl.parameter_groups(self.student, config), lr=1e-4, fused=True)
         self.light, self.kinds = views.light(), views.stains(pool.channels, config.data.brightfield)
         self.numbers = np.arange(config.batch)
         self.cutting = train_ssl.Stopwatch(device)
@@ -175,7 +175,7 @@ def operations(config, pool, device: str, rate: float, bandwidth: float) -> list
     student, teacher = (part.to(device) for part in train_ssl.build(config))
     for p in student.parameters():
         p.grad = torch.zeros_like(p)
-    optimiser = torch.optim.AdamW(train_ssl.parameter_groups(student, config))
+    optimiser = torch.optim.AdamW(train_ssl.parameter_groups(student, config), fused=True)
     P = sum(p.numel() for p in student.parameters())
     pixels = B * (2 * shown.size**2 + shown.locals * shown.local_size**2)
     cases = [

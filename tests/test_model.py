@@ -206,6 +206,7 @@ def test_a_head_that_answers_for_two_by_two_pixels(tmp_path):
     assert net(x).shape == (2, 1, 32, 48) and all(p.grad is not None and p.grad.any() for p in net.decoder.parameters())
     model.save(net, tmp_path / "net.pt")
     assert torch.equal(model.load(tmp_path / "net.pt")(x), net.eval()(x))
+    assert sum(row[1] for row in model.cost(net, 32)) == sum(p.numel() for p in net.parameters())
     before = net(x)
     with torch.no_grad():
         net.decoder.head.bias[1] += 1                                        # of the upper right one

@@ -202,9 +202,13 @@ class Resident:
 
     def draw(self, seed: int, numbers: np.ndarray) -> np.ndarray:
         """(B,) which image each sample shows: the group by its weight, every image of it equally often."""
-        draws, count = Draws.of(seed, numbers), np.bincount(self.group)
-        group = np.searchsorted(self.share, draws.uniform("group"))
-        place = (np.cumsum(count) - count)[group] + (draws.uniform("image") * count[group]).astype(int)
+        draws = Draws.of(seed, numbers)
+        return self.member(np.searchsorted(self.share, draws.uniform("group")), draws.uniform("image"))
+
+    def member(self, group: np.ndarray, share: np.ndarray) -> np.ndarray:
+        """(B,) the image of each group (B,) that lies at this share (B,), 0 to 1, of its images."""
+        count = np.bincount(self.group)
+        place = (np.cumsum(count) - count)[group] + (share * count[group]).astype(int)
         return np.argsort(self.group, kind="stable")[place]
 
 
@@ -341,9 +345,7 @@ def paste(resident: Resident, images: np.ndarray, draws: Draws, size: int, negat
 
     They bring their surroundings along over two pixels; under them cells lose what is covered.
     """
-    device, group = resident.words.device, resident.group[images]
-    first, count = np.searchsorted(np.sort(resident.group), np.arange(group.max() + 1)), np.bincount(resident.group)
-    other = np.argsort(resident.group, kind="stable")[first[group] + (draws.uniform("paste image") * count[group]).astype(int)]
+    device, other = resident.words.device, resident.member(resident.group[images], draws.uniform("paste image"))
     rows = np.flatnonzero(draws.happens("paste") & ~negative & (resident.gray[other] == resident.gray[images]))
     if not len(rows):
         return None
@@ -471,8 +473,7 @@ def expose(x: Tensor, draws: Draws, mean: np.ndarray) -> Tensor:
 
 
 def halo(x: Tensor, draws: Draws) -> Tensor:
-    """What differs from its surroundings pushes these the other way; the means over a box and over boxes of boxes are Gaussian
-    enough. Then the range is that of the image again."""
+    """Sharpen with a wide radius: beside bright places it gets darker, beside dark ones brighter. The image is stretched afterwards."""
     wide = draws.within("halo_px")
     around = torch.stack([smoothed(one, 2 * int(px) + 1) for one, px in zip(x, wide)])       # (k, C, S, S)
     return stretch(x + each(draws.within("halo_range"), x) * (x - around), least=0.1)

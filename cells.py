@@ -26,7 +26,7 @@ from typing import Iterable, Iterator, NamedTuple
 import numpy as np
 from skimage.measure import label
 
-from images import replacing
+from runs import replacing
 from overlay import overlay, write_png  # noqa: F401  cells.overlay, cells.write_png
 
 Polygons = list[list[np.ndarray]]        # of a cell: [[outer ring, hole, ...], ...]; ring (K, 2) x y, closed

@@ -29,7 +29,8 @@ import numpy as np
 import tifffile
 
 import readers
-from images import (Image, Source, normalise, open_image, percentiles, read_image, replacing,  # noqa: F401
+import runs
+from images import (Image, Source, normalise, open_image, percentiles, read_image,  # noqa: F401
                     to_rgb)                                        # data.read_image and the like
 from labels import distance_map, read_labels, write_label_tiles, write_labels      # noqa: F401
 from readers import TILE, Example, examples, regex, unread
@@ -187,7 +188,7 @@ def _claim(record: Path, text: str) -> None:
         raise ValueError(f"{record}: written for something else before; choose another folder, or remove it "
                          f"with all that was made beside it")
     record.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(record) as temporary:
+    with runs.replacing(record) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -199,7 +200,7 @@ def write_image(path: Path, image: Image) -> None:
     if image.pixel_size:
         ome |= {"PhysicalSizeX": image.pixel_size, "PhysicalSizeY": image.pixel_size}
     known = image.pixels.dtype.str[1:] in ("u1", "u2", "u4", "i1", "i2", "i4", "f4", "f8")
-    with replacing(path) as temporary:
+    with runs.replacing(path) as temporary:
         tifffile.imwrite(temporary, image.pixels, photometric="minisblack", compression="zlib", ome=known,
                          metadata={"axes": "CYX", **(ome if known else {})})
 
@@ -316,5 +317,4 @@ def _straddling(table: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    import runs
     runs.script(f"{__doc__}\n{readers.__doc__}", Options, main)

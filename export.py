@@ -50,7 +50,7 @@ def to_onnx(net, path: str | Path, tile: int | None = None, opset: int = 18,
     import onnx
     import torch
     import kinds
-    from images import replacing
+    from runs import replacing
     net, settings = kinds.suited(net, kinds.named(net, kind) if kind else kinds.SHARED)
     net = copy.deepcopy(net).cpu().float().eval()
     net.drop_decoders()                                            # but this one

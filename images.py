@@ -22,7 +22,6 @@ import itertools
 import logging
 import lzma
 import math
-import os
 import re
 import struct
 import tokenize
@@ -507,19 +506,3 @@ def normalise(pixels: np.ndarray, limits: np.ndarray) -> np.ndarray:
     x = np.subtract(pixels, low, dtype=enough, casting="same_kind")
     x *= scale.astype(enough)
     return x.clip(0, 1, out=x).astype(np.float32, copy=False)
-
-
-# ------------------------------------------------------------------------------------------------------ write
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside the target, renamed when all is written and gone when anything fails."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder; create it before writing {path.name}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

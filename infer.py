@@ -261,7 +261,7 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, progress
         if picture is not None:
             overlay.write_png(out / f"{name}_overlay.png", overlay.overlay(*picture))
         if distance is not None:
-            with data.replacing(out / f"{name}_distance.tif") as beside:
+            with runs.replacing(out / f"{name}_distance.tif") as beside:
                 tifffile.imwrite(beside, distance.astype(np.float32), compression="zlib", photometric="minisblack")
         shapes = [pair for found in polygons for pair in found.items()]
         if config.geojson:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from images import open_image, replacing
+from images import open_image
+from runs import replacing
 
 DEEP = 64                               # px, see distance_map; sums of two squares must fit int16
 CLASSIC = 1 << 31                       # bytes of pixels; beyond, a TIFF needs the 64-bit places of BigTIFF, which fewer programs read

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from images import replacing
+from runs import replacing
 from labels import check_labels
 
 # Hues that stay apart from each other and from what is under them: light ones on dark images; on bright ones,

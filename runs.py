@@ -21,8 +21,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import csv
 import dataclasses
 import difflib
+import hashlib
+import importlib.machinery
+import importlib.util
 import inspect
 import json
 import math
@@ -37,7 +41,7 @@ import time
 import types
 import typing
 from pathlib import Path
-from typing import Any, Callable, Sequence, TypeVar
+from typing import Annotated, Any, Callable, Iterable, Iterator, NamedTuple, Sequence, TypeVar
 
 import yaml
 
@@ -76,6 +80,71 @@ def cores(cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/se
 # core from those that they wait for where other processes run: five times slower. A tenth of a millisecond costs nothing.
 for _name, _value in (("OMP_NUM_THREADS", cores()), ("GOMP_SPINCOUNT", 1000), ("KMP_BLOCKTIME", 1)):
     os.environ.setdefault(_name, str(_value))
+
+
+# ----------------------------------------------------------------------------------------------- imports
+
+class _LazyFinder:
+    """Finds the modules of a `with lazy():` block, and puts off running them."""
+
+    @staticmethod
+    def find_spec(name: str, path=None, target=None):
+        if "." in name:
+            raise ImportError(f"import {name}: in lazy() only whole packages, for this would run {name.partition('.')[0]}")
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = importlib.util.LazyLoader(spec.loader)
+        return spec
+
+
+@contextlib.contextmanager
+def lazy() -> Iterator[None]:
+    """Modules that are imported in this block run at their first use, so that --help does not wait for torch.
+
+    Whole packages, as in `import torch`: `from torch import Tensor` and `import torch.nn` would run it at once.
+    """
+    sys.meta_path.insert(0, _LazyFinder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(_LazyFinder)
+
+
+def is_loaded(name: str) -> bool:
+    """Whether a module has run: one that lazy() put off has not."""
+    return type(sys.modules.get(name)) is types.ModuleType
+
+
+# ------------------------------------------------------------------------------------------------ bounds
+
+class Bound(NamedTuple):
+    """What a number must keep to, for Annotated: the text goes into errors and --help."""
+    text: str
+    holds: Callable[[float], bool]
+
+
+def at_least(low: float) -> Bound:
+    return Bound(f"{low:g} or more", lambda value: low <= value < math.inf)
+
+
+def above(low: float) -> Bound:
+    return Bound(f"above {low:g}", lambda value: low < value < math.inf)
+
+
+def within(low: float, high: float) -> Bound:
+    return Bound(f"from {low:g} to {high:g}", lambda value: low <= value <= high)
+
+
+def from_to_below(low: float, high: float) -> Bound:
+    return Bound(f"from {low:g} to below {high:g}", lambda value: low <= value < high)
+
+
+Count = Annotated[int, at_least(1)]
+Whole = Annotated[int, at_least(0)]
+Positive = Annotated[float, above(0)]
+NotNegative = Annotated[float, at_least(0)]
+Share = Annotated[float, within(0, 1)]           # a share, or a probability
+Distance = Annotated[float, from_to_below(0, 1)]  # of a pixel to the cell's edge, as the network predicts it
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -122,7 +191,7 @@ class _Given:
 
 def from_dict(cls: type[Config], values: dict[str, Any], origin: str, prefix: str = "") -> Config:
     """Validate wholly: unknown keys, missing keys and types before anything is touched."""
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     known = {f.name: f for f in dataclasses.fields(cls)}
     result = {}
     for key, value in values.items():
@@ -159,7 +228,12 @@ def _convert(value: Any, hint: Any, key: str, origin: str) -> Any:
             return from_dict(hint, value, origin, key + ".")
         raise ValueError(f"{origin}: {key} is {value!r}, expected a section with keys")
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
-    if kind in (typing.Union, types.UnionType):
+    if kind is Annotated:
+        with contextlib.suppress(ValueError):
+            number = _convert(value if typed is None else _Given(value, f"={typed}"), inner[0], key, origin)
+            if all(bound.holds(number) for bound in inner[1:]):
+                return number
+    elif kind in (typing.Union, types.UnionType):
         if value is None and type(None) in inner:
             return None
         choices = [h for h in inner if h is not type(None)]
@@ -208,6 +282,8 @@ def _convert(value: Any, hint: Any, key: str, origin: str) -> Any:
 def _name(hint: Any) -> str:
     """A type as a person says it."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Annotated:
+        return ", ".join([_name(inner[0]), *(bound.text for bound in inner[1:])])
     if kind in (typing.Union, types.UnionType):
         return " or ".join("null" if h is type(None) else _name(h) for h in inner)
     if kind is typing.Literal:
@@ -235,13 +311,15 @@ def to_yaml(config: Any, shared: bool = False) -> str:
 def describe(cls: type) -> str:
     """The keys of a configuration with their defaults and comments, read from its source, for --help."""
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.MULTILINE))
-    lines = []
+    hints, lines = typing.get_type_hints(cls, include_extras=True), []
     for f in dataclasses.fields(cls):
         if f.default is not dataclasses.MISSING:
             default = "null" if f.default is None else str(f.default).lower() if isinstance(f.default, bool) else f.default
         else:
             default = "..."
-        lines.append(f"  {f.name}={default}".ljust(30) + " " + comments.get(f.name, ""))
+        bounds = {bound.text for hint in (hints[f.name], *typing.get_args(hints[f.name]))
+                  if typing.get_origin(hint) is Annotated for bound in typing.get_args(hint)[1:]}
+        lines.append(f"  {f.name}={default}".ljust(30) + " " + comments.get(f.name, "") + "".join(f" ({b})" for b in bounds))
     return "\n".join(lines)
 
 
@@ -282,7 +360,7 @@ def script(doc: str, cls: type, main: Callable[..., int | None], arguments: list
 def leave(code: int) -> None:
     """End this process. In a group, not by way of the interpreter's teardown: gloo's threads may still hold tensors
     then, and now and then abort a run that was already done (PyTorch's issue 190489)."""
-    group = sys.modules["torch"].distributed if "torch" in sys.modules else None
+    group = sys.modules["torch"].distributed if is_loaded("torch") else None
     if group and group.is_available() and group.is_initialized():
         atexit._run_exitfuncs()
         sys.stdout.flush(), sys.stderr.flush()
@@ -478,20 +556,16 @@ class Run:
                       cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
                       python=list(random.getstate()[1]), numpy=[name, numpy_state[0].tolist(), *numpy_state[1:]])
         path = self.checkpoints / f"step_{step:08d}.pt"
-        beside = path.with_suffix(".tmp")
-        with open(beside, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
         if is_best:
-            copy = self.checkpoints / "best.tmp"
-            copy.unlink(missing_ok=True)
-            try:
-                os.link(path, copy)                           # the same bytes under a second name
-            except OSError:                                   # of a file system that knows none
-                shutil.copyfile(path, copy)
-            os.replace(copy, self.checkpoints / "best.pt")
+            with replacing(self.checkpoints / "best.pt") as copy:
+                try:
+                    os.link(path, copy)                       # the same bytes under a second name
+                except OSError:                               # of a file system that knows none
+                    shutil.copyfile(path, copy)
         for old in sorted(self.checkpoints.glob("step_*.pt"))[:-self.config.keep]:
             old.unlink()
 
@@ -547,11 +621,87 @@ def lasting(values: dict[str, Any]) -> dict[str, Any]:
                    for key in ("data.sets", "data.validation") if kept.get(key)}
 
 
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+# ----------------------------------------------------------------------------------------- files, tables
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside the file, renamed when all is written and gone when anything fails."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder; create it before writing {path.name}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_table(path: str | Path, rows: Sequence[dict], first: Iterable[str] = (), digits: int = 10) -> None:
+    """Write rows as CSV or, by the name of the file, as TSV: the columns `first`, then all others that a row has.
+
+    Numbers have up to `digits` digits; what is missing, None or NaN is an empty cell.
+    """
+    def text(value: Any) -> str:
+        if value is None or value != value:
+            return ""
+        return f"{value:.{digits}g}" if isinstance(value, float) else " ".join(str(value).split())
+
+    columns = list(dict.fromkeys((*first, *(name for row in rows for name in row))))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, delimiter="\t" if Path(path).suffix == ".tsv" else ",", lineterminator="\n")
+        table.writerow(columns)
+        table.writerows([text(row.get(name)) for name in columns] for row in rows)
+
+
+def read_table(path: str | Path, needed: Iterable[str] = (), advice: str = "") -> list[dict[str, str]]:
+    """Rows of a table with tabs or commas, without blanks around the words; each column `needed` stands there once."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such table" + f"; {advice}" * bool(advice))
+    try:
+        text = path.read_text(encoding="utf-8-sig")           # -sig: Excel puts a mark in front
+        delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
+        rows = [[word.strip() for word in row] for row in csv.reader(text.splitlines(), delimiter=delimiter)]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a table of text ({error}); save it as CSV or TSV in UTF-8") from None
+    while rows and not any(rows[-1]):                         # blank lines, or empty cells below the table
+        rows.pop()
+    names = rows[0] if rows else []
+    for name in needed:
+        if names.count(name) != 1:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"columns are {listed(names, 12)}"
+            raise ValueError(f"{path}: {names.count(name) or 'no'} columns '{name}', expected one; {hint}")
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(names):
+            raise ValueError(f"{path}, line {number}: {len(row)} values, expected {len(names)} as in line 1")
+    return [dict(zip(names, row)) for row in rows[1:]]
+
+
+def listed(names: Sequence[str], count: int = 5) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 of files (Path), arrays and texts, one after the other. Names sorted by it stand in a random order that lasts."""
+    whole = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            whole.update(part.read_bytes())
+        elif hasattr(part, "tobytes"):                        # an array: its shape and type count
+            whole.update(f"{part.shape} {part.dtype.str} ".encode() + part.tobytes())
+        else:
+            whole.update(str(part).encode())
+    return whole.hexdigest()
 
 
 def start_wandb(config: Any, folder: Path):

@@ -260,3 +260,54 @@ def test_scripts_take_the_threads_of_their_cores():
     bare = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=bare, capture_output=True, text=True)
     assert done.stdout.split() == ["1", "1000"], done.stderr
+
+
+# ------------------------------------------------------------------------------ imports, bounds, files, tables
+
+def test_lazy_modules_run_at_their_first_use(tmp_path):
+    (tmp_path / "slow.py").write_text("print('ran')\nVALUE = 3\n")
+    code = ("import runs\nwith runs.lazy():\n    import slow\nprint('first', runs.is_loaded('slow'))\n"
+            "print(slow.VALUE, runs.is_loaded('slow'))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    assert done.stdout.split() == ["first", "False", "ran", "3", "True"]
+    with pytest.raises(ImportError, match="whole packages"), runs.lazy():
+        import xml.never_there                                                                # noqa: F401
+
+
+@dataclass(frozen=True)
+class Bounded:
+    steps: runs.Count = 3                   # of a run
+    share: runs.Share | None = None
+    lr: runs.Positive = 0.1
+
+
+@pytest.mark.parametrize("given, expected", [
+    ("steps=0", "steps is '0', expected a whole number, 1 or more"), ("steps=x", "expected a whole number, 1 or more"),
+    ("share=1.5", "expected a number, from 0 to 1 or null"), ("lr=0", "lr is '0', expected a number, above 0"),
+    ("lr=nan", "above 0"), ("lr=inf", "above 0")])
+def test_bounds_stand_in_the_type(given, expected):
+    with pytest.raises(ValueError, match=expected):
+        runs.load(Bounded, overrides=[given])
+    assert runs.load(Bounded, overrides=["share=1", "steps=1"]) == Bounded(1, 1.0)
+    assert "of a run (1 or more)" in runs.describe(Bounded) and "(from 0 to 1)" in runs.describe(Bounded)
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "csv"])
+def test_tables_come_back(tmp_path, suffix):
+    path = tmp_path / "made" / f"table.{suffix}"
+    runs.write_table(path, [{"name": "a, b", "x": 1 / 3}, {"name": "c", "y": None, "x": float("nan")}], first=["y"])
+    assert runs.read_table(path, ["name"]) == [{"y": "", "name": "a, b", "x": "0.3333333333"}, {"y": "", "name": "c", "x": ""}]
+    with pytest.raises(ValueError, match="no columns 'nam', expected one; did you mean 'name'"):
+        runs.read_table(path, ["nam"])
+
+
+def test_what_fails_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "a.txt"
+    runs.write_text(path, "before")
+    with pytest.raises(RuntimeError), runs.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        runs.write_text(tmp_path / "none" / "a.txt", "")

@@ -192,13 +192,13 @@ def look(pixels: np.ndarray, net: Instructed, labels: np.ndarray | None = None, 
     """Nuclei and their embeddings.
 
     labels : given nuclei instead of those that the network finds, for measurements.
-    scale : network px per px of the region, see segment.scale_for.
+    scale : network px per px of the region, see segment.zoom_for.
     """
     share, what = stain(pixels)
     shown = pixels[:3]                   # more channels are no H&E; the stain says so
     rgb = data.to_rgb(data.normalise(shown, data.percentiles(shown, net.settings.low, net.settings.high)))
     if labels is None:
-        labels = segment.segment(rgb, net, limits=segment.UNIT, scale=scale)
+        labels = segment.segment(rgb, net, limits=segment.UNIT, zoom=scale)
     size = rgb.shape[1:]
     seen_at = [max(1, round(n * scale)) for n in size]
     plane, tokens = embeddings(resized(torch.from_numpy(rgb), seen_at), net)

@@ -131,6 +131,7 @@ from tqdm import tqdm                       # noqa: E402
 
 import data                                 # noqa: E402
 from draws import Draws, hashed, noise, scramble                       # noqa: E402
+from watershed import distance_map          # noqa: E402
 
 
 # -------------------------------------------------------------------------------------------- resident
@@ -155,7 +156,7 @@ class Resident:
 
     def __init__(self, entries: Iterable[tuple[str, np.ndarray, np.ndarray]], groups: list[str] | None = None,
                  device: str | torch.device = "cpu", cap: float | None = 4.0, diameter: float | None = None,
-                 weights: dict[str, float] | None = None, zooms: list[float] | None = None):
+                 weights: dict[str, float] | None = None):
         words, labels, depths, centres, rows = [], [], [], [], []
         for name, pixels, truth in entries:
             if pixels.shape != (3, *truth.shape) or truth.dtype.kind not in "iu" or truth.size == 0:
@@ -166,7 +167,7 @@ class Resident:
             ids = np.unique(np.append(truth, 0))                             # ground first
             truth = np.searchsorted(ids, truth).astype(np.int32)             # 0..n
             wide, centre, depth = measure(truth, len(ids))
-            far = data.distance_map(truth) if cap is None else np.zeros(truth.shape, np.float32)
+            far = distance_map(truth) if cap is None else np.zeros(truth.shape, np.float32)
             levels = pyramid(np.concatenate((pixels, far[None])))
             rows.append((wide, pixels.mean(), (pixels == pixels[0]).all(), pixels.any((1, 2)), len(ids) - 1,
                          [level.shape[:2] for level in levels]))
@@ -180,7 +181,7 @@ class Resident:
         # (N,) intensity, (N,) channels are equal, (N, 3) channel is not black, (N,) count, (N, LEVELS, 2) px
         self.word, self.label, self.cell = starts(words).reshape(-1, LEVELS), starts(labels), starts(depths)
         self.centre = np.concatenate(centres)                              # (cells, 2) y, x px, ground first
-        self.scale = np.array(zooms or [1.0] * len(rows))                    # (N,) nominal
+        self.scale = np.ones(len(rows))                                      # (N,) nominal
         if diameter is not None:
             self.scale[widths > 0] = diameter / widths[widths > 0]
         self.width = widths * self.scale                                     # (N,) px, a median cell at nominal scale; 0: none
@@ -669,7 +670,7 @@ def capped(labels: Tensor, cap: float) -> Tensor:
 
 
 def per_cell(d: Tensor, labels: Tensor, whole: Tensor) -> Tensor:
-    """d (B, 1, S, S) over its maximum in each cell: with capped(), data.distance_map of these labels.
+    """d (B, 1, S, S) over its maximum in each cell: with capped(), watershed.distance_map of these labels.
 
     But cells that the crop cuts are divided by no less than their maximum in the whole image, whole (B, K):
     else the rim of a large cell, all that is left of it, would pass for the heart of a small one.

@@ -20,20 +20,29 @@ def calibrate(net, bank, train_tiles: list[histology.Tile], folder: Path, side: 
     import answer
     import metrics
     import segment
-    import tuning
+    import watershed
     net.cpu().eval()
     bank.to("cpu")
     words = net.words
     held = [part for part, _ in histology.parts_of(folder, "validation", side)]
     if not held:
         raise ValueError(f"{folder}/validation: no tiles; make the set with a larger hold_out=")
-    distances = [segment.distance_map(histology.normalised(t.pixels), net, limits=segment.UNIT) for t in held]
-    best = tuning.tuned(distances, [t.labels for t in held], [t.tissue for t in held], min_areas=(histology.LEAST,),
-                        depths=tuning.DEPTHS, smooths=tuning.SMOOTHS, shapes=tuning.SHAPES)
-    net.settings = dataclasses.replace(net.settings, **best.setting._asdict(), kinds={})
-    scores = {"val_AP@0.5": float(np.mean([metrics.average_precision(tile.labels, labels, (0.5,))[0]
-                                           for tile, labels in zip(held, best.labels)])),
-              **{name: value for name, value in best.setting._asdict().items() if name != "min_area"}}
+    distances = [segment.distances(histology.normalised(t.pixels), net, limits=segment.UNIT) for t in held]
+
+    def precision(setting: watershed.Setting, *ious: tuple) -> list[float]:
+        return [float(metrics.average_precision(tile.labels, watershed.flood(distance, setting), *ious).mean())
+                for tile, distance in zip(held, distances)]
+
+    def score(setting: watershed.Setting) -> float:            # each tissue counts the same
+        values, by_tissue = precision(setting), {}
+        for tile, value in zip(held, values):
+            by_tissue.setdefault(tile.tissue, []).append(value)
+        return float(np.mean([np.mean(some) for some in by_tissue.values()]))
+
+    best = watershed.tune(score, min_area=(histology.LEAST,))
+    net.settings = dataclasses.replace(net.settings, **best._asdict())
+    scores = {"val_AP@0.5": float(np.mean(precision(best, (0.5,)))),
+              **{name: value for name, value in best._asdict().items() if name != "min_area"}}
 
     # the tissue: how far tiles of an image lie from the others, image by image (or in six lots of them)
     tokens, lots = [], []

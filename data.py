@@ -32,7 +32,7 @@ import readers
 import runs
 from images import (Image, Source, normalise, open_image, percentiles, read_image,  # noqa: F401
                     to_rgb)                                        # data.read_image and the like
-from labels import distance_map, read_labels, write_label_tiles, write_labels      # noqa: F401
+from labels import read_labels, write_labels      # noqa: F401
 from readers import TILE, Example, examples, regex, unread
 
 def seen(example: Example) -> np.ndarray:

@@ -52,7 +52,6 @@ class Model:
     peak: float | None = None               # null: the weights' own
     fill: float | None = None               # null: the weights' own
     min_area: int | None = None             # px; null: the weights' own
-    kind: str | None = None                 # whose decoder and settings all tiles get; null: each by what it shows
 
 
 @dataclass(frozen=True)
@@ -209,13 +208,12 @@ class Network:
         begin = time.perf_counter()
         seen = {"both": pixels, "nuclei": pixels[:1], "marker": pixels[1:]}[entry.sees]
         options = dict(diameter=config.diameter, limits=data.percentiles(seen, net.settings.low, net.settings.high))
-        kind = segment.kind_of(seen, net, kind=entry.kind, **options)
-        labels = segment.segment(seen, net, **options, kind=kind, border=config.border, batch=config.batch,
+        labels = segment.segment(seen, net, **options, border=config.border, batch=config.batch,
                                  peak=entry.peak, fill=entry.fill, min_area=entry.min_area)
         seconds = time.perf_counter() - begin
         percentile = config.percentile if config.statistic == "percentile" else None
         values = [float(f"{value:.6g}") for value in cohort.intensity(labels, pixels[1], percentile)]
-        return dict(kind=kind, seconds=round(seconds, 3), area_px=int(np.count_nonzero(labels)), dtype=str(pixels.dtype),
+        return dict(seconds=round(seconds, 3), area_px=int(np.count_nonzero(labels)), dtype=str(pixels.dtype),
                     intensity=values)
 
     def write(self, tile: Any, **found: Any) -> None:
@@ -273,11 +271,7 @@ def merge(config: Config) -> int:
         skipped = lost | {line["tile"]: line["why"] for line in lines if "why" in line}
         cuts = cohort.thresholds(done, config.threshold, config.value, config.controls,
                                  config.control_percentile)
-        digest, seen_as = weights_hash(entry), Counter(line["kind"] for line in done)
-        if len(seen_as) > 1:
-            print(f"warning: model '{entry.name}': tiles went through the decoders and thresholds of different kinds of images, "
-                  f"{', '.join(f'{count} as {kind}' for kind, count in seen_as.most_common())}; that alone may part donors, so "
-                  "give the model one of them as kind:", file=sys.stderr)
+        digest = weights_hash(entry)
         rows = [{"donor": line["donor"], "tile": line["tile"], "cells": len(line["intensity"]),
                  "positive": sum(value > cuts[line["donor"]] for value in line["intensity"]),
                  "area_px": line["area_px"], "seconds": line["seconds"], "model_sha256": digest,

@@ -42,7 +42,7 @@ import runs
 from measure import (CEILING, COMPARED, READ, DataSet, Encoded, Model, Network, Peer, Result, check_distinct,
                      check_scores, columns_of, differences, digest, examples, group_rows, grouped, items,
                      kept, measured, plain, seeds_joined)
-from tuning import (FILLS, PEAKS, Encoding, best_setting, encodings, gateable, gated, mean_defined, swept,
+from tuning import (Encoding, best_setting, encodings, gateable, gated, mean_defined, swept,
                     thresholds)
 
 
@@ -242,8 +242,8 @@ class Sweep:
     experiment: str = "sweep"               # name of the run
     output_base_dir: str = "."              # where runs/ is made
     root: str = "."                         # folder that the sets are in
-    peak: tuple[float, ...] = PEAKS         # a cell's marker lies above
-    fill: tuple[float, ...] = FILLS         # a cell reaches down to
+    peak: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)       # a cell's marker lies above
+    fill: tuple[float, ...] = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)       # a cell reaches down to
     min_area: tuple[int | None, ...] = (None,)  # px; null: the weights' own
     tile: tuple[int | None, ...] = (None,)  # px; null: as trained
     overlap: tuple[int | None, ...] = (None,)  # px; null: a cell's width, from an eighth to half of the tile
@@ -330,7 +330,7 @@ def check_apart(validation: list[tuple[DataSet, list]], test: list[tuple[DataSet
 @dataclass(frozen=True)
 class Ceiling:
     sets: tuple[DataSet, ...]               # as in bench; only their labels count
-    cap: tuple[float | None, ...] = Encoding.cap  # px, of data.distance_map; null: none
+    cap: tuple[float | None, ...] = Encoding.cap  # px, of watershed.distance_map; null: none
     peak: tuple[float, ...] = Encoding.peak  # of the watershed
     fill: tuple[float, ...] = Encoding.fill  # of the watershed
     experiment: str = "ceiling"             # name of the run

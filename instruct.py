@@ -152,7 +152,7 @@ def ask(config: Ask, files: list[str]) -> int:
     if encoder.dim != net.words.text:
         raise ValueError(f"encoder={config.encoder}: {encoder.dim} wide, but {weights} reads "
                          f"{net.words.text}")
-    view = answer.look(pixels, net.to(device), scale=segment.scale_for(config.diameter, net))
+    view = answer.look(pixels, net.to(device), scale=segment.zoom_for(config.diameter, net) if config.diameter else 1.0)
     reply = answer.respond(view, text, net.cpu(), encoder)
 
     out = Path(config.out)
@@ -365,8 +365,7 @@ def build(config: Config, record: dict, classes: list[str], text: int):
     else:                                                  # a whole network, whatever its shape
         base = model.load(config.init)
         shape = base.architecture
-        base.drop_decoders()
-        settings = dataclasses.replace(base.settings, tile=config.crop, cap=config.cap, zoom=1.0)    # seen at full size
+        settings = dataclasses.replace(base.settings, tile=config.crop, cap=config.cap)
         net = answer.Instructed(base.backbone, shape["widths"], shape["last"], settings, words, shape["stem"])
         net.take_decoder(base.decoder)
         return net

@@ -1,15 +1,13 @@
-"""Label images <-> files, and the distance map that the network learns from them.
+"""Label images <-> files.
 
     write_labels("well_A1_labels.tif", labels)
     labels = read_labels("well_A1_labels.tif")                       # (H, W) int32, 0 = background
-    write_label_tiles("slide_labels.tif", (H, W), tiles)             # piece by piece
-    target = distance_map(labels, cap=4)                             # (H, W) float32 in [0, 1]
+    writer = LabelWriter("slide_labels.tif", (H, W))                 # part by part: add(core, labels) ..., close()
 """
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterable, Iterator
+import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import tifffile
 from images import open_image
 from runs import replacing
 
-DEEP = 64                               # px, see distance_map; sums of two squares must fit int16
+TILE = 512                              # px, side of the tiles of a file that comes in parts
 CLASSIC = 1 << 31                       # bytes of pixels; beyond, a TIFF needs the 64-bit places of BigTIFF, which fewer programs read
 
 
@@ -44,31 +42,49 @@ def write_labels(path: str | Path, labels: np.ndarray, pixel_size: float | None 
         tifffile.imwrite(temporary, labels.astype(dtype), **_label_options(pixel_size))
 
 
-def write_label_tiles(path: str | Path, shape: tuple[int, int], tiles: Iterable[np.ndarray],
-                      tile: tuple[int, int] = (512, 512), pixel_size: float | None = None) -> None:
-    """Compressed, tiled uint32 TIFF of shape (H, W), a BigTIFF where it is large, written while its tiles come, row-major.
+class LabelWriter:
+    """A label image (H, W) written while its parts come, left to right and top to bottom.
 
-    tiles : (h, w) integers, at the right and lower rim cut to the image; tile : px, multiples of 16.
+    One part that is the whole image becomes a plain TIFF, several a tiled one of uint32, a BigTIFF where it is large.
+    In memory lies a band of parts. The file appears when it is closed.
     """
-    (H, W), (h, w) = shape, tile
-    if h % 16 or w % 16 or min(h, w, H, W) < 1:
-        raise ValueError(f"{path}: {H} x {W} px in tiles of {h} x {w}, expected at least 1 px and tiles in "
-                         f"multiples of 16")
-    given = iter(tiles)
 
-    def padded() -> Iterator[np.ndarray]:
-        for y, x in itertools.product(range(0, H, h), range(0, W, w)):
-            part, expected = next(given, None), (min(h, H - y), min(w, W - x))
-            if part is None or part.shape != expected:
-                got = "no tile" if part is None else f"a tile of {part.shape}"
-                raise ValueError(f"{path}: {got} at row {y}, column {x}, expected one of {expected}")
-            yield np.pad(part.astype(np.uint32), [(0, h - expected[0]), (0, w - expected[1])])
+    def __init__(self, path: str | Path, size: tuple[int, int], pixel_size: float | None = None):
+        self.path, self.size, self.pixel_size = Path(path), size, pixel_size
+        self.whole: np.ndarray | None = None                       # the only part
+        self.band = np.zeros((0, size[1]), np.uint32)              # rows that are not compressed yet
+        self.spool = tempfile.TemporaryFile(dir=self.path.parent)  # compressed tiles, one after the other
+        self.lengths: list[int] = []                               # their bytes
 
-    with replacing(path) as temporary:
-        tifffile.imwrite(temporary, padded(), shape=shape, dtype=np.uint32, tile=tile, bigtiff=4 * H * W > CLASSIC,
-                         **_label_options(pixel_size))
-        if next(given, None) is not None:
-            raise ValueError(f"{path}: more tiles than {H} x {W} px hold")
+    def add(self, core: tuple[slice, slice], labels: np.ndarray) -> None:
+        """Take the labels of these rows and columns."""
+        (H, W), (rows, columns) = self.size, core
+        if labels.shape == self.size:
+            self.whole = labels
+            return
+        if columns.start == 0:
+            self.band = np.concatenate((self.band, np.zeros((rows.stop - rows.start, W), np.uint32)))
+        self.band[len(self.band) - (rows.stop - rows.start):, columns] = labels
+        if columns.stop == W:
+            while len(self.band) >= TILE or (len(self.band) and rows.stop == H):
+                for x in range(0, W, TILE):
+                    part = self.band[:TILE, x:x + TILE]
+                    padded = np.pad(part, [(0, TILE - n) for n in part.shape])
+                    self.lengths.append(self.spool.write(zlib.compress(padded.astype("<u4").tobytes(), 3)))
+                self.band = self.band[TILE:]
+
+    def close(self) -> None:
+        """Write the file."""
+        if self.whole is not None:
+            self.spool.close()
+            return write_labels(self.path, self.whole, self.pixel_size)
+        (H, W), expected = self.size, -(-self.size[0] // TILE) * -(-self.size[1] // TILE)
+        if len(self.lengths) != expected:
+            raise ValueError(f"{self.path}: {len(self.lengths)} tiles of labels, expected {expected} for {H} x {W} px")
+        self.spool.seek(0)
+        with self.spool, replacing(self.path) as temporary:
+            tifffile.imwrite(temporary, (self.spool.read(length) for length in self.lengths), shape=self.size, dtype=np.uint32,
+                             tile=(TILE, TILE), bigtiff=4 * H * W > CLASSIC, byteorder="<", **_label_options(self.pixel_size))
 
 
 def _label_options(pixel_size: float | None) -> dict[str, Any]:
@@ -82,71 +98,3 @@ def check_labels(labels: np.ndarray, where: str | Path, largest: int) -> None:
         raise ValueError(f"{where}: labels of shape {labels.shape}, {labels.dtype}; expected (H, W) integers")
     if labels.min(initial=0) < 0 or labels.max(initial=0) > largest:
         raise ValueError(f"{where}: labels from {labels.min()} to {labels.max()}, expected 0 to {largest}")
-
-
-# ----------------------------------------------------------------------------------------------- distance map
-
-def distance_map(labels: np.ndarray, cap: float | None = None) -> np.ndarray:
-    """Per cell min(d, cap) / min(max d, cap), 0 on background: (H, W) float32 in [0, 1]; cap in px.
-
-    d is the distance from a pixel's centre to the nearest pixel centre that is not of the same cell: 1 along
-    a cell's edge, also where another cell touches. The border of the image is no edge, for what lies behind
-    it is unknown: a crop keeps the target of the whole image but for cells that it cuts. A cell without any
-    edge is 1.
-
-    d² separates into rows and columns (Meijster et al., 2000), also with many labels. With g the distance to
-    another label in the same row and v that in the same column, d² = min(v², min over k of k² + g² of the
-    pixel k rows away). Pixels of other cells take part without harm: the edge lies nearer than they, and v²
-    counts it. This takes a pass for each k up to the largest d; cells with d > DEEP, few since they are
-    large, are transformed each in its own box.
-    """
-    check_labels(labels, "distance_map", np.iinfo(np.int64).max)
-    if cap is not None and not 0 < cap < math.inf:
-        raise ValueError(f"cap={cap}, expected a distance in px above 0, or None")
-    if labels.size == 0:
-        return np.zeros(labels.shape, np.float32)
-    flat = labels.ravel()
-    starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))     # of runs of one label
-    ids, run = np.unique(flat[starts], return_inverse=True)
-    lengths = np.diff(starts, append=flat.size)
-    cells = np.repeat(run.astype(np.int32), lengths).reshape(labels.shape)       # 0..n without gaps
-    background = np.repeat(ids[run] == 0, lengths).reshape(labels.shape)
-
-    reach = DEEP if cap is None else min(DEEP, math.ceil(cap))                   # px; exact as far as this
-    v, g = _to_other(cells, reach + 1), _to_other(cells.T, reach + 1).T          # (H, W) int16
-    v[background] = 0
-    g *= g
-    square = np.minimum(v * v, g)
-    away = v                                                                     # its memory is free
-    for k in range(1, reach):
-        if square.max() <= k * k:
-            break
-        np.add(g, np.int16(k * k), out=away)
-        np.minimum(square[k:], away[:-k], out=square[k:])
-        np.minimum(square[:-k], away[k:], out=square[:-k])
-    d = np.sqrt(square, dtype=np.float32)
-
-    deep = np.unique(run[np.maximum.reduceat(square.ravel(), starts) > reach * reach])
-    if len(deep) and (cap is None or cap > reach):
-        from scipy import ndimage                                  # slow to import, seldom needed
-        boxes = ndimage.find_objects(cells + 1)
-        for i in deep:
-            box = tuple(slice(max(s.start - 1, 0), s.stop + 1) for s in boxes[i])
-            own = cells[box] == i
-            d[box][own] = 1 if own.all() else ndimage.distance_transform_edt(own)[own]
-    d = d if cap is None else np.minimum(d, np.float32(cap))
-    peak = np.zeros(len(ids), np.float32)
-    np.maximum.at(peak, run, np.maximum.reduceat(d.ravel(), starts))
-    return d / np.repeat(np.where(ids == 0, 1, peak)[run], lengths).reshape(labels.shape)
-
-
-def _to_other(labels: np.ndarray, far: int) -> np.ndarray:
-    """Distance in px to the nearest other label in the same column, at most far: (H, W) int16."""
-    y = np.arange(len(labels), dtype=np.int32)[:, None]
-    change = labels[1:] != labels[:-1]
-    above, below = np.full_like(labels, -far), np.full_like(labels, len(labels) + far)   # (H, W) their rows
-    np.copyto(above[1:], y[:-1], where=change)
-    np.copyto(below[:-1], y[1:], where=change)
-    np.maximum.accumulate(above, axis=0, out=above)
-    np.minimum.accumulate(below[::-1], axis=0, out=below[::-1])
-    return np.minimum(np.minimum(y - above, below - y), far).astype(np.int16)

@@ -55,7 +55,6 @@ class Model:
     tile: int | None = None                 # px; null: as trained
     overlap: int | None = None              # px; null: a cell's width, from an eighth to half of the tile
     scale: float = 1.0                      # network px per image px, on top of the set's diameter
-    kind: str | None = None                 # whose decoder and settings all images get; null: each by what it shows
 
     @property
     def row(self) -> str:
@@ -266,7 +265,7 @@ class Network:
         model.load(self.path)
         self.digest = digest(self.path)
         self.options = dict(peak=entry.peak, fill=entry.fill, min_area=entry.min_area, tile=entry.tile,
-                            overlap=entry.overlap, scale=entry.scale, kind=entry.kind)
+                            overlap=entry.overlap, scale=entry.scale)
 
     @cached_property
     def net(self):
@@ -292,7 +291,8 @@ class Network:
 def segmented(item: Item, place: DataSet, net, scale: float, **options) -> np.ndarray:
     import segment
     try:
-        return segment.segment(item.pixels, net, diameter=place.diameter, scale=scale, **options)
+        zoom = None if scale == 1 else scale * (segment.zoom_for(place.diameter, net) if place.diameter else 1.0)
+        return segment.segment(item.pixels, net, diameter=place.diameter, zoom=zoom, **options)
     except ValueError as error:             # segment knows no names
         raise ValueError(f"{place.name}/{item.name}: {error}") from None
 
@@ -347,9 +347,8 @@ class Encoded:
         return dict(truth=digest(item.truth), cap=self.cap, **self.options)
 
     def labels(self, item: Item, place: DataSet) -> tuple[np.ndarray, None]:
-        import data
-        from watershed import watershed
-        return watershed(data.distance_map(item.truth, self.cap), **self.options), None
+        from watershed import distance_map, watershed
+        return watershed(distance_map(item.truth, self.cap), **self.options), None
 
 
 # ------------------------------------------------------------------------------------------ a model on a set

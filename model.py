@@ -13,14 +13,16 @@ T = 1 + R + N all tokens, D width.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import logging
 import math
-import os
 import pickle
 import struct
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+import warnings
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FORMAT = "dinocell-1"      # first entry of every file that save() writes
+from runs import replacing
+from watershed import Setting
+
+FORMAT = "dinocell-2"      # first entry of every file that save() writes
+OLD_FORMAT = "dinocell-1"  # still read
 
 
 class Tokens(NamedTuple):
@@ -325,18 +331,20 @@ class Settings:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     low: float = 1.0                  # percentile of the image that becomes 0
     high: float = 99.8                # percentile that becomes 1
-    cap: float | None = None          # px, data.distance_map(cap=) of the training targets
-    peak: float = 0.47                # watershed: a cell's marker lies above
-    fill: float = 0.09                # watershed: a cell reaches down to
-    depth: float = 0.0                # watershed: two summits are two cells if the valley between them is so deep; 0: peak decides
-    smooth: float = 0.0               # px, Gaussian that smooths the distance map before the watershed
-    shape: float = 0.0                # per px, what lying inside adds to the distance, so that necks part cells
-    min_area: int = 0                 # px, smaller cells are dropped
-    kinds: dict = field(default_factory=dict)         # images that want another setting of the watershed: kinds.py
-    zoom: float = 1.0                 # network px per image px, where nobody says how large cells are
+    cap: float | None = None          # px, watershed.distance_map(cap=) of the training targets
+    peak: float = 0.47                # these six are watershed.Setting, which says what they mean
+    fill: float = 0.09
+    min_area: float = 0
+    depth: float = 0.0
+    smooth: float = 0.0
+    shape: float = 0.0
     diameter: float | None = None     # network px, median equivalent diameter of the training cells
-    pixel_size: float | None = None   # µm per px of the training data, where it has one
     provenance: dict = field(default_factory=dict)    # what it was trained on, how, with which scores
+
+    @property
+    def setting(self) -> Setting:
+        """The thresholds of the watershed."""
+        return Setting(*(getattr(self, name) for name in Setting._fields))
 
 
 class DINOCell(nn.Module):
@@ -354,7 +362,6 @@ class DINOCell(nn.Module):
         self.taps = tuple(vit.depth * (i + 1) // quarters - 1 for i in range(quarters))     # 12 blocks: 2, 5, 8, 11
         self.architecture = dict(backbone=vit.architecture, widths=tuple(widths), last=last, stem=stem)
         self.decoder = Decoder(vit.dim, vit.patch, tuple(widths), last, stem)
-        self.decoders = nn.ModuleDict()                                      # {name: one more, for some kinds of images}
         self.size: SizeHead | None = None                                    # give_size() makes one
         self.register_buffer("mean", torch.tensor(self.settings.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.settings.std).view(1, 3, 1, 1), persistent=False)
@@ -368,11 +375,6 @@ class DINOCell(nn.Module):
         h, w = x.shape[2] // self.backbone.patch, x.shape[3] // self.backbone.patch
         return self.decoder(x, taps, h, w).float().sigmoid()                 # (B, 1, H, W)
 
-    def give_decoder(self, name: str, decoder: Decoder | None = None) -> None:
-        """One more decoder of that name, or as new a one as the first in the place of None."""
-        self.decoders[name] = copy.deepcopy(self.decoder if decoder is None else decoder)
-        self.architecture["decoders"] = list(self.decoders)
-
     def give_size(self) -> None:
         """A new head that says how wide cells are."""
         self.size = SizeHead(self.backbone.dim).to(self.mean.device)
@@ -383,20 +385,6 @@ class DINOCell(nn.Module):
         with self.autocast():
             last, = self.backbone.features(self.standardised(x), self.taps[-1:])
             return self.size(last.to(self.dtype))
-
-    def drop_decoders(self) -> None:
-        """Leave only the decoder for all, which is what one trains, and nothing that chooses between several."""
-        self.settings = replace(self.settings, kinds={})
-        self.decoders.clear()
-        self.architecture.pop("decoders", None)
-
-    def with_decoder(self, name: str | None) -> DINOCell:
-        """The same network, tensors and all, that decodes with the decoder of that name; None: with the one for all."""
-        if name is None:
-            return self
-        chosen = copy.copy(self)
-        chosen._modules = {**self._modules, "decoder": self.decoders[name]}
-        return chosen
 
     def standardised(self, x: Tensor) -> Tensor:
         """What the backbone sees of an image (B, 3, H, W) in [0, 1]."""
@@ -424,6 +412,29 @@ class DINOCell(nn.Module):
         return self
 
 
+# ------------------------------------------------------------------------------------------------- loss
+
+NEAR_EDGE = 2       # px from a cell that are near it
+
+
+def distance_loss(predicted: Tensor, target: Tensor, labels: Tensor, edge_weight: float = 0.0,
+                  seam_weight: float = 0.0) -> Tensor:
+    """Mean squared error of distances (B, 1, S, S), each pixel weighed; labels (B, S, S), 0 is background.
+
+    Near an edge, on both sides of it, by 1 + edge_weight (1 - distance): with the cell's side alone the network would
+    rather draw cells too large than too small. And seam_weight more where two cells are near: touching cells are parted
+    by a valley of few pixels that else hardly shows in the mean.
+    """
+    square = (predicted - target).square()
+    if not edge_weight and not seam_weight:
+        return square.mean()
+    number = labels[:, None].to(target.dtype)                                # (B, 1, S, S)
+    highest, lowest = (F.max_pool2d(v, 2 * NEAR_EDGE + 1, 1, NEAR_EDGE)
+                       for v in (number, -number.masked_fill(number == 0, torch.inf)))
+    near, seam = highest > 0, (highest > 0) & (highest != -lowest)           # of one cell or more, of two or more
+    return (square * (1 + edge_weight * (1 - target) * near + seam_weight * seam)).mean()
+
+
 # --------------------------------------------------------------------------------------- weights: writing
 
 def save(model: DINOCell | ViT, path: str | Path, half: bool = False, provenance: dict | None = None) -> None:
@@ -440,12 +451,8 @@ def save(model: DINOCell | ViT, path: str | Path, half: bool = False, provenance
                    settings=asdict(model.settings) if isinstance(model, DINOCell) else {"provenance": provenance or {}},
                    state_dict=tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(content, beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
 
 
 # --------------------------------------------------------------------------------------- weights: reading
@@ -453,11 +460,13 @@ def save(model: DINOCell | ViT, path: str | Path, half: bool = False, provenance
 def load(path: str | Path) -> DINOCell:
     """A network written by save(), in float32, on the CPU, ready for inference."""
     content = _read(path)
-    if content.get("format") != FORMAT or content.get("kind") != "DINOCell":
+    if not _is_ours(content) or content["kind"] != "DINOCell":
         what = {"ViT": "a backbone without decoder (model.load_backbone reads it)",
                 "Instructed": "weights that answer instructions (python instruct.py ask reads them)"}
         raise ValueError(f"{path}: {what.get(str(content.get('kind')), 'no DINOCell file')}; expected weights exported by "
                          "train_seg.py")
+    if content["format"] == OLD_FORMAT:
+        _forget_heads(content, path)
     shape = content["architecture"]
     known = {f.name for f in fields(Settings)}
     if surplus := set(content["settings"]) - known:
@@ -465,8 +474,6 @@ def load(path: str | Path) -> DINOCell:
     with torch.device("meta"):
         net = DINOCell(built(shape["backbone"]), tuple(shape["widths"]), shape["last"], Settings(**content["settings"]),
                        shape["stem"])
-        for name in shape.get("decoders", ()):
-            net.give_decoder(name)
         if shape.get("size"):
             net.give_size()
     net.to_empty(device="cpu")
@@ -474,6 +481,19 @@ def load(path: str | Path) -> DINOCell:
     net.std.copy_(torch.tensor(net.settings.std).view(1, 3, 1, 1))
     _fill(net, content["state_dict"], path)
     return net.eval()
+
+
+def _is_ours(content: dict) -> bool:
+    return content.get("format") in (FORMAT, OLD_FORMAT)
+
+
+def _forget_heads(content: dict, path: str | Path) -> None:
+    """Files of the format before may have a decoder and thresholds for each image type; only those for all are read."""
+    names = content["architecture"].pop("decoders", ())
+    content["state_dict"] = {k: v for k, v in content["state_dict"].items() if not k.startswith("decoders.")}
+    content["settings"] = {k: v for k, v in content["settings"].items() if k not in ("kinds", "zoom", "pixel_size")}
+    if names:
+        print(f"{path}: weights of the format before, with decoders for {', '.join(names)}; the one for all is used", file=sys.stderr)
 
 
 def built(shape: dict) -> ViT | ConvNet:
@@ -488,7 +508,7 @@ def load_backbone(path: str | Path, patch: int = 8, **options) -> ViT:
     A kernel of larger patches is turned into `patch` by shrink_patch. `options` go to ViT (rope_jitter).
     """
     content = _read(path)
-    if content.get("format") == FORMAT:
+    if _is_ours(content):
         tensors = content["state_dict"]
         if content["kind"] == "DINOCell":
             tensors = {k[9:]: v for k, v in tensors.items() if k.startswith("backbone.")}
@@ -558,7 +578,7 @@ def _read(path: str | Path) -> dict:
 def kind(path: str | Path) -> str:
     """What a file of weights holds: "DINOCell" (with decoder), or "ViT"."""
     content = _read(path)
-    return content["kind"] if content.get("format") == FORMAT else "ViT"
+    return content["kind"] if _is_ours(content) else "ViT"
 
 
 def has_bf16(device: str) -> bool:
@@ -620,6 +640,66 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> No
     module.load_state_dict({k: v.float() for k, v in tensors.items()})
 
 
+# ------------------------------------------------------------------------------------------------- ONNX
+
+EXACT, HALF = 1e-4, 1e-2         # largest difference from PyTorch that passes, of distances in [0, 1]
+
+
+def to_onnx(net: DINOCell, path: str | Path, tile: int | None = None, opset: int = 18, half: bool = False) -> float | None:
+    """Write the network as one ONNX file; the largest difference from PyTorch, or None without onnxruntime.
+
+    image     (batch, 3, tile, tile) float32 in [0, 1], any batch, as images.normalise and images.to_rgb make it
+    distance  (batch, 1, tile, tile) float32 in [0, 1], what watershed.watershed takes
+
+    Subtracting the mean is part of the network; tiling, blending and the watershed are not (segment.py). The settings
+    that these need are JSON in the file's metadata under "dinocell".
+    """
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{path}: export needs {' and '.join(missing)}; pip install onnx onnxscript onnxruntime")
+    import onnx
+    net = copy.deepcopy(net).cpu().float().eval()
+    tile, patch = tile or net.settings.tile, net.backbone.patch
+    if tile < 1 or tile % patch:
+        raise ValueError(f"tile={tile}: expected a multiple of the patch, {patch} px")
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = copy.deepcopy(net)
+            if half:
+                self.net.half()
+                self.net.backbone.periods = net.backbone.periods.clone()     # angles multiply errors
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.net(image.half() if half else image)
+
+    images = torch.rand(3, 3, tile, tile, generator=torch.Generator().manual_seed(0))
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")                            # PyTorch's, about its own insides
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(Whole(), (images,), None, input_names=["image"], output_names=["distance"],
+                                    dynamic_shapes=({0: torch.export.Dim("batch")},), opset_version=opset,
+                                    dynamo=True, verbose=False)
+        proto = program.model_proto
+        onnx.helper.set_model_props(proto, {"dinocell": json.dumps(asdict(net.settings) | {"tile": tile})})
+        onnx.checker.check_model(proto)
+        temporary.write_bytes(proto.SerializeToString())
+        if importlib.util.find_spec("onnxruntime") is None:
+            return None
+        import onnxruntime
+        session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+        with torch.inference_mode():
+            expected = net(images).numpy()
+        error = max(abs(session.run(None, {"image": images[:n].numpy()})[0] - expected[:n]).max()
+                    for n in (1, 3))
+        limit = HALF if half else EXACT
+        if not error <= limit:
+            raise ValueError(f"{path}: differs from PyTorch by {error:.1e}, expected {limit:.0e} at most; "
+                             f"not written, try another opset= or half=false")
+        return float(error)
+
+
 # ------------------------------------------------------------------------------------------------- table
 
 def cost(net: DINOCell, size: int) -> list[tuple[str, int, float]]:
@@ -642,7 +722,7 @@ def cost(net: DINOCell, size: int) -> list[tuple[str, int, float]]:
                   for name in ([f"{prefix}.{i}" for i in range(len(m))] if isinstance(m, nn.ModuleList) else [prefix])]
         rows.append((label, sum(p.numel() for m in modules for p in m.parameters()),
                      float(sum(flops.get(leaf, 0) for leaf in leaves))))
-    total = sum(p.numel() for name, p in net.named_parameters() if not name.startswith("decoders."))
+    total = sum(p.numel() for p in net.parameters())
     rows.insert(2, ("backbone: class, register tokens, norm", total - sum(row[1] for row in rows), 0.0))
     return rows
 

@@ -203,7 +203,7 @@ def segmentation(vit, train, validation: list, steps: int = 200, crop: int = 96,
     net.eval()
     aps = []
     for entry in filter(lambda entry: entry.held, validation):
-        distance = segment.distance_map(entry.pixels, net, limits=segment.UNIT)
+        distance = segment.distances(entry.pixels, net, limits=segment.UNIT)
         labels = watershed.watershed(distance, 0.47, 0.2)
         aps.append(metrics.average_precision(entry.labels, labels, (0.5, 0.75)))
     return {"probe_AP@0.5": float(np.mean([ap[0] for ap in aps])),

@@ -25,8 +25,8 @@ import csv
 import dataclasses
 import difflib
 import hashlib
+import importlib.abc
 import importlib.machinery
-import importlib.util
 import inspect
 import json
 import math
@@ -37,6 +37,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 import typing
@@ -84,8 +85,39 @@ for _name, _value in (("OMP_NUM_THREADS", cores()), ("GOMP_SPINCOUNT", 1000), ("
 
 # ----------------------------------------------------------------------------------------------- imports
 
+class _LazyModule(types.ModuleType):
+    """A module that runs when something in it is asked for: not what every module has (inspect looks at __file__ of all)."""
+    lock = threading.RLock()
+
+    def __getattr__(self, name: str) -> Any:
+        spec = self.__dict__.get("__spec__")
+        if spec is None or name.startswith("__") and (name != "__path__" or not getattr(spec.loader, "found", True)):
+            raise AttributeError(name)
+        with self.lock:
+            if isinstance(spec.loader, _LazyLoader):
+                spec.loader = self.__loader__ = spec.loader.loader
+                if spec.submodule_search_locations is not None:
+                    self.__path__ = spec.submodule_search_locations
+                spec.loader.exec_module(self)
+                self.__class__ = types.ModuleType
+        return types.ModuleType.__getattribute__(self, name)
+
+
+class _LazyLoader(importlib.abc.Loader):
+    def __init__(self, loader):
+        self.loader, self.found = loader, False
+
+    def create_module(self, spec):
+        return _LazyModule(spec.name)
+
+    def exec_module(self, module) -> None:
+        self.found = True
+        if "__path__" in vars(module):
+            del module.__path__                                # asked for by `import package.part`, which needs the package
+
+
 class _LazyFinder:
-    """Finds the modules of a `with lazy():` block, and puts off running them."""
+    """Finds the modules of a `with lazy():` block."""
 
     @staticmethod
     def find_spec(name: str, path=None, target=None):
@@ -93,7 +125,7 @@ class _LazyFinder:
             raise ImportError(f"import {name}: in lazy() only whole packages, for this would run {name.partition('.')[0]}")
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
-            spec.loader = importlib.util.LazyLoader(spec.loader)
+            spec.loader = _LazyLoader(spec.loader)
         return spec
 
 
@@ -276,7 +308,7 @@ def _convert(value: Any, hint: Any, key: str, origin: str) -> Any:
             return typed
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return str(value)
-    raise ValueError(f"{origin}: {key} is {typed if typed is not None else value!r}, expected {_name(hint)}")
+    raise ValueError(f"{origin}: " + f"{key} is {value!r}, " * (typed is None) + f"expected {_name(hint)}")
 
 
 def _name(hint: Any) -> str:
@@ -433,7 +465,7 @@ def sentence(error: Exception) -> str:
 REQUEUE = 85                                     # exit code: saved, not finished; slurm/train.sh queues the job again
 # What a run may go on with although it was begun otherwise: what changes no result, and cycles, for a longer one.
 FREE = ("output_base_dir", "data.root", "device", "log_every", "save_every", "keep", "wandb", "compile", "data.endpoint", "data.signed",
-        "data.cache", "data.cache_gb", "data.threads", "unclear")
+        "data.cache", "data.cache_gb", "data.threads")
 LONGER = ("cycles",)
 
 
@@ -613,12 +645,9 @@ def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def lasting(values: dict[str, Any]) -> dict[str, Any]:
-    """What a run must go on with: paths into output_base_dir without it, for the whole folder may have moved; and nothing of
-    the decoders that are trained when it is done (decoders.py)."""
+    """What a run must go on with: paths into output_base_dir without it, for the whole folder may have moved."""
     base = f"{Path(values.get('output_base_dir') or '.')}/"
-    kept = {k: v.removeprefix(base) if isinstance(v, str) else v for k, v in values.items() if not k.startswith("decoders")}
-    return kept | {key: [{k: v for k, v in one.items() if k != "decoder"} for one in kept[key]]
-                   for key in ("data.sets", "data.validation") if kept.get(key)}
+    return {k: v.removeprefix(base) if isinstance(v, str) else v for k, v in values.items()}
 
 
 # ----------------------------------------------------------------------------------------- files, tables

@@ -1,12 +1,13 @@
-"""Image of any size -> labels, with a model: scale, tiles, blending, blocks.
+"""Image of any size -> labels: plan, tiles, blocks.
 
-    labels = segment(image, model)                 image (H, W), (C, H, W) or an open data.Source; labels (H, W) int32
-    for block in blocks(source, model): ...        the same piece by piece, in memory bounded by the block
+    labels = segment(image, net)                   image (H, W), (C, H, W) or an open images.Source; labels (H, W) int32
+    plan = plan_for(source, net, diameter=30)      what the image gets, decided once
+    for block in blocks(source, plan): ...         the same labels piece by piece, in memory bounded by the block
 
-The way of the data, for an image of H x W px:
+What happens to an image of H x W px:
 
     source (C, H, W) -> normalised by percentiles of the whole image -> (3, h, w), scaled so that cells have the size
-    the model knows -> overlapping tiles -> network -> tiles blended into rows of distances (h, w), top to bottom
+    the network knows -> overlapping tiles -> network -> tiles blended into rows of distances (h, w), top to bottom
     -> per block, with a margin around it: watershed at the finer of the two resolutions -> labels (H, W)
 
 Tiles lie on one grid over the whole image, so distances do not depend on blocks. A block runs the watershed on its
@@ -14,27 +15,140 @@ own square and a margin (`halo`), keeps what lies inside, and takes the ids of c
 """
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import data
-import kinds
-from watershed import drop_small, lengths, watershed, without_holes
-
+import images
+from model import DINOCell
+from watershed import Setting, drop_small, flood, without_holes
 
 GROWN = 1.6             # tiles are at most so much larger than the crops of training
+HALO = 256              # px around a block, at least
+UNKNOWN = 40.0          # px, taken as the diameter of cells by networks that do not know it
 UNIT = np.array([[0.0, 1.0]] * 3)      # limits of an image (3, H, W) that is normalised already
 
+
+# --------------------------------------------------------------------------------------------------- plan
+
+class Plan(NamedTuple):
+    """What an image gets."""
+    net: DINOCell
+    setting: Setting                # thresholds of the watershed, lengths in px of the network
+    zoom: float                     # px of the network for each px of the image
+    limits: np.ndarray              # (C, 2) intensities that become 0 and 1
+    diameter: float                 # px of the image, of a typical cell
+    near: float                     # px of the image, cells nearer than this are neighbours
+    tile: int                       # px of the network, side of the tiles
+    overlap: int                    # px of the network that neighbouring tiles share
+    batch: int                      # tiles at once
+    block: int                      # px of the image, side of the blocks
+    halo: int                       # px of the image, margin around a block
+    border: str                     # keep, or drop: leave out cells cut by the edge of the image
+
+
+def plan_for(image, net: DINOCell, *, diameter: float | None = None, zoom: float | None = None,
+             limits: np.ndarray | None = None, tile: int | None = None, overlap: int | None = None,
+             batch: int | None = None, block: int = 2048, halo: int | None = None, near: float | None = None,
+             border: Literal["keep", "drop"] = "keep", **thresholds: float | None) -> Plan:
+    """Decide what an image gets. What is None is chosen here.
+
+    Parameters
+    ----------
+    diameter : px, of the cells in the image, which is scaled so that they are as large as the network knows them. None:
+        what the network's size head sees; without one the image stays as it is.
+    zoom : px of the network for each px of the image, in place of a diameter.
+    limits : (C, 2) intensities that become 0 and 1; None: percentiles of the whole image.
+    tile : px; None: the size of the training crops, or somewhat more if that fits the image better.
+    overlap : px that tiles share; None: the diameter of a cell, so that each lies whole in some tile.
+    block : px, side of a block; images that are not much larger are one block.
+    near : px; None: the diameter of a cell.
+    thresholds : peak, fill, depth, smooth, shape of watershed.Setting, and min_area in px of the image; None: those in
+        the weights.
+    """
+    source = as_source(image)
+    if limits is None:
+        limits = images.percentiles(getattr(source, "pixels", source), net.settings.low, net.settings.high)
+    if zoom is None:
+        if diameter is None and net.size is not None:
+            diameter = seen_diameter(source, net, limits)
+        zoom = 1.0 if diameter is None else zoom_for(diameter, net)
+    if (min_area := thresholds.get("min_area")) is not None:
+        thresholds["min_area"] = min_area * zoom**2
+    wide = (net.settings.diameter or UNKNOWN) / zoom
+    near = wide if near is None else near
+    side, shared = tile_side(net, tile, overlap, scaled(source.shape[1:], zoom))
+    return Plan(net, net.settings.setting.changed(**thresholds), zoom, limits, wide, near, side, shared,
+                batch or (32 if net.mean.device.type == "cuda" else 4), max(1, int(block / max(zoom, 1))),
+                halo or max(HALO, math.ceil(4 * max(near, wide))), border)
+
+
+def zoom_for(diameter: float, net: DINOCell) -> float:
+    """Px of the network for each px of the image, so that cells of that diameter (px) look as large as in training."""
+    typical = net.settings.diameter
+    if typical is None:
+        raise ValueError("diameter: these weights do not say how large their training cells were; leave it out")
+    if not diameter > 0:
+        raise ValueError(f"diameter={diameter:g}: expected more than 0 px")
+    zoom = typical / diameter
+    if zoom > 10:
+        raise ValueError(f"diameter={diameter:g}: the image would be enlarged {zoom:.0f} times, for these weights know "
+                         f"cells of {typical:.3g} px; expected {typical / 10:.2g} px or more")
+    if zoom < 1 / 32:
+        raise ValueError(f"diameter={diameter:g}: the image would be reduced {1 / zoom:.0f} times, for these weights know "
+                         f"cells of {typical:.3g} px; expected {32 * typical:.3g} px or less")
+    return 1.0 if abs(math.log(zoom)) < 0.05 else zoom         # under 5 %: resampling would cost more than it brings
+
+
+@torch.inference_mode()
+def seen_diameter(source, net: DINOCell, limits: np.ndarray, looks: int = 2) -> float:
+    """Median diameter (px) of the cells of an image, as the size head sees it.
+
+    It looks at a few tiles as they are, then at tiles with the zoom that this suggests. Tiles count by how sure it is.
+    """
+    typical, zoom = net.settings.diameter, 1.0
+    for _ in range(looks):
+        tiles = sample_tiles(source, limits, scaled(source.shape[1:], zoom), net.settings.tile)
+        guess, spread = net.widths(tiles.to(net.mean.device))
+        weight = torch.exp(-2 * spread)
+        diameter = math.exp(float((guess * weight).sum() / weight.sum())) / zoom
+        zoom = min(max(typical / diameter, 1 / 32), 8.0)
+    return typical / zoom
+
+
+def scaled(size: tuple[int, int], zoom: float) -> tuple[int, int]:
+    """(h, w) of an image of (H, W) as the network sees it."""
+    H, W = size
+    return max(1, round(H * zoom)), max(1, round(W * zoom))
+
+
+def tile_side(net: DINOCell, tile: int | None, overlap: int | None, size: tuple[int, int]) -> tuple[int, int]:
+    """Side of the tiles and what neighbours share, px.
+
+    The side is the one given, or, from the training crops' to GROWN times that, the one whose tiles cover an image of
+    that size with the fewest pixels. They share what is given, or a cell's diameter, from an eighth to half the side.
+    """
+    patch, least = net.backbone.patch, tile or net.settings.tile
+    if least % patch:
+        raise ValueError(f"tile={tile}: expected a multiple of the patch, {patch} px")
+    shared = min(max(least // 8, round(net.settings.diameter or 0)), least // 2) if overlap is None else overlap
+    if not 0 <= shared <= least // 2:
+        raise ValueError(f"overlap={overlap}: expected 0 to half the tile, {least // 2} px")
+    sides = [least] if tile else range(least, int(GROWN * least) + 1, patch)
+    covered = {side: len(starts(size[0], side, shared)) * len(starts(size[1], side, shared)) * side**2 for side in sides}
+    return min(covered, key=covered.__getitem__), shared
+
+
+# ------------------------------------------------------------------------------------------ labels, block by block
 
 @dataclass(frozen=True)
 class Block:
@@ -53,113 +167,39 @@ class Block:
         return tuple(slice(c.start - v.start, c.stop - v.start) for c, v in zip(self.core, self.view))
 
 
-def segment(image, model, **options) -> np.ndarray:
-    """Cells of an image: (H, W) int32, 0 background, 1..n. `options` are those of blocks()."""
-    return _whole("labels", image, model, options)
+def segment(image, net: DINOCell, **wanted) -> np.ndarray:
+    """Cells of an image: (H, W) int32, 0 background, 1..n. `wanted` are the keywords of plan_for()."""
+    source, labels = as_source(image), None
+    for block in blocks(source, plan_for(source, net, **wanted)):
+        if block.labels.shape == source.shape[1:]:
+            return block.labels
+        labels = np.zeros(source.shape[1:], np.int32) if labels is None else labels
+        labels[block.core] = block.labels
+    return labels
 
 
-def distance_map(image, model, **options) -> np.ndarray:
+def distances(image, net: DINOCell, **wanted) -> np.ndarray:
     """What the network predicts, before the watershed: (H, W) float32 in [0, 1]."""
-    return _whole("distance", image, model, options)
-
-
-def kind_of(image, model, *, kind: str | None = None, diameter: float | None = None, scale: float = 1.0,
-            limits: np.ndarray | None = None) -> str:
-    """Whose decoder and setting of the watershed an image gets (kinds.py): the given ones, or those that suit it. The arguments
-    are those of blocks().
-
-    Where the diameter of its cells is known, each kind looks at it with cells as wide as they are in its training images;
-    kinds whose cells are never as small or as large are not asked.
-    """
-    if kind:
-        return kinds.named(model, kind)
-    if not model.settings.kinds:
-        return kinds.SHARED
     source = as_source(image)
-    if limits is None:
-        limits = data.percentiles(getattr(source, "pixels", source), model.settings.low, model.settings.high)
-    scales = {}
-    for name in kinds.sets(model):
-        with contextlib.suppress(ValueError):
-            scales[name] = scale * scale_for(diameter, model, name) / kinds.settings_of(model, name).zoom
-    looks = {at: kinds.token(model, glimpses(source, limits, scaled(source.shape[1:], at), model.settings.tile))
-             for at in set(scales.values())}
-    return kinds.nearest(model, {name: looks[at] for name, at in scales.items()}) if scales else kinds.SHARED
+    plan, whole = plan_for(source, net, **wanted), tuple(slice(0, length) for length in source.shape[1:])
+    rows = torch.cat(list(_distances(source, plan, Counter(), None)))                    # (h, w)
+    scales = tuple(n / length for n, length in zip(rows.shape, source.shape[1:]))
+    return _enlarge(rows, tuple(slice(0, n) for n in rows.shape), whole, scales).cpu().numpy()
 
 
-def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    H, W = size
-    return max(1, round(H * scale)), max(1, round(W * scale))
+def blocks(source, plan: Plan, clock: Counter | None = None,
+           progress: Callable[[float], None] | None = None) -> Iterator[Block]:
+    """Segment an open image block by block, left to right and top to bottom.
 
-
-def _side(model, tile: int | None, overlap: int | None, diameter: float | None, size: tuple[int, int]) -> tuple[int, int]:
-    """Side of the tiles and what neighbours share, px. The side is the given one; or, from the training crops' to GROWN times
-    that, the one whose tiles cover an image of that size with the fewest pixels. The overlap is the given one, or `diameter`."""
-    patch, least = model.backbone.patch, tile or model.settings.tile
-    if least % patch:
-        raise ValueError(f"tile={tile}: expected a multiple of the patch, {patch} px")
-    shared = min(max(least // 8, round(diameter or 0)), least // 2) if overlap is None else overlap
-    if not 0 <= shared <= least // 2:
-        raise ValueError(f"overlap={overlap}: expected 0 to half the tile, {least // 2} px")
-    sides = [least] if tile else range(least, int(GROWN * least) + 1, patch)
-    return min(sides, key=lambda side: len(starts(size[0], side, shared)) * len(starts(size[1], side, shared)) * side**2), shared
-
-
-def _whole(what: str, image, model, options: dict) -> np.ndarray:
-    """`labels` or `distance` of all blocks in one array."""
-    source, whole = as_source(image), None
-    for block in blocks(source, model, **options):
-        part = getattr(block, what)
-        if part.shape == source.shape[1:]:
-            return part
-        whole = np.zeros(source.shape[1:], part.dtype) if whole is None else whole
-        whole[block.core] = part
-    return whole
-
-
-def blocks(image, model, *, diameter: float | None = None, scale: float = 1.0, limits: np.ndarray | None = None,
-           peak: float | None = None, fill: float | None = None, depth: float | None = None, smooth: float | None = None,
-           shape: float | None = None, min_area: int | None = None, kind: str | None = None, border: str = "keep",
-           tile: int | None = None, overlap: int | None = None, batch: int | None = None, block: int = 2048,
-           halo: int | None = None, clock: Counter | None = None, progress=None) -> Iterator[Block]:
-    """Segment block by block, left to right and top to bottom.
-
-    diameter : px, how wide cells are in the image, which is scaled so that they are as wide as this kind's were in training;
-        None: as the size head sees it, or without one as images of this kind were (scale_for). scale : network px per image px, on top of that.
-    limits : (C, 2), what becomes 0 and 1 (data.percentiles).
-    peak, fill, depth, smooth (network px), shape, min_area (image px) : None takes what the weights have for this kind
-        of image; kind : None asks kind_of(). border="drop" leaves out cells cut by the image's edge.
-    tile : px, None takes the training size or somewhat more, as fits the image. overlap : px shared by neighbouring tiles; None: a cell's width, so that
-        every cell lies whole in some tile, from an eighth to half of the tile.
-    block : px, side of a block; images that are not much larger are one block. halo : px, None: 256 or 4 cells.
     clock : seconds are added under read, network, watershed; progress : called with the share of the image done.
     """
-    source = as_source(image)
     clock = Counter() if clock is None else clock
-    C, H, W = source.shape
-    if limits is None:
-        with timed(clock, "read"):
-            limits = data.percentiles(getattr(source, "pixels", source), model.settings.low, model.settings.high)
-    with timed(clock, "network"):
-        if diameter is None and model.size is not None:
-            diameter = look(source, model, limits)
-        kind = kind_of(source, model, kind=kind, diameter=diameter, scale=scale, limits=limits)
-    scale *= scale_for(diameter, model, kind)
-    model, settings = kinds.suited(model, kind)
-    halo = halo or max(256, math.ceil(4 * (settings.diameter or 0) / scale))
+    _, H, W = source.shape
+    block, halo = plan.block, plan.halo
     if max(H, W) <= block + 2 * halo:
         block = max(H, W)
-    h, w = scaled((H, W), scale)
-    tile, overlap = _side(model, tile, overlap, settings.diameter, (h, w))
-    peak = settings.peak if peak is None else peak
-    fill = settings.fill if fill is None else fill
-    if not 0 <= fill <= peak < 1:
-        raise ValueError(f"peak={peak:g}, fill={fill:g}: expected 0 <= fill <= peak < 1")
-    depth = settings.depth if depth is None else depth
-    smooth = settings.smooth if smooth is None else smooth
-    shape = settings.shape if shape is None else shape
-    min_area = round(settings.min_area / scale**2) if min_area is None else min_area
-    rows = _distances(source, limits, (h, w), model, tile, overlap, batch, clock, progress)
+    h, w = scaled((H, W), plan.zoom)
+    rows = _distances(source, plan, clock, progress)
     held, first = [], 0                                       # rows of distances at hand, and the number of the first
     known = np.zeros((0, W), np.int32)                        # final labels of the last `halo` rows above the block
     count = 0
@@ -179,17 +219,15 @@ def blocks(image, model, *, diameter: float | None = None, scale: float = 1.0, l
             distance = held[0][:net_y.stop - first, net_x]
             with timed(clock, "watershed"):
                 inner = (slice(top - view_y.start, bottom - view_y.start), slice(left - view_x.start, right - view_x.start))
-                finer = h > H or w > W                        # the network sees more pixels than the image has
                 whole = _enlarge(distance, (net_y, net_x), (view_y, view_x), (h / H, w / W))
-                local = watershed(distance if finer else whole, peak, fill,
-                                  min_area if not finer else round(min_area * h * w / (H * W)), depth,
-                                  *lengths(smooth, shape, 1.0 if finer else scale))
-                local = without_holes(local)
-                if finer:
+                if h > H or w > W:                            # the network sees more pixels than the image has
+                    local = without_holes(flood(distance, plan.setting))
                     local = _nearest(local, (net_y, net_x), (view_y, view_x), (h / H, w / W))
                     local = drop_small(local, 1, int(local.max()))       # cells smaller than a pixel of the image are none
+                else:
+                    local = without_holes(flood(whole, plan.setting, plan.zoom))
                 local, whole = local.cpu().numpy(), whole[inner].cpu().numpy()
-                if border == "drop":
+                if plan.border == "drop":
                     local = _drop_cut(local, (view_y, view_x), (H, W))
                 ids, new = _identify(local, inner, known[:, view_x], count)
                 count += len(new)
@@ -242,11 +280,11 @@ def _drop_cut(local: np.ndarray, view: tuple[slice, slice], size: tuple[int, int
 
 # ---------------------------------------------------------------------------------------- tiles and network
 
-def _distances(source, limits, size, model, tile, overlap, batch, clock, progress) -> Iterator[Tensor]:
-    """Blended distances (rows, w), top to bottom, on the model's device; each row once."""
-    h, w = size
-    device = next(model.parameters()).device
-    run = _Runner(model, batch or (32 if device.type == "cuda" else 4), clock)
+def _distances(source, plan: Plan, clock: Counter, progress) -> Iterator[Tensor]:
+    """Blended distances (rows, w), top to bottom, on the network's device; each row once."""
+    h, w = size = scaled(source.shape[1:], plan.zoom)
+    device, tile, overlap = plan.net.mean.device, plan.tile, plan.overlap
+    run = _Runner(plan.net, plan.batch, clock)
     ys, xs = starts(h, tile, overlap), starts(w, tile, overlap)
     window = _window(tile, overlap).to(device)                               # (tile,)
     square = window[:, None] * window                                        # (tile, tile)
@@ -257,7 +295,7 @@ def _distances(source, limits, size, model, tile, overlap, batch, clock, progres
     sums, weights = torch.zeros(tile, wide, device=device), torch.zeros(tile, device=device)
     for i, y in enumerate(ys):
         with timed(clock, "read"):
-            strip = _read(source, limits, size, slice(y, min(y + tile, h))).to(device)         # (3, rows, w)
+            strip = _read(source, plan.limits, size, slice(y, min(y + tile, h))).to(device)    # (3, rows, w)
             if strip.shape[1:] != (tile, wide):
                 strip = strip[:, _reflect(strip.shape[1], tile)][:, :, _reflect(w, wide)]      # (3, tile, wide)
         tiles = run(strip, xs, tile)                                         # one (tile, tile) per x
@@ -275,8 +313,8 @@ def _distances(source, limits, size, model, tile, overlap, batch, clock, progres
 class _Runner:
     """The network on the tiles of a strip, in batches; out of GPU memory, it halves the batch and goes on."""
 
-    def __init__(self, model, batch: int, clock: Counter):
-        self.model, self.batch, self.clock = model, batch, clock
+    def __init__(self, net: DINOCell, batch: int, clock: Counter):
+        self.net, self.batch, self.clock = net, batch, clock
 
     def __call__(self, strip: Tensor, xs: list[int], tile: int) -> list[Tensor]:
         tiles = [strip[:, :, x:x + tile] for x in xs]
@@ -299,12 +337,12 @@ class _Runner:
 
     @torch.inference_mode()
     def _forward(self, x: Tensor) -> list[Tensor]:
-        with self.model.autocast():
-            return list(self.model(x)[:, 0])                                 # B times (tile, tile)
+        with self.net.autocast():
+            return list(self.net(x)[:, 0])                                   # B times (tile, tile)
 
 
-def glimpses(source, limits: np.ndarray, size: tuple[int, int], tile: int) -> Tensor:
-    """What an image shows, from a few places: tiles (1 to 5, 3, tile, tile) from its corners and its middle."""
+def sample_tiles(source, limits: np.ndarray, size: tuple[int, int], tile: int) -> Tensor:
+    """Tiles (1 to 5, 3, tile, tile) from the corners and the middle of an image that is scaled to `size`."""
     (h, w), found = size, []
     bottom, right = max(0, h - tile), max(0, w - tile)
     places = sorted({(0, 0), (0, right), (bottom // 2, right // 2), (bottom, 0), (bottom, right)})
@@ -338,95 +376,20 @@ def _reflect(length: int, wanted: int) -> Tensor:
     return torch.where(i < length, i, 2 * length - 2 - i)
 
 
-# ---------------------------------------------------------------------------------------------------- scale
-
-def scale_for(diameter: float | None, model, kind: str = kinds.SHARED) -> float:
-    """Network px per image px, so that cells `diameter` px wide look as wide as the training cells of that kind; None: as for
-    its training images."""
-    settings = kinds.settings_of(model, kind)
-    if diameter is None:
-        return settings.zoom
-    typical = settings.diameter
-    if typical is None:
-        raise ValueError("diameter: these weights do not say how large their training cells were; leave it out")
-    if not diameter > 0:
-        raise ValueError(f"diameter={diameter:g}: expected more than 0 px")
-    scale = typical / diameter
-    if scale > 10:
-        raise ValueError(f"diameter={diameter:g}: the image would be enlarged {scale:.0f} times, for these weights know "
-                         f"cells of {typical:.3g} px; expected {typical / 10:.2g} px or more")
-    if scale < 1 / 32:
-        raise ValueError(f"diameter={diameter:g}: the image would be reduced {1 / scale:.0f} times, for these weights know "
-                         f"cells of {typical:.3g} px; expected {32 * typical:.3g} px or less")
-    return 1.0 if abs(math.log(scale)) < 0.05 else scale       # under 5 %: resampling would cost more than it brings
-
-
-def find_diameter(image, model, limits: np.ndarray, *, kind: str | None = None, **options) -> float | None:
-    """Median diameter (px) of the cells of an image, from a few passes over parts of it; None where it finds no cells.
-
-    A part is segmented at each of four scales an octave apart: the liveliest of nine, at most 1024 px wide, and 640 px
-    for the network, so that all passes together take as long as some 1.5 megapixels. The network finds cells best when
-    they are as large as it knows them of their kind, so the scale counts at which they come out closest to that; a last
-    pass refines it.
-    """
-    source = as_source(image)
-    if model.size is not None:
-        return look(source, model, limits)
-    if model.settings.diameter is None:
-        raise ValueError("diameter=auto: these weights do not say how large their training cells were; give diameter in px")
-    _, H, W = source.shape
-
-    def measure(scale: float) -> tuple[float, float] | None:
-        """Diameter in the image, and as it is in training images of this kind."""
-        seen = kind_of(source, model, kind=kind, scale=scale, limits=limits)
-        settings = kinds.settings_of(model, seen)
-        side = min(1024, round(640 / scale))
-        corners = [(y, x) for y in sorted({0, max(0, (H - side) // 2), max(0, H - side)})
-                   for x in sorted({0, max(0, (W - side) // 2), max(0, W - side)})]
-        parts = (source.region(y, min(H, y + side), x, min(W, x + side)) for y, x in corners)
-        part = max(parts, key=lambda pixels: data.normalise(pixels, limits).std())
-        labels = segment(part, model, scale=scale, limits=limits, kind=seen, **options)
-        area = np.bincount(labels.ravel())[1:].astype(float)
-        if len(area) < 3:
-            return None
-        whole = area[area >= 0.2 * (area @ area) / area.sum()]               # crumbs at a wrong scale say nothing
-        return 2 * math.sqrt(np.median(whole) / math.pi), settings.diameter / settings.zoom
-
-    found = {scale: d for scale in (0.25, 0.5, 1.0, 2.0) if min(H, W, 1024) * scale >= 32
-             and (d := measure(scale)) is not None}
-    if not found:
-        return None
-    best = min(found, key=lambda scale: abs(math.log(found[scale][0] * scale / found[scale][1])))
-    width, typical = found[best]
-    return (measure(min(max(typical / width, 0.1), 4.0)) or found[best])[0]
-
-
-@torch.inference_mode()
-def look(source, model, limits: np.ndarray, looks: int = 2) -> float:
-    """Median diameter (px) of the cells of an image, as the size head sees it: first in a few tiles as they are, then in tiles at the
-    scale that this asks for. Tiles count by how sure it is of them."""
-    typical, zoom = model.settings.diameter, 1.0
-    for _ in range(looks):
-        size = scaled(source.shape[1:], zoom)
-        guess, spread = model.widths(glimpses(source, limits, size, model.settings.tile).to(model.mean.device))
-        weight = torch.exp(-2 * spread)
-        width = math.exp(float((guess * weight).sum() / weight.sum())) / zoom
-        zoom = min(max(typical / width, 1 / 32), 8.0)
-    return width
-
+# ------------------------------------------------------------------------------------------------ scaling
 
 def _read(source, limits, size, rows: slice) -> Tensor:
     """Rows of the scaled image: (3, rows, w) in [0, 1]."""
     C, H, W = source.shape
     h, w = size
     if (h, w) == (H, W):
-        return torch.from_numpy(data.to_rgb(data.normalise(source.region(rows.start, rows.stop, 0, W), limits)))
+        return torch.from_numpy(images.to_rgb(images.normalise(source.region(rows.start, rows.stop, 0, W), limits)))
     y, weight_y = _taps(rows.start, rows.stop, h / H, H)
     x, weight_x = _taps(0, w, w / W, W)
     top = int(y.min())
-    pixels = torch.from_numpy(data.normalise(source.region(top, int(y.max()) + 1, 0, W), limits))
+    pixels = torch.from_numpy(images.normalise(source.region(top, int(y.max()) + 1, 0, W), limits))
     pixels = _resample(_resample(pixels, 1, y - top, weight_y), 2, x, weight_x)
-    return torch.from_numpy(data.to_rgb(pixels.numpy()))
+    return torch.from_numpy(images.to_rgb(pixels.numpy()))
 
 
 def _taps(start: int, stop: int, scale: float, length: int) -> tuple[Tensor, Tensor]:
@@ -477,12 +440,12 @@ def _nearest(labels: Tensor, net, view, scales) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- small
 
 def as_source(image):
-    """An open data.Source as it is; an array (H, W) or (C, H, W) in its clothes."""
+    """An open images.Source as it is; an array (H, W) or (C, H, W) in its clothes."""
     return image if hasattr(image, "region") else _Array(np.asarray(image))
 
 
 class _Array:
-    """An array that answers as data.Source does."""
+    """An array that answers as images.Source does."""
 
     def __init__(self, pixels: np.ndarray):
         if pixels.ndim == 2:

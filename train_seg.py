@@ -4,8 +4,7 @@ From pretrained weights or from scratch, the network learns each pixel's distanc
 error). All images lie on the training device, and each step cuts, turns and disturbs its own crops there. Started
 again with the same configuration it goes on from the last checkpoint, to the same weights. --check validates the
 configuration, counts the data, estimates time and memory here, and stops. `torchrun --nproc_per_node=4 train_seg.py
-configs/seg.yaml` shares the batch out between four GPUs, with the same result. Where sets name a decoder, each name
-trains one of its own after that (decoders.py).
+configs/seg.yaml` shares the batch out between four GPUs, with the same result.
 
     runs/<experiment>/config.yaml, log.jsonl, checkpoints/, images/curves.png, images/validation_*.png
     final_models/<experiment>.pt      the averaged weights with the best validation score, for infer.py
@@ -20,13 +19,13 @@ import dataclasses
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-import decoders
 import runs
 import series
 import trainset
@@ -57,52 +56,40 @@ class Config:
     network: Network = field(default_factory=Network)   # from scratch, or the decoder of a new backbone
     data: trainset.Data = field(default_factory=trainset.Data)
     augment: dict = field(default_factory=dict)          # what happens to crops: changes to augment.Augment
-    edge_weight: float = 0.0                # k: pixels near an edge count up to 1 + k times
-    seam_weight: float = 0.0                # pixels between two cells that touch or nearly do count so much more
-    cap: float | None = 4.0                 # px, distances stop growing here (data.distance_map)
+    edge_weight: runs.NotNegative = 0.0     # k: pixels near an edge count up to 1 + k times
+    seam_weight: runs.NotNegative = 0.0     # pixels between two cells that touch or nearly do count so much more
+    cap: runs.Positive | None = 4.0         # px, distances stop growing here (watershed.distance_map)
     crop: int = 256                         # px, side of the training crops, and of the tiles later
     seed: int = 0                           # of everything random
-    steps: int = 20000                      # optimiser steps of a cycle: lr rises in its warm-up, then falls to lr_end
-    cycles: int = 1                         # the weights are good at the end of each; one more may be added to a run
-    batch: int = 16                         # crops a step, over all processes
-    lr: float = 3e-4                        # at its highest
-    lr_end: float = 1e-6                    # at the last step
-    warmup: int = 500                       # steps until lr is reached
+    steps: runs.Count = 20000               # optimiser steps of a cycle: lr rises in its warm-up, then falls to lr_end
+    cycles: runs.Count = 1                  # the weights are good at the end of each; one more may be added to a run
+    batch: runs.Count = 16                  # crops a step, over all processes
+    lr: runs.Positive = 3e-4                # at its highest
+    lr_end: runs.NotNegative = 1e-6         # at the last step
+    warmup: runs.Whole = 500                # steps until lr is reached
     schedule: Literal["cosine", "constant"] = "cosine"   # of lr; constant: it falls in the last fifth, and until then steps may change
     optimiser: Literal["adamw", "muon"] = "adamw"   # muon: learns from scratch in far fewer steps (muon.py)
-    weight_decay: float = 0.05              # none on biases, norms and scales
-    layer_decay: float = 1.0                # lr of each backbone block relative to the next deeper one; 0.8 when pretrained
-    clip: float = 1.0                       # norm of the gradient
-    eps: float = 1e-8                       # AdamW's: gradients far below it move nothing
-    size_steps: int = 0                     # then the head learns that says how wide cells are; 0: there is none
-    ema: float = 0.999                      # the exported weights are a running average with this memory
-    train_blocks: int | None = None         # only the last k blocks of the backbone learn; 0: the decoder alone; null: all
-    val_every: int = 1000                   # steps between validations
-    patience: int | None = None             # stop after so many validations without a better score
-    log_every: int = 20                     # steps
-    save_every: int = 500                   # steps
-    keep: int = 2                           # checkpoints
+    weight_decay: runs.NotNegative = 0.05   # none on biases, norms and scales
+    layer_decay: runs.Positive = 1.0        # lr of each backbone block relative to the next deeper one; 0.8 when pretrained
+    clip: runs.Positive = 1.0               # norm of the gradient
+    eps: runs.Positive = 1e-8               # AdamW's: gradients far below it move nothing
+    size_steps: runs.Whole = 0              # then the head learns that says how wide cells are; 0: there is none
+    ema: runs.Share = 0.999                 # the exported weights are a running average with this memory
+    train_blocks: runs.Whole | None = None  # only the last k blocks of the backbone learn; 0: the decoder alone; null: all
+    val_every: runs.Count = 1000            # steps between validations
+    patience: runs.Count | None = None      # stop after so many validations without a better score
+    log_every: runs.Count = 20              # steps
+    save_every: runs.Count = 500            # steps
+    keep: runs.Count = 2                    # checkpoints
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "bf16", "float32"] = "auto"   # auto: bf16 where the hardware has it
     compile: bool = False                   # torch.compile: worth its minute on a GPU
     wandb: Literal["off", "on", "offline"] = "off"           # live curves
-    decoders: dict = field(default_factory=dict)         # {name: {key: value}}: changes for the decoders that data.sets name
-    unclear: Literal["all", "nearest"] = "all"               # which decoder an image gets whose kind is not clear (kinds.py)
     series: series.Series = field(default_factory=series.Series)   # many runs: label efficiency, channels
 
     def __post_init__(self):
         if self.crop < 1 or self.crop % self.network.patch:
             raise ValueError(f"crop={self.crop}: expected a multiple of the patch, {self.network.patch} px")
-        for name in ("steps", "batch", "cycles", "val_every", "log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
-        for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name):g}: expected more than 0")
-        if self.cap is not None and not self.cap > 0:
-            raise ValueError(f"cap={self.cap:g}: expected more than 0 px, or null for none")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience={self.patience}: expected 1 or more, or null")
         if self.warmup >= self.steps:
             raise ValueError(f"warmup={self.warmup}: expected fewer than steps={self.steps}")
         if self.cycles > 1 and self.patience is not None:
@@ -115,21 +102,12 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
     if files:
         raise ValueError(f"{files[0]}: train_seg.py takes one configuration and key=value")
     group = runs.join_group(config.device)
-    jobs = dict(decoders.plan(config, str(export_path(config))))     # what is wrong with them is said now, not after hours
-    for one in (config, *jobs.values()):
-        if one.batch % group[1]:
-            raise ValueError(f"batch={one.batch}: expected a multiple of the {group[1]} processes")
-    if config.series and jobs:
-        raise ValueError("series: trains networks without decoders; leave decoder out of data.sets")
+    if config.batch % group[1]:
+        raise ValueError(f"batch={config.batch}: expected a multiple of the {group[1]} processes")
     if config.series and not check:
         return series.run_all(config, train, *group)
-    with runs.stop_signals() as stopped:                      # also between the network for all and its decoders
-        code = train(config, *group, check)
-        if check and jobs:
-            print(f"then {len(jobs)} decoders ({', '.join(jobs)}), {sum(one.steps * one.cycles for one in jobs.values())} steps in all")
-        if code or check:
-            return code
-        return decoders.train_all(config, jobs, train, *group, stopped)
+    with runs.stop_signals():
+        return train(config, *group, check)
 
 
 def train(config: Config, rank: int, world: int, device: str, check: bool = False) -> int:
@@ -141,7 +119,7 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
     torch.manual_seed(config.seed)
     images, validation, hashes = trainset.load(config.data, config.seed, device, config.cap)
     net = build(config)
-    net.settings = dataclasses.replace(net.settings, diameter=images.diameter, zoom=trainset.common_zoom(config.data))
+    net.settings = dataclasses.replace(net.settings, diameter=images.diameter)
     if check:
         return print_check(config, net, images, validation, device, changes)
     run = runs.Run(config, rank, world, device)
@@ -243,12 +221,13 @@ class Trainer:
         """Learn from x (B, 3, S, S), targets (B, 1, S, S) and labels (B, S, S), at `factor` of the learning rate; the loss and the
         norm of its gradient, tensors."""
         import torch
+        import model
         x, target, labels = batch
         for group in self.optimiser.param_groups:
             group["lr"] = self.config.lr * factor * group["scale"]
         with self.autocast:
             predicted = self.wrapped(x.contiguous(memory_format=self.layout))                # (B, 1, S, S)
-        loss = trainset.error(predicted.float(), target, labels, self.config.edge_weight, self.config.seam_weight)
+        loss = model.distance_loss(predicted.float(), target, labels, self.config.edge_weight, self.config.seam_weight)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip)
         self.optimiser.step()
@@ -310,7 +289,6 @@ def build(config: Config):
         net = model.DINOCell(backbone, shape.widths, shape.last, settings, shape.stem)
     elif model.kind(config.init) == "DINOCell" and not config.new_decoder:
         net = model.load(config.init).train()
-        net.drop_decoders()
         net.settings = dataclasses.replace(net.settings, tile=config.crop, cap=config.cap)
     else:
         net = model.DINOCell(model.load_backbone(config.init, shape.patch), shape.widths, shape.last, settings, shape.stem)
@@ -360,35 +338,40 @@ def use_bf16(config: Config, device: str) -> bool:
 def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> dict:
     """Scores on whole images, with the setting of the watershed that serves all sets best; it goes into the weights.
 
-    The score that decides is AP averaged over IoU 0.5 to 0.95: mean over the images of a set, then over sets by the weight
-    that they have in training (1 for others), so that a set of many images drowns none. A set that gains enough by a
-    setting of its own (kinds.gaining) counts with that. Each set's own best stands beside, to show what one for all costs.
+    The score that decides is AP averaged over IoU 0.5 to 0.95: mean over the images of a set, then over sets by the
+    weight that they have in training (1 for others), so that a set of many images drowns none.
     """
-    import kinds
+    import torch
     import metrics
     import segment
-    import tuning
-    shown = copy.deepcopy(net).ready(run.device)              # as infer.py has it
+    import watershed
+    ready = copy.deepcopy(net).ready(run.device)              # as infer.py has it
     weights = {chosen.name: chosen.weight for chosen in run.config.data.sets}
-    distances = run.each(lambda entry: segment.distance_map(entry.pixels, shown, limits=segment.UNIT, kind=kinds.SHARED,
-                                                            scale=entry.zoom / net.settings.zoom), entries)
-    best = tuning.tuned(distances, [entry.labels for entry in entries], [entry.set for entry in entries],
-                        min_areas=tuning.AREAS, depths=tuning.DEPTHS, smooths=tuning.SMOOTHS, shapes=tuning.SHAPES,
-                        weights=weights, zooms=[entry.zoom for entry in entries],
-                        counted=[entry.held for entry in entries], device=run.device, each=run.each)
-    held, labels = zip(*((entry, found) for entry, found in zip(entries, best.labels) if entry.held))
-    tables = [metrics.overlap(entry.labels, found) for entry, found in zip(held, labels)]
-    net.settings = dataclasses.replace(net.settings, **best.setting._asdict(), kinds={})
-    sets = {name: {**summary(metrics.set_scores([t for t, e in zip(tables, held) if e.set == name])),
-                   **own._asdict(), "setting": own.setting._asdict()} for name, own in best.sets.items()}
-    own = kinds.gaining(sets, [s.name for s in run.config.data.sets])
-    score = float(np.average([kinds.reached(sets, own, name) for name in sets],
-                             weights=[weights.get(name, 1.0) for name in sets]))
-    scores = {"score": score, **best.setting._asdict(), **summary(metrics.set_scores(tables))}
+    maps = run.each(lambda entry: segment.distances(entry.pixels, ready, limits=segment.UNIT, zoom=entry.zoom), entries)
+    maps = [torch.from_numpy(distance).to(run.device) for distance in maps]
+
+    def found(i: int, setting: watershed.Setting) -> np.ndarray:
+        return watershed.flood(maps[i], setting, entries[i].zoom).cpu().numpy()
+
+    def score(setting: watershed.Setting, numbers: Sequence[int] = range(len(entries))) -> float:
+        values = run.each(lambda i: float(metrics.average_precision(entries[i].labels, found(i, setting)).mean()), numbers)
+        by_set: dict[str, list[float]] = {}
+        for i, value in zip(numbers, values):
+            by_set.setdefault(entries[i].set, []).append(value)
+        return float(np.average([np.mean(some) for some in by_set.values()], weights=[weights.get(name, 1.0) for name in by_set]))
+
+    best = watershed.tune(score)
+    held = [i for i, entry in enumerate(entries) if entry.held]
+    labels = [found(i, best) for i in held]
+    tables = [metrics.overlap(entries[i].labels, answer) for i, answer in zip(held, labels)]
+    net.settings = dataclasses.replace(net.settings, **best._asdict())
+    sets = {name: summary(metrics.set_scores([table for table, i in zip(tables, held) if entries[i].set == name]))
+            for name in dict.fromkeys(entries[i].set for i in held)}
+    scores = {"score": score(best, held), **best._asdict(), **summary(metrics.set_scores(tables))}
     run.log(step, **{f"val_{k}" if k != "score" else k: v for k, v in scores.items()},
             **{f"AP@0.5 {name}": row["AP@0.5"] for name, row in sets.items() if len(sets) > 1})
     if run.rank == 0:
-        draw(run, held, labels, step)
+        draw(run, [entries[i] for i in held], labels, step)
     return {**scores, "sets": sets}
 
 
@@ -422,18 +405,14 @@ def export_path(config: Config) -> Path:
 
 
 def export(net, config: Config, hashes: dict, scores: dict, step: int) -> None:
-    import kinds
+    """Write the weights for infer.py."""
     import model
-    best = scores.get("sets", {})
-    own = kinds.zoomed(kinds.gaining(best, [s.name for s in config.data.sets]), config.data.sets, net.settings.zoom)
-    looks = trainset.glimpsed(config.data, config.seed, net.settings.tile) if own else {}
-    story = runs.provenance(config, step, scores=scores, images=hashes)
-    net.settings = dataclasses.replace(net.settings, kinds=kinds.learnt(net, looks, own), provenance=story)
+    net.settings = dataclasses.replace(net.settings, provenance=runs.provenance(config, step, scores=scores, images=hashes))
     model.save(net, export_path(config), half=True)
 
 
 def print_check(config: Config, net, images, validation: list, device: str, changes) -> int:
-    """What one wants to know before a job is submitted: nothing is written."""
+    """Print a summary without training."""
     import torch
     import augment
     import model

@@ -1,45 +1,143 @@
-"""Distance map -> cells: a marker watershed in whole-array passes, the same on NumPy, CPU and CUDA tensors.
+"""Labels -> distance map -> labels, and which thresholds serve best.
 
-    labels = watershed(distance, peak=0.47, fill=0.09, min_area=0, depth=0, smooth=0, shape=0)
+    target = distance_map(labels, cap=4)                          what the network learns
+    labels = watershed(distance, peak=0.47, fill=0.09)            what becomes of its answer
+    labels = flood(distance, setting, zoom)                       the same, of an image that the network saw reduced
+    setting = tune(score)                                         the Setting with the highest score
+
+The watershed works in whole-array passes, the same on NumPy, CPU and CUDA tensors.
 
 What is flooded. Markers are the 4-connected components of distance > peak; from them labels flood down the map inside
-distance > fill. Every region is 4-connected and holds exactly one marker; every mask pixel connected to a marker is
-labelled; and no pixel could be reached from another marker over a higher lowest point than from its own. That is
-skimage.segmentation.watershed(-distance, ndimage.label(distance > peak)[0], mask=distance > fill) up to ties.
+distance > fill. Every region is 4-connected and holds exactly one marker; every pixel above fill that is connected to
+a marker is labelled; and no pixel could be reached from another marker over a higher lowest point than from its own.
+That is skimage.segmentation.watershed(-distance, ndimage.label(distance > peak)[0], mask=distance > fill) up to ties.
 
-With a depth, a marker is no component but a summit above peak that stands out: every way to higher ground goes down by
-`depth` or more. So nuclei that touch are told apart by the valley between them, however high it lies. That is the same
-with the h-maxima of the map inside distance > fill as markers.
+With a depth, a marker is not a component but a summit above peak that stands out: every path to a higher one goes down
+by `depth` or more. So nuclei that touch are told apart by the valley between them, however high it lies. That is the
+same with the h-maxima of the map inside distance > fill as markers.
 
-With a shape, a way through a neck goes down too. A capped map is flat inside cells, and where a network saw no valley
-between two of them only their outline tells: so to pixels above peak is added how far they lie inside what is above peak.
+With a shape, a path through a neck goes down too. A capped map is flat inside cells, and where the network saw no
+valley between two of them only their outline tells: each pixel above peak gets more, the deeper it lies inside.
 
 How, without a queue. Between fill and peak every pixel points to its highest neighbour if that is higher (steepest
-ascent), across flat ground to the nearest pixel that does, and pointer doubling finds where the climb ends: in a marker,
+ascent), on flat parts to the nearest pixel that does, and pointer doubling finds where the climb ends: in a marker,
 nearly always. Climbs that end on a lower summit are basins without a marker; these join the neighbour across
 their highest saddle, again and again, which is Boruvka's maximum spanning forest with the markers as roots.
-Since a climb never goes down and the forest takes the highest saddles, the highest lowest point is kept exactly. With a depth
-everything above fill climbs, and the joining goes on until what is left stands out.
+Since a climb never goes down and the forest takes the highest saddles, the highest lowest point is kept exactly. With
+a depth everything above fill climbs, and the joining goes on until what is left stands out.
 
-Flat index: pixels are numbered in a map padded by one column and two rows of ground, so that the neighbours of pixel p
-are p - S, p - 1, p + 1, p + S and no test for the border is needed. L its length, P pixels between fill and peak.
+Flat index: pixels are numbered in a map padded by one column and two rows of background, so that the neighbours of
+pixel p are p - S, p - 1, p + 1, p + S and no test for the border is needed. L its length, P pixels between fill and peak.
 """
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 
-REACH = 16          # px, how deep inside shape looks in an image that is not scaled
+REACH = 16          # px, how deep inside `shape` looks in an image that is not scaled
 
 
-def lengths(smooth: float, shape: float, zoom: float) -> tuple[float, float, int]:
-    """smooth, shape and reach of a map that was enlarged by 1 / zoom after they were chosen."""
-    return smooth / zoom, shape * zoom, round(REACH / zoom)
+# ----------------------------------------------------------------------------------------------- distance map
 
+def distance_map(labels: np.ndarray, cap: float | None = None) -> np.ndarray:
+    """Per cell min(d, cap) / min(max d, cap), 0 on background: (H, W) float32 in [0, 1]; cap in px.
+
+    d is the distance from a pixel's centre to the nearest pixel centre that is not of the same cell: 1 along
+    a cell's edge, also where another cell touches. The border of the image is no edge, for what lies behind
+    it is unknown: a crop keeps the target of the whole image but for cells that it cuts. A cell without any
+    edge is 1.
+    """
+    if labels.ndim != 2 or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
+        raise ValueError(f"labels of shape {labels.shape}, {labels.dtype}: expected (H, W) integers, 0 or more")
+    if cap is not None and not 0 < cap < math.inf:
+        raise ValueError(f"cap={cap}, expected a distance in px above 0, or None")
+    target = np.zeros(labels.shape, np.float32)
+    ids, cells = np.unique(labels, return_inverse=True)            # 0..n without gaps
+    cells = cells.reshape(labels.shape)
+    for i, box in enumerate(ndimage.find_objects(cells + 1) if labels.size else ()):
+        if ids[i] == 0:
+            continue
+        box = tuple(slice(max(side.start - 1, 0), side.stop + 1) for side in box)
+        inside = cells[box] == i
+        d = np.ones(inside.shape) if inside.all() else ndimage.distance_transform_edt(inside)
+        d = np.minimum(d[inside], np.inf if cap is None else cap)
+        target[box][inside] = d / d.max()
+    return target
+
+
+# -------------------------------------------------------------------------------------------------- settings
+
+class Setting(NamedTuple):
+    """The thresholds of the watershed, in the order of its arguments; lengths in px of the network."""
+    peak: float = 0.47                      # a cell's marker lies above this distance
+    fill: float = 0.09                      # a cell reaches down to this distance
+    min_area: float = 0                     # px, smaller cells are dropped
+    depth: float = 0.0                      # two summits are two cells if the valley between them is so deep; 0: if it goes down to peak
+    smooth: float = 0.0                     # px, Gaussian over the map before the watershed
+    shape: float = 0.0                      # per px, what lying inside adds to the distance, so that necks part cells
+
+    def changed(self, **given: float | None) -> Setting:
+        """This setting with the values given; None keeps what is there."""
+        new = self._replace(**{name: value for name, value in given.items() if value is not None})
+        if not 0 <= new.fill <= new.peak < 1:
+            raise ValueError(f"peak={new.peak:g}, fill={new.fill:g}: expected 0 <= fill <= peak < 1")
+        return new
+
+
+def flood(distance: Tensor | np.ndarray, setting: Setting, zoom: float = 1.0):
+    """Cells of a map with 1 / zoom of its px for each px of the network, to which the lengths of the setting refer."""
+    return watershed(distance, setting.peak, setting.fill, round(setting.min_area / zoom**2), setting.depth,
+                     setting.smooth / zoom, setting.shape * zoom, max(1, round(REACH / zoom)))
+
+
+GRID = {"peak": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), "fill": (0.1, 0.15, 0.2, 0.25, 0.3, 0.4),
+        "depth": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4), "smooth": (0.0, 0.7, 1.0, 1.5, 2.5),
+        "shape": (0.0, 0.05, 0.1), "min_area": (0, 10, 20, 40, 80, 160, 320)}
+
+
+def tune(score: Callable[[Setting], float], **grid: Sequence[float]) -> Setting:
+    """The setting with the highest score, by coordinate ascent over GRID or the values given instead; of equal ones the first.
+
+    One threshold (or a pair that acts together) changes at a time while the others stay, until no step improves. The
+    ascent begins at the first values and at the middle ones, which may lead to different settings.
+    """
+    values = {**GRID, **grid}
+    steps = [[dict(zip(names, chosen)) for chosen in product(*(values[name] for name in names))] for names in
+             (["peak"], ["fill"], ["depth", "smooth"], ["depth", "shape"], ["min_area"])]
+    known: dict[Setting, float] = {}
+
+    def best_of(settings: Sequence[Setting]) -> Setting:
+        for setting in settings:
+            if setting not in known:
+                known[setting] = score(setting)
+        return max(settings, key=known.__getitem__)
+
+    def ascend(best: Setting) -> Setting:
+        before = None
+        while best != before:
+            before = best
+            for changes in steps:
+                tried = dict.fromkeys([best, *(best._replace(**change) for change in changes)])
+                best = best_of([setting for setting in tried if setting.fill <= setting.peak])
+        return best
+
+    if min(values["fill"]) > max(values["peak"]):
+        raise ValueError(f"peak={list(values['peak'])}, fill={list(values['fill'])}: no pair with fill <= peak")
+    begin = [Setting(**{name: pick(some) for name, some in values.items()})
+             for pick in (lambda some: some[0], lambda some: some[(len(some) - 1) // 2])]
+    begin = [one if one.fill <= one.peak else one._replace(peak=max(values["peak"]), fill=min(values["fill"])) for one in begin]
+    return best_of([ascend(one) for one in dict.fromkeys(begin)])
+
+
+# ------------------------------------------------------------------------------------------------- watershed
 
 def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0.09, min_area: int = 0, depth: float = 0.0,
               smooth: float = 0.0, shape: float = 0.0, reach: int = REACH):
@@ -79,7 +177,7 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
         raise ValueError("the distance map holds NaN; the network or its input is broken")
 
     high = d > peak
-    node = torch.zeros_like(d, dtype=torch.int32)                            # (L,) 0: ground; 1..markers; see climb
+    node = torch.zeros_like(d, dtype=torch.int32)                            # (L,) 0: background; 1..markers; see climb
     if depth and high.any():
         slope = (d > fill).nonzero().squeeze(1)
         markers = merge(d, node, climb(d, node, 0, slope, S), slope, peak, depth, S)
@@ -307,13 +405,13 @@ def compress(parent: Tensor) -> Tensor:
 
 
 def without_holes(label: Tensor) -> Tensor:
-    """Labels (H, W) int32, with the ground that one cell encloses given to it: cells have none, their pictures do.
+    """Labels (H, W) int32, with the background that one cell encloses given to it: cells have no holes, pictures of them do.
 
     What a cell encloses together with another, or with the edge of the image, stays as it is.
     """
     H, W = label.shape
     S = W + 1
-    node = F.pad(label, (0, 1, 1, 1)).view(-1)                               # (L,) all ground that is outside hangs together
+    node = F.pad(label, (0, 1, 1, 1)).view(-1)                               # (L,) all background that is outside hangs together
     pixels, part, parts = components(node == 0, S)                           # outside is part 1
     inside = (part > 1).nonzero().squeeze(1)
     if not len(inside):

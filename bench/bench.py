@@ -2,7 +2,7 @@
 
     python bench/bench.py                         everything but what is slow
     python bench/bench.py watershed segment       some of it: watershed, metrics, segment, processor;
-                                                  threads, kinds, ssl, stream, seams, memory (slow)
+                                                  threads, ssl, stream, seams, memory (slow)
 
 Medians of several runs; the header names hardware and versions. With a CUDA device the network and the watershed
 run there as well.
@@ -240,8 +240,8 @@ def elsewhere(file: str, part: str):
 
 PARTS = {"watershed": watershed, "metrics": metrics, "segment": segment,
          "processor": elsewhere("bench_processor", "processor"), "threads": elsewhere("bench_processor", "threads"),
-         "kinds": elsewhere("bench_kinds", "kinds"), "ssl": elsewhere("bench_ssl", "ssl"), "stream": elsewhere("bench_stream", "stream"), "seams": seams, "memory": memory}
-SLOW = ("threads", "kinds", "ssl", "stream", "seams", "memory")
+         "ssl": elsewhere("bench_ssl", "ssl"), "stream": elsewhere("bench_stream", "stream"), "seams": seams, "memory": memory}
+SLOW = ("threads", "ssl", "stream", "seams", "memory")
 
 
 if __name__ == "__main__":

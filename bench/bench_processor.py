@@ -79,7 +79,7 @@ def inference(device: str) -> list[list[str]]:
         net = model.load(infer.find_weights(name, ROOT / "final_models"))
         flops = sum(part[2] for part in model.cost(net, SIZE // 4)) * 16     # without what tiles share
         net = net.ready(device)
-        rows.append(row(f"dinocell_{name}", lambda: segment.distance_map(image, net, limits=segment.UNIT, kind="shared"), flops, device))
+        rows.append(row(f"dinocell_{name}", lambda: segment.distances(image, net, limits=segment.UNIT, zoom=1.0), flops, device))
     return rows
 
 

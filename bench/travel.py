@@ -14,7 +14,7 @@ import functools
 import json
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -136,19 +136,22 @@ def scored(net, home: list, strangers: list) -> dict[str, float]:
     """AP@0.5 of both, a mean over images of a set and then over sets, with the one setting that serves home best."""
     import metrics
     import segment
-    import tuning
-    from watershed import watershed
-    maps = {id(entry): segment.distance_map(entry.pixels, net, limits=segment.UNIT, kind="shared") for entry in home + strangers}
-    best = tuning.tuned([maps[id(entry)] for entry in home], [entry.labels for entry in home], [entry.set for entry in home],
-                        depths=(0.0, 0.05, 0.1, 0.2), smooths=(0.0, 1.0)).setting
+    from watershed import flood, tune
+    maps = {id(entry): segment.distances(entry.pixels, net, limits=segment.UNIT, zoom=1.0) for entry in home + strangers}
+
+    def by_set(entries: list, setting, *ious: list) -> dict[str, float]:
+        values: dict[str, list[float]] = {}
+        for entry in entries:
+            found = flood(maps[id(entry)], setting)
+            values.setdefault(entry.set, []).append(float(metrics.average_precision(entry.labels, found, *ious).mean()))
+        return {name: float(np.mean(some)) for name, some in values.items()}
+
+    best = tune(lambda setting: float(np.mean(list(by_set(home, setting).values()))), depth=(0.0, 0.05, 0.1, 0.2),
+                smooth=(0.0, 1.0), shape=(0.0,), min_area=(0,))
     scores = {}
     for side, entries in (("home", home), ("abroad", strangers)):
-        by_set: dict[str, list[float]] = {}
-        for entry in entries:
-            found = watershed(maps[id(entry)], *best)
-            by_set.setdefault(entry.set, []).append(float(metrics.average_precision(entry.labels, found, [0.5])[0]))
-        scores[side] = float(np.mean([np.mean(values) for values in by_set.values()]))
-        scores |= {f"{side} {name}": float(np.mean(values)) for name, values in by_set.items()}
+        found = by_set(entries, best, [0.5])
+        scores |= {side: float(np.mean(list(found.values()))), **{f"{side} {name}": value for name, value in found.items()}}
     return scores
 
 

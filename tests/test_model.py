@@ -1,5 +1,7 @@
 """model.py against DINOv3's own outputs (../shared/fixtures), and its closed forms."""
 import copy
+import importlib.util
+import json
 import math
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import model
+from conftest import ROOT
 from model import DINOCell, ViT
 
 
@@ -332,3 +335,60 @@ def test_a_size_head_is_kept_and_each_token_counts_by_its_own_word(tmp_path):
         head.fc2.weight.zero_()
         head.fc2.bias.copy_(torch.tensor([3.0, -1.0, 0.0]))
         assert [v.item() for v in head(tokens)] == pytest.approx([3, -1])
+
+
+# ------------------------------------------------------------------------------------------------- ONNX
+
+needs_onnx = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))),
+                                reason="pip install onnx onnxscript onnxruntime")
+
+
+def onnx_net() -> model.DINOCell:
+    """A network whose distances differ from pixel to pixel and from image to image, in a second."""
+    torch.manual_seed(0)
+    vit = model.ViT(dim=32, depth=4, heads=2, registers=2, layerscale=0.5)
+    net = model.DINOCell(vit, (16, 8, 8), 8, model.Settings(tile=32, peak=0.4, diameter=21.0, low=2.0)).eval()
+    torch.nn.init.normal_(net.decoder.head.weight)
+    return net
+
+
+@needs_onnx
+@pytest.mark.parametrize("half, tile, opset", [(False, None, 18), (True, 48, 20)])
+def test_onnx_runtime_gives_what_pytorch_gives(tmp_path, half, tile, opset):
+    import onnxruntime
+    net, path = onnx_net(), tmp_path / "x.onnx"
+    error = model.to_onnx(net, path, tile, opset, half)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.onnx"]
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    given, = session.get_inputs()
+    side = tile or 32
+    assert given.name == "image" and given.shape[1:] == [3, side, side] and isinstance(given.shape[0], str)
+    settings = json.loads(session.get_modelmeta().custom_metadata_map["dinocell"])
+    assert (settings["tile"], settings["peak"], settings["diameter"], settings["low"]) == (side, 0.4, 21.0, 2.0)
+    for batch in (1, 2, 5):
+        x = torch.rand(batch, 3, side, side)
+        with torch.inference_mode():
+            expected = net(x).numpy()
+        found, = session.run(None, {"image": x.numpy()})
+        assert found.dtype == np.float32 and expected.std() > 0.02, "a constant would pass"
+        np.testing.assert_allclose(found, expected, atol=1e-2 if half else 1e-4)
+    assert error <= (1e-2 if half else 1e-4) and (error > 1e-5) == half
+
+
+@needs_onnx
+def test_the_weights_that_ship_can_be_exported(tmp_path):
+    assert model.to_onnx(model.load(ROOT / "final_models/dinocell_tiny.pt"), tmp_path / "x.onnx") <= 1e-4
+
+
+@needs_onnx
+def test_a_file_that_differs_does_not_appear(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "EXACT", -1.0)
+    with pytest.raises(ValueError, match="differs from PyTorch"):
+        model.to_onnx(onnx_net(), tmp_path / "x.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs onnx and onnxscript; pip install onnx onnxscript onnxruntime"):
+        model.to_onnx(onnx_net(), tmp_path / "x.onnx")

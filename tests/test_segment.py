@@ -1,6 +1,5 @@
 """segment.py with a network that passes its input on: then tiles, blending, scale and blocks must not show at all."""
 import dataclasses
-import math
 from collections import Counter
 from contextlib import nullcontext
 
@@ -12,7 +11,6 @@ from scipy import ndimage
 import metrics
 import model
 import segment
-import tuning
 import watershed
 
 
@@ -26,6 +24,7 @@ class PassOn(torch.nn.Module):
         self.backbone = torch.nn.Module()
         self.backbone.patch = 8
         self.weight = torch.nn.Parameter(torch.ones(()))
+        self.mean = torch.zeros(())                                          # says the device
         self.sizes = Counter()
 
     def autocast(self):
@@ -68,7 +67,7 @@ UNIT = segment.UNIT[:1]
 def test_tiles_do_not_show(shape):
     image = cones(0, *shape, count=1 + shape[0] * shape[1] // 300)
     net = PassOn()
-    np.testing.assert_allclose(segment.distance_map(image, net, limits=UNIT), image, atol=1e-5)
+    np.testing.assert_allclose(segment.distances(image, net, limits=UNIT), image, atol=1e-5)
     assert len({size[1:] for size in net.sizes}) == 1 and {size[2] for size in net.sizes} <= set(range(64, 103, 8))
     labels = segment.segment(image, net, limits=UNIT)
     assert labels.shape == shape and labels.dtype == np.int32
@@ -89,7 +88,7 @@ def test_every_cell_is_new_once_and_whole_in_that_view():
     whole = segment.segment(image, PassOn(), limits=UNIT)
     area = np.bincount(whole.ravel())
     met = {}
-    for block in segment.blocks(image, PassOn(), limits=UNIT, block=100, halo=40):
+    for block in segment.blocks(segment.as_source(image), segment.plan_for(image, PassOn(), limits=UNIT, block=100, halo=40)):
         for local in block.new:
             assert block.ids[local] not in met
             met[block.ids[local]] = (block.local == local).sum()
@@ -110,10 +109,10 @@ def test_a_cell_larger_than_the_halo_keeps_one_id():
 def test_scale_gives_the_cells_back_at_full_size(scale):
     image = cones(3, 300, 260, 60, radius=12)
     expected = whole(image)
-    labels = segment.segment(image, PassOn(), limits=UNIT, scale=scale)
+    labels = segment.segment(image, PassOn(), limits=UNIT, zoom=scale)
     assert labels.shape == image.shape
     assert metrics.average_precision(expected, labels, [0.6])[0] > 0.9
-    in_blocks = segment.segment(image, PassOn(), limits=UNIT, scale=scale, block=90, halo=60)
+    in_blocks = segment.segment(image, PassOn(), limits=UNIT, zoom=scale, block=90, halo=60)
     assert metrics.average_precision(labels, in_blocks, [0.9])[0] >= 0.999
 
 
@@ -165,63 +164,49 @@ def test_min_area_is_counted_in_px_of_the_image():
     image = np.zeros((64, 64), np.float32)
     image[4:8, 4:8] = image[20:40, 20:40] = 1                                # 16 and 400 px
     for scale in (1.0, 2.0, 0.5):
-        assert segment.segment(image, PassOn(), limits=UNIT, scale=scale, min_area=100).max() == 1
-        assert segment.segment(image, PassOn(), limits=UNIT, scale=scale, min_area=0).max() == 2
+        assert segment.segment(image, PassOn(), limits=UNIT, zoom=scale, min_area=100).max() == 1
+        assert segment.segment(image, PassOn(), limits=UNIT, zoom=scale, min_area=0).max() == 2
 
 
-def test_diameter_is_found_from_the_image():
-    for radius in (5.0, 10.0, 24.0):
-        image = cones(6, 512, 512, int(0.15 * 512**2 / (math.pi * radius**2)), radius)
-        found = segment.find_diameter(image, PassOn(), UNIT)
-        area = np.bincount(watershed.watershed(image, 0.5, 0.1).ravel())[1:]
-        assert 0.7 < found / (2 * math.sqrt(np.median(area) / math.pi)) < 1.4
-    assert segment.find_diameter(np.zeros((99, 99), np.float32), PassOn(), UNIT) is None
-
-
-def test_a_measured_diameter_is_compared_with_that_of_the_training_images(monkeypatch):
-    """Which the network saw reduced: the last pass shows the image at the scale at which its cells are as wide as theirs."""
-    image, asked, inner = cones(6, 512, 512, 120, 10.0), [], segment.segment
-    monkeypatch.setattr(segment, "segment", lambda part, net, scale, **more: asked.append(scale) or inner(part, net, scale=scale, **more))
-    for zoom, typical in ((1.0, 12.0), (0.5, 24.0)):
-        net = PassOn(diameter=12.0)
-        net.settings.zoom = zoom
-        found = segment.find_diameter(image, net, UNIT)
-        assert 10 < found < 24 and asked[-1] == pytest.approx(typical / found, rel=0.2), "in px of the image"
-
-
-def test_scale_follows_the_diameter():
+def test_zoom_follows_the_diameter():
     net = PassOn(diameter=16.0)
-    assert segment.scale_for(None, net) == 1 and segment.scale_for(32, net) == 0.5
-    assert segment.scale_for(16.3, net) == 1, "a few per cent are not worth resampling"
+    assert segment.zoom_for(32, net) == 0.5
+    assert segment.zoom_for(16.3, net) == 1, "a few per cent are not worth resampling"
+    for wrong, said in ((0, "more than 0 px"), (1, "enlarged 16 times"), (999, "reduced 62 times")):
+        with pytest.raises(ValueError, match=said):
+            segment.zoom_for(wrong, net)
     net.settings.diameter = None
     with pytest.raises(ValueError, match="do not say how large"):
-        segment.scale_for(32, net)
+        segment.zoom_for(32, net)
 
 
-def test_images_that_were_reduced_in_training_are_reduced():
-    """By default; a given diameter overrides it. What the watershed was tuned to in training is what it does here."""
+def test_lengths_of_a_setting_are_px_of_the_network():
+    """What the watershed was tuned to in training is what it does with an image that is reduced; min_area is of the image."""
     net, image = PassOn(diameter=10.0), cones(3, 200, 180, 40, 20.0)
-    net.settings.zoom = 0.5
-    assert segment.scale_for(None, net) == 0.5 and segment.scale_for(20, net) == 0.5 and segment.scale_for(10, net) == 1
-    native, truth = PassOn(diameter=10.0), whole(image)
-    distance = segment.distance_map(image, net, limits=UNIT)
-    assert np.array_equal(distance, segment.distance_map(image, native, limits=UNIT, scale=0.5))
-    best = tuning.tuned([distance], [truth], peaks=(0.6,), fills=(0.15,), min_areas=(30,), smooths=(1.0,), shapes=(0.04,), depths=(0.1,),
-                        zooms=[0.5])
-    net.settings = dataclasses.replace(net.settings, **best.setting._asdict())
-    found = segment.segment(image, net, limits=UNIT)
-    assert 5 < found.max() and same_cells(watershed.without_holes(torch.from_numpy(best.labels[0])).numpy(), found)
-    plain = tuning.tuned([distance], [truth], peaks=(0.6,), fills=(0.15,), min_areas=(30,), smooths=(1.0,), shapes=(0.04,), depths=(0.1,))
-    assert not same_cells(plain.labels[0], best.labels[0])                   # lengths are of the network's px
-    assert np.bincount(found.ravel())[1:].min() >= 120
-    assert same_cells(segment.segment(image, native, limits=UNIT), segment.segment(image, net, limits=UNIT, scale=2, **{
-        name: getattr(native.settings, name) for name in tuning.Setting._fields}))
+    setting = watershed.Setting(peak=0.6, fill=0.15, min_area=30, depth=0.1, smooth=1.0, shape=0.04)
+    expected = watershed.without_holes(torch.from_numpy(
+        watershed.flood(segment.distances(image, net, limits=UNIT, zoom=0.5), setting, 0.5))).numpy()
+    found = segment.segment(image, net, limits=UNIT, zoom=0.5, **{**setting._asdict(), "min_area": 120})
+    assert 5 < found.max() and same_cells(expected, found) and np.bincount(found.ravel())[1:].min() >= 120
+    net.settings = dataclasses.replace(net.settings, **setting._asdict())
+    assert same_cells(found, segment.segment(image, net, limits=UNIT, diameter=20.0))
+    assert not same_cells(found, segment.segment(image, net, limits=UNIT, zoom=0.5, smooth=0.0))
+
+
+def test_a_plan_says_what_the_image_gets():
+    net, image = PassOn(diameter=16.0), cones(3, 300, 260, 60)
+    plan = segment.plan_for(image, net, diameter=32, peak=0.7, min_area=40)
+    assert (plan.zoom, plan.diameter, plan.near, plan.border) == (0.5, 32, 32, "keep")
+    assert plan.setting == net.settings.setting._replace(peak=0.7, min_area=10) and plan.limits.shape == (1, 2)
+    assert plan.halo == 256 and segment.plan_for(image, net, near=100).halo == 400 and plan.block == 2048
+    assert segment.plan_for(image, net, zoom=4.0).block == 512, "enlarged, blocks keep their memory"
 
 
 def test_cells_smaller_than_a_pixel_leave_no_gap_in_the_numbers():
     """Where the network sees more pixels than the image has."""
     net, image = PassOn(diameter=40.0), np.random.default_rng(2).random((60, 60), np.float32)
-    block, = segment.blocks(image, net, limits=UNIT, diameter=5, peak=0.5, fill=0.5, min_area=0)
+    plan = segment.plan_for(image, net, limits=UNIT, diameter=5, peak=0.5, fill=0.5, min_area=0)
+    block, = segment.blocks(segment.as_source(image), plan)
     fine = segment.segment(image, net, limits=UNIT, peak=0.5, fill=0.5, min_area=0)
     assert 100 < block.labels.max() < 900 and fine.max() > 100
     assert np.array_equal(np.unique(block.labels), np.arange(block.labels.max() + 1)) and len(block.new) == block.labels.max()
@@ -236,7 +221,7 @@ def test_memory_runs_out_and_the_batch_shrinks():
 
     image = cones(7, 64, 600, 60)
     net = Small()
-    np.testing.assert_allclose(segment.distance_map(image, net, limits=UNIT, batch=16), image, atol=1e-5)
+    np.testing.assert_allclose(segment.distances(image, net, limits=UNIT, batch=16), image, atol=1e-5)
     assert max(size[0] for size in net.sizes) == 2
 
 
@@ -255,7 +240,8 @@ def test_wrong_values_are_named():
 
 def test_progress_and_clock():
     seen, clock = [], Counter()
-    segment.segment(cones(8, 200, 100, 20), PassOn(), limits=UNIT, progress=seen.append, clock=clock)
+    source = segment.as_source(cones(8, 200, 100, 20))
+    list(segment.blocks(source, segment.plan_for(source, PassOn(), limits=UNIT), clock, seen.append))
     assert seen == sorted(seen) and seen[-1] == 1
     assert set(clock) == {"read", "network", "watershed"} and min(clock.values()) > 0
 
@@ -265,10 +251,10 @@ def test_cells_come_without_holes():
     image = np.zeros((130, 130), np.float32)
     y, x = np.mgrid[:130, :130]
     image[np.abs(np.hypot(y - 64, x - 64) - 12) < 5] = 0.9                   # a ring
-    disc, ground = np.hypot(y - 64, x - 64) < 16, np.hypot(y - 64, x - 64) > 18
+    disc, outside = np.hypot(y - 64, x - 64) < 16, np.hypot(y - 64, x - 64) > 18
     for block in (2048, 64):
         labels = segment.segment(image, PassOn(), limits=UNIT, block=block, halo=32)
-        assert labels.max() == 1 and (labels[disc] == 1).all() and not labels[ground].any()
+        assert labels.max() == 1 and (labels[disc] == 1).all() and not labels[outside].any()
 
 
 def test_components_touching_only_at_block_corners_stay_apart():

@@ -1,6 +1,5 @@
 """train_seg.py end to end at toy size: resuming, signals, ranks, what it writes and what it refuses."""
 import json
-import math
 import os
 import re
 import shutil
@@ -104,14 +103,14 @@ def test_a_signal_while_it_validates_is_heard(tmp_path, monkeypatch):
     """Nothing is exported, and the next start goes on from the last checkpoint to its end."""
     import segment
     config = runs.load(train_seg.Config, toy(tmp_path, steps=4, warmup=1, val_every=4, save_every=2))
-    asked, look = [], segment.distance_map
+    asked, look = [], segment.distances
 
     def interrupted(*arguments, **options):
         asked.append(1)
         signal.raise_signal(signal.SIGTERM)
         return look(*arguments, **options)
     with runs.stop_signals(), monkeypatch.context() as patched:
-        patched.setattr(segment, "distance_map", interrupted)
+        patched.setattr(segment, "distances", interrupted)
         assert train_seg.train(config, 0, 1, "cpu") == runs.REQUEUE and len(asked) == 1
     assert not (tmp_path / "final_models").exists()
     assert [p.name for p in (tmp_path / "runs/seg/checkpoints/seg").iterdir()] == ["step_00000002.pt"]
@@ -188,11 +187,11 @@ def test_edges_and_seams_count_more_when_asked():
     squares = torch.tensor([0.01, 0.04, 0.09, 0.16, 0.25])
     for edge, weights in ((0, [1, 1, 1, 1, 1]), (8, [1, 9, 9, 7, 1])):
         expected = (squares * torch.tensor(weights)).mean().item()
-        assert trainset.error(predicted, target, labels, edge).item() == pytest.approx(expected)
-        assert trainset.error(predicted, target, labels, edge, 10).item() == pytest.approx(expected)     # one cell: no seam
+        assert model.distance_loss(predicted, target, labels, edge).item() == pytest.approx(expected)
+        assert model.distance_loss(predicted, target, labels, edge, 10).item() == pytest.approx(expected)     # one cell: no seam
     two = torch.tensor([7, 0, 0, 5, 5]).view(1, 1, 5)
     expected = (squares * torch.tensor([1, 11, 11, 1, 1])).mean().item()
-    assert trainset.error(predicted, target, two, 0, 10).item() == pytest.approx(expected)
+    assert model.distance_loss(predicted, target, two, 0, 10).item() == pytest.approx(expected)
 
 
 def test_it_starts_from_weights(whole, tmp_path):
@@ -232,17 +231,6 @@ def test_steps_may_change_until_a_constant_rate_falls(tmp_path):
         begun("steps=40")
 
 
-def test_images_of_large_cells_can_be_reduced(tmp_path):
-    """The weights say so, and their cells are as wide as the network sees them."""
-    labelled_folder(tmp_path / "cells", 6)
-    for zoom in (1.0, 0.5):
-        path = toy(tmp_path, data=dict(root=str(tmp_path), sets=[dict(path="cells", zoom=zoom)], share=0.3), output_base_dir=str(tmp_path / str(zoom)),
-                   steps=4, val_every=4, warmup=1)
-        assert run(path).returncode == 0
-    plain, net = (model.load(tmp_path / zoom / "final_models/seg.pt").settings for zoom in ("1.0", "0.5"))
-    assert (plain.zoom, net.zoom) == (1, 0.5) and net.diameter == pytest.approx(plain.diameter / 2)
-
-
 def test_images_to_validate_on_are_scaled_as_those_to_train_on(tmp_path):
     """data.diameter: settings are chosen on cells as wide as the network learns them."""
     labelled_folder(tmp_path / "cells", 6)
@@ -252,10 +240,6 @@ def test_images_to_validate_on_are_scaled_as_those_to_train_on(tmp_path):
     for entry in validation:
         area = np.bincount(entry.labels.ravel())[1:]
         assert entry.zoom * np.sqrt(4 / np.pi * np.median(area[area > 0])) == pytest.approx(18), entry.name
-    assert trainset.glimpsed(chosen, 0, 32)["cells"].diameter == 18
-    plain = trainset.Data(root=str(tmp_path), sets=(trainset.Set("cells", zoom=0.5),), share=0.3)
-    train, validation, _ = trainset.load(plain, 0, "cpu", 4.0)
-    assert {entry.zoom for entry in validation} == {0.5} and trainset.glimpsed(plain, 0, 32)["cells"].diameter == pytest.approx(train.diameter)
     assert trainset.width(np.zeros((9, 9), int)) == 0
 
 
@@ -295,9 +279,9 @@ def test_the_size_head_learns_how_wide_cells_are(tmp_path):
     assert plain.size is None and all(torch.equal(a, b) for a, b in zip(plain.decoder.parameters(), net.decoder.parameters()))
     pixels = torch.from_numpy(data.seen(data.examples(tmp_path / "cells")[0]))
     seen = [torch.nn.functional.interpolate(pixels[None], scale_factor=zoom, mode="bilinear", antialias=True)[0].numpy() for zoom in (0.3, 3.0)]
-    small, large = (segment.look(segment.as_source(image), net, segment.UNIT, looks=1) for image in seen)
+    small, large = (segment.seen_diameter(segment.as_source(image), net, segment.UNIT, looks=1) for image in seen)
     assert 2 < small < 0.8 * large < 200, (small, large)
-    wide = segment.look(segment.as_source(seen[1]), net, segment.UNIT)
+    wide = segment.seen_diameter(segment.as_source(seen[1]), net, segment.UNIT)
     found = [segment.segment(seen[1], net, limits=segment.UNIT, diameter=diameter) for diameter in (None, wide)]
     assert np.array_equal(*found)
 
@@ -305,25 +289,22 @@ def test_the_size_head_learns_how_wide_cells_are(tmp_path):
 def test_few_held_out_images_are_filled_up_for_settings_alone(tmp_path):
     labelled_folder(tmp_path / "cells", 14)
     for share, held in ((0.2, 3), (0.6, 8)):
-        config = trainset.Data(root=str(tmp_path), sets=(trainset.Set("cells", zoom=0.5),), share=share, fields=3)
+        config = trainset.Data(root=str(tmp_path), sets=(trainset.Set("cells"),), share=share, fields=3)
         train, entries, hashes = trainset.load(config, 0, "cpu", 4.0)
         own = [entry for entry in entries if entry.set == "cells"]
-        assert sum(e.held for e in own) == held and len(own) == 8 and all(e.zoom == 0.5 for e in own)
+        assert sum(e.held for e in own) == held and len(own) == 8
         assert all(e.held and e.zoom == 1 for e in entries if e.set == "synthetic") and len(train) == 14 - held + 4
         assert {e.name for e in own if e.held} <= set(hashes["validation"]) and len(hashes["validation"]) == held + 2
         assert {e.name for e in own if not e.held} < set(hashes["train"])
 
 
 @pytest.mark.parametrize("changes,said", [
-    (["data.sets=[{path: a, zoom: 2}]"], "a: zoom=2, expected 0.1 to 1"),
-    (["data.sets=[{path: a, zoom: 0.5}]", "data.diameter=20"], "and so does the zoom of a set; leave one out"),
-    (["data.diameter=-4"], "data.diameter=-4: expected more than 0 px"),
+    (["data.sets=[{path: a, weight: 0}]"], "expected a number, above 0"), (["data.diameter=-4"], "data.diameter=-4: expected a number, above 0"),
     (["data.fields=0"], "no data: give data.sets"), (["crop=30"], "crop=30: expected a multiple of the patch"),
     (["augment.flpi=1"], "unknown key 'flpi', did you mean 'flip'?"), (["init=gone.pt"], "no weights at gone.pt"),
-    (["warmup=12"], "warmup=12: expected fewer than steps=12"), (["cap=0"], "cap=0: expected more than 0 px, or null"),
-    (["unclear=none"], "unclear=none: unclear is 'none', expected all or nearest"),
-    (["clip=0"], "clip=0: expected more than 0"), (["lr=0"], "lr=0: expected more than 0"), (["crop=0"], "crop=0: expected a multiple"),
-    (["steps=.inf"], "steps=.inf: steps is '.inf', expected a whole number"), (["network.heads=0"], "heads=0: the head width"),
+    (["warmup=12"], "warmup=12: expected fewer than steps=12"), (["cap=0"], "cap=0: expected a number, above 0 or null"),
+    (["clip=0"], "clip=0: expected a number, above 0"), (["lr=0"], "lr=0: expected a number, above 0"), (["crop=0"], "crop=0: expected a multiple"),
+    (["steps=.inf"], "steps=.inf: expected a whole number"), (["network.heads=0"], "heads=0: the head width"),
     (["cycles=2", "patience=3"], "cycles=2: expected patience=null"), (["wandb=on"], "pip install wandb"),
     (["data.fields=1"], "no images to")])
 def test_mistakes_are_one_line(tmp_path, changes, said):
@@ -423,7 +404,7 @@ def test_a_series_is_checked_before_it_starts(tmp_path):
                         ("series.test=[{path: test, zoom: 0.5}]", "series.test: test has a zoom"),
                         ("patience=0", "patience=0: expected 1 or more, or null"),
                         ("series.budgets=[1,3]", "series.budgets: 3 images of cells, which has 2 to train on"),
-                        ("series.variants.b.steps=x", "steps is 'x', expected a whole number")):
+                        ("series.variants.b.steps=x", "steps=x: expected a whole number")):
         done = run(*arguments, wrong)
         assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "runs").exists()

@@ -1,12 +1,19 @@
-"""watershed.py against scikit-image, and against its own promises on maps where flooding order decides."""
+"""watershed.py against SciPy, scikit-image and every setting by hand, and against its own promises."""
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 from skimage.morphology import reconstruction
 from skimage.segmentation import watershed as reference
 
-from watershed import REACH, components, inwards, smoothed, watershed, without_holes
+import metrics
+from images import read_image
+from watershed import REACH, Setting, components, distance_map, flood, inwards, smoothed, tune, watershed, without_holes
 
 PEAK, FILL = 0.47, 0.09
 
@@ -320,3 +327,161 @@ def test_what_two_cells_enclose_or_the_edge_cuts_stays_ground():
     np.testing.assert_array_equal(found, labels)
     empty = torch.zeros((3, 4), dtype=torch.int32)
     assert torch.equal(without_holes(empty), empty)
+
+
+# ----------------------------------------------------------------------------------------------- distance map
+
+def alone(labels, cap=None):
+    """The definition: each cell by itself, everything else is outside, the border of the image is no edge."""
+    out = np.zeros(labels.shape)
+    for i in np.unique(labels[labels > 0]):
+        own = labels == i
+        d = np.ones(labels.shape) if own.all() else ndimage.distance_transform_edt(own)
+        d = np.minimum(d, np.inf if cap is None else cap)
+        out[own] = d[own] / d[own].max()
+    return out
+
+
+def check_distances(labels, caps=(None, 0.5, 1, 2.5, 4, 20, 70.5)):
+    for cap in caps:
+        got = distance_map(labels, cap)
+        assert got.dtype == np.float32 and got.shape == labels.shape
+        np.testing.assert_allclose(got, alone(labels, cap), atol=1e-6, err_msg=f"cap {cap}")
+
+
+@settings(max_examples=60, deadline=None)
+@given(hnp.arrays(np.int64, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12),
+                  elements=st.sampled_from([0, 1, 2, 70_000, 2 ** 62])))
+def test_distance_map_of_any_small_labels(labels):
+    check_distances(labels)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_distance_map_of_blobs_that_touch_wrap_and_come_in_pieces(seed):
+    rng = np.random.default_rng(seed)
+    smooth = ndimage.gaussian_filter(rng.random((90, 110)), 4)
+    labels = np.digitize(smooth, np.quantile(smooth, [0.2, 0.4, 0.6, 0.8]))  # rings, holes, many pieces
+    labels[rng.random(labels.shape) > 0.998] = 9                             # holes and cells of one pixel
+    check_distances(labels)
+
+
+def test_distance_map_of_large_cells():
+    y, x = np.mgrid[:330, :420]
+    labels = np.zeros((330, 420), np.uint16)
+    labels[np.hypot(y - 150, x - 150) < 140] = 3
+    labels[np.hypot(y - 160, x - 330) < 120] = 8                             # touches the first
+    labels[100:110, 100:105] = 5
+    labels[:, 400:] = 6                                                           # cut by the border
+    check_distances(labels)
+    check_distances(np.where(x < 200, 1, 2))                                                # two cells, no background
+
+
+def test_distance_map_closed_forms():
+    assert not distance_map(np.zeros((5, 7), int)).any()
+    assert (distance_map(np.full((5, 7), 3)) == 1).all()                          # without any edge
+    assert distance_map(np.zeros((0, 7), int)).shape == (0, 7)
+    bar = np.zeros((1, 9), int)
+    bar[0, 2:7] = 4
+    np.testing.assert_allclose(distance_map(bar)[0], [0, 0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3, 0, 0], atol=1e-7)
+    np.testing.assert_allclose(distance_map(bar, cap=2)[0], [0, 0, 1 / 2, 1, 1, 1, 1 / 2, 0, 0], atol=1e-7)
+    pair = np.array([[1, 1, 2, 2]])
+    np.testing.assert_allclose(distance_map(pair)[0], [1, 1 / 2, 1 / 2, 1])       # the other cell is an edge
+
+
+def test_distance_map_ignores_names_and_turns_with_the_image():
+    rng = np.random.default_rng(0)
+    labels = np.kron(rng.integers(0, 6, (9, 7)), np.ones((9, 11), int))
+    d = distance_map(labels)
+    renamed = np.array([0, 500, 3, 10 ** 12, 8, 77])[labels]
+    np.testing.assert_array_equal(distance_map(renamed), d)
+    np.testing.assert_allclose(distance_map(labels.T).T, d, atol=1e-6)
+    np.testing.assert_allclose(distance_map(labels[::-1, ::-1])[::-1, ::-1], d, atol=1e-6)
+
+
+def test_distance_map_refuses():
+    good = np.zeros((4, 4), int)
+    for wrong, cap in ((good * 1.0, None), (good[None], None), (good - 1, None), (good, 0),
+                       (good, float("nan")), (good, float("inf"))):
+        with pytest.raises(ValueError, match="expected"):
+            distance_map(wrong, cap)
+
+
+def test_distance_map_of_real_cells(shared):
+    labels = read_image(min((shared / "data/phase_usiigaci/train").glob("*_cells.png"))).pixels[0, 200:450, 200:450]
+    assert len(np.unique(labels)) > 5
+    check_distances(labels, caps=(None, 4))
+
+
+# ------------------------------------------------------------------------------------------------- settings
+
+def mean_score(maps, truths):
+    return lambda setting: float(np.mean([metrics.average_precision(truth, flood(d, setting)).mean()
+                                          for d, truth in zip(maps, truths)]))
+
+
+def squares(pitch, side, count=4):
+    """(count * pitch)² px with squares of `side` px, one in each `pitch`."""
+    y, x = np.mgrid[:count * pitch, :count * pitch]
+    return ((y % pitch < side) & (x % pitch < side)) * (1 + y // pitch * count + x // pitch).astype(np.int32)
+
+
+def test_tune_finds_the_best_setting():
+    """Against every setting tried by hand."""
+    rng = np.random.default_rng(0)
+    truths = [squares(16, side) for side in (9, 12, 14)]
+    maps = [np.clip(distance_map(t, 4) + rng.normal(0, 0.15, t.shape), 0, 1).astype(np.float32) for t in truths]
+    score, grid = mean_score(maps, truths), dict(peak=(0.4, 0.6, 0.8), fill=(0.2, 0.5, 0.7), depth=(0,), smooth=(0,), shape=(0,))
+    known = {(peak, fill, area): score(Setting(peak, fill, area)) for peak, fill, area in
+             itertools.product(grid["peak"], grid["fill"], (0, 12, 2000)) if fill <= peak}
+    best = tune(score, **grid, min_area=(0, 12, 2000))
+    assert len(set(known.values())) > 5 and score(best) == max(known.values())
+    assert best.min_area == 12 and score(best) > score(best._replace(min_area=0)), "noise makes crumbs; 2000 px is too much"
+    with pytest.raises(ValueError, match="no pair"):
+        tune(score, peak=(0.1,), fill=(0.2,))
+
+
+def test_tune_finds_depth_and_shape():
+    """Valleys that end above every peak; pairs of discs that the map does not part at all."""
+    truth = squares(10, 10)                                                  # they touch
+    soft = np.maximum(distance_map(truth, 4), 0.75).astype(np.float32)
+    score, grid = mean_score([soft], [truth]), dict(peak=(0.4, 0.6), fill=(0.2,), smooth=(0,), shape=(0,), min_area=(0,))
+    assert tune(score, **grid, depth=(0.0, 0.1)).depth == 0.1
+    y, x = np.mgrid[:40, :70]
+    truths, maps = [], []
+    for at in (42, 43, 44):
+        pair = [np.hypot(y - 20, x - centre) < 14 for centre in (20, at)]
+        truths.append(np.where(pair[0] & (x < (20 + at) / 2), 1, np.where(pair[1], 2, 0)).astype(np.int32))
+        maps.append(np.where(truths[-1] > 0, 0.9, 0).astype(np.float32))
+    score, grid = mean_score(maps, truths), dict(peak=(0.5,), fill=(0.2,), smooth=(0,), min_area=(0,), depth=(0, 0.1, 0.2))
+    assert tune(score, **grid, shape=(0, 0.1)).shape == 0.1
+    assert score(tune(score, **grid, shape=(0, 0.1))) > 0.8 > 0.2 > score(tune(score, **grid, shape=(0,)))
+
+
+@pytest.mark.parametrize("height, expected", [(0.6, (0.4, 0.2, 20, 0.2, 1.0, 0.05)), (0.4, (0.3, 0.1, 0, 0.0, 0.0, 0.0))])
+def test_the_higher_of_two_hills_is_found_from_either_start(height, expected):
+    """One hill at the first values and one at the middle ones: every path between them goes down first."""
+    hills = {(0.3, 0.1, 0, 0.0, 0.0, 0.0): 0.5, (0.4, 0.2, 20, 0.2, 1.0, 0.05): height}
+    best = tune(lambda setting: max(top - 0.05 * sum(a != b for a, b in zip(setting, hill)) for hill, top in hills.items()),
+                peak=(0.3, 0.4, 0.5), fill=(0.1, 0.2, 0.3), min_area=(0, 20, 40), depth=(0.0, 0.2, 0.4),
+                smooth=(0.0, 1.0, 2.0), shape=(0.0, 0.05, 0.1))
+    assert best == expected
+
+
+def test_a_setting_changes_by_what_is_given():
+    setting = Setting(0.5, 0.2, 30)
+    assert setting.changed(peak=None, fill=0.1, depth=0.3) == (0.5, 0.1, 30, 0.3, 0.0, 0.0)
+    for wrong in (dict(peak=0.1), dict(fill=0.6), dict(peak=1.0), dict(fill=-0.1)):
+        with pytest.raises(ValueError, match="expected 0 <= fill <= peak < 1"):
+            setting.changed(**wrong)
+
+
+@pytest.mark.parametrize("zoom", [0.5, 0.25])
+def test_lengths_are_of_the_network(zoom):
+    """A map that is enlarged is flooded to the enlarged cells."""
+    truth = squares(20, 15)
+    small = distance_map(truth, 4)
+    factor = round(1 / zoom)
+    setting = Setting(0.5, 0.1, 40, smooth=0.7)
+    large = flood(np.kron(small, np.ones((factor, factor), np.float32)), setting, zoom)
+    expected = np.kron(flood(small, setting), np.ones((factor, factor), np.int32))
+    assert metrics.average_precision(expected, large, [0.8])[0] == 1 and large.max() == 16

@@ -9,7 +9,6 @@ from skimage.io import imread
 
 import answer
 import infer
-import kinds
 import metrics
 import model
 import segment
@@ -109,17 +108,11 @@ def test_faint_cells_are_found(net, nuclei):
     assert metrics.set_scores([table]).pooled["F1"] > 0.9
 
 
-def test_a_demo_of_each_kind_gives_cells_by_its_own_decoder(net):
-    heads = set()
-    for file, kind, least in (("nuclei_fluorescence", "nuclei_fluo", 80), ("he_tile", "nuclei_stained", 20), ("cells_phase", "phase", 18)):
-        image = imread(ROOT / f"demo/{file}.png")
-        image = np.moveaxis(image, -1, 0) if image.ndim == 3 else image
-        assert segment.segment(image, net).max() >= least, file
-        assert segment.kind_of(image, net).startswith(kind)
-        assert kinds.named(net, dict(nuclei_stained="stained").get(kind, kind)) == segment.kind_of(image, net)
-        own, _ = kinds.suited(net, segment.kind_of(image, net))
-        heads.add(tuple(own.decoder.head.weight.flatten().tolist()))
-    assert len(heads) == 3
+@pytest.mark.parametrize("file, diameter, least", [("nuclei_fluorescence", None, 80), ("he_tile", None, 20), ("cells_phase", 60, 18)])
+def test_demo_images_give_cells(net, file, diameter, least):
+    image = imread(ROOT / f"demo/{file}.png")
+    image = np.moveaxis(image, -1, 0) if image.ndim == 3 else image
+    assert segment.segment(image, net, diameter=diameter).max() >= least
 
 
 def test_halves_and_wholes_agree(net, nuclei):

@@ -22,17 +22,29 @@ three channels are equal, noise included.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
-import os
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple
 
 import runs
+
+with runs.lazy():                           # so that --help does not wait for torch
+    import numpy as np
+    import scipy
+    import skimage
+    import tifffile
+    import torch
+    import tqdm
+
+    import data
+    import watershed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Range = tuple[float, ...]                   # low, high
 
@@ -100,38 +112,83 @@ class Augment:
 class Config:
     data: tuple[str, ...]                   # folders: NAME.tif and NAME_masks.tif, or images/ and labels/
     output: str = "dat/augmented_training_data"    # folder for images/ and labels/
-    copies: int = 4                         # crops of each image
-    size: int = 256                         # px, their side
+    copies: runs.Count = 4                  # crops of each image
+    size: runs.Count = 256                  # px, their side
     seed: int = 0                           # of everything random
-    diameter: float | None = None           # px, an image's median cell is scaled to this; null: as it is
+    diameter: runs.Positive | None = None   # px, an image's median cell is scaled to this; null: as it is
     overwrite: bool = False                 # make crops anew that exist
-    augment: Augment = field(default_factory=lambda: Augment(invert=0.0, negative=0.0))  # section, below
+    augment: Augment = field(default_factory=lambda: Augment(invert=0.0, negative=0.0))  
 
     def __post_init__(self):
         if not self.data or Path(self.output) in map(Path, self.data):
             raise ValueError(f"data={list(self.data)}: expected folders other than output={self.output}")
-        if min(self.copies, self.size) < 1:
-            raise ValueError(f"copies={self.copies}, size={self.size}: expected 1 or more")
-        if self.diameter is not None and not self.diameter > 0:
-            raise ValueError(f"diameter={self.diameter:g}: expected more than 0 px")
 
 
-if __name__ == "__main__":                  # here, so that --help does not wait for torch
-    runs.script(f"{__doc__}\nSection augment, as augment.key=value:\n{runs.describe(Augment)}", Config,
-                lambda config, files: __import__("augment").main(config, files))
+# --------------------------------------------------------------------------------------- random values
 
-import tifffile                             # noqa: E402
-import torch                                # noqa: E402
-import torch.nn.functional as F             # noqa: E402
-from scipy import ndimage                   # noqa: E402
-from scipy.special import ndtri             # noqa: E402
-from skimage.measure import label           # noqa: E402
-from torch import Tensor                    # noqa: E402
-from tqdm import tqdm                       # noqa: E402
+GOLDEN, FIRST, SECOND = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
-import data                                 # noqa: E402
-from draws import Draws, hashed, noise, scramble                       # noqa: E402
-from watershed import distance_map          # noqa: E402
+
+def scramble(z):
+    """splitmix64 (Steele et al., 2014), int64 arrays or tensors: products wrap, masks make shifts logical."""
+    z = z + GOLDEN
+    z = (z ^ (z >> 30 & (1 << 34) - 1)) * FIRST
+    z = (z ^ (z >> 27 & (1 << 37) - 1)) * SECOND
+    return z ^ (z >> 31 & (1 << 33) - 1)
+
+
+def hashed(text: str) -> int:
+    """64 bits, signed."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+class Draws:
+    """The random values of B samples, on the host, with the probabilities and ranges that they follow."""
+
+    def __init__(self, key: np.ndarray, config=None):
+        self.key, self.config = key, config                                  # (B,) int64
+
+    @classmethod
+    def of(cls, seed: int, numbers: np.ndarray, config=None) -> Draws:
+        return cls(scramble(scramble(np.array([seed], np.int64)) ^ np.asarray(numbers, np.int64)), config)
+
+    def at(self, rows: np.ndarray) -> Draws:
+        return Draws(self.key[rows], self.config)
+
+    def streams(self, name: str, channels: int = 1, length: int = 0) -> np.ndarray:
+        """(B, channels) int64 where sequences of hashes begin: the i-th is scramble(stream + i GOLDEN)."""
+        return scramble(self.key ^ hashed(name))[:, None] + GOLDEN * (length * np.arange(channels))
+
+    def uniform(self, name: str, *shape: int) -> np.ndarray:
+        """(B, *shape) in (0, 1)."""
+        bits = scramble(self.streams(name, math.prod(shape), 1))
+        return (((bits >> 12 & (1 << 52) - 1) + 0.5) * 2.0 ** -52).reshape(-1, *shape)
+
+    def happens(self, name: str) -> np.ndarray:
+        return self.uniform(f"{name} happens") < getattr(self.config, name)  # (B,) bool
+
+    def within(self, name: str, limits: tuple[float, ...] | None = None) -> np.ndarray:
+        """(B,) in a range of the configuration; factors and widths are in (1, 2) as often as in (2, 4)."""
+        (low, high), u = limits or getattr(self.config, name), self.uniform(name)
+        return low * (high / low) ** u if low > 0 else low + (high - low) * u
+
+    def knots(self, name: str, strength: str, channels: int, n: int) -> np.ndarray:
+        """(B, channels, n, n) normal values for smooth(), each sample with its own standard deviation."""
+        return scipy.special.ndtri(self.uniform(name, channels, n, n)) * self.within(strength)[:, None, None, None]
+
+
+@functools.lru_cache
+def quantiles(device: torch.device) -> Tensor:
+    """65,536 equally likely values of the normal distribution."""
+    return torch.from_numpy(scipy.special.ndtri((np.arange(65536) + 0.5) / 65536)).float().to(device)
+
+
+def normal_noise(streams: Tensor, size: int) -> Tensor:
+    """Standard normal values (k, C, S, S) for streams (k, C), on their device; 16 bits of a hash give one."""
+    steps = GOLDEN * torch.arange(-(-size ** 2 // 4), device=streams.device)
+    bits = scramble(streams[:, :, None] + steps).view(torch.int16)[..., :size ** 2]
+    values = quantiles(streams.device).index_select(0, bits.flatten().int() + 32768)
+    return values.view(*streams.shape, size, size)
 
 
 # -------------------------------------------------------------------------------------------- resident
@@ -167,7 +224,7 @@ class Resident:
             ids = np.unique(np.append(truth, 0))                             # ground first
             truth = np.searchsorted(ids, truth).astype(np.int32)             # 0..n
             wide, centre, depth = measure(truth, len(ids))
-            far = distance_map(truth) if cap is None else np.zeros(truth.shape, np.float32)
+            far = watershed.distance_map(truth) if cap is None else np.zeros(truth.shape, np.float32)
             levels = pyramid(np.concatenate((pixels, far[None])))
             rows.append((wide, pixels.mean(), (pixels == pixels[0]).all(), pixels.any((1, 2)), len(ids) - 1,
                          [level.shape[:2] for level in levels]))
@@ -213,6 +270,18 @@ class Resident:
         return np.argsort(self.group, kind="stable")[place]
 
 
+def load_resident(config: data.TrainingData, seed: int, device: str, cap: float | None):
+    """Resident training images; images to validate on; content hashes {train, validation: {name: hash}}."""
+    train, validation = data.training_images(config, seed)
+    hashes = {part: {image.name: hashlib.sha256(image.pixels.tobytes() + image.labels.tobytes()).hexdigest()[:16]
+                     for image in images if image.held} for part, images in (("train", train), ("validation", validation))}
+    groups = [image.set for image in train]
+    train.reverse()                                           # each image goes as soon as it is packed: they are large together
+    resident = Resident((train.pop()[:3] for _ in groups), groups, device, cap, config.diameter,
+                        {chosen.name: chosen.weight for chosen in config.sets})
+    return resident, validation, hashes
+
+
 def measure(labels: np.ndarray, n: int) -> tuple[float, np.ndarray, np.ndarray]:
     """Of labels 0..n-1: median diameter (px, of discs of that area; 0 without cells), centres (n, 2), and
     largest distances to the own edge (n,), to half a px."""
@@ -223,15 +292,10 @@ def measure(labels: np.ndarray, n: int) -> tuple[float, np.ndarray, np.ndarray]:
     for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
         edge[a] |= labels[a] != labels[b]
         edge[b] |= labels[a] != labels[b]
-    away = ndimage.distance_transform_edt(~edge) if edge.any() else np.full(edge.shape, np.hypot(*edge.shape))
+    away = scipy.ndimage.distance_transform_edt(~edge) if edge.any() else np.full(edge.shape, np.hypot(*edge.shape))
     depth = np.zeros(n, np.float32)
     np.maximum.at(depth, flat, 1 + away.ravel().astype(np.float32))
-    return width(area[1:]), np.stack(sums, 1) / np.maximum(area, 1)[:, None], depth
-
-
-def width(areas: np.ndarray) -> float:
-    """px, of a disc of the median of these areas; 0 without any."""
-    return math.sqrt(4 / math.pi * np.median(areas)) if len(areas) else 0.0
+    return data.disc_diameter(area[1:]), np.stack(sums, 1) / np.maximum(area, 1)[:, None], depth
 
 
 def pyramid(planes: np.ndarray) -> list[np.ndarray]:
@@ -360,12 +424,12 @@ def paste(resident: Resident, images: np.ndarray, draws: Draws, size: int, negat
     theirs = theirs * send(taken, device).gather(1, theirs.flatten(1).long()).view(theirs.shape)
     index, own = send(rows, device), send(resident.cells[images[rows]], device)[:, None]     # (k, 1) cells there are
     mask = (theirs > 0)[:, None].float()
-    soft = torch.maximum(mask, F.avg_pool2d(F.max_pool2d(mask, 3, 1, 1), 3, 1, 1, count_include_pad=False))
+    soft = torch.maximum(mask, torch.nn.functional.avg_pool2d(torch.nn.functional.max_pool2d(mask, 3, 1, 1), 3, 1, 1, count_include_pad=False))
     pixels, alpha = labels.new_zeros(len(images), 3, size, size, dtype=y.dtype), labels.new_zeros(len(images), 1, size, size, dtype=y.dtype)
     pixels.index_copy_(0, index, bilinear(resident, other[rows], level, y, x, [0, 1, 2]))
     alpha.index_copy_(0, index, soft)
     both = labels.index_copy(0, index, torch.where(theirs > 0, theirs + own[:, :, None], labels[index]).to(labels.dtype))
-    depth = F.pad(depth, (0, whole.shape[1]))                                # theirs follow each image's own
+    depth = torch.nn.functional.pad(depth, (0, whole.shape[1]))                                # theirs follow each image's own
     places = own + torch.arange(1, whole.shape[1], device=device)
     return Pasted(pixels, alpha, both, depth.index_copy(0, index, depth[index].scatter(1, places, whole[:, 1:])))
 
@@ -420,8 +484,8 @@ def mirrored(c: Tensor, extent: Tensor) -> Tensor:
 def smooth(knots: Tensor, size: int) -> Tensor:
     """(k, C, n, n) -> (k, C, S, S): cubic, which is dear, up to a quarter of the size, linear from there."""
     quarter = max(knots.shape[-1], -(-size // 4))
-    knots = F.interpolate(knots, size=(quarter, quarter), mode="bicubic")
-    return F.interpolate(knots, size=(size, size), mode="bilinear")
+    knots = torch.nn.functional.interpolate(knots, size=(quarter, quarter), mode="bicubic")
+    return torch.nn.functional.interpolate(knots, size=(size, size), mode="bilinear")
 
 
 def nearest(resident: Resident, images: np.ndarray, y: Tensor, x: Tensor) -> Tensor:
@@ -484,15 +548,15 @@ def smoothed(x: Tensor, side: int) -> Tensor:
     """(C, S, S) averaged twice over squares of `side` px, edges repeated."""
     half = min(side // 2, x.shape[-1] - 1)
     for _ in range(2):
-        x = F.avg_pool2d(F.pad(x[None], (half,) * 4, mode="replicate"), 2 * half + 1, 1)[0]
+        x = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(x[None], (half,) * 4, mode="replicate"), 2 * half + 1, 1)[0]
     return x
 
 
 def coarse(x: Tensor, draws: Draws) -> Tensor:
     size = x.shape[-1]
-    few = [F.interpolate(one[None], size=(max(8, round(size * part)),) * 2, mode="bilinear", antialias=True)
+    few = [torch.nn.functional.interpolate(one[None], size=(max(8, round(size * part)),) * 2, mode="bilinear", antialias=True)
            for one, part in zip(x, draws.within("coarse_range"))]
-    return torch.cat([F.interpolate(one, size=(size, size), mode="bilinear") for one in few])
+    return torch.cat([torch.nn.functional.interpolate(one, size=(size, size), mode="bilinear") for one in few])
 
 
 DARKEST = 0.05              # of the light passes at least: an optical density of 3
@@ -502,7 +566,7 @@ def stain(x: Tensor, draws: Draws) -> Tensor:
     """(k, 3, S, S) in colour: densities -log(x) mixed anew, so that dyes move apart and together and change their hue; stretched
     as every image is."""
     strength = draws.within("stain_range")[:, None, None]
-    matrix = np.eye(3) + strength * ndtri(draws.uniform("dyes", 3, 3))                       # (k, 3, 3)
+    matrix = np.eye(3) + strength * scipy.special.ndtri(draws.uniform("dyes", 3, 3))                       # (k, 3, 3)
     density = -(x * (1 - DARKEST) + DARKEST).log()
     density = torch.einsum("kij,kjyx->kiyx", send(matrix, x.device), density)
     return stretch((-density.clamp(min=-1, max=4)).exp(), least=0.05)
@@ -539,7 +603,7 @@ def blocks(x: Tensor, draws: Draws) -> Tensor:
     """(k, C, S, S) as JPEG keeps it: squares of 8 px, their cosine coefficients rounded."""
     cosines, steps, into, back = jpeg(x.device)
     (C, size), pad = x.shape[1:3], -x.shape[-1] % 8
-    planes = F.pad(x, (0, pad, 0, pad), mode="replicate")
+    planes = torch.nn.functional.pad(x, (0, pad, 0, pad), mode="replicate")
     if C == 3:
         planes = torch.einsum("ij,kjyx->kiyx", into, planes)
     squares = planes.unfold(2, 8, 8).unfold(3, 8, 8)                         # (k, C, S/8, S/8, 8, 8)
@@ -561,7 +625,7 @@ def blur(x: Tensor, draws: Draws) -> Tensor:
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / draws.within("blur_px")[:, None]) ** 2)
     weights /= weights.sum(1, keepdims=True)                                 # (k, 2 radius + 1)
     for axis, pad in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
-        wide, size = F.pad(x, pad, mode="replicate"), x.shape[axis]
+        wide, size = torch.nn.functional.pad(x, pad, mode="replicate"), x.shape[axis]
         x = sum(each(weights[:, i], x) * wide.narrow(axis, i, size) for i in range(2 * radius + 1))
     return x
 
@@ -585,7 +649,7 @@ def gamma(x: Tensor, draws: Draws) -> Tensor:
 
 def fresh(name: str, draws: Draws, like: Tensor) -> Tensor:
     """Standard normal noise (k, C, S, S)."""
-    return noise(send(draws.streams(name, like.shape[1], like[0, 0].numel()), like.device), like.shape[-1])
+    return normal_noise(send(draws.streams(name, like.shape[1], like[0, 0].numel()), like.device), like.shape[-1])
 
 
 def stretch(x: Tensor, least: float) -> Tensor:
@@ -613,7 +677,7 @@ def texture(x: Tensor, draws: Draws) -> Tensor:
     for octave in range(6):                                                  # knots every 1, 2, 4 ... 32 px
         knots = fresh(f"octave {octave}", draws, x[..., ::2 ** octave, ::2 ** octave])
         if octave:
-            knots = F.interpolate(knots, size=(size, size), mode="bicubic")
+            knots = torch.nn.functional.interpolate(knots, size=(size, size), mode="bicubic")
         x += each(weights[:, octave] * spread, x) * knots
     x = touch(x, draws, draws.uniform("one channel") < 0.5, lambda v, _: v[:, :1].expand_as(v))
     x = (x + each(draws.uniform("level"), x)).clamp(0, 1)
@@ -693,7 +757,7 @@ PIECE = 5               # px, smaller pieces that cutting and turning leave of a
 def main(config: Config, files: list[str]) -> None:
     if files:
         raise ValueError(f"{files[0]}: augment.py takes a configuration and key=value; give data={files[0]}")
-    found = find(config.data)
+    found = find_examples(config.data)
     output = Path(config.output)
     record = output / "augmented.yaml"                                      # train_seg.py knows the folder by it
     same = dict(data=("any",), output="", copies=1, overwrite=False)         # these change no crop
@@ -704,23 +768,23 @@ def main(config: Config, files: list[str]) -> None:
         (output / name).mkdir(parents=True, exist_ok=True)
     runs.write_text(record, runs.to_yaml(config))
     made = 0
-    for stem, example in tqdm(found.items(), unit="image"):
+    for stem, example in tqdm.tqdm(found.items(), unit="image"):
         names = [f"{stem}_crop{copy:03d}" for copy in range(config.copies)]
         names = [n for n in names if config.overwrite or not (output / "images" / f"{n}.tif").exists()]
         if not names:
             continue
-        resident = Resident([(str(example.files[0]), data.seen(example), example.labels())], diameter=config.diameter)
+        resident = Resident([(str(example.files[0]), data.network_input(example), example.labels())], diameter=config.diameter)
         for name in names:                                     # its name is its number: sets may grow later
             x, _, labels = sample(resident, [0], [hashed(name)], config.augment, config.size, config.seed)
-            pieces = label(labels[0].numpy(), connectivity=1)  # what is cut or mirrored falls apart
+            pieces = skimage.measure.label(labels[0].numpy(), connectivity=1)  # what is cut or mirrored falls apart
             keep = (np.bincount(pieces.ravel()) >= PIECE) & (np.arange(pieces.max() + 1) > 0)
             data.write_labels(output / "labels" / f"{name}.tif", (keep * keep.cumsum())[pieces])
-            write_image(output / "images" / f"{name}.tif", x[0].numpy())     # last: says that both are there
+            write_crop(output / "images" / f"{name}.tif", x[0].numpy())     # last: says that both are there
         made += len(names)
     print(f"{output}: {made} crops made, {config.copies * len(found) - made} were there")
 
 
-def find(folders: Iterable[str]) -> dict[str, data.Example]:
+def find_examples(folders: Iterable[str]) -> dict[str, data.Example]:
     """{name of the crops: labelled image} of all folders, every layout of data.examples."""
     found: dict[str, data.Example] = {}
     for folder in folders:
@@ -733,11 +797,14 @@ def find(folders: Iterable[str]) -> dict[str, data.Example]:
     return found
 
 
-def write_image(path: Path, pixels: np.ndarray) -> None:
+def write_crop(path: Path, pixels: np.ndarray) -> None:
     """(3, H, W) in [0, 1] as 16-bit TIFF, whole or not at all; one channel where all are equal."""
     pixels = np.round(pixels * 65535).astype(np.uint16)
     gray = (pixels == pixels[0]).all()
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    tifffile.imwrite(beside, pixels[0] if gray else pixels, photometric="minisblack", compression="zlib",
-                     metadata={"axes": "YX" if gray else "CYX"})
-    os.replace(beside, path)
+    with runs.replacing(path) as temporary:
+        tifffile.imwrite(temporary, pixels[0] if gray else pixels, photometric="minisblack", compression="zlib",
+                         metadata={"axes": "YX" if gray else "CYX"})
+
+
+if __name__ == "__main__":
+    runs.script(__doc__, Config, main)

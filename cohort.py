@@ -23,7 +23,6 @@ import numpy as np
 
 import association
 import data
-import readers
 import runs
 
 MISSING = ("", "na", "n/a", "nan", "null", "none", ".", "-")      # what people write where there is no value
@@ -46,11 +45,11 @@ def find_tiles(root: str | Path, pattern: str, nuclei: str = "0", marker: str = 
         channel, and names that differ in nothing else are one tile.
     donor : regular expression with one group, sought in a tile's name; None: as in donor_7 (data.donor_of).
     """
-    root, expression, passed = Path(root), readers.regex("pattern", pattern), 0
+    root, expression, passed = Path(root), data.regex("pattern", pattern), 0
     if not root.is_dir():
         raise FileNotFoundError(f"tiles={root}: no such folder")
     found: dict[str, dict[str, list[Path]]] = defaultdict(lambda: {nuclei: [], marker: []})
-    for folder, files in readers.walk(root):
+    for folder, files in data.walk(root):
         for file in files:
             match = expression.search(file.stem) if file.suffix.lower() in (".tif", ".tiff") else None
             if match and match["channel"] in (nuclei, marker):

@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 
 import data
-import readers
 
-NO_IMAGES = tuple(filter(None, readers.ENDS)) + readers.BYPRODUCTS          # ends of names
+NO_IMAGES = tuple(filter(None, data.ENDS)) + data.BYPRODUCTS          # ends of names
 Field = tuple[str, np.ndarray, np.ndarray | None]
 
 
@@ -220,10 +219,10 @@ def mixed(config: Data, seed: int):
 
 def images_of(folder: Path, match: str | None) -> list[Path]:
     """Image files below a folder, but for labels and what programs write beside them."""
-    found = [path for parent, below in readers.walk(folder) for path in readers.kept(below, readers.IMAGES)
-             if not readers.stem_of(path).endswith(NO_IMAGES)]
+    found = [path for parent, below in data.walk(folder) for path in data.kept(below, data.IMAGES)
+             if not data.stem_of(path).endswith(NO_IMAGES)]
     if match is not None:
-        found = [path for path in found if readers.regex("data.match", match).search(path.relative_to(folder).as_posix())]
+        found = [path for path in found if data.regex("data.match", match).search(path.relative_to(folder).as_posix())]
     if not found:
         raise ValueError(f"data.folders: {folder}: no images" + (f" with '{match}' in their path" if match else ""))
     return found

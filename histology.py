@@ -77,7 +77,7 @@ def source_tiles(source: Source) -> Iterator[Tile]:
     pannuke : images.npy (N, H, W, 3), masks.npy (N, H, W, 6: instances of five classes, ground), types.npy
         (tissues), below the folder, as fold1/images/fold1/ and fold1/masks/fold1/ or side by side
     lizard : X.mat with inst_map, id, class, and X.png, anywhere below the folder
-    labels : what readers.py reads, with X_classes.csv (columns id, class) or X_types.png, and X_regions.png;
+    labels : what data.py reads, with X_classes.csv (columns id, class) or X_types.png, and X_regions.png;
         without classes if all its cells are of one, `every`
     """
     if not Path(source.path).is_dir():

@@ -37,13 +37,12 @@ import examine
 import histology
 import instructions
 import runs
-import trainset
 from histology import LEAST, Source, Tile
 from instructions import CONCEPTS, LLM, Grammar
 
 ROOT = Path(__file__).resolve().parent
 REGION = 3000                               # px, the longest side of a region that is asked about
-EDGE, SEAM = 3.0, 10.0                      # weights of trainset.error, as dinocell_tiny is trained with
+EDGE, SEAM = 3.0, 10.0                      # weights of model.distance_loss, as dinocell_tiny is trained with
 
 
 @dataclass(frozen=True)
@@ -230,6 +229,7 @@ def make(config: Config, files: list[str]) -> int:
 
 def train(config: Config, files: list[str]) -> int:
     import torch
+    import model
     import answer
     import augment
     import language
@@ -294,7 +294,7 @@ def train(config: Config, files: list[str]) -> int:
         row, column = (area >= LEAST).nonzero(as_tuple=True)
         cells = cells[row, column]                                           # (M, E)
         cell_kind = class_of[(first.flatten()[row] + column).long()]         # (M,)
-        loss = dict(distance=trainset.error(distance, target, labels, EDGE, SEAM) * config.distance)
+        loss = dict(distance=model.distance_loss(distance, target, labels, EDGE, SEAM) * config.distance)
         if config.head == "fixed":
             index = class_told[cell_kind]
             loss["classes"] = lessons.even_classes(net.classify(cells[index >= 0]), index[index >= 0])

@@ -172,7 +172,7 @@ def segmentation(vit, train, validation: list, steps: int = 200, crop: int = 96,
     """A small decoder learns on the frozen backbone for a minute: AP on the validation images, at one fixed
     setting.
 
-    train : augment.Resident; validation : trainset.Entry list. The backbone and the random state stay as they
+    train : augment.Resident; validation : data.Labelled list. The backbone and the random state stay as they
     are.
     """
     import torch
@@ -243,14 +243,15 @@ class Looker:
 
     def labelled_images(self, device: str):
         """Labelled images to train the decoder on and to score it on; synthetic ones at the size cells have in views."""
-        import trainset
+        import augment
+        import data
         settings, shown = self.config.measure, self.config.data
         diameter = shown.field_diameter * self.config.views.zoom
         given = dict(fields=settings.probe_images, field_size=256, field_diameter=diameter,
                      field_cells=round((256 / diameter) ** 2))
         if settings.probe_sets:
-            given = dict(sets=tuple(map(trainset.Set, settings.probe_sets)), limit=settings.probe_images)
-        return trainset.load(trainset.Data(**given), self.config.seed, device, 4.0)[:2]
+            given = dict(sets=tuple(map(data.TrainingSet, settings.probe_sets)), limit=settings.probe_images)
+        return augment.load_resident(data.TrainingData(**given), self.config.seed, device, 4.0)[:2]
 
     def paint(self, step: int, looks: list) -> list[Path]:
         """In the background: where each head looks and what patches are made of, of one field in every channel."""

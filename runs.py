@@ -340,18 +340,22 @@ def to_yaml(config: Any, shared: bool = False) -> str:
     return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
 
 
-def describe(cls: type) -> str:
+def describe(cls: type, prefix: str = "", given: Any = None) -> str:
     """The keys of a configuration with their defaults and comments, read from its source, for --help."""
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.MULTILINE))
     hints, lines = typing.get_type_hints(cls, include_extras=True), []
     for f in dataclasses.fields(cls):
-        if f.default is not dataclasses.MISSING:
-            default = "null" if f.default is None else str(f.default).lower() if isinstance(f.default, bool) else f.default
-        else:
-            default = "..."
-        bounds = {bound.text for hint in (hints[f.name], *typing.get_args(hints[f.name]))
-                  if typing.get_origin(hint) is Annotated for bound in typing.get_args(hint)[1:]}
-        lines.append(f"  {f.name}={default}".ljust(30) + " " + comments.get(f.name, "") + "".join(f" ({b})" for b in bounds))
+        hint, text = hints[f.name], "..."
+        if f.default_factory is not dataclasses.MISSING or f.default is not dataclasses.MISSING:
+            default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+            default = default if given is None else getattr(given, f.name)
+            text = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+        if dataclasses.is_dataclass(hint):
+            lines.append(describe(hint, f"{prefix}{f.name}.", default))
+            continue
+        bounds = {bound.text for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is Annotated
+                  for bound in typing.get_args(part)[1:]}
+        lines.append(f"  {prefix}{f.name}={text}".ljust(30) + " " + comments.get(f.name, "") + "".join(f" ({b})" for b in bounds))
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 import runs
-import trainset
+import data
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Series:
     channels: tuple[str, ...] = ()          # of the images, numbers from 1 or names: a network for each
     variants: dict = field(default_factory=dict)    # {name: {key: value}}, what each changes in the configuration
     seeds: tuple[int, ...] = (0, 1, 2)      # of lot, network and crops
-    test: tuple[trainset.Set, ...] = ()     # sets in data.root that the weights are scored on
+    test: tuple[data.TrainingSet, ...] = ()     # sets in data.root that the weights are scored on
     markdown: str | None = None             # document to put table.md into
 
     def __post_init__(self):
@@ -100,7 +100,7 @@ def check(config, jobs: list) -> None:
             raise ValueError(f"series.markdown={document}: no such folder; start in the repository's, or give another document")
         report.between(Path(document), f"series {config.experiment}")
     for test in config.series.test:
-        trainset.examples(config.data, test)
+        data.examples_of(config.data, test)
     for one in (*config.data.sets, *config.data.validation, *config.series.test) if config.series.channels else ():
         if one.channels:
             raise ValueError(f"series.channels: {one.path} has channels of its own, which every run would take; leave them out")
@@ -108,7 +108,7 @@ def check(config, jobs: list) -> None:
         runs.from_dict(augment.Augment, one.augment, "augment")
         for chosen in one.data.sets if config.series.budgets else ():
             whole = dataclasses.replace(one.data, limit=None)
-            kept, _ = trainset.divide(trainset.examples(whole, chosen), whole, one.seed)
+            kept, _ = data.divide(data.examples_of(whole, chosen), whole, one.seed)
             if len(kept) < one.data.limit:
                 raise ValueError(f"series.budgets: {one.data.limit} images of {chosen.name}, which has {len(kept)} to train on")
     for init in {one.init for one in jobs if one.init}:
@@ -192,15 +192,15 @@ def write(path: Path, rows: list[dict]) -> None:
                                   [head, *([row[key] for key in head] for row in rows)]))
 
 
-def score(config, chosen: trainset.Set, device: str) -> dict:
+def score(config, chosen: data.TrainingSet, device: str) -> dict:
     """Of a test set, at the thresholds that are stored with the weights; with data.diameter at that size, as in training."""
     import measure
     import metrics
     import model
     import segment
     net = model.load(config.export_path).to(device)
-    entries = [trainset.read(e, chosen.name) for e in trainset.examples(config.data, chosen)]
-    wide = [trainset.width(entry.labels) or None if config.data.diameter else None for entry in entries]
+    entries = [data.read_labelled(e, chosen.name) for e in data.examples_of(config.data, chosen)]
+    wide = [data.median_diameter(entry.labels) or None if config.data.diameter else None for entry in entries]
     tables = [metrics.overlap(e.labels, segment.segment(e.pixels, net, limits=segment.UNIT, diameter=diameter))
               for e, diameter in zip(entries, wide)]
     found = measure.headline(metrics.set_scores(tables, n=1))

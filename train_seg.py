@@ -28,7 +28,7 @@ import numpy as np
 
 import runs
 import series
-import trainset
+import data
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Config:
     init: str | None = None                 # weights to start from: a backbone (DINOv3, train_ssl.py) or a whole network
     new_decoder: bool = False               # take the backbone of init alone, although there is a decoder in it
     network: Network = field(default_factory=Network)   # from scratch, or the decoder of a new backbone
-    data: trainset.Data = field(default_factory=trainset.Data)
+    data: data.TrainingData = field(default_factory=data.TrainingData)
     augment: dict = field(default_factory=dict)          # what happens to crops: changes to augment.Augment
     edge_weight: runs.NotNegative = 0.0     # k: pixels near an edge count up to 1 + k times
     seam_weight: runs.NotNegative = 0.0     # pixels between two cells that touch or nearly do count so much more
@@ -114,10 +114,10 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
     import torch
     import augment
     changes = runs.from_dict(augment.Augment, config.augment, "augment")
-    if trainset.augmented(config.data):
+    if data.was_augmented(config.data):
         changes = changes.still()
     torch.manual_seed(config.seed)
-    images, validation, hashes = trainset.load(config.data, config.seed, device, config.cap)
+    images, validation, hashes = augment.load_resident(config.data, config.seed, device, config.cap)
     net = build(config)
     net.settings = dataclasses.replace(net.settings, diameter=images.diameter)
     if check:
@@ -335,7 +335,7 @@ def use_bf16(config: Config, device: str) -> bool:
 
 # -------------------------------------------------------------------------------------------- validation
 
-def validate(net, entries: list[trainset.Entry], run: runs.Run, step: int) -> dict:
+def validate(net, entries: list[data.Labelled], run: runs.Run, step: int) -> dict:
     """Scores on whole images, with the setting of the watershed that serves all sets best; it goes into the weights.
 
     The score that decides is AP averaged over IoU 0.5 to 0.95: mean over the images of a set, then over sets by the
@@ -381,7 +381,7 @@ def summary(scores) -> dict[str, float]:
             **{name: scores.pooled[name] for name in ("F1", "SEG", "DET", "OP_CSB")}}
 
 
-def draw(run: runs.Run, entries: list[trainset.Entry], labels: list, step: int) -> None:
+def draw(run: runs.Run, entries: list[data.Labelled], labels: list, step: int) -> None:
     """Curves of all that was logged, and one validation image of each set (two where there is one set) with its cells."""
     import overlay
     import report

@@ -30,7 +30,7 @@ import runs
 if TYPE_CHECKING:                       # train_ssl.py --help must not wait for torch
     from torch import Tensor
     from augment import Augment
-    from draws import Draws
+    from augment import Draws
 
 Range = tuple[float, ...]               # low, high
 
@@ -259,7 +259,7 @@ def draw(pool, slots: Tensor, numbers: np.ndarray, step: int, seed: int, config:
     once.
     """
     import augment
-    from draws import Draws
+    from augment import Draws
     B, V = len(numbers), 2 + config.locals
     field = Draws.of(seed, numbers)
     crop = Draws.of(seed, (np.asarray(numbers) * V + np.arange(V)[:, None]).ravel(), light)   # (V B)

@@ -91,9 +91,9 @@ def supervised(device: str) -> list[list[str]]:
     import model
     import runs
     import train_seg as script
-    import trainset
+    import data
     config = runs.load(script.Config, ROOT / "configs" / "dinocell_s8.yaml")
-    images, *_ = trainset.load(trainset.Data(fields=20, field_size=384), 0, device, config.cap)
+    images, *_ = augment.load_resident(data.TrainingData(fields=20, field_size=384), 0, device, config.cap)
     trainer = script.Trainer(config, script.build(config), device)
     changes = runs.from_dict(augment.Augment, config.augment, "augment")
     flops = 3 * config.batch * sum(part[2] for part in model.cost(trainer.net, config.crop))

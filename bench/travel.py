@@ -91,10 +91,11 @@ def changed(config: Config, variant: str, seed: int = 0) -> train_seg.Config:
 @functools.cache
 def loaded(data, cap: float, count: int) -> tuple:
     """(all sets for training, their held-out images, images of theirs to score when they are left out), once a process."""
-    import trainset
-    images, held, _ = trainset.load(data, 0, "cpu", cap)
-    strangers = [trainset.read(example, chosen.name) for chosen in data.sets
-                 for example in lot(trainset.examples(data, chosen), count)]
+    import augment
+    import data
+    images, held, _ = augment.load_resident(data, 0, "cpu", cap)
+    strangers = [data.read_labelled(example, chosen.name) for chosen in data.sets
+                 for example in lot(data.examples_of(data, chosen), count)]
     return images, few([e for e in held if e.held], count, data.diameter), few(strangers, count, data.diameter)
 
 
@@ -105,12 +106,12 @@ def lot(items: list, count: int) -> list:
 
 def few(entries: list, count: int, diameter: float, side: int = 448) -> list:
     """Up to `count` of each set with cells, scaled so that median cells are `diameter` wide, and no more than their middle."""
-    import trainset
+    import data
     from skimage.transform import resize
     kept = []
     for name in dict.fromkeys(entry.set for entry in entries):
         for entry in lot([entry for entry in entries if entry.set == name], count):
-            if not (wide := trainset.width(entry.labels)):
+            if not (wide := data.median_diameter(entry.labels)):
                 continue
             size = [max(8, round(n * diameter / wide)) for n in entry.labels.shape]
             pixels = resize(entry.pixels, (3, *size), order=1, anti_aliasing=diameter < wide).astype(np.float32)

@@ -13,9 +13,9 @@ from skimage.measure import label
 from skimage.segmentation import find_boundaries
 
 import augment
-import draws
 import data
 import runs
+import watershed
 from augment import Augment, Draws, Resident, sample
 from conftest import ROOT
 
@@ -54,10 +54,10 @@ def crops(entries, config, images=None, size=64, seed=0, cap=4.0, B=8, **options
 
 def test_hash_is_splitmix64():
     """The published first values of splitmix64 from seed 0; arrays and tensors agree."""
-    state = np.array([0, draws.GOLDEN], np.int64)
+    state = np.array([0, augment.GOLDEN], np.int64)
     known = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
-    assert draws.scramble(state).view(np.uint64).tolist() == known
-    assert draws.scramble(torch.from_numpy(state)).numpy().view(np.uint64).tolist() == known
+    assert augment.scramble(state).view(np.uint64).tolist() == known
+    assert augment.scramble(torch.from_numpy(state)).numpy().view(np.uint64).tolist() == known
 
 
 def test_uniform_is_uniform_and_independent():
@@ -75,7 +75,7 @@ def test_uniform_is_uniform_and_independent():
 
 def test_noise_is_normal_and_white():
     streams = torch.from_numpy(Draws.of(0, np.arange(2)).streams("n", 3, 101 ** 2))
-    z = augment.noise(streams, 101)
+    z = augment.normal_noise(streams, 101)
     assert z.shape == (2, 3, 101, 101)
     flat = z.double().flatten()
     n = len(flat)
@@ -234,7 +234,7 @@ def test_distances_equal_the_oracle(cap):
     found = augment.per_cell(augment.capped(labels, cap), labels, torch.zeros(5, 78))[:, 0].numpy()
     for got, truth in zip(found, stack):
         assert np.abs(got - oracle(truth, cap)).max() < 1e-6
-        assert np.abs(got - data.distance_map(truth, cap)).max() < 1e-6
+        assert np.abs(got - watershed.distance_map(truth, cap)).max() < 1e-6
 
 
 def test_target_is_the_distance_map_of_the_labels():
@@ -243,7 +243,7 @@ def test_target_is_the_distance_map_of_the_labels():
     config = Augment(**{name: 0.0 for name in ("negative",)})
     _, target, labels = sample(resident, np.arange(4), np.arange(4), config, 96, 0, 4.0)
     for got, cut in zip(target[:, 0].numpy(), labels.numpy()):
-        plain = data.distance_map(cut, 4.0)
+        plain = watershed.distance_map(cut, 4.0)
         border = np.unique(np.concatenate((cut[0], cut[-1], cut[:, 0], cut[:, -1])))
         whole = ~np.isin(cut, border)
         assert whole.any() and np.abs(got - plain)[whole].max() < 1e-6
@@ -256,7 +256,7 @@ def test_cut_cells_keep_the_scale_of_the_whole():
     pixels = np.repeat((labels / labels.max()).astype(np.float32)[None], 3, 0)     # says where the crop lies
     pixels[1], pixels[2] = np.linspace(0, 1, 300), np.linspace(0, 1, 300)[:, None]
     x, target, _ = crops([("a", pixels, labels)], OFF)
-    whole = data.distance_map(labels, 4.0)
+    whole = watershed.distance_map(labels, 4.0)
     for crop, got in zip(x.numpy(), target[:, 0].numpy()):
         i, j = round(float(crop[2, 0, 0]) * 299), round(float(crop[1, 0, 0]) * 299)
         assert np.abs(got - whole[i:i + 64, j:j + 64])[4:-4, 4:-4].max() < 1e-6
@@ -267,7 +267,7 @@ def test_uncapped_target():
     labels = discs(12, 64, 64, 6, 12)
     one = [("a", np.repeat(labels[None] / 64, 3, 0).astype(np.float32), labels)]
     _, target, _ = crops(one, OFF, cap=None)
-    assert np.abs(target[0, 0].numpy() - data.distance_map(labels)).max() < 1e-4
+    assert np.abs(target[0, 0].numpy() - watershed.distance_map(labels)).max() < 1e-4
     labels = discs(13, 256, 256, 20, 20)
     one, turned = [("a", np.zeros((3, 256, 256), np.float32), labels)], only(scale=(0.5, 0.5), rotate=1.0)
     _, target, cut = crops(one, turned, size=100, cap=None, B=1)
@@ -471,11 +471,11 @@ def test_mistakes_name_the_folder(folder, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ValueError, match="empty: no labelled image"):
-        augment.find([empty])
+        augment.find_examples([empty])
     with pytest.raises(FileNotFoundError, match="gone"):
-        augment.find([tmp_path / "gone"])
+        augment.find_examples([tmp_path / "gone"])
     with pytest.raises(ValueError, match="im0.tif: a second image named im0, beside .*im0.tif; names"):
-        augment.find([folder, folder])
+        augment.find_examples([folder, folder])
     for folders in ((), ("a", "out/")):
         with pytest.raises(ValueError, match="expected folders other than output=out"):
             augment.Config(folders, "out")
@@ -485,7 +485,7 @@ def test_mistakes_name_the_folder(folder, tmp_path):
 
 def test_help_does_not_wait_for_torch():
     code = ("import runpy, sys; sys.argv = ['augment.py', '--help']\ntry: runpy.run_path('augment.py', None, "
-            "'__main__')\nexcept SystemExit as end: assert not end.code and 'torch' not in sys.modules")
+            "'__main__')\nexcept SystemExit as end:\n    import runs\n    assert not end.code and not runs.is_loaded('torch')")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "blur_px=" in done.stdout and "copies=4" in done.stdout
@@ -511,7 +511,7 @@ def test_pasted_cells_bring_their_pixels_labels_and_distances():
         labels = labels.numpy()
         inside = ndimage.minimum_filter(labels, 5) == ndimage.maximum_filter(labels, 5)
         assert x[0].numpy()[inside & (labels > 0)].min() > 0.55 and x[0].numpy()[inside & (labels == 0)].max() < 0.35
-        whole = data.distance_map(labels, cap=4)
+        whole = watershed.distance_map(labels, cap=4)
         cut = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
         kept = np.isin(labels, cut, invert=True) & (np.bincount(labels.ravel())[labels] > 150)
         assert abs(y[0].numpy() - whole)[kept].max() < 0.35                  # covered cells keep the depth they had

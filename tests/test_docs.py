@@ -100,8 +100,8 @@ def config_class(script, words):
     if verbs:
         return (verbs[words[0]][0], words[1:]) if words and words[0] in verbs else (None, words)
     if script == "infer.py" and words[:1] == ["export"]:
-        return importlib.import_module("export").Config, words[1:]
-    return getattr(module, "Config", None) or getattr(module, "Options", None), words
+        return module.Export, words[1:]
+    return getattr(module, "Config", None), words
 
 
 @each_document

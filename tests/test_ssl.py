@@ -13,7 +13,7 @@ import runs
 import ssl_
 import train_ssl
 import views
-from draws import Draws
+from augment import Draws
 
 
 def small_vit(seed=0, **options):

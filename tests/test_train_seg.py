@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+import augment
 import data
 import metrics
 import model
@@ -21,7 +22,6 @@ import runs
 import segment
 import series
 import train_seg
-import trainset
 from conftest import ROOT
 
 TOY = dict(network=dict(dim=16, depth=4, heads=2, registers=1, widths=[8, 8, 4], last=4),
@@ -234,13 +234,13 @@ def test_steps_may_change_until_a_constant_rate_falls(tmp_path):
 def test_images_to_validate_on_are_scaled_as_those_to_train_on(tmp_path):
     """data.diameter: settings are chosen on cells as wide as the network learns them."""
     labelled_folder(tmp_path / "cells", 6)
-    chosen = trainset.Data(root=str(tmp_path), sets=(trainset.Set("cells"),), share=0.3, diameter=18.0, fields=3, field_size=96, field_cells=5)
-    train, validation, _ = trainset.load(chosen, 0, "cpu", 4.0)
+    chosen = data.TrainingData(root=str(tmp_path), sets=(data.TrainingSet("cells"),), share=0.3, diameter=18.0, fields=3, field_size=96, field_cells=5)
+    train, validation, _ = augment.load_resident(chosen, 0, "cpu", 4.0)
     assert train.diameter == pytest.approx(18) and {entry.set for entry in validation} == {"cells", "synthetic"}
     for entry in validation:
         area = np.bincount(entry.labels.ravel())[1:]
         assert entry.zoom * np.sqrt(4 / np.pi * np.median(area[area > 0])) == pytest.approx(18), entry.name
-    assert trainset.width(np.zeros((9, 9), int)) == 0
+    assert data.median_diameter(np.zeros((9, 9), int)) == 0
 
 
 def test_muon_learns_the_inner_layers_and_goes_on(tmp_path):
@@ -277,7 +277,7 @@ def test_the_size_head_learns_how_wide_cells_are(tmp_path):
     assert [line["step"] for line in runs.history(tmp_path / "runs/sized/log.jsonl") if "size_loss" in line] == list(range(7, 155, 3))
     net = model.load(tmp_path / "final_models/sized.pt")
     assert plain.size is None and all(torch.equal(a, b) for a, b in zip(plain.decoder.parameters(), net.decoder.parameters()))
-    pixels = torch.from_numpy(data.seen(data.examples(tmp_path / "cells")[0]))
+    pixels = torch.from_numpy(data.network_input(data.examples(tmp_path / "cells")[0]))
     seen = [torch.nn.functional.interpolate(pixels[None], scale_factor=zoom, mode="bilinear", antialias=True)[0].numpy() for zoom in (0.3, 3.0)]
     small, large = (segment.seen_diameter(segment.as_source(image), net, segment.UNIT, looks=1) for image in seen)
     assert 2 < small < 0.8 * large < 200, (small, large)
@@ -289,8 +289,8 @@ def test_the_size_head_learns_how_wide_cells_are(tmp_path):
 def test_few_held_out_images_are_filled_up_for_settings_alone(tmp_path):
     labelled_folder(tmp_path / "cells", 14)
     for share, held in ((0.2, 3), (0.6, 8)):
-        config = trainset.Data(root=str(tmp_path), sets=(trainset.Set("cells"),), share=share, fields=3)
-        train, entries, hashes = trainset.load(config, 0, "cpu", 4.0)
+        config = data.TrainingData(root=str(tmp_path), sets=(data.TrainingSet("cells"),), share=share, fields=3)
+        train, entries, hashes = augment.load_resident(config, 0, "cpu", 4.0)
         own = [entry for entry in entries if entry.set == "cells"]
         assert sum(e.held for e in own) == held and len(own) == 8
         assert all(e.held and e.zoom == 1 for e in entries if e.set == "synthetic") and len(train) == 14 - held + 4
@@ -341,7 +341,7 @@ def test_label_efficiency(tmp_path):
     assert [(row["budget"], row["seeds"]) for row in summary] == [("1", 2), ("3", 2)]
     assert (folder / "budget.png").stat().st_size > 1000
     net = model.load(folder / "budget_001_seed_0.pt")
-    entries = [trainset.read(example, "test") for example in data.examples(tmp_path / "test")]
+    entries = [data.read_labelled(example, "test") for example in data.examples(tmp_path / "test")]
     found = [segment.segment(entry.pixels, net, limits=segment.UNIT) for entry in entries]
     pooled = metrics.set_scores(metrics.overlap(entry.labels, labels) for entry, labels in zip(entries, found)).pooled
     assert float(rows[1][rows[0].index("SEG")]) == pytest.approx(pooled["SEG"], abs=1e-4)
@@ -489,10 +489,10 @@ def test_an_augmented_set_is_not_moved_again(tmp_path):
     cells = labelled_folder(tmp_path / "cells", 3)
     made = tmp_path / "made"
     augment.main(augment.Config((str(cells),), str(made), 2, 32), [])
-    alone = trainset.Data(sets=(trainset.Set(str(made)),))
-    assert trainset.augmented(alone) and not trainset.augmented(trainset.Data(sets=(trainset.Set(str(cells)),)))
+    alone = data.TrainingData(sets=(data.TrainingSet(str(made)),))
+    assert data.was_augmented(alone) and not data.was_augmented(data.TrainingData(sets=(data.TrainingSet(str(cells)),)))
     with pytest.raises(ValueError, match="some were written by augment.py and some were not"):
-        trainset.augmented(trainset.Data(sets=(trainset.Set(str(made)), trainset.Set(str(cells)))))
+        data.was_augmented(data.TrainingData(sets=(data.TrainingSet(str(made)), data.TrainingSet(str(cells)))))
     done = run(toy(tmp_path, data=str(made), steps=6, warmup=1))
     assert done.returncode == 0, done.stderr
     still = augment.Augment().still()

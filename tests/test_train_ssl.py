@@ -345,22 +345,24 @@ def test_measured_is_what_consistency_says():
 
 
 def test_a_decoder_on_the_frozen_backbone_learns():
-    import trainset
+    import augment
+    import data
     torch.manual_seed(0)
     vit = model.ViT(24, 4, 2, 8, 1, layerscale=1.0)
-    data = trainset.load(trainset.Data(fields=6, field_size=96, field_cells=8, field_diameter=24), 0, "cpu", 4.0)[:2]
-    few, more = (probe.segmentation(vit, *data, steps=steps, crop=48, batch=4)["probe_AP@0.5"] for steps in (2, 80))
+    loaded = augment.load_resident(data.TrainingData(fields=6, field_size=96, field_cells=8, field_diameter=24), 0, "cpu", 4.0)[:2]
+    few, more = (probe.segmentation(vit, *loaded, steps=steps, crop=48, batch=4)["probe_AP@0.5"] for steps in (2, 80))
     assert more > few + 0.2
 
 
 def test_the_probe_leaves_the_backbone_and_the_random_state_alone(tmp_path):
-    import trainset
+    import augment
+    import data
     torch.manual_seed(0)
     vit = model.ViT(24, 4, 2, 8, 1, layerscale=1.0)
     before, state = {k: v.clone() for k, v in vit.state_dict().items()}, torch.get_rng_state()
-    data = trainset.load(trainset.Data(fields=3, field_size=64, field_cells=6, field_diameter=20), 0, "cpu", 4.0)[:2]
-    found = probe.segmentation(vit, *data, steps=3, crop=32, batch=2)
-    assert found == probe.segmentation(vit, *data, steps=3, crop=32, batch=2)
+    loaded = augment.load_resident(data.TrainingData(fields=3, field_size=64, field_cells=6, field_diameter=20), 0, "cpu", 4.0)[:2]
+    found = probe.segmentation(vit, *loaded, steps=3, crop=32, batch=2)
+    assert found == probe.segmentation(vit, *loaded, steps=3, crop=32, batch=2)
     assert set(found) == {"probe_AP@0.5", "probe_AP@0.75"} and 0 <= found["probe_AP@0.75"] <= found["probe_AP@0.5"] <= 1
     assert all(torch.equal(v, before[k]) for k, v in vit.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state) and all(p.requires_grad for p in vit.parameters())

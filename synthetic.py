@@ -4,7 +4,7 @@
     python synthetic.py out=DIR [n=10] [size=512] [cells=60] [diameter=56] [seed=0]
 
 The command writes the fields seed, seed + 1, ... as DIR/field_SEED.tif (ImageJ TIFF, CYX, channels named)
-and their labels beside them as DIR/field_SEED_cells.tif; size is one number or HEIGHTxWIDTH, in px.
+and their labels beside them as DIR/field_SEED_cells.tif.
 
 A population of cells is drawn first: size, outline, nucleus, polarity, grain, how much of each stain a cell
 takes up. The cells are placed in clumps and grow until they touch; then every channel stains these *same*
@@ -17,17 +17,20 @@ Letters: n cells, M pixels inside cells, A directions. Lengths are in px.
 """
 from __future__ import annotations
 
-import os
-import sys
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+import tifffile
 from numpy import ndarray as Array
 from numpy.random import Generator
 from scipy import fft, ndimage
 from skimage.measure import label
 from skimage.segmentation import watershed
+
+import runs
 
 CHANNELS = ("Mito", "AGP", "RNA", "ER", "DNA", "HighZBF", "LowZBF", "Brightfield")    # JUMP's ch1 to ch8
 FOCUS = (3.0, -3.0, 1.0)                                               # px off the cells, of the last three
@@ -38,7 +41,7 @@ TAU = 2 * np.pi
 
 class Field(NamedTuple):
     pixels: Array                 # (8, H, W) uint16
-    labels: Array                 # (H, W) int32, whole cells: 0 ground, 1..n
+    labels: Array                 # (H, W) int32, whole cells: 0 background, 1..n
     nuclei: Array                 # (H, W) int32, with the ids of their cells
     channels: tuple[str, ...]
     pixel_size: float             # µm
@@ -351,7 +354,7 @@ def fluorescence(rng: Generator, cells: Population, p: Inside, shape: tuple[int,
 def brightfield(rng: Generator, cells: Population, p: Inside, shape: tuple[int, int], focus: float) -> Array:
     """Light through the cells, `focus` px off their plane.
 
-    Cells absorb a little: in every plane they are darker than the ground. They also bend light: off focus
+    Cells absorb a little: in every plane they are darker than the background. They also bend light: off focus
     the intensity follows the curvature of the optical path (transport of intensity), and the halos of rims,
     nuclei and droplets flip with the sign of the focus.
     """
@@ -418,43 +421,36 @@ def expose(rng: Generator, counts: Array, gain: float) -> Array:
 
 # -------------------------------------------------------------------------------------------- the command
 
-def main(arguments: list[str]) -> None:
+@dataclass(frozen=True)
+class Config:
+    out: str                                # folder for the fields and their labels
+    n: runs.Count = 10                      # how many
+    size: str = "512"                       # px, one number or HEIGHTxWIDTH
+    cells: Annotated[int, runs.within(0, 65535)] = 60    # in each field, at most
+    diameter: float = 56                    # px, of the average cell
+    seed: int = 0                           # of the first field; the next has the next number
+
+
+def main(config: Config, files: list[str]) -> int:
     """Write fields and their labels, each file whole or not at all."""
-    import tifffile
-    given = dict(out="", n="10", size="512", cells="60", diameter="56", seed="0")
-    for text in arguments:
-        key, _, value = text.partition("=")
-        if key not in given or not value:
-            raise ValueError(f"{text}: expected key=value with a key of {', '.join(given)}")
-        given[key] = value
-    if not given["out"]:
-        raise ValueError("no folder to write to: say out=DIR")
-    try:
-        n, cells, seed = (int(given[key]) for key in ("n", "cells", "seed"))
-        sides = given["size"].split("x")
-        H, W = map(int, sides * 2 if len(sides) == 1 else sides)
-        diameter = float(given["diameter"])
-    except ValueError:
-        raise ValueError(f"{' '.join(arguments)}: expected whole numbers, size=512 or size=480x640") from None
-    if n < 1 or cells > 65535:
-        raise ValueError(f"n={n}, cells={cells}: expected n=1 or more, and at most 65535 cells (uint16)")
-    folder = Path(given["out"])
+    if files:
+        raise ValueError(f"{files[0]}: synthetic.py takes key=value alone, such as out={files[0]}")
+    sides = re.fullmatch(r"(\d+)(?:x(\d+))?", config.size)
+    if not sides:
+        raise ValueError(f"size={config.size}: expected whole numbers, size=512 or size=480x640")
+    folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     form = {"photometric": "minisblack", "imagej": True, "resolution": (1 / PIXEL_SIZE, 1 / PIXEL_SIZE)}
     named = {"axes": "CYX", "Labels": list(CHANNELS), "unit": "um", "mode": "grayscale"}
-    for k in range(seed, seed + n):
-        drawn = field(k, (H, W), cells, diameter)
+    for k in range(config.seed, config.seed + config.n):
+        drawn = field(k, (int(sides[1]), int(sides[2] or sides[1])), config.cells, config.diameter)
         labels = drawn.labels.astype(np.uint16)
         for name, image, metadata in ((f"field_{k}_cells.tif", labels, {"unit": "um"}),
                                       (f"field_{k}.tif", drawn.pixels, named)):
-            tifffile.imwrite(folder / f".{name}.part", image, metadata=metadata, **form)
-            os.replace(folder / f".{name}.part", folder / name)
+            with runs.replacing(folder / name) as temporary:
+                tifffile.imwrite(temporary, image, metadata=metadata, **form)
+    return 0
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv):
-        sys.exit(print(__doc__))
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    runs.script(__doc__, Config, main)

@@ -8,6 +8,7 @@ import pytest
 import tifffile
 from scipy import ndimage
 
+import runs
 import synthetic
 
 STAINS, PLANES = slice(0, 5), slice(5, 8)
@@ -238,17 +239,13 @@ def test_command_writes_what_field_draws(tmp_path):
     np.testing.assert_array_equal(tifffile.imread(folder / "field_8_cells.tif"), drawn.labels)
 
 
-@pytest.mark.parametrize("arguments, words", [((), "out=DIR"), (("out=a", "sise=5"), "sise=5"),
-                                              (("out=a", "n=x"), "whole numbers"), (("out=a", "n=0"), "n=0"),
-                                              (("out=a", "size=9"), "size=9"),
-                                              (("out=a", "size=64x64x3"), "size=480x640")])
-def test_command_says_a_mistake_in_one_line(arguments, words, tmp_path):
-    done = command(*arguments, cwd=tmp_path)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and words in done.stderr and done.stderr.count("\n") == 1
-    assert not list(tmp_path.rglob("*.tif*"))
-
-
-def test_help_is_the_docstring(tmp_path):
-    done = command("--help", cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout.strip() == synthetic.__doc__.strip()
+@pytest.mark.parametrize("arguments, words", [((), "key 'out' is missing"), (("out=a", "sise=5"), "did you mean 'size'"),
+                                              (("out=a", "n=0"), "n=0: expected"), (("out=a", "size=9"), "size=9"),
+                                              (("out=a", "size=64x64x3"), "size=480x640"), (("out=a", "b"), "such as out=b")])
+def test_command_says_a_mistake_in_one_line(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        runs.script(synthetic.__doc__, synthetic.Config, synthetic.main, list(arguments))
+    said = capsys.readouterr()
+    assert end.value.code == 1 and said.out == "" and said.err.startswith("error: ") and words in said.err
+    assert said.err.count("\n") == 1 and not list(tmp_path.rglob("*.tif*"))

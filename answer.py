@@ -148,7 +148,7 @@ def load(path: str | Path) -> Instructed:
         raise ValueError(f"{path}: written by another version of this code ({', '.join(sorted(strange))}); "
                          "train it anew")
     net = Instructed(model.built(shape["backbone"]), tuple(shape["widths"]), shape["last"],
-                     model.Settings(**content["settings"]), Words(**shape["words"]), shape["stem"])
+                     model.settings_of(content, path), Words(**shape["words"]), shape["stem"])
     net.load_state_dict({name: tensor.float() for name, tensor in content["state_dict"].items()})
     return net.eval()
 

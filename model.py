@@ -465,14 +465,12 @@ def load(path: str | Path) -> DINOCell:
                 "Instructed": "weights that answer instructions (python instruct.py ask reads them)"}
         raise ValueError(f"{path}: {what.get(str(content.get('kind')), 'no DINOCell file')}; expected weights exported by "
                          "train_seg.py")
-    if content["format"] == OLD_FORMAT:
-        _forget_heads(content, path)
-    shape = content["architecture"]
-    known = {f.name for f in fields(Settings)}
-    if surplus := set(content["settings"]) - known:
-        raise ValueError(f"{path}: unknown settings {sorted(surplus)}; the file is newer than this code: update it")
+    shape, settings = content["architecture"], settings_of(content, path)
+    if heads := shape.get("decoders"):
+        print(f"{path}: weights of the format before, with decoders for {', '.join(heads)}; the one for all is used", file=sys.stderr)
+        content["state_dict"] = {k: v for k, v in content["state_dict"].items() if not k.startswith("decoders.")}
     with torch.device("meta"):
-        net = DINOCell(built(shape["backbone"]), tuple(shape["widths"]), shape["last"], Settings(**content["settings"]),
+        net = DINOCell(built(shape["backbone"]), tuple(shape["widths"]), shape["last"], settings,
                        shape["stem"])
         if shape.get("size"):
             net.give_size()
@@ -487,13 +485,13 @@ def _is_ours(content: dict) -> bool:
     return content.get("format") in (FORMAT, OLD_FORMAT)
 
 
-def _forget_heads(content: dict, path: str | Path) -> None:
-    """Files of the format before may have a decoder and thresholds for each image type; only those for all are read."""
-    names = content["architecture"].pop("decoders", ())
-    content["state_dict"] = {k: v for k, v in content["state_dict"].items() if not k.startswith("decoders.")}
-    content["settings"] = {k: v for k, v in content["settings"].items() if k not in ("kinds", "zoom", "pixel_size")}
-    if names:
-        print(f"{path}: weights of the format before, with decoders for {', '.join(names)}; the one for all is used", file=sys.stderr)
+def settings_of(content: dict, path: str | Path) -> Settings:
+    """The settings in a weights file; those of the format before that are gone are passed over."""
+    gone = ("kinds", "zoom", "pixel_size") if content["format"] == OLD_FORMAT else ()
+    given = {k: v for k, v in content["settings"].items() if k not in gone}
+    if surplus := given.keys() - {f.name for f in fields(Settings)}:
+        raise ValueError(f"{path}: unknown settings {sorted(surplus)}; the file is newer than this code: update it")
+    return Settings(**given)
 
 
 def built(shape: dict) -> ViT | ConvNet:

@@ -290,12 +290,13 @@ def test_every_mistake_is_one_line(tmp_path, monkeypatch, capsys):
             ([good, "plane=2"], "has no axis Z"), ([good, "border=cut"], "expected keep or drop"),
             ([good, "tile=60"], "tile=60: expected a multiple of the patch"), ([good, "channels=DNA"], "no channel 'DNA'"),
             ([good, "channels=3"], "no channel '3'"), ([good, "diameter=12um"], "does not say how large a pixel is")]:
-        code, out, err = run_here(*arguments, *(["out=o"] if not any("out=" in str(a) for a in arguments) else []))
+        code, out, err = run_here(*arguments, *(["out=o"] if not any("out=" in str(a) for a in arguments) else []),
+                                  *(["weights=demo_synthetic"] if not any("weights=" in str(a) for a in arguments) else []))
         last = err.strip().splitlines()
         assert code == 1 and last[-1].startswith("error: ") and said in err, (arguments, err)
         assert "Traceback" not in err and len(last) <= 2, err
     assert not (tmp_path / "o").exists()
-    code, out, err = run("cut.tif", cwd=tmp_path)                            # once as a process of its own
+    code, out, err = run("cut.tif", "weights=demo_synthetic", cwd=tmp_path)                          # once as a process of its own
     assert code == 1 and err.startswith("error: cut.tif: ") and err.count("\n") == 1 and not out
 
 
@@ -313,20 +314,23 @@ def test_no_arguments_segment_the_demo(tmp_path):
     assert all(int(row["cells"]) > 5 for row in rows(tmp_path / "summary.csv"))
 
 
-def test_export(tmp_path):
-    """Help at once, mistakes in one line; the file itself where the packages are there."""
+def test_export(tmp_path, monkeypatch, capsys):
+    """Mistakes in one line; the file itself where the packages are there."""
     def export(*arguments):
-        return run("export", *arguments, cwd=tmp_path)
-    assert "opset=18" in export("--help")[1]
-    for wrong, said in (("out=x.pt", "ends in .onnx"), ("opset=3", "from 18 to 23"), ("weights=gone", "no weights at"),
+        with pytest.raises(SystemExit) as end:
+            runs.script(infer.export.__doc__, infer.Export, infer.export, list(arguments))
+        return end.value.code, *capsys.readouterr()
+
+    monkeypatch.chdir(tmp_path)
+    model.save(test_model.onnx_net(), tmp_path / "small.pt")
+    assert "opset=18" in run("export", "--help")[1]
+    for wrong, said in (("out=x.pt", "ends in .onnx"), ("opset=3", "18 to 23"), ("weights=gone", "no weights at"),
                         ("image.tif", "unexpected image.tif")):
         code, _, err = export(wrong)
         assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and said in err, err
     if importlib.util.find_spec("onnxruntime"):
-        model.save(test_model.onnx_net(), tmp_path / "small.pt")
         code, out, err = export("weights=small.pt", "out=x.onnx")
         assert code == 0 and "of PyTorch" in out and err == "", err
-        code, _, err = export("weights=small.pt", "out=no/x.onnx")
-        assert code == 1 and err.startswith("error: no: no such folder") and err.count("\n") == 1, err
-        code, _, err = export("weights=small.pt", "tile=33")
-        assert code == 1 and "tile=33: expected a multiple of the patch" in err
+        for wrong, said in (("out=no/x.onnx", "error: no: no such folder"), ("tile=33", "tile=33: expected a multiple of the patch")):
+            code, _, err = export("weights=small.pt", wrong)
+            assert code == 1 and said in err and err.count("\n") == 1, err

@@ -8,9 +8,6 @@ configs/seg.yaml` shares the batch out between four GPUs, with the same result.
 
     runs/<experiment>/config.yaml, log.jsonl, checkpoints/, images/curves.png, images/validation_*.png
     final_models/<experiment>.pt      the averaged weights with the best validation score, for infer.py
-
-With series.* in the configuration it makes many runs and a table of them: label efficiency (configs/budget.yaml), a
-network for each channel (configs/channel.yaml), ablations (configs/ablation.yaml); series.py.
 """
 from __future__ import annotations
 
@@ -26,9 +23,8 @@ from typing import Literal
 
 import numpy as np
 
-import runs
-import series
 import data
+import runs
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,6 @@ class Config:
     precision: Literal["auto", "bf16", "float32"] = "auto"   # auto: bf16 where the hardware has it
     compile: bool = False                   # torch.compile: worth its minute on a GPU
     wandb: Literal["off", "on", "offline"] = "off"           # live curves
-    series: series.Series = field(default_factory=series.Series)   # many runs: label efficiency, channels
 
     def __post_init__(self):
         if self.crop < 1 or self.crop % self.network.patch:
@@ -94,8 +89,6 @@ class Config:
             raise ValueError(f"warmup={self.warmup}: expected fewer than steps={self.steps}")
         if self.cycles > 1 and self.patience is not None:
             raise ValueError(f"cycles={self.cycles}: expected patience=null, for it would end a cycle before its lr has fallen")
-        if self.series.budgets and not self.data.sets:
-            raise ValueError("series.budgets: expected data.sets, whose images are counted")
 
 
 def main(config: Config, files: list[str], check: bool = False) -> int:
@@ -104,8 +97,6 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
     group = runs.join_group(config.device)
     if config.batch % group[1]:
         raise ValueError(f"batch={config.batch}: expected a multiple of the {group[1]} processes")
-    if config.series and not check:
-        return series.run_all(config, train, *group)
     with runs.stop_signals():
         return train(config, *group, check)
 

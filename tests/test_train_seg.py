@@ -1,8 +1,6 @@
 """train_seg.py end to end at toy size: resuming, signals, ranks, what it writes and what it refuses."""
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +13,10 @@ import yaml
 
 import augment
 import data
-import metrics
 import model
 import muon
 import runs
 import segment
-import series
 import train_seg
 from conftest import ROOT
 
@@ -298,6 +294,28 @@ def test_few_held_out_images_are_filled_up_for_settings_alone(tmp_path):
         assert {e.name for e in own if not e.held} < set(hashes["train"])
 
 
+def test_parts_can_be_left_out(tmp_path):
+    """The keys of configs/ablation.yaml: other weights are trained than those of the whole network."""
+    def built(*changes):
+        return train_seg.build(runs.load(train_seg.Config, toy(tmp_path), list(changes)))
+    assert isinstance(built("network.arch=unet").backbone, model.ConvNet) and len(built().decoder.stem) == 1
+    assert len(built("network.stem=0").decoder.stem) == 0 and built("cap=null").settings.cap is None
+
+
+def test_few_images_are_among_more(tmp_path):
+    """data.limit takes images by lot: nested budgets, another lot for each seed, the same ones held out."""
+    labelled_folder(tmp_path / "cells", 12)
+    lots = {}
+    for limit in (2, 5, None):
+        for seed in (0, 1):
+            config = data.TrainingData(root=str(tmp_path), sets=(data.TrainingSet("cells"),), share=0.3, limit=limit)
+            kept, held = data.divide(data.examples_of(config, config.sets[0]), config, seed)
+            lots[limit, seed] = {e.name for e in kept}
+            assert len(held) == 4 and not lots[limit, seed] & {e.name for e in held}
+    assert [len(lots[limit, 0]) for limit in (2, 5, None)] == [2, 5, 8]
+    assert lots[2, 0] < lots[5, 0] < lots[None, 0] == lots[None, 1] and lots[5, 0] != lots[5, 1]
+
+
 @pytest.mark.parametrize("changes,said", [
     (["data.sets=[{path: a, weight: 0}]"], "expected a number, above 0"), (["data.diameter=-4"], "data.diameter=-4: expected a number, above 0"),
     (["data.fields=0"], "no data: give data.sets"), (["crop=30"], "crop=30: expected a multiple of the patch"),
@@ -325,93 +343,6 @@ def labelled_folder(folder, images):
     return folder
 
 
-def test_label_efficiency(tmp_path):
-    """Every budget with every seed once; budgets nested; what is done is not done again."""
-    labelled_folder(tmp_path / "cells", 6)
-    labelled_folder(tmp_path / "test", 2)
-    arguments = [toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"], share=0.3), steps=4, val_every=4,
-                     series=dict(budgets=[1, 3], seeds=[0, 1], test=["test"], markdown=str(tmp_path / "doc.md"))), "experiment=curve"]
-    done = run(*arguments)
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "runs/curve"
-    rows = [line.split("\t") for line in (folder / "records.tsv").read_text().splitlines()]
-    assert [tuple(row[:5]) for row in rows] == [("variant", "channel", "budget", "seed", "set"), *(
-        ("-", "all", budget, seed, "test") for budget in "13" for seed in "01")]
-    summary = json.loads((folder / "summary.json").read_text())
-    assert [(row["budget"], row["seeds"]) for row in summary] == [("1", 2), ("3", 2)]
-    assert (folder / "budget.png").stat().st_size > 1000
-    net = model.load(folder / "budget_001_seed_0.pt")
-    entries = [data.read_labelled(example, "test") for example in data.examples(tmp_path / "test")]
-    found = [segment.segment(entry.pixels, net, limits=segment.UNIT) for entry in entries]
-    pooled = metrics.set_scores(metrics.overlap(entry.labels, labels) for entry, labels in zip(entries, found)).pooled
-    assert float(rows[1][rows[0].index("SEG")]) == pytest.approx(pooled["SEG"], abs=1e-4)
-    scores = [float(row[rows[0].index("SEG")]) for row in rows[1:3]]
-    mean = f"{np.mean(scores):.3f}" + (f" ({min(scores):.3f}–{max(scores):.3f})" if min(scores) < max(scores) else "")
-    document = (tmp_path / "doc.md").read_text()
-    assert "| set | budget | seeds | AP@0.5 |" in document and re.search(rf"\| test \| 1 \| 2 \| .* {re.escape(mean)} \|\n", document)
-    used = {}
-    for name in ("budget_001_seed_0", "budget_003_seed_0", "budget_003_seed_1"):
-        story = model.load(folder / f"{name}.pt").settings.provenance["images"]
-        used[name] = set(story["train"].values())
-        assert len(story["validation"]) == 2 and not used[name] & set(story["validation"].values())
-    assert len(used["budget_001_seed_0"]) == 1 and used["budget_001_seed_0"] < used["budget_003_seed_0"]
-    lines = rows[:]
-    (folder / "records.tsv").write_text("\n".join("\t".join(row) for row in lines[:-1]) + "\n")     # the last is lost
-    before = (folder / "budget_001_seed_0.pt").stat().st_mtime_ns
-    done = run(*arguments)
-    assert done.returncode == 0 and (folder / "budget_001_seed_0.pt").stat().st_mtime_ns == before
-    assert [line.split("\t") for line in (folder / "records.tsv").read_text().splitlines()] == lines
-    labelled_folder(tmp_path / "more", 1)
-    shutil.rmtree(folder / "budget_001_seed_0")                              # what is trained is only scored on a further set
-    done = run(*arguments, "series.test=[test, more]")
-    assert done.returncode == 0 and (folder / "budget_001_seed_0.pt").stat().st_mtime_ns == before, done.stderr
-    rows = [line.split("\t")[2:5] for line in (folder / "records.tsv").read_text().splitlines()[1:]]
-    assert sorted(rows) == [[budget, seed, name] for budget in "13" for seed in "01" for name in ("more", "test")]
-    done = run(*arguments, "lr=2e-3")
-    assert done.returncode == 1 and "records.tsv: its rows were made with another configuration" in done.stderr
-
-
-def test_a_series_leaves_to_others_what_they_are_at(tmp_path):
-    """A run that another process holds is left out; all others are made, in whatever order, and stand in the series' order."""
-    labelled_folder(tmp_path / "cells", 4)
-    labelled_folder(tmp_path / "test", 1)
-    arguments = [toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"], share=0.3), steps=4, val_every=4,
-                     series=dict(budgets=[1, 2], seeds=[0, 1], test=["test"])), "experiment=curve"]
-    folder = tmp_path / "runs/curve"
-
-    def made() -> list[list[str]]:
-        return [row.split("\t")[2:4] for row in (folder / "records.tsv").read_text().splitlines()[1:]]
-    with series.turn(folder / "budget_001_seed_1.lock") as mine:
-        assert mine
-        done = run(*arguments)
-    assert done.returncode == 0 and "1 of 4 runs are left to other processes" in done.stdout, done.stderr
-    assert made() == [["1", "0"], ["2", "0"], ["2", "1"]] and not (folder / "budget_001_seed_1.pt").exists()
-    done = run(*arguments, torchrun=2)
-    assert done.returncode == 0 and done.stdout.count("-> ") == 1 and "left to" not in done.stdout, done.stderr
-    assert made() == [["1", "0"], ["1", "1"], ["2", "0"], ["2", "1"]]
-
-
-def test_a_series_is_checked_before_it_starts(tmp_path):
-    labelled_folder(tmp_path / "cells", 3)
-    labelled_folder(tmp_path / "test", 1)
-    arguments = [toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"], share=0.3),
-                     series=dict(budgets=[1], seeds=[0], test=["test"], variants=dict(a={}, b={}))), "experiment=curve"]
-    for wrong, said in (("series.markdown=no/doc.md", "series.markdown=no/doc.md: no such folder"),
-                        ("series.variants.b.init=no.pt", "no weights at no.pt"),
-                        (f"series.variants.b.init={ROOT}/README.md", "README.md: not a file of PyTorch weights"),
-                        (f"series.markdown={ROOT}/LICENSE", "<!-- begin series curve -->"),
-                        ("series.variants.b.augment.scal=2", "did you mean 'scale'"), ("series.test=nowhere", "nowhere: no such"),
-                        ("series.test=[{path: test, zoom: 0.5}]", "series.test: test has a zoom"),
-                        ("patience=0", "patience=0: expected 1 or more, or null"),
-                        ("series.budgets=[1,3]", "series.budgets: 3 images of cells, which has 2 to train on"),
-                        ("series.variants.b.steps=x", "steps=x: expected a whole number")):
-        done = run(*arguments, wrong)
-        assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert not (tmp_path / "runs").exists()
-    done = run(toy(tmp_path), "series.test=test")
-    assert done.returncode == 1 and "series.test and series.markdown: expected series.budgets" in done.stderr
-
-
 def test_wandb_gets_numbers_and_pictures(tmp_path):
     """What is sent, seen by a stand-in for the package: every kind of number, and the pictures."""
     (tmp_path / "wandb.py").write_text("""
@@ -435,52 +366,6 @@ def init(**options):
     assert names >= {"loss", "lr", "weight_decay", "gradient", "images_per_s", "data_share", "score", "val_AP@0.5"}
     pictures = [values for _, values in sent if any(name.startswith("validation_") for name in values)]
     assert any(isinstance(shape, list) and shape[2] == 3 for shape in pictures[0].values())
-
-
-def test_a_network_for_each_channel(tmp_path, whole):
-    """One frozen backbone, one decoder a channel: scores side by side, backbones equal, decoders not."""
-    labelled_folder(tmp_path / "cells", 3)
-    done = run(toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"], share=0.4), steps=2, warmup=1, val_every=2,
-                   init=str(whole / "final_models/seg.pt"), train_blocks=0,
-                   series=dict(channels=[1, 2], seeds=[0], test=["cells"])), "experiment=channels")
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "runs/channels"
-    rows = [line.split("\t")[1:5] for line in (folder / "records.tsv").read_text().splitlines()[1:]]
-    assert rows == [["1", "all", "0", "cells"], ["2", "all", "0", "cells"]]
-    one, two = (model.load(folder / f"channel_{c}_seed_0.pt") for c in "12")
-    same = {name: torch.equal(p, q) for (name, p), (_, q) in zip(one.named_parameters(), two.named_parameters())}
-    assert all(equal for name, equal in same.items() if name.startswith("backbone."))
-    assert not all(equal for name, equal in same.items() if name.startswith("decoder."))
-
-
-def test_channels_of_a_set_are_not_overridden_in_silence(tmp_path):
-    labelled_folder(tmp_path / "cells", 3)
-    for sets, test in (([dict(path="cells", channels=[1])], ["cells"]), (["cells"], [dict(path="cells", channels=[1])])):
-        done = run(toy(tmp_path, data=dict(root=str(tmp_path), sets=sets, share=0.4), series=dict(channels=[1, 2], seeds=[0], test=test)))
-        assert done.returncode == 1 and "series.channels: cells has channels of its own" in done.stderr, done.stderr
-
-
-def test_ablations(tmp_path):
-    """Each variant changes what it says and nothing else; an unknown key is an error before any training."""
-    import series
-    labelled_folder(tmp_path / "test", 1)
-    variants = dict(full={}, no_stem=dict(network=dict(stem=0)), unet=dict(network=dict(arch="unet")), uncapped=dict(cap=None))
-    path = toy(tmp_path, steps=1, warmup=0, val_every=1, series=dict(variants=variants, seeds=[0],
-               test=[str(tmp_path / "test")]))
-    config = runs.load(train_seg.Config, path)
-    for name, changes in variants.items():
-        flat = [runs.flatten(yaml.safe_load(runs.to_yaml(c))) for c in (config, series.changed(config, changes, name))]
-        differ = {key for key in flat[0] if flat[0][key] != flat[1][key]}
-        assert differ == {"no_stem": {"network.stem"}, "unet": {"network.arch"}, "uncapped": {"cap"}, "full": set()}[name]
-    with pytest.raises(ValueError, match="unknown key 'network.stm', did you mean 'stem'"):
-        series.changed(config, dict(network=dict(stm=0)), "x")
-    done = run(path)
-    assert done.returncode == 0, done.stderr
-    nets = {name: model.load(tmp_path / f"runs/seg/{name}_seed_0.pt") for name in variants}
-    assert [type(net.backbone).__name__ for net in nets.values()] == ["ViT", "ViT", "ConvNet", "ViT"]
-    assert [len(net.decoder.stem) for net in nets.values()] == [1, 0, 1, 1] and nets["uncapped"].settings.cap is None
-    rows = (tmp_path / "runs/seg/records.tsv").read_text().splitlines()[1:]
-    assert sorted(row.split("\t")[0] for row in rows) == sorted(variants)
 
 
 def test_an_augmented_set_is_not_moved_again(tmp_path):

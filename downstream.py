@@ -409,9 +409,8 @@ def stability(rho: float, redrawn: np.ndarray, q: np.ndarray) -> dict[str, Any]:
 
 def report(config: Config) -> int:
     """The page, from the tables that the other steps wrote."""
-    import diagrams
     import report as pages
-    looks = pages.looks(entry.name for entry in config.models)
+    looks = pages.styles(entry.name for entry in config.models)
     found, stable = numbers(config, "e5_spearman.tsv"), numbers(config, "e5_bootstrap_stability.tsv")
     corrected = ", ".join((*config.covariates, *config.categories))
     sections = [
@@ -424,10 +423,10 @@ def report(config: Config) -> int:
             + (f", corrected for {corrected}" if corrected else "") + ", and its 95 % interval (Bonett and "
             "Wright). Filled marks: q below 0.05, Benjamini and Hochberg over the outcomes of "
             + ("a model." if config.family == "model" else "all models."), pages.legend(looks),
-            diagrams.forest([diagrams.Interval(
+            pages.forest([pages.Interval(
                 row["outcome"], row["model"], row["rho"], row["low"], row["high"], row["q"] < 0.05,
                 row["left_out"]) for row in found], looks, "Spearman's rho"),
-            pages.table(("outcome", "model", "n", "rho", "p", "q", "p from", "left out"), [
+            pages.html_table(("outcome", "model", "n", "rho", "p", "q", "p from", "left out"), [
                 (row["outcome"], row["model"], str(row["n"]), bounded(row, "rho"), short(row["p"]),
                  short(row["q"]), row["p_from"] or "-", row["left_out"] or "-") for row in found], 2)),
         pages.section("Donors", "A dot is a donor: its fraction of positive cells, over its outcome.",
@@ -437,7 +436,7 @@ def report(config: Config) -> int:
             "dashed line is rho with all tiles. Fewer tiles are noisier, so redraws tend to lie nearer to 0. A "
             "redraw's q is taken over the same family.",
             pages.legend(looks), pages.side_by_side(*histograms(config, found, looks)),
-            pages.table(("outcome", "model", "median rho", "standard deviation", "same sign", "q < 0.05"), [
+            pages.html_table(("outcome", "model", "median rho", "standard deviation", "same sign", "q < 0.05"), [
                 (row["outcome"], row["model"], bounded(row, "median", "q2.5", "q97.5"), short(row["sd"]),
                  percent(row["same_sign"]), percent(row["q_below_0.05"])) for row in stable], 2))]
     if len(config.models) > 1:
@@ -445,7 +444,7 @@ def report(config: Config) -> int:
             "Between models", f"rho less that of {config.models[0].name}, of the same donors; 95 % interval "
             f"from {config.resamples} resamples of the donors with all their values. Where rho is negative, "
             "a negative difference is the stronger association.",
-            pages.table(("outcome", "model", "n", "difference"), [
+            pages.html_table(("outcome", "model", "n", "difference"), [
                 (row["outcome"], row["model"], str(row["n"]), bounded(row, "difference"))
                 for row in numbers(config, "e5_difference.tsv")], 2)))
     if config.experiments:
@@ -513,13 +512,12 @@ def used(config: Config) -> list[str]:
     if len(left) > len(shown):
         shown.append((f"and {len(left) - len(shown)} more", "in skipped.tsv"))
     columns = ("model", "tiles found", "done", "skipped", "cells", "positive", "share", "threshold")
-    tables = [pages.table(columns, rows),
-              pages.table(("donors", "number"), [(what, str(count)) for what, count in status.most_common()])]
-    return tables + ([pages.table(("skipped tile", "why"), shown, 2)] if shown else [])
+    tables = [pages.html_table(columns, rows),
+              pages.html_table(("donors", "number"), [(what, str(count)) for what, count in status.most_common()])]
+    return tables + ([pages.html_table(("skipped tile", "why"), shown, 2)] if shown else [])
 
 
 def scatters(config: Config, looks: dict) -> list[str]:
-    import diagrams
     import report as pages
     table = read_donors(config)
     ratio = {(row["model"], row["donor"]): row["ratio"] for row in numbers(config, "donor_marker_ratio.tsv")
@@ -528,15 +526,14 @@ def scatters(config: Config, looks: dict) -> list[str]:
     for name, outcome in zip(config.columns, table.outcomes):
         points = {model: [(x, ratio[model, donor]) for donor, x in zip(table.names, outcome)
                           if (model, donor) in ratio] for model in looks}
-        drawn.append(pages.titled(name, diagrams.dots(points, looks, name, "positive fraction")))
+        drawn.append(pages.titled(name, pages.dots(points, looks, name, "positive fraction")))
     return drawn
 
 
 def histograms(config: Config, found: list[dict], looks: dict) -> list[str]:
-    import diagrams
     import report as pages
     redraws = numbers(config, "e5_redraws.tsv")
-    return [pages.titled(name, diagrams.histogram(
+    return [pages.titled(name, pages.histogram(
         {model: [row[name] for row in redraws if row["model"] == model] for model in looks},
         {row["model"]: row["rho"] for row in found if row["outcome"] == name}, looks, "rho", "redraws"))
         for name in config.columns]
@@ -565,7 +562,7 @@ def compared(config: Config, found: list[dict], stable: list[dict]) -> str:
                            ("q < 0.05", f"{sum(row['q'] < 0.05 for row in mine)} of {len(rho)}")):
             columns.setdefault(f"E5 {what}", {})[entry.name] = text
     names = dict.fromkeys(name for column in columns.values() for name in column)
-    return pages.table(("model", *columns),
+    return pages.html_table(("model", *columns),
                        [(name, *(column.get(name, "-") for column in columns.values())) for name in names])
 
 

@@ -126,7 +126,7 @@ def bench(config: Bench) -> None:
                 compared += differences(place, alike[first], alike[other])
         by_group += group_rows(place, list(there.values()), groups[place.name])
     for name, table in (("metrics_all_models", rows), ("delta", compared), ("groups", by_group)):
-        report.write_tsv(folder / f"{name}.tsv", table)
+        runs.write_table(folder / f"{name}.tsv", table)
     brief, full = results.markdown(config.sets, lines, joined, config.columns, made_by(config),
                                    compared if config.against else [])
     runs.write_text(folder / "table.md", full)
@@ -218,7 +218,7 @@ def gating(config: Gating) -> None:
                     rows[-1] |= {name: line["difference"], f"{name}_low": line["low"],
                                  f"{name}_high": line["high"]}
     first = ("set", "what", "n", "min_area", "window", "border", "removed")
-    report.write_tsv(folder / "gating.tsv", rows, first)
+    runs.write_table(folder / "gating.tsv", rows, first)
     report.print_table(rows, (*first, "AP@0.5", "AP@0.5_change", "SEG"))
     print(f"-> {folder / 'gating.tsv'}")
 
@@ -288,7 +288,7 @@ def sweep(config: Sweep) -> None:
                  for k, setting in enumerate(settings)]
         table += rows[-len(settings):]
     first = ("set", "choice", "n", "cap", *settings[0])
-    report.write_tsv(folder / "sweep.tsv", [{name: line.get(name) for name in (*first, *COMPARED)}
+    runs.write_table(folder / "sweep.tsv", [{name: line.get(name) for name in (*first, *COMPARED)}
                                             for line in table])
     shared, selected, compared = best_setting(rows, settings, config.score), [], []
     for place, found in test:
@@ -304,8 +304,8 @@ def sweep(config: Sweep) -> None:
                              "seconds": results[choice].seconds, **columns_of(results[choice].scores)})
             if choice != "shared":
                 compared += differences(place, results["shared"], results[choice])
-    report.write_tsv(folder / "selected.tsv", selected, first)
-    report.write_tsv(folder / "delta.tsv", compared)
+    runs.write_table(folder / "selected.tsv", selected, first)
+    runs.write_table(folder / "delta.tsv", compared)
     report.print_table(selected, dict.fromkeys((*first, config.score, "AP@0.5", "SEG")))
     print(f"-> {folder / 'selected.tsv'}; by {config.score} on validation, shared by all sets or a set's "
           "own; weights: as they are stored")
@@ -352,7 +352,7 @@ def ceiling(config: Ceiling) -> None:
     folder = run_folder(config)
     rows = [encodings(place, images, Encoding(config.cap, config.peak, config.fill), config.score, folder)
             for place, images in found]   # best first
-    report.write_tsv(folder / "ceiling.tsv", [line for own in rows for line in own])
+    runs.write_table(folder / "ceiling.tsv", [line for own in rows for line in own])
     report.print_table([own[0] for own in rows], ("set", "n", "cap", "peak", "fill", "DSB", *READ))
     print(f"-> {folder / 'ceiling.tsv'}; here the best of each set by {config.score}")
 
@@ -411,7 +411,7 @@ def channels(config: Channels) -> None:
     matrices = {"cosine": found.features.cosine_matrix, "retrieval": found.features.retrieval_matrix,
                 "attention": found.attention.cosine_matrix}
     for name, matrix in matrices.items():
-        report.write_tsv(folder / f"{name}.tsv", [{"channel": channel, **dict(zip(known, map(float, line)))}
+        runs.write_table(folder / f"{name}.tsv", [{"channel": channel, **dict(zip(known, map(float, line)))}
                                                   for channel, line in zip(known, matrix)])
     titled = ("cosine of features", f"retrieval of column by row (chance {content['chance']:.2f})",
               "correlation of attention")

@@ -265,7 +265,7 @@ class Looker:
                                            [look.attention for look in looks], [look.colours() for look in looks],
                                            few.channels)
         history = self.run.history()
-        report.curves(self.run.folder / "images" / "curves.png", {
+        report.write_curves(self.run.folder / "images" / "curves.svg", {
             name: [(line["step"], line[name]) for line in history if isinstance(line.get(name), float)
                    and ("loss" in line) == (name in ("loss", "kl", "usage"))]        # rank: of held-out windows, not batches
             for name in ("loss", "retrieval", "margin", "kl", "usage", "effective_rank", "attention_entropy",

@@ -1,22 +1,22 @@
-"""Numbers to look at: curves, matrices, mosaics as PNG, tables as TSV and Markdown, a page of it all as HTML.
+"""Charts as SVG, mosaics as PNG, tables as Markdown, and all of it on one HTML page.
 
-    report.curves("curves.png", {"loss": [(step, value), ...], "score": [...]})
-    report.matrices("pairs.png", {"cosine": (K, K) array}, names)
+    styles = report.styles(["ceiling", "a", "b"], reference="ceiling")
+    chart = report.line_chart({"a": [(0.5, 0.9), (0.75, 0.6)], ...}, styles, "IoU", "AP")
+    section = report.section("Set", "a note", report.legend(styles), chart, report.html_table(...))
+    runs.write_text("report.html", report.page("Title", "a note", [section]))
+
+    report.write_curves("curves.svg", {"loss": [(step, value), ...], "score": [...]})
     report.mosaic("maps.png", rows of (h, w, 3) uint8 pictures, row names, column names)
 
-    looks = report.looks(["ceiling", "a", "b"], reference="ceiling")
-    chart = report.chart({"a": [(0.5, 0.9), (0.75, 0.6)], ...}, looks, "IoU", "AP")          # inline SVG
-    runs.write_text(path, report.page("Title", "what this is", [report.section("Set", "note", chart, ...)]))
-
-The page is one file without a script. It holds every picture itself, and its own Content-Security-Policy
-forbids it to fetch anything: what it shows today it shows in ten years, offline.
+A chart is a string `<svg ...>`; each series has one colour and one marker in every chart. The page
+is one file without a script: it holds its pictures itself, and its own Content-Security-Policy
+forbids it to fetch anything, so that it looks the same in ten years, offline.
 """
 from __future__ import annotations
 
 import base64
 import io
 import math
-import os
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -26,19 +26,127 @@ import numpy as np
 
 import runs
 
-INK, GRID, LINE = (40, 40, 40), (225, 225, 225), (31, 119, 180)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5195", "#8c6d1f", "#56a3d9", "#e69f00")
-MARKERS = ("circle", "square", "triangle", "diamond")                 # lines differ in black and white too
+MARKERS = ("circle", "square", "triangle", "diamond")   # lines differ in black and white too
+WIDTH, HEIGHT = 520, 300                # px, of a chart
+MANY = 60                               # points of a line; from here on they have no markers
+
+Points = Sequence[tuple[float, float]]  # (x, y)
+
+
+# -------------------------------------------------------------------------------- styles of series
+
+class Style(NamedTuple):
+    colour: str
+    marker: str                         # one of MARKERS, or "" for a dashed line without
+
+
+def styles(names: Iterable[str], reference: str | None = None) -> dict[str, Style]:
+    """A colour and a marker for each name; the reference is a dashed grey line."""
+    names = list(names)
+    plain = [name for name in names if name != reference]
+    found = {name: Style(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
+             for i, name in enumerate(plain)}
+    return {name: found.get(name, Style("#777777", "")) for name in names}
+
+
+def marker(style: Style, x: float, y: float, r: float = 3.6) -> str:
+    """The marker of a style, centred at x, y."""
+    if style.marker == "circle":
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r}"/>'
+    corners = {"square": [(-1, -1), (1, -1), (1, 1), (-1, 1)], "": [],
+               "triangle": [(0, -1.2), (1.15, 0.8), (-1.15, 0.8)],
+               "diamond": [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)]}[style.marker]
+    points = " ".join(f"{x + r * dx:.1f},{y + r * dy:.1f}" for dx, dy in corners)
+    return f'<polygon points="{points}"/>' if corners else ""
+
+
+def stroke(style: Style) -> str:
+    dashes = "" if style.marker else ' stroke-dasharray="6 4"'
+    return (f'fill="none" stroke="{style.colour}" stroke-width="2" stroke-linejoin="round"'
+            f'{dashes}')
+
+
+def legend(styles: dict[str, Style]) -> str:
+    keys = [f'<span><svg width="30" height="12" aria-hidden="true">'
+            f'<path d="M1 6h28" {stroke(style)}/>'
+            f'<g fill="{style.colour}">{marker(style, 15, 6)}</g></svg> {escape(name)}</span>'
+            for name, style in styles.items()]
+    return f'<p class="legend">{"".join(keys)}</p>'
+
+
+# ---------------------------------------------------------------------------------- charts as SVG
+
+class Frame:
+    """The axes of a chart: `across` and `up` turn values into px, `parts` holds what is drawn."""
+
+    def __init__(self, x: Iterable[float], y: Iterable[float], x_label: str, y_label: str = "", *,
+                 rows: Sequence[str] = (), log: bool = False, width: int = WIDTH,
+                 height: int = HEIGHT):
+        """Make room for the values x and y.
+
+        rows : names at y = 0, 1, ... from the top, in place of numbers. log : x is logarithmic.
+        """
+        self.scale = math.log10 if log else float
+        self.x0, self.x1 = with_room(self.scale(value) for value in x if math.isfinite(value))
+        self.y0, self.y1 = (len(rows) - 0.5, -0.5) if rows else with_room(y)
+        self.left, self.right = 20 + 7 * max(map(len, rows)) if rows else 58, width - 14
+        self.top, self.bottom = 10, height - 42
+        self.width, self.height = width, height
+        self.title, self.parts = f"{y_label} over {x_label}" if y_label else x_label, []
+        for value in log_ticks(10**self.x0, 10**self.x1) if log else ticks(self.x0, self.x1):
+            px = self.across(value)
+            self.parts.append(f'<path class="grid" d="M{px} {self.top}V{self.bottom}"/>')
+            self.text(px, self.bottom + 16, f"{value:.6g}")
+        for value, name in enumerate(rows):
+            self.text(self.left - 8, self.up(value) + 4, name, "end")
+        for value in [] if rows else ticks(self.y0, self.y1):
+            px = self.up(value)
+            self.parts.append(f'<path class="grid" d="M{self.left} {px}H{self.right}"/>')
+            self.text(self.left - 8, px + 4, f"{value:.6g}", "end")
+        self.parts.append(f'<path class="axis" d="M{self.left} {self.bottom}H{self.right}"/>')
+        middle = (self.top + self.bottom) / 2
+        self.text((self.left + self.right) / 2, height - 6, x_label, more='class="label"')
+        self.text(13, middle, y_label, more=f'class="label" transform="rotate(-90 13 {middle})"')
+
+    def across(self, x: float) -> float:
+        share = (self.scale(x) - self.x0) / (self.x1 - self.x0)
+        return round(self.left + share * (self.right - self.left), 1)
+
+    def up(self, y: float) -> float:
+        share = (y - self.y0) / (self.y1 - self.y0)
+        return round(self.bottom - share * (self.bottom - self.top), 1)
+
+    def line(self, points: Points, look: str) -> None:
+        corners = " ".join(f"{self.across(x)},{self.up(y)}" for x, y in points)
+        self.parts.append(f'<polyline points="{corners}" {look}/>')
+
+    def text(self, x: float, y: float, content: str, anchor: str = "middle",
+             more: str = "") -> None:
+        """Text at px."""
+        self.parts.append(f'<text x="{x}" y="{y}" text-anchor="{anchor}" {more}>'
+                          f'{escape(content)}</text>')
+
+    def svg(self) -> str:
+        return (f'<svg viewBox="0 0 {self.width} {self.height}" width="{self.width}" '
+                f'height="{self.height}" role="img" aria-label="{escape(self.title)}">'
+                f'{"".join(self.parts)}</svg>')
+
+
+def with_room(values: Iterable[float]) -> tuple[float, float]:
+    """The smallest and the largest finite value, with a little room around them."""
+    finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    room = 0.04 * (max(finite) - min(finite)) or 0.5
+    return min(finite) - room, max(finite) + room
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers from low to high, about `count` of them."""
-    if high <= low:
-        return [low]
     rough = (high - low) / count
     unit = 10.0 ** math.floor(math.log10(rough))
     step = unit * min((1, 2, 5, 10), key=lambda m: abs(m * unit - rough))
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -47,78 +155,130 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [m * 10.0**e for e in decades for m in (1, 2, 3, 5) if low <= m * 10.0**e <= high]
 
 
-# --------------------------------------------------------------------------------------------------- as PNG
+def line_chart(series: dict[str, Points], styles: dict[str, Style], x_label: str, y_label: str,
+               log: bool = False, share: bool = True) -> str:
+    """Lines over x; NaN interrupts a line.
 
-def curves(path: str | Path, series: dict[str, list[tuple[float, float]]], width: int = 560, height: int = 300
-           ) -> None:
-    """One small diagram per series, two in a row; without points it is left out. The file appears whole."""
-    from PIL import Image, ImageDraw                          # comes with scikit-image
-    drawn = {name: np.array(points, float) for name, points in series.items() if points}
-    columns = min(2, len(drawn)) or 1
-    page = Image.new("RGB", (columns * width, -(-len(drawn) // columns) * height or height), "white")
-    pen = ImageDraw.Draw(page)
-    for number, (name, points) in enumerate(drawn.items()):
-        left, top = number % columns * width + 64, number // columns * height + 30
-        right, bottom = left + width - 90, top + height - 70
-        points = points[np.isfinite(points).all(1)]
-        pen.text((left, top - 22), f"{name}   last {points[-1, 1]:.4g}" if len(points) else name, INK)
-        if not len(points):
+    log : x is logarithmic. share : y goes from 0 to 1, whatever the values.
+    """
+    points = [point for each in series.values() for point in each if math.isfinite(point[1])]
+    frame = Frame([x for x, _ in points] or [1.0], (0, 1) if share else [y for _, y in points],
+                  x_label, y_label, log=log)
+    for name, each in series.items():
+        style, stretch = styles[name], []
+        for x, y in (*each, (math.nan, math.nan)):
+            if math.isfinite(y):
+                stretch.append((x, y))
+                if len(each) < MANY:
+                    frame.parts.append(
+                        f'<g fill="{style.colour}"><title>{escape(name)}: {y:.3f} at {x:.3g}'
+                        f'</title>{marker(style, frame.across(x), frame.up(y))}</g>')
+            elif stretch:
+                if len(stretch) > 1:
+                    frame.line(stretch, stroke(style))
+                stretch = []
+    return frame.svg()
+
+
+def dots(series: dict[str, Points], styles: dict[str, Style], x_label: str, y_label: str,
+         log: bool = False, means: bool = False) -> str:
+    """Points of each series; means: and a line through their mean at each x."""
+    points = [point for each in series.values() for point in each]
+    frame = Frame([x for x, _ in points], [y for _, y in points], x_label, y_label, log=log)
+    for name, each in series.items():       # lines of no length with round ends: few bytes
+        path = "".join(f"M{frame.across(x)} {frame.up(y)}h.01"
+                       for x, y in each if math.isfinite(x + y))
+        frame.parts.append(
+            f'<path d="{path}" stroke="{styles[name].colour}" stroke-width="6" fill="none" '
+            f'stroke-linecap="round" stroke-opacity=".5"><title>{escape(name)}</title></path>')
+        if means:
+            frame.line([(x, float(np.mean([y for at, y in each if at == x])))
+                        for x in sorted({x for x, _ in each})], stroke(styles[name]))
+    return frame.svg()
+
+
+class Interval(NamedTuple):
+    row: str
+    series: str
+    value: float
+    low: float
+    high: float
+    full: bool                          # its marker is filled
+    note: str = ""                      # stands there if there is no value
+
+
+def forest(intervals: Sequence[Interval], styles: dict[str, Style], label: str) -> str:
+    """Values with their intervals: a row for each name, in it a line for each series; 0 is marked."""
+    rows, series = list(dict.fromkeys(each.row for each in intervals)), list(styles)
+    ends = [end for each in intervals for end in (each.low, each.value, each.high)]
+    frame = Frame([0, *ends], (), label, rows=rows, width=1120,
+                  height=60 + len(rows) * (16 + 14 * len(series)))
+    frame.line([(0, frame.y0), (0, frame.y1)], 'class="axis"')
+    for each in intervals:
+        style = styles[each.series]
+        line = series.index(each.series) - (len(series) - 1) / 2
+        y = rows.index(each.row) + 0.7 * line / len(series)
+        if math.isnan(each.value):
+            frame.text(frame.across(0) + 8, frame.up(y) + 4, f"{each.series}: {each.note}", "start")
             continue
-        (x0, y0), (x1, y1) = points.min(0), points.max(0)
-        x1, y1 = x1 + (x1 == x0), y1 + (y1 == y0) * max(abs(y0), 1) * 0.1
-
-        def place(x: float, y: float) -> tuple[float, float]:
-            return (left + (x - x0) / (x1 - x0) * (right - left),
-                    bottom - (y - y0) / (y1 - y0) * (bottom - top))
-        for value in ticks(y0, y1):
-            pen.line([(left, place(x0, value)[1]), (right, place(x0, value)[1])], GRID)
-            pen.text((left - 6, place(x0, value)[1]), f"{value:.4g}", INK, anchor="rm")
-        for value in ticks(x0, x1):
-            pen.line([(place(value, y0)[0], top), (place(value, y0)[0], bottom)], GRID)
-            pen.text((place(value, y0)[0], bottom + 6), f"{value:.6g}", INK, anchor="mt")
-        pen.line([place(*p) for p in points], LINE, 2)
-        for p in points if len(points) < 60 else ():
-            x, y = place(*p)
-            pen.ellipse([x - 2, y - 2, x + 2, y + 2], LINE)
-    write_png(path, page)
+        if not math.isnan(each.low):
+            frame.line([(each.low, y), (each.high, y)],
+                       f'stroke="{style.colour}" stroke-width="2"')
+        fill, name = style.colour if each.full else "#fff", escape(f"{each.series}, {each.row}")
+        frame.parts.append(
+            f'<g fill="{fill}" stroke="{style.colour}" stroke-width="1.6"><title>{name}: '
+            f'{each.value:.3f}</title>'
+            f'{marker(style, frame.across(each.value), frame.up(y), 4.5)}</g>')
+    return frame.svg()
 
 
-def spread(path: str | Path, points: dict[str, list[tuple[float, float]]], x_name: str, y_name: str,
-           width: int = 640, height: int = 420) -> None:
-    """Values in [0, 1] over a logarithmic axis: a dot for each point, a line through the means at each x."""
-    from PIL import Image, ImageDraw
-    page = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(page)
-    left, top, right, bottom = 64, 24, width - 24, height - 56
-    low, high = (f(x for of in points.values() for x, _ in of) for f in (min, max))
-    low, high = low / 1.2, high * 1.2
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return left + math.log(x / low) / math.log(high / low) * (right - left), bottom - y * (bottom - top)
-    for value in ticks(0, 1):
-        pen.line([place(low, value), place(high, value)], GRID)
-        pen.text((left - 6, place(low, value)[1]), f"{value:.1f}", INK, anchor="rm")
-    for value in sorted({x for of in points.values() for x, _ in of}):
-        pen.text((place(value, 0)[0], bottom + 6), f"{value:g}", INK, anchor="mt")
-    pen.text(((left + right) / 2, height - 18), x_name, INK, anchor="mm")
-    pen.text((left, 8), y_name, INK, anchor="lt")
-    for number, (name, of) in enumerate(points.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        means = [(x, float(np.mean([y for at, y in of if at == x]))) for x in sorted({x for x, _ in of})]
-        pen.line([place(*p) for p in means], colour, 2)
-        for x, y in (place(*p) for p in of):
-            pen.ellipse([x - 3, y - 3, x + 3, y + 3], outline=colour)
-        pen.text((right - 8, bottom - 16 * (len(points) - number)), name, colour, anchor="rm")
-    write_png(path, page)
+def histogram(series: dict[str, Sequence[float]], marked: dict[str, float],
+              styles: dict[str, Style], x_label: str, y_label: str, bins: int = 40) -> str:
+    """How often values occur, in the same bins for all series; dashed: the marked value of each."""
+    values = {name: [value for value in each if math.isfinite(value)]
+              for name, each in series.items()}
+    pooled = [*(value for each in values.values() for value in each), *marked.values()]
+    edges = np.linspace(*with_room(pooled), bins + 1)
+    counts = {name: np.histogram(each, edges)[0] for name, each in values.items()}
+    frame = Frame(pooled, [0, *(count.max() for count in counts.values())], x_label, y_label)
+    for name, count in counts.items():
+        colour = styles[name].colour
+        steps = "".join(f"L{frame.across(left)} {frame.up(height)}H{frame.across(right)}"
+                        for left, right, height in zip(edges, edges[1:], count))
+        outline = f"M{frame.across(edges[0])} {frame.up(0)}{steps}V{frame.up(0)}Z"
+        frame.parts.append(f'<path d="{outline}" fill="{colour}" fill-opacity=".25" '
+                           f'stroke="{colour}"><title>{escape(name)}</title></path>')
+        if math.isfinite(marked[name]):
+            frame.line([(marked[name], frame.y0), (marked[name], frame.y1)],
+                       f'stroke="{colour}" stroke-width="1.6" stroke-dasharray="5 3"')
+    return frame.svg()
 
 
-def matrices(path: str | Path, named: dict[str, np.ndarray], names: Sequence[str], cell: int = 72) -> None:
-    """Square matrices (K, K) with values in [-1, 1] side by side; names are those of rows and columns."""
-    from PIL import Image, ImageDraw
+def write_curves(path: str | Path, series: dict[str, Points]) -> None:
+    """Write a file of SVG with a chart for each series that has points, two in a row."""
+    charts = [line_chart({name: points}, styles([name]), f"step; last {points[-1][1]:.4g}", name,
+                         share=False) for name, points in series.items() if points]
+    placed = "".join(f'<g transform="translate({i % 2 * WIDTH} {i // 2 * HEIGHT})">{chart}</g>'
+                     for i, chart in enumerate(charts))
+    width, height = WIDTH * min(2, len(charts) or 1), HEIGHT * max(1, math.ceil(len(charts) / 2))
+    runs.write_text(path, f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" '
+                          f'height="{height}"><style>svg {{ background: #fff; --soft: #5b6675; '
+                          f'--ink: #1d2530; --rule: #d9dee5; }}{SVG_STYLE}</style>{placed}</svg>\n')
+
+
+# -------------------------------------------------------------------------------- pictures as PNG
+
+INK = (40, 40, 40)
+
+
+def matrices(path: str | Path, named: dict[str, np.ndarray], names: Sequence[str], cell: int = 72
+             ) -> None:
+    """Write square matrices (K, K) of values in [-1, 1] side by side; names: rows and columns."""
+    from PIL import Image, ImageDraw                          # comes with scikit-image
     left, top = 24 + 7 * max(map(len, names)), 56
     width, height = left + cell * len(names) + 24, top + cell * len(names) + 24
-    page = Image.new("RGB", (width * len(named), height), "white")
-    pen = ImageDraw.Draw(page)
+    canvas = Image.new("RGB", (width * len(named), height), "white")
+    pen = ImageDraw.Draw(canvas)
     for number, (title, matrix) in enumerate(named.items()):
         x0 = number * width + left
         pen.text((x0, 10), title, INK)
@@ -127,76 +287,44 @@ def matrices(path: str | Path, named: dict[str, np.ndarray], names: Sequence[str
             pen.text((x0 + (i + 0.5) * cell, top - 8), name[:cell // 6], INK, anchor="ms")
         for (i, j), value in np.ndenumerate(matrix):
             x, y, share = x0 + j * cell, top + i * cell, min(abs(value), 1.0)
-            far = (31, 90, 160) if value >= 0 else (170, 60, 20)
-            shade = tuple(round(255 + (f - 255) * share) for f in far)
+            full = np.array((31, 90, 160) if value >= 0 else (170, 60, 20))
+            shade = tuple(np.rint(255 + (full - 255) * share).astype(int).tolist())
             pen.rectangle([x, y, x + cell - 2, y + cell - 2], shade)
-            ink = "white" if share > 0.55 else INK
-            pen.text((x + cell / 2, y + cell / 2), shown(round(value, 2) + 0.0, 2), ink, anchor="mm")
-    write_png(path, page)
+            pen.text((x + cell / 2, y + cell / 2), f"{round(value, 2) + 0.0:.2f}",
+                     "white" if share > 0.55 else INK, anchor="mm")
+    with runs.replacing(path) as temporary:
+        canvas.save(temporary, "PNG")
 
 
 def mosaic(path: str | Path, rows: Sequence[Sequence[np.ndarray]], row_names: Sequence[str],
            column_names: Sequence[str], side: int = 160) -> None:
-    """Pictures (h, w, 3) uint8 in rows and columns, each fitted into side x side px."""
+    """Write pictures (h, w, 3) uint8 in rows and columns, each fitted into side x side px."""
     from PIL import Image, ImageDraw
     left, top, step = 16 + 7 * max(map(len, row_names)), 24, side + 6
-    page = Image.new("RGB", (left + step * len(column_names), top + step * len(rows)), "white")
-    pen = ImageDraw.Draw(page)
+    canvas = Image.new("RGB", (left + step * len(column_names), top + step * len(rows)), "white")
+    pen = ImageDraw.Draw(canvas)
     for j, name in enumerate(column_names):
         pen.text((left + j * step + side / 2, 6), name[:side // 6], INK, anchor="mt")
     for i, (name, row) in enumerate(zip(row_names, rows)):
         pen.text((left - 8, top + i * step + side / 2), name, INK, anchor="rm")
-        for j, picture in enumerate(row):
-            h, w = picture.shape[:2]
-            fit = (max(1, round(side * w / max(h, w))), max(1, round(side * h / max(h, w))))
-            fitted = Image.fromarray(picture).resize(fit, Image.BILINEAR)
-            page.paste(fitted, (left + j * step, top + i * step))
-    write_png(path, page)
+        for j, pixels in enumerate(row):
+            h, w = pixels.shape[:2]
+            size = [max(1, round(side * length / max(h, w))) for length in (w, h)]
+            fitted = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)
+            canvas.paste(fitted, (left + j * step, top + i * step))
+    with runs.replacing(path) as temporary:
+        canvas.save(temporary, "PNG")
 
 
 def heat(values: np.ndarray) -> np.ndarray:
-    """(h, w) -> (h, w, 3) uint8: black, red, yellow, white; the highest hundredth is all white."""
+    """Values (h, w) as colours (h, w, 3) uint8: black, red, yellow; the top hundredth is white."""
     low, high = values.min(), np.percentile(values, 99)
     share = (values - low) / ((high - low) or np.ptp(values) or 1)
-    return (255 * np.stack([3 * share, 3 * share - 1, 3 * share - 2], -1).clip(0, 1)).astype(np.uint8)
+    stops = np.stack([3 * share, 3 * share - 1, 3 * share - 2], -1)
+    return (255 * stops.clip(0, 1)).astype(np.uint8)
 
 
-def write_png(path: str | Path, picture) -> None:
-    """A PIL image as PNG; whole or not at all."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    picture.save(beside, "PNG")
-    os.replace(beside, path)
-
-
-# ---------------------------------------------------------------------------------------------- as Markdown
-
-def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]], words: int = 1) -> str:
-    """A table; its first `words` columns are text, the others numbers."""
-    columns = list(columns)
-    rule = ["---"] * words + ["--:"] * (len(columns) - words)
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n"
-                   for line in [columns, rule, *rows])
-
-
-def between(path: Path, name: str) -> tuple[str, str]:
-    """What a document has up to the line `<!-- begin NAME -->`, and from `<!-- end NAME -->` on."""
-    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
-    whole = path.read_text(encoding="utf-8") if path.exists() else begin + end + "\n"
-    before, found, rest = whole.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise ValueError(f"{path}: expected the lines {begin.strip()} and {end} where tables belong")
-    return before + begin, end + after
-
-
-def put_between(path: Path, name: str, text: str) -> None:
-    """Replace what the document has there; a new one is made of it."""
-    before, after = between(path, name)
-    runs.write_text(path, before + text + after)
-
-
-# -------------------------------------------------------------------------------------- on the screen, as TSV
+# ------------------------------------------------------------------------------ tables, documents
 
 def shown(value: Any, digits: int = 4) -> str:
     """A number for people, '-' where there is none."""
@@ -205,124 +333,55 @@ def shown(value: Any, digits: int = 4) -> str:
     return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
-def write_tsv(path: Path, rows: list[dict], first: Iterable[str] = ()) -> None:
-    """Rows with all columns that any of them has: `first`, then the others in the order they come up."""
-    columns = list(dict.fromkeys((*first, *(name for line in rows for name in line))))
-    cells = [columns, *([" ".join(shown(line.get(name)).split()) for name in columns] for line in rows)]
-    runs.write_text(path, "".join("\t".join(line) + "\n" for line in cells))
-
-
-def print_table(rows: list[dict], columns: Iterable[str]) -> None:
+def print_table(rows: Sequence[dict], columns: Iterable[str]) -> None:
     columns = list(columns)
-    cells = [columns, *([shown(line.get(name), 3) for name in columns] for line in rows)]
+    cells = [columns, *([shown(row.get(name), 3) for name in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
 
-# -------------------------------------------------------------------------------------------- charts as SVG
-
-class Look(NamedTuple):
-    colour: str
-    marker: str                 # one of MARKERS, or "" for a dashed line without
-
-
-def looks(names: Iterable[str], reference: str | None = None) -> dict[str, Look]:
-    """A colour and a marker for each name, the same in every chart; the reference is a grey dashed line."""
-    found, number = {}, 0
-    for name in names:
-        if name == reference:
-            found[name] = Look("#777777", "")
-        else:
-            found[name] = Look(COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)])
-            number += 1
-    return found
+def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]], words: int = 1) -> str:
+    """A table in Markdown; its first `words` columns are text, the others numbers."""
+    columns = list(columns)
+    rule = ["---"] * words + ["--:"] * (len(columns) - words)
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n"
+                   for line in [columns, rule, *rows])
 
 
-def mark(look: Look, x: float, y: float, r: float = 3.6) -> str:
-    """Its marker, with the centre at x, y."""
-    if look.marker == "circle":
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r}"/>'
-    corners = {"square": [(-1, -1), (1, -1), (1, 1), (-1, 1)], "": [],
-               "triangle": [(0, -1.2), (1.15, 0.8), (-1.15, 0.8)],
-               "diamond": [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)]}[look.marker]
-    points = " ".join(f"{x + r * dx:.1f},{y + r * dy:.1f}" for dx, dy in corners)
-    return f'<polygon points="{points}"/>' if corners else ""
+def between(path: Path, name: str) -> tuple[str, str]:
+    """A document up to the line `<!-- begin NAME -->`, and from `<!-- end NAME -->` on."""
+    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+    whole = path.read_text(encoding="utf-8") if path.exists() else begin + end + "\n"
+    before, found, rest = whole.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"{path}: expected the lines {begin.strip()} and {end} where tables go")
+    return before + begin, end + after
 
 
-def chart(series: dict[str, list[tuple[float, float]]], looks: dict[str, Look], x_label: str, y_label: str,
-          log: bool = False, width: int = 520, height: int = 320) -> str:
-    """Lines over x with y from 0 to 1, as inline SVG; log: x on a logarithmic axis. NaN interrupts a line."""
-    left, right, top, bottom = 52, width - 16, 14, height - 46
-    xs = [x for points in series.values() for x, y in points if math.isfinite(y)] or [1.0]
-    low, high = min(xs), max(xs)
-    if low == high:
-        low, high = low * 0.9, high * 1.1
-    scale = math.log if log else float
-
-    def across(x: float) -> float:
-        return round(left + (scale(x) - scale(low)) / (scale(high) - scale(low)) * (right - left), 1)
-
-    def up(y: float) -> float:
-        return round(bottom - y * (bottom - top), 1)
-
-    def text(x: float, y: float, anchor: str, content: str, more: str = "") -> str:
-        return f'<text x="{x}" y="{y}" text-anchor="{anchor}"{more}>{escape(content)}</text>'
-
-    parts = []
-    for y in ticks(0, 1):
-        parts += [f'<line x1="{left}" x2="{right}" y1="{up(y)}" y2="{up(y)}" class="grid"/>',
-                  text(left - 8, up(y) + 4, "end", f"{y:.1f}")]
-    for x in (log_ticks(low, high) or [low, high]) if log else ticks(low, high):
-        parts += [f'<line x1="{across(x)}" x2="{across(x)}" y1="{bottom}" y2="{bottom + 5}" class="axis"/>',
-                  text(across(x), bottom + 18, "middle", f"{x:.3g}")]
-    middle = (top + bottom) / 2
-    parts += [f'<line x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}" class="axis"/>',
-              text((left + right) / 2, height - 8, "middle", x_label, ' class="label"'),
-              text(14, middle, "middle", y_label, f' class="label" transform="rotate(-90 14 {middle})"')]
-    for name, points in series.items():
-        look, stretches = looks[name], [[]]
-        for x, y in points:
-            if math.isfinite(y):
-                stretches[-1].append((x, y))
-            elif stretches[-1]:
-                stretches.append([])
-        for stretch in stretches:
-            line = " ".join(f"{across(x)},{up(y)}" for x, y in stretch)
-            parts.append(f'<polyline points="{line}" {stroke(look)}/>' if len(stretch) > 1 else "")
-            parts += [f'<g fill="{look.colour}"><title>{escape(name)}: {y:.3f} at {x:.3g}</title>'
-                      f'{mark(look, across(x), up(y))}</g>' for x, y in stretch]
-    return (f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
-            f'aria-label="{escape(y_label)} over {escape(x_label)}">{"".join(parts)}</svg>')
+def put_between(path: Path, name: str, text: str) -> None:
+    """Replace what a document has between these lines; a missing document is made."""
+    before, after = between(path, name)
+    runs.write_text(path, before + text + after)
 
 
-def stroke(look: Look) -> str:
-    dashed = "" if look.marker else ' stroke-dasharray="6 4"'
-    return f'fill="none" stroke="{look.colour}" stroke-width="2" stroke-linejoin="round"{dashed}'
-
-
-def legend(looks: dict[str, Look]) -> str:
-    keys = [f'<span><svg width="30" height="12" aria-hidden="true"><path d="M1 6h28" {stroke(look)}/>'
-            f'<g fill="{look.colour}">{mark(look, 15, 6)}</g></svg> {escape(name)}</span>'
-            for name, look in looks.items()]
-    return f'<p class="legend">{"".join(keys)}</p>'
-
-
-# ---------------------------------------------------------------------------------------------- page as HTML
+# ------------------------------------------------------------------------------------ page as HTML
 
 class Cell(NamedTuple):
     text: str
-    small: str = ""             # below it: an interval
-    strong: bool = False        # the best of its column
+    small: str = ""                     # below it: an interval
+    strong: bool = False                # the best of its column
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Cell | str]], words: int = 1) -> str:
+def html_table(columns: Sequence[str], rows: Iterable[Sequence[Cell | str]], words: int = 1) -> str:
     """The first `words` columns are text and stand on the left, the others numbers."""
     def cell(tag: str, number: int, value: Cell | str) -> str:
         value = value if isinstance(value, Cell) else Cell(value)
         inner = f"<b>{escape(value.text)}</b>" if value.strong else escape(value.text)
         small = f"<small>{escape(value.small)}</small>" if value.small else ""
         return f'<{tag}{" class=word" if number < words else ""}>{inner}{small}</{tag}>'
+
     head = "".join(cell("th", i, name) for i, name in enumerate(columns))
     lines = ("".join(cell("td", i, value) for i, value in enumerate(row)) for row in rows)
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
@@ -331,18 +390,21 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Cell | str]], words: i
 
 
 def picture(pixels: np.ndarray, caption: str) -> str:
-    """(h, w, 3) uint8 as a figure that carries its own PNG: in 256 colours it takes a third of the bytes."""
+    """A figure that holds its own PNG; pixels (h, w, 3) uint8. In 256 colours it takes a third."""
     from PIL import Image
     file = io.BytesIO()
-    Image.fromarray(pixels).quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    image = Image.fromarray(pixels).quantize(256, dither=Image.Dither.NONE)
+    image.save(file, "PNG", optimize=True)
     content, (h, w) = base64.b64encode(file.getvalue()).decode("ascii"), pixels.shape[:2]
     return (f'<figure><img width="{w}" height="{h}" alt="{escape(caption)}" '
-            f'src="data:image/png;base64,{content}"><figcaption>{escape(caption)}</figcaption></figure>')
+            f'src="data:image/png;base64,{content}"><figcaption>{escape(caption)}</figcaption>'
+            "</figure>")
 
 
 def strip(title: str, figures: Iterable[str]) -> str:
     """Pictures side by side under a line of text."""
-    return f'<div class="strip"><h3>{escape(title)}</h3><div class="row">{"".join(figures)}</div></div>'
+    return (f'<div class="strip"><h3>{escape(title)}</h3><div class="row">{"".join(figures)}</div>'
+            "</div>")
 
 
 def side_by_side(*blocks: str) -> str:
@@ -365,7 +427,7 @@ def page(title: str, note: str, sections: Iterable[str], foot: str = "") -> str:
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title><link rel="icon" href="data:,">
-<style>{STYLE}</style></head><body>
+<style>{PAGE_STYLE}{SVG_STYLE}</style></head><body>
 <header><h1>{escape(title)}</h1><p>{escape(note)}</p></header>
 {chr(10).join(sections)}
 <footer><p>{escape(foot)}</p></footer>
@@ -373,10 +435,15 @@ def page(title: str, note: str, sections: Iterable[str], foot: str = "") -> str:
 """
 
 
-STYLE = """
+SVG_STYLE = """
+svg text { font: 12px system-ui, "Segoe UI", Roboto, Arial, sans-serif; fill: var(--soft); }
+svg .label { fill: var(--ink); } .grid { stroke: var(--rule); } .axis { stroke: var(--ink); }
+"""
+
+PAGE_STYLE = """
 :root { --ink: #1d2530; --soft: #5b6675; --rule: #d9dee5; }
 * { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: var(--ink);
+body { font: 15px/1.5 system-ui, "Segoe UI", Roboto, Arial, sans-serif; color: var(--ink);
        background: #fff; max-width: 1180px; margin: 0 auto; padding: 32px 28px 60px; }
 h1 { font-size: 28px; line-height: 1.2; margin: 0 0 4px; letter-spacing: -.01em; }
 h2 { font-size: 20px; margin: 0 0 2px; }
@@ -384,18 +451,19 @@ h3 { font-size: 14px; margin: 18px 0 6px; }
 p { margin: 0 0 12px; color: var(--soft); max-width: 78ch; white-space: pre-line; }
 section { border-top: 2px solid var(--ink); padding-top: 14px; margin-top: 40px; }
 .wide { overflow-x: auto; margin: 10px 0 18px; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
-th { font-weight: 600; font-size: 12.5px; color: var(--soft); text-align: right; vertical-align: bottom;
-     border-bottom: 1px solid var(--ink); padding: 4px 8px; white-space: nowrap; }
+table { border-collapse: collapse; width: 100%; font-size: 14px;
+        font-variant-numeric: tabular-nums; }
+th { font-weight: 600; font-size: 12.5px; color: var(--soft); text-align: right;
+     vertical-align: bottom; border-bottom: 1px solid var(--ink); padding: 4px 8px; white-space: nowrap; }
 td { text-align: right; vertical-align: top; border-bottom: 1px solid var(--rule); padding: 6px 8px;
      white-space: nowrap; }
 .word { text-align: left; min-width: 16ch; white-space: normal; }
-th:first-child, td:first-child { padding-left: 0; } th:last-child, td:last-child { padding-right: 0; }
+th:first-child, td:first-child { padding-left: 0; }
+th:last-child, td:last-child { padding-right: 0; }
 small { display: block; font-size: 10.5px; line-height: 1.35; color: var(--soft); }
-.charts { display: flex; flex-wrap: wrap; gap: 28px; } .charts > div { flex: 1 1 400px; min-width: 0; }
+.charts { display: flex; flex-wrap: wrap; gap: 28px; }
+.charts > div { flex: 1 1 400px; min-width: 0; }
 svg { max-width: 100%; height: auto; } .charts svg { width: 100%; }
-svg text { font: 12px system-ui, "Segoe UI", Roboto, Arial, sans-serif; fill: var(--soft); }
-svg .label { fill: var(--ink); } .grid { stroke: var(--rule); } .axis { stroke: var(--ink); }
 .legend { margin: 8px 0; color: var(--ink); max-width: none; }
 .legend span { display: inline-block; margin-right: 22px; }
 .legend svg { vertical-align: middle; }

@@ -49,11 +49,11 @@ def noted(name: str, *notes: str) -> str:
 def page(title: str, sets: Sequence[DataSet], entries: Entries, found: dict[str, list], results: Results,
          models: int, made: str) -> str:
     """An overview, then each set with its table, curves, and pictures of the first `models` models."""
-    looks = report.looks([name for name, _ in entries], CEILING)
+    looks = report.styles([name for name, _ in entries], CEILING)
     rows = [[report.Cell(place.name, place.note), str(len(found[place.name])),
              *(score_cell(results[place.name].get(name), "AP@0.5") for name, _ in entries)]
             for place in sets]
-    table = report.table(["set", "images", *(name for name, _ in entries)], rows)
+    table = report.html_table(["set", "images", *(name for name, _ in entries)], rows)
     sections = [report.section("AP@0.5", "Mean over the images of each set.", table)]
     for place in sets:
         there = results[place.name]
@@ -76,16 +76,16 @@ def page_table(entries: Entries, there: dict[str, Result]) -> str:
         cells = (score_cell(result, score, None if name == CEILING else best[score]) for score in READ)
         about = "; ".join(filter(None, (note, result.note if result else "")))
         rows.append([report.Cell(name, about), count(result), *cells, shown(result and result.seconds, 1)])
-    return report.table(["model", "images", *READ, "seconds"], rows)
+    return report.html_table(["model", "images", *READ, "seconds"], rows)
 
 
-def charts(there: dict[str, Result], looks: dict[str, report.Look]) -> str:
+def charts(there: dict[str, Result], looks: dict[str, report.Style]) -> str:
     import metrics
     curves = {model: [(t, result.scores.mean[f"AP@{t:g}"]) for t in metrics.THRESHOLDS]
               for model, result in there.items()}
     return report.legend({name: looks[name] for name in there}) + report.side_by_side(
-        report.titled("AP over the threshold", report.chart(curves, looks, "IoU threshold", "mean AP")),
-        report.titled("Cells found over their size", report.chart(
+        report.titled("AP over the threshold", report.line_chart(curves, looks, "IoU threshold", "mean AP")),
+        report.titled("Cells found over their size", report.line_chart(
             found_by_size(there), looks, "equivalent diameter (px)", "share found at IoU 0.5", log=True)))
 
 

@@ -6,7 +6,7 @@ again with the same configuration it goes on from the last checkpoint, to the sa
 configuration, counts the data, estimates time and memory here, and stops. `torchrun --nproc_per_node=4 train_seg.py
 configs/seg.yaml` shares the batch out between four GPUs, with the same result.
 
-    runs/<experiment>/config.yaml, log.jsonl, checkpoints/, images/curves.png, images/validation_*.png
+    runs/<experiment>/config.yaml, log.jsonl, checkpoints/, images/curves.svg, images/validation_*.png
     final_models/<experiment>.pt      the averaged weights with the best validation score, for infer.py
 """
 from __future__ import annotations
@@ -377,7 +377,7 @@ def draw(run: runs.Run, entries: list[data.Labelled], labels: list, step: int) -
     import overlay
     import report
     log = run.history()
-    report.curves(run.folder / "images" / "curves.png", {
+    report.write_curves(run.folder / "images" / "curves.svg", {
         "loss": [(line["step"], line["loss"]) for line in log if "loss" in line],
         **{name: [(line["step"], line[key]) for line in log if key in line]
            for name, key in (("validation score", "score"), ("AP@0.5", "val_AP@0.5"), ("F1 at IoU 0.5", "val_F1"))}})

@@ -9,7 +9,7 @@ With a file of weights after the configuration it trains nothing, but measures t
 held out. `torchrun --nproc_per_node=4 train_ssl.py configs/ssl.yaml` shares the batch out between four GPUs,
 with the same result.
 
-    runs/<experiment>/config.yaml, log.jsonl, checkpoints/, images/curves.png,
+    runs/<experiment>/config.yaml, log.jsonl, checkpoints/, images/curves.svg,
     images/<step>/{attention,heads,pca}.png
     final_models/<experiment>.pt      the teacher's backbone, for train_seg.py init= and model.load_backbone
 """

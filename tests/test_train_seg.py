@@ -63,7 +63,7 @@ def test_a_run_leaves_what_it_promises(whole):
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if "loss" in line] == [3, 6, 9, 12]
     assert [line["step"] for line in log if "score" in line] == [6, 12]
-    assert sorted(p.name for p in (folder / "images").iterdir())[0] == "curves.png"
+    assert sorted(p.name for p in (folder / "images").iterdir())[0] == "curves.svg"
     kept = sorted(p.name for p in (folder / "checkpoints/seg").iterdir())
     assert kept == ["best.pt", "step_00000009.pt", "step_00000012.pt"]
     net = model.load(whole / "final_models/seg.pt")

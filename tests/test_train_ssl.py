@@ -95,8 +95,8 @@ def test_a_run_leaves_what_it_promises(whole):
     assert all({"margin", "control", "consistency", "attention_entropy"} <= line.keys() for line in looks)
     assert ["background_retrieval" in line for line in looks] == [True, False, True]
     assert ["probe_AP@0.5" in line for line in looks] == [True, False, True]
-    drawn = sorted(str(p.relative_to(folder / "images")) for p in (folder / "images").rglob("*.png"))
-    assert drawn == sorted(["curves.png"] + [f"{step:08d}/{name}.png" for step in (0, 4, 8)
+    drawn = sorted(str(p.relative_to(folder / "images")) for p in (folder / "images").rglob("*.*g"))
+    assert drawn == sorted(["curves.svg"] + [f"{step:08d}/{name}.png" for step in (0, 4, 8)
                                              for name in ("attention", "heads", "pca")])
 
 

@@ -1,16 +1,16 @@
-"""Scores of a segmentation against the truth, read from one sparse overlap table; nothing is written.
+"""Scores of a segmentation against the truth, from one sparse table of overlaps.
 
-    import metrics
     table = metrics.overlap(truth, pred)              # one pass over the two label images
-    metrics.match(table, threshold=0.5).tp            # any function takes the table or the two images
+    metrics.match(table, threshold=0.5).tp            # functions take the table or the two images
     metrics.scores(truth, pred)["AP@0.5"]             # every score of one image
-    metrics.set_scores(tables).pooled["SEG"]          # a set: image by image, mean, pooled, intervals
+    metrics.set_scores(tables).pooled["SEG"]          # of a set: per image, mean, pooled, intervals
 
-A label image holds non-negative integers, 0 = background, ids may have gaps. R is a true cell, S a predicted
-one, IoU = |R & S| / |R | S|. No cells x cells matrix is ever made: the table lists only the pairs that touch.
+A label image holds integers from 0, the background; ids may have gaps. R is a true cell, S a
+predicted one, IoU = |R & S| / |R | S|. The table lists only pairs that touch, so that no matrix of
+cells x cells is ever made.
 
-Edge rules. With neither truth nor prediction AP, precision, recall, F1, PQ, SQ, RQ, AJI, MMA and DSB are 1,
-with one of the two only 0. SEG, DET, OP_CSB and the error rate count per true cell: without any they are NaN.
+Edge rules. With neither truth nor prediction AP, precision, recall, F1, PQ, SQ, RQ, AJI, MMA and
+DSB are 1, with one of the two only 0. SEG, DET, OP_CSB and error_rate are NaN without true cells.
 """
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -20,14 +20,14 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
-THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # IoU; of the DSB score and by default
-COUNTS = ("n_true", "n_pred", "TP", "FP", "FN", "count_error")        # scores that are whole numbers
+THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # IoU, of the DSB score
+COUNTS = ("n_true", "n_pred", "TP", "FP", "FN", "count_error")        # scores in whole numbers
 
 
-# ------------------------------------------------------------------------------------- the overlap table
+# ------------------------------------------------------------------------------- table of overlaps
 
 class Overlap(NamedTuple):
-    """Sparse table of two label images: R true cells, S predicted cells, P pairs that share a pixel."""
+    """Overlaps of two label images: R true cells, S predicted cells, P pairs that share a pixel."""
     truth_ids: NDArray    # (R,) labels of the truth, ascending
     pred_ids: NDArray     # (S,) labels of the prediction, ascending
     truth_areas: NDArray  # (R,) px
@@ -38,7 +38,8 @@ class Overlap(NamedTuple):
 
     @property
     def ious(self) -> NDArray:  # (P,)
-        return self.counts / (self.truth_areas[self.rows] + self.pred_areas[self.cols] - self.counts)
+        areas = self.truth_areas[self.rows] + self.pred_areas[self.cols]
+        return self.counts / (areas - self.counts)
 
 
 Labels = ArrayLike | Overlap  # the first of two label images, or the table of both
@@ -47,30 +48,22 @@ Labels = ArrayLike | Overlap  # the first of two label images, or the table of b
 def overlap(truth: ArrayLike, pred: ArrayLike) -> Overlap:
     """Count the pixels that each true cell shares with each predicted cell, in one pass.
 
-    Parameters
-    ----------
-    truth, pred : array of integers, same shape
-        Label images, 0 = background; any integer type, ids up to 2^63 - 1, gaps allowed.
+    truth, pred : label images of one shape and of any integer type, ids up to 2^63 - 1.
 
-    Returns
-    -------
-    Overlap
-        Every other function takes it in place of the two images.
-
-    Examples
-    --------
     >>> table = overlap([[7, 7, 0], [0, 9, 9]], [[4, 0, 0], [0, 4, 4]])
     >>> table.truth_ids.tolist(), table.pred_areas.tolist(), table.counts.tolist()
     ([7, 9], [3], [1, 2])
     """
     truth, pred = np.asarray(truth), np.asarray(pred)
     if truth.shape != pred.shape:
-        raise ValueError(f"truth has shape {truth.shape}, prediction {pred.shape}, expected the same shape")
+        raise ValueError(f"truth has shape {truth.shape}, prediction {pred.shape}, "
+                         "expected the same shape")
     for side, labels in (("truth", truth), ("prediction", pred)):
         if labels.dtype.kind not in "iu":
-            raise ValueError(f"{side} has type {labels.dtype}, expected a label image of integers")
+            raise ValueError(f"{side} has type {labels.dtype}, "
+                             "expected a label image of integers")
     truth, pred = truth.ravel(), pred.ravel()
-    # Neighbours in a row mostly carry the same two labels: only runs are counted, weighted by their length.
+    # Neighbours in a row mostly carry the same two labels: runs are counted, times their length.
     starts = np.ones(truth.size, bool)
     np.not_equal(truth[1:], truth[:-1], out=starts[1:])
     starts[1:] |= pred[1:] != pred[:-1]
@@ -78,7 +71,7 @@ def overlap(truth: ArrayLike, pred: ArrayLike) -> Overlap:
     lengths = np.diff(starts, append=truth.size)  # px
     truth_ids, rows = _compact(truth[starts], "truth")
     pred_ids, cols = _compact(pred[starts], "prediction")
-    joint = coo_array((lengths, (rows, cols)), shape=(len(truth_ids), len(pred_ids))).tocsr()
+    joint = coo_array((lengths, (rows, cols)), (len(truth_ids), len(pred_ids))).tocsr()
     truth_areas, pred_areas = joint.sum(axis=1), joint.sum(axis=0)  # px
     joint = joint.tocoo()
     cells = (joint.row > 0) & (joint.col > 0)     # index 0 is the background on either side
@@ -90,8 +83,9 @@ def _compact(labels: NDArray, side: str) -> tuple[NDArray, NDArray]:
     """Ids that occur, with 0 always first, and the index of each label among them."""
     given, labels = labels, labels.astype(np.int64)  # a uint64 from 2^63 on turns negative here
     if (labels < 0).any():
-        raise ValueError(f"{side} has the label {given[labels < 0][0]}, expected labels from 0 to 2^63 - 1")
-    if labels.max(initial=0) > labels.size:  # ids with wide gaps: sort them instead of a table over all ids
+        raise ValueError(f"{side} has the label {given[labels < 0][0]}, "
+                         "expected labels from 0 to 2^63 - 1")
+    if labels.max(initial=0) > labels.size:  # wide gaps: sort ids, for a table of all is too large
         ids, index = np.unique(np.append(labels, 0), return_inverse=True)
         return ids, index[:-1]
     present = np.zeros(labels.max(initial=0) + 1, bool)
@@ -103,11 +97,11 @@ def _table(truth: Labels, pred: ArrayLike | None) -> Overlap:
     if isinstance(truth, Overlap) and pred is None:
         return truth
     if isinstance(truth, Overlap) or pred is None:
-        raise ValueError("expected two label images, or one overlap table with every option given by name")
+        raise ValueError("expected two label images, or one overlap table and options by name")
     return overlap(truth, pred)
 
 
-# ------------------------------------------------------------------------------------------- pairs of cells
+# ---------------------------------------------------------------------------------- pairs of cells
 
 class Rates(NamedTuple):
     average_precision: float  # each a number, or an array over thresholds or images
@@ -130,23 +124,11 @@ class Match(NamedTuple):
 
 
 def match(truth: Labels, pred: ArrayLike | None = None, threshold: float = 0.5) -> Match:
-    """Pair cells one to one with IoU >= threshold.
+    """Pair cells one to one with IoU >= threshold, in (0, 1].
 
-    Above 0.5 the pairs are unique; at or below, the number of pairs is maximised, then the sum of their IoU.
+    Above 0.5 the pairs are unique; at or below, most pairs are made, and of those the ones of the
+    largest summed IoU.
 
-    Parameters
-    ----------
-    truth, pred : label images, or an overlap table and None
-    threshold : float
-        Smallest IoU of a pair, in (0, 1].
-
-    Returns
-    -------
-    Match
-        tp, fp, fn, the paired ids, their IoU; `.rates` has AP, precision, recall and F1.
-
-    Examples
-    --------
     >>> match([[1, 1, 1, 0, 2, 2]], [[5, 5, 0, 0, 0, 8]], threshold=0.6).pairs.tolist()
     [[1, 5]]
     """
@@ -156,32 +138,32 @@ def match(truth: Labels, pred: ArrayLike | None = None, threshold: float = 0.5) 
     ious = table.ious
     chosen = np.flatnonzero(ious >= threshold)
     if threshold <= 0.5:
-        # One more pair outweighs any gain in IoU, which sums to less than `cells` over the pairs.
+        # One more pair outweighs any gain in IoU, which sums to less than `cells`.
         cells = 1 + min(len(table.truth_ids), len(table.pred_ids))
         chosen = chosen[_assign(table.rows[chosen], table.cols[chosen], cells + ious[chosen])]
-    pairs = np.stack([table.truth_ids[table.rows[chosen]], table.pred_ids[table.cols[chosen]]], axis=1)
+    pairs = np.stack([table.truth_ids[table.rows[chosen]], table.pred_ids[table.cols[chosen]]], 1)
     tp = len(chosen)
     return Match(tp, len(table.pred_ids) - tp, len(table.truth_ids) - tp, pairs, ious[chosen])
 
 
 def _assign(rows: NDArray, cols: NDArray, weights: NDArray) -> NDArray:
-    """Indices of the edges, no two at one cell, whose positive weights have the largest sum; exact."""
+    """Indices of the edges, no two at one cell, whose positive weights have the largest sum."""
     edges, chosen = np.arange(len(rows)), []
-    for _ in range(10):  # an edge that outweighs its best rivals on both sides together is in an optimum
+    for _ in range(10):  # an edge heavier than its rivals on both sides together is in an optimum
         r, c, w = rows[edges], cols[edges], weights[edges]
         safe = np.flatnonzero(w >= _rival(r, w) + _rival(c, w))
-        safe = safe[np.unique(r[safe], return_index=True)[1]]  # of equal edges at one cell, the first
+        safe = safe[np.unique(r[safe], return_index=True)[1]]  # of equal edges, the first
         safe = safe[np.unique(c[safe], return_index=True)[1]]
         if len(safe) == 0:
             break
         chosen.append(edges[safe])
         edges = edges[~np.isin(r, r[safe]) & ~np.isin(c, c[safe])]
-    if len(edges):  # the few that are left: a full matching in which a row may also take its own spare column
+    if len(edges):  # the few that are left: a full matching, where rows may take a spare column
         row_ids, r = np.unique(rows[edges], return_inverse=True)
         col_ids, c = np.unique(cols[edges], return_inverse=True)
         spare = np.arange(len(row_ids))
-        ends = np.array([np.append(r, spare), np.append(c, len(col_ids) + spare)], np.int32)  # for SciPy
-        # Every row takes exactly one edge, so that adding 1 to each changes nothing, but no edge weighs 0.
+        ends = np.array([np.append(r, spare), np.append(c, len(col_ids) + spare)], np.int32)
+        # Each row takes one edge: adding 1 to each changes nothing, but then no edge weighs 0.
         graph = coo_array((np.append(1 + weights[edges], np.ones(len(spare))), tuple(ends))).tocsr()
         _, partner = min_weight_full_bipartite_matching(graph, maximize=True)
         chosen.append(edges[partner[r] == c])
@@ -189,7 +171,7 @@ def _assign(rows: NDArray, cols: NDArray, weights: NDArray) -> NDArray:
 
 
 def _rival(ends: NDArray, weights: NDArray) -> NDArray:
-    """For each edge, the weight of the heaviest other edge at the same end, 0 where there is none."""
+    """The weight of the heaviest other edge at the same end of each edge, 0 where there is none."""
     best, second = np.zeros((2, ends.max(initial=0) + 1))
     np.maximum.at(best, ends, weights)
     top = weights == best[ends]
@@ -198,19 +180,22 @@ def _rival(ends: NDArray, weights: NDArray) -> NDArray:
     return np.where(alone, second[ends], best[ends])
 
 
-# ------------------------------------------------------- sums that add up over images, scores as their ratios
+# ----------------------------------------- sums that add up over images, scores as their ratios
 
 def _sums(table: Overlap, thresholds: tuple[float, ...]) -> NDArray:
-    """What the scores are ratios of, (9 + thresholds,); the first threshold is 0.5. Pooling is adding."""
+    """Sums (9 + thresholds,) whose ratios are the scores; the first threshold is 0.5.
+
+    Pooling is adding.
+    """
     rows, cols, counts, ious = table.rows, table.cols, table.counts, table.ious
     n_true, n_pred = len(table.truth_ids), len(table.pred_ids)
     area = table.truth_areas.sum() + table.pred_areas.sum()
     matches = [match(table, threshold=t) for t in thresholds]
-    # AJI+ maximises summed IoU; 2^-40 of the shared pixels decides ties, which the order of ids must not.
+    # AJI+ maximises summed IoU; 2^-40 of the shared pixels decides ties, not the order of ids.
     aji_overlap = counts[_assign(rows, cols, ious + counts * 2.0**-40)].sum()
     mma_overlap = counts[_assign(rows, cols, counts.astype(float))].sum()
-    covers = 2 * counts > table.truth_areas[rows]           # S covers more than half of R: at most one S
-    detects = np.bincount(cols[covers], minlength=n_pred)   # (S,) true cells that each prediction detects
+    covers = 2 * counts > table.truth_areas[rows]         # at most one S covers more than half of R
+    detects = np.bincount(cols[covers], minlength=n_pred)  # (S,) true cells that each S detects
     splits = np.maximum(detects - 1, 0).sum()
     aogm = 5 * splits + 10 * (n_true - covers.sum()) + (detects == 0).sum()
     return np.array([n_true, n_pred, matches[0].ious.sum(), area, area - counts.sum(), aji_overlap,
@@ -218,8 +203,9 @@ def _sums(table: Overlap, thresholds: tuple[float, ...]) -> NDArray:
 
 
 def _ratios(sums: NDArray, thresholds: tuple[float, ...]) -> dict[str, NDArray]:
-    """Scores of one row of sums or of many at once: sums ([[runs,] rows,] 9 + thresholds) -> name: ([rows[, runs]])."""
-    n_true, n_pred, paired_iou, area, union, aji_overlap, mma_overlap, covered_iou, aogm = sums.T[:9]
+    """Scores of sums ([[runs,] rows,] 9 + thresholds), by name: ([rows[, runs]])."""
+    (n_true, n_pred, paired_iou, area, union, aji_overlap, mma_overlap, covered_iou,
+     aogm) = sums.T[:9]
     at = {t: rates(tp, n_pred - tp, n_true - tp) for t, tp in zip(thresholds, sums.T[9:])}
     tp, half, empty = sums.T[9], at[0.5], (n_true + n_pred == 0).astype(float)
     seg_score = _ratio(covered_iou, n_true, np.nan)
@@ -228,7 +214,8 @@ def _ratios(sums: NDArray, thresholds: tuple[float, ...]) -> dict[str, NDArray]:
             "precision": half.precision, "recall": half.recall, "F1": half.f1,
             "TP": tp, "FP": n_pred - tp, "FN": n_true - tp, "n_true": n_true, "n_pred": n_pred,
             "PQ": _ratio(paired_iou, (n_true + n_pred) / 2, empty), "RQ": half.f1,
-            "SQ": _ratio(paired_iou, tp, empty), "AJI": _ratio(aji_overlap, area - aji_overlap, empty),
+            "SQ": _ratio(paired_iou, tp, empty),
+            "AJI": _ratio(aji_overlap, area - aji_overlap, empty),
             "MMA": _ratio(mma_overlap, union, empty),
             "SEG": seg_score, "DET": det_score, "OP_CSB": (seg_score + det_score) / 2,
             "DSB": np.mean([at[t].average_precision for t in THRESHOLDS], axis=0),
@@ -239,25 +226,15 @@ def _ratios(sums: NDArray, thresholds: tuple[float, ...]) -> dict[str, NDArray]:
 def rates(tp: ArrayLike, fp: ArrayLike, fn: ArrayLike) -> Rates:
     """AP = tp / (tp + fp + fn), precision, recall and F1 from counts, element by element.
 
-    Parameters
-    ----------
-    tp, fp, fn : int or array
-        Of one image, or added up over a set for the pooled rates.
+    1 where all three counts are 0, otherwise 0 where a rate would divide by 0.
 
-    Returns
-    -------
-    Rates
-        1 where all three counts are 0, otherwise 0 where a rate would divide by 0.
-
-    Examples
-    --------
     >>> rates([6, 0, 0], [2, 3, 0], [0, 0, 0]).average_precision.tolist()
     [0.75, 0.0, 1.0]
     """
     tp, fp, fn = np.asarray(tp), np.asarray(fp), np.asarray(fn)
     empty = (tp + fp + fn == 0).astype(float)
-    return Rates(_ratio(tp, tp + fp + fn, empty), _ratio(tp, tp + fp, empty), _ratio(tp, tp + fn, empty),
-                 _ratio(2 * tp, 2 * tp + fp + fn, empty))
+    return Rates(_ratio(tp, tp + fp + fn, empty), _ratio(tp, tp + fp, empty),
+                 _ratio(tp, tp + fn, empty), _ratio(2 * tp, 2 * tp + fp + fn, empty))
 
 
 def _ratio(part: NDArray, whole: NDArray, otherwise: ArrayLike) -> NDArray:
@@ -266,58 +243,40 @@ def _ratio(part: NDArray, whole: NDArray, otherwise: ArrayLike) -> NDArray:
     return np.divide(part, whole, out=out, where=np.asarray(whole) > 0)
 
 
-# ------------------------------------------------------------------------------------- one image, one set
+# ------------------------------------------------------------------------------ one image, one set
 
 def scores(truth: Labels, pred: ArrayLike | None = None,
            thresholds: Iterable[float] = ()) -> dict[str, float]:
-    """Every score of one image.
+    """Every score of one image, as plain floats, counts as ints.
 
-    Parameters
-    ----------
-    truth, pred : label images, or an overlap table and None
-    thresholds : floats
-        Of AP@t, beside 0.5, 0.55 ... 0.95, which are always there.
+    AP@0.5 ... AP@0.95 and AP@t of further `thresholds`; at 0.5 precision, recall, F1, TP, FP, FN,
+    PQ, SQ, RQ, error_rate = (FP + FN) / n_true; n_true, n_pred, count_error = |n_pred - n_true|;
+    AJI (AJI+); MMA, paired for the largest overlap, shared pixels / pixels of any cell; SEG, DET,
+    OP_CSB; DSB, the mean AP over 0.5 ... 0.95 (Data Science Bowl 2018).
 
-    Returns
-    -------
-    dict
-        AP@0.5 ... AP@0.95; at 0.5 precision, recall, F1, TP, FP, FN, PQ, SQ, RQ, error_rate; n_true, n_pred,
-        AJI (AJI+), MMA, SEG, DET, OP_CSB, DSB, count_error. Plain floats, counts as ints.
-
-    Examples
-    --------
     >>> one = scores([[1, 1, 1, 1], [0, 0, 2, 2]], [[3, 3, 3, 0], [0, 0, 0, 0]])
-    >>> one["AP@0.75"], one["AP@0.8"], one["PQ"], one["FN"]
-    (0.5, 0.0, 0.5, 1)
+    >>> one["AP@0.75"], one["AP@0.8"], one["PQ"], one["FN"], one["MMA"], one["DSB"]
+    (0.5, 0.0, 0.5, 1, 0.5, 0.3)
     """
     thresholds = _with_standard(thresholds)
     return _plain(_ratios(_sums(_table(truth, pred), thresholds), thresholds))
 
 
 class SetScores(NamedTuple):
-    images: list[dict[str, float]]                   # `scores` of each image
-    mean: dict[str, float]                           # over the images on which the score is defined
-    pooled: dict[str, float]                         # cells and pixels of all images counted together
-    mean_interval: dict[str, tuple[float, float]]    # bootstrap over images
+    images: list[dict[str, float]]                 # `scores` of each image
+    mean: dict[str, float]                         # over the images on which the score is defined
+    pooled: dict[str, float]                       # cells and pixels of all images together
+    mean_interval: dict[str, tuple[float, float]]  # bootstrap over images
     pooled_interval: dict[str, tuple[float, float]]
 
 
-def set_scores(tables: Iterable[Overlap], thresholds: Iterable[float] = (), n: int = 1000, seed: int = 0,
-               level: float = 0.95) -> SetScores:
-    """Every score of a set: image by image, their mean, pooled, and bootstrap intervals over images of both.
+def set_scores(tables: Iterable[Overlap], thresholds: Iterable[float] = (), n: int = 1000,
+               seed: int = 0, level: float = 0.95) -> SetScores:
+    """Every score of a set: image by image, their mean, pooled, and bootstrap intervals of both.
 
-    SEG, DET and OP_CSB of a set are the pooled ones by definition; DSB and count_error are means over images
-    and not among the pooled; AP is reported both ways.
+    SEG, DET and OP_CSB of a set are the pooled ones by definition; DSB and count_error are means
+    over images and not among the pooled; AP is reported both ways. Options as in `bootstrap`.
 
-    Parameters
-    ----------
-    tables : iterable of Overlap
-        One per image; a generator is read once.
-    thresholds, n, seed, level
-        As in `scores` and `bootstrap`.
-
-    Examples
-    --------
     >>> both = set_scores([overlap([[1, 2]], [[1, 2]]), overlap([[1, 0]], [[0, 0]])])
     >>> both.mean["AP@0.5"], round(both.pooled["AP@0.5"], 3), both.mean_interval["AP@0.5"]
     (0.5, 0.667, (0.0, 1.0))
@@ -325,21 +284,12 @@ def set_scores(tables: Iterable[Overlap], thresholds: Iterable[float] = (), n: i
     return run_scores([tables], thresholds, n, seed, level)
 
 
-def run_scores(runs: Iterable[Iterable[Overlap]], thresholds: Iterable[float] = (), n: int = 1000, seed: int = 0,
-               level: float = 0.95) -> SetScores:
-    """set_scores of several runs on the same images, such as seeds: each score is the mean over runs.
+def run_scores(runs: Iterable[Iterable[Overlap]], thresholds: Iterable[float] = (), n: int = 1000,
+               seed: int = 0, level: float = 0.95) -> SetScores:
+    """set_scores of several runs on the same images, such as seeds: scores are means over runs.
 
     Intervals are over images: a resample that draws one draws what every run made of it.
 
-    Parameters
-    ----------
-    runs : iterable of iterables of Overlap
-        For each run the tables of all images, in the same order.
-    thresholds, n, seed, level
-        As in `scores` and `bootstrap`.
-
-    Examples
-    --------
     >>> right, half = overlap([[1, 2]], [[1, 2]]), overlap([[1, 2]], [[1, 0]])
     >>> run_scores([[right, half], [half, half]]).mean["AP@0.5"]
     0.625
@@ -349,19 +299,24 @@ def run_scores(runs: Iterable[Iterable[Overlap]], thresholds: Iterable[float] = 
     if not any(rows):
         raise ValueError("no image to score, expected at least one overlap table")
     if len({len(row) for row in rows}) > 1:
-        raise ValueError(f"{', '.join(str(len(row)) for row in rows)} images to score, expected as many of each run")
-    sums = np.array(rows)                                            # (runs, images, 9 + thresholds)
+        raise ValueError(f"{', '.join(str(len(row)) for row in rows)} images to score, "
+                         "expected as many of each run")
+    sums = np.array(rows)                                     # (runs, images, 9 + thresholds)
 
-    def over_runs(sums: NDArray) -> dict[str, NDArray]:              # (runs[, rows], 9 + thresholds) -> name: ([rows])
-        return {name: np.mean(values, axis=-1) for name, values in _ratios(sums, thresholds).items()}
-    columns = over_runs(sums)                                        # name: (images,)
-    images = [_plain({name: column[i] for name, column in columns.items()}) for i in range(sums.shape[1])]
+    def over_runs(sums: NDArray) -> dict[str, NDArray]:       # (runs[, rows], ...) -> ([rows])
+        return {name: np.mean(values, -1) for name, values in _ratios(sums, thresholds).items()}
+
+    columns = over_runs(sums)                                 # name: (images,)
+    images = [_plain({name: column[i] for name, column in columns.items()})
+              for i in range(sums.shape[1])]
     defined = {name: column[~np.isnan(column)] for name, column in columns.items()}
-    mean = {name: float(column.mean()) if len(column) else np.nan for name, column in defined.items()}
-    mean_interval = {name: bootstrap(column, n=n, seed=seed, level=level) for name, column in columns.items()}
-    # How often a resample draws an image, times the image's sums: all resamples of all pooled scores at once.
+    mean = {name: float(column.mean()) if len(column) else np.nan
+            for name, column in defined.items()}
+    mean_interval = {name: bootstrap(column, n=n, seed=seed, level=level)
+                     for name, column in columns.items()}
+    # How often a resample draws an image, times its sums: all resamples of all scores at once.
     share = np.full(len(images), 1 / len(images))
-    drawn = np.random.default_rng(seed).multinomial(len(images), share, n)  # (n, images)
+    drawn = np.random.default_rng(seed).multinomial(len(images), share, n)      # (n, images)
     pooled, resampled = _plain(over_runs(sums.sum(1))), over_runs(drawn @ sums)
     for name in ("DSB", "count_error"):
         del pooled[name]
@@ -371,23 +326,13 @@ def run_scores(runs: Iterable[Iterable[Overlap]], thresholds: Iterable[float] = 
 
 def bootstrap(values: ArrayLike, statistic: Callable = np.mean, n: int = 1000, seed: int = 0,
               level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of a statistic over images (Efron, 1979).
+    """Percentile bootstrap interval of a statistic over images (Efron, 1979): (low, high).
 
-    Parameters
-    ----------
-    values : (images,) or (images, ...)
-        One entry per image: a score, or the paired difference of two models. Images with a NaN are left out.
-    statistic : callable(resampled, axis=1)
-        From (n, images, ...) to (n,): np.mean, np.median, or a ratio of sums.
-    n, seed, level
-        Number of resamples, seed of the draw, coverage of the interval in (0, 1).
+    values : (images,) or (images, ...), a score or a paired difference of each; with a NaN it is
+        left out. NaN comes back where none is left.
+    statistic : callable(resampled, axis=1), from (n, images, ...) to (n,).
+    n, seed, level : number of resamples, seed of the draw, coverage in (0, 1).
 
-    Returns
-    -------
-    (low, high), NaN where nothing is defined
-
-    Examples
-    --------
     >>> bootstrap([0.5, 0.5, 0.5])
     (0.5, 0.5)
     >>> low, high = bootstrap(np.arange(101))
@@ -416,36 +361,27 @@ def _interval(resampled: NDArray, level: float) -> tuple[float, float]:
 
 
 def _plain(values: dict[str, NDArray]) -> dict[str, float]:
-    return {name: round(float(value)) if name in COUNTS else float(value) for name, value in values.items()}
+    return {name: round(float(value)) if name in COUNTS else float(value)
+            for name, value in values.items()}
 
 
 def _with_standard(thresholds: Iterable[float]) -> tuple[float, ...]:
-    """The ten of the DSB score, then the others; rounded, so that arange's 0.6000000000000001 is 0.6."""
+    """The ten of the DSB score, then the others, rounded: arange's 0.6000000000000001 is 0.6."""
     return (*THRESHOLDS, *sorted({round(float(t), 6) for t in thresholds} - set(THRESHOLDS)))
 
 
-# ------------------------------------------------------------------------------------ single scores by name
+# -------------------------------------------------------------------------- single scores by name
 
 def average_precision(truth: Labels, pred: ArrayLike | None = None,
                       thresholds: ArrayLike = THRESHOLDS) -> NDArray:
-    """AP(t) = tp / (tp + fp + fn) of one image at each threshold.
+    """AP(t) = tp / (tp + fp + fn) of one image at each threshold; a float for a single one.
 
-    Parameters
-    ----------
-    truth, pred : label images, or an overlap table and None
-    thresholds : float or floats in (0, 1]
-
-    Returns
-    -------
-    array, or float for one threshold
-
-    Examples
-    --------
-    >>> average_precision([[1, 1, 1, 1, 2]], [[1, 1, 1, 0, 2]], thresholds=[0.5, 0.75, 0.8]).round(3).tolist()
+    >>> average_precision([[1, 1, 1, 1, 2]], [[1, 1, 1, 0, 2]], [0.5, 0.75, 0.8]).round(3).tolist()
     [1.0, 1.0, 0.333]
     """
     table = _table(truth, pred)
-    tp, fp, fn = np.array([match(table, threshold=t)[:3] for t in np.ravel(thresholds)]).reshape(-1, 3).T
+    counts = [match(table, threshold=t)[:3] for t in np.ravel(thresholds)]
+    tp, fp, fn = np.array(counts).reshape(-1, 3).T
     return rates(tp, fp, fn).average_precision.reshape(np.shape(thresholds))[()]
 
 
@@ -458,8 +394,6 @@ class PanopticQuality(NamedTuple):
 def panoptic_quality(truth: Labels, pred: ArrayLike | None = None) -> PanopticQuality:
     """Summed IoU of the pairs at 0.5 / (tp + fp/2 + fn/2) (Kirillov et al., 2019, eq. 1-2).
 
-    Examples
-    --------
     >>> panoptic_quality([[1, 1, 1, 1, 2]], [[1, 1, 1, 0, 0]])
     PanopticQuality(pq=0.5, sq=0.75, rq=0.6666666666666666)
     """
@@ -468,88 +402,33 @@ def panoptic_quality(truth: Labels, pred: ArrayLike | None = None) -> PanopticQu
 
 
 def aji(truth: Labels, pred: ArrayLike | None = None) -> float:
-    """AJI+: paired for the largest summed IoU, shared pixels / (union of the pairs + areas of the unpaired).
+    """AJI+: paired for the largest summed IoU, shared px / (px of the pairs + px of the unpaired).
 
-    Examples
-    --------
     >>> aji([[1, 1, 1, 1, 2]], [[5, 5, 5, 0, 0]])
     0.6
     """
     return scores(truth, pred)["AJI"]
 
 
-def mma(truth: Labels, pred: ArrayLike | None = None) -> float:
-    """Paired for the largest total overlap, shared pixels / pixels of any cell (DINOCell, 2026).
-
-    Examples
-    --------
-    >>> mma([[1, 1, 1, 1]], [[2, 2, 2, 3]])
-    0.75
-    """
-    return scores(truth, pred)["MMA"]
-
-
-def dsb_score(truth: Labels, pred: ArrayLike | None = None) -> float:
-    """Mean of AP over 0.50, 0.55 ... 0.95; of a set, `set_scores(...).mean["DSB"]` (Data Science Bowl 2018).
-
-    Examples
-    --------
-    >>> round(dsb_score([[1, 1, 1, 1]], [[1, 1, 1, 0]]), 3)
-    0.6
-    """
-    return scores(truth, pred)["DSB"]
-
-
-def error_rate(truth: Labels, pred: ArrayLike | None = None) -> float:
-    """(FP + FN) / true cells at 0.5; may exceed 1, NaN without a true cell.
-
-    Examples
-    --------
-    >>> error_rate([[1, 0, 2, 0]], [[1, 3, 0, 0]])
-    1.0
-    """
-    return scores(truth, pred)["error_rate"]
-
-
-def count_error(truth: Labels, pred: ArrayLike | None = None) -> int:
-    """|predicted - true| number of cells; of a set, `set_scores(...).mean["count_error"]`.
-
-    Examples
-    --------
-    >>> count_error([[1, 0, 2, 0]], [[1, 0, 0, 0]])
-    1
-    """
-    return scores(truth, pred)["count_error"]
-
-
 def seg(truths: Iterable, preds: Iterable | None = None) -> float:
-    """SEG of the Cell Tracking Challenge: the mean, over all true cells of all frames, of the IoU with the
-    prediction that covers more than half of the cell, 0 where there is none.
+    """SEG of the Cell Tracking Challenge, over all true cells of all frames.
 
-    Parameters
-    ----------
-    truths, preds : lists of label images, or a list of overlap tables and None
-        The frames of a set; one image or one table is a set of one frame.
+    The mean IoU with the prediction that covers more than half of the cell, 0 where there is none;
+    NaN without true cells. truths, preds : label images of the frames, or overlap tables and None;
+    a single image or table is a set of one frame.
 
-    Returns
-    -------
-    float
-        NaN without a true cell.
-
-    Examples
-    --------
-    >>> seg([[[1, 1, 1, 1]], [[1, 1, 0, 2]]], [[[9, 9, 9, 0]], [[4, 0, 0, 2]]])  # 3/4, exactly half: 0, 1
+    >>> seg([[[1, 1, 1, 1]], [[1, 1, 0, 2]]], [[[9, 9, 9, 0]], [[4, 0, 0, 2]]])  # 3/4, half: 0, 1
     0.5833333333333334
     """
     return _frames(truths, preds)["SEG"]
 
 
 def det(truths: Iterable, preds: Iterable | None = None) -> float:
-    """DET of the Cell Tracking Challenge: 1 - min(AOGM-D, 10 R) / 10 R with AOGM-D = 5 NS + 10 FN + 1 FP over
-    all frames (Matula et al., 2015); a prediction that detects k > 1 true cells adds k - 1 to NS.
+    """DET of the Cell Tracking Challenge: 1 - min(AOGM-D, 10 R) / 10 R over all frames.
 
-    Examples
-    --------
+    AOGM-D = 5 NS + 10 FN + 1 FP (Matula et al., 2015); a prediction that detects k > 1 true cells
+    adds k - 1 to NS.
+
     >>> det([[[1, 1, 2, 2]]], [[[7, 7, 7, 7]]])  # merged: one split is missing, 1 - 5 / 20
     0.75
     """
@@ -559,8 +438,6 @@ def det(truths: Iterable, preds: Iterable | None = None) -> float:
 def op_csb(truths: Iterable, preds: Iterable | None = None) -> float:
     """(SEG + DET) / 2, of the pooled values.
 
-    Examples
-    --------
     >>> op_csb([[[1, 1, 2, 2]]], [[[7, 7, 7, 7]]])  # SEG (1/2 + 1/2) / 2, DET 3/4
     0.625
     """
@@ -573,7 +450,8 @@ def _frames(truths: Iterable, preds: Iterable | None) -> dict[str, float]:
     truths = list(truths)
     preds = [None] * len(truths) if preds is None else list(preds)
     if len(truths) != len(preds):
-        raise ValueError(f"{len(truths)} frames of truth, {len(preds)} of prediction, expected as many")
+        raise ValueError(f"{len(truths)} frames of truth, {len(preds)} of prediction, "
+                         "expected as many")
     total = np.zeros(9 + len(THRESHOLDS))
     for truth, pred in zip(truths, preds):
         total += _sums(_table(truth, pred), THRESHOLDS)
@@ -606,8 +484,6 @@ def channel_consistency(features: ArrayLike) -> ChannelConsistency:
     -------
     ChannelConsistency
 
-    Examples
-    --------
     >>> fields = np.eye(3)[:, None].repeat(2, axis=1)  # (3, 2, 3): each field its own axis, in both channels
     >>> result = channel_consistency(fields)
     >>> result.consistency, result.control, result.retrieval

@@ -208,7 +208,7 @@ class Interval(NamedTuple):
 
 
 def forest(intervals: Sequence[Interval], styles: dict[str, Style], label: str) -> str:
-    """Values with their intervals: a row for each name, in it a line for each series; 0 is marked."""
+    """Values with their intervals: a row for each name, a line for each series; 0 is marked."""
     rows, series = list(dict.fromkeys(each.row for each in intervals)), list(styles)
     ends = [end for each in intervals for end in (each.low, each.value, each.high)]
     frame = Frame([0, *ends], (), label, rows=rows, width=1120,
@@ -454,7 +454,8 @@ section { border-top: 2px solid var(--ink); padding-top: 14px; margin-top: 40px;
 table { border-collapse: collapse; width: 100%; font-size: 14px;
         font-variant-numeric: tabular-nums; }
 th { font-weight: 600; font-size: 12.5px; color: var(--soft); text-align: right;
-     vertical-align: bottom; border-bottom: 1px solid var(--ink); padding: 4px 8px; white-space: nowrap; }
+     vertical-align: bottom; border-bottom: 1px solid var(--ink); padding: 4px 8px;
+     white-space: nowrap; }
 td { text-align: right; vertical-align: top; border-bottom: 1px solid var(--rule); padding: 6px 8px;
      white-space: nowrap; }
 .word { text-align: left; min-width: 16ch; white-space: normal; }

@@ -1,18 +1,16 @@
-"""Measuring models, and label images of any other program, on labelled sets; what is done is not done again.
+"""Models, and label images of any other program, measured on labelled sets.
 
-    place = DataSet("nuclei", "nuclei_fluo_dsb2018/test")
-    found = examples(place, root="../shared/data")
-    network = Network(Model("tiny", weights="final_models/dinocell_tiny.pt"))
-    result = measured("tiny", place, found, network, folder)     # folder/NAME_pred.tif, folder/metrics.json
-    result.scores.mean["AP@0.5"], intervals(result.scores), differences(place, first, result)
+    nuclei = LabelledSet(DataSet("nuclei", "nuclei_fluo_dsb2018/test"), root="../shared/data")
+    network = NetworkLabels("final_models/dinocell_tiny.pt")
+    result = measure_model("tiny", nuclei, network, folder)      # NAME_pred.tif, metrics.json
+    result.scores.mean["AP@0.5"], intervals(result.scores), differences(nuclei, first, result)
 
-Beside everything kept lies what it was made from: the hash of the weights, of the image, and every option.
+Beside every file that is written lies what it was made from: the hashes of weights and image, and
+every option. As long as these are the same it is read, not made again.
 """
 from __future__ import annotations
 
 import copy
-import csv
-import hashlib
 import json
 import math
 import re
@@ -21,89 +19,125 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from glob import glob
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+import report
 import runs
+from report import shown
 
-ENOUGH = 10          # images, for an interval
+with runs.lazy():                       # evaluate.py --help does not wait for these
+    import torch
+    import tqdm
+
+    import data
+    import metrics
+    import model as networks
+    import overlay
+    import segment
+    import watershed
+
+ENOUGH = 10                             # images, for an interval
 POOLED = ("precision", "recall", "F1", "TP", "FP", "FN", "n_true", "n_pred", "SEG", "DET", "OP_CSB",
           "error_rate")
-READ = ("AP@0.5", "AP@0.75", "AP@0.9", "F1", "PQ", "AJI", "SEG", "DET", "OP_CSB")      # on the page
-COMPARED = (*READ, "DSB", "MMA")                                                       # between models
-CEILING = "ceiling"  # the row of the encoding itself
-LABELS = re.compile(r"_(pred|labels?|cp_masks|masks?|nuclei|cells)$")                  # ends of label files
-FILES = (".tif", ".tiff", ".npy", ".png")                                              # of labels
+PAGE_SCORES = ("AP@0.5", "AP@0.75", "AP@0.9", "F1", "PQ", "AJI", "SEG", "DET", "OP_CSB")
+COMPARED = (*PAGE_SCORES, "DSB", "MMA")           # between models
+BRIEF = ("AP@0.5", "AP@0.75", "AP@0.9")           # in the short table
+CEILING = "ceiling"                               # name of the row of the encoding
+LABEL_SUFFIXES = (".tif", ".tiff", ".npy", ".png")
+LABEL_ENDS = re.compile(r"_(pred|labels?|cp_masks|masks?|nuclei|cells)$")
 
 
-# ------------------------------------------------------------------------------------ what one may ask for
+# ------------------------------------------------------------------------------------ configuration
 
 @dataclass(frozen=True)
 class Model:
     name: str                               # its folder and row
-    weights: str | None = None              # file of this project
-    labels: str | None = None               # or a folder of label images of any other program, or SET/ in it
+    weights: str | None = None              # file of this project; with *: several seeds
+    labels: str | None = None               # or a folder of label images, or SET/ in it
     note: str = ""                          # printed beside the name; why, if it was not run
-    seeds_of: str | None = None             # runs that differ in their seed alone: in documents the mean of all stands so
-    optional: bool = False                  # files that are not there make a row "not run", and no error
-    peak: float | None = None               # null: the weights' own
-    fill: float | None = None               # null: the weights' own
-    min_area: int | None = None             # px; null: the weights' own
-    tile: int | None = None                 # px; null: as trained
-    overlap: int | None = None              # px; null: a cell's width, from an eighth to half of the tile
-    scale: float = 1.0                      # network px per image px, on top of the set's diameter
-
-    @property
-    def row(self) -> str:
-        """What documents call it."""
-        return self.seeds_of or self.name
+    optional: bool = False                  # missing files make a row "not run", and no error
+    peak: runs.Distance | None = None       # thresholds of the watershed; null: the weights' own
+    fill: runs.Distance | None = None       # null: the weights' own
+    depth: runs.NotNegative | None = None   # null: the weights' own
+    smooth: runs.NotNegative | None = None  # px of the network; null: the weights' own
+    shape: runs.NotNegative | None = None   # per px of the network; null: the weights' own
+    min_area: runs.Whole | None = None      # px; null: the weights' own
+    tile: runs.Count | None = None          # px; null: as trained
+    overlap: runs.Whole | None = None       # px; null: a cell's diameter
+    scale: runs.Positive = 1.0              # network px per image px, on top of the set's diameter
 
     def __post_init__(self):
         check_name(self.name)
-        check_name(self.row)
-        if CEILING in (self.name, self.seeds_of):
-            raise ValueError(f"model '{CEILING}': the row of the encoding is called so; choose another name")
+        if self.name == CEILING:
+            raise ValueError(f"model '{CEILING}': the encoding's row has this name; choose another")
         if self.weights and self.labels:
             raise ValueError(f"model '{self.name}' has weights and labels; give one of the two")
         if not (self.weights or self.labels or self.note):
-            raise ValueError(f"model '{self.name}' has neither weights nor labels; give one, or a note that "
-                             "says why it was not run")
-        if not self.scale > 0:
-            raise ValueError(f"model '{self.name}' has scale={self.scale:g}, expected more than 0")
+            raise ValueError(f"model '{self.name}' has neither weights nor labels; give one, or a "
+                             "note that says why it was not run")
 
 
 @dataclass(frozen=True)
 class DataSet:
     name: str                               # its folder and row
-    path: str                               # labelled images as data.examples reads them, within root
-    channels: tuple[str, ...] | None = None  # names or numbers from 1, up to three that are seen; null: all
+    path: str                               # labelled images (data.examples), within root
+    channels: tuple[str, ...] | None = None  # up to three names or numbers from 1; null: all
     labels: str | None = None               # nuclei or cells, where an image has both
     match: str | None = None                # regular expression on names; others are left out
-    diameter: float | None = None           # px, how wide cells are here, to scale as trained; null: as is
-    manifest: str | None = None             # CSV or TSV with a row per image, within root: group, where
-    group: str | None = None                # its column; without manifest, a regular expression on names
-    where: str | None = None                # COLUMN=REGEX: only images whose row of the manifest fits
-    limit: int | None = None                # only the first so many images
+    diameter: runs.Positive | None = None   # px, of its cells, to scale as trained; null: as is
+    manifest: str | None = None             # CSV or TSV within root with a row per image
+    group: str | None = None                # its column; without it, a regular expression on names
+    where: str | None = None                # COLUMN=REGEX: only images whose row fits
+    limit: runs.Count | None = None         # only the first so many images
     note: str = ""                          # printed with it: trained on, never seen
 
     def __post_init__(self):
         check_name(self.name)
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"set '{self.name}' has limit={self.limit}, expected 1 or more")
         if self.where is not None and ("=" not in self.where or self.manifest is None):
-            raise ValueError(f"set '{self.name}' has where: {self.where}; expected COLUMN=REGEX, and the "
-                             "manifest that has the column")
+            raise ValueError(f"set '{self.name}' has where: {self.where}; expected COLUMN=REGEX, "
+                             "and the manifest that has the column")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    cap: tuple[runs.Positive | None, ...] = (None, 2.0, 4.0, 8.0)  # px; null: none; []: no ceiling
+    peak: tuple[runs.Distance, ...] = (0.47, 0.6)  # thresholds of the watershed (watershed.Setting)
+    fill: tuple[runs.Distance, ...] = (0.09, 0.2, 0.3)
+    depth: tuple[runs.NotNegative, ...] = (0.0,)
+    smooth: tuple[runs.NotNegative, ...] = (0.0,)  # px
+    shape: tuple[runs.NotNegative, ...] = (0.0,)  # per px
+    min_area: tuple[runs.Whole, ...] = (0,)  # px
+
+    def __post_init__(self):
+        thresholds(self)
+
+
+def thresholds(grid: Any) -> list[dict]:
+    """Each combination of the six thresholds that a configuration lists, with fill <= peak."""
+    names = ("peak", "fill", "depth", "smooth", "shape", "min_area")
+    if empty := [name for name in names if not getattr(grid, name)]:
+        raise ValueError(f"{empty[0]}: expected one value or more")
+    lists = [getattr(grid, name) for name in names]
+    found = [dict(zip(names, values)) for values in product(*lists)
+             if None in values[:2] or values[1] <= values[0]]
+    if not found:
+        raise ValueError(f"peak={list(grid.peak)}, fill={list(grid.fill)}: no pair with "
+                         "fill <= peak")
+    return found
 
 
 def check_name(name: str) -> None:
     if not re.fullmatch(r"[\w+-][\w.+-]*", name):
-        raise ValueError(f"name '{name}': it becomes a folder; expected letters, digits and _ . + -")
+        raise ValueError(f"name '{name}': it becomes a folder; expected letters, digits, _ . + -")
 
 
-def check_distinct(what: str, names: list[str]) -> None:
+def check_distinct(what: str, names: Sequence[str]) -> None:
     if not names:
         raise ValueError(f"no {what}; give at least one")
     if twice := [name for name in names if names.count(name) > 1]:
@@ -115,7 +149,7 @@ def check_scores(*names: str) -> None:
         raise ValueError(f"score '{unknown[0]}', expected one of {', '.join(COMPARED)}")
 
 
-# --------------------------------------------------------------------------------------- images of a set
+# ---------------------------------------------------------------------------------- images of a set
 
 class Item(NamedTuple):
     name: str
@@ -124,294 +158,144 @@ class Item(NamedTuple):
     digest: str                             # of the pixels: the content, in whatever file
 
 
-def examples(place: DataSet, root: str) -> list:
-    """data.Example of each image of the set; nothing is decoded yet."""
-    import data
-    found = data.examples(Path(root) / place.path, place.channels, place.match, place.labels)
-    if place.where is not None:
-        column, _, pattern = place.where.partition("=")
-        said = manifested(place, root, found, column)
-        if unlisted := [example.name for example in found if plain(example.name) not in said]:
-            raise ValueError(f"{Path(root) / place.manifest}: no row for {unlisted[0]} of set "
-                             f"'{place.name}', of which {place.where} cannot be told")
-        fits = expression(place, "where", pattern).search
-        if not (found := [example for example in found if fits(said[plain(example.name)])]):
-            values = ", ".join(sorted(set(said.values())))
-            raise ValueError(f"set '{place.name}': no image with {place.where}; it has {values}")
-    check_distinct(f"image in set {place.name}", [plain(example.name) for example in found[:place.limit]])
-    return found[:place.limit]
+class LabelledSet:
+    """The images of a DataSet; each is read when it is needed."""
+
+    def __init__(self, config: DataSet, root: str):
+        self.config, self.name, self.note = config, config.name, config.note
+        self.root = Path(root)
+        self.examples = data.examples(self.root / config.path, config.channels, config.match,
+                                      config.labels)
+        if config.where is not None:
+            self.examples = self._where(*config.where.split("=", 1))
+        self.examples = self.examples[:config.limit]
+        check_distinct(f"image in set {self.name}", [safe_name(e.name) for e in self.examples])
+        self.groups = self._groups() if config.group else {}      # image -> its group
+
+    def items(self, what: str) -> Iterator[Item]:
+        """One image after the other, with a bar."""
+        for example in progress(self.examples, f"{what} on {self.name}"):
+            name, pixels = f"{self.name}/{example.name}", example.image().pixels
+            truth = example.labels()
+            if pixels.shape[1:] != truth.shape:
+                raise ValueError(f"{name}: image of {pixels.shape[1:]} px, labels of {truth.shape}")
+            if len(pixels) > 3:
+                raise ValueError(f"{name}: {len(pixels)} channels; choose up to three that the "
+                                 "network sees, such as channels: [1, 2]")
+            yield Item(safe_name(example.name), pixels, truth, runs.digest(pixels))
+
+    def _where(self, column: str, pattern: str) -> list:
+        values, fits = self._column(column), self._expression("where", pattern).search
+        if unlisted := [e.name for e in self.examples if safe_name(e.name) not in values]:
+            raise ValueError(f"{self.root / self.config.manifest}: no row for {unlisted[0]} of set "
+                             f"'{self.name}', so that {self.config.where} cannot be decided")
+        found = [e for e in self.examples if fits(values[safe_name(e.name)])]
+        if not found:
+            raise ValueError(f"set '{self.name}': no image with {self.config.where}; it has "
+                             f"{', '.join(sorted(set(values.values())))}")
+        return found
+
+    def _groups(self) -> dict[str, str]:
+        """Image -> its group: a column of the manifest, or what is found in the name."""
+        if self.config.manifest:
+            groups = self._column(self.config.group)
+        else:
+            pattern = self._expression("group", self.config.group,
+                                       "; to mean a column, give its manifest")
+            hits = {safe_name(e.name): pattern.search(e.name) for e in self.examples}
+            groups = {name: hit[1 if pattern.groups else 0] for name, hit in hits.items() if hit}
+        if not groups:
+            raise ValueError(f"set '{self.name}': group '{self.config.group}' fits none of its "
+                             f"{len(self.examples)} images, such as {self.examples[0].name}")
+        return groups
+
+    def _expression(self, key: str, text: str, advice: str = "") -> re.Pattern:
+        try:
+            return re.compile(text)
+        except re.error as error:
+            raise ValueError(f"set '{self.name}': {key} '{text}' is no regular expression ({error})"
+                             f"{advice}") from None
+
+    def _column(self, column: str) -> dict[str, str]:
+        """Image -> its value in a column of the manifest; images without a row are left out.
+
+        A row names an image by the end of its path, with or without suffix, or by its stem alone.
+        """
+        path = self.root / self.config.manifest
+        rows = runs.read_table(path, [column], f"it is the manifest of set '{self.name}'")
+        names = list(rows[0]) if rows else []
+        image = next((name for name in ("image", "file", "filename", "name", *names)
+                      if name in names), "")
+        by_name: dict[str, list[dict]] = {}
+        by_stem: dict[str, list[dict]] = {}
+        for row in rows:
+            by_name.setdefault(row[image], []).append(row)
+            by_stem.setdefault(Path(row[image]).stem, []).append(row)
+        values = {}
+        for example in self.examples:
+            files = [Path(example.name), *map(Path, example.files)]
+            ends = sorted({end for file in files for end in ends_of(file)}, key=len, reverse=True)
+            stems = dict.fromkeys([files[0].name, *(file.stem for file in files[1:])])
+            fits = next((by_name[end] for end in ends if "/" in end and end in by_name), None) or [
+                row for stem in stems for row in by_stem.get(stem, ())]
+            if len({row[column] for row in fits}) > 1:
+                raise ValueError(f"{path}: {len(fits)} rows may be that of {example.name} "
+                                 f"({runs.listed([row[image] for row in fits], 3)}) and differ in "
+                                 f"'{column}'; write names with their folders")
+            if fits:
+                values[safe_name(example.name)] = fits[0][column] or "-"
+        return values
 
 
-def items(found: list, place: DataSet, what: str) -> Iterator[Item]:
-    """One image after the other, with a bar."""
-    for example in progress(found, f"{what} on {place.name}"):
-        pixels, truth = example.image().pixels, example.labels()
-        if pixels.shape[1:] != truth.shape:
-            raise ValueError(f"{place.name}/{example.name}: image of {pixels.shape[1:]} px, labels of "
-                             f"{truth.shape}")
-        if len(pixels) > 3:
-            raise ValueError(f"{place.name}/{example.name}: {len(pixels)} channels; choose up to three that "
-                             "the network sees, such as channels: [1, 2]")
-        yield Item(plain(example.name), pixels, truth, digest(pixels))
+def ends_of(file: Path) -> Iterator[str]:
+    """The path with fewer and fewer folders in front, with the suffix and without."""
+    for parts in (file.parts, file.with_suffix("").parts):
+        yield from ("/".join(parts[start:]) for start in range(len(parts)))
 
 
 def progress(things: Iterable, what: str) -> Iterable:
-    from tqdm import tqdm
-    return tqdm(things, what, delay=1, file=sys.stderr, leave=False)
+    return tqdm.tqdm(things, what, delay=1, file=sys.stderr, leave=False)
 
 
-def plain(name: str) -> str:
+def safe_name(name: str) -> str:
     """A name that comes from data, as a file name that reaches no other folder."""
     return re.sub(r"[^\w.+-]", "_", name).lstrip(".") or "_"
 
 
-def grouped(place: DataSet, root: str, found: list) -> dict[str, str]:
-    """Image -> its group: a column of the manifest, or what a regular expression finds in the name."""
-    if place.group is None:
-        return {}
-    if place.manifest:
-        groups = manifested(place, root, found, place.group)
-    else:
-        pattern = expression(place, "group", place.group, "; to mean a column, give its manifest")
-        hits = {plain(example.name): pattern.search(example.name) for example in found}
-        groups = {name: hit[1 if pattern.groups else 0] for name, hit in hits.items() if hit}
-    if not groups:
-        raise ValueError(f"set '{place.name}': group '{place.group}' fits none of its {len(found)} images, "
-                         f"such as {found[0].name}")
-    return groups
+# ------------------------------------------------------------------------------ what is done before
 
-
-def expression(place: DataSet, key: str, text: str, more: str = "") -> re.Pattern:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise ValueError(f"set '{place.name}': {key} '{text}' is no regular expression ({error}){more}"
-                         ) from None
-
-
-def manifested(place: DataSet, root: str, found: list, column: str) -> dict[str, str]:
-    """Image -> what a column of the manifest says of it; those without a row are left out."""
-    path = Path(root) / place.manifest
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter="," if path.suffix.lower() == ".csv" else "\t")
-            table, columns = list(reader), reader.fieldnames or []
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: no table of text ({error}); expected CSV or TSV") from None
-    if column not in columns:
-        raise ValueError(f"{path}: no column '{column}' for set '{place.name}'; it has {', '.join(columns)}")
-    image = next((name for name in ("image", "file", "filename", "name") if name in columns), columns[0])
-    by_stem: dict[str, list[dict]] = {}
-    for line in table:
-        by_stem.setdefault(Path(line[image] or "").stem, []).append(line)
-    said = {}
-    for example in found:                   # of several rows with its stem, the one with its folders too
-        files = [Path(file) for file in example.files]
-        stems = dict.fromkeys([example.name.rpartition("/")[2], *(file.stem for file in files)])
-        fits = [line for stem in stems for line in by_stem.get(stem, ())]
-        names = [f"/{name}" for name in (example.name, *(way.as_posix() for file in files for way in (file, file.with_suffix(""))))]
-        whole = [line for line in fits if any(name.endswith(f"/{line[image]}") for name in names)]
-        fits = [line for line in whole if len(line[image]) == max(len(other[image]) for other in whole)] or fits
-        if len({line[column] for line in fits}) > 1:
-            raise ValueError(f"{path}: {len(fits)} rows may be that of {example.name} ({', '.join(line[image] for line in fits[:3])}) "
-                             f"and differ in '{column}'; write names with their folders")
-        if fits:
-            said[plain(example.name)] = fits[0][column] or "-"
-    return said
-
-
-# -------------------------------------------------------------------------------------------- what is kept
-
-def digest(content: np.ndarray | Path) -> str:
-    """Hash of an array, or of a file."""
-    if isinstance(content, Path):
-        return hashlib.sha256(content.read_bytes()).hexdigest()
-    head = f"{content.shape} {content.dtype.str} ".encode()
-    return hashlib.sha256(head + np.ascontiguousarray(content).tobytes()).hexdigest()
-
-
-def kept(path: Path, key: dict, make: Callable[[], Any]) -> Any:
-    """What make() gives, written as JSON beside its key, and read from there while the key is the same."""
-    before, key = recorded(path), json.loads(json.dumps(key))
-    if before["key"] == key:
-        return before["value"]
+def cached(path: Path, key: dict, make: Callable[[], Any]) -> Any:
+    """Return what make() gives, from the JSON file if that was written for the same key."""
+    record, key = read_record(path), json.loads(json.dumps(key))
+    if record["key"] == key:
+        return record["value"]
     value = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     runs.write_text(path, json.dumps({"key": key, "value": value}))
     return value
 
 
-def recorded(path: Path) -> dict:
-    """A record with its key; one that is not there or was damaged fits no key."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
-        record = None
-    return record if isinstance(record, dict) and "key" in record else {"key": None}
-
-
-# ------------------------------------------------------------------------------------ where labels come from
-
-class Network:
-    """Weights of this project. A file that is none is noticed here, before anything is measured."""
-    note = ""
-
-    def __init__(self, entry: Model, device: str = "auto", batch: int | None = None):
-        import model
-        self.path, self.device, self.batch = Path(entry.weights), device, batch
-        if not self.path.is_file():
-            raise FileNotFoundError(f"no weights at {self.path} for model '{entry.name}'; train with "
-                                    "train_seg.py, or say optional: true")
-        model.load(self.path)
-        self.digest = digest(self.path)
-        self.options = dict(peak=entry.peak, fill=entry.fill, min_area=entry.min_area, tile=entry.tile,
-                            overlap=entry.overlap, scale=entry.scale)
-
-    @cached_property
-    def net(self):
-        import model
-        return model.load(self.path).ready(runs.pick_device(self.device))
-
-    def with_options(self, **options) -> Network:
-        """The same network, read once, with other options."""
-        self.net
-        other = copy.copy(self)
-        other.options = {**self.options, **options}
-        return other
-
-    def key(self, item: Item, place: DataSet) -> dict:
-        return dict(weights=self.digest, image=item.digest, diameter=place.diameter, **self.options)
-
-    def labels(self, item: Item, place: DataSet) -> tuple[np.ndarray, float]:
-        net, start = self.net, time.perf_counter()
-        labels = segmented(item, place, net, batch=self.batch, **self.options)
-        return labels, time.perf_counter() - start
-
-
-def segmented(item: Item, place: DataSet, net, scale: float, **options) -> np.ndarray:
-    import segment
-    try:
-        zoom = None if scale == 1 else scale * (segment.zoom_for(place.diameter, net) if place.diameter else 1.0)
-        return segment.segment(item.pixels, net, diameter=place.diameter, zoom=zoom, **options)
-    except ValueError as error:             # segment knows no names
-        raise ValueError(f"{place.name}/{item.name}: {error}") from None
-
-
-class Peer:
-    """Label images that any other program wrote, found by the stem of their names."""
-    note = ""
-
-    def __init__(self, entry: Model, place: DataSet, found: list):
-        folder = Path(entry.labels)
-        folder = folder / place.name if (folder / place.name).is_dir() else folder
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder; expected label images of '{entry.name}'")
-        tails = Counter(example.name.rpartition("/")[2] for example in found)
-        names = {plain(tail): plain(full) for full in (example.name for example in found)
-                 for tail in (full, full.rpartition("/")[2]) if tail == full or tails[tail] == 1}
-        candidates: dict[str, list[Path]] = {}
-        for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() in FILES:
-                stem = plain(path.relative_to(folder).with_suffix("").as_posix())
-                if name := names.get(stem) or names.get(LABELS.sub("", stem)):
-                    candidates.setdefault(name, []).append(path)
-        self.files: dict[str, Path] = {}
-        for name, paths in candidates.items():                  # beside x_masks.tif, x.tif is but the image
-            paths = [path for path in paths if LABELS.search(path.stem)] or paths
-            if len(paths) > 1:
-                raise ValueError(f"{paths[0]}, {paths[1].name}: both may be the labels of {name}; keep one")
-            self.files[name] = paths[0]
-        if not self.files:
-            some = next(iter(names))
-            raise FileNotFoundError(f"{folder}: labels for none of the {len(found)} images of set "
-                                    f"'{place.name}', expected names such as {some}.tif or {some}_masks.png")
-
-    def key(self, item: Item, place: DataSet) -> dict | None:
-        file = self.files.get(item.name)
-        return file and dict(labels=digest(file))
-
-    def labels(self, item: Item, place: DataSet) -> tuple[np.ndarray, None]:
-        import data
-        file = self.files[item.name]
-        return same_size(data.read_labels(file), item, str(file)), None
-
-
-class Encoded:
-    """The truth, made a distance map and found again in it."""
-
-    def __init__(self, cap: float | None, peak: float, fill: float):
-        self.cap, self.options = cap, dict(peak=peak, fill=fill)
-        self.note = f"{f'cap {cap:g} px' if cap else 'no cap'}, peak {peak:g}, fill {fill:g}"
-
-    def key(self, item: Item, place: DataSet) -> dict:
-        return dict(truth=digest(item.truth), cap=self.cap, **self.options)
-
-    def labels(self, item: Item, place: DataSet) -> tuple[np.ndarray, None]:
-        from watershed import distance_map, watershed
-        return watershed(distance_map(item.truth, self.cap), **self.options), None
-
-
-# ------------------------------------------------------------------------------------------ a model on a set
-
-class Result(NamedTuple):
-    model: str
-    note: str                               # what its source says of itself
-    folder: Path                            # with the predictions
-    names: list[str]                        # of the images scored
-    tables: list                            # metrics.Overlap of each
-    scores: Any                             # metrics.SetScores
-    missing: list[str]                      # images that a peer has no labels for; they are left out
-    seconds: float | None                   # to segment them all; None: not by us
-
-
-def measured(model: str, place: DataSet, found: list, source: Network | Peer | Encoded, folder: Path,
-             overwrite: bool = False) -> Result:
-    """Every image predicted, unless that was done before, and scored; writes metrics.json too."""
-    import metrics
-    names, tables, missing, seconds = [], [], [], []
-    folder.mkdir(parents=True, exist_ok=True)
-    for item in items(found, place, model):
-        key = source.key(item, place)
-        if key is None:
-            missing.append(item.name)
-            continue
-        path = folder / f"{item.name}_pred.tif"
-        labels, took = predicted(path, key, lambda: source.labels(item, place), overwrite)
-        names.append(item.name)
-        tables.append(metrics.overlap(item.truth, same_size(labels, item, str(path))))
-        seconds.append(took)
-    if missing:
-        print(f"{model} on {place.name}: {len(missing)} of {len(found)} images have no labels and are left "
-              f"out: {', '.join(missing)}", file=sys.stderr)
-    total = None if None in seconds else round(sum(seconds), 3)
-    scores = metrics.set_scores(tables)
-    content = {"model": model, "set": place.name, "note": place.note, "n": len(names), "missing": missing,
-               "seconds": total, **headline(scores), "intervals": intervals(scores), "mean": scores.mean,
-               "pooled": scores.pooled, "images": dict(zip(names, scores.images))}
-    runs.write_text(folder / "metrics.json", json.dumps(without_nan(content), indent=1) + "\n")
-    return Result(model, source.note, folder, names, tables, scores, missing, total)
-
-
-def predicted(path: Path, key: dict, make: Callable, overwrite: bool) -> tuple[np.ndarray, float | None]:
-    """Labels and the seconds they took: from NAME_pred.tif if NAME_pred.json has this key, else made now."""
-    import data
+def load_or_predict(path: Path, key: dict, predict: Callable, overwrite: bool
+                    ) -> tuple[np.ndarray, float | None]:
+    """Labels and the seconds they took, from NAME_pred.tif if NAME_pred.json has the same key."""
     record, key = path.with_suffix(".json"), json.loads(json.dumps(key))
-    before = recorded(record)
+    before = read_record(record)
     if before["key"] == key and path.exists() and not overwrite:
         return data.read_labels(path), before["seconds"]
-    record.unlink(missing_ok=True)          # first: it must not vouch for labels it was not written for
-    labels, seconds = make()
+    record.unlink(missing_ok=True)          # first: it must not vouch for labels that come later
+    labels, seconds = predict()
     data.write_labels(path, labels)
     runs.write_text(record, json.dumps({"key": key, "seconds": seconds}))
     return labels, seconds
 
 
-def same_size(labels: np.ndarray, item: Item, where: str) -> np.ndarray:
-    """The labels, if they are of the image."""
-    if labels.shape != item.truth.shape:
-        raise ValueError(f"{where}: labels of {labels.shape} px, the image {item.name} has "
-                         f"{item.truth.shape}; expected the same size")
-    return labels
+def read_record(path: Path) -> dict:
+    """A record with its key; one that is missing or damaged fits no key."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+        record = None
+    return record if isinstance(record, dict) and "key" in record else {"key": None}
 
 
 def without_nan(value: Any) -> Any:
@@ -423,10 +307,235 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# -------------------------------------------------------------------------------------------------- numbers
+# --------------------------------------------------------------------------- where labels come from
+
+class NetworkLabels:
+    """Labels by weights of this project; a file that is none is noticed at once."""
+    note = ""
+
+    def __init__(self, path: str | Path, device: str = "auto", batch: int | None = None, **options):
+        self.path, self.device, self.batch = Path(path), device, batch
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no weights at {self.path}; train with train_seg.py, or say "
+                                    "optional: true")
+        trained = networks.load(self.path).settings.provenance.get("images", {}).get("train", {})
+        self.images = len(trained)          # labelled images it was trained on; 0: not known
+        self.digest = runs.digest(self.path)
+        self.options = {"scale": 1.0, **options}
+
+    @cached_property
+    def net(self):
+        return networks.load(self.path).ready(runs.pick_device(self.device))
+
+    def with_options(self, **options) -> NetworkLabels:
+        """The same network, read once, with other options."""
+        other = copy.copy(self)
+        other.net, other.options = self.net, {**self.options, **options}
+        return other
+
+    def key(self, item: Item, dataset: LabelledSet) -> dict:
+        return dict(weights=self.digest, image=item.digest, diameter=dataset.config.diameter,
+                    **self.options)
+
+    def labels(self, item: Item, dataset: LabelledSet) -> tuple[np.ndarray, float]:
+        net, start = self.net, time.perf_counter()
+        labels = segment_item(item, dataset, net, batch=self.batch, **self.options)
+        return labels, time.perf_counter() - start
+
+
+def segment_item(item: Item, dataset: LabelledSet, net, scale: float, **wanted) -> np.ndarray:
+    diameter = dataset.config.diameter
+    try:
+        zoom = segment.zoom_for(diameter, net) if diameter else 1.0
+        zoom = None if scale == 1 else scale * zoom
+        return segment.segment(item.pixels, net, diameter=diameter, zoom=zoom, **wanted)
+    except ValueError as error:             # segment knows no names
+        raise ValueError(f"{dataset.name}/{item.name}: {error}") from None
+
+
+class PeerLabels:
+    """Label images that any other program wrote, found by the stem of their names."""
+    note, images = "", 0
+
+    def __init__(self, model: Model, dataset: LabelledSet):
+        folder = Path(model.labels)
+        folder = folder / dataset.name if (folder / dataset.name).is_dir() else folder
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; expected label images of "
+                                    f"'{model.name}'")
+        examples = [example.name for example in dataset.examples]
+        tails = Counter(name.rpartition("/")[2] for name in examples)
+        names = {safe_name(tail): safe_name(name) for name in examples
+                 for tail in (name, name.rpartition("/")[2]) if tail == name or tails[tail] == 1}
+        candidates: dict[str, list[Path]] = {}
+        for path in sorted(folder.rglob("*")):
+            if path.suffix.lower() in LABEL_SUFFIXES:
+                stem = safe_name(path.relative_to(folder).with_suffix("").as_posix())
+                if name := names.get(stem) or names.get(LABEL_ENDS.sub("", stem)):
+                    candidates.setdefault(name, []).append(path)
+        self.files: dict[str, Path] = {}
+        for name, paths in candidates.items():              # beside x_masks.tif, x.tif is the image
+            paths = [path for path in paths if LABEL_ENDS.search(path.stem)] or paths
+            if len(paths) > 1:
+                raise ValueError(f"{paths[0]}, {paths[1].name}: both may be the labels of {name}; "
+                                 "keep one")
+            self.files[name] = paths[0]
+        if not self.files:
+            some = next(iter(names))
+            raise FileNotFoundError(f"{folder}: labels for none of the {len(examples)} images of "
+                                    f"set '{dataset.name}', expected names such as {some}.tif or "
+                                    f"{some}_masks.png")
+
+    def key(self, item: Item, dataset: LabelledSet) -> dict | None:
+        file = self.files.get(item.name)
+        return file and dict(labels=runs.digest(file))
+
+    def labels(self, item: Item, dataset: LabelledSet) -> tuple[np.ndarray, None]:
+        file = self.files[item.name]
+        return of_same_size(data.read_labels(file), item, file), None
+
+
+class EncodedLabels:
+    """The truth, made a distance map and found again in it: a row of encoding_rows()."""
+    images = 0
+
+    def __init__(self, row: dict):
+        self.cap = row["cap"]
+        self.setting = watershed.Setting(**{name: row[name] for name in watershed.Setting._fields})
+        changed = [f"{name} {value:g}" for name, value in self.setting._asdict().items() if value]
+        self.note = f"{f'cap {self.cap:g} px' if self.cap else 'no cap'}, {', '.join(changed)}"
+
+    def key(self, item: Item, dataset: LabelledSet) -> dict:
+        return dict(truth=runs.digest(item.truth), cap=self.cap, **self.setting._asdict())
+
+    def labels(self, item: Item, dataset: LabelledSet) -> tuple[np.ndarray, None]:
+        return watershed.flood(watershed.distance_map(item.truth, self.cap), self.setting), None
+
+
+def of_same_size(labels: np.ndarray, item: Item, where: Path) -> np.ndarray:
+    """The labels, if they are as large as the image."""
+    if labels.shape != item.truth.shape:
+        raise ValueError(f"{where}: labels of {labels.shape} px, the image {item.name} has "
+                         f"{item.truth.shape}; expected the same size")
+    return labels
+
+
+# ---------------------------------------------------------------------------------- rows of a table
+
+class Row(NamedTuple):
+    """A model in the tables, or several seeds of one."""
+    name: str
+    note: str
+    sources: dict[str, tuple]               # set -> a source of labels for each seed; none: not run
+    images: int = 0                         # labelled images it was trained on; 0: not known
+    curve: str = ""                         # the model whose other rows differ in that number
+
+
+def rows_of(model: Model, sets: Sequence[LabelledSet], device: str, batch: int | None) -> list[Row]:
+    """The row of a model; several, where its weights differ in the number of training images.
+
+    Files that are missing are an error, or `optional` a row without sources.
+    """
+    row, sources = Row(model.name, model.note, {}), {}
+    try:
+        if model.weights:
+            return network_rows(model, [dataset.name for dataset in sets], device, batch)
+        if model.labels:
+            for dataset in sets:
+                sources[dataset.name] = (PeerLabels(model, dataset),)
+    except FileNotFoundError as error:
+        if not model.optional:
+            raise
+        print(f"{model.name}: not run; {error}", file=sys.stderr)
+    return [row._replace(sources=sources)]
+
+
+def network_rows(model: Model, sets: Sequence[str], device: str, batch: int | None) -> list[Row]:
+    options = {name: getattr(model, name)
+               for name in (*watershed.Setting._fields, "tile", "overlap", "scale")}
+    several = any(letter in model.weights for letter in "*?[")
+    paths = sorted(glob(model.weights, recursive=True)) if several else [model.weights]
+    if not paths:
+        raise FileNotFoundError(f"no weights fit {model.weights}, of model '{model.name}'")
+    check_distinct("file of weights", [Path(path).stem for path in paths])
+    trained_on: dict[int, list[NetworkLabels]] = {}
+    for path in paths:
+        network = NetworkLabels(path, device, batch, **options)
+        trained_on.setdefault(network.images, []).append(network)
+    if len(trained_on) == 1:
+        (images, seeds), = trained_on.items()
+        return [Row(model.name, model.note, dict.fromkeys(sets, tuple(seeds)), images)]
+    return [Row(f"{model.name}_{images}", model.note, dict.fromkeys(sets, tuple(seeds)), images,
+                model.name) for images, seeds in sorted(trained_on.items())]
+
+
+class Result(NamedTuple):
+    """A model on a set."""
+    model: str
+    note: str                               # what its source says of itself
+    folder: Path                            # with the predictions
+    names: list[str]                        # of the images scored
+    tables: list                            # metrics.Overlap of each; [] of several seeds
+    scores: Any                             # metrics.SetScores
+    missing: list[str]                      # images that a peer has no labels for, left out
+    seconds: float | None                   # to segment them all; None: not by us
+    seeds: tuple[Result, ...] = ()          # that this is the mean of, if it is one
+
+    @property
+    def runs(self) -> tuple[Result, ...]:
+        return self.seeds or (self,)
+
+
+def measure_row(row: Row, dataset: LabelledSet, folder: Path, overwrite: bool) -> Result:
+    """Measure every seed of a row on a set, and take their mean."""
+    sources, folder = row.sources[dataset.name], folder / row.name
+    if len(sources) == 1:
+        return measure_model(row.name, dataset, sources[0], folder / dataset.name, overwrite)
+    return mean_of_seeds(row.name, [
+        measure_model(seed.path.stem, dataset, seed, folder / seed.path.stem / dataset.name,
+                      overwrite) for seed in sources])
+
+
+def measure_model(model: str, dataset: LabelledSet,
+                  source: NetworkLabels | PeerLabels | EncodedLabels, folder: Path,
+                  overwrite: bool = False) -> Result:
+    """Predict every image, unless that was done before, and score it; writes metrics.json too."""
+    names, tables, missing, seconds = [], [], [], []
+    folder.mkdir(parents=True, exist_ok=True)
+    for item in dataset.items(model):
+        key = source.key(item, dataset)
+        if key is None:
+            missing.append(item.name)
+            continue
+        path = folder / f"{item.name}_pred.tif"
+        labels, took = load_or_predict(path, key, partial(source.labels, item, dataset), overwrite)
+        names.append(item.name)
+        tables.append(metrics.overlap(item.truth, of_same_size(labels, item, path)))
+        seconds.append(took)
+    if missing:
+        print(f"{model} on {dataset.name}: {len(missing)} of {len(dataset.examples)} images have "
+              f"no labels and are left out: {', '.join(missing)}", file=sys.stderr)
+    total = None if None in seconds else round(sum(seconds), 3)
+    scores = metrics.set_scores(tables)
+    content = {"model": model, "set": dataset.name, "note": dataset.note, "n": len(names),
+               "missing": missing, "seconds": total, **headline(scores),
+               "intervals": intervals(scores), "mean": scores.mean, "pooled": scores.pooled,
+               "images": dict(zip(names, scores.images))}
+    runs.write_text(folder / "metrics.json", json.dumps(without_nan(content), indent=1) + "\n")
+    return Result(model, source.note, folder, names, tables, scores, missing, total)
+
+
+def mean_of_seeds(name: str, seeds: Sequence[Result]) -> Result:
+    """The mean of several seeds on the same images."""
+    scores = metrics.run_scores([seed.tables for seed in seeds])
+    return seeds[0]._replace(model=name, note=f"{len(seeds)} seeds", tables=[], scores=scores,
+                             seconds=None, seeds=tuple(seeds))
+
+
+# ------------------------------------------------------------------------------------------ numbers
 
 def headline(scores) -> dict[str, float]:
-    """One number for each score: the mean over images, or for those in POOLED that of all cells together."""
+    """One number for each score: the mean over images, or for those in POOLED that of all cells."""
     return {name: (scores.pooled if name in POOLED else scores.mean)[name] for name in scores.mean}
 
 
@@ -439,7 +548,7 @@ def intervals(scores) -> dict[str, tuple[float, float]]:
     return {name: ends for name, ends in found.items() if not math.isnan(ends[0])}
 
 
-def columns_of(scores) -> dict[str, Any]:
+def score_columns(scores) -> dict[str, Any]:
     """Every score, each with its interval behind it."""
     between, columns = intervals(scores), {}
     for name, value in headline(scores).items():
@@ -448,55 +557,442 @@ def columns_of(scores) -> dict[str, Any]:
     return columns
 
 
-def differences(place: DataSet, first: Result, other: Result) -> list[dict]:
-    """Other minus first on the images of both: the mean and its interval, or below ENOUGH image by image."""
-    import metrics
+def differences(dataset: LabelledSet, first: Result, other: Result) -> list[dict]:
+    """Other minus first on the images of both: mean and interval, or image by image if few."""
     theirs, ours = (dict(zip(result.names, result.scores.images)) for result in (first, other))
     both = [name for name in theirs if name in ours]
     rows = []
     for score in COMPARED:
         change = np.array([ours[name][score] - theirs[name][score] for name in both], float)
         defined = change[~np.isnan(change)]
-        line = {"set": place.name, "model": other.model, "against": first.model, "score": score}
+        row = {"set": dataset.name, "model": other.model, "against": first.model, "score": score}
         low, high = metrics.bootstrap(defined) if len(defined) >= ENOUGH else (None, None)
         mean = float(defined.mean()) if len(defined) else None
-        rows.append({**line, "image": "mean", "n": len(defined), "difference": mean, "low": low,
+        rows.append({**row, "image": "mean", "n": len(defined), "difference": mean, "low": low,
                      "high": high})
         if len(defined) < ENOUGH:
-            rows += [{**line, "image": name, "n": 1, "difference": float(d)} for name, d in zip(both, change)]
+            rows += [{**row, "image": name, "n": 1, "difference": float(value)}
+                     for name, value in zip(both, change)]
     return rows
 
 
-def seeds_joined(models: Sequence[Model], entries: Sequence[tuple[str, str]], results: dict[str, dict[str, Result]]
-                 ) -> tuple[list[tuple[str, str]], dict[str, dict[str, Result]]]:
-    """Entries (name, note) and {set: {name: Result}} with one result for all runs of one `seeds_of`: their mean."""
-    import metrics
-    called, joined = {m.name: m.row for m in models if m.seeds_of}, {}
-    for place, there in results.items():
-        members: dict[str, list[Result]] = {}
-        for name, result in there.items():
-            members.setdefault(called.get(name, name), []).append(result)
-        for name, found in members.items():
-            for other in found[1:]:
-                if other.names != found[0].names:
-                    unlike = sorted(set(other.names) ^ set(found[0].names))
-                    raise ValueError(f"{name} on {place}: {found[0].model} and {other.model} are seeds of one, but "
-                                     f"only one of them has {', '.join(unlike[:3])}{' ...' * (len(unlike) > 3)}; expected the same images of each")
-        joined[place] = {name: found[0] if name not in called.values() else found[0]._replace(
-            model=name, note=f"{len(found)} seed{'s' * (len(found) > 1)}", tables=[], seconds=None,
-            scores=metrics.run_scores([result.tables for result in found])) for name, found in members.items()}
-    notes: dict[str, str] = {}
-    for name, note in entries:
-        notes.setdefault(called.get(name, name), note)
-    return list(notes.items()), joined
-
-
-def group_rows(place: DataSet, results: list[Result], groups: dict[str, str]) -> list[dict]:
+def group_rows(dataset: LabelledSet, results: Iterable[Result]) -> list[dict]:
     """Scores of each group of images, model below model; images without a group stand under '-'."""
-    import metrics
-    members: dict[tuple[str, int], list] = {}
-    for number, result in enumerate(results if groups else ()):
-        for name, table in zip(result.names, result.tables):
-            members.setdefault((groups.get(name, "-"), number), []).append(table)
-    return [{"set": place.name, "group": group, "model": results[number].model, "n": len(tables),
-             **columns_of(metrics.set_scores(tables))} for (group, number), tables in sorted(members.items())]
+    rows, groups = [], dataset.groups
+    names = {groups.get(safe_name(example.name), "-") for example in dataset.examples}
+    for group, result in product(sorted(names) if groups else (), results):
+        tables = [[table for name, table in zip(seed.names, seed.tables)
+                   if groups.get(name, "-") == group] for seed in result.runs]
+        if tables[0]:
+            rows.append({"set": dataset.name, "group": group, "model": result.model,
+                         "n": len(tables[0]), **score_columns(metrics.run_scores(tables))})
+    return rows
+
+
+def model_rows(dataset: LabelledSet, rows: Sequence[Row], results: dict[str, Result]) -> list[dict]:
+    """The models on a set, seeds below their mean."""
+    found = []
+    for row in rows:
+        result = results.get(row.name)
+        if result is None:
+            found.append({"set": dataset.name, "model": row.name, "note": row.note, "n": "not run"})
+            continue
+        for number, one in enumerate((result, *result.seeds)):
+            found.append({"set": dataset.name, "model": row.name,
+                          "seed": one.model if number else None, "note": joined(row.note, one.note),
+                          "trained_on": row.images or None, "n": len(one.names),
+                          "missing": len(one.missing), "seconds": one.seconds,
+                          **score_columns(one.scores)})
+    return found
+
+
+# ----------------------------------------------------------------------- ceiling, sweep of settings
+
+def encoding_rows(dataset: LabelledSet, grid: Encoding, score: str, folder: Path) -> list[dict]:
+    """True labels, made distance maps and found again: a row of scores per setting, best first."""
+    settings = [{"cap": cap, **chosen} for cap, chosen in product(grid.cap, thresholds(grid))]
+
+    def measure() -> list[dict]:
+        tables: list[list] = [[] for _ in settings]
+        for example in progress(dataset.examples, f"{CEILING} of {dataset.name}"):
+            truth = example.labels()
+            maps = {cap: watershed.distance_map(truth, cap) for cap in grid.cap}
+            for own, chosen in zip(tables, settings):
+                setting = watershed.Setting(**{k: v for k, v in chosen.items() if k != "cap"})
+                own.append(metrics.overlap(truth, watershed.flood(maps[chosen["cap"]], setting)))
+        rows = [{**chosen, "n": len(own), **score_columns(metrics.set_scores(own))}
+                for chosen, own in zip(settings, tables)]
+        return without_nan(sorted(rows, key=lambda row: -row[score]))
+
+    key = dict(settings=settings, score=score,
+               truths=[runs.digest(example.labels()) for example in dataset.examples])
+    rows = cached(folder / CEILING / dataset.name / "encodings.json", key, measure)
+    return [{"set": dataset.name, **row} for row in rows]   # the content counts, not the name
+
+
+def ceiling_row(dataset: LabelledSet, grid: Encoding, score: str, folder: Path, **first: str
+                ) -> list[dict]:
+    """The best row of the encoding, to stand before the rows of a set; none without cap."""
+    if not grid.cap:
+        return []
+    best = encoding_rows(dataset, grid, score, folder)[0]
+    return [{"set": best["set"], **first, "n": best["n"], **best}]
+
+
+def sweep_image(item: Item, dataset: LabelledSet, network: NetworkLabels,
+                settings: Sequence[dict]) -> list[dict]:
+    """Scores of an image with each setting; the network runs once per tile, overlap and scale."""
+    views: dict[tuple, ReplayedNetwork] = {}
+    rows = []
+    for setting in settings:
+        view = setting["tile"], setting["overlap"], setting["scale"]
+        net = views.setdefault(view, ReplayedNetwork(network.net))
+        net.at = 0
+        labels = segment_item(item, dataset, net, batch=network.batch, **setting)
+        scores = metrics.scores(item.truth, labels)
+        rows.append({name: scores[name] for name in COMPARED})
+    return rows
+
+
+class ReplayedNetwork:
+    """A network that is asked for the same tiles in the same order again, and runs only once."""
+
+    def __init__(self, net):
+        self.net, self.tiles, self.at = net, [], 0
+
+    def __getattr__(self, name: str):                         # in all else it is the network
+        return getattr(self.net, name)
+
+    def __call__(self, x):                                    # (B, 3, T, T) -> (B, 1, T, T)
+        if self.at == len(self.tiles):
+            self.tiles += self.net(x)
+        self.at += len(x)
+        return torch.stack(self.tiles[self.at - len(x):self.at])
+
+
+def best_setting(rows: Sequence[dict], settings: Sequence[dict], score: str) -> dict:
+    """The setting with the highest score, a mean over the sets in rows; of equal ones the first."""
+    def mean(setting: dict) -> float:
+        value = mean_defined(row[score] for row in rows if setting.items() <= row.items())
+        return -math.inf if math.isnan(value) else value
+    return max(settings, key=mean)
+
+
+def mean_defined(values: Iterable[float]) -> float:
+    defined = [value for value in values if not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else math.nan
+
+
+# ------------------------------------------------------------ gating: cells left out of predictions
+
+class Prediction(NamedTuple):
+    name: str
+    table: Any                              # metrics.Overlap: R true cells, S predicted ones
+    marker: np.ndarray                      # (S,) mean intensity
+    cut: np.ndarray                         # (S,) bool, by the edge of the image
+    cut_true: np.ndarray                    # (R,) bool
+
+
+def read_prediction(item: Item, folder: Path) -> Prediction:
+    path = folder / f"{item.name}_pred.tif"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such prediction; run evaluate.py bench on this set, "
+                                "and give predictions=runs/EXPERIMENT/MODEL")
+    labels = of_same_size(data.read_labels(path), item, path)
+    table = metrics.overlap(item.truth, labels)
+    ids, cell = np.unique(labels, return_inverse=True)
+    cell = cell.ravel()
+    marker = (np.bincount(cell, item.pixels[0].ravel()) / np.bincount(cell))[ids > 0]
+    return Prediction(item.name, table, marker, np.isin(table.pred_ids, at_edge(labels)),
+                      np.isin(table.truth_ids, at_edge(item.truth)))
+
+
+def at_edge(labels: np.ndarray) -> np.ndarray:
+    """Ids that the edge of the image cuts."""
+    return np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+
+
+def gate(predictions: Sequence[Prediction], over: str, min_area: int, window: tuple[float, ...],
+         border: str) -> tuple[Result, int]:
+    """The scores without small cells, those outside the window of marker intensity, or cut ones.
+
+    over : set or image, among whose cells the percentiles of the window are. border : keep, drop
+    predicted cells at the edge, or both predicted and true ones. And how many cells are removed.
+    """
+    pooled, tables, removed = np.concatenate([one.marker for one in predictions]), [], 0
+    for one in predictions:
+        among = one.marker if over == "image" else pooled
+        low, high = np.percentile(among, window) if len(among) else (0, 0)
+        keep = (one.table.pred_areas >= min_area) & (one.marker >= low) & (one.marker <= high)
+        keep &= (border == "keep") | ~one.cut
+        removed += np.count_nonzero(~keep)
+        tables.append(erase(one.table, keep, (border != "both") | ~one.cut_true))
+    names = [one.name for one in predictions]
+    return Result("gated", "", Path(), names, tables, metrics.set_scores(tables), [], None), removed
+
+
+def erase(table, keep: np.ndarray, keep_true: np.ndarray):
+    """The table of overlaps without cells; keep (S,), keep_true (R,) or one for all."""
+    keep_true = np.broadcast_to(keep_true, table.truth_ids.shape)
+    pairs = keep_true[table.rows] & keep[table.cols]
+    return metrics.Overlap(
+        table.truth_ids[keep_true], table.pred_ids[keep],
+        table.truth_areas[keep_true], table.pred_areas[keep],
+        (np.cumsum(keep_true) - 1)[table.rows[pairs]], (np.cumsum(keep) - 1)[table.cols[pairs]],
+        table.counts[pairs])
+
+
+# ---------------------------------------------------------------------------------- bench as a page
+
+Results = dict[str, dict[str, Result]]      # set -> row -> result
+
+
+def bench_page(title: str, sets: Sequence[LabelledSet], rows: Sequence[Row], results: Results,
+               models: int, made: str) -> str:
+    """An overview, then for each set a table, charts, and pictures of the first `models` models."""
+    styles = report.styles([row.name for row in rows], CEILING)
+    cells = [[report.Cell(dataset.name, dataset.note), str(len(dataset.examples)),
+              *(score_cell(results[dataset.name].get(row.name), "AP@0.5") for row in rows)]
+             for dataset in sets]
+    overview = report.html_table(["set", "images", *(row.name for row in rows)], cells)
+    sections = [report.section("AP@0.5", "Mean over the images of each set.", overview)]
+    if any(row.curve for row in rows):
+        sections.append(efficiency_section(sets, rows, results))
+    for dataset in sets:
+        there = results[dataset.name]
+        measured = [result for name, result in there.items() if name != CEILING]
+        strips = [report.strip(text, [report.picture(*panel) for panel in panels])
+                  for text, panels in example_strips(dataset, measured[:models])]
+        sections.append(report.section(dataset.name, dataset.note, score_table(rows, there),
+                                       score_charts(there, styles), *strips))
+    note = ("AP, PQ and AJI are means over images; F1, SEG, DET and OP_CSB count the cells of all "
+            f"images together. Small: 95 % bootstrap intervals over images, from {ENOUGH} images "
+            "on. Bold: the best model. The ceiling is the score of true labels that went through "
+            "distance map and watershed.")
+    return report.page(title, note, sections, made)
+
+
+def score_cell(result: Result | None, name: str, best: float | None = None) -> report.Cell:
+    """A score with its interval, bold where it is the best."""
+    if result is None:
+        return report.Cell("-")
+    value, ends = headline(result.scores)[name], intervals(result.scores).get(name, ())
+    return report.Cell(shown(value, 3), "–".join(shown(end, 3) for end in ends), value == best)
+
+
+def score_table(rows: Sequence[Row], there: dict[str, Result]) -> str:
+    models = [headline(result.scores) for name, result in there.items() if name != CEILING]
+    best = {name: max((model[name] for model in models), default=None) for name in PAGE_SCORES}
+    lines = []
+    for row in rows:
+        result = there.get(row.name)
+        cells = (score_cell(result, score, None if row.name == CEILING else best[score])
+                 for score in PAGE_SCORES)
+        note = joined(row.note, result.note if result else "")
+        lines.append([report.Cell(row.name, note), image_count(result), *cells,
+                      shown(result and result.seconds, 1)])
+    return report.html_table(["model", "images", *PAGE_SCORES, "seconds"], lines)
+
+
+def image_count(result: Result | None) -> str:
+    return str(len(result.names)) if result else "not run"
+
+
+def joined(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
+
+
+def efficiency_section(sets: Sequence[LabelledSet], rows: Sequence[Row], results: Results) -> str:
+    """AP@0.5 over the number of training images, a dot for each seed."""
+    charts, rows = [], [row for row in rows if row.images]
+    styles = report.styles(dict.fromkeys(row.curve or row.name for row in rows))
+    for dataset in sets:
+        points: dict[str, list] = {}
+        for row in rows:
+            if result := results[dataset.name].get(row.name):
+                points.setdefault(row.curve or row.name, []).extend(
+                    (row.images, seed.scores.mean["AP@0.5"]) for seed in result.runs)
+        charts.append(report.titled(dataset.name, report.dots(
+            points, styles, "training images", "AP@0.5", log=True, means=True)))
+    return report.section(
+        "AP@0.5 over training images", "A dot for each seed, a line through their means.",
+        report.legend(styles), report.side_by_side(*charts))
+
+
+def score_charts(there: dict[str, Result], styles: dict[str, report.Style]) -> str:
+    curves = {model: [(t, result.scores.mean[f"AP@{t:g}"]) for t in metrics.THRESHOLDS]
+              for model, result in there.items()}
+    return report.legend({name: styles[name] for name in there}) + report.side_by_side(
+        report.titled("AP over the threshold", report.line_chart(
+            curves, styles, "IoU threshold", "mean AP")),
+        report.titled("Cells found over their size", report.line_chart(
+            found_by_size(there), styles, "equivalent diameter (px)", "share found at IoU 0.5",
+            log=True)))
+
+
+def found_by_size(there: dict[str, Result]) -> dict[str, list[tuple[float, float]]]:
+    """Share of true cells found at IoU 0.5, in up to eight classes of size with equal counts."""
+    tables = {model: [table for run in result.runs for table in run.tables]
+              for model, result in there.items()}
+    sizes = {model: np.concatenate([2 * np.sqrt(table.truth_areas / np.pi) for table in own])
+             for model, own in tables.items()}                           # px
+    every = max(sizes.values(), key=len, default=np.empty(0))
+    if not len(every):
+        return {}
+    classes = min(8, max(1, len(every) // 10))
+    edges = np.unique(np.quantile(every, np.linspace(0, 1, 1 + classes)))
+    curves = {}
+    for model, own in tables.items():
+        hit = np.concatenate([np.isin(t.truth_ids, metrics.match(t).pairs[:, 0]) for t in own])
+        size = np.searchsorted(edges[1:-1], sizes[model], side="right")
+        curves[model] = [(float(np.median(sizes[model][size == k])), float(hit[size == k].mean()))
+                         for k in np.unique(size)]
+    return curves
+
+
+# ----------------------------------------------------------------------------- pictures on the page
+
+RIGHT, WRONG = (0, 160, 255), (255, 130, 0)          # colours of outlines
+
+
+def example_strips(dataset: LabelledSet, results: Sequence[Result]) -> Iterator[tuple[str, list]]:
+    """Title and panels of the first model's best, median and worst image: truth, predictions."""
+    if not results:
+        return
+    results = [result.runs[0] for result in results]
+    first = results[0]
+    order = sorted(range(len(first.names)), key=lambda i: -first.scores.images[i]["DSB"])
+    picks = {order[0]: "best", order[len(order) // 2]: "median", order[-1]: "worst"}
+    for i, which in picks.items():
+        name = first.names[i]
+        example = next(e for e in dataset.examples if safe_name(e.name) == name)
+        pixels, truth = example.image().pixels, example.labels()
+        square = crowded_square(truth)
+        found = metrics.match(first.tables[i])
+        panels = [(outline(pixels, truth, found.pairs[:, 0], square),
+                   f"true cells: {found.tp + found.fn}; orange: missed by {first.model}")]
+        for result in results:
+            if name in result.names:
+                at = result.names.index(name)
+                labels = data.read_labels(result.folder / f"{name}_pred.tif")
+                found = metrics.match(result.tables[at])
+                panels.append((outline(pixels, labels, found.pairs[:, 1], square),
+                               f"{result.model}: AP@0.5 {found.rates.average_precision:.2f}; "
+                               f"{found.tp} found, {found.fp} false (orange), {found.fn} missed"))
+        (H, W), side = truth.shape, square.px
+        part = f", {min(side, H)} × {min(side, W)} of {H} × {W} px" if side < max(H, W) else ""
+        yield f"{which} of {first.model}: {name}{part}", panels
+
+
+class Square(NamedTuple):
+    """A part of an image, to be shown."""
+    top: int
+    left: int
+    px: int                                 # its side
+    step: int                               # its sides are divided by this
+    thick: int                              # px, of outlines then
+
+
+def crowded_square(truth: np.ndarray, side: int = 512, least: int = 14) -> Square:
+    """The square with most cells: reduced while these keep `least` px, then cut to `side` px."""
+    areas = np.unique(truth[truth > 0], return_counts=True)[1]
+    diameter = 2 * math.sqrt(np.median(areas) / math.pi) if len(areas) else side
+    step = max(1, min(-(-max(truth.shape) // side), int(diameter / least)))
+    px = side * step
+    tops, lefts = ([*range(0, max(1, n - px), px // 4), max(0, n - px)] for n in truth.shape)
+
+    def content(at: tuple[int, int]) -> int:
+        return np.count_nonzero(truth[at[0]:at[0] + px, at[1]:at[1] + px])
+
+    zoom = max(1, side // max(truth.shape))
+    thick = 1 if diameter * zoom / step < 24 else 2
+    return Square(*max(product(tops, lefts), key=content), px, step, thick)
+
+
+def outline(pixels: np.ndarray, labels: np.ndarray, right: np.ndarray, square: Square
+            ) -> np.ndarray:
+    """A square of the image, (h, w, 3): cells in `right` outlined in blue, others in orange."""
+    from PIL import Image
+    top, left, px, step, thick = square
+    rgb = overlay.displayed(pixels)[top:top + px, left:left + px]
+    inside = labels[top:top + px, left:left + px]
+    ids, numbers = np.unique(np.append(0, inside), return_inverse=True)
+    numbers = numbers[1:].reshape(rgb.shape[:2]).astype(np.int32)            # 0..n without gaps
+    small, numbers = overlay.reduced(np.moveaxis(rgb, 2, 0), numbers, step)
+    rgb, (h, w) = np.ascontiguousarray(np.moveaxis(small, 0, 2)), numbers.shape
+    if (zoom := 512 // max(h, w)) > 1:
+        size = zoom * w, zoom * h
+        rgb = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC))
+        numbers = overlay.enlarged(numbers, zoom)
+    colours = np.where(np.isin(ids[1:], right)[:, None], RIGHT, WRONG).astype(np.uint8)
+    return overlay.drawn(rgb, numbers, colours, thick)
+
+
+# -------------------------------------------------------------------------------- bench as Markdown
+
+def bench_markdown(sets: Sequence[LabelledSet], rows: Sequence[Row], results: Results,
+                   columns: Sequence[str], made: str, compared: Sequence[dict] = ()
+                   ) -> tuple[str, str]:
+    """One short table of all sets; and that with a table of each set, with few images one by one.
+
+    compared : rows of differences(), for a table behind the short one.
+    """
+    ran = [row.name for row in rows if any(row.name in there for there in results.values())]
+    lines = []
+    for dataset in sets:
+        there = [results[dataset.name].get(name) for name in ran]
+        n = max((len(result.names) for result in there if result), default=0)
+        lines.append((with_notes(dataset.name, dataset.note), str(n), *map(brief_scores, there)))
+    brief = (f"{' / '.join(BRIEF).replace('/ AP@', '/ ')}, mean over the images of each set.\n\n"
+             + report.markdown(("set", "images", *ran), lines))
+    if missing := [row.name for row in rows if row.name not in ran]:
+        brief += f"\nNot run: {', '.join(missing)}.\n"
+    parts = [made + "\n", brief, *([difference_table(compared)] if compared else [])]
+    for dataset in sets:
+        parts += set_markdown(dataset, rows, results[dataset.name], columns)
+    return brief, "\n".join(parts)
+
+
+def set_markdown(dataset: LabelledSet, rows: Sequence[Row], there: dict[str, Result],
+                 columns: Sequence[str]) -> list[str]:
+    parts = [f"**{dataset.name}**" + (f": {dataset.note}" if dataset.note else "") + "\n"]
+    lines = []
+    for row in rows:
+        result = there.get(row.name)
+        cells = [score_cell(result, score) for score in columns]
+        texts = [f"{cell.text} [{cell.small}]" if cell.small else cell.text for cell in cells]
+        lines.append((with_notes(row.name, row.note, result.note if result else ""),
+                      image_count(result), *texts))
+    parts.append(report.markdown(("model", "images", *columns), lines))
+    if lines := [(image, result.model, *(shown(scores[score], 3) for score in columns))
+                 for result in there.values() if len(result.names) < ENOUGH
+                 for image, scores in zip(result.names, result.scores.images)]:
+        lines.sort(key=lambda line: line[0])
+        table = report.markdown(("image", "model", *columns), lines, words=2)
+        parts.append(f"<details><summary>{dataset.name}, image by image</summary>\n\n{table}\n"
+                     "</details>\n")
+    return parts
+
+
+def difference_table(compared: Sequence[dict]) -> str:
+    """A row for each set and model, a column for each model that it was compared with."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in compared:
+        if ((row["score"], row["image"]) == (BRIEF[0], "mean") and row["model"] != CEILING
+                and row["difference"] is not None):
+            ends = f" [{row['low']:+.3f} to {row['high']:+.3f}]" if row["low"] is not None else ""
+            line = cells.setdefault((row["set"], row["model"]), {})
+            line[row["against"]] = f"{row['difference']:+.3f}{ends}"
+    firsts = list(dict.fromkeys(name for there in cells.values() for name in there))
+    lines = [(*key, *(there.get(first, "-") for first in firsts)) for key, there in cells.items()]
+    columns = ("set", "model", *(f"against {first}" for first in firsts))
+    return (f"Difference in {BRIEF[0]}, image by image.\n\n"
+            + report.markdown(columns, lines, words=2))
+
+
+def brief_scores(result: Result | None) -> str:
+    return " / ".join(shown(result.scores.mean[name], 3) for name in BRIEF) if result else "not run"
+
+
+def with_notes(name: str, *notes: str) -> str:
+    return f"{name} ({joined(*notes)})" if any(notes) else name

@@ -1,9 +1,7 @@
 """measure.py: which images, labels and rows belong together, by hand; numbers by closed forms."""
-import json
 
 import numpy as np
 import pytest
-import yaml
 
 import data
 import measure
@@ -12,7 +10,7 @@ import model
 import runs
 import segment
 import watershed
-from test_evaluate import a_set, discs, entry, eroded, peer, table, trained, weights
+from test_evaluate import a_set, discs, eroded, peer, trained, weights
 
 
 def dataset(root, **config):
@@ -175,7 +173,7 @@ def test_the_encoding_knows_all_thresholds(tmp_path):
 def test_gating_removes_exactly_what_it_says(tmp_path, over, window, border):
     """The scores after the cells have been erased from the label images, cell by cell."""
     folder = a_set(tmp_path / "set", range(4))
-    (peer(tmp_path / "peer", folder, eroded))
+    peer(tmp_path / "peer", folder, eroded)
     for file in (tmp_path / "peer").iterdir():
         file.rename(file.with_name(f"{file.stem}_pred.tif"))
     items = list(dataset(tmp_path, name="discs", path="set").items("test"))

@@ -337,25 +337,18 @@ def check_apart(validation: list[LabelledSet], test: list[LabelledSet]) -> None:
 
 # ----------------------------------------------------------------------------------------- ceiling
 
-@dataclass(frozen=True)
-class Ceiling:
+@dataclass(frozen=True, kw_only=True)
+class Ceiling(Encoding):
     sets: tuple[DataSet, ...]               # as in bench; only their labels count
-    cap: tuple[runs.Positive | None, ...] = Encoding.cap  # px, of the distance map; null: none
-    peak: tuple[runs.Distance, ...] = Encoding.peak  # thresholds of the watershed
-    fill: tuple[runs.Distance, ...] = Encoding.fill
-    depth: tuple[runs.NotNegative, ...] = Encoding.depth
-    smooth: tuple[runs.NotNegative, ...] = Encoding.smooth  # px
-    shape: tuple[runs.NotNegative, ...] = Encoding.shape  # per px
-    min_area: tuple[runs.Whole, ...] = Encoding.min_area  # px
     experiment: str = "ceiling"             # name of the run
     output_base_dir: str = "."              # where runs/ is made
     root: str = "."                         # folder that the sets are in
     score: str = "DSB"                      # what best means, mean over images
 
     def __post_init__(self):
+        super().__post_init__()
         measure.check_distinct("set", [dataset.name for dataset in self.sets])
         measure.check_scores(self.score)
-        measure.thresholds(self)
         if not self.cap:
             raise ValueError("cap needs one value or more; null is one: no cap")
 

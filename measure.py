@@ -933,7 +933,7 @@ def outline(pixels: np.ndarray, labels: np.ndarray, right: np.ndarray, square: S
 def bench_markdown(sets: Sequence[LabelledSet], rows: Sequence[Row], results: Results,
                    columns: Sequence[str], made: str, compared: Sequence[dict] = ()
                    ) -> tuple[str, str]:
-    """One short table of all sets; and that with a table of each set, with few images one by one.
+    """One short table of all sets; and that with a table of each set.
 
     compared : rows of differences(), for a table behind the short one.
     """
@@ -963,15 +963,7 @@ def set_markdown(dataset: LabelledSet, rows: Sequence[Row], there: dict[str, Res
         texts = [f"{cell.text} [{cell.small}]" if cell.small else cell.text for cell in cells]
         lines.append((with_notes(row.name, row.note, result.note if result else ""),
                       image_count(result), *texts))
-    parts.append(report.markdown(("model", "images", *columns), lines))
-    if lines := [(image, result.model, *(shown(scores[score], 3) for score in columns))
-                 for result in there.values() if len(result.names) < ENOUGH
-                 for image, scores in zip(result.names, result.scores.images)]:
-        lines.sort(key=lambda line: line[0])
-        table = report.markdown(("image", "model", *columns), lines, words=2)
-        parts.append(f"<details><summary>{dataset.name}, image by image</summary>\n\n{table}\n"
-                     "</details>\n")
-    return parts
+    return [*parts, report.markdown(("model", "images", *columns), lines)]
 
 
 def difference_table(compared: Sequence[dict]) -> str:

@@ -342,7 +342,8 @@ def to_yaml(config: Any, shared: bool = False) -> str:
 
 def describe(cls: type, prefix: str = "", given: Any = None) -> str:
     """The keys of a configuration with their defaults and comments, read from its source, for --help."""
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.MULTILINE))
+    source = "".join(inspect.getsource(base) for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base))
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", source, re.MULTILINE))
     hints, lines = typing.get_type_hints(cls, include_extras=True), []
     for f in dataclasses.fields(cls):
         hint, text = hints[f.name], "..."

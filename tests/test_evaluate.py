@@ -349,7 +349,6 @@ def test_document(tmp_path, capsys):
     assert "**discs**: never trained on" in text and "| b (no GPU yet) | not run | - |" in text
     assert "| a | 2 | 1.000 | 1.000 |" in text
     assert "| discs (never trained on) | 2 | 1.000 / 1.000 / 1.000 |" in text
-    assert "discs, image by image" in text and "| 1 | a | 1.000 |" in text
     assert text.split("-->\n")[1].startswith((tmp_path / "runs/evaluate/table.md").read_text())
     assert run("bench", tmp_path, **config) == 0 and document.read_text() == text
 

@@ -274,7 +274,7 @@ INK = (40, 40, 40)
 def matrices(path: str | Path, named: dict[str, np.ndarray], names: Sequence[str], cell: int = 72
              ) -> None:
     """Write square matrices (K, K) of values in [-1, 1] side by side; names: rows and columns."""
-    from PIL import Image, ImageDraw                          # comes with scikit-image
+    from PIL import Image, ImageDraw  # comes with scikit-image
     left, top = 24 + 7 * max(map(len, names)), 56
     width, height = left + cell * len(names) + 24, top + cell * len(names) + 24
     canvas = Image.new("RGB", (width * len(named), height), "white")

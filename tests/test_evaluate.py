@@ -1,4 +1,4 @@
-"""evaluate.py end to end at toy size: closed forms, the same numbers another way, nothing done twice."""
+"""evaluate.py end to end at toy size: closed forms, the same numbers another way, its files."""
 import csv
 import dataclasses
 import json
@@ -12,6 +12,8 @@ import pytest
 import tifffile
 import torch
 import yaml
+from conftest import ROOT
+from test_report import browse
 
 import data
 import evaluate
@@ -20,11 +22,8 @@ import metrics
 import model
 import runs
 import watershed
-from conftest import ROOT
-from test_report import browse
 
-
-# ------------------------------------------------------------------------------------------------- toys
+# --------------------------------------------------------------------------------------------- toys
 
 def discs(seed, size=64, count=5):
     """An image of bright discs on dark ground, and their labels with gaps between the ids."""
@@ -65,7 +64,7 @@ def peer(folder, source, change):
 
 
 def weights(path, gain=2.0, peak=0.5, fill=0.3):
-    """A network that sees how bright a place is: all convolutions on the pixels' own path are box filters."""
+    """A network that sees how bright a pixel is: the convolutions on its path are box filters."""
     torch.manual_seed(0)
     settings = model.Settings(tile=64, peak=peak, fill=fill, diameter=10.0)
     net = model.DINOCell(model.ViT(16, 4, 2, 8, 1), (8, 8, 8), 8, settings)
@@ -88,13 +87,14 @@ GRID = dict(cap=[4.0], peak=[0.47], fill=[0.09])
 def trained(path, images):
     """The weights, as if trained on so many images."""
     net = model.load(path)
-    net.settings = dataclasses.replace(net.settings, provenance=dict(images=dict(train={str(k): "" for k in range(images)})))
+    images = dict(train={str(number): "" for number in range(images)})
+    net.settings = dataclasses.replace(net.settings, provenance=dict(images=images))
     model.save(net, path)
     return path
 
 
 def run(verb, folder, **config):
-    if verb in ("bench", "gating", "sweep"):                          # the ceiling and pictures where they are asked for
+    if verb in ("bench", "gating", "sweep"):  # the ceiling and pictures where they are asked for
         config = {"ceiling": dict(cap=[]), **({"pictures": 0} if verb == "bench" else {}), **config}
     path = folder / f"{verb}.yaml"
     path.write_text(yaml.safe_dump({"output_base_dir": str(folder), **config}))
@@ -125,7 +125,8 @@ def calls(monkeypatch):
     """Counts the batches and tiles that the network sees."""
     seen = []
     forward = model.DINOCell.forward
-    monkeypatch.setattr(model.DINOCell, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
+    monkeypatch.setattr(model.DINOCell, "forward",
+                        lambda self, x: seen.append(len(x)) or forward(self, x))
     return seen
 
 
@@ -136,15 +137,16 @@ def eroded(labels, number):
     return np.where((watershed.distance_map(labels, 2) == 1) & (labels > 1), labels, 0)
 
 
-# ------------------------------------------------------------------------------------------------- bench
+# -------------------------------------------------------------------------------------------- bench
 
 def test_bench_closed_forms(tmp_path, capsys):
-    """A perfect prediction scores 1 everywhere, an empty one 0; groups add up; so do differences."""
+    """A perfect prediction scores 1 everywhere, an empty one 0; groups and differences add up."""
     place = a_set(tmp_path / "set", range(12), "plate{}")
     models = [entry_of("perfect", peer(tmp_path / "a", place, lambda labels, n: labels)),
               entry_of("empty", peer(tmp_path / "b", place, lambda labels, n: 0 * labels)),
               entry_of("half", peer(tmp_path / "c", place, eroded))]
-    assert run("bench", tmp_path, models=models, sets=[entry("discs", place, group=r"\d$", note="toys")],
+    assert run("bench", tmp_path, models=models,
+               sets=[entry("discs", place, group=r"\d$", note="toys")],
                ceiling=GRID, pictures=3) == 0
     folder = tmp_path / "runs/evaluate"
     for name, value in (("perfect", 1.0), ("empty", 0.0)):
@@ -160,21 +162,25 @@ def test_bench_closed_forms(tmp_path, capsys):
     assert scores["mean"] == pytest.approx(expected.mean)
     assert scores["pooled"] == pytest.approx(expected.pooled)
     assert scores["AP@0.5"] == pytest.approx(expected.mean["AP@0.5"])
-    assert scores["SEG"] == pytest.approx(expected.pooled["SEG"]) != pytest.approx(expected.mean["SEG"])
+    assert scores["SEG"] == pytest.approx(expected.pooled["SEG"])
+    assert scores["SEG"] != pytest.approx(expected.mean["SEG"])
     assert scores["images"][found[3].name] == pytest.approx(expected.images[3])
     np.testing.assert_array_equal(data.read_labels(folder / f"half/discs/{found[2].name}_pred.tif"),
                                   eroded(found[2].labels(), 2))
 
     rows = {row["model"]: row for row in table(folder / "metrics_all_models.tsv")}
     assert list(rows) == ["ceiling", "perfect", "empty", "half"]
-    assert float(rows["half"]["F1_low"]) < float(rows["half"]["F1"]) < float(rows["half"]["F1_high"])
+    low, f1, high = (float(rows["half"][name]) for name in ("F1_low", "F1", "F1_high"))
+    assert low < f1 < high
     groups = [row for row in table(folder / "groups.tsv") if row["model"] == "half"]
-    assert len(groups) == 10 and {row["group"]: row["n"] for row in groups}["1"] == "2"   # plate1, plate11
+    # plate1, plate11
+    assert len(groups) == 10 and {row["group"]: row["n"] for row in groups}["1"] == "2"
     for count in ("TP", "FP", "FN", "n_true", "n"):
         assert sum(int(row[count]) for row in groups) == int(rows["half"][count])
     delta = {(row["model"], row["score"]): row for row in table(folder / "delta.tsv")}
     empty, half = delta["empty", "AP@0.5"], delta["half", "AP@0.9"]
-    assert [float(empty[k]) for k in ("difference", "low", "high")] == [-1, -1, -1] and empty["n"] == "12"
+    assert [float(empty[k]) for k in ("difference", "low", "high")] == [-1, -1, -1]
+    assert empty["n"] == "12"
     assert float(half["difference"]) == pytest.approx(expected.mean["AP@0.9"] - 1, abs=1e-4)
     low, high = metrics.bootstrap([image["AP@0.9"] - 1 for image in expected.images])
     assert (float(half["low"]), float(half["high"])) == pytest.approx((low, high), abs=1e-4)
@@ -215,7 +221,7 @@ def test_peers_are_matched_by_stem(tmp_path, capsys):
     place = a_set(tmp_path / "set", range(3), "im.{}")
     folder = peer(tmp_path / "peer" / "dots", place, lambda labels, n: labels if n < 2 else None)
     (folder / "im.0.tif").rename(folder / "im.0_cp_masks.tif")
-    data.write_labels(folder / "im.0.tif", np.ones((64, 64), np.uint8))          # the image beside them
+    data.write_labels(folder / "im.0.tif", np.ones((64, 64), np.uint8))  # the image beside them
     good = dict(models=[entry_of("peer", tmp_path / "peer")], sets=[entry("dots", place)])
     assert run("bench", tmp_path, **good) == 0
     assert "1 of 3 images have no labels and are left out: im.2" in capsys.readouterr().err
@@ -232,10 +238,11 @@ def test_peers_are_matched_by_stem(tmp_path, capsys):
 
 
 def test_nothing_is_done_twice(tmp_path, calls):
-    """A prediction is made again for other weights, another image or another option, and for nothing else."""
+    """A prediction is made again for other weights, another image or option, and nothing else."""
     place = a_set(tmp_path / "set", range(3))
     net = weights(tmp_path / "net.pt")
-    config = dict(models=[dict(name="net", weights=str(net))], sets=[entry("discs", place)], pictures=0)
+    config = dict(models=[dict(name="net", weights=str(net))], sets=[entry("discs", place)],
+                  pictures=0)
     folder = tmp_path / "runs/evaluate"
 
     def tiles(**changes):
@@ -251,14 +258,14 @@ def test_nothing_is_done_twice(tmp_path, calls):
     assert tiles() == 0
     assert before == [path.read_text() for path in written]
 
-    (folder / "net/discs/1_pred.tif").unlink()                        # as if it had been interrupted
+    (folder / "net/discs/1_pred.tif").unlink()  # as if it had been interrupted
     assert tiles() == one
     (folder / "net/discs/2_pred.json").unlink()
     assert tiles() == one
     moved = shutil.copytree(place, tmp_path / "elsewhere")
-    assert tiles(sets=[entry("discs", moved)]) == 0                   # the content counts, not the place
+    assert tiles(sets=[entry("discs", moved)]) == 0  # the content counts, not the place
     data.write_labels(place / "0_masks.tif", discs(9)[1])
-    assert tiles() == 0                                               # other labels: only scored anew
+    assert tiles() == 0  # other labels: only scored anew
     assert written[0].read_text() != before[0]
     write_image(place / "0.tif", discs(9)[0])
     assert tiles() == one
@@ -295,7 +302,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, calls, monkeypatch, capsys):
 
 
 def test_optional_models_are_not_run(tmp_path, capsys):
-    """A row says so; differences are to the first model that was; without `optional` it is an error."""
+    """A row says so; differences are to the first that ran; without `optional` it is an error."""
     place = a_set(tmp_path / "set", range(2))
     models = [dict(name="large", weights=str(tmp_path / "none.pt"), optional=True),
               entry_of("a", peer(tmp_path / "a", place, lambda labels, n: labels)),
@@ -324,7 +331,8 @@ def test_summary_goes_elsewhere(tmp_path, capsys):
     readme.write_text("# Title\n")
     assert "<!-- begin bench evaluate in short -->" in fails(capsys, "bench", tmp_path, **config)
     assert not (tmp_path / "runs").exists()
-    readme.write_text("# Title\n<!-- begin bench evaluate in short -->\n<!-- end bench evaluate in short -->")
+    readme.write_text("# Title\n<!-- begin bench evaluate in short -->\n"
+                      "<!-- end bench evaluate in short -->")
     assert run("bench", tmp_path, **config) == 0
     scores = json.loads((tmp_path / "runs/evaluate/a/discs/metrics.json").read_text())
     cell = " / ".join(f"{scores['mean'][name]:.3f}" for name in ("AP@0.5", "AP@0.75", "AP@0.9"))
@@ -333,7 +341,7 @@ def test_summary_goes_elsewhere(tmp_path, capsys):
 
 
 def test_document(tmp_path, capsys):
-    """The tables stand between two comments; text around them stays, and a second run changes nothing."""
+    """The tables stand between two comments; text around stays; a second run changes nothing."""
     place = a_set(tmp_path / "set", range(2))
     models = [entry_of("a", peer(tmp_path / "a", place, lambda labels, n: labels)),
               dict(name="b", note="no GPU yet")]
@@ -342,7 +350,8 @@ def test_document(tmp_path, capsys):
     config = dict(models=models, sets=sets, markdown=str(document))
     document.write_text("before\n")
     assert "<!-- begin bench evaluate -->" in fails(capsys, "bench", tmp_path, **config)
-    document.write_text("before\n<!-- begin bench evaluate -->\nold\n<!-- end bench evaluate -->\nafter\n")
+    document.write_text("before\n<!-- begin bench evaluate -->\nold\n"
+                        "<!-- end bench evaluate -->\nafter\n")
     assert run("bench", tmp_path, **config) == 0
     text = document.read_text()
     assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "old" not in text
@@ -354,30 +363,38 @@ def test_document(tmp_path, capsys):
 
 
 def test_seeds_stand_as_one_and_label_efficiency_is_drawn(tmp_path, capsys):
-    """A pattern of weights is one row, the mean of its seeds; with unlike numbers of images a curve."""
+    """A pattern of weights is a row, the mean of its seeds; by numbers of images, a curve."""
     place = a_set(tmp_path / "set", range(11))
-    for name, gain, images in (("one_0", 2, 4), ("one_1", 3, 4), ("two_3", 2, 3), ("two_30", 3, 30)):
+    for name, gain, images in (("one_0", 2, 4), ("one_1", 3, 4), ("two_3", 2, 3),
+                               ("two_30", 3, 30)):
         trained(weights(tmp_path / f"{name}.pt", gain), images)
-    models = [dict(name=name, weights=str(tmp_path / f"{name}_*.pt"), note="toys") for name in ("one", "two")]
+    models = [dict(name=name, weights=str(tmp_path / f"{name}_*.pt"), note="toys")
+              for name in ("one", "two")]
     models.append(entry_of("none", peer(tmp_path / "none", place, lambda labels, n: 0 * labels)))
     config = dict(models=models, sets=[entry("discs", place)], against=["one", "none"])
     assert run("bench", tmp_path, **config) == 0
     folder = tmp_path / "runs/evaluate"
     rows = table(folder / "metrics_all_models.tsv")
     assert [(row["model"], row["seed"], row["trained_on"]) for row in rows] == [
-        ("one", "", "4"), ("one", "one_0", "4"), ("one", "one_1", "4"), ("two_3", "", "3"), ("two_30", "", "30"), ("none", "", "")]
-    means = [json.loads((folder / f"one/one_{k}/discs/metrics.json").read_text())["AP@0.5"] for k in (0, 1)]
+        ("one", "", "4"), ("one", "one_0", "4"), ("one", "one_1", "4"), ("two_3", "", "3"),
+        ("two_30", "", "30"), ("none", "", "")]
+    means = [json.loads((folder / f"one/one_{k}/discs/metrics.json").read_text())["AP@0.5"]
+             for k in (0, 1)]
     mean, text = np.mean(means), (folder / "table.md").read_text()
     assert means[0] != means[1] and float(rows[0]["AP@0.5"]) == pytest.approx(mean)
     assert f"| one (toys; 2 seeds) | 11 | {mean:.3f} [" in text and "one_0" not in text
-    assert f"| discs | none | -{mean:.3f} [" in text and "| set | model | against one | against none |" in text
-    delta = {(row["model"], row["against"]): float(row["difference"]) for row in table(folder / "delta.tsv")
+    assert f"| discs | none | -{mean:.3f} [" in text
+    assert "| set | model | against one | against none |" in text
+    delta = {(row["model"], row["against"]): float(row["difference"])
+             for row in table(folder / "delta.tsv")
              if row["score"] == "AP@0.5"}
     assert delta["one", "none"] == pytest.approx(mean) == -delta["none", "one"]
     page = (folder / "report.html").read_text()
     curves = page.partition("AP@0.5 over training images")[2].partition("</section>")[0]
-    assert [len(re.findall("M", d)) for d in re.findall(r'd="([^"]+)" stroke="#\w+" stroke-width="6"', curves)] == [2, 2]
-    assert "against: 'on', expected some of one, two_3, two_30, none" in fails(capsys, "bench", tmp_path, **config | dict(against=["on"]))
+    assert [len(re.findall("M", d))
+            for d in re.findall(r'd="([^"]+)" stroke="#\w+" stroke-width="6"', curves)] == [2, 2]
+    said = fails(capsys, "bench", tmp_path, **config | dict(against=["on"]))
+    assert "against: 'on', expected some of one, two_3, two_30, none" in said
     models[2]["name"] = "two_3"
     assert "two rows are called 'two_3'" in fails(capsys, "bench", tmp_path, **config)
 
@@ -386,16 +403,17 @@ def test_report_page_of_a_network(tmp_path):
     """The whole page in a browser: nothing is fetched, no error, everything has a size."""
     place = a_set(tmp_path / "set", range(11))
     models = [dict(name="net", weights=str(weights(tmp_path / "net.pt"))),
-              entry_of("half", peer(tmp_path / "half", place, eroded)), dict(name="later", note="no GPU yet")]
+              entry_of("half", peer(tmp_path / "half", place, eroded)),
+              dict(name="later", note="no GPU yet")]
     sets = [entry("discs", place), entry("again", place, limit=2)]
     assert run("bench", tmp_path, models=models, sets=sets, ceiling=GRID, pictures=3) == 0
     seen = browse(tmp_path / "runs/evaluate/report.html")
     assert seen["requests"] == [] and seen["errors"] == []
-    assert len(seen["boxes"]) == 4 + 2 * 3 + (3 + 2) * 3              # charts, keys of legends, pictures
+    assert len(seen["boxes"]) == 4 + 2 * 3 + (3 + 2) * 3  # charts, keys of legends, pictures
     assert all(width > 10 and height > 5 for width, height in seen["boxes"])
 
 
-# ---------------------------------------------------------------------------------------------- ceiling
+# ------------------------------------------------------------------------------------------ ceiling
 
 def test_ceiling_is_kept(tmp_path, monkeypatch):
     place = a_set(tmp_path / "set", range(2))
@@ -422,14 +440,16 @@ def test_ceiling_of_real_sets(shared, tmp_path):
     assert float(capped["AP@0.9"]) > 0.7 and float(plain["AP@0.9"]) < 0.2
 
 
-# ------------------------------------------------------------------------------------------------ gating
+# ------------------------------------------------------------------------------------------- gating
 
 def test_gating(tmp_path):
     """A row for the ceiling, the raw prediction and each setting; raw is what bench measured."""
     place = a_set(tmp_path / "set", range(3))
-    models, sets = [entry_of("peer", peer(tmp_path / "peer", place, eroded))], [entry("discs", place)]
+    models = [entry_of("peer", peer(tmp_path / "peer", place, eroded))]
+    sets = [entry("discs", place)]
     assert run("bench", tmp_path, models=models, sets=sets) == 0
-    config = dict(predictions=str(tmp_path / "runs/evaluate/peer"), sets=sets, min_area=[0, 60], windows=[[0, 100], [10, 80]])
+    config = dict(predictions=str(tmp_path / "runs/evaluate/peer"), sets=sets, min_area=[0, 60],
+                  windows=[[0, 100], [10, 80]])
     assert run("gating", tmp_path, **config, ceiling=GRID) == 0
     best, *rows = table(tmp_path / "runs/gating/gating.tsv")
     assert [row["what"] for row in (best, *rows)] == ["ceiling", "raw", *["gated"] * 2 * 2 * 3]
@@ -442,33 +462,37 @@ def test_gating(tmp_path):
     removed = {(row["min_area"], row["window"], row["border"]): int(row["removed"]) for row in rows}
     assert 0 < removed["0", "q0-100", "drop"] < removed["60", "q10-80", "drop"]
     changed = rows[-1]
-    assert float(changed["PQ_change"]) == pytest.approx(float(changed["PQ"]) - float(raw["PQ"]), abs=1e-9)
+    assert float(changed["PQ_change"]) == pytest.approx(float(changed["PQ"]) - float(raw["PQ"]),
+                                                        abs=1e-9)
 
 
 def test_gating_window_over_the_set(tmp_path, capsys):
-    """Percentiles of the whole set: of 12 cells with 12 intensities q5-95 drops the two extremes."""
+    """Percentiles of the whole set: of 12 cells with 12 intensities q5-95 drops the extremes."""
     place = tmp_path / "set"
     place.mkdir()
     labels = np.zeros((20, 60), np.int32)
     for k in range(6):
         labels[5:10, 10 * k + 2:10 * k + 7] = k + 1
     for number in range(2):
-        pixels = np.stack([0 * labels, np.where(labels, 10 * labels + 5 * number, 0)]).astype(np.uint8)
+        bright = np.where(labels, 10 * labels + 5 * number, 0)
+        pixels = np.stack([0 * labels, bright]).astype(np.uint8)
         write_image(place / f"{number}.tif", pixels, ["DNA", "marker"])
         data.write_labels(place / f"{number}_masks.tif", labels)
     models = [entry_of("a", peer(tmp_path / "a", place, lambda labels, n: labels))]
     assert run("bench", tmp_path, models=models, sets=[entry("s", place)]) == 0
-    config = dict(predictions=str(tmp_path / "runs/evaluate/a"), sets=[entry("s", place)], marker="marker",
+    config = dict(predictions=str(tmp_path / "runs/evaluate/a"), sets=[entry("s", place)],
+                  marker="marker",
                   min_area=[0], border=["keep"], windows=[[5, 95]])
     assert run("gating", tmp_path, **config) == 0
     assert [row["removed"] for row in table(tmp_path / "runs/gating/gating.tsv")] == ["0", "2"]
     assert "marker" in fails(capsys, "gating", tmp_path, **{**config, "marker": "actin"})
     missing = {**config, "predictions": str(tmp_path / "runs/evaluate/b")}
     assert "no such prediction" in fails(capsys, "gating", tmp_path, **missing)
-    assert "expected two percentiles" in fails(capsys, "gating", tmp_path, **{**config, "windows": [[95, 5]]})
+    assert "expected two percentiles" in fails(capsys, "gating", tmp_path,
+                                               **{**config, "windows": [[95, 5]]})
 
 
-# ------------------------------------------------------------------------------------------------- sweep
+# -------------------------------------------------------------------------------------------- sweep
 
 def sweep_config(tmp_path, **more):
     place = {name: a_set(tmp_path / name, seeds) for name, seeds in
@@ -479,7 +503,8 @@ def sweep_config(tmp_path, **more):
 
 
 def test_sweep_runs_the_network_once_per_tile_and_scale(tmp_path, calls, monkeypatch):
-    config, passes, sweep_image = sweep_config(tmp_path, tile=[32, 64], scale=[1.0, 0.5], ceiling=GRID), [], measure.sweep_image
+    config = sweep_config(tmp_path, tile=[32, 64], scale=[1.0, 0.5], ceiling=GRID)
+    passes, sweep_image = [], measure.sweep_image
 
     def counted(*given):
         before = sum(calls)
@@ -489,17 +514,19 @@ def test_sweep_runs_the_network_once_per_tile_and_scale(tmp_path, calls, monkeyp
     monkeypatch.setattr(measure, "sweep_image", counted)
     assert run("sweep", tmp_path, **config) == 0
     rows = table(tmp_path / "runs/sweep/sweep.tsv")
-    assert len(rows) == 2 * (1 + 4 * 3)                               # sets, ceiling, views, fill <= peak
+    assert len(rows) == 2 * (1 + 4 * 3)  # sets, ceiling, views, fill <= peak
     assert rows[0]["choice"] == rows[13]["choice"] == "ceiling" and "SEG_low" not in rows[0]
     rows = [row for row in rows if row["choice"] == "-"]
     calls.clear()
     assert run("sweep", tmp_path, **config) == 0 and not calls        # all kept
-    selected = {(row["set"], row["choice"]): row for row in table(tmp_path / "runs/sweep/selected.tsv")}
+    selected = {(row["set"], row["choice"]): row
+                for row in table(tmp_path / "runs/sweep/selected.tsv")}
     assert list(selected) == [("a", "ceiling"), ("a", "shared"), ("a", "weights"), ("a", "own"),
                               ("c", "ceiling"), ("c", "shared"), ("c", "weights")]
     few = {**config, "peak": [0.4], "fill": [0.2], "experiment": "few", "test": config["test"][:1]}
     assert run("sweep", tmp_path, **few) == 0
-    assert len(passes) == 8 and passes[:4] == passes[4:] and min(passes) > 0     # thresholds cost no pass of the network
+    # thresholds cost no pass of the network
+    assert len(passes) == 8 and passes[:4] == passes[4:] and min(passes) > 0
 
     def mean(view):
         return np.mean([float(row["DSB"]) for row in rows if view.items() <= row.items()])
@@ -515,8 +542,9 @@ def test_sweep_runs_the_network_once_per_tile_and_scale(tmp_path, calls, monkeyp
 
 
 def test_sweep_reports_what_bench_would(tmp_path):
-    """The row of a setting in the sweep, on validation and test, is what bench measures with this setting."""
-    setting = dict(peak=0.5, fill=0.2, depth=0.05, smooth=0.7, shape=0.02, min_area=5, scale=1.6, tile=64)
+    """The row of a setting, on validation and on test, is what bench measures with it."""
+    setting = dict(peak=0.5, fill=0.2, depth=0.05, smooth=0.7, shape=0.02, min_area=5, scale=1.6,
+                   tile=64)
     config = sweep_config(tmp_path, **{name: [value] for name, value in setting.items()})
     assert run("sweep", tmp_path, **config) == 0
     models = [dict(name="net", weights=config["weights"], **setting)]
@@ -527,7 +555,8 @@ def test_sweep_reports_what_bench_would(tmp_path):
     assert all(swept[score] == on_validation[score] for score in ("DSB", "AP@0.5", "PQ", "AJI"))
     selected = [row for row in table(tmp_path / "runs/sweep/selected.tsv") if row["set"] == "c"][0]
     assert selected["choice"] == "shared"
-    assert all(selected[score] == on_test[score] for score in ("DSB", "AP@0.5", "SEG", "F1_low", "TP"))
+    assert all(selected[score] == on_test[score]
+               for score in ("DSB", "AP@0.5", "SEG", "F1_low", "TP"))
 
 
 def test_sweep_keeps_validation_and_test_apart(tmp_path, capsys):
@@ -536,7 +565,7 @@ def test_sweep_keeps_validation_and_test_apart(tmp_path, capsys):
     assert "test image x/0" in fails(capsys, "sweep", tmp_path, **same)
     assert "null is one" in fails(capsys, "sweep", tmp_path, **{**config, "tile": []})
     pixels = discs(1)[0]
-    for seed, stain in ((9, pixels), (1, 255 - pixels)):              # another channel is no other image
+    for seed, stain in ((9, pixels), (1, 255 - pixels)):  # another channel is no other image
         data.write_labels(tmp_path / "tb/other_masks.tif", discs(seed)[1])
         write_image(tmp_path / "tb/other.tif", stain)
         said = fails(capsys, "sweep", tmp_path, **config)
@@ -544,13 +573,13 @@ def test_sweep_keeps_validation_and_test_apart(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-# ---------------------------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 
 def test_mistakes_are_one_line(tmp_path, capsys):
     place = a_set(tmp_path / "set", range(2))
     (tmp_path / "empty").mkdir()
     good = entry("s", place)
-    a = entry_of("a", place)                                          # X_masks.tif beside X.tif: found too
+    a = entry_of("a", place)  # X_masks.tif beside X.tif: found too
     (tmp_path / "no.pt").write_text("no weights")
 
     def said(models=(a,), sets=(good,), **more):
@@ -571,7 +600,8 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert "no pair with fill <= peak" in said(ceiling=dict(peak=[0.1], fill=[0.2]))
     assert "unknown key 'ceiling.caps', did you mean 'cap'?" in said(ceiling=dict(caps=[1]))
     assert "unknown key 'stes', did you mean 'sets'?" in said(stes=[])
-    assert "s/0: " in said(models=[dict(name="w", weights=str(weights(tmp_path / "w.pt")), tile=30)])
+    assert "s/0: " in said(models=[dict(name="w", weights=str(weights(tmp_path / "w.pt")),
+                                        tile=30)])
     data.write_labels(tmp_path / "set/1_masks.tif", np.ones((5, 5), np.uint8))
     assert "s/1: image of (64, 64) px, labels of (5, 5)" in said()
     write_image(place / "1.tif", np.zeros((4, 5, 5), np.uint8))
@@ -589,14 +619,17 @@ def test_peers_of_another_size(tmp_path, capsys):
 def test_command():
     """As one types it: verbs are listed, help needs no torch, files are no arguments."""
     def command(*arguments):
-        return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True,
+                              text=True)
     wrong = command("evaluate.py", "brench", "x.yaml")
     assert (wrong.returncode, wrong.stderr) == (
-        1, "error: unknown verb 'brench', expected one of bench, gating, sweep, ceiling, channels\n")
+        1, "error: unknown verb 'brench', expected one of bench, gating, sweep, ceiling, "
+        "channels\n")
     helped = command("evaluate.py", "sweep", "--help")
     assert helped.returncode == 0
     assert "min_area" in helped.stdout and "evaluate.py sweep CONFIG" in helped.stdout
-    light = command("-c", "import evaluate, runs; assert not any(map(runs.is_loaded, ('torch', 'scipy')))")
+    light = command("-c", "import evaluate, runs; "
+                          "assert not any(map(runs.is_loaded, ('torch', 'scipy')))")
     assert light.returncode == 0, light.stderr
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from test_evaluate import a_set, discs, eroded, peer, trained, weights
 
 import data
 import measure
@@ -10,7 +11,6 @@ import model
 import runs
 import segment
 import watershed
-from test_evaluate import a_set, discs, eroded, peer, trained, weights
 
 
 def dataset(root, **config):
@@ -22,24 +22,26 @@ def fails(message, **config):
         dataset(**config)
 
 
-# ------------------------------------------------------------------------------------ images of a set
+# ---------------------------------------------------------------------------------- images of a set
 
 def test_groups_of_a_manifest(tmp_path):
     """Rows are found by folder and name; the same stem in another folder is another image."""
     a_set(tmp_path / "here", range(3))
     (tmp_path / "m.tsv").write_text("\n".join((
-        "image\tline", "there/0.tif\tB", "here/0.tif\tA", "here/1.tif\tA", "here/2.tif\tB", "there/2.tif\tA")))
+        "image\tline", "there/0.tif\tB", "here/0.tif\tA", "here/1.tif\tA", "here/2.tif\tB",
+        "there/2.tif\tA")))
     here = dict(root=tmp_path, name="s", path="here")
     assert dataset(**here, manifest="m.tsv", group="line").groups == {"0": "A", "1": "A", "2": "B"}
     assert dataset(**here, group=r"\d$").groups == {"0": "0", "1": "1", "2": "2"}
-    fails("m.tsv: no columns 'plate', expected one; columns are image, line", **here, manifest="m.tsv", group="plate")
+    fails("m.tsv: no columns 'plate', expected one; columns are image, line", **here,
+          manifest="m.tsv", group="plate")
     fails("no regular expression", **here, group="(")
     fails("fits none of its 3 images", **here, group="donor")
 
 
 @pytest.mark.parametrize("suffix", ["", ".tif"])
 def test_rows_of_a_manifest_belong_to_whole_names(tmp_path, suffix):
-    """Without their suffix as well, as data.py split writes them; and 1/img is not the end of 11/img."""
+    """Without their suffix, too, as data.py split writes them; 1/img is not the end of 11/img."""
     folders = ("1", "11", "21")
     for folder in folders:
         a_set(tmp_path / "s" / folder, range(2))
@@ -48,10 +50,12 @@ def test_rows_of_a_manifest_belong_to_whole_names(tmp_path, suffix):
     groups = dataset(tmp_path, name="s", path="s", manifest="m.tsv", group="donor").groups
     assert groups == {f"{folder}_{n}": f"P{folder}" for folder in folders for n in range(2)}
     (tmp_path / "m.tsv").write_text("name\tdonor\nx/0\tA\ny/0\tB\n")
-    fails(r"2 rows may be that of 1/0 \(x/0, y/0\) and differ in 'donor'", root=tmp_path, name="s", path="s",
+    fails(r"2 rows may be that of 1/0 \(x/0, y/0\) and differ in 'donor'", root=tmp_path, name="s",
+          path="s",
           manifest="m.tsv", group="donor")
-    (tmp_path / "m.tsv").write_text("name\tdonor\nx/0\tA\ny/0\tA\n")                     # alike: no matter
-    assert dataset(tmp_path, name="s", path="s", manifest="m.tsv", group="donor").groups["11_0"] == "A"
+    (tmp_path / "m.tsv").write_text("name\tdonor\nx/0\tA\ny/0\tA\n")  # alike: no matter
+    assert dataset(tmp_path, name="s", path="s", manifest="m.tsv",
+                   group="donor").groups["11_0"] == "A"
 
 
 def test_where_leaves_images_out(tmp_path):
@@ -64,8 +68,10 @@ def test_where_leaves_images_out(tmp_path):
 
     def names(**more):
         return [example.name for example in dataset(**here, **more).examples]
-    assert names(where="gt=^human|^published") == ["0", "2"] and names(where="gt=model", limit=1) == ["1"]
-    fails(r"no image with gt=auto; it has human \(edges\), model, published masks", **here, where="gt=auto")
+    assert names(where="gt=^human|^published") == ["0", "2"]
+    assert names(where="gt=model", limit=1) == ["1"]
+    fails(r"no image with gt=auto; it has human \(edges\), model, published masks", **here,
+          where="gt=auto")
     fails("no columns 'truth', expected one; columns are image, gt", **here, where="truth=human")
     fails("expected COLUMN=REGEX", **here, where="gt")
     fails("no regular expression", **here, where="gt=(")
@@ -83,7 +89,7 @@ def test_names_from_data_reach_no_other_folder():
     assert measure.safe_name("A172_Phase-3.t+1 µ") == "A172_Phase-3.t+1_µ"
 
 
-# -------------------------------------------------------------------------------------- sources, rows
+# ------------------------------------------------------------------------------------ sources, rows
 
 def test_peers_of_nested_sets(tmp_path):
     """By their folders, or by names alone where these are not ambiguous."""
@@ -96,8 +102,8 @@ def test_peers_of_nested_sets(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         data.write_labels(path, np.ones((64, 64), np.uint8))
     files = measure.PeerLabels(measure.Model("m", labels=str(tmp_path / "peer")), nested).files
-    assert {name: path.relative_to(tmp_path / "peer").as_posix() for name, path in files.items()} == {
-        "p_0": "p/0.tif", "q_1": "q/1.tif", "q_2": "2.tif"}
+    found = {name: path.relative_to(tmp_path / "peer").as_posix() for name, path in files.items()}
+    assert found == {"p_0": "p/0.tif", "q_1": "q/1.tif", "q_2": "2.tif"}
 
 
 def test_predictions_are_those_of_segment(tmp_path):
@@ -105,24 +111,29 @@ def test_predictions_are_those_of_segment(tmp_path):
     folder, path = a_set(tmp_path / "set", range(2)), weights(tmp_path / "net.pt")
     wanted = dict(peak=0.55, fill=0.2, depth=0.05, smooth=0.7, shape=0.05, min_area=5, tile=32)
     row, = measure.rows_of(measure.Model("net", str(path), scale=0.8, **wanted),
-                           [discs_ := dataset(tmp_path, name="discs", path="set", diameter=8)], "cpu", None)
+                           [discs_ := dataset(tmp_path, name="discs", path="set", diameter=8)],
+                           "cpu", None)
     measure.measure_row(row, discs_, tmp_path, False)
     for example in data.examples(folder):
-        expected = segment.segment(example.image().pixels, model.load(path).ready("cpu"), zoom=0.8 * 10 / 8, **wanted)
+        expected = segment.segment(example.image().pixels, model.load(path).ready("cpu"),
+                                   zoom=0.8 * 10 / 8, **wanted)
         assert expected.max() > 1
-        np.testing.assert_array_equal(data.read_labels(tmp_path / f"net/discs/{example.name}_pred.tif"), expected)
+        found = data.read_labels(tmp_path / f"net/discs/{example.name}_pred.tif")
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_rows_of_seeds_and_of_numbers_of_images(tmp_path):
-    """Files that fit a pattern are the seeds of a row; where they saw unlike numbers of images, of several."""
+    """Files that fit a pattern are the seeds of a row; by numbers of images, of several."""
     a_set(tmp_path / "set", range(2))
     sets = [dataset(tmp_path, name="discs", path="set")]
     for name, images in (("a_2_0", 2), ("a_2_1", 2), ("a_10_0", 10)):
         trained(weights(tmp_path / f"{name}.pt"), images)
 
     def rows(pattern, **more):
-        found = measure.rows_of(measure.Model("a", str(tmp_path / pattern), **more), sets, "cpu", None)
-        return [(row.name, row.images, row.curve, [s.path.stem for s in row.sources.get("discs", ())]) for row in found]
+        found = measure.rows_of(measure.Model("a", str(tmp_path / pattern), **more), sets, "cpu",
+                                None)
+        return [(row.name, row.images, row.curve,
+                 [s.path.stem for s in row.sources.get("discs", ())]) for row in found]
     assert rows("a_2_*.pt") == [("a", 2, "", ["a_2_0", "a_2_1"])]
     assert rows("a_*.pt") == [("a_2", 2, "a", ["a_2_0", "a_2_1"]), ("a_10", 10, "a", ["a_10_0"])]
     assert rows("a_10_0.pt") == [("a", 10, "", ["a_10_0"])]
@@ -135,19 +146,23 @@ def test_the_mean_of_seeds():
     """Scores are means over seeds; groups and curves count what every seed made of an image."""
     truth = discs(0)[1]
     tables = [metrics.overlap(truth, truth), metrics.overlap(truth, 0 * truth)]
-    seeds = [measure.Result(f"s{i}", "", None, ["x"], [t], metrics.set_scores([t]), [], 1.0) for i, t in enumerate(tables)]
+    seeds = [measure.Result(f"s{i}", "", None, ["x"], [table], metrics.set_scores([table]), [], 1.0)
+             for i, table in enumerate(tables)]
     result = measure.mean_of_seeds("s", seeds)
-    assert result.scores.mean["AP@0.5"] == 0.5 and result.runs == tuple(seeds) and result.note == "2 seeds"
+    assert result.scores.mean["AP@0.5"] == 0.5
+    assert result.runs == tuple(seeds) and result.note == "2 seeds"
     assert np.mean([y for _, y in measure.found_by_size({"s": result})["s"]]) == pytest.approx(0.5)
 
 
-# -------------------------------------------------------------------------------- thresholds, gating
+# ------------------------------------------------------------------------------- thresholds, gating
 
 def test_thresholds_are_every_pair_that_can_be():
     grid = measure.Encoding(peak=(0.4, 0.9), fill=(0.1, 0.5), depth=(0.0, 0.1))
     found = measure.thresholds(grid)
-    assert [(one["peak"], one["fill"]) for one in found[::2]] == [(0.4, 0.1), (0.9, 0.1), (0.9, 0.5)]
-    assert list(found[0]) == ["peak", "fill", "depth", "smooth", "shape", "min_area"] and len(found) == 6
+    pairs = [(one["peak"], one["fill"]) for one in found[::2]]
+    assert pairs == [(0.4, 0.1), (0.9, 0.1), (0.9, 0.5)]
+    assert list(found[0]) == ["peak", "fill", "depth", "smooth", "shape",
+                              "min_area"] and len(found) == 6
     with pytest.raises(ValueError, match="no pair with fill <= peak"):
         measure.Encoding(peak=(0.1,), fill=(0.2,))
     with pytest.raises(ValueError, match="depth: expected one value or more"):
@@ -159,16 +174,20 @@ def test_the_encoding_knows_all_thresholds(tmp_path):
     folder = a_set(tmp_path / "set", range(3))
     grid = measure.Encoding((None, 3.0), (0.4,), (0.1,), (0.0, 0.1), (0.0, 1.0), (0.05,), (0, 40))
     rows = measure.encoding_rows(dataset(tmp_path, name="discs", path="set"), grid, "DSB", tmp_path)
-    assert len(rows) == 16 and [row["DSB"] for row in rows] == sorted((row["DSB"] for row in rows), reverse=True)
+    assert len(rows) == 16 and [row["DSB"] for row in rows] == sorted((row["DSB"] for row in rows),
+                                                                      reverse=True)
     assert rows[0]["DSB"] > rows[-1]["DSB"]
     for row in (rows[0], rows[7], rows[-1]):
         setting = watershed.Setting(**{name: row[name] for name in watershed.Setting._fields})
-        tables = [metrics.overlap(e.labels(), watershed.flood(watershed.distance_map(e.labels(), row["cap"]), setting))
+        tables = [metrics.overlap(e.labels(), watershed.flood(watershed.distance_map(e.labels(),
+                                                                                     row["cap"]),
+                                                                                     setting))
                   for e in data.examples(folder)]
         assert row["AP@0.9"] == pytest.approx(metrics.set_scores(tables).mean["AP@0.9"])
 
 
-@pytest.mark.parametrize("over,window,border", [("image", (10, 80), "keep"), ("set", (10, 80), "drop"),
+@pytest.mark.parametrize("over,window,border",
+                         [("image", (10, 80), "keep"), ("set", (10, 80), "drop"),
                                                 ("image", (0, 100), "both")])
 def test_gating_removes_exactly_what_it_says(tmp_path, over, window, border):
     """The scores after the cells have been erased from the label images, cell by cell."""
@@ -177,19 +196,23 @@ def test_gating_removes_exactly_what_it_says(tmp_path, over, window, border):
     for file in (tmp_path / "peer").iterdir():
         file.rename(file.with_name(f"{file.stem}_pred.tif"))
     items = list(dataset(tmp_path, name="discs", path="set").items("test"))
-    result, removed = measure.gate([measure.read_prediction(item, tmp_path / "peer") for item in items],
+    result, removed = measure.gate([measure.read_prediction(item, tmp_path / "peer")
+                                    for item in items],
                                    over, 60, window, border)
     preds = [eroded(item.truth, number) for number, item in enumerate(items)]
     ids = [[i for i in np.unique(pred) if i] for pred in preds]
-    means = [[item.pixels[0][pred == i].mean() for i in own] for item, pred, own in zip(items, preds, ids)]
+    means = [[item.pixels[0][pred == i].mean() for i in own] for item, pred,
+             own in zip(items, preds, ids)]
     tables, gone = [], 0
     for item, pred, own, bright in zip(items, preds, ids, means):
         low, high = np.percentile(bright if over == "image" else np.concatenate(means), window)
         rim = np.ones_like(pred, bool)
         rim[1:-1, 1:-1] = False
-        lost = {i for i, mean in zip(own, bright) if (pred == i).sum() < 60 or not low <= mean <= high
+        lost = {i for i, mean in zip(own, bright) if (pred == i).sum() < 60
+                or not low <= mean <= high
                 or (border != "keep" and i in pred[rim])}
-        truth = np.where(np.isin(item.truth, item.truth[rim]), 0, item.truth) if border == "both" else item.truth
+        truth = np.where(np.isin(item.truth, item.truth[rim]), 0,
+                         item.truth) if border == "both" else item.truth
         tables.append(metrics.overlap(truth, np.where(np.isin(pred, list(lost)), 0, pred)))
         gone += len(lost)
     expected = metrics.set_scores(tables)
@@ -214,7 +237,8 @@ def test_found_by_size():
 
 
 @pytest.mark.parametrize("shape,cell,expected", [
-    ((300, 200), 8, (0, 0, 512, 1)), ((2000, 3000), 100, (0, 0, 3072, 6)), ((2000, 3000), 10, None)])
+    ((300, 200), 8, (0, 0, 512, 1)), ((2000, 3000), 100, (0, 0, 3072, 6)),
+    ((2000, 3000), 10, None)])
 def test_square_worth_showing(shape, cell, expected):
     """Whole images where cells stay visible; otherwise the square that holds the cells."""
     truth = np.zeros(shape, np.int32)

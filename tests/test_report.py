@@ -1,4 +1,4 @@
-"""report.py: charts by their coordinates, pages by a parser and, where one is installed, by a browser."""
+"""report.py: charts by their coordinates, pages by a parser and, if there is one, a browser."""
 import base64
 import io
 import json
@@ -17,15 +17,15 @@ from PIL import Image
 
 import report
 
-
-# ------------------------------------------------------------------------------------------------ browser
+# ------------------------------------------------------------------------------------------ browser
 
 def browse(path):
-    """What a headless Chromium sees of a page: requests, errors, and the size of every picture and chart.
+    """What headless Chromium sees of a page: requests, errors, the size of pictures and charts.
 
-    Spoken to over a pair of pipes in the DevTools protocol: JSON messages that end with a zero byte.
+    It speaks the DevTools protocol over a pair of pipes: JSON messages that end with a zero byte.
     """
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    chromium = next(filter(None, map(shutil.which,
+                                     ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
         pytest.skip("needs chromium on PATH to open the page")
     to_read, to_write = os.pipe(), os.pipe()                # what Chromium reads, what it writes
@@ -69,32 +69,40 @@ def browse(path):
             ask("Runtime.evaluate", session, expression="1")
         script = """[...document.querySelectorAll('img, svg')].map(e => {
             const {width, height} = e.getBoundingClientRect();
-            return [Math.min(width, e.naturalWidth ?? 1e9), Math.min(height, e.naturalHeight ?? 1e9)]})"""
-        boxes = ask("Runtime.evaluate", session, expression=script, returnByValue=True)["result"]["value"]
-        wide = ask("Runtime.evaluate", session, returnByValue=True,
-                   expression="document.documentElement.scrollWidth - innerWidth")["result"]["value"]
+            return [Math.min(width, e.naturalWidth ?? 1e9),
+                    Math.min(height, e.naturalHeight ?? 1e9)]})"""
+        boxes = ask("Runtime.evaluate", session, expression=script,
+                    returnByValue=True)["result"]["value"]
+        script = "document.documentElement.scrollWidth - innerWidth"
+        wide = ask("Runtime.evaluate", session, expression=script,
+                   returnByValue=True)["result"]["value"]
         ask("Browser.close")
     finally:
         os.close(to_read[1])
         stream.close()
         browser.wait(30)
     said = [(event["method"], event["params"]) for event in events]
-    urls = [params["request"]["url"] for method, params in said if method == "Network.requestWillBeSent"]
+    urls = [params["request"]["url"] for method,
+            params in said if method == "Network.requestWillBeSent"]
     errors = [params for method, params in said if method == "Runtime.exceptionThrown"
               or method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning")]
     assert path.resolve().as_uri() in urls, "the page was not loaded"
-    requests = [url for url in urls if not url.startswith("data:") and url != path.resolve().as_uri()]
+    requests = [url for url in urls if not url.startswith("data:")
+                and url != path.resolve().as_uri()]
     return dict(requests=requests, errors=errors, boxes=boxes, overflow=wide)
 
 
 def sample():
     styles = report.styles(["top", "a", "b <&>"], reference="top")
-    series = {"top": [(0.5, 1), (0.9, 1)], "a": [(0.5, 0.8), (0.9, 0.2)], "b <&>": [(0.5, math.nan)]}
+    series = {"top": [(0.5, 1), (0.9, 1)], "a": [(0.5, 0.8), (0.9, 0.2)],
+              "b <&>": [(0.5, math.nan)]}
     chart = report.line_chart(series, styles, "IoU", "AP")
     pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     return report.page("Title & more", "note", [report.section(
-        "set", "its note", report.legend(styles), report.side_by_side(report.titled("curve", chart)),
-        report.html_table(["model", "AP"], [["a", report.Cell("0.5", "0.4–0.6", True)], ["b <&>", "-"]]),
+        "set", "its note", report.legend(styles),
+        report.side_by_side(report.titled("curve", chart)),
+        report.html_table(["model", "AP"], [["a", report.Cell("0.5", "0.4–0.6", True)],
+                                            ["b <&>", "-"]]),
         report.strip("best", [report.picture(pixels, "truth: 3 cells")]))], "made by <me>")
 
 
@@ -106,7 +114,7 @@ def test_page_in_a_browser(tmp_path):
     assert len(seen["boxes"]) == 3 + 1 + 1 and all(w > 10 and h > 5 for w, h in seen["boxes"])
 
 
-# --------------------------------------------------------------------------------------------------- page
+# --------------------------------------------------------------------------------------------- page
 
 def test_page_is_whole_and_holds_everything():
     """Every tag is closed, text is escaped, and nothing refers to another file."""
@@ -116,7 +124,8 @@ def test_page_is_whole_and_holds_everything():
             self.open, self.outside = [], []
 
         def handle_starttag(self, tag, attributes):
-            self.outside += [v for k, v in attributes if k in ("src", "href") and not v.startswith("data:")]
+            self.outside += [v for k, v in attributes if k in ("src", "href")
+                             and not v.startswith("data:")]
             if tag not in ("meta", "link", "img"):
                 self.open.append(tag)
 
@@ -140,7 +149,7 @@ def test_picture_carries_its_pixels():
     assert 'width="16" height="8"' in html and "a &quot;b&quot;" in html
 
 
-# -------------------------------------------------------------------------------------------------- charts
+# ------------------------------------------------------------------------------------------- charts
 
 def parsed(svg):
     return ElementTree.fromstring(svg)
@@ -159,7 +168,8 @@ def test_lines_have_their_points_where_the_axes_say():
     (a, b, c), = lines(svg)
     grid = [float(y) for path in parsed(svg).iter("path") if path.get("class") == "grid"
             for y in re.findall(r" ([\d.]+)H", path.get("d"))]
-    assert a[1] == max(grid) and b[1] == min(grid) and c[1] == pytest.approx((a[1] + b[1]) / 2, abs=0.1)
+    assert a[1] == max(grid) and b[1] == min(grid) and c[1] == pytest.approx((a[1] + b[1]) / 2,
+                                                                             abs=0.1)
     assert b[0] - a[0] == pytest.approx(c[0] - b[0], abs=0.11)
     (a, b, c), = lines(report.line_chart(points, styles, "x", "y"))
     assert c[0] - b[0] == pytest.approx(2 * (b[0] - a[0]), abs=0.2)
@@ -173,7 +183,8 @@ def test_lines_with_gaps_and_without_points():
     assert [len(line) for line in lines(svg)] == [2, 2] and "nan" not in svg.lower()
     assert len(list(parsed(svg).iter("title"))) == 4
     assert lines(report.line_chart({}, {}, "x", "y")) == []
-    assert lines(report.line_chart({"a": [(3, 0.5)]}, report.styles(["a"]), "x", "y", log=True)) == []
+    assert lines(report.line_chart({"a": [(3, 0.5)]}, report.styles(["a"]), "x", "y",
+                                   log=True)) == []
 
 
 def test_dots_and_the_line_through_their_means():
@@ -192,10 +203,12 @@ def test_intervals_of_a_forest():
     styles, nan = report.styles(["a", "b"]), math.nan
     svg = report.forest([report.Interval("nft", "a", 0.5, 0.2, 0.8, True),
                          report.Interval("nft", "b", -0.5, -0.8, -0.2, False),
-                         report.Interval("<&>", "a", nan, nan, nan, False, "all equal")], styles, "rho")
+                         report.Interval("<&>", "a", nan, nan, nan, False, "all equal")], styles,
+                         "rho")
     left, right = (sum(x for x, _ in line) / 2 for line in lines(svg))
     zero = next(line for line in parsed(svg).iter("polyline") if line.get("class") == "axis")
-    assert abs(left + right - 2 * float(zero.get("points").partition(",")[0])) < 0.3 and left > right
+    assert abs(left
+               + right - 2 * float(zero.get("points").partition(",")[0])) < 0.3 and left > right
     assert [group.get("fill") for group in parsed(svg).iter("g")] == [styles["a"].colour, "#fff"]
     assert "a: all equal" in [text.text for text in parsed(svg).iter("text")]
 
@@ -212,17 +225,20 @@ def test_bars_of_a_histogram():
 
 def test_curves_in_a_file(tmp_path):
     """A chart for each series that has points; it needs no style from elsewhere."""
-    report.write_curves(tmp_path / "c.svg", {"loss": [(0, 1.0), (10, 0.1)], "score": [(0, math.nan)],
+    report.write_curves(tmp_path / "c.svg", {"loss": [(0, 1.0), (10, 0.1)],
+                                             "score": [(0, math.nan)],
                                              "none": []})
     text = (tmp_path / "c.svg").read_text()
     file = ElementTree.fromstring(text)
     namespace = "{http://www.w3.org/2000/svg}"
     assert (file.tag, file.get("width"), file.get("height")) == (f"{namespace}svg", "1040", "300")
-    assert [len(list(chart.iter(f"{namespace}polyline"))) for chart in file.iter(f"{namespace}svg")][1:] == [1, 0]
-    assert "step; last 0.1" in text and set(re.findall(r"var\((--\w+)\)", text)) <= set(re.findall(r"(--\w+):", text))
+    assert [len(list(chart.iter(f"{namespace}polyline")))
+            for chart in file.iter(f"{namespace}svg")][1:] == [1, 0]
+    assert "step; last 0.1" in text and set(re.findall(r"var\((--\w+)\)",
+                                                       text)) <= set(re.findall(r"(--\w+):", text))
 
 
-# ------------------------------------------------------------------------------------------------- Markdown
+# ----------------------------------------------------------------------------------------- Markdown
 
 def test_markdown_and_its_place(tmp_path):
     text = report.markdown(["a", "b"], [["x|y", "1"]])
@@ -237,7 +253,7 @@ def test_markdown_and_its_place(tmp_path):
         report.put_between(path, "u", text)
 
 
-# ------------------------------------------------------------------------------------------------------ PNG
+# ---------------------------------------------------------------------------------------------- PNG
 
 def read(path):
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
@@ -248,7 +264,7 @@ def test_matrices_shade_by_value(tmp_path):
     report.matrices(tmp_path / "m.png", {"one": matrix, "two": matrix}, ["A", "B"], cell=40)
     pixels = read(tmp_path / "m.png")
     left, top = 24 + 7, 56
-    corner = pixels[top + 3::40, left + 3::40][:2, :2]                # inside the cells, beside their numbers
+    corner = pixels[top + 3::40, left + 3::40][:2, :2]  # inside the cells, beside their numbers
     assert corner[0, 1].tolist() == [255] * 3                         # 0 is white, 1 blue, -1 red
     assert corner[0, 0, 2] > corner[0, 0, 0] and corner[1, 0, 0] > corner[1, 0, 2]
     assert (corner[1, 1] > corner[0, 0]).all() and not list(tmp_path.glob(".*"))

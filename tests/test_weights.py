@@ -7,8 +7,8 @@ import torch
 from scipy import ndimage
 from skimage.io import imread
 
-import answer
 import infer
+import instruct_net
 import metrics
 import model
 import segment
@@ -28,7 +28,7 @@ def net(name):
 
 
 def test_files_are_small_and_say_where_they_come_from():
-    readers = {"DINOCell": model.load, "Instructed": answer.load, "ViT": model.load_backbone}
+    readers = {"DINOCell": model.load, "Instructed": instruct_net.load_instructed, "ViT": model.load_backbone}
     shipped = re.findall(r"^\| `(\w+\.pt)` \|", (MODELS / "README.md").read_text(), re.MULTILINE)
     assert {"dinocell_s8.pt", "dinocell_tiny.pt", "instruct_tiny.pt", "demo_synthetic.pt"} <= set(shipped)
     for path in (MODELS / name for name in shipped):          # beside them may lie a user's own

@@ -77,9 +77,10 @@ class Ask:
 
 @dataclass(frozen=True)
 class Config:
-    experiment: str = "instruct_tiny"       # name of the run, and of the weights in final_models/
+    experiment: str = "instruct_tiny"       # name of the run
     checkpoint_name: str = "instruct"       # folder of its checkpoints
     output_base_dir: str = "."              # where runs/ and final_models/ are made
+    export_path: str | None = None          # weights; null: final_models/<experiment>.pt
     data: str = "dat/instruct"              # folder that make writes and train reads
     sources: tuple[Source, ...] = ()        # make: images with classes, see below
     encoder: str | None = None              # folder of the sentence encoder; null: the package
@@ -109,7 +110,8 @@ class Config:
 
     @property
     def exported(self) -> Path:
-        return Path(self.output_base_dir) / "final_models" / f"{self.experiment}.pt"
+        default = Path(self.output_base_dir) / "final_models" / f"{self.experiment}.pt"
+        return Path(self.export_path or default)
 
 
 # ---------------------------------------------------------------------------------------------- ask
@@ -490,7 +492,7 @@ def fit_tissue(net, tiles: list[Tile]) -> None:
             with torch.inference_mode():
                 pixels = torch.from_numpy(part.normalised())
                 tokens.append(instruct_net.embeddings(pixels, net)[1])
-            lots.append(number % 6 if len(own) > 6 else number)
+            lots.append(number % min(6, len(own)))
     tokens, lots = torch.stack(tokens), torch.tensor(lots)
     away = []
     for lot in lots.unique():

@@ -1,5 +1,6 @@
-"""instruct.py: losses, thresholds, judging; and all of it end to end, on drawn tissue and with a bag
-of words in the place of MiniLM.
+"""instruct.py: losses, thresholds, judging; and all of it end to end, on drawn tissue.
+
+A bag of words takes the place of MiniLM.
 """
 import collections
 import dataclasses
@@ -12,17 +13,18 @@ import pytest
 import skimage.data
 import skimage.io
 import torch
+from conftest import ROOT
+from test_instruct_data import tissue
+from test_instruct_net import AXIS, Bag, reading, small_net, view
 
 import data
 import instruct
 import instruct_data
 import instruct_net
+import metrics
 import model
 import runs
 import watershed
-from conftest import ROOT
-from test_instruct_data import tissue
-from test_instruct_net import AXIS, Bag, reading, small_net, view
 
 
 def base_network(**settings) -> model.DINOCell:
@@ -30,16 +32,19 @@ def base_network(**settings) -> model.DINOCell:
     return model.DINOCell(model.ViT(32, 4, 1, 8, 2), (16, 8, 8), 8, model.Settings(**settings))
 
 
-# ------------------------------------------------------------------------------- losses, thresholds
+# ------------------------------------------------------------------------------ losses, thresholds
 
 def test_even_loss_closed_form():
     """Logits 0 cost log 2 on either side, however many stand there; unknown ones cost nothing."""
     member = torch.tensor([[1, -1, -1, -1, 0]], dtype=torch.int8)
-    assert math.isclose(instruct.even_loss(torch.zeros(1, 5), member).item(), math.log(2), rel_tol=1e-6)
-    sure = torch.tensor([[0.0, 30, 30, 30, 99]])                             # all negatives wrong by 30
-    assert math.isclose(instruct.even_loss(sure, member).item(), (math.log(2) + 30) / 2, rel_tol=1e-5)
-    empty = torch.full((1, 5), -1, dtype=torch.int8)                         # absent: only negatives count
-    assert math.isclose(instruct.even_loss(torch.zeros(1, 5), empty).item(), math.log(2), rel_tol=1e-6)
+    even = instruct.even_loss(torch.zeros(1, 5), member).item()
+    assert math.isclose(even, math.log(2), rel_tol=1e-6)
+    sure = torch.tensor([[0.0, 30, 30, 30, 99]])                         # all negatives wrong by 30
+    wrong = instruct.even_loss(sure, member).item()
+    assert math.isclose(wrong, (math.log(2) + 30) / 2, rel_tol=1e-5)
+    empty = torch.full((1, 5), -1, dtype=torch.int8)                  # absent: only negatives count
+    absent = instruct.even_loss(torch.zeros(1, 5), empty).item()
+    assert math.isclose(absent, math.log(2), rel_tol=1e-6)
 
 
 def test_best_line():
@@ -63,7 +68,8 @@ def test_init_takes_a_network_over(tmp_path, backbone):
     settings = model.Settings(tile=96, peak=0.6, depth=0.15, low=2.0, diameter=15.0, cap=5.0)
     base = model.DINOCell(backbone, (16, 8, 8), 8, settings, stem=3).eval()
     model.save(base, tmp_path / "base.pt")
-    record = dict(trained=["nuclei"], cells={"nuclei": 3, "inflammatory": 2}, tissues=[], licence=[])
+    cells = {"nuclei": 3, "inflammatory": 2}
+    record = dict(trained=["nuclei"], cells=cells, tissues=[], licence=[])
     config = instruct.Config(init=str(tmp_path / "base.pt"), crop=64)
     net = instruct.build(config, record, Bag.dim).eval()
     assert net.words.classes == ()
@@ -81,9 +87,10 @@ def test_init_takes_a_network_over(tmp_path, backbone):
 
 
 def test_judged_is_the_check_that_should_have_told():
-    """Nonsense that only the stain check stopped was not recognised; an untrained thing beside a trained
-    one counts apart."""
-    net, line = small_net().eval(), dict(kind="nonsense", targets=[], status="question", task="", tissue="")
+    """Nonsense that only the stain check stopped was not recognised; an untrained thing beside a
+    trained one counts apart."""
+    line = dict(kind="nonsense", targets=[], status="question", task="", tissue="")
+    net = small_net().eval()
 
     def exam() -> instruct.Exam:
         return instruct.Exam(net, [dict(line, instruction="x", image="a", box=[0])], Bag(), 0)
@@ -112,17 +119,17 @@ def test_judged_is_the_check_that_should_have_told():
 
 def test_scores_of_a_class_are_pooled_over_tiles():
     true = np.array([[1, 1, 2, 2], [1, 1, 2, 2]])
-    tables = [instruct.metrics.overlap(true, found) for found in (true, true * (true == 1), true * 0)]
-    tables.append(instruct.metrics.overlap(true * 0, true))
+    pairs = (true, true), (true, true * (true == 1)), (true, true * 0), (true * 0, true)
+    tables = [metrics.overlap(*pair) for pair in pairs]
     scores = instruct.class_scores(tables)
     assert scores == {"AP@0.5": 3 / 8, "Dice": 2 * 12 / (24 + 20), "true": 6, "found": 5}
 
 
 # -------------------------------------------------------------------------------------- end to end
 
-TOY = ["crop=64", "batch=4", "steps=80", "warmup=2", "pairs=12", "least=10", "texts=16", "log_every=20",
-       "save_every=60", "lr=3e-3", "device=cpu"]
-SMALL_GRID = {**{name: values[:1] for name, values in watershed.GRID.items()}, "peak": (0.3, 0.5, 0.7)}
+TOY = ["crop=64", "batch=4", "steps=80", "warmup=2", "pairs=12", "least=10", "texts=16",
+       "log_every=20", "save_every=60", "lr=3e-3", "device=cpu"]
+SMALL_GRID = {name: values[:1] for name, values in watershed.GRID.items()} | {"peak": (0.3, 0.5)}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -153,7 +160,8 @@ def toy(tmp_path_factory):
             instruct_data.write_tile(folder / "source" / name, tissue(seed))
     for table in (folder / "source" / "bare").glob("*_classes.csv"):
         table.unlink()
-    lines = "".join(f"- {{path: {folder}/source/{name}, split: {name}, tissue: colon, licence: none}}\n"
+    more = "tissue: colon, licence: none"
+    lines = "".join(f"- {{path: {folder}/source/{name}, split: {name}, {more}}}\n"
                     for name in ("train", "test"))
     (folder / "toy.yaml").write_text(
         f"experiment: toy\ndata: {folder}/set\noutput_base_dir: {folder}\ninit: {folder}/base.pt\n"
@@ -220,7 +228,7 @@ def test_training_lowers_every_loss_and_resumes(toy):
     last = folder / "runs/toy/checkpoints/instruct/step_00000080.pt"
     before = torch.load(last, weights_only=True)["net"]
     last.unlink()
-    assert run("train") == 0                                   # from step 60 on, to the same weights
+    assert run("train") == 0                                  # from step 60 on, to the same weights
     after = torch.load(last, weights_only=True)["net"]
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -228,8 +236,8 @@ def test_training_lowers_every_loss_and_resumes(toy):
 def test_texts_are_learned_before_the_images():
     """Wordings of one class end near each other and away from those of another."""
     grammar = instruct_data.Grammar(("nuclei", "inflammatory", "epithelial"), 0)
-    lines = [dict(said._asdict(), instruction=said.text) for name in grammar.trained for _ in range(40)
-             for said in [grammar.ask("train", "segment", (name,))]]
+    asked = [grammar.ask("train", "segment", (name,)) for name in 40 * grammar.trained]
+    lines = [dict(said._asdict(), instruction=said.text) for said in asked]
     net = small_net(names=grammar.trained, trained=grammar.trained)
     classes = ["inflammatory", "epithelial"]
     lessons = instruct.Lessons(lines, net.words, classes, Bag(), "cpu")
@@ -244,7 +252,7 @@ def test_texts_are_learned_before_the_images():
 
 
 def test_the_text_decides_which_cells_belong(toy):
-    """On an image never seen: what a class is called is nearer to its own cells than to the others."""
+    """On an image never seen a class's name is nearer to its own cells than to the others."""
     folder, _ = toy
     net = instruct_net.load_instructed(folder / "final_models" / "toy.pt")
     tile = tissue(13)
@@ -286,17 +294,18 @@ def test_ask_writes_its_answer(toy, tmp_path, capsys):
     net = instruct_net.load_instructed(folder / "final_models" / "toy.pt")
     net.words.known = net.words.stain = 0.0                # so short a training is sure of nothing
     instruct_net.save_instructed(net, tmp_path / "sure.pt")
-    code = run("ask", str(image), text, f"out={tmp_path}/out", f"weights={tmp_path}/sure.pt", "device=cpu")
+    code = run("ask", str(image), text, f"out={tmp_path}/out", f"weights={tmp_path}/sure.pt",
+               "device=cpu")
     said = capsys.readouterr().out.strip()
     record = json.loads((tmp_path / "out" / "roi_answer.json").read_text())
     labels = data.read_labels(tmp_path / "out" / "roi_answer_labels.tif")
     assert code == 0 and record["status"] == "answer"
     assert record["answer"] == said and record["instruction"] == text
-    assert set(record["understood"]) == {"task", "targets", "unknown", "kind", "tissue", "confidence"}
+    assert set(record["understood"]) == {*instruct_net.Reading._fields}
     assert record["count"] == len(record["boxes"]) == len(np.unique(labels)) - 1
     assert math.isclose(record["area_fraction"], (labels > 0).mean(), abs_tol=1e-6)
-    height, width, _ = skimage.io.imread(tmp_path / "out" / "roi_answer.png").shape  # small: enlarged
-    assert labels.shape == (192, 192) and height == width >= 192
+    height, width, _ = skimage.io.imread(tmp_path / "out" / "roi_answer.png").shape
+    assert labels.shape == (192, 192) and height == width >= 192             # small: enlarged
 
 
 def test_ask_about_a_gray_image_is_a_question(toy, tmp_path, capsys):
@@ -318,7 +327,7 @@ def test_mistakes_are_one_line(toy, tmp_path, capsys):
     skimage.io.imsave(image, tissue(15, size=64).pixels.transpose(1, 2, 0), check_contrast=False)
     for arguments, words in (((str(image),), "an image and an instruction"),
                              ((str(tmp_path / "no.png"), "count"), "no.png"),
-                             ((str(image), "count", f"weights={tmp_path}/no.pt"), "python instruct.py train"),
+                             ((str(image), "count", "weights=no.pt"), "instruct.py train"),
                              ((str(image), "count", "wieghts=x"), "did you mean 'weights'")):
         assert run("ask", *arguments) == 1
         error = capsys.readouterr().err
@@ -338,8 +347,9 @@ def test_sources_that_share_names_and_sets_that_cannot_validate(tmp_path, capsys
     sources = [f"{{path: {tmp_path}/{folder}, tissue: colon}}" for folder in ("a", "b")]
 
     def make(folder: str, sources=sources) -> tuple[int, str]:
-        (tmp_path / "c.yaml").write_text(f"data: {tmp_path}/{folder}\nsources: [{', '.join(sources)}]\n")
-        return start("make", str(tmp_path / "c.yaml"), "least=5", "pairs=2"), capsys.readouterr().err
+        config = tmp_path / "c.yaml"
+        config.write_text(f"data: {tmp_path}/{folder}\nsources: [{', '.join(sources)}]\n")
+        return start("make", str(config), "least=5", "pairs=2"), capsys.readouterr().err
     assert make("set")[0] == 0
     assert {tile.name for tile in instruct_data.read_tiles(tmp_path / "set", "train")} == {
         f"{number}tissue_{seed}" for number in ("", "2_") for seed in (30, 31, 32)}

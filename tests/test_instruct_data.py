@@ -14,9 +14,33 @@ import pytest
 import skimage.io
 
 import instruct_data
-from instruct_data import WORDS, Found, Source, Tile
+from instruct_data import (
+    CLASSES,
+    CONCEPTS,
+    LEAST,
+    LLM,
+    TASKS,
+    WORDS,
+    Found,
+    Grammar,
+    Source,
+    Tile,
+    amount,
+    crop_tile,
+    membership,
+    place_of,
+    refusal,
+    rewrite,
+    sentence,
+    source_tiles,
+    split_tile,
+    tile_parts,
+    truth,
+    write_tile,
+)
 
-KINDS = {"inflammatory": (5, (70, 35, 115)), "malignant epithelial": (9, (150, 100, 175))}     # radius px, colour
+KINDS = {"inflammatory": (5, (70, 35, 115)),                   # radius px, colour
+         "malignant epithelial": (9, (150, 100, 175))}
 
 
 def tissue(seed: int, kinds=tuple(KINDS), size: int = 192, count: int = 40) -> Tile:
@@ -39,40 +63,40 @@ def tissue(seed: int, kinds=tuple(KINDS), size: int = 192, count: int = 40) -> T
     return Tile(f"tissue_{seed}", pixels.clip(0, 255).astype(np.uint8), labels, classes, "")
 
 
-# ------------------------------------------------------------------------------------------------- ontology
+# ---------------------------------------------------------------------------------------- ontology
 
 def test_a_class_counts_for_its_ancestors_and_says_nothing_of_finer_ones():
     classes = ["fibroblast", "connective", "inflammatory", "nuclei", "other"]
-    assert instruct_data.membership(classes, ["connective"]).tolist() == [1, 1, -1, 0, -1]
-    assert instruct_data.membership(classes, ["fibroblast"]).tolist() == [1, 0, -1, 0, -1]
-    assert instruct_data.membership(classes, ["nuclei"]).tolist() == [1] * 5
-    assert instruct_data.membership(classes, ["connective"], exclude=True).tolist() == [-1, -1, 1, 0, 1]
-    assert instruct_data.membership(classes, ["fibroblast", "inflammatory"]).tolist() == [1, 0, 1, 0, -1]
+    assert membership(classes, ["connective"]).tolist() == [1, 1, -1, 0, -1]
+    assert membership(classes, ["fibroblast"]).tolist() == [1, 0, -1, 0, -1]
+    assert membership(classes, ["nuclei"]).tolist() == [1] * 5
+    assert membership(classes, ["connective"], exclude=True).tolist() == [-1, -1, 1, 0, 1]
+    assert membership(classes, ["fibroblast", "inflammatory"]).tolist() == [1, 0, 1, 0, -1]
 
 
 def test_every_parent_exists_and_every_class_of_a_source_is_known():
-    concepts = instruct_data.CONCEPTS
+    concepts = CONCEPTS
     assert {c.parent for c in concepts.values()} - {None} <= concepts.keys()
     assert [name for name, c in concepts.items() if c.parent is None] == ["nuclei"]
-    assert all(name in concepts for table in instruct_data.CLASSES.values() for name in table.values())
+    assert all(name in concepts for table in CLASSES.values() for name in table.values())
 
 
 def test_lots_share_no_template_and_held_out_words_are_not_trained():
     for task, lots in WORDS.templates.items():
-        assert task in instruct_data.TASKS and len(set().union(*lots.values())) == sum(map(len, lots.values()))
-    words = [set(c.words) | set(c.held_out) for c in instruct_data.CONCEPTS.values()]
-    assert sum(map(len, words)) == len(set().union(*words))                  # no word means two things
+        assert task in TASKS and len(set().union(*lots.values())) == sum(map(len, lots.values()))
+    words = [set(c.words) | set(c.held_out) for c in CONCEPTS.values()]
+    assert sum(map(len, words)) == len(set().union(*words))               # no word means two things
     for table in (WORDS.untrained, WORDS.invisible, WORDS.chatter):
         assert len(set().union(*table.values())) == sum(map(len, table.values()))
-    grammar = instruct_data.Grammar(["inflammatory"], seed=1, typos=0)
+    grammar = Grammar(["inflammatory"], seed=1, typos=0)
     texts = [grammar.ask("train", "count", ["inflammatory"]).text.lower() for _ in range(300)]
-    assert not [t for t in texts if any(h in t for h in instruct_data.CONCEPTS["inflammatory"].held_out)]
+    assert not [t for t in texts if any(h in t for h in CONCEPTS["inflammatory"].held_out)]
     assert len(set(texts)) > 100
 
 
 def test_grammar_repeats_itself_and_typos_change_words():
-    plain, rough = (instruct_data.Grammar(["epithelial"], 3, typos) for typos in (0, 1))
-    again = instruct_data.Grammar(["epithelial"], 3, 0)
+    plain, rough = (Grammar(["epithelial"], 3, typos) for typos in (0, 1))
+    again = Grammar(["epithelial"], 3, 0)
     first = [plain.ask("train", "exclude", ["epithelial"], "liver") for _ in range(50)]
     assert first == [again.ask("train", "exclude", ["epithelial"], "liver") for _ in range(50)]
     assert all("liver" in i.text.lower() and i.targets == ("epithelial",) for i in first)
@@ -85,26 +109,26 @@ def test_grammar_repeats_itself_and_typos_change_words():
 
 def test_sentences():
     one = Found("count", ("inflammatory",), (1,), 1, 0.01, 80.0, "")
-    assert instruct_data.sentence(one) == "I count 1 inflammatory cell."
-    assert instruct_data.sentence(one._replace(count=0,
-                                              counts=(0,))) == "I see no inflammatory cells in this region."
-    assert instruct_data.sentence(one._replace(task="presence", count=3, counts=(3,),
+    assert sentence(one) == "I count 1 inflammatory cell."
+    none = one._replace(count=0, counts=(0,))
+    assert sentence(none) == "I see no inflammatory cells in this region."
+    assert sentence(one._replace(task="presence", count=3, counts=(3,),
                                               targets=("nuclei",))) == \
         "Yes, I see 3 nuclei in this region."
     two = Found("compare", ("epithelial", "connective"), (4, 9), 13, 0.1, 80.0, "")
-    assert instruct_data.sentence(two) == "There are more stromal cells (9) than epithelial cells (4)."
-    assert instruct_data.sentence(two._replace(counts=(2, 2))).startswith("Neither")
-    assert instruct_data.refusal("untrained", "x", "mitotic figures", ["inflammatory"]).startswith(
+    assert sentence(two) == "There are more stromal cells (9) than epithelial cells (4)."
+    assert sentence(two._replace(counts=(2, 2))).startswith("Neither")
+    assert refusal("untrained", "x", "mitotic figures", ["inflammatory"]).startswith(
         "I was not trained to recognise mitotic figures; I can show inflammatory cells.")
 
 
 def test_place():
-    assert instruct_data.place_of(np.array([[1, 1], [2, 2], [99, 99]]), (100, 100)) == "upper left"
-    assert instruct_data.place_of(np.array([[50.0, 50.0]]), (100, 100)) == "centre"
-    assert instruct_data.place_of(np.argwhere(np.ones((9, 9))) * 11, (100, 100)) == ""
+    assert place_of(np.array([[1, 1], [2, 2], [99, 99]]), (100, 100)) == "upper left"
+    assert place_of(np.array([[50.0, 50.0]]), (100, 100)) == "centre"
+    assert place_of(np.argwhere(np.ones((9, 9))) * 11, (100, 100)) == ""
 
 
-# ------------------------------------------------------------------------------------------------------- llm
+# --------------------------------------------------------------------------------------------- llm
 
 class Stub(http.server.BaseHTTPRequestHandler):
     """An OpenAI-compatible endpoint that answers with what `said` holds."""
@@ -128,7 +152,7 @@ def stub():
     server = http.server.HTTPServer(("127.0.0.1", 0), Stub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     Stub.asked = []
-    yield instruct_data.LLM(url=f"http://127.0.0.1:{server.server_port}/v1/", model="stub")
+    yield LLM(url=f"http://127.0.0.1:{server.server_port}/v1/", model="stub")
     server.shutdown()
     server.server_close()
 
@@ -136,63 +160,67 @@ def stub():
 def test_llm_rewrites(stub, monkeypatch):
     monkeypatch.setenv("DINOCELL_LLM_KEY", "secret")
     Stub.said = '"Kindly mark each lymphoid cell"'
-    assert instruct_data.rewrite("highlight the lymphocytes", stub) == "Kindly mark each lymphoid cell"
+    assert rewrite("highlight the lymphocytes", stub) == "Kindly mark each lymphoid cell"
     (path, key, body), = Stub.asked
     assert path == "/v1/chat/completions" and key == "Bearer secret" and body["model"] == "stub"
     assert body["messages"][-1] == {"role": "user", "content": "highlight the lymphocytes"}
     Stub.said = "Sure! Here are some:\n1. ..."
-    assert instruct_data.rewrite("highlight the lymphocytes", stub) == "highlight the lymphocytes"
+    assert rewrite("highlight the lymphocytes", stub) == "highlight the lymphocytes"
     Stub.said = None
     with pytest.raises(ValueError, match="no chat completion"):
-        instruct_data.rewrite("highlight the lymphocytes", stub)
+        rewrite("highlight the lymphocytes", stub)
 
 
 def test_llm_needs_a_model_and_a_web_address():
     with pytest.raises(ValueError, match="expected http"):
-        instruct_data.LLM(url="file:///etc/passwd", model="m")
+        LLM(url="file:///etc/passwd", model="m")
     with pytest.raises(ValueError, match="name of a model"):
-        instruct_data.LLM(url="http://localhost/v1")
+        LLM(url="http://localhost/v1")
 
 
-def test_amounts_in_words():
-    said = [instruct_data.amount(*pair) for pair in ((1, "cell nuclei"), (1, "glomeruli"), (2, "glomeruli"), (1, "necrosis"),
-                                                    (3, "necrosis"), (0, "plasma cells"), (1, "plasma cells"))]
-    assert said == ["1 cell nucleus", "1 glomerulus", "2 glomeruli", "1 area of necrosis", "3 areas of necrosis",
-                    "no plasma cells", "1 plasma cell"]
+@pytest.mark.parametrize("count, name, words", [
+    (1, "cell nuclei", "1 cell nucleus"), (1, "glomeruli", "1 glomerulus"),
+    (2, "glomeruli", "2 glomeruli"), (1, "necrosis", "1 area of necrosis"),
+    (3, "necrosis", "3 areas of necrosis"), (0, "plasma cells", "no plasma cells"),
+    (1, "plasma cells", "1 plasma cell")])
+def test_amounts_in_words(count, name, words):
+    assert amount(count, name) == words
 
 
 def test_untrained_beside_trained():
-    grammar = instruct_data.Grammar(("nuclei", "inflammatory"), 0, typos=0)
+    grammar = Grammar(("nuclei", "inflammatory"), 0, typos=0)
     drawn = [grammar.ask_in_vain("held-out", "untrained") for _ in range(200)]
     both = [said for said in drawn if len(said.targets) == 2]
-    assert 30 < len(both) < 90 and {said.task for said in both} == set(instruct_data.TASKS) - {"exclude"}
+    assert 30 < len(both) < 90 and {said.task for said in both} == set(TASKS) - {"exclude"}
     for said in both:
         unknown, known = said.targets
-        assert unknown not in grammar.trained and known in grammar.trained and unknown.lower() in said.text.lower()
+        assert unknown not in grammar.trained and known in grammar.trained
+        assert unknown.lower() in said.text.lower()
 
 
-# ------------------------------------------------------------------------------------------------ converters
+# -------------------------------------------------------------------------------------- converters
 
 def test_pannuke(tmp_path):
-    """The published layout: instances of five classes in channels, each numbered for itself, and tissues."""
+    """The published layout: instances of five classes in channels, each numbered for itself."""
     masks = np.zeros((2, 16, 16, 6))
     masks[0, 1:4, 1:4, 1], masks[0, 8:12, 8:12, 1], masks[0, 5:8, 1:4, 4] = 3, 7, 3
-    masks[0, 3, 1:9,
-          0] = 2                                                  # on top of both: the first channel keeps it
+    masks[0, 3, 1:9, 0] = 2                                 # the first channel keeps what is on top
     for kind, content in (("images", np.full((2, 16, 16, 3), 200.4)), ("masks", masks)):
         folder = tmp_path / "fold1" / kind / "fold1"
         folder.mkdir(parents=True)
         np.save(folder / f"{kind}.npy", content)
     np.save(tmp_path / "fold1" / "images" / "fold1" / "types.npy", np.array(["Breast", "Colon"]))
-    first, second = instruct_data.source_tiles(Source(str(tmp_path), "pannuke"))
+    first, second = source_tiles(Source(str(tmp_path), "pannuke"))
     names = {i: name for i, name in first.classes.items()}
     assert collections.Counter(names.values()) == {"inflammatory": 2, "healthy epithelial": 1,
                                                    "malignant epithelial": 1}
-    assert names[first.labels[9, 9]] == "inflammatory" and names[first.labels[6, 2]] == "healthy epithelial"
+    assert names[first.labels[9, 9]] == "inflammatory"
+    assert names[first.labels[6, 2]] == "healthy epithelial"
     assert names[first.labels[3, 2]] == "malignant epithelial" and first.labels[0, 0] == 0
     assert first.tissue == "breast" and second.tissue == "colon"
     assert not second.labels.any() and not second.classes
-    assert first.pixels.shape == (3, 16, 16) and (first.pixels == 200).all() and first.name != second.name
+    assert first.pixels.shape == (3, 16, 16) and (first.pixels == 200).all()
+    assert first.name != second.name
 
 
 def test_lizard(tmp_path):
@@ -201,75 +229,76 @@ def test_lizard(tmp_path):
     labels[1:4, 1:4], labels[6:9, 10:15] = 5, 2
     (tmp_path / "Labels").mkdir()
     (tmp_path / "Images").mkdir()
-    scipy.io.savemat(tmp_path / "Labels" / "dpath_1.mat", {"inst_map": labels, "id": np.array([[2], [5]]),
-                                                           "class": np.array([[3], [6]]),
-                                                           "bbox": np.zeros((2, 4))})
+    content = {"inst_map": labels, "id": np.array([[2], [5]]), "class": np.array([[3], [6]]),
+               "bbox": np.zeros((2, 4))}
+    scipy.io.savemat(tmp_path / "Labels" / "dpath_1.mat", content)
     skimage.io.imsave(tmp_path / "Images" / "dpath_1.png", np.full((12, 20, 3), 90, np.uint8),
                       check_contrast=False)
-    tile, = instruct_data.source_tiles(Source(str(tmp_path), "lizard", tissue="colon"))
-    assert tile.classes == {2: "lymphocyte",
-                            5: "connective"} and (tile.labels == labels).all() and tile.tissue == "colon"
+    tile, = source_tiles(Source(str(tmp_path), "lizard", tissue="colon"))
+    assert tile.classes == {2: "lymphocyte", 5: "connective"}
+    assert (tile.labels == labels).all() and tile.tissue == "colon"
     (tmp_path / "Images" / "dpath_1.png").unlink()
     with pytest.raises(FileNotFoundError, match="dpath_1.png"):
-        list(instruct_data.source_tiles(Source(str(tmp_path), "lizard")))
+        list(source_tiles(Source(str(tmp_path), "lizard")))
 
 
 def test_consep_layout_takes_the_class_of_most_pixels(tmp_path):
     labels, types = np.zeros((8, 8), np.uint16), np.zeros((8, 8), np.uint8)
     labels[:3, :3], labels[5:, 5:] = 4, 9
     types[:3, :3], types[5:, 5:], types[0, 0] = 2, 5, 3
-    for name, content in (("a", np.zeros((8, 8, 3), np.uint8)), ("a_nuclei", labels), ("a_types", types)):
+    images = {"a": np.zeros((8, 8, 3), np.uint8), "a_nuclei": labels, "a_types": types}
+    for name, content in images.items():
         skimage.io.imsave(tmp_path / f"{name}.png", content, check_contrast=False)
-    tile, = instruct_data.source_tiles(Source(str(tmp_path), "consep"))
+    tile, = source_tiles(Source(str(tmp_path), "consep"))
     assert tile.classes == {4: "inflammatory", 9: "fibroblast"}
 
 
 def test_real_consep(shared):
     folder = str(shared / "data" / "he_consep" / "train")
-    tiles = list(instruct_data.source_tiles(Source(folder, "consep", limit=2)))
+    tiles = list(source_tiles(Source(folder, "consep", limit=2)))
     assert len(tiles) == 2 and collections.Counter(tiles[0].classes.values()) == {
         "other": 9, "inflammatory": 94, "malignant epithelial": 289, "fibroblast": 449}
 
 
 def test_own_labels_round_trip_and_mistakes(tmp_path):
     tile = tissue(1, size=64, count=9)
-    instruct_data.write_tile(tmp_path, tile)
+    write_tile(tmp_path, tile)
     source = Source(str(tmp_path))
-    back, = instruct_data.source_tiles(source)
+    back, = source_tiles(source)
     assert (back.pixels == tile.pixels).all() and (back.labels == tile.labels).all()
     assert back.classes == tile.classes
     table = tmp_path / "tissue_1_classes.csv"
     table.write_text("id,class\n1,lemon\n")
     with pytest.raises(ValueError, match="class 'lemon', expected one of nuclei"):
-        list(instruct_data.source_tiles(source))
+        list(source_tiles(source))
     table.write_text("id,class\n1,inflammatory\n")
     with pytest.raises(ValueError, match="cells without a class, such as 2"):
-        list(instruct_data.source_tiles(source))
+        list(source_tiles(source))
     table.write_text("id,class\none,inflammatory\n")
     with pytest.raises(ValueError, match="whole numbers in the column id"):
-        list(instruct_data.source_tiles(source))
+        list(source_tiles(source))
     table.unlink()
     with pytest.raises(FileNotFoundError, match="every: nuclei"):
-        list(instruct_data.source_tiles(source))
+        list(source_tiles(source))
     with pytest.raises(ValueError, match="class 'lemon' is none of"):
         Source("x", classes={1: "lemon"})
     with pytest.raises(ValueError, match="tissue 'spleen' is none of colon, liver"):
         Source("x", tissue="spleen")
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        list(instruct_data.source_tiles(Source(str(tmp_path / "nowhere"))))
+        list(source_tiles(Source(str(tmp_path / "nowhere"))))
 
 
 def test_truth_of_a_cut_tile():
     tile = tissue(2)
-    part = instruct_data.crop_tile(tile, np.s_[:96, :96])
+    part = crop_tile(tile, np.s_[:96, :96])
     assert set(part.classes) == set(np.unique(part.labels)) - {0}
-    assert np.bincount(part.labels.ravel())[list(part.classes)].min() >= instruct_data.LEAST
-    found, labels = instruct_data.truth(part, "count", ("inflammatory",))
+    assert np.bincount(part.labels.ravel())[list(part.classes)].min() >= LEAST
+    found, labels = truth(part, "count", ("inflammatory",))
     assert found.count == sum(name == "inflammatory" for name in part.classes.values()) > 0
-    rest, others = instruct_data.truth(part, "exclude", ("inflammatory",))
+    rest, others = truth(part, "exclude", ("inflammatory",))
     assert rest.count + found.count == len(part.classes) and not ((labels > 0) & (others > 0)).any()
     assert math.isclose(found.area + rest.area, (part.labels > 0).mean())
-    assert instruct_data.truth(part._replace(classes={i: "inflammatory" for i in part.classes}), "count",
+    assert truth(part._replace(classes={i: "inflammatory" for i in part.classes}), "count",
                               ("plasma",)) is None
 
 
@@ -278,8 +307,8 @@ def test_a_table_may_name_cells_without_pixels(tmp_path):
     tile = tissue(33)
     covered = sorted(tile.classes)[2]
     tile.labels[tile.labels == covered] = 0
-    instruct_data.write_tile(tmp_path, tile)
-    read, = instruct_data.source_tiles(Source(str(tmp_path)))
+    write_tile(tmp_path, tile)
+    read, = source_tiles(Source(str(tmp_path)))
     assert covered not in read.classes and read.classes.keys() == set(np.unique(read.labels)) - {0}
     assert all(read.classes[i] == tile.classes[i] for i in read.classes)
 
@@ -288,14 +317,14 @@ def test_parts_fill_a_tile_and_large_images_are_divided_by_rows(monkeypatch):
     monkeypatch.setattr(instruct_data, "PART", 64)
     tile = tissue(5, size=200)
     seen = np.zeros(tile.labels.shape, int)
-    for part, (y0, x0, y1, x1) in instruct_data.tile_parts(tile):
+    for part, (y0, x0, y1, x1) in tile_parts(tile):
         seen[y0:y1, x0:x1] += 1
         assert part.labels.shape == (y1 - y0, x1 - x0) and abs(y1 - y0 - 64) < 16
     assert (seen == 1).all()
-    (first, upper), (second, lower) = instruct_data.split_tile(tile, "train", 0)
+    (first, upper), (second, lower) = split_tile(tile, "train", 0)
     assert (first, second) == ("train", "validation") and len(lower.labels) == 40
     assert (np.concatenate((upper.labels, lower.labels)) == tile.labels).all()
     assert set(upper.classes) | set(lower.classes) == set(tile.classes)
-    small = [next(instruct_data.split_tile(tissue(seed, size=32, count=0), "train", 0))[0] for seed in range(100)]
+    small = [next(split_tile(tissue(seed, size=32, count=0), "train", 0))[0] for seed in range(100)]
     assert 8 < small.count("validation") < 35 and set(small) == {"train", "validation"}
-    assert [split for split, _ in instruct_data.split_tile(tile, "test", 0)] == ["test"]
+    assert [split for split, _ in split_tile(tile, "test", 0)] == ["test"]

@@ -36,7 +36,7 @@ import numpy as np
 
 import instruct_data
 import runs
-from instruct_data import KINDS, LEAST, LLM, TASKS, TISSUES, WORDS, Source, Tile, membership
+from instruct_data import KINDS, LEAST, LLM, TASKS, TISSUES, AnnotatedSet, TissueTile, membership
 
 with runs.lazy():
     import torch
@@ -82,7 +82,7 @@ class Config:
     output_base_dir: str = "."              # where runs/ and final_models/ are made
     export_path: str | None = None          # weights; null: final_models/<experiment>.pt
     data: str = "dat/instruct"              # folder that make writes and train reads
-    sources: tuple[Source, ...] = ()        # make: images with classes, see below
+    sources: tuple[AnnotatedSet, ...] = ()  # make: images with classes, see below
     encoder: str | None = None              # folder of the sentence encoder; null: the package
     pairs: runs.Count = 40                  # make: pairs of each tile
     least: runs.Count = 100                 # make: cells that a concept needs, for and against
@@ -162,7 +162,7 @@ def ask(config: Ask, files: list[str]) -> int:
 
 # --------------------------------------------------------------------------------------------- make
 
-def make(config: Config, files: list[str]) -> int:
+def make_set(config: Config, files: list[str]) -> int:
     """Sources -> folders of one layout -> pairs. Made anew each time: seconds to minutes."""
     if not config.sources:
         raise ValueError("sources: none given; configs/instruct.yaml names some")
@@ -257,8 +257,8 @@ class Crops:
     classes are learned slowly.
     """
 
-    def __init__(self, tiles: list[Tile], classes: list[str], config: Config, cap: float | None,
-                 device: str):
+    def __init__(self, tiles: list[TissueTile], classes: list[str], config: Config,
+                 cap: float | None, device: str):
         coarse = [set(tile.classes.values()) <= {"nuclei"} for tile in tiles]
         groups = ["coarse" if alike else tile.name for tile, alike in zip(tiles, coarse)]
         weights = {"coarse": max(1.0, 0.5 * coarse.count(False))}
@@ -282,12 +282,12 @@ class Crops:
         return x, target, labels.long(), first.long()
 
 
-def train(config: Config, files: list[str]) -> int:
+def train_instructed(config: Config, files: list[str]) -> int:
     device, record = runs.pick_device(config.device), instruct_data.read_record(config.data)
     torch.manual_seed(config.seed)
     tiles = instruct_data.read_tiles(config.data, "train")
     encoder, classes = instruct_net.load_encoder(config.encoder), sorted(record["cells"])
-    net = build(config, record, encoder.dim).to(device)
+    net = build_instructed(config, record, encoder.dim).to(device)
     lines = instruct_data.read_pairs(config.data, "train")
     lessons = Lessons(lines, net.words, classes, encoder, device)
     print(f"{len(tiles)} images, {len(lessons.lines)} instructions, "
@@ -370,10 +370,10 @@ def train(config: Config, files: list[str]) -> int:
     return 0
 
 
-def build(config: Config, record: dict, text: int):
+def build_instructed(config: Config, record: dict, text: int):
     """The network of init= with a text side, untrained, that reads vectors of width `text`."""
     grammar, classes = instruct_data.Grammar(record["trained"], 0), sorted(record["cells"])
-    names = *record["trained"], *grammar.untrained("train"), *WORDS.invisible["train"]
+    names = *record["trained"], *grammar.untrained("train"), *instruct_data.WORDS.invisible["train"]
     fixed = [name for name in classes if name != "nuclei"] if config.head == "fixed" else ()
     words = instruct_net.Words(names, tuple(record["trained"]), tuple(record["tissues"]), text,
                                classes=tuple(fixed), licence=tuple(record["licence"]))
@@ -443,7 +443,7 @@ def teach_texts(net, lessons: Lessons, lr: float, seed: int) -> None:
 
 # --------------------------------------------------------------------------------------- thresholds
 
-def choose_thresholds(net, lessons: Lessons, tiles: list[Tile], folder: str, encoder) -> dict:
+def choose_thresholds(net, lessons: Lessons, tiles: list[TissueTile], folder: str, encoder) -> dict:
     """Set all thresholds of the network, on validation tiles and calibration wordings.
 
     Returns the scores that they reach there.
@@ -463,7 +463,7 @@ def choose_thresholds(net, lessons: Lessons, tiles: list[Tile], folder: str, enc
     return scores
 
 
-def fit_watershed(net, held: list[Tile]) -> dict[str, float]:
+def fit_watershed(net, held: list[TissueTile]) -> dict[str, float]:
     maps = [segment.distances(tile.normalised(), net, limits=segment.UNIT) for tile in held]
 
     def precision(setting, *thresholds) -> list[float]:
@@ -483,7 +483,7 @@ def fit_watershed(net, held: list[Tile]) -> dict[str, float]:
             **{name: value for name, value in best._asdict().items() if name != "min_area"}}
 
 
-def fit_tissue(net, tiles: list[Tile]) -> None:
+def fit_tissue(net, tiles: list[TissueTile]) -> None:
     """How far parts of an image lie from the others: image by image, or in six lots of them."""
     own = [tile for tile in tiles if tile.tissue] or tiles     # the tissue of the others is unknown
     tokens, lots = [], []
@@ -523,7 +523,7 @@ def unstained(pixels: np.ndarray) -> Iterator[np.ndarray]:
     yield np.random.default_rng(0).integers(0, 256, pixels.shape, np.uint8)
 
 
-def fit_texts(net, lessons: Lessons, held: list[Tile], lines: list[dict], encoder) -> dict:
+def fit_texts(net, lessons: Lessons, held: list[TissueTile], lines: list[dict], encoder) -> dict:
     """Mean wording of each concept; thresholds of what is known, what belongs, what is there."""
     words, scores = net.words, {}
     with torch.inference_mode():
@@ -647,7 +647,7 @@ class Exam:
         """Labels of a text's cells, by similarity alone: guardrails are judged apart."""
         return view.only(instruct_net.matching_cells(view, self.said[text][0][None], self.net)[0])
 
-    def compare_masks(self, tile: Tile, view, fixed) -> None:
+    def compare_masks(self, tile: TissueTile, view, fixed) -> None:
         """Five wordings of each concept, a wording of another concept, the fixed-class control."""
         other = instruct_net.view_of(tile.pixels, fixed) if fixed else None
         for name, texts in self.wordings.items():
@@ -760,7 +760,7 @@ def in_words(result: dict) -> str:
         f"{result['weights']}.\n"))
 
 
-VERBS = {"ask": (Ask, ask), "make": (Config, make), "train": (Config, train),
+VERBS = {"ask": (Ask, ask), "make": (Config, make_set), "train": (Config, train_instructed),
          "evaluate": (Config, evaluate)}
 
 
@@ -771,7 +771,7 @@ def start(arguments: list[str]) -> None:
     config, run = VERBS[arguments[0]]
     doc = f"{__doc__}\nKeys of {arguments[0]}:"
     if config is Config:
-        for name, section in (("llm", LLM), ("each of sources", Source)):
+        for name, section in (("llm", LLM), ("each of sources", AnnotatedSet)):
             doc += f"\n\nSection {name}:\n{runs.describe(section)}"
     runs.script(doc, config, run, arguments[1:])
 

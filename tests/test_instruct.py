@@ -71,7 +71,7 @@ def test_init_takes_a_network_over(tmp_path, backbone):
     cells = {"nuclei": 3, "inflammatory": 2}
     record = dict(trained=["nuclei"], cells=cells, tissues=[], licence=[])
     config = instruct.Config(init=str(tmp_path / "base.pt"), crop=64)
-    net = instruct.build(config, record, Bag.dim).eval()
+    net = instruct.build_instructed(config, record, Bag.dim).eval()
     assert net.words.classes == ()
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -82,7 +82,7 @@ def test_init_takes_a_network_over(tmp_path, backbone):
     assert read.architecture["stem"] == 3 and type(read.backbone) is type(backbone)
     with torch.inference_mode():
         assert torch.allclose(read(x), net(x), atol=2e-2)
-    fixed = instruct.build(dataclasses.replace(config, head="fixed"), record, Bag.dim)
+    fixed = instruct.build_instructed(dataclasses.replace(config, head="fixed"), record, Bag.dim)
     assert fixed.words.classes == ("inflammatory",)            # nuclei are what all of them are
 
 

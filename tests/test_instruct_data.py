@@ -21,17 +21,17 @@ from instruct_data import (
     LLM,
     TASKS,
     WORDS,
+    AnnotatedSet,
     Found,
     Grammar,
-    Source,
-    Tile,
+    TissueTile,
     amount,
+    answer_sentence,
     crop_tile,
     membership,
     place_of,
     refusal,
     rewrite,
-    sentence,
     source_tiles,
     split_tile,
     tile_parts,
@@ -43,7 +43,7 @@ KINDS = {"inflammatory": (5, (70, 35, 115)),                   # radius px, colo
          "malignant epithelial": (9, (150, 100, 175))}
 
 
-def tissue(seed: int, kinds=tuple(KINDS), size: int = 192, count: int = 40) -> Tile:
+def tissue(seed: int, kinds=tuple(KINDS), size: int = 192, count: int = 40) -> TissueTile:
     """A pink background with discs; they do not touch."""
     rng = np.random.default_rng(seed)
     pixels = np.array([225, 165, 200])[:, None, None] + rng.normal(0, 6, (3, size, size))
@@ -60,7 +60,7 @@ def tissue(seed: int, kinds=tuple(KINDS), size: int = 192, count: int = 40) -> T
         labels[disc] = len(classes) + 1
         classes[len(classes) + 1] = kind
         pixels[:, disc] = np.array(colour)[:, None] + rng.normal(0, 6, (3, disc.sum()))
-    return Tile(f"tissue_{seed}", pixels.clip(0, 255).astype(np.uint8), labels, classes, "")
+    return TissueTile(f"tissue_{seed}", pixels.clip(0, 255).astype(np.uint8), labels, classes, "")
 
 
 # ---------------------------------------------------------------------------------------- ontology
@@ -109,15 +109,15 @@ def test_grammar_repeats_itself_and_typos_change_words():
 
 def test_sentences():
     one = Found("count", ("inflammatory",), (1,), 1, 0.01, 80.0, "")
-    assert sentence(one) == "I count 1 inflammatory cell."
+    assert answer_sentence(one) == "I count 1 inflammatory cell."
     none = one._replace(count=0, counts=(0,))
-    assert sentence(none) == "I see no inflammatory cells in this region."
-    assert sentence(one._replace(task="presence", count=3, counts=(3,),
+    assert answer_sentence(none) == "I see no inflammatory cells in this region."
+    assert answer_sentence(one._replace(task="presence", count=3, counts=(3,),
                                               targets=("nuclei",))) == \
         "Yes, I see 3 nuclei in this region."
     two = Found("compare", ("epithelial", "connective"), (4, 9), 13, 0.1, 80.0, "")
-    assert sentence(two) == "There are more stromal cells (9) than epithelial cells (4)."
-    assert sentence(two._replace(counts=(2, 2))).startswith("Neither")
+    assert answer_sentence(two) == "There are more stromal cells (9) than epithelial cells (4)."
+    assert answer_sentence(two._replace(counts=(2, 2))).startswith("Neither")
     assert refusal("untrained", "x", "mitotic figures", ["inflammatory"]).startswith(
         "I was not trained to recognise mitotic figures; I can show inflammatory cells.")
 
@@ -210,7 +210,7 @@ def test_pannuke(tmp_path):
         folder.mkdir(parents=True)
         np.save(folder / f"{kind}.npy", content)
     np.save(tmp_path / "fold1" / "images" / "fold1" / "types.npy", np.array(["Breast", "Colon"]))
-    first, second = source_tiles(Source(str(tmp_path), "pannuke"))
+    first, second = source_tiles(AnnotatedSet(str(tmp_path), "pannuke"))
     names = {i: name for i, name in first.classes.items()}
     assert collections.Counter(names.values()) == {"inflammatory": 2, "healthy epithelial": 1,
                                                    "malignant epithelial": 1}
@@ -234,12 +234,12 @@ def test_lizard(tmp_path):
     scipy.io.savemat(tmp_path / "Labels" / "dpath_1.mat", content)
     skimage.io.imsave(tmp_path / "Images" / "dpath_1.png", np.full((12, 20, 3), 90, np.uint8),
                       check_contrast=False)
-    tile, = source_tiles(Source(str(tmp_path), "lizard", tissue="colon"))
+    tile, = source_tiles(AnnotatedSet(str(tmp_path), "lizard", tissue="colon"))
     assert tile.classes == {2: "lymphocyte", 5: "connective"}
     assert (tile.labels == labels).all() and tile.tissue == "colon"
     (tmp_path / "Images" / "dpath_1.png").unlink()
     with pytest.raises(FileNotFoundError, match="dpath_1.png"):
-        list(source_tiles(Source(str(tmp_path), "lizard")))
+        list(source_tiles(AnnotatedSet(str(tmp_path), "lizard")))
 
 
 def test_consep_layout_takes_the_class_of_most_pixels(tmp_path):
@@ -249,13 +249,13 @@ def test_consep_layout_takes_the_class_of_most_pixels(tmp_path):
     images = {"a": np.zeros((8, 8, 3), np.uint8), "a_nuclei": labels, "a_types": types}
     for name, content in images.items():
         skimage.io.imsave(tmp_path / f"{name}.png", content, check_contrast=False)
-    tile, = source_tiles(Source(str(tmp_path), "consep"))
+    tile, = source_tiles(AnnotatedSet(str(tmp_path), "consep"))
     assert tile.classes == {4: "inflammatory", 9: "fibroblast"}
 
 
 def test_real_consep(shared):
     folder = str(shared / "data" / "he_consep" / "train")
-    tiles = list(source_tiles(Source(folder, "consep", limit=2)))
+    tiles = list(source_tiles(AnnotatedSet(folder, "consep", limit=2)))
     assert len(tiles) == 2 and collections.Counter(tiles[0].classes.values()) == {
         "other": 9, "inflammatory": 94, "malignant epithelial": 289, "fibroblast": 449}
 
@@ -263,7 +263,7 @@ def test_real_consep(shared):
 def test_own_labels_round_trip_and_mistakes(tmp_path):
     tile = tissue(1, size=64, count=9)
     write_tile(tmp_path, tile)
-    source = Source(str(tmp_path))
+    source = AnnotatedSet(str(tmp_path))
     back, = source_tiles(source)
     assert (back.pixels == tile.pixels).all() and (back.labels == tile.labels).all()
     assert back.classes == tile.classes
@@ -281,11 +281,11 @@ def test_own_labels_round_trip_and_mistakes(tmp_path):
     with pytest.raises(FileNotFoundError, match="every: nuclei"):
         list(source_tiles(source))
     with pytest.raises(ValueError, match="class 'lemon' is none of"):
-        Source("x", classes={1: "lemon"})
+        AnnotatedSet("x", classes={1: "lemon"})
     with pytest.raises(ValueError, match="tissue 'spleen' is none of colon, liver"):
-        Source("x", tissue="spleen")
+        AnnotatedSet("x", tissue="spleen")
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        list(source_tiles(Source(str(tmp_path / "nowhere"))))
+        list(source_tiles(AnnotatedSet(str(tmp_path / "nowhere"))))
 
 
 def test_truth_of_a_cut_tile():
@@ -308,7 +308,7 @@ def test_a_table_may_name_cells_without_pixels(tmp_path):
     covered = sorted(tile.classes)[2]
     tile.labels[tile.labels == covered] = 0
     write_tile(tmp_path, tile)
-    read, = source_tiles(Source(str(tmp_path)))
+    read, = source_tiles(AnnotatedSet(str(tmp_path)))
     assert covered not in read.classes and read.classes.keys() == set(np.unique(read.labels)) - {0}
     assert all(read.classes[i] == tile.classes[i] for i in read.classes)
 

@@ -280,7 +280,7 @@ def load_instructed(path: str | Path) -> Instructed:
     if model.kind(path) != "Instructed":
         raise ValueError(f"{path}: weights of another kind, expected those of instruct.py train")
     content = torch.load(path, map_location="cpu", weights_only=True)
-    shape, settings = content["architecture"], content["settings"]
+    shape = content["architecture"]
     words = dict(shape["words"])
     if words.pop("regions", ()):            # files of the version before have this and `pixel`
         raise ValueError(f"{path}: weights for areas, which this version does not know; train anew")
@@ -288,10 +288,8 @@ def load_instructed(path: str | Path) -> Instructed:
     if strange := set(words) ^ {f.name for f in fields(Words)}:
         raise ValueError(f"{path}: written by another version of this code "
                          f"({', '.join(sorted(strange))}); train it anew")
-    known = {f.name for f in fields(model.Settings)} & settings.keys()
     net = Instructed(model.built(shape["backbone"]), tuple(shape["widths"]), shape["last"],
-                     model.Settings(**{name: settings[name] for name in known}), Words(**words),
-                     shape["stem"])
+                     model.settings_of(content, path), Words(**words), shape["stem"])
     net.load_state_dict({name: tensor.float() for name, tensor in content["state_dict"].items()})
     return net.eval()
 

@@ -270,6 +270,7 @@ def test_weights_round_trip(tmp_path):
     model.save(model.DINOCell(model.ViT(32, 4, 1, 8, 2), (16, 8, 8), 8), tmp_path / "z.pt")
     content = torch.load(tmp_path / "x.pt", weights_only=True)
     content["architecture"]["words"] |= dict(regions=(), pixel=0.5)          # as files before have
+    content["format"] = model.OLD_FORMAT
     content["settings"] |= dict(kinds={}, zoom=1.0)
     torch.save(content, tmp_path / "old.pt")
     assert load_instructed(tmp_path / "old.pt").words == back.words

@@ -598,7 +598,7 @@ def evaluate(config: Config, files: list[str]) -> int:
         exam.count("test tiles taken for H&E", view.stain >= net.words.stain)
         exam.count("test tiles like the training tissue", view.strange <= net.words.tissue)
         exam.compare_masks(tile, view, fixed)
-        for line in exam.lines[tile.name, *box]:
+        for line in exam.lines[(tile.name, *box)]:
             text = line["instruction"]
             exam.judge(line, instruct_net.reply_to(view, text, *exam.said[text], net))
     for place, pictures in foreign.items():
@@ -632,7 +632,7 @@ class Exam:
         self.said = dict(zip(texts, zip(said.vectors, readings)))
         self.lines, plain = defaultdict(list), defaultdict(set)
         for line in lines:
-            self.lines[line["image"], *line["box"]].append(line)
+            self.lines[(line["image"], *line["box"])].append(line)
             if (line["kind"] == "known" and not line["tissue"] and len(line["targets"]) == 1
                     and line["task"] in ("segment", "count", "locate", "presence")):
                 plain[line["targets"][0]].add(line["instruction"])

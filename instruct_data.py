@@ -80,6 +80,9 @@ class Vocabulary:
     articles: tuple[str, ...]
     singular: dict
     mass: tuple[str, ...]
+    classes: dict
+    organs: dict
+    prompt: str
 
     def __post_init__(self):
         lists = dict(untrained=self.untrained, invisible=self.invisible, chatter=self.chatter,
@@ -336,15 +339,11 @@ class LLM:
                              "the name of a model")
 
 
-PROMPT = ("Reword this instruction to an image analysis program as a pathologist might say it. "
-          "Keep the meaning, every cell type and every negation. Answer with the new instruction "
-          "alone.")
-
-
 def rewrite(text: str, llm: LLM) -> str:
     """The instruction in other words; where the answer is no single short line, in the old ones."""
     body = {"model": llm.model, "temperature": 1.0,
-            "messages": [{"role": "system", "content": PROMPT}, {"role": "user", "content": text}]}
+            "messages": [{"role": "system", "content": WORDS.prompt},
+                         {"role": "user", "content": text}]}
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("DINOCELL_LLM_KEY"):
         headers["Authorization"] = f"Bearer {key}"
@@ -392,19 +391,6 @@ class AnnotatedSet:
                              f"{', '.join(TISSUES)}; leave it out if none fits")
 
 
-CLASSES = {
-    "consep": {1: "other", 2: "inflammatory", 3: "healthy epithelial", 4: "malignant epithelial",
-               5: "fibroblast", 6: "muscle", 7: "endothelial"},
-    "pannuke": {0: "malignant epithelial", 1: "inflammatory", 2: "connective", 3: "dead",
-                4: "healthy epithelial"},
-    "lizard": {1: "neutrophil", 2: "epithelial", 3: "lymphocyte", 4: "plasma", 5: "eosinophil",
-               6: "connective"},
-    "labels": {name: name for name in CONCEPTS},
-}
-ORGANS = {"adrenal_gland": "adrenal gland", "bile-duct": "bile duct", "esophagus": "oesophagus",
-          "headneck": "head and neck", "ovarian": "ovary", "pancreatic": "pancreas"}    # PanNuke's
-
-
 class TissueTile(NamedTuple):
     name: str
     pixels: np.ndarray                  # (3, H, W) uint8
@@ -431,7 +417,7 @@ def source_tiles(source: AnnotatedSet) -> Iterator[TissueTile]:
     if not Path(source.path).is_dir():
         raise FileNotFoundError(f"{source.path}: no such folder; expected a source of kind "
                                 f"{source.kind}")
-    known = source.classes or CLASSES[source.kind]
+    known = source.classes or WORDS.classes.get(source.kind, {name: name for name in CONCEPTS})
     read = {"pannuke": _pannuke, "lizard": _lizard}.get(source.kind, _labelled)
     for name, pixels, labels, classes, tissue in itertools.islice(read(source), source.limit):
         if source.every and len(pixels) == 1:          # a gray one teaches where nuclei end, too
@@ -503,10 +489,10 @@ def _pannuke(source: AnnotatedSet):
         tissue = np.load(tissues) if tissues.is_file() else np.full(len(pixels), "")
         prefix = fold.parts[0] if len(fold.parts) > 1 else "pannuke"
         for i in range(len(pixels)):
-            organ = ORGANS.get(str(tissue[i]).lower(), str(tissue[i]).lower())
+            organ = WORDS.organs.get(str(tissue[i]).lower(), str(tissue[i]).lower())
             if organ and organ not in TISSUES:
                 raise ValueError(f"{tissues}: tissue '{tissue[i]}', expected one of "
-                                 f"{', '.join([*TISSUES, *ORGANS])}")
+                                 f"{', '.join([*TISSUES, *WORDS.organs])}")
             labels, classes = np.zeros(instances.shape[1:3], np.int32), {}
             for c in range(5):
                 ids, at = np.unique(instances[i, :, :, c].astype(np.int64), return_inverse=True)

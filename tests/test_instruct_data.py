@@ -15,7 +15,6 @@ import skimage.io
 
 import instruct_data
 from instruct_data import (
-    CLASSES,
     CONCEPTS,
     LEAST,
     LLM,
@@ -78,7 +77,7 @@ def test_every_parent_exists_and_every_class_of_a_source_is_known():
     concepts = CONCEPTS
     assert {c.parent for c in concepts.values()} - {None} <= concepts.keys()
     assert [name for name, c in concepts.items() if c.parent is None] == ["nuclei"]
-    assert all(name in concepts for table in CLASSES.values() for name in table.values())
+    assert all(name in concepts for table in WORDS.classes.values() for name in table.values())
 
 
 def test_lots_share_no_template_and_held_out_words_are_not_trained():

@@ -1,5 +1,10 @@
-"""A file of ours must not hide a module of Python's. Imports the standard library only: it must run whatever is broken."""
+"""Names: no file hides a module of Python's, no name stands in two rooms.
+
+Imports the standard library only: it must run whatever is broken.
+"""
+import ast
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -10,8 +15,18 @@ def test_no_file_hides_a_standard_module():
     assert "model" in names and not names & sys.stdlib_module_names
 
 
+def test_no_name_stands_in_two_rooms():
+    """But for what every script has: its Config and its main."""
+    rooms = defaultdict(set)
+    for path in ROOT.glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                rooms[node.name].add(path.stem)
+    assert {name: sorted(found) for name, found in rooms.items() if len(found) > 1 and name not in ("Config", "main")} == {}
+
+
 def test_house_rules():
-    """The words that HOUSE.md bans: each hides a mistake or runs somebody else's code."""
+    """The words that the house bans: each hides a mistake or runs somebody else's code."""
     banned = ["strict=" + "False", "except " + "Exception", "except" + ":", "weights_only=" + "False",
               "allow_pickle=" + "True", "yaml." + "load(", "TO" + "DO"]
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:

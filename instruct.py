@@ -47,6 +47,7 @@ with runs.lazy():
     import instruct_net
     import metrics
     import model
+    import optim
     import overlay
     import report
     import segment
@@ -314,7 +315,7 @@ def train_instructed(config: Config, files: list[str]) -> int:
 
     logged, clock = Counter(), time.perf_counter()
     for step in range(start, config.steps):
-        lr = runs.cosine(step, config.steps, config.lr, 0.01 * config.lr, config.warmup)
+        lr = optim.cosine(step, config.steps, config.lr, 0.01 * config.lr, config.warmup)
         for group in optimiser.param_groups:
             group["lr"] = lr
         x, target, labels, first = crops.sample(step)
@@ -430,7 +431,7 @@ def teach_texts(net, lessons: Lessons, lr: float, seed: int) -> None:
     optimiser = torch.optim.AdamW(learning, weight_decay=WEIGHT_DECAY)
     for step in range(TEXT_STEPS):
         warmup = min(50, TEXT_STEPS // 2)
-        optimiser.param_groups[0]["lr"] = runs.cosine(step, TEXT_STEPS, lr, 0.01 * lr, warmup)
+        optimiser.param_groups[0]["lr"] = optim.cosine(step, TEXT_STEPS, lr, 0.01 * lr, warmup)
         generator = torch.Generator().manual_seed(seed * 1_000_003 - 1 - step)
         rows = lessons.draw(64, generator)
         vectors = net.read(lessons.vectors[rows]).vectors

@@ -179,6 +179,7 @@ def segmentation(vit, train, validation: list, steps: int = 200, crop: int = 96,
     import augment
     import metrics
     import model
+    import optim
     import segment
     import watershed
     device = vit.cls_token.device
@@ -193,7 +194,7 @@ def segmentation(vit, train, validation: list, steps: int = 200, crop: int = 96,
     optimiser = torch.optim.AdamW(net.decoder.parameters(), lr=2e-3, weight_decay=0.01)
     changes = augment.Augment(scale=(0.8, 1.25), elastic=0.0, negative=0.0)
     for step in range(steps):
-        optimiser.param_groups[0]["lr"] = runs.cosine(step, steps, 2e-3, 0.0, min(20, steps - 1))
+        optimiser.param_groups[0]["lr"] = optim.cosine(step, steps, 2e-3, 0.0, min(20, steps - 1))
         numbers = np.arange(batch) + step * batch
         images = train.draw(seed, numbers)
         x, target, _ = augment.sample(train, images, numbers, changes, size=crop, seed=seed)

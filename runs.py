@@ -537,6 +537,7 @@ class Run:
         said = ", ".join(f"{k}: {a} -> {b}" for k, (a, b) in changed.items())
         free, newest = FREE + LONGER, self.newest()
         if "steps" in changed and getattr(self.config, "schedule", "") == "constant":
+            from optim import DECAY                           # imports torch, which no --help waits for
             free += ("steps",)
             if newest and int(newest.stem[5:]) > (1 - DECAY) * min(changed["steps"]):
                 raise ValueError(f"steps={self.config.steps}: {newest} lies in the last fifth of {min(changed['steps'])} steps, where lr "
@@ -748,25 +749,7 @@ def start_wandb(config: Any, folder: Path):
                       config=dataclasses.asdict(config))
 
 
-# ----------------------------------------------------------------------------------------- schedule, ranks
-
-def cosine(step: int, steps: int, start: float, end: float, warmup: int = 0) -> float:
-    """From 0 up to `start` in `warmup` steps, then along half a cosine to `end` at the last step."""
-    if step < warmup:
-        return start * (step + 1) / warmup
-    share = (step - warmup) / max(1, steps - 1 - warmup)
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-
-
-DECAY = 0.2                                      # of all steps, at the end
-
-
-def constant(step: int, steps: int, end: float, warmup: int = 0) -> float:
-    """From 0 up to 1 in `warmup` steps, 1, then in a line to `end` over the last fifth. How many steps there will be need not be
-    known before the fall begins (Hägele et al., 2024)."""
-    fall = max(1, round(DECAY * steps))
-    return min(1.0, (step + 1) / max(1, warmup), max(end, end + (1 - end) * (steps - 1 - step) / fall))
-
+# ---------------------------------------------------------------------------------------- devices, ranks
 
 def pick_device(name: str) -> str:
     """'auto' -> the GPU if there is one; asking for one that is not there is a mistake."""

@@ -1,5 +1,4 @@
-"""Self-supervised learning: DINO, iBOT and KoLeo losses, Sinkhorn-Knopp, heads, block masks, teacher,
-schedules.
+"""Self-supervised learning: DINO, iBOT and KoLeo losses, Sinkhorn-Knopp, heads, block masks, teacher.
 
     head = Head(dim)                              z = head(tokens): unit vectors; head.prototypes(z): logits
     targets = balanced(logits / temperature)      (B, K), what the teacher says
@@ -24,21 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
-
-
-# ------------------------------------------------------------------------------------------------ schedules
-
-def cosine(step: int, steps: int, start: float, end: float) -> float:
-    """Along half a cosine from `start` at step 0 to `end` at the last step: weight decay, the teacher's
-    momentum."""
-    share = min(1.0, step / max(1, steps - 1))
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def warm(step: int, warmup: int, start: float, end: float) -> float:
-    """In a straight line from `start` at step 0 to `end` at step `warmup`, and on: the teacher's
-    temperature."""
-    return start + (end - start) * min(1.0, step / warmup) if warmup else end
 
 
 # ---------------------------------------------------------------------------------------- across processes

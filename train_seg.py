@@ -26,6 +26,9 @@ import numpy as np
 import data
 import runs
 
+with runs.lazy():
+    import optim
+
 
 @dataclass(frozen=True)
 class Network:
@@ -64,7 +67,7 @@ class Config:
     lr_end: runs.NotNegative = 1e-6         # at the last step
     warmup: runs.Whole = 500                # steps until lr is reached
     schedule: Literal["cosine", "constant"] = "cosine"   # of lr; constant: it falls in the last fifth, and until then steps may change
-    optimiser: Literal["adamw", "muon"] = "adamw"   # muon: learns from scratch in far fewer steps (muon.py)
+    optimiser: Literal["adamw", "muon"] = "adamw"   # muon: learns from scratch in far fewer steps (optim.py)
     weight_decay: runs.NotNegative = 0.05   # none on biases, norms and scales
     layer_decay: runs.Positive = 1.0        # lr of each backbone block relative to the next deeper one; 0.8 when pretrained
     clip: runs.Positive = 1.0               # norm of the gradient
@@ -184,8 +187,8 @@ def rate(config: Config, step: int) -> float:
     """The learning rate of a step, as a factor on its highest."""
     step, end = step % config.steps, config.lr_end / config.lr
     if config.schedule == "constant":
-        return runs.constant(step, config.steps, end, config.warmup)
-    return runs.cosine(step, config.steps, 1.0, end, config.warmup)
+        return optim.constant(step, config.steps, end, config.warmup)
+    return optim.cosine(step, config.steps, 1.0, end, config.warmup)
 
 
 # ----------------------------------------------------------------------------------------------- network
@@ -246,7 +249,7 @@ def learn_size(config: Config, images, changes, run: runs.Run) -> bool:
     changes = dataclasses.replace(changes, scale=(1 / SIZES, SIZES), paste=0.0, negative=0.1)
     optimiser, losses = torch.optim.AdamW(net.size.parameters(), 2e-3, weight_decay=0.01), []
     for step in range(config.size_steps):
-        optimiser.param_groups[0]["lr"] = 2e-3 * runs.cosine(step, config.size_steps, 1.0, 0.01, min(50, config.size_steps - 1))
+        optimiser.param_groups[0]["lr"] = 2e-3 * optim.cosine(step, config.size_steps, 1.0, 0.01, min(50, config.size_steps - 1))
         sample = np.arange(config.batch) + (config.steps * config.cycles + step) * config.batch
         chosen, draws = images.draw(config.seed, sample), augment.Draws.of(config.seed, sample, changes)
         x, _, _ = augment.sample(images, chosen, sample, changes, config.crop, config.seed, config.cap)
@@ -293,30 +296,19 @@ def build(config: Config):
 
 def optimiser_for(net, config: Config, device: str):
     import torch
-    import muon
+    groups = optim.parameter_groups(net, config.lr, lambda name, parameter: traits(name, parameter, net.backbone.depth, config))
     if config.optimiser == "muon":
         products = torch.bfloat16 if use_bf16(config, device) else torch.float32
-        return muon.Muon(parameter_groups(net, config), config.lr, eps=config.eps, products=products)
-    return torch.optim.AdamW(parameter_groups(net, config), config.lr, betas=(0.9, 0.999), eps=config.eps, fused=True)
+        return optim.Muon(groups, config.lr, eps=config.eps, products=products)
+    return torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.999), eps=config.eps, fused=True)
 
 
-def parameter_groups(net, config: Config) -> list[dict]:
-    """The optimiser's groups: no decay on vectors; smaller lr for shallower blocks when layer_decay < 1. `matrix`: of layers
-    between the patch embedding, which meets pixels, and the head, which answers."""
-    groups: dict[tuple, dict] = {}
-    for name, parameter in net.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        depth = net.backbone.depth
-        below = 0                                             # blocks between this parameter and the decoder
-        if name.startswith("backbone."):
-            below = depth - int(name.split(".")[2]) if name.startswith("backbone.blocks.") else depth + 1
-        matrix = parameter.ndim > 1 and "token" not in name
-        inner = matrix and "patch_embed" not in name and "head" not in name
-        group = groups.setdefault((below, matrix, inner), dict(
-            params=[], weight_decay=config.weight_decay * matrix, lr=config.lr, scale=config.layer_decay ** below, matrix=inner))
-        group["params"].append(parameter)
-    return list(groups.values())
+def traits(name: str, parameter, depth: int, config: Config) -> dict:
+    """Smaller lr for shallower blocks when layer_decay < 1. Muon takes the matrices of layers between the patch embedding, which
+    meets pixels, and the head, which answers."""
+    above, decays = optim.blocks_above(name, "backbone.", depth), optim.decays(name, parameter)
+    return dict(above=above, decays=decays, matrix=decays and "patch_embed" not in name and "head" not in name,
+                weight_decay=config.weight_decay * decays, scale=config.layer_decay ** above)
 
 
 def use_bf16(config: Config, device: str) -> bool:

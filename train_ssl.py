@@ -244,11 +244,11 @@ def train(config: Config, student, teacher, light, rank: int, world: int, device
 
 def schedules(config: Config, step: int) -> dict[str, float]:
     """Everything that changes with the step."""
-    import ssl_
-    return dict(lr=config.lr * runs.cosine(step, config.steps, 1.0, config.lr_end / config.lr, config.warmup),
-                weight_decay=ssl_.cosine(step, config.steps, config.weight_decay, config.weight_decay_end),
-                momentum=ssl_.cosine(step, config.steps, config.momentum, 1.0),
-                temperature=ssl_.warm(step, config.loss.teacher_warmup, *config.loss.teacher))
+    import optim
+    return dict(lr=config.lr * optim.cosine(step, config.steps, 1.0, config.lr_end / config.lr, config.warmup),
+                weight_decay=optim.cosine(step, config.steps, config.weight_decay, config.weight_decay_end),
+                momentum=optim.cosine(step, config.steps, config.momentum, 1.0),
+                temperature=optim.linear(step, config.loss.teacher_warmup, *config.loss.teacher))
 
 
 # ------------------------------------------------------------------------------------------------ network
@@ -273,22 +273,18 @@ def build(config: Config):
     return student, teacher
 
 
+def traits(name: str, parameter, depth: int, config: Config) -> dict:
+    """Smaller lr for shallower blocks and the patch embedding; no decay on vectors and tokens; prototypes apart."""
+    import optim
+    above = 0 if ".norm." in name else optim.blocks_above(name, "encoder.vit.", depth)
+    scale = config.layer_decay ** above * (config.patch_lr if "patch_embed" in name else 1.0)
+    return dict(scale=scale, decays=optim.decays(name, parameter), prototypes="prototypes" in name)
+
+
 def parameter_groups(student, config: Config) -> list[dict]:
-    """AdamW's groups: no decay on vectors and tokens; smaller lr for shallower blocks; prototypes by
-    themselves."""
-    groups: dict[tuple, dict] = {}
+    import optim
     depth = student.encoder.vit.depth
-    for name, parameter in student.named_parameters():
-        scale = 1.0                                           # heads and the last norm
-        if name.startswith("encoder.vit.blocks."):
-            scale = config.layer_decay ** (depth - int(name.split(".")[3]))
-        elif name.startswith("encoder.vit.") and ".norm." not in name:
-            scale = config.layer_decay ** (depth + 1) * (config.patch_lr if "patch_embed" in name else 1.0)
-        decays, prototypes = parameter.ndim > 1 and "token" not in name, "prototypes" in name
-        group = groups.setdefault((scale, decays, prototypes), dict(
-            params=[], lr=config.lr, scale=scale, decays=decays, prototypes=prototypes))
-        group["params"].append(parameter)
-    return list(groups.values())
+    return optim.parameter_groups(student, config.lr, lambda name, parameter: traits(name, parameter, depth, config))
 
 
 def use_bf16(config: Config, device: str) -> bool:

@@ -212,16 +212,6 @@ runs.leave(runs.REQUEUE)
     assert (done.returncode, done.stdout) == (runs.REQUEUE, "told\n"), done.stderr
 
 
-# ----------------------------------------------------------------------------------------------- schedule
-
-def test_a_constant_rate_falls_in_the_last_fifth():
-    """In closed form; and until the fall begins it is the same whatever the number of steps."""
-    rates = [runs.constant(step, 1000, 0.01, 100) for step in range(1000)]
-    assert rates[0] == 0.01 and rates[49] == 0.5 and set(rates[99:799]) == {1.0} and rates[-1] == 0.01
-    assert rates[899] == pytest.approx(0.01 + 0.99 * 100 / 200) and rates == rates[:100] + sorted(rates[100:], reverse=True)
-    assert [runs.constant(step, 5000, 0.01, 100) for step in range(799)] == rates[:799]
-
-
 # ------------------------------------------------------------------------------------------------ threads
 
 def test_cores_are_those_that_this_process_may_use(tmp_path, monkeypatch):

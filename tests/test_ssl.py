@@ -194,7 +194,7 @@ def test_losses_fall_when_the_student_follows():
     assert values[-1][0] < 0.5 * values[0][0] and values[-1][1] < values[0][1]
 
 
-# -------------------------------------------------------------------------------------------- masks, schedules
+# -------------------------------------------------------------------------------------------- masks, health
 
 def test_masks():
     numbers = np.arange(200)
@@ -208,13 +208,6 @@ def test_masks():
     assert not np.array_equal(masks, ssl_.block_masks(4, numbers, 14, 10, (0.1, 0.5)))
     hidden = masks.reshape(2, 200, 14, 10)                                 # blocks, not grains: neighbours are alike
     assert (hidden[:, :, 1:] & hidden[:, :, :-1]).sum() > 0.7 * hidden[:, :, 1:].sum()
-
-
-def test_schedules():
-    assert ssl_.cosine(0, 100, 0.996, 1.0) == pytest.approx(0.996) and ssl_.cosine(99, 100, 0.996, 1.0) == 1
-    rising = [ssl_.cosine(step, 100, 0.996, 1.0) for step in range(100)]   # a momentum that falls would forget the end
-    assert rising == sorted(rising) and rising[50] == pytest.approx(0.998, abs=1e-4)
-    assert [ssl_.warm(step, 4, 0.04, 0.08) for step in (0, 1, 4, 9)] == pytest.approx([0.04, 0.05, 0.08, 0.08])
 
 
 def test_measures_of_health():

@@ -14,7 +14,7 @@ import yaml
 import augment
 import data
 import model
-import muon
+import optim
 import runs
 import segment
 import train_seg
@@ -198,7 +198,7 @@ def test_it_starts_from_weights(whole, tmp_path):
     learns = {name.split(".")[1] for name, p in net.backbone.blocks.named_parameters(prefix="blocks") if p.requires_grad}
     assert learns == {"3"} and not net.backbone.patch_embed.weight.requires_grad
     assert all(p.requires_grad for p in net.decoder.parameters())
-    groups = train_seg.parameter_groups(net, runs.load(train_seg.Config, toy(tmp_path), ["layer_decay=0.5"]))
+    groups = train_seg.optimiser_for(net, runs.load(train_seg.Config, toy(tmp_path), ["layer_decay=0.5"]), "cpu").param_groups
     assert {group["scale"] for group in groups} >= {1.0, 0.5}
     listed = [id(p) for group in groups for p in group["params"]]
     assert len(listed) == len(set(listed)) == sum(p.requires_grad for p in net.parameters())
@@ -245,7 +245,7 @@ def test_muon_learns_the_inner_layers_and_goes_on(tmp_path):
     net = train_seg.build(config)
     optimiser, names = train_seg.optimiser_for(net, config, "cpu"), {id(p): name for name, p in net.named_parameters()}
     inner = {names[id(p)] for group in optimiser.param_groups if group["matrix"] for p in group["params"]}
-    assert isinstance(optimiser, muon.Muon) and {"backbone.blocks.0.fc1.weight", "decoder.ups.0.weight"} <= inner, sorted(inner)
+    assert isinstance(optimiser, optim.Muon) and {"backbone.blocks.0.fc1.weight", "decoder.ups.0.weight"} <= inner, sorted(inner)
     assert not [name for name in inner if "bias" in name or "norm" in name or "patch_embed" in name or "head" in name or "token" in name]
     assert isinstance(train_seg.optimiser_for(net, runs.load(train_seg.Config, toy(tmp_path)), "cpu"), torch.optim.AdamW)
     for precision, products in (("float32", torch.float32), ("bf16", torch.bfloat16)):

@@ -28,6 +28,7 @@ import metrics
 import model
 import overlay
 import report
+import ssl_
 import synthetic
 
 STACKS = (".tif", ".tiff", ".npy")                    # files with several channels
@@ -50,10 +51,8 @@ class Look(NamedTuple):
 @torch.inference_mode()
 def look(vit: model.ViT, field: np.ndarray | Tensor) -> Look:
     """Each channel of a field (C, H, W) in [0, 1] by itself, thrice as red, green and blue."""
-    device, given = vit.cls_token.device, model.Settings()
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (given.mean, given.std))
-    x = torch.as_tensor(field, dtype=torch.float32, device=device)[:, None].expand(-1, 3, -1, -1)
-    tokens, attention = with_attention(vit, (x - mean) / std)                        # (C, 3, H, W)
+    x = torch.as_tensor(field, dtype=torch.float32, device=vit.cls_token.device)[:, None]
+    tokens, attention = with_attention(vit, ssl_.standardise(x))                     # (C, 3, H, W)
     return Look(*(part.float().cpu().numpy() for part in (tokens.cls, tokens.patches, attention)))
 
 

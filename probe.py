@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import yaml
@@ -36,21 +36,18 @@ import runs
 @dataclass(frozen=True)
 class Measure:
     """A section of train_ssl.py's configuration."""
-    every: int = 2000                       # steps between measurements on the held-out fields; the first at step 0
-    window: int = 224                       # px of the field, which the network sees at the size of its global views
-    windows: int = 256                      # of them; chance of retrieval is 1 / windows
+    every: runs.Count = 2000                       # steps between measurements on the held-out fields; the first at step 0
+    window: runs.Count = 224                       # px of the field, which the network sees at the size of its global views
+    windows: Annotated[int, runs.at_least(2)] = 256                      # of them; chance of retrieval is 1 / windows
     probe_every: int = 0                    # steps between decoders trained on the frozen backbone; 0: none
     probe_steps: int = 200                  # of such a training
     probe_sets: tuple[str, ...] = ()        # labelled sets for it (data.examples); empty: synthetic fields
     probe_images: int = 16                  # of each set to train on, or synthetic fields
-    usage: float = 0.02                     # collapse: below this share of the prototypes that could be in use
-    rank: float = 0.02                      # or below this share of the largest effective rank of the features
-    even: float = 0.995                     # or above this share of the largest entropy of the teacher's targets
 
     def __post_init__(self):
-        if self.every < 1 or self.windows < 2 or self.window < 1:
-            raise ValueError(f"measure.every={self.every}, measure.window={self.window}, measure.windows="
-                             f"{self.windows}: expected 1 or more steps and px, and 2 or more windows")
+        if self.probe_every % self.every:
+            raise ValueError(f"measure.probe_every={self.probe_every}: expected a multiple of "
+                             f"measure.every={self.every}, since probes are part of a measurement")
 
 
 class Windows(NamedTuple):
@@ -95,12 +92,12 @@ def seen(windows: Windows, size: int) -> np.ndarray:
     """What the network is shown, (F, C, S, S) in [0, 1]: each channel of each window, resampled as views
     are."""
     import torch
-    import views
+    import ssl_
     F, C, w, _ = windows.pixels.shape
     pixels, limits = torch.from_numpy(windows.pixels.view(np.int16)), torch.from_numpy(windows.limits)
     middle, matrix = np.full((F, 2), w / 2), np.broadcast_to(np.eye(2) * w / size, (F, 2, 2))
     slots, one = torch.arange(F), np.eye(C)
-    shown = [views.gather(pixels, limits, slots, one[[c] * F], middle, matrix, size) for c in range(C)]
+    shown = [ssl_.cut_crops(pixels, limits, slots, one[[c] * F], middle, matrix, size) for c in range(C)]
     return torch.cat(shown, 1).numpy()                                       # (F, C, S, S)
 
 
@@ -144,7 +141,7 @@ def measured(vit, windows: Windows, size: int, keep: int = 2) -> tuple[dict[str,
     import ssl_
     vectors, maps, looks = features(vit, seen(windows, size), keep)
     flat = torch.from_numpy(vectors).flatten(0, 1)                           # (F C, D)
-    return {**consistency.compare(vectors, maps.mean(2)).numbers(), "feature_std": ssl_.spread(flat),
+    return {**consistency.compare(vectors, maps.mean(2)).numbers(), "feature_std": ssl_.feature_std(flat),
             "effective_rank": ssl_.effective_rank(flat), "attention_entropy": entropy(maps)}, looks
 
 

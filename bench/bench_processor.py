@@ -111,8 +111,8 @@ def supervised(device: str) -> list[list[str]]:
 def unsupervised(device: str) -> list[list[str]]:
     """A step of train_ssl.py at S/8 with the views of configs/ssl.yaml; on a CPU with a few fields."""
     import bench_ssl
-    import learner
     import runs
+    import ssl_
     import train_ssl
     import model
     config = runs.load(train_ssl.Config, ROOT / "configs" / "ssl.yaml")
@@ -121,7 +121,7 @@ def unsupervised(device: str) -> list[list[str]]:
                                  data=dataclasses.replace(config.data, index=None, fields=96 if on_gpu else 8))
     step = bench_ssl.Step(config, bench_ssl.pool_of(config, device, 1080 if on_gpu else 512), device, plain=False)
     shown = config.views
-    flops = config.batch * learner.flops(step.student, shown.size, shown.local_size, shown.locals)
+    flops = config.batch * ssl_.step_flops(step.student, shown.size, shown.local_size, shown.locals)
     return [row(f"train_ssl.py, {config.batch} fields, 2 x {shown.size} and {shown.locals} x {shown.local_size} px", step, flops, device, 3)]
 
 

@@ -10,7 +10,6 @@ backbone once for each size of crops, uncompiled, and holds all of iBOT's logits
 """
 from __future__ import annotations
 
-import dataclasses
 import time
 
 from bench import seconds, table
@@ -43,19 +42,19 @@ class Step:
         import numpy as np
         import torch
         import train_ssl
-        import views
+        import ssl_
         torch.manual_seed(0)
         self.config, self.pool, self.device, self.number = config, pool, device, 0
         self.student, self.teacher = (part.to(device) for part in train_ssl.build(config))
         if plain:
             for part in (self.student, self.teacher):
                 part.encoder = one_by_one(part.encoder.vit)
-            self.config = dataclasses.replace(config, loss=train_ssl.Loss(chunk=10**9))
+            self.student.chunk = 10**9
         elif config.compile:
             self.student.encoder.compile()
             self.teacher.encoder.compile()
-        self.optimiser = torch.optim.AdamW(train_ssl.parameter_groups(self.student, config), lr=1e-4, fused=True)
-        self.light, self.kinds = views.light(), views.stains(pool.channels, config.data.brightfield)
+        self.optimiser = train_ssl.optimiser_for(self.student, config)
+        self.light, self.kinds = ssl_.light_of(), ssl_.stains_of(pool.channels, config.data.brightfield)
         self.numbers = np.arange(config.batch)
         self.cutting = train_ssl.Stopwatch(device)
 
@@ -73,7 +72,7 @@ class Step:
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), config.clip)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        ssl_.update(self.teacher, self.student, 0.996)
+        ssl_.update_teacher(self.teacher, self.student, 0.996)
         self.number += 1
 
 
@@ -114,7 +113,7 @@ def peaks(device: str) -> tuple[float, float]:
 
 def ssl() -> None:
     import torch
-    import learner
+    import ssl_
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config, steps = config_of(device == "cuda"), 20 if device == "cuda" else 4
     rate, bandwidth = peaks(device)
@@ -130,7 +129,7 @@ def ssl() -> None:
         begin = time.perf_counter()
         waiting(lambda: [step() for _ in range(steps)], device)()
         took = (time.perf_counter() - begin) / steps
-        work = learner.flops(step.student, shown.size, shown.local_size, shown.locals) * config.batch
+        work = ssl_.step_flops(step.student, shown.size, shown.local_size, shown.locals) * config.batch
         memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device == "cuda" else "-"
         rows.append([name, f"{took:.3f} s", f"{config.batch / took:.1f}", f"{work / 1e9:.0f}",
                      f"{work / took / rate:.1%}", f"{step.cutting.seconds() / steps / took:.1%}", memory])
@@ -152,7 +151,7 @@ def operations(config, pool, device: str, rate: float, bandwidth: float) -> list
     import torch.nn.functional as F
     import model
     import train_ssl
-    import views
+    import ssl_
     net, shown = config.network, config.views
     kind = torch.bfloat16 if config.precision == "bf16" else torch.float32
     width, B, D, heads = kind.itemsize, config.batch, net.dim, net.heads
@@ -160,7 +159,7 @@ def operations(config, pool, device: str, rate: float, bandwidth: float) -> list
     def tokens(side: int) -> int:
         return 1 + net.registers + (side // net.patch) ** 2
     T, t = tokens(shown.size), tokens(shown.local_size)
-    n, M = B * (2 * T + shown.locals * t), min(config.loss.chunk, round(0.3 * B * T))
+    n, M = B * (2 * T + shown.locals * t), min(ssl_.Learner.chunk, round(0.3 * B * T))
     x, wide = (torch.randn(n, w, device=device, dtype=kind) for w in (D, 4 * D))
     weight, prototypes = (torch.randn(a, b, device=device, dtype=kind)
                           for a, b in ((4 * D, D), (net.prototypes, net.bottleneck)))
@@ -169,13 +168,13 @@ def operations(config, pool, device: str, rate: float, bandwidth: float) -> list
                     for b, length in ((2 * B, T), (B * shown.locals, t)))
     side = shown.size // net.patch
     rope = model.rope_table(model.rope_periods(D // heads).to(device), side, side, 1 + net.registers)
-    ones, light = torch.ones(D, device=device, dtype=kind), views.light()
-    kinds, numbers = views.stains(pool.channels, config.data.brightfield), np.arange(B)
+    ones, light = torch.ones(D, device=device, dtype=kind), ssl_.light_of()
+    kinds, numbers = ssl_.stains_of(pool.channels, config.data.brightfield), np.arange(B)
     slots = pool.sample(B, 0)
     student, teacher = (part.to(device) for part in train_ssl.build(config))
     for p in student.parameters():
         p.grad = torch.zeros_like(p)
-    optimiser = torch.optim.AdamW(train_ssl.parameter_groups(student, config), fused=True)
+    optimiser = train_ssl.optimiser_for(student, config)
     P = sum(p.numel() for p in student.parameters())
     pixels = B * (2 * shown.size**2 + shown.locals * shown.local_size**2)
     cases = [
@@ -191,7 +190,7 @@ def operations(config, pool, device: str, rate: float, bandwidth: float) -> list
         ("residual with LayerScale", lambda: x + ones * x, 2 * n * D, 3 * width * n * D),
         (f"iBOT, {M} patches: logits and softmax", lambda: F.linear(z, prototypes).float().log_softmax(1),
          2 * M * net.bottleneck * net.prototypes, (width + 8) * M * net.prototypes),
-        ("views: gather, light, camera", lambda: views.draw(pool, slots, numbers, 0, 0, shown, light, kinds),
+        ("views: gather, light, camera", lambda: ssl_.draw_views(pool, slots, numbers, 0, 0, shown, light, kinds),
          40 * pixels, (4 * 2 * 3 + 4 * 3) * pixels),                # four corners of about three channels; written once
         ("AdamW", optimiser.step, 12 * P, 4 * 7 * P),
     ]

@@ -25,7 +25,6 @@ files that were trained on different numbers of images become rows, and a curve 
 """
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -42,6 +41,7 @@ from typing import Literal
 import numpy as np
 
 import measure
+import probe
 import report
 import runs
 from measure import CEILING, COMPARED, DataSet, Encoding, LabelledSet, Model, Row
@@ -366,102 +366,15 @@ def ceiling(config: Ceiling) -> None:
 
 # ------------------------------------------------------------------------------------------------- channels
 
-@dataclass(frozen=True)
-class Channels:
-    fields: str | None = None               # folder of images with several channels; null: synthetic fields
-    synthetic: int = 16                     # how many of those
-    channels: tuple[str, ...] | None = None  # names or numbers from 1, two or more; null: all
-    weights: str | None = None              # a backbone, or a whole network; null: random ones, as a control
-    dim: int = 384                          # width of random weights
-    depth: int = 12                         # their blocks
-    heads: int = 6                          # their attention heads
-    patch: int = 8                          # px
-    experiment: str = "channels"            # name of the run
-    output_base_dir: str = "."              # where runs/ is made
-    feature: Literal["cls", "patches"] = "cls"  # the class token, or the mean of the patch tokens
-    size: int = 256                         # px, side of the square in the middle of a field that is seen
-    limit: int | None = None                # only the first so many fields
-    shown: int = 4                          # fields in the pictures
-    seed: int = 0                           # of synthetic fields and random weights
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
-
-    def __post_init__(self):
-        if self.size < 1 or self.patch < 1 or self.size % self.patch:
-            raise ValueError(f"size={self.size}: expected a multiple of the patch, {self.patch} px")
-        if self.channels is not None and len(self.channels) < 2:
-            raise ValueError(f"channels={', '.join(self.channels)}: expected two or more to compare")
-        if min(self.synthetic if self.fields is None else 2, 2 if self.limit is None else self.limit) < 2:
-            raise ValueError("synthetic and limit: expected two fields or more to compare")
-        if self.shown < 1:
-            raise ValueError(f"shown={self.shown}: expected 1 or more")
-
-
-def channels(config: Channels) -> None:
+def channels(config: probe.Channels) -> None:
     """Does a backbone see the same field in each of its channels? Features, and where it looks."""
-    import consistency
-    vit, weights = backbone(config)
-    features, maps, shown, known, folder = [], [], [], None, None
-    for name, known, pixels in consistency.alike(fields_of(config)):
-        folder = folder or run_folder(config)                   # only once a field could be read
-        pictured = len(features) < config.shown
-        key = dict(weights=weights, image=runs.digest(pixels), feature=config.feature, pictured=pictured)
-        feature, looks_at, more = measure.cached(folder / "fields" / f"{measure.safe_name(name)}.json", key,
-                                       lambda: seen_by(vit, pixels, config.feature, pictured))
-        features.append(feature)                                # (C, D)
-        maps.append(looks_at)                                   # (C, h, w)
-        if pictured:
-            shown.append((name, pixels, *map(np.array, more)))
-    found = consistency.compare(features, maps)
-    content = {"weights": config.weights or "random", "feature": config.feature, "fields": len(features),
-               **found.numbers(), "chance": 1 / len(features)}  # of retrieval
-    runs.write_text(folder / "channels.json", json.dumps({**content, "channels": known}, indent=1) + "\n")
-    matrices = {"cosine": found.features.cosine_matrix, "retrieval": found.features.retrieval_matrix,
-                "attention": found.attention.cosine_matrix}
-    for name, matrix in matrices.items():
-        runs.write_table(folder / f"{name}.tsv", [{"channel": channel, **dict(zip(known, map(float, line)))}
-                                                  for channel, line in zip(known, matrix)])
-    titled = ("cosine of features", f"retrieval of column by row (chance {content['chance']:.2f})",
-              "correlation of attention")
-    report.matrices(folder / "channels.png", dict(zip(titled, matrices.values())), known)
-    pictures = consistency.write_pictures(folder, *zip(*shown), known)
-    report.print_table([content], content)
-    print(f"-> {', '.join(map(str, (folder / 'channels.png', *pictures)))}")
-
-
-def fields_of(config: Channels):
-    import consistency
-    if config.fields is not None:
-        return consistency.field_files(Path(config.fields), config.size, config.channels, config.limit)
-    count = min(config.synthetic, config.limit or config.synthetic)
-    return consistency.synthetic_fields(count, config.size, config.channels, config.seed)
-
-
-def seen_by(vit, pixels: np.ndarray, feature: str, pictured: bool) -> tuple[list, list, list]:
-    """Of each channel the feature (C, D), where the class token looks (C, h, w), and what pictures need."""
-    import consistency
-    import data
-    seen = consistency.look(vit, data.normalise(pixels, data.percentiles(pixels)))
-    more = [seen.attention.tolist(), seen.colours().tolist()] if pictured else []
-    return seen.feature(feature).tolist(), seen.attention.mean(1).tolist(), more
-
-
-def backbone(config: Channels):
-    """The ViT, and the hash of its weights or what random ones are made from."""
-    import torch
-    import model
-    device = runs.pick_device(config.device)
-    if config.weights is not None:
-        vit = model.load_backbone(config.weights, config.patch)
-        return vit.eval().to(device), [runs.digest(Path(config.weights)), config.patch]
-    torch.manual_seed(config.seed)
-    vit = model.ViT(config.dim, config.depth, config.heads, config.patch, layerscale=1.0)   # 1e-5: all alike
-    return vit.eval().to(device), [config.seed, vit.architecture]
+    probe.compare_channels(config, run_folder)
 
 
 # ----------------------------------------------------------------------------------------- command
 
 VERBS = {"bench": (Bench, bench), "gating": (Gating, gating), "sweep": (Sweep, sweep),
-         "ceiling": (Ceiling, ceiling), "channels": (Channels, channels)}
+         "ceiling": (Ceiling, ceiling), "channels": (probe.Channels, channels)}
 
 
 def main(arguments: list[str]) -> int:

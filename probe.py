@@ -1,48 +1,368 @@
-"""Does a backbone get better without labels? Windows of held-out fields, what must not explain it, a small
-decoder.
+"""Is a backbone good? Told without labels, from the channels of fields that it never saw.
 
-    windows = cut(fields, window=224, count=256, channels)      # fields: (name, (C, H, W) uint16, labels or None)
-    numbers, looks = measured(vit, windows, size=224)           # consistency, control, margin, retrieval, ...
-    leaks(vit, windows, size=224)                               # retrieval from the background, cells masked out
-    segmentation(vit, train, validation, steps=200)             # AP of a decoder on the frozen backbone
-    with Looker(config, run, path) as looker: ...               # all of it from within train_ssl.py
+    look = look_at(vit, field)                          # field (C, H, W) in [0, 1]
+    compare(features, maps)                             # of all fields: consistency, retrieval, ...
+    write_pictures(folder, names, fields, looks, channels)
 
-    python probe.py runs/a runs/b ...                           table of what runs logged, first and last
+    windows = cut_windows(fields, window=224, count=256, channels)
+    numbers, looks = measure_backbone(vit, windows, size=224)
+    leaks(vit, windows, size=224)                       # retrieval from the background alone
+    train_probe(vit, train, validation, steps=200)      # AP of a decoder on the frozen backbone
 
-Retrieval: of all windows, is the one whose feature in channel j is nearest to this window's in channel i the
-same window? Chance is 1 / windows. It means little if anything but cells ties the channels of a field
-together (light, dirt, exposure), so that the background alone, cells masked out, is measured beside it.
+    python probe.py runs/a runs/b ...                   table of what runs logged, first and last
+    python evaluate.py channels configs/channels.yaml   one backbone on a folder of fields
 
-Letters: F windows, C channels, S side of what the network sees in px.
+Retrieval: of all windows, is the one whose feature in channel j is nearest to this window's in
+channel i the same window? Chance is 1 / windows. It means little if anything but cells ties the
+channels of a field together (light, dirt, exposure), so that the background alone, cells masked
+out, is measured beside it. The backbone is shown at rest, uncompiled, and left as it was.
+
+Letters: F fields or windows, C channels, D width, N patch tokens in a grid h x w, S side in px.
 """
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
+import json
 import math
 import sys
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import yaml
 
 import runs
+from runs import Count, Whole
 
+with runs.lazy():
+    import scipy
+    import skimage
+    import torch
+
+    import augment
+    import data
+    import fieldset
+    import metrics
+    import model
+    import optim
+    import overlay
+    import report
+    import segment
+    import ssl_
+    import synthetic
+    import watershed
+
+
+Feature = Literal["cls", "patches"]
+AtLeastTwo = Annotated[int, runs.at_least(2)]
+
+
+# ---------------------------------------------------------------------------------------- one field
+
+class Look(NamedTuple):
+    """What a backbone makes of each channel of a field, shown by itself."""
+    cls: np.ndarray                     # (C, D) class tokens
+    patches: np.ndarray                 # (C, N, D)
+    attention: np.ndarray               # (C, heads, h, w), see with_attention
+
+    def feature(self, which: Feature) -> np.ndarray:
+        """(C, D): the class token, or the mean of the patch tokens."""
+        return self.cls if which == "cls" else self.patches.mean(1)
+
+    def colours(self) -> np.ndarray:
+        """(C, h, w, 3) uint8."""
+        return token_colours(self.patches, self.attention.shape[2])
+
+
+def look_at(vit, field) -> Look:
+    """Show a field (C, H, W) in [0, 1], array or tensor, channel by channel."""
+    with torch.inference_mode():
+        x = torch.as_tensor(field, dtype=torch.float32, device=vit.cls_token.device)[:, None]
+        tokens, attention = with_attention(vit, ssl_.standardise(x))
+        parts = (tokens.cls, tokens.patches, attention)
+        return Look(*(part.float().cpu().numpy() for part in parts))
+
+
+def with_attention(vit, x):
+    """The backbone's tokens, and how the last class token shares its attention (B, heads, h, w).
+
+    What goes to the class and register tokens themselves is left out: a map sums to less than 1.
+    """
+    inputs, attention, training = [], vit.blocks[-1].attn, vit.training
+    hook = attention.register_forward_pre_hook(lambda module, given: inputs.append(given))
+    vit.eval()
+    # Compiled code would pass the hook by. Dynamo takes seconds to import; without it none is.
+    compiled = "torch._dynamo" in sys.modules
+    plainly = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    try:
+        with plainly:
+            tokens = vit(x)
+    finally:
+        hook.remove()
+        vit.train(training)
+    (y, rope, _), = inputs                                              # (B, T, D)
+    B, T, D = y.shape
+    q, k = ((y @ part.mT).view(B, T, attention.heads, -1)               # (B, T, heads, head)
+            for part in attention.qkv.weight[:2 * D].split(D))
+    q = q + attention.q_bias.view(attention.heads, -1)                  # keys have no bias
+    q, k = (model.rotate(part, *rope).transpose(1, 2) for part in (q, k))
+    logits = q[:, :, :1] @ k.mT / math.sqrt(q.shape[3])
+    share = logits.float().softmax(3)[:, :, 0, 1 + vit.registers:]      # (B, heads, N)
+    return tokens, share.unflatten(2, (x.shape[2] // vit.patch, -1))
+
+
+def token_colours(patches: np.ndarray, h: int) -> np.ndarray:
+    """Patch tokens (C, N, D) as colours (C, h, w, 3) uint8: their first three principal components.
+
+    All channels share one basis: the same colour in two of them is the same feature.
+    """
+    x = patches.reshape(-1, patches.shape[2]).astype(float)
+    x = x - x.mean(0)
+    basis = np.linalg.eigh(x.T @ x)[1][:, ::-1][:, :3]                  # (D, 3)
+    basis *= np.sign(basis[abs(basis).argmax(0), np.arange(basis.shape[1])])    # a sign, fixed
+    y = x @ basis                                                       # (C N, 3)
+    low, high = np.percentile(y, (1, 99), axis=0)
+    y = ((y - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+    return (255 * y).astype(np.uint8).reshape(len(patches), h, -1, 3)
+
+
+# -------------------------------------------------------------------------- channels of many fields
+
+class ChannelConsistency(NamedTuple):
+    consistency: float                  # mean cosine between two channels of the same field
+    control: float                      # mean cosine between two channels of different fields
+    margin: float                       # consistency - control
+    retrieval: float                    # share of channel i's that find their field's channel j
+    retrieval_matrix: np.ndarray        # (C, C) the same for query channel i, searched channel j
+    cosine_matrix: np.ndarray           # (C, C) mean cosine of channels i and j of a field
+
+
+def channel_consistency(features) -> ChannelConsistency:
+    """Compare features (F, C, D) of F fields in C channels each: are those of a field alike?
+
+    A collapsed network scores 1 on consistency alone: read it beside its control. Consistency,
+    control and retrieval are means over the pairs of different channels. A tie with another field
+    is not a find.
+    """
+    x = np.asarray(features, float)
+    if x.ndim != 3 or min(x.shape[:2]) < 2:
+        raise ValueError(f"features have shape {x.shape}, expected (fields, channels, width) with "
+                         "2 or more fields and channels")
+    norm = np.linalg.norm(x, axis=2, keepdims=True)
+    if not (np.isfinite(norm).all() and norm.all()):
+        raise ValueError("features hold a vector that is zero or not finite: it has no direction")
+    x = x / norm
+    F, C, _ = x.shape
+    same = (x @ x.transpose(0, 2, 1)).sum(0)                            # (C, C) over the fields
+    across = x.sum(0) @ x.sum(0).T - same                               # over pairs of fields
+    retrieval = np.zeros((C, C))
+    for i, j in np.ndindex(C, C):
+        cosine = x[:, i] @ x[:, j].T                                    # (F, F) query, searched
+        own = cosine.diagonal().copy()
+        np.fill_diagonal(cosine, -2)                                    # below any cosine
+        retrieval[i, j] = (own > cosine.max(1) + 1e-12).mean()          # rounding makes no find
+    pairs = ~np.eye(C, dtype=bool)
+    consistency, control = same[pairs].mean() / F, across[pairs].mean() / (F * (F - 1))
+    return ChannelConsistency(float(consistency), float(control), float(consistency - control),
+                              float(retrieval[pairs].mean()), retrieval, same / F)
+
+
+def compare(features: Sequence[np.ndarray], maps: Sequence[np.ndarray]
+            ) -> tuple[dict[str, float], ChannelConsistency, ChannelConsistency]:
+    """Compare F fields by features (C, D) and attention maps (C, h, w): numbers, and all of both.
+
+    The cosines of maps are Pearson's correlations: a brighter map of the same shape is the same.
+    """
+    flat = np.reshape(maps, (*np.shape(maps)[:2], -1)).astype(float)    # (F, C, N)
+    found = channel_consistency(features)
+    seen = channel_consistency(flat - flat.mean(2, keepdims=True))
+    return {"consistency": found.consistency, "control": found.control, "margin": found.margin,
+            "retrieval": found.retrieval, "attention": seen.consistency,
+            "attention_control": seen.control, "attention_margin": seen.margin}, found, seen
+
+
+def agreement(maps: np.ndarray) -> float:
+    """Mean correlation between the attention maps (C, h, w) of a field, over pairs of channels."""
+    correlations = np.corrcoef(np.reshape(maps, (len(maps), -1)))       # (C, C)
+    return float(correlations[np.triu_indices(len(maps), 1)].mean())
+
+
+def attention_entropy(maps: np.ndarray) -> float:
+    """Entropy of attention maps (..., h, w), as a share of the largest: 1 looks everywhere."""
+    p = maps.reshape(-1, maps.shape[-2] * maps.shape[-1])
+    p = p / p.sum(1, keepdims=True)
+    return float(-(p * np.log(np.maximum(p, 1e-30))).sum(1).mean() / math.log(p.shape[1]))
+
+
+def write_pictures(folder: Path, names: Sequence[str], fields: Sequence[np.ndarray],
+                   looks: Sequence[Look], channels: Sequence[str]) -> list[Path]:
+    """Draw a few fields (C, H, W): attention.png and pca.png of all, heads.png of the first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.png" for name in ("attention", "pca", "heads")]
+    shots = [[overlay.displayed(channel[None]) for channel in field] for field in fields]
+    maps, colours, titles = [], [], []
+    for name, shot, look in zip(names, shots, looks, strict=True):
+        mean = look.attention.mean(1)                                   # (C, h, w)
+        r = round(agreement(mean), 2) + 0.0                             # never -0.00
+        maps += [shot, list(map(report.heat, mean))]
+        colours += [shot, list(look.colours())]
+        titles += [name, f"attention, r {r:.2f}"]
+    report.mosaic(paths[0], maps, titles, channels)
+    report.mosaic(paths[1], colours, [names[i // 2] if i % 2 == 0 else "components"
+                                      for i in range(len(titles))], channels)
+    heads = [[shot, *map(report.heat, one)]
+             for shot, one in zip(shots[0], looks[0].attention, strict=True)]
+    titles = [names[0], *(f"head {k}" for k in range(1, len(heads[0])))]
+    report.mosaic(paths[2], heads, channels, titles)
+    return paths
+
+
+# ---------------------------------------------------------------------- python evaluate.py channels
+
+@dataclass(frozen=True)
+class Channels:
+    fields: str | None = None               # folder of images with channels; null: synthetic fields
+    synthetic: AtLeastTwo = 16              # how many of those
+    channels: tuple[str, ...] | None = None  # names or numbers from 1, two or more; null: all
+    weights: str | None = None              # a backbone or a whole network; null: random, a control
+    dim: Count = 384                        # width of random weights
+    depth: Count = 12                       # their blocks
+    heads: Count = 6                        # their attention heads
+    patch: Count = 8                        # px
+    experiment: str = "channels"            # name of the run
+    output_base_dir: str = "."              # where runs/ is made
+    feature: Feature = "cls"                # the class token, or the mean of the patch tokens
+    size: Count = 256                       # px, side of the square in the middle that is seen
+    limit: AtLeastTwo | None = None         # only the first so many fields
+    shown: Count = 4                        # fields in the pictures
+    seed: Whole = 0                         # of synthetic fields and random weights
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+
+    def __post_init__(self):
+        if self.size % self.patch:
+            raise ValueError(f"size={self.size}: expected a multiple of the patch, {self.patch} px")
+        if self.channels is not None and len(self.channels) < 2:
+            raise ValueError(f"channels={', '.join(self.channels)}: expected two or more")
+
+
+def compare_channels(config: Channels, make_folder: Callable[[Channels], Path]) -> None:
+    """Look at each channel of each field, and write numbers, tables and pictures of how they agree.
+
+    make_folder : makes the folder for the results, once all fields could be read.
+    """
+    vit, features, maps, shown = backbone_of(config), [], [], []
+    for name, channels, pixels in comparable(fields_of(config)):
+        look = look_at(vit, data.normalise(pixels, data.percentiles(pixels)))
+        features.append(look.feature(config.feature))                   # (C, D)
+        maps.append(look.attention.mean(1))                             # (C, h, w)
+        if len(shown) < config.shown:
+            shown.append((name, pixels, look))
+    folder, (names, fields, looks) = make_folder(config), zip(*shown, strict=True)
+    numbers, found, seen = compare(features, maps)
+    content = {"weights": config.weights or "random", "feature": config.feature,
+               "fields": len(features), **numbers, "chance": 1 / len(features)}
+    pictures = write_pictures(folder, names, fields, looks, channels)
+    runs.write_text(folder / "channels.json",
+                    json.dumps({**content, "channels": channels}, indent=1) + "\n")
+    matrices = {
+        "cosine": ("cosine of features", found.cosine_matrix),
+        "retrieval": (f"retrieval of column by row (chance {content['chance']:.2f})",
+                      found.retrieval_matrix),
+        "attention": ("correlation of attention", seen.cosine_matrix)}
+    for name, (_, matrix) in matrices.items():
+        rows = [dict(zip(channels, map(float, line), strict=True)) for line in matrix]
+        report.write_tsv(folder / f"{name}.tsv", [
+            {"channel": channel, **row} for channel, row in zip(channels, rows, strict=True)])
+    report.matrices(folder / "channels.png", dict(matrices.values()), channels)
+    report.print_table([content], content)
+    print(f"-> {', '.join(map(str, (folder / 'channels.png', *pictures)))}")
+
+
+def backbone_of(config: Channels):
+    """The ViT of a file, or a random one."""
+    if config.weights is not None:
+        vit = model.load_backbone(config.weights, config.patch)
+    else:
+        torch.manual_seed(config.seed)
+        shape = config.dim, config.depth, config.heads, config.patch
+        vit = model.ViT(*shape, layerscale=1.0)                         # 1e-5: all blocks alike
+    return vit.eval().to(runs.pick_device(config.device))
+
+
+def fields_of(config: Channels) -> Iterator[tuple[str, list[str], np.ndarray]]:
+    """(name, names of its channels, pixels (C, size, size)) of the fields to look at."""
+    if config.fields is None:
+        count = min(config.synthetic, config.limit or config.synthetic)
+        return synthetic_fields(count, config.size, config.channels, config.seed)
+    return field_files(Path(config.fields), config.size, config.channels, config.limit)
+
+
+def comparable(fields: Iterable[tuple]) -> Iterator[tuple]:
+    """The same fields, while all have the same channels and each channel shows something."""
+    first, count = None, 0
+    for name, channels, pixels in fields:
+        first, count = first or channels, count + 1
+        if channels != first:
+            raise ValueError(f"{name}: channels {', '.join(channels)}, the fields before have "
+                             f"{', '.join(first)}; choose the same of all with channels=")
+        for channel, image in zip(channels, pixels, strict=True):
+            if image.min() == image.max():
+                raise ValueError(f"{name}: channel {channel} is {image[0, 0]} in every pixel seen; "
+                                 "leave it or the field out")
+        yield name, channels, pixels
+    if count < 2:
+        raise ValueError(f"{count} field with several channels, expected two or more to compare")
+
+
+def field_files(folder: Path, size: int, channels: Sequence[str] | None, limit: int | None
+                ) -> Iterator[tuple[str, list[str], np.ndarray]]:
+    """The square of size x size px in the middle of each image below a folder."""
+    files = sorted(path for path in folder.rglob("*")
+                   if path.suffix.lower() in (".tif", ".tiff", ".btf", ".npy"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no such folder, or no TIFF or .npy in it; expected "
+                                "images with several channels")
+    for path in files[:limit]:
+        pixels, names, _ = data.read_image(path, channels)
+        C, H, W = pixels.shape
+        if C < 2 or min(H, W) < size:
+            raise ValueError(f"{path}: {C} x {H} x {W} (channels, rows, columns); expected two "
+                             f"channels or more of at least size={size} px")
+        top, left = (H - size) // 2, (W - size) // 2
+        names = list(names or map(str, channels or range(1, C + 1)))
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        yield name, names, pixels[:, top:top + size, left:left + size]
+
+
+def synthetic_fields(count: int, size: int, channels: Sequence[str] | None, seed: int
+                     ) -> Iterator[tuple[str, list[str], np.ndarray]]:
+    """Fields of synthetic.py, with all of its channels or some."""
+    known = {name.lower(): i for i, name in enumerate(synthetic.CHANNELS)}
+    wanted = [name.lower() for name in channels or known]
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"channels: '{unknown[0]}', expected some of "
+                         f"{', '.join(synthetic.CHANNELS)}")
+    rows = [known[name] for name in wanted]
+    for number in range(count):
+        drawn = synthetic.field(seed + number, size, max(2, size**2 // 4000))
+        yield f"field {number}", [synthetic.CHANNELS[i] for i in rows], drawn.pixels[rows]
+
+
+# --------------------------------------------------------------------------------- windows held out
 
 @dataclass(frozen=True)
 class Measure:
     """A section of train_ssl.py's configuration."""
-    every: runs.Count = 2000                       # steps between measurements on the held-out fields; the first at step 0
-    window: runs.Count = 224                       # px of the field, which the network sees at the size of its global views
-    windows: Annotated[int, runs.at_least(2)] = 256                      # of them; chance of retrieval is 1 / windows
-    probe_every: int = 0                    # steps between decoders trained on the frozen backbone; 0: none
-    probe_steps: int = 200                  # of such a training
-    probe_sets: tuple[str, ...] = ()        # labelled sets for it (data.examples); empty: synthetic fields
-    probe_images: int = 16                  # of each set to train on, or synthetic fields
+    every: Count = 2000                     # steps between measurements; the first at step 0
+    window: Count = 224                     # px of the field, shown at the size of global views
+    windows: AtLeastTwo = 256               # of them; chance of retrieval is 1 / windows
+    probe_every: Whole = 0                  # steps between decoders on the frozen backbone; 0: none
+    probe_steps: Count = 200                # of such a training
+    probe_images: AtLeastTwo = 16           # synthetic fields for it
 
     def __post_init__(self):
         if self.probe_every % self.every:
@@ -59,73 +379,74 @@ class Windows(NamedTuple):
     channels: tuple[str, ...]
 
 
-def cut(fields: Iterable[tuple[str, np.ndarray, np.ndarray | None]], window: int, count: int,
-        channels: tuple[str, ...]) -> Windows:
-    """Windows of `window` px that lie side by side: the first of each field, then the second, up to `count`."""
-    import data
-    found = []                                                # of each field (name, pixels, limits, labels) of its windows
+def held_windows(config) -> Windows:
+    """The windows that a configuration of train_ssl.py holds out."""
+    channels, fields = fieldset.held(config.data, config.seed)
+    return cut_windows(fields, config.measure.window, config.measure.windows, channels)
+
+
+def cut_windows(fields: Iterable[tuple[str, np.ndarray, np.ndarray | None]], window: int,
+                count: int, channels: tuple[str, ...]) -> Windows:
+    """Cut windows side by side: the first of each field, then the second, up to `count`."""
+    by_field = []                                   # (name, pixels, limits, labels) of the windows
     for name, field, truth in fields:
         H, W = field.shape[1:]
         if min(H, W) < window:
-            raise ValueError(f"{name}: {H} x {W} px, expected {window} px or more, to measure on (measure.window)")
-        own = data.percentiles(field)
-        places = [np.s_[y:y + window, x:x + window] for y in range(0, H - window + 1, window)
-                  for x in range(0, W - window + 1, window)]
-        found.append([(f"{name} {at[0].start},{at[1].start}", field[:, at[0], at[1]], own,
-                       None if truth is None else truth[at]) for at in places])
-    chosen = [one for turn in itertools.zip_longest(*found) for one in turn if one is not None][:count]
+            raise ValueError(f"{name}: {H} x {W} px, expected {window} px or more, to measure on "
+                             "(measure.window)")
+        limits, corners = data.percentiles(field), itertools.product(
+            range(0, H - window + 1, window), range(0, W - window + 1, window))
+        by_field.append([
+            (f"{name} {y},{x}", field[:, y:y + window, x:x + window], limits,
+             None if truth is None else truth[y:y + window, x:x + window]) for y, x in corners])
+    turns = itertools.zip_longest(*by_field)
+    chosen = [one for turn in turns for one in turn if one is not None][:count]
     if len(chosen) < 2:
-        raise ValueError(f"{len(chosen)} windows of held-out fields, expected two or more; give a larger data.held")
-    names, pixels, limits, labels = zip(*chosen)
+        raise ValueError(f"{len(chosen)} windows of held-out fields, expected two or more; give a "
+                         "larger data.held")
+    names, pixels, limits, labels = zip(*chosen, strict=True)
     return Windows(list(names), np.stack(pixels), np.stack(limits).astype(np.float32),
                    None if labels[0] is None else np.stack(labels), channels)
 
 
-def windows_of(config) -> Windows:
-    """The windows that a configuration of train_ssl.py holds out."""
-    import fieldset
-    channels, fields = fieldset.held(config.data, config.seed)
-    return cut(fields, config.measure.window, config.measure.windows, channels)
-
-
-def seen(windows: Windows, size: int) -> np.ndarray:
-    """What the network is shown, (F, C, S, S) in [0, 1]: each channel of each window, resampled as views
-    are."""
-    import torch
-    import ssl_
+def resampled(windows: Windows, size: int) -> np.ndarray:
+    """Each channel of each window as the network is shown it: (F, C, S, S) in [0, 1]."""
     F, C, w, _ = windows.pixels.shape
-    pixels, limits = torch.from_numpy(windows.pixels.view(np.int16)), torch.from_numpy(windows.limits)
+    pixels = torch.from_numpy(windows.pixels.view(np.int16))
+    limits, slots, one = torch.from_numpy(windows.limits), torch.arange(F), np.eye(C)
     middle, matrix = np.full((F, 2), w / 2), np.broadcast_to(np.eye(2) * w / size, (F, 2, 2))
-    slots, one = torch.arange(F), np.eye(C)
-    shown = [ssl_.cut_crops(pixels, limits, slots, one[[c] * F], middle, matrix, size) for c in range(C)]
-    return torch.cat(shown, 1).numpy()                                       # (F, C, S, S)
+    return torch.cat([ssl_.cut_crops(pixels, limits, slots, one[[c] * F], middle, matrix, size)
+                      for c in range(C)], 1).numpy()
 
 
-def background(windows: Windows, size: int, spread: float = 1 / 16) -> np.ndarray:
-    """seen() with the cells masked out, and some px around them: what is left, blurred by `spread` of the
-    side, spreads into the gaps. (F, C, S, S) in [0, 1]; a window without any background is its mean."""
-    from scipy import ndimage
+def without_cells(windows: Windows, size: int, spread: float = 1 / 16) -> np.ndarray:
+    """resampled() with the cells masked out, and some px around them: (F, C, S, S) in [0, 1].
+
+    What is left, blurred by `spread` of the side, fills the gaps; a window without any background
+    is its mean.
+    """
     if windows.labels is None:
-        raise ValueError("the background alone needs the outlines of cells, which these fields do not have")
-    F, C, w, _ = windows.pixels.shape
+        raise ValueError("the background alone needs the outlines of cells, which these fields do "
+                         "not have")
+    w, blur = windows.pixels.shape[-1], dict(sigma=spread * size, truncate=20)
     at = ((np.arange(size) + 0.5) * w / size).astype(int)
-    shown = seen(windows, size)
-    for field, truth in zip(shown, windows.labels):
-        away = ndimage.distance_transform_edt(truth == 0)[np.ix_(at, at)] > 6        # px: beyond the blur
-        share = ndimage.gaussian_filter(away.astype(np.float32), spread * size, truncate=20)
+    shown = resampled(windows, size)
+    for field, truth in zip(shown, windows.labels, strict=True):
+        distance = scipy.ndimage.distance_transform_edt(truth == 0)
+        away = distance[np.ix_(at, at)] > 6                             # px: beyond the blur
+        share = scipy.ndimage.gaussian_filter(away.astype(np.float32), **blur)
         for image in field:
-            sums = ndimage.gaussian_filter(np.where(away, image, 0), spread * size, truncate=20)
+            sums = scipy.ndimage.gaussian_filter(np.where(away, image, 0), **blur)
             level = image[away].mean() if away.any() else image.mean()
             image[:] = (sums + 1e-3 * level) / (share + 1e-3)
     return shown
 
 
-def features(vit, shown: np.ndarray, keep: int = 0) -> tuple[np.ndarray, np.ndarray, list]:
-    """Class tokens (F, C, D), attention maps (F, C, heads, h, w), and the first `keep` whole looks."""
-    import consistency
+def look_at_all(vit, shown: np.ndarray, keep: int = 0) -> tuple[np.ndarray, np.ndarray, list[Look]]:
+    """Class tokens (F, C, D), attention maps (F, C, heads, h, w), and the first `keep` looks."""
     vectors, maps, looks = [], [], []
     for number, field in enumerate(shown):
-        look = consistency.look(vit, field)
+        look = look_at(vit, field)
         vectors.append(look.cls)
         maps.append(look.attention)
         if number < keep:
@@ -133,54 +454,33 @@ def features(vit, shown: np.ndarray, keep: int = 0) -> tuple[np.ndarray, np.ndar
     return np.stack(vectors), np.stack(maps), looks
 
 
-def measured(vit, windows: Windows, size: int, keep: int = 2) -> tuple[dict[str, float], list]:
-    """Everything that says without labels whether the backbone is any good, and looks of the first
-    windows."""
-    import torch
-    import consistency
-    import ssl_
-    vectors, maps, looks = features(vit, seen(windows, size), keep)
-    flat = torch.from_numpy(vectors).flatten(0, 1)                           # (F C, D)
-    return {**consistency.compare(vectors, maps.mean(2)).numbers(), "feature_std": ssl_.feature_std(flat),
-            "effective_rank": ssl_.effective_rank(flat), "attention_entropy": entropy(maps)}, looks
-
-
-def entropy(maps: np.ndarray) -> float:
-    """Of attention maps (..., h, w), as a share of the largest there can be: 1 looks everywhere alike."""
-    p = maps.reshape(-1, maps.shape[-2] * maps.shape[-1])
-    p = p / p.sum(1, keepdims=True)
-    return float(-(p * np.log(np.maximum(p, 1e-30))).sum(1).mean() / math.log(p.shape[1]))
+def measure_backbone(vit, windows: Windows, size: int, keep: int = 2
+                     ) -> tuple[dict[str, float], list[Look]]:
+    """All that says without labels whether the backbone is good, and looks of the first windows."""
+    vectors, maps, looks = look_at_all(vit, resampled(windows, size), keep)
+    flat = torch.from_numpy(vectors).flatten(0, 1)                      # (F C, D)
+    return {**compare(vectors, maps.mean(2))[0], "feature_std": ssl_.feature_std(flat),
+            "effective_rank": ssl_.effective_rank(flat),
+            "attention_entropy": attention_entropy(maps)}, looks
 
 
 def leaks(vit, windows: Windows, size: int) -> dict[str, float]:
-    """Retrieval from the background alone, as the network sees it and by the pixels themselves: the
-    control."""
-    import metrics
-    shown = background(windows, size)
-    F, C = shown.shape[:2]
-    pixels = shown[:, :, ::8, ::8].reshape(F, C, -1)
-    pixels = pixels - pixels.mean(2, keepdims=True) + 1e-9           # + : a flat one has a direction too
-    return {"background_retrieval": metrics.channel_consistency(features(vit, shown)[0]).retrieval,
-            "background_pixels": metrics.channel_consistency(pixels).retrieval}
+    """Retrieval from the background alone, by the network and by the pixels: the controls."""
+    shown = without_cells(windows, size)
+    pixels = shown[:, :, ::8, ::8].reshape(*shown.shape[:2], -1)
+    pixels = pixels - pixels.mean(2, keepdims=True) + 1e-9              # a flat one has a direction
+    found = channel_consistency(look_at_all(vit, shown)[0]), channel_consistency(pixels)
+    return {"background_retrieval": found[0].retrieval, "background_pixels": found[1].retrieval}
 
 
-def segmentation(vit, train, validation: list, steps: int = 200, crop: int = 96, batch: int = 8, seed: int = 0
-                 ) -> dict[str, float]:
-    """A small decoder learns on the frozen backbone for a minute: AP on the validation images, at one fixed
-    setting.
+def train_probe(vit, train, validation: list, steps: int = 200, crop: int = 96, batch: int = 8,
+                seed: int = 0) -> dict[str, float]:
+    """Train a small decoder on the frozen backbone for a minute: AP on the validation images.
 
-    train : augment.Resident; validation : data.Labelled list. The backbone and the random state stay as they
-    are.
+    train : augment.Resident; validation : data.Labelled list. The backbone and the random state
+    stay as they are.
     """
-    import torch
-    import augment
-    import metrics
-    import model
-    import optim
-    import segment
-    import watershed
-    device = vit.cls_token.device
-    stages = int(math.log2(vit.patch))
+    device, stages = vit.cls_token.device, int(math.log2(vit.patch))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = model.DINOCell(copy.deepcopy(vit).eval(), tuple(64 >> i for i in range(stages)), 16,
@@ -191,7 +491,8 @@ def segmentation(vit, train, validation: list, steps: int = 200, crop: int = 96,
     optimiser = torch.optim.AdamW(net.decoder.parameters(), lr=2e-3, weight_decay=0.01)
     changes = augment.Augment(scale=(0.8, 1.25), elastic=0.0, negative=0.0)
     for step in range(steps):
-        optimiser.param_groups[0]["lr"] = optim.cosine(step, steps, 2e-3, 0.0, min(20, steps - 1))
+        rate = optim.cosine(step, steps, 2e-3, 0.0, min(20, steps - 1))
+        optimiser.param_groups[0]["lr"] = rate
         numbers = np.arange(batch) + step * batch
         images = train.draw(seed, numbers)
         x, target, _ = augment.sample(train, images, numbers, changes, size=crop, seed=seed)
@@ -200,101 +501,74 @@ def segmentation(vit, train, validation: list, steps: int = 200, crop: int = 96,
         optimiser.zero_grad(set_to_none=True)
     net.eval()
     aps = []
-    for entry in filter(lambda entry: entry.held, validation):
+    for entry in validation:
         distance = segment.distances(entry.pixels, net, limits=segment.UNIT)
         labels = watershed.watershed(distance, 0.47, 0.2)
         aps.append(metrics.average_precision(entry.labels, labels, (0.5, 0.75)))
-    return {"probe_AP@0.5": float(np.mean([ap[0] for ap in aps])),
-            "probe_AP@0.75": float(np.mean([ap[1] for ap in aps]))}
+    half, three_quarters = np.mean(aps, 0)
+    return {"probe_AP@0.5": float(half), "probe_AP@0.75": float(three_quarters)}
 
-
-# ------------------------------------------------------------------------------------- from within a training
 
 class Looker:
-    """Measures the teacher, keeps its weights, and has pictures drawn behind the loop's back."""
+    """Measures the teacher within train_ssl.py, keeps its weights, and draws what it sees."""
 
     def __init__(self, config, run: runs.Run, export: Path):
         self.config, self.run, self.export = config, run, export
-        self.windows = windows_of(config) if run.rank == 0 else None
-        self.painter = ThreadPoolExecutor(1)
-        self.pending: list[Future] = []
-        self.labelled = None                                  # of the decoder, read or drawn when first needed
-        self.reached = 0                                      # the last step that anything was logged under
+        self.windows = held_windows(config) if run.rank == 0 else None
+        self.labelled = None                # images for the decoder, drawn when first needed
 
     def look(self, vit, step: int) -> None:
-        """Numbers at once, into the log; pictures later. The first and the last look also say what leaks."""
-        import model
+        """Log numbers, write the weights and pictures. The first and last look say what leaks."""
         if self.run.rank:
             return
-        self.reached = step
         settings, size, end = self.config.measure, self.config.views.size, self.config.steps
-        numbers, looks = measured(vit, self.windows, size)
+        numbers, looks = measure_backbone(vit, self.windows, size)
         if self.windows.labels is not None and step in (0, end):
             numbers |= leaks(vit, self.windows, size)
         if settings.probe_every and (step % settings.probe_every == 0 or step == end):
             self.labelled = self.labelled or self.labelled_images(str(vit.cls_token.device))
-            numbers |= segmentation(vit, *self.labelled, settings.probe_steps, size, seed=self.config.seed)
+            numbers |= train_probe(vit, *self.labelled, settings.probe_steps, size,
+                                   seed=self.config.seed)
         self.run.log(step, windows=len(self.windows.names), **numbers)
         if step:
-            model.save(vit, self.export, provenance=runs.provenance(self.config, step, scores=numbers))
-        self.pending.append(self.painter.submit(self.paint, step, looks))
+            told = runs.provenance(self.config, step, scores=numbers)
+            model.save(vit, self.export, provenance=told)
+        self.draw(step, looks)
 
     def labelled_images(self, device: str):
-        """Labelled images to train the decoder on and to score it on; synthetic ones at the size cells have in views."""
-        import augment
-        import data
-        settings, shown = self.config.measure, self.config.data
-        diameter = shown.field_diameter * self.config.views.zoom
-        given = dict(fields=settings.probe_images, field_size=256, field_diameter=diameter,
-                     field_cells=round((256 / diameter) ** 2))
-        if settings.probe_sets:
-            given = dict(sets=tuple(map(data.TrainingSet, settings.probe_sets)), limit=settings.probe_images)
-        return augment.load_resident(data.TrainingData(**given), self.config.seed, device, 4.0)[:2]
+        """Synthetic images to train the decoder on and to score it on, with cells as in views."""
+        diameter = self.config.data.field_diameter * self.config.views.zoom
+        given = data.TrainingData(fields=self.config.measure.probe_images, field_size=256,
+                                  field_diameter=diameter,
+                                  field_cells=round((256 / diameter) ** 2))
+        return augment.load_resident(given, self.config.seed, device, 4.0)[:2]
 
-    def paint(self, step: int, looks: list) -> list[Path]:
-        """In the background: where each head looks and what patches are made of, of one field in every channel."""
-        import consistency
-        import report
-        folder = self.run.folder / "images" / f"{step:08d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        few = self.windows._replace(names=self.windows.names[:len(looks)], pixels=self.windows.pixels[:len(looks)],
-                                    limits=self.windows.limits[:len(looks)])
-        paths = consistency.write_pictures(folder, few.names, seen(few, self.config.views.size),
-                                           [look.attention for look in looks], [look.colours() for look in looks],
-                                           few.channels)
-        history = self.run.history()
-        report.write_curves(self.run.folder / "images" / "curves.svg", {
-            name: [(line["step"], line[name]) for line in history if isinstance(line.get(name), float)
-                   and ("loss" in line) == (name in ("loss", "kl", "usage"))]        # rank: of held-out windows, not batches
-            for name in ("loss", "retrieval", "margin", "kl", "usage", "effective_rank", "attention_entropy",
-                         "probe_AP@0.5")})
-        return paths
-
-    def publish(self, step: int) -> None:
-        """Pictures that are done go to wandb, under the present step: wandb takes none for steps gone by."""
-        self.reached = step
-        while self.pending and self.pending[0].done():
-            for path in self.pending.pop(0).result():         # what went wrong in the background is raised here
-                if self.run.wandb:
-                    from skimage.io import imread
-                    self.run.log_picture(step, path.stem, imread(path))
-
-    def __enter__(self) -> Looker:
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        self.painter.shutdown(wait=True)
-        if kind is None:
-            self.publish(self.reached)
+    def draw(self, step: int, looks: list[Look]) -> None:
+        """Draw the curves so far, and the first windows: where heads look, colours of patches."""
+        folder = self.run.folder / "images"
+        names, pixels, limits = (part[:len(looks)] for part in self.windows[:3])
+        few = Windows(names, pixels, limits, None, self.windows.channels)
+        shown = resampled(few, self.config.views.size)
+        for path in write_pictures(folder / f"{step:08d}", few.names, shown, looks, few.channels):
+            if self.run.wandb:
+                self.run.log_picture(step, path.stem, skimage.io.imread(path))
+        curves = {name: [] for name in ("loss", "retrieval", "margin", "kl", "usage",
+                                        "effective_rank", "attention_entropy", "probe_AP@0.5")}
+        for line in self.run.history():
+            for name, points in curves.items():     # the rank of windows, not that of batches
+                batches = name in ("loss", "kl", "usage")
+                if isinstance(line.get(name), float) and ("loss" in line) == batches:
+                    points.append((line["step"], line[name]))
+        report.write_curves(folder / "curves.svg", curves)
 
 
-# ----------------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------------- the command
 
-COLUMNS = ("retrieval", "margin", "consistency", "control", "background_retrieval", "background_pixels",
-           "effective_rank", "probe_AP@0.5")
+LOGGED = ("retrieval", "margin", "consistency", "control", "background_retrieval",
+          "background_pixels", "effective_rank", "probe_AP@0.5")
 
 
-def rows(folder: Path) -> list[list[str]]:
+def rows_of(folder: Path) -> list[list[str]]:
     """What a run measured before its first step, which is the random network, and at its end."""
     log = folder / "log.jsonl"
     if not log.is_file():
@@ -306,17 +580,17 @@ def rows(folder: Path) -> list[list[str]]:
     if not found:
         raise ValueError(f"{log}: no evaluation in it yet")
     settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    return [[folder.name, settings["views"]["strategy"], str(settings["seed"]), str(step),
-             *(f"{line[name]:.3f}" if name in line else "-" for name in COLUMNS)]
-            for step, line in ((step, found[step]) for step in sorted({min(found), max(found)}))]
+    about = [folder.name, settings["views"]["strategy"], str(settings["seed"])]
+    return [[*about, str(step), *(f"{found[step][name]:.3f}" if name in found[step] else "-"
+                                  for name in LOGGED)]
+            for step in sorted({min(found), max(found)})]
 
 
 def main(folders: list[str]) -> int:
-    import report
     if not folders:
         raise ValueError("no folders of runs; see python probe.py --help")
-    head = ["run", "strategy", "seed", "step", *COLUMNS]
-    print(report.markdown(head, [row for folder in folders for row in rows(Path(folder))]), end="")
+    rows = [row for folder in folders for row in rows_of(Path(folder))]
+    print(report.markdown(["run", "strategy", "seed", "step", *LOGGED], rows), end="")
     return 0
 
 

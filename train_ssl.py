@@ -187,7 +187,8 @@ def train(config: Config, student, teacher, light, rank: int, world: int, device
     autocast = autocast_of(config, device)
 
     pool.stopped = lambda: run.stopping
-    with pool, probe.Looker(config, run, export_path(config)) as looker:
+    looker = probe.Looker(config, run, export_path(config))
+    with pool:
         if start == 0:
             looker.look(teacher.encoder.vit, 0)       # the random network, to compare all else with
         since = Since(device, start)
@@ -223,7 +224,6 @@ def train(config: Config, student, teacher, light, rank: int, world: int, device
                 run.log(done, **means, **health, **rates, gradient=norm.item(),
                         **since.speed(done, config.batch), **pool.stats())
                 warn_of_collapse(config, run, done, {**means, **health}, cls.shape)
-                looker.publish(done)
                 since = Since(device, done)
             finished = done == config.steps
             stop = not finished and run.should_stop(done)
@@ -409,10 +409,10 @@ def warn_of_collapse(config: Config, run: runs.Run, step: int, health: dict, sha
 
 def measure_weights(config: Config, files: list[str], device: str) -> int:
     """Measure backbones from files on the fields that this configuration holds out."""
-    windows = probe.windows_of(config)
+    windows = probe.held_windows(config)
     for path in files:
         vit = model.load_backbone(path, config.network.patch).eval().to(device)
-        numbers = probe.measured(vit, windows, config.views.size)[0]
+        numbers = probe.measure_backbone(vit, windows, config.views.size)[0]
         if windows.labels is not None:
             numbers |= probe.leaks(vit, windows, config.views.size)
         print(f"{path}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))

@@ -20,6 +20,7 @@ import evaluate
 import measure
 import metrics
 import model
+import probe
 import runs
 import watershed
 
@@ -645,7 +646,7 @@ def test_results_stay_in_runs(tmp_path, capsys):
     ("evaluate", evaluate.Bench), ("results", evaluate.Bench), ("livecell", evaluate.Bench),
     ("pbl", evaluate.Bench),
     ("ceiling", evaluate.Ceiling), ("gating", evaluate.Gating), ("sweep", evaluate.Sweep),
-    ("channels", evaluate.Channels)])
+    ("channels", probe.Channels)])
 def test_configs_that_ship_are_valid(name, cls):
     config = runs.load(cls, ROOT / "configs" / f"{name}.yaml")
     assert runs.from_dict(cls, yaml.safe_load(runs.to_yaml(config)), name) == config

@@ -419,56 +419,6 @@ def test_bootstrap_draws_n_times_in_blocks_that_fit():
     assert seen == [(2, 2**21), (2, 2**21), (1, 2**21)]
 
 
-# --------------------------------------------------------------------------------- channel consistency
-
-def test_channels_of_a_collapsed_network():
-    """One feature for everything: consistent, and worth nothing."""
-    result = metrics.channel_consistency(np.random.default_rng(0).normal(size=7) * np.ones((4, 3, 7)))
-    assert (result.consistency, result.control, result.margin) == pytest.approx((1, 1, 0))
-    assert result.retrieval == 0
-
-
-def test_channels_against_loops():
-    rng = np.random.default_rng(1)
-    features = rng.normal(size=(6, 3, 5)) + rng.normal(size=(6, 1, 5))  # noise + what the channels share
-
-    def cosine(f, i, g, j):
-        a, b = features[f, i], features[g, j]
-        return a @ b / math.sqrt((a @ a) * (b @ b))
-
-    pairs, fields = list(itertools.permutations(range(3), 2)), range(6)
-    within = [cosine(f, i, f, j) for f in fields for i, j in pairs]
-    between = [cosine(f, i, g, j) for f, g in itertools.permutations(fields, 2) for i, j in pairs]
-    found = {(i, j): np.mean([f == max(fields, key=lambda g: cosine(f, i, g, j)) for f in fields])
-             for i, j in pairs}
-    result = metrics.channel_consistency(features)
-    assert result.consistency == pytest.approx(np.mean(within))
-    assert result.control == pytest.approx(np.mean(between))
-    assert result.margin == pytest.approx(np.mean(within) - np.mean(between))
-    assert result.retrieval == pytest.approx(np.mean(list(found.values())))
-    for (i, j), share in found.items():
-        assert result.retrieval_matrix[i, j] == pytest.approx(share)
-        assert result.cosine_matrix[i, j] == pytest.approx(np.mean([cosine(f, i, f, j) for f in fields]))
-    scaled = metrics.channel_consistency(features * np.arange(1, 19).reshape(6, 3, 1))
-    assert scaled.margin == pytest.approx(result.margin) and scaled.retrieval == result.retrieval
-
-
-def test_channels_found_from_one_side_only():
-    """Channel 0 tells the fields apart, channel 1 does not: 0 cannot find 1, and 1 cannot find 0."""
-    features = np.stack([np.eye(4), np.ones((4, 4))], axis=1)  # (4, 2, 4)
-    result = metrics.channel_consistency(features)
-    assert result.consistency == pytest.approx(0.5) == result.control and result.retrieval == 0
-    assert np.diag(result.retrieval_matrix).tolist() == [1, 0]  # a channel finds itself where fields differ
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 4), (3, 1, 4), (3, 4)])
-def test_channels_need_fields_and_channels(shape):
-    with pytest.raises(ValueError, match="expected"):
-        metrics.channel_consistency(np.ones(shape))
-    with pytest.raises(ValueError, match="zero or not finite"):
-        metrics.channel_consistency(np.zeros((2, 2, 2)))
-
-
 # ------------------------------------------------------------------------------- three other programs
 
 def peer(module):

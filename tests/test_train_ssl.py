@@ -1,4 +1,4 @@
-"""train_ssl.py end to end at toy size: what it writes, resuming, ranks, what it refuses; and probe.py."""
+"""train_ssl.py end to end at toy size: what it writes, resuming, ranks, what it refuses."""
 import json
 import math
 import re
@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import ROOT
+from test_train_seg import ENVIRONMENT
 
-import consistency
 import model
 import probe
 import runs
 import ssl_
 import train_ssl
-from conftest import ROOT
-from test_train_seg import ENVIRONMENT
 
 TOY = dict(network=dict(dim=24, depth=4, heads=2, registers=1, layerscale=0.5, hidden=24, bottleneck=12, prototypes=32),
            data=dict(fields=10, field_size=96, field_cells=12, field_diameter=24, held=2),
@@ -251,109 +250,3 @@ def test_parameter_groups(tmp_path):
     assert named["dino.prototypes.weight"]["prototypes"] and not named["dino.mlp.0.weight"]["prototypes"]
     for name, parameter in student.named_parameters():
         assert named[name]["decays"] == (parameter.ndim > 1 and "token" not in name), name
-
-
-# ------------------------------------------------------------------------------------------------- probe.py
-
-def test_windows_lie_side_by_side():
-    field = np.arange(2 * 50 * 70, dtype=np.uint16).reshape(2, 50, 70)
-    truth = np.arange(50 * 70).reshape(50, 70)
-    windows = probe.cut([("a", field, truth), ("b", field + 1, truth)], 25, 9, ("x", "y"))
-    assert len(windows.names) == 8 and windows.pixels.shape == (8, 2, 25, 25)
-    assert windows.names[:4] == ["a 0,0", "b 0,0", "a 0,25", "b 0,25"]       # so that few windows show all fields
-    assert np.array_equal(windows.pixels[6], field[:, 25:, 25:50]) and np.array_equal(windows.labels[6], truth[25:, 25:50])
-    assert probe.cut([("a", field, truth), ("b", field, truth)], 25, 3, ("x", "y")).names == windows.names[:3]
-    shown = probe.seen(windows, 25)
-    low, high = windows.limits[6, 0]
-    assert np.allclose(shown[6, 0], ((field[0, 25:, 25:50] - low) / (high - low)).clip(0, 1), atol=1e-5)
-    assert probe.seen(windows, 10).shape == (8, 2, 10, 10)
-
-
-def test_a_log_that_a_crash_cut_is_read_all_the_same(tmp_path):
-    (tmp_path / "config.yaml").write_text("views: {strategy: single}\nseed: 3\n")
-    (tmp_path / "log.jsonl").write_text('{"step": 0, "retrieval": 0.25}\n{"step": 5, "retr\n{"step": 9, "retrieval": 0.5}\n')
-    assert [row[1:5] for row in probe.rows(tmp_path)] == [["single", "3", "0", "0.250"], ["single", "3", "9", "0.500"]]
-
-
-def test_background_knows_nothing_of_the_cells():
-    """Bright cells on a slope: what is left is the slope, wherever the cells lay."""
-    y, x = np.mgrid[:64, :64]
-    truth = ((y - 30) ** 2 + (x - 34) ** 2 < 150).astype(int)
-    slope = 10000 + 100 * x
-    field = np.stack([slope, slope]).astype(np.uint16)
-    bright = np.where(truth > 0, 60000, field).astype(np.uint16)
-    limits = np.tile(np.array([0, 65535], np.float32), (2, 2, 1))
-    windows = probe.Windows(["a", "b"], np.stack([bright, field]), limits, np.stack([truth, truth]), ("x", "y"))
-    left = probe.background(windows, 64)
-    assert np.allclose(left[0], left[1], atol=1e-6)
-    assert np.abs(left[0, 0] - slope / 65535).max() < 0.02
-
-
-def test_leaks_are_found_where_there_are_some():
-    """Eight windows, each lit from a side of its own in both channels; then even light, and cells that differ."""
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:64, :64] / 64 - 0.5
-    truth = np.zeros((8, 64, 64), int)
-    for window in truth:
-        top, left = rng.integers(8, 44, 2)
-        window[top:top + 12, left:left + 12] = 1
-    limits = np.tile(np.array([0, 65535], np.float32), (8, 2, 1))
-
-    def pixels(angles, slope) -> float:
-        light = np.stack([30000 + slope * (np.cos(a) * x + np.sin(a) * y) for a in angles])
-        field = np.stack([light, light], 1) + rng.normal(0, 30, (8, 2, 64, 64))
-        field[np.broadcast_to(truth[:, None] > 0, field.shape)] = 60000
-        windows = probe.Windows([str(i) for i in range(8)], field.astype(np.uint16), limits, truth, ("a", "b"))
-        found = probe.leaks(model.ViT(24, 2, 2, 8, 1, layerscale=1.0), windows, 64)
-        assert found.keys() == {"background_retrieval", "background_pixels"} and 0 <= found["background_retrieval"] <= 1
-        return found["background_pixels"]
-    torch.manual_seed(0)
-    assert pixels(np.arange(8) * np.pi / 4, 20000) == 1.0
-    assert pixels(np.zeros(8), 0) < 0.6
-
-
-def test_attention_entropy():
-    assert probe.entropy(np.full((2, 3, 4, 5), 0.01)) == pytest.approx(1)
-    one = np.zeros((1, 1, 4, 4))
-    one[..., 0, 0] = 1
-    assert probe.entropy(one) == pytest.approx(0, abs=1e-6)
-
-
-def test_measured_is_what_consistency_says():
-    torch.manual_seed(0)
-    vit = model.ViT(24, 2, 2, 8, 1, layerscale=1.0)
-    rng = np.random.default_rng(0)
-    windows = probe.cut([(str(i), rng.integers(0, 9999, (3, 32, 32)).astype(np.uint16), None) for i in range(5)], 32, 5,
-                        ("a", "b", "c"))
-    numbers, looks = probe.measured(vit, windows, 32)
-    seen = [consistency.look(vit, field) for field in probe.seen(windows, 32)]
-    expected = consistency.compare([look.cls for look in seen], [look.attention.mean(1) for look in seen]).numbers()
-    assert {name: numbers[name] for name in expected} == pytest.approx(expected)
-    flat = torch.from_numpy(np.concatenate([look.cls for look in seen]))
-    assert numbers["effective_rank"] == pytest.approx(ssl_.effective_rank(flat)) and len(looks) == 2
-    with pytest.raises(ValueError, match="outlines"):
-        probe.background(windows, 32)
-
-
-def test_a_decoder_on_the_frozen_backbone_learns():
-    import augment
-    import data
-    torch.manual_seed(0)
-    vit = model.ViT(24, 4, 2, 8, 1, layerscale=1.0)
-    loaded = augment.load_resident(data.TrainingData(fields=6, field_size=96, field_cells=8, field_diameter=24), 0, "cpu", 4.0)[:2]
-    few, more = (probe.segmentation(vit, *loaded, steps=steps, crop=48, batch=4)["probe_AP@0.5"] for steps in (2, 80))
-    assert more > few + 0.2
-
-
-def test_the_probe_leaves_the_backbone_and_the_random_state_alone(tmp_path):
-    import augment
-    import data
-    torch.manual_seed(0)
-    vit = model.ViT(24, 4, 2, 8, 1, layerscale=1.0)
-    before, state = {k: v.clone() for k, v in vit.state_dict().items()}, torch.get_rng_state()
-    loaded = augment.load_resident(data.TrainingData(fields=3, field_size=64, field_cells=6, field_diameter=20), 0, "cpu", 4.0)[:2]
-    found = probe.segmentation(vit, *loaded, steps=3, crop=32, batch=2)
-    assert found == probe.segmentation(vit, *loaded, steps=3, crop=32, batch=2)
-    assert set(found) == {"probe_AP@0.5", "probe_AP@0.75"} and 0 <= found["probe_AP@0.75"] <= found["probe_AP@0.5"] <= 1
-    assert all(torch.equal(v, before[k]) for k, v in vit.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), state) and all(p.requires_grad for p in vit.parameters())

@@ -347,6 +347,9 @@ def describe(cls: type, prefix: str = "", given: Any = None) -> str:
     hints, lines = typing.get_type_hints(cls, include_extras=True), []
     for f in dataclasses.fields(cls):
         hint, text = hints[f.name], "..."
+        if given is None and f.default_factory is hint and dataclasses.is_dataclass(hint):    # which alone may not be whole
+            lines.append(describe(hint, f"{prefix}{f.name}."))
+            continue
         if f.default_factory is not dataclasses.MISSING or f.default is not dataclasses.MISSING:
             default = f.default_factory() if f.default is dataclasses.MISSING else f.default
             default = default if given is None else getattr(given, f.name)

@@ -255,7 +255,8 @@ def compare_channels(config: Channels, make_folder: Callable[[Channels], Path]) 
     make_folder : makes the folder for the results, once all fields could be read.
     """
     vit, features, maps, shown = backbone_of(config), [], [], []
-    for name, channels, pixels in comparable(fields_of(config)):
+    for name, known, pixels in comparable(fields_of(config)):
+        channels = known                                                # of all fields
         look = look_at(vit, data.normalise(pixels, data.percentiles(pixels)))
         features.append(look.feature(config.feature))                   # (C, D)
         maps.append(look.attention.mean(1))                             # (C, h, w)

@@ -39,7 +39,7 @@ def test_attention_is_the_softmax_of_the_last_block(monkeypatch):
 
 @pytest.mark.parametrize("feature", ["cls", "patches"])
 def test_channels(tmp_path, feature):
-    """Two equal channels agree wholly; the numbers are those of metrics on features computed here."""
+    """Two equal channels agree wholly; the numbers are those of features computed here."""
     fields = tmp_path / "fields"
     fields.mkdir()
     rng = np.random.default_rng(0)
@@ -49,14 +49,20 @@ def test_channels(tmp_path, feature):
         stacks.append(np.stack([a, b, a]))
         write_image(fields / f"f{number}.tif", stacks[-1], ["DNA", "ER", "copy"])
     model.save(tiny_vit(3), tmp_path / "vit.pt")
-    config = dict(fields=str(fields), weights=str(tmp_path / "vit.pt"), size=32, feature=feature, shown=2)
+    config = dict(
+        fields=str(fields), weights=str(tmp_path / "vit.pt"), size=32, feature=feature, shown=2
+    )
     assert run("channels", tmp_path, **config) == 0
     folder = tmp_path / "runs/channels"
     vectors = []
     for stack in stacks:
         pixels = stack[:, 8:40, 12:44]
-        x = torch.from_numpy(data.normalise(pixels, data.percentiles(pixels)))[:, None].repeat(1, 3, 1, 1)
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.Settings().mean, model.Settings().std))
+        x = torch.from_numpy(data.normalise(pixels, data.percentiles(pixels)))[:, None].repeat(
+            1, 3, 1, 1
+        )
+        mean, std = (
+            torch.tensor(v).view(3, 1, 1) for v in (model.Settings().mean, model.Settings().std)
+        )
         with torch.inference_mode():
             tokens = tiny_vit(3)((x - mean) / std)
         vectors.append((tokens.cls if feature == "cls" else tokens.patches.mean(1)).numpy())
@@ -76,7 +82,9 @@ def test_channels(tmp_path, feature):
 
 
 def test_channels_of_synthetic_fields(tmp_path, capsys):
-    config = dict(synthetic=2, size=64, dim=16, depth=1, heads=2, channels=["DNA", "er"], device="cpu")
+    config = dict(
+        synthetic=2, size=64, dim=16, depth=1, heads=2, channels=["DNA", "er"], device="cpu"
+    )
     content = []
     for seed in (0, 0, 1):
         assert run("channels", tmp_path, **config, seed=seed) == 0
@@ -86,26 +94,32 @@ def test_channels_of_synthetic_fields(tmp_path, capsys):
     config["experiment"] = "refused"
     unknown = {**config, "channels": ["DNA", "Actin"]}
     assert "channels: 'actin'" in fails(capsys, "channels", tmp_path, **unknown)
-    assert "expected a multiple of the patch" in fails(capsys, "channels", tmp_path, **{**config, "size": 60})
-    assert "no such folder" in fails(capsys, "channels", tmp_path, **{**config, "fields": "nowhere"})
+    assert "expected a multiple of the patch" in fails(
+        capsys, "channels", tmp_path, **{**config, "size": 60}
+    )
+    assert "no such folder" in fails(
+        capsys, "channels", tmp_path, **{**config, "fields": "nowhere"}
+    )
     assert "2 or more" in fails(capsys, "channels", tmp_path, **{**config, "limit": 1})
-    assert "expected two or more" in fails(capsys, "channels", tmp_path, **{**config, "channels": ["DNA"]})
+    assert "expected two or more" in fails(
+        capsys, "channels", tmp_path, **{**config, "channels": ["DNA"]}
+    )
     assert not (tmp_path / "runs/refused").exists()
 
 
 def test_a_look_leaves_the_network_as_it_was():
-    """Compiled or in training, it is seen at rest and plainly: the same tokens, the same attention."""
+    """Compiled or in training, it is seen at rest and plainly: the same tokens and attention."""
     vit, field = tiny_vit(), np.random.default_rng(0).random((3, 32, 24), np.float32)
     plain = probe.look_at(vit, field)
     assert plain.cls.shape == (3, 16) and plain.attention.shape == (3, 2, 4, 3)
-    assert plain.attention.sum((2, 3)).max() < 1                # the rest goes to class and register tokens
+    assert plain.attention.sum((2, 3)).max() < 1  # the rest goes to class and register tokens
     vit.rope_jitter = 2.0
     vit.train()
     vit.compile(backend="eager")
-    vit(torch.rand(3, 3, 32, 24))                                    # compiled before the hook is there
+    vit(torch.rand(3, 3, 32, 24))  # compiled before the hook is there
     again = probe.look_at(vit, torch.from_numpy(field))
     assert vit.training and not vit.blocks[-1].attn._forward_pre_hooks
-    for one, other in zip(plain, again):
+    for one, other in zip(plain, again, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
     np.testing.assert_allclose(plain.feature("patches"), plain.patches.mean(1))
 
@@ -119,13 +133,16 @@ def test_attention_is_compared_as_correlation():
     assert attention.cosine_matrix[0, 2] == pytest.approx(1)
     expected = np.mean([np.corrcoef(field.reshape(3, -1)) for field in maps], axis=0)
     np.testing.assert_allclose(attention.cosine_matrix, expected, atol=1e-12)
-    pairs = [np.corrcoef(maps[0, i].ravel(), maps[0, j].ravel())[0, 1] for i, j in ((0, 1), (0, 2), (1, 2))]
+    pairs = [
+        np.corrcoef(maps[0, i].ravel(), maps[0, j].ravel())[0, 1]
+        for i, j in ((0, 1), (0, 2), (1, 2))
+    ]
     assert probe.agreement(maps[0]) == pytest.approx(np.mean(pairs))
     assert numbers["margin"] == pytest.approx(numbers["consistency"] - numbers["control"])
 
 
 def test_components_are_principal_and_shared():
-    """Red is the first component over all channels together, as SVD has it; equal tokens, equal colours."""
+    """Red is the first component over all channels, as SVD has it; equal tokens, equal colours."""
     rng = np.random.default_rng(0)
     patches = rng.normal(size=(2, 12, 6)) * [9, 5, 3, 1, 1, 1]
     patches[1] = patches[0][::-1]
@@ -153,7 +170,9 @@ def test_fields_that_tell_nothing(tmp_path, capsys):
     flat[1] = 7
     write_image(fields / "g.tif", flat, ["DNA", "ER"])
     assert "g: channel ER is 7 in every pixel seen" in fails(capsys, "channels", tmp_path, **config)
-    write_image(fields / "g.tif", rng.integers(0, 255, (2, 40, 40)).astype(np.uint8), ["DNA", "RNA"])
+    write_image(
+        fields / "g.tif", rng.integers(0, 255, (2, 40, 40)).astype(np.uint8), ["DNA", "RNA"]
+    )
     said = fails(capsys, "channels", tmp_path, **config)
     assert "g: channels DNA, RNA, the fields before have DNA, ER" in said
     write_image(fields / "g.tif", rng.integers(0, 255, (2, 30, 40)).astype(np.uint8), ["DNA", "ER"])
@@ -175,7 +194,8 @@ def test_channels_of_a_collapsed_network():
 
 def test_channels_against_loops():
     rng = np.random.default_rng(1)
-    features = rng.normal(size=(6, 3, 5)) + rng.normal(size=(6, 1, 5))  # noise + what the channels share
+    # noise + what the channels share
+    features = rng.normal(size=(6, 3, 5)) + rng.normal(size=(6, 1, 5))
 
     def cosine(f, i, g, j):
         a, b = features[f, i], features[g, j]
@@ -193,17 +213,20 @@ def test_channels_against_loops():
     assert result.retrieval == pytest.approx(np.mean(list(found.values())))
     for (i, j), share in found.items():
         assert result.retrieval_matrix[i, j] == pytest.approx(share)
-        assert result.cosine_matrix[i, j] == pytest.approx(np.mean([cosine(f, i, f, j) for f in fields]))
+        assert result.cosine_matrix[i, j] == pytest.approx(
+            np.mean([cosine(f, i, f, j) for f in fields])
+        )
     scaled = probe.channel_consistency(features * np.arange(1, 19).reshape(6, 3, 1))
     assert scaled.margin == pytest.approx(result.margin) and scaled.retrieval == result.retrieval
 
 
 def test_channels_found_from_one_side_only():
-    """Channel 0 tells the fields apart, channel 1 does not: 0 cannot find 1, and 1 cannot find 0."""
+    """Channel 0 tells the fields apart, channel 1 does not: neither finds the other."""
     features = np.stack([np.eye(4), np.ones((4, 4))], axis=1)  # (4, 2, 4)
     result = probe.channel_consistency(features)
     assert result.consistency == pytest.approx(0.5) == result.control and result.retrieval == 0
-    assert np.diag(result.retrieval_matrix).tolist() == [1, 0]  # a channel finds itself where fields differ
+    # a channel finds itself where fields differ
+    assert np.diag(result.retrieval_matrix).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 4), (3, 1, 4), (3, 4)])
@@ -221,19 +244,32 @@ def test_windows_lie_side_by_side():
     truth = np.arange(50 * 70).reshape(50, 70)
     windows = probe.cut_windows([("a", field, truth), ("b", field + 1, truth)], 25, 9, ("x", "y"))
     assert len(windows.names) == 8 and windows.pixels.shape == (8, 2, 25, 25)
-    assert windows.names[:4] == ["a 0,0", "b 0,0", "a 0,25", "b 0,25"]       # so that few windows show all fields
-    assert np.array_equal(windows.pixels[6], field[:, 25:, 25:50]) and np.array_equal(windows.labels[6], truth[25:, 25:50])
-    assert probe.cut_windows([("a", field, truth), ("b", field, truth)], 25, 3, ("x", "y")).names == windows.names[:3]
+    # so that few windows show all fields
+    assert windows.names[:4] == ["a 0,0", "b 0,0", "a 0,25", "b 0,25"]
+    assert np.array_equal(windows.pixels[6], field[:, 25:, 25:50]) and np.array_equal(
+        windows.labels[6], truth[25:, 25:50]
+    )
+    assert (
+        probe.cut_windows([("a", field, truth), ("b", field, truth)], 25, 3, ("x", "y")).names
+        == windows.names[:3]
+    )
     shown = probe.resampled(windows, 25)
     low, high = windows.limits[6, 0]
-    assert np.allclose(shown[6, 0], ((field[0, 25:, 25:50] - low) / (high - low)).clip(0, 1), atol=1e-5)
+    assert np.allclose(
+        shown[6, 0], ((field[0, 25:, 25:50] - low) / (high - low)).clip(0, 1), atol=1e-5
+    )
     assert probe.resampled(windows, 10).shape == (8, 2, 10, 10)
 
 
 def test_a_log_that_a_crash_cut_is_read_all_the_same(tmp_path):
     (tmp_path / "config.yaml").write_text("views: {strategy: single}\nseed: 3\n")
-    (tmp_path / "log.jsonl").write_text('{"step": 0, "retrieval": 0.25}\n{"step": 5, "retr\n{"step": 9, "retrieval": 0.5}\n')
-    assert [row[1:5] for row in probe.rows_of(tmp_path)] == [["single", "3", "0", "0.250"], ["single", "3", "9", "0.500"]]
+    (tmp_path / "log.jsonl").write_text(
+        '{"step": 0, "retrieval": 0.25}\n{"step": 5, "retr\n{"step": 9, "retrieval": 0.5}\n'
+    )
+    assert [row[1:5] for row in probe.rows_of(tmp_path)] == [
+        ["single", "3", "0", "0.250"],
+        ["single", "3", "9", "0.500"],
+    ]
 
 
 def test_background_knows_nothing_of_the_cells():
@@ -244,14 +280,16 @@ def test_background_knows_nothing_of_the_cells():
     field = np.stack([slope, slope]).astype(np.uint16)
     bright = np.where(truth > 0, 60000, field).astype(np.uint16)
     limits = np.tile(np.array([0, 65535], np.float32), (2, 2, 1))
-    windows = probe.Windows(["a", "b"], np.stack([bright, field]), limits, np.stack([truth, truth]), ("x", "y"))
+    windows = probe.Windows(
+        ["a", "b"], np.stack([bright, field]), limits, np.stack([truth, truth]), ("x", "y")
+    )
     left = probe.without_cells(windows, 64)
     assert np.allclose(left[0], left[1], atol=1e-6)
     assert np.abs(left[0, 0] - slope / 65535).max() < 0.02
 
 
 def test_leaks_are_found_where_there_are_some():
-    """Eight windows, each lit from a side of its own in both channels; then even light, and cells that differ."""
+    """Eight windows, each lit from another side in both channels; then even light alone."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:64, :64] / 64 - 0.5
     truth = np.zeros((8, 64, 64), int)
@@ -264,9 +302,14 @@ def test_leaks_are_found_where_there_are_some():
         light = np.stack([30000 + slope * (np.cos(a) * x + np.sin(a) * y) for a in angles])
         field = np.stack([light, light], 1) + rng.normal(0, 30, (8, 2, 64, 64))
         field[np.broadcast_to(truth[:, None] > 0, field.shape)] = 60000
-        windows = probe.Windows([str(i) for i in range(8)], field.astype(np.uint16), limits, truth, ("a", "b"))
+        windows = probe.Windows(
+            [str(i) for i in range(8)], field.astype(np.uint16), limits, truth, ("a", "b")
+        )
         found = probe.leaks(model.ViT(24, 2, 2, 8, 1, layerscale=1.0), windows, 64)
-        assert found.keys() == {"background_retrieval", "background_pixels"} and 0 <= found["background_retrieval"] <= 1
+        assert (
+            found.keys() == {"background_retrieval", "background_pixels"}
+            and 0 <= found["background_retrieval"] <= 1
+        )
         return found["background_pixels"]
     torch.manual_seed(0)
     assert pixels(np.arange(8) * np.pi / 4, 20000) == 1.0
@@ -284,11 +327,17 @@ def test_windows_are_measured_as_fields_are():
     torch.manual_seed(0)
     vit = model.ViT(24, 2, 2, 8, 1, layerscale=1.0)
     rng = np.random.default_rng(0)
-    windows = probe.cut_windows([(str(i), rng.integers(0, 9999, (3, 32, 32)).astype(np.uint16), None) for i in range(5)], 32, 5,
-                        ("a", "b", "c"))
+    windows = probe.cut_windows(
+        [(str(i), rng.integers(0, 9999, (3, 32, 32)).astype(np.uint16), None) for i in range(5)],
+        32,
+        5,
+        ("a", "b", "c"),
+    )
     numbers, looks = probe.measure_backbone(vit, windows, 32)
     seen = [probe.look_at(vit, field) for field in probe.resampled(windows, 32)]
-    expected, *_ = probe.compare([look.cls for look in seen], [look.attention.mean(1) for look in seen])
+    expected, *_ = probe.compare(
+        [look.cls for look in seen], [look.attention.mean(1) for look in seen]
+    )
     assert {name: numbers[name] for name in expected} == pytest.approx(expected)
     flat = torch.from_numpy(np.concatenate([look.cls for look in seen]))
     assert numbers["effective_rank"] == pytest.approx(ssl_.effective_rank(flat)) and len(looks) == 2
@@ -301,7 +350,10 @@ def test_a_decoder_on_the_frozen_backbone_learns():
     vit = model.ViT(24, 4, 2, 8, 1, layerscale=1.0)
     given = data.TrainingData(fields=6, field_size=96, field_cells=8, field_diameter=24)
     loaded = augment.load_resident(given, 0, "cpu", 4.0)[:2]
-    few, more = (probe.train_probe(vit, *loaded, steps=steps, crop=48, batch=4)["probe_AP@0.5"] for steps in (2, 80))
+    few, more = (
+        probe.train_probe(vit, *loaded, steps=steps, crop=48, batch=4)["probe_AP@0.5"]
+        for steps in (2, 80)
+    )
     assert more > few + 0.2
 
 
@@ -313,6 +365,11 @@ def test_the_probe_leaves_the_backbone_and_the_random_state_alone(tmp_path):
     loaded = augment.load_resident(given, 0, "cpu", 4.0)[:2]
     found = probe.train_probe(vit, *loaded, steps=3, crop=32, batch=2)
     assert found == probe.train_probe(vit, *loaded, steps=3, crop=32, batch=2)
-    assert set(found) == {"probe_AP@0.5", "probe_AP@0.75"} and 0 <= found["probe_AP@0.75"] <= found["probe_AP@0.5"] <= 1
+    assert (
+        set(found) == {"probe_AP@0.5", "probe_AP@0.75"}
+        and 0 <= found["probe_AP@0.75"] <= found["probe_AP@0.5"] <= 1
+    )
     assert all(torch.equal(v, before[k]) for k, v in vit.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), state) and all(p.requires_grad for p in vit.parameters())
+    assert torch.equal(torch.get_rng_state(), state) and all(
+        p.requires_grad for p in vit.parameters()
+    )

@@ -1,5 +1,4 @@
 """train_ssl.py end to end at toy size: what it writes, resuming, ranks, what it refuses."""
-import json
 import math
 import re
 import signal
@@ -19,25 +18,28 @@ import runs
 import ssl_
 import train_ssl
 
-TOY = dict(network=dict(dim=24, depth=4, heads=2, registers=1, layerscale=0.5, hidden=24, bottleneck=12, prototypes=32),
-           data=dict(fields=10, field_size=96, field_cells=12, field_diameter=24, held=2),
-           views=dict(size=32, local_size=16, locals=2, scale=[0.8, 1.2]), loss=dict(teacher_warmup=5),
-           measure=dict(every=4, window=48, windows=6), steps=8, batch=4, lr=2e-3, warmup=2, freeze=2, momentum=0.9,
-           log_every=2, save_every=2, device="cpu", precision="float32")
+TOY = dict(
+    network=dict(dim=24, depth=4, heads=2, registers=1, layerscale=0.5, hidden=24, bottleneck=12,
+                 prototypes=32),
+    data=dict(fields=10, field_size=96, field_cells=12, field_diameter=24, held=2),
+    views=dict(size=32, local_size=16, locals=2, scale=[0.8, 1.2]), loss=dict(teacher_warmup=5),
+    measure=dict(every=4, window=48, windows=6), steps=8, batch=4, lr=2e-3, warmup=2, freeze=2,
+    momentum=0.9, log_every=2, save_every=2, device="cpu", precision="float32")
+PROBED = dict(probe_every=8, probe_steps=2, probe_images=2)
 
 
 def toy(folder, **changes):
     path = folder / "toy.yaml"
-    merged = {key: {**value, **changes.pop(key, {})} if isinstance(value, dict) else changes.pop(key, value)
-              for key, value in TOY.items()}
-    path.write_text(yaml.safe_dump({**merged, "output_base_dir": str(folder), **changes}))
+    changes = {key: {**TOY[key], **value} if isinstance(value, dict) else value
+               for key, value in changes.items()}
+    path.write_text(yaml.safe_dump({**TOY, "output_base_dir": str(folder), **changes}))
     return path
 
 
 def torchrun(*arguments):
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1",
-            "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", str(ROOT / "train_ssl.py"),
-            *map(str, arguments)]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+            "--master_addr=127.0.0.1", "--master_port=0", "--rdzv_backend=c10d",
+            "--rdzv_endpoint=127.0.0.1:0", str(ROOT / "train_ssl.py"), *map(str, arguments)]
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +51,12 @@ def inside():
 
     def call(*arguments):
         with pytest.raises(SystemExit) as left:
-            runs.script(train_ssl.__doc__, train_ssl.Config, train_ssl.main, [str(a) for a in arguments])
+            runs.script(train_ssl.__doc__, train_ssl.Config, train_ssl.main,
+                        [str(a) for a in arguments])
         return left.value.code
     yield call
     torch.set_num_threads(threads)
-    for number, handler in zip(numbers, before):
+    for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
 
 
@@ -63,14 +66,14 @@ def checkpoint(folder, name="ssl"):
 
 
 def log_of(folder, name="ssl"):
-    return [json.loads(line) for line in (folder / "runs" / name / "log.jsonl").read_text().splitlines()]
+    return runs.history(folder / "runs" / name / "log.jsonl")
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, inside):
     """One run from start to end, never disturbed, with a probe."""
     folder = tmp_path_factory.mktemp("whole")
-    assert inside(toy(folder, measure=dict(probe_every=8, probe_steps=2, probe_images=2))) == 0
+    assert inside(toy(folder, measure=PROBED)) == 0
     return folder
 
 
@@ -80,15 +83,20 @@ def test_a_run_leaves_what_it_promises(whole):
     assert resolved.steps == 8 and resolved.views.strategy == "average_single"
     lines = [line for line in log if "loss" in line]
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
-    for name in ("dino", "ibot", "koleo", "teacher_entropy", "kl", "usage", "feature_std", "effective_rank", "lr",
-                 "weight_decay", "momentum", "temperature", "gradient", "data_share", "images_per_s"):
+    for name in ("dino", "ibot", "koleo", "teacher_entropy", "kl", "usage", "feature_std",
+                 "effective_rank", "lr", "weight_decay", "momentum", "temperature", "gradient",
+                 "data_share", "images_per_s"):
         assert all(math.isfinite(line[name]) for line in lines), name
     looks = [line for line in log if "retrieval" in line]
     assert [line["step"] for line in looks] == [0, 4, 8]
-    assert all({"margin", "control", "consistency", "attention_entropy"} <= line.keys() for line in looks)
+    assert all(
+        {"margin", "control", "consistency", "attention_entropy"} <= line.keys() for line in looks
+    )
     assert ["background_retrieval" in line for line in looks] == [True, False, True]
     assert ["probe_AP@0.5" in line for line in looks] == [True, False, True]
-    drawn = sorted(str(p.relative_to(folder / "images")) for p in (folder / "images").rglob("*.*g"))
+    drawn = sorted(
+        str(p.relative_to(folder / "images")) for p in (folder / "images").rglob("*.*g")
+    )
     assert drawn == sorted(["curves.svg"] + [f"{step:08d}/{name}.png" for step in (0, 4, 8)
                                              for name in ("attention", "heads", "pca")])
 
@@ -97,11 +105,18 @@ def test_the_export_is_the_teachers_backbone(whole):
     vit = model.load_backbone(whole / "final_models/ssl.pt")
     teacher = checkpoint(whole)["teacher"]
     told = torch.load(whole / "final_models/ssl.pt", weights_only=True)["settings"]["provenance"]
-    assert told["step"] == 8 and "prototypes:" in told["config"] and {"margin", "retrieval"} <= told["scores"].keys()
+    assert (
+        told["step"] == 8
+        and "prototypes:" in told["config"]
+        and {"margin", "retrieval"} <= told["scores"].keys()
+    )
     for name, value in vit.state_dict().items():
         assert torch.equal(value, teacher[f"encoder.vit.{name}"]), name
-    assert not any(torch.equal(value, checkpoint(whole)["student"][name]) for name, value in teacher.items()
-                   if "blocks" in name and value.ndim > 1)
+    assert not any(
+        torch.equal(value, checkpoint(whole)["student"][name])
+        for name, value in teacher.items()
+        if "blocks" in name and value.ndim > 1
+    )
 
 
 def test_a_file_of_weights_is_measured_as_in_the_run(whole, inside, capsys):
@@ -109,8 +124,9 @@ def test_a_file_of_weights_is_measured_as_in_the_run(whole, inside, capsys):
     printed = capsys.readouterr().out
     last = [line for line in log_of(whole) if "retrieval" in line][-1]
     for name in ("retrieval", "margin", "background_retrieval", "effective_rank"):
-        assert float(re.search(rf"\b{name} (\S+?),? ", printed.replace("\n", " "))[1].strip(",")) == pytest.approx(
-            last[name], abs=2e-4), name
+        assert float(
+            re.search(rf"\b{name} (\S+?),? ", printed.replace("\n", " "))[1].strip(",")
+        ) == pytest.approx(last[name], abs=2e-4), name
 
 
 def test_the_table_of_runs(whole, capsys):
@@ -122,9 +138,9 @@ def test_the_table_of_runs(whole, capsys):
         probe.main([str(whole)])
 
 
-def test_stopped_and_started_again_it_comes_to_the_same_weights(whole, inside, tmp_path, monkeypatch):
-    """SIGTERM in the third step: exit code 85, and the rest ends bit for bit where the whole run ended."""
-    path, update, calls = toy(tmp_path, measure=dict(probe_every=8, probe_steps=2, probe_images=2)), ssl_.update_teacher, []
+def test_stopped_and_started_again_it_is_the_same(whole, inside, tmp_path, monkeypatch):
+    """SIGTERM in the third step: exit code 85, and the rest ends bit for bit as the whole run."""
+    path, update, calls = toy(tmp_path, measure=PROBED), ssl_.update_teacher, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -141,9 +157,10 @@ def test_stopped_and_started_again_it_comes_to_the_same_weights(whole, inside, t
 
 
 def test_two_processes_train_to_the_weights_of_one(inside, tmp_path):
-    """The same batch over all; eps keeps gradients that are mere rounding from being blown up to steps."""
+    """The same batch over all; eps keeps gradients of mere rounding from becoming steps."""
     def path(name):
-        return toy(tmp_path, steps=12, experiment=name, eps=1e-4, log_every=6, save_every=12, measure=dict(every=12))
+        return toy(tmp_path, steps=12, experiment=name, eps=1e-4, log_every=6, save_every=12,
+                   measure=dict(every=12))
     assert inside(path("one")) == 0
     done = subprocess.run(torchrun(path("two")), capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
@@ -152,11 +169,14 @@ def test_two_processes_train_to_the_weights_of_one(inside, tmp_path):
         a, b = (torch.cat([v.flatten() for v in state[part].values()]) for state in (one, two))
         assert ((a - b).norm() / a.norm()).item() < 1e-5
     before = train_ssl.build(runs.load(train_ssl.Config, tmp_path / "toy.yaml"))[0].state_dict()
-    moved = torch.cat([(one["student"][name] - value).flatten() for name, value in before.items()]).norm()
-    assert moved > 0.02 * torch.cat([v.flatten() for v in before.values()]).norm()         # there was something to differ
+    moved, length = (torch.cat([(x - y).flatten() for x, y in pairs]).norm() for pairs in (
+        [(one["student"][name], value) for name, value in before.items()],
+        [(value, 0) for value in before.values()]))
+    assert moved > 0.02 * length                               # there was something to differ
     lines = [[line for line in log_of(tmp_path, name) if "loss" in line] for name in ("one", "two")]
-    for x, y in zip(*lines):
-        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4) and x["dino"] == pytest.approx(y["dino"], rel=1e-4)
+    for x, y in zip(*lines, strict=True):
+        for name in ("loss", "dino"):
+            assert x[name] == pytest.approx(y[name], rel=1e-4)
 
 
 def test_from_dinov3_with_folders_and_every_strategy(shared, inside, tmp_path):
@@ -168,8 +188,9 @@ def test_from_dinov3_with_folders_and_every_strategy(shared, inside, tmp_path):
         np.save(tmp_path / "fields" / f"{number}.npy",
                 np.random.default_rng(number).integers(0, 255, (2, 64, 64)).astype(np.uint8))
     for strategy in ("average", "single", "pairs", "average_single", "all"):
-        path = toy(tmp_path, init=str(tmp_path / "dinov3.pth"), steps=3, lr=None, experiment=strategy,
-                   data=dict(fields=0, folders=[str(tmp_path / "fields")], brightfield=[]), measure=dict(every=9))
+        path = toy(tmp_path, init=str(tmp_path / "dinov3.pth"), steps=3, lr=None,
+                   experiment=strategy, measure=dict(every=9),
+                   data=dict(fields=0, folders=[str(tmp_path / "fields")], brightfield=[]))
         assert inside(path, f"views.strategy={strategy}") == 0
         config = runs.load(train_ssl.Config, tmp_path / "runs" / strategy / "config.yaml")
         assert config.lr == 5e-5 and config.views.strategy == strategy
@@ -190,20 +211,33 @@ def test_check_prints_the_table_and_writes_nothing(inside, capsys, tmp_path):
 
 
 def test_help_is_fast():
-    done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "train_ssl.py"), "--help"], capture_output=True,
-                          text=True, env=ENVIRONMENT)
+    command = [sys.executable, "-X", "importtime", str(ROOT / "train_ssl.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0 and "--check" in done.stdout and " torch._C" not in done.stderr
 
 
-@pytest.mark.parametrize("changes, said", [
-    (["batch=11"], "11: 10 fields to train on"), (["data.fields=0"], "expected one of data.index"),
-    (["views.size=30"], "multiple of the patch"), (["views.strategie=all"], "did you mean 'strategy'"),
-    (["views.overlap=1.5"], "from 0 to 1"), (["views.scale=[2, 1]"], "low and high"), (["views.zoom=0.3"], "0.33"),
-    (["views.locals=-1"], "0 or more"), (["batch=1"], "2 or more"), (["measure.probe_every=3"], "multiple of"),
-    (["measure.window=100"], "expected 100 px or more"), (["init=nowhere.pt"], "no weights at nowhere.pt"),
-    (["augment.elastic=1"], "augment.elastic"), (["data.channels=[DNA, XYZ]"], "'XYZ'"),
-    (["data.fields=0", "data.folders=nowhere"], "nowhere"), (["loss.mask=[0.5, 0.1]"], "loss.mask"),
-    (["data.fields=0", "data.index=nowhere.tsv.gz"], "nowhere.tsv.gz")])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (["batch=11"], "11: 10 fields to train on"),
+        (["data.fields=0"], "expected one of data.index"),
+        (["views.size=30"], "multiple of the patch"),
+        (["views.strategie=all"], "did you mean 'strategy'"),
+        (["views.overlap=1.5"], "from 0 to 1"),
+        (["views.scale=[2, 1]"], "low and high"),
+        (["views.zoom=0.3"], "0.33"),
+        (["views.locals=-1"], "0 or more"),
+        (["batch=1"], "2 or more"),
+        (["measure.probe_every=3"], "multiple of"),
+        (["measure.window=100"], "expected 100 px or more"),
+        (["init=nowhere.pt"], "no weights at nowhere.pt"),
+        (["augment.elastic=1"], "augment.elastic"),
+        (["data.channels=[DNA, XYZ]"], "'XYZ'"),
+        (["data.fields=0", "data.folders=nowhere"], "nowhere"),
+        (["loss.mask=[0.5, 0.1]"], "loss.mask"),
+        (["data.fields=0", "data.index=nowhere.tsv.gz"], "nowhere.tsv.gz"),
+    ],
+)
 def test_refusals_in_one_line(inside, tmp_path, capsys, changes, said):
     assert inside(toy(tmp_path), *changes) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -222,7 +256,8 @@ def test_collapse_is_said(tmp_path):
     assert not said
     train_ssl.warn_of_collapse(config, Run(), 100, {**healthy, "usage": 1.2}, (8, 24))
     train_ssl.warn_of_collapse(config, Run(), 100, {**healthy, "effective_rank": 1.01}, (8, 24))
-    train_ssl.warn_of_collapse(config, Run(), 100, {**healthy, "teacher_entropy": math.log(32) - 0.001}, (8, 24))
+    even = {**healthy, "teacher_entropy": math.log(32) - 0.001}
+    train_ssl.warn_of_collapse(config, Run(), 100, even, (8, 24))
     assert "even to 99.97%" in said.pop()["COLLAPSE"]
     assert "usage is 1.20" in said[0]["COLLAPSE"] and "effective_rank" in said[1]["COLLAPSE"]
 
@@ -231,8 +266,10 @@ def test_first_weights(tmp_path):
     config = runs.load(train_ssl.Config, toy(tmp_path, network=dict(dim=96, init_std=0.15)))
     student, teacher = train_ssl.build(config)
     weights = [m.weight for m in student.encoder.modules() if isinstance(m, torch.nn.Linear)]
-    assert len(weights) == 16 and all(0.12 < w.std() < 0.14 and w.abs().max() <= 0.3 for w in weights)   # cut at 2 std
-    assert all(torch.equal(a, b) and not b.requires_grad for a, b in zip(student.parameters(), teacher.parameters()))
+    assert len(weights) == 16
+    assert all(0.12 < w.std() < 0.14 and w.abs().max() <= 0.3 for w in weights)      # cut at 2 std
+    for a, b in zip(student.parameters(), teacher.parameters(), strict=True):
+        assert torch.equal(a, b) and not b.requires_grad
 
 
 def test_parameter_groups(tmp_path):
@@ -247,6 +284,7 @@ def test_parameter_groups(tmp_path):
     assert named["encoder.vit.patch_embed.weight"]["scale"] == pytest.approx(0.1 * 0.03125)
     assert named["encoder.vit.register_tokens"]["scale"] == 0.03125
     assert named["dino.mlp.0.weight"]["scale"] == 1 == named["encoder.vit.norm.weight"]["scale"]
-    assert named["dino.prototypes.weight"]["prototypes"] and not named["dino.mlp.0.weight"]["prototypes"]
+    assert named["dino.prototypes.weight"]["prototypes"]
+    assert not named["dino.mlp.0.weight"]["prototypes"]
     for name, parameter in student.named_parameters():
         assert named[name]["decays"] == (parameter.ndim > 1 and "token" not in name), name

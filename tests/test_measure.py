@@ -33,6 +33,9 @@ def test_groups_of_a_manifest(tmp_path):
     here = dict(root=tmp_path, name="s", path="here")
     assert dataset(**here, manifest="m.tsv", group="line").groups == {"0": "A", "1": "A", "2": "B"}
     assert dataset(**here, group=r"\d$").groups == {"0": "0", "1": "1", "2": "2"}
+    with open(tmp_path / "m.tsv", "a") as file:                       # more of its path tells more
+        file.write(f"\n{tmp_path.name}/here/0.tif\tC")
+    assert dataset(**here, manifest="m.tsv", group="line").groups["0"] == "C"
     fails("m.tsv: no columns 'plate', expected one; columns are image, line", **here,
           manifest="m.tsv", group="plate")
     fails("no regular expression", **here, group="(")

@@ -1,112 +1,127 @@
-"""From tiles of images to donors: pairs of files, marker intensities, lines of shards, thresholds, tables.
+"""Donors: tiles of two files, the marker's threshold, tables, and the statistics of associations.
 
-    tiles, lost, passed = find_tiles("slides", r"b0c(?P<channel>\\d+)")    # pairs; the rest, and why
-    values = intensity(labels, read_tile(tiles[0])[1])                    # the marker over each cell
-    done = recorded("shards", key)                                        # tile -> its line, of all shards
-    cuts = thresholds(done.values(), "otsu")                              # donor -> threshold
-    donors = read_donors("outcomes.tsv", "donor", ["braaksc"])            # .names, .outcomes (K, D)
+    tiles, unusable, others = find_tiles("slides", r"b0c(?P<channel>\\d+)")
+    values = marker_of_cells(labels, read_tile(tiles[0])[1])      # (n,) the marker over each cell
+    lines = lines_by_tile("shards", key)                          # {tile: its line}, of all shards
+    cut = marker_threshold(lines.values(), "otsu")                # cells above it are positive
+    donors = read_donors("outcomes.tsv", ["braaksc"])             # .names, .outcomes (K, D)
 
-M models, D donors, N tiles of all donors, K outcomes, k covariates.
+    found = association(ratio, outcome)          # (D,) each, NaN where missing: rho, interval, p
+    rho, p = redrawn(ratios[m], outcome, (), found)   # the same for redrawn tiles: how stable it is
+    q = false_discovery(p)                            # over the last axis
+
+Letters: M models, K outcomes, k covariates, D donors, n those of them that have every value,
+N tiles of all donors, B redraws or resamples.
+
+Every rho may be a partial one: of what is left of both ranks after a linear regression on the ranks
+of k covariates z. A column of 0 and 1 for a level of a category serves as a covariate: its ranks
+are the column itself but for origin and scale.
 """
 from __future__ import annotations
 
-import csv
-import difflib
+import itertools
 import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
+from numpy import ndarray as Array
+from scipy import stats
 
-import association
 import data
+import metrics
 import runs
 
-MISSING = ("", "na", "n/a", "nan", "null", "none", ".", "-")      # what people write where there is no value
-UNNAMED = ("", "na", "n/a", "nan", "null")                        # the same of a category, where none is a treatment
+MISSING = ("", "na", "n/a", "nan", "null", "none", ".", "-")   # written where there is no number
+UNNAMED = ("", "na", "n/a", "nan", "null")   # the same for categories, where none is a treatment
+EXACT = 8            # donors up to which all n! orders are tried
+SMALL = 30           # donors below which p is from random orders, not from Student's t
+LEVEL = 0.95         # of intervals
+CONTROLS = 99        # percentile of the controls' cells that is the threshold
 
 
-# ------------------------------------------------------------------------------------------------- tiles
+# -------------------------------------------------------------------------------------------- tiles
 
-class Tile(NamedTuple):
-    name: str                    # path below the folder, without suffix, that its image of nuclei has
+class TilePair(NamedTuple):
+    name: str                    # path below the folder, without suffix, of its image of nuclei
     donor: str
     files: tuple[Path, Path]     # nuclei, marker
 
 
-def find_tiles(root: str | Path, pattern: str, nuclei: str = "0", marker: str = "1", donor: str | None = None
-               ) -> tuple[list[Tile], dict[str, str], int]:
-    """Tiles by name; names of those that cannot be used, and why; the number of files passed over.
+def find_tiles(root: str | Path, pattern: str, nuclei: str = "0", marker: str = "1",
+               donor: str | None = None) -> tuple[list[TilePair], dict[str, str], int]:
+    """Tiles by name; names of unusable ones, and why; the number of all other files.
 
-    pattern : regular expression, sought in the names of .tif and .tiff files; its group `channel` is the
-        channel, and names that differ in nothing else are one tile.
-    donor : regular expression with one group, sought in a tile's name; None: as in donor_7 (data.donor_of).
+    pattern : regular expression for the names of .tif and .tiff files. Its group `channel` is the
+        channel; names that differ in nothing else are one tile.
+    donor : regular expression with one group, for a tile's name; None: as in donor_7.
     """
-    root, expression, passed = Path(root), data.regex("pattern", pattern), 0
+    root, expression, others = Path(root), data.regex("pattern", pattern), 0
+    if "channel" not in expression.groupindex:
+        raise ValueError(f"pattern={pattern}: has no group (?P<channel>...) around the channel")
     if not root.is_dir():
         raise FileNotFoundError(f"tiles={root}: no such folder")
     found: dict[str, dict[str, list[Path]]] = defaultdict(lambda: {nuclei: [], marker: []})
     for folder, files in data.walk(root):
         for file in files:
-            match = expression.search(file.stem) if file.suffix.lower() in (".tif", ".tiff") else None
+            tiff = file.suffix.lower() in (".tif", ".tiff")
+            match = expression.search(file.stem) if tiff else None
             if match and match["channel"] in (nuclei, marker):
                 begin, end = match.span("channel")
                 name = folder / (file.stem[:begin] + nuclei + file.stem[end:])
                 found[name.relative_to(root).as_posix()][match["channel"]].append(file)
             else:
-                passed += 1
+                others += 1
     if not found:
-        raise ValueError(f"tiles={root}: no tiles; none of its {passed} files is a .tif or .tiff of channel "
-                         f"{nuclei} or {marker} with '{pattern}' in its name; give pattern=")
-    tiles, lost = [], {}
+        raise ValueError(f"tiles={root}: no tiles; none of its {others} files is a .tif or .tiff "
+                         f"of channel {nuclei} or {marker} with '{pattern}' in its name; give "
+                         "pattern=")
+    tiles, unusable = [], {}
     for name, images in sorted(found.items()):
         try:
             for channel, what in ((nuclei, "nuclei"), (marker, "marker")):
-                if len(images[channel]) != 1:
+                if (count := len(images[channel])) != 1:
                     names = ", ".join(file.name for file in images[channel])
-                    raise ValueError(f"{len(images[channel]) or 'no'} images of the {what} {names}".strip())
-            tiles.append(Tile(name, data.donor_of(name, donor), (images[nuclei][0], images[marker][0])))
+                    raise ValueError(f"{count or 'no'} images of the {what} {names}".strip())
+            files = images[nuclei][0], images[marker][0]
+            tiles.append(TilePair(name, data.donor_of(name, donor), files))
         except ValueError as error:
-            lost[name] = str(error)
+            unusable[name] = str(error)
     if not tiles:
-        name, why = next(iter(lost.items()))
-        raise ValueError(f"tiles={root}: none of {len(lost)} tiles can be used; {name}: {why}")
-    return tiles, lost, passed
+        name, why = next(iter(unusable.items()))
+        raise ValueError(f"tiles={root}: none of {len(unusable)} tiles can be used; {name}: {why}")
+    return tiles, unusable, others
 
 
-def read_tile(tile: Tile) -> np.ndarray:
+def read_tile(tile: TilePair) -> Array:
     """(2, H, W): nuclei, marker."""
     nuclei, marker = (data.read_image(path).pixels for path in tile.files)
     for path, pixels in zip(tile.files, (nuclei, marker)):
         if pixels.shape != (1, *nuclei.shape[1:]):
-            raise ValueError(f"{path}: (C, H, W) = {pixels.shape}, expected one channel, as large as "
-                             f"{tile.files[0].name}")
+            raise ValueError(f"{path}: (C, H, W) = {pixels.shape}, expected one channel, as large "
+                             f"as {tile.files[0].name}")
     if nuclei.dtype != marker.dtype:
-        raise ValueError(f"{tile.files[1]}: pixels of {marker.dtype}, expected {nuclei.dtype} as in "
-                         f"{tile.files[0].name}")
+        raise ValueError(f"{tile.files[1]}: pixels of {marker.dtype}, expected {nuclei.dtype} as "
+                         f"in {tile.files[0].name}")
     return np.concatenate([nuclei, marker])
 
 
-def intensity(labels: np.ndarray, marker: np.ndarray, percentile: float | None = None) -> np.ndarray:
-    """Mean, or percentile as of numpy, of the marker (H, W) over each cell 1..n of labels (H, W): (n,)."""
+def marker_of_cells(labels: Array, marker: Array, percentile: float | None = None) -> Array:
+    """Mean, or a percentile, of the marker (H, W) over each cell 1..n of labels (H, W): (n,)."""
     size = np.bincount(labels.ravel())[1:]
     if percentile is None:
         return np.bincount(labels.ravel(), marker.ravel())[1:] / size
-    cell, value = labels[labels > 0], marker[labels > 0].astype(float)
-    value = value[np.lexsort((value, cell))]                  # cell after cell, ascending in each
-    first, at = np.cumsum(size) - size, (size - 1) * percentile / 100
-    low = at.astype(int)
-    below, above = value[first + low], value[first + np.minimum(low + 1, size - 1)]
-    return below + (at - low) * (above - below)
+    order = np.argsort(labels, None, "stable")[np.count_nonzero(labels == 0):]    # cell after cell
+    parts = np.split(marker.ravel()[order].astype(float), np.cumsum(size))[:-1]
+    return np.array([np.percentile(part, percentile) for part in parts])
 
 
-# ------------------------------------------------------------------------------------------------ shards
-
-def lines(path: Path) -> list[dict]:
-    """What a shard has written; a line that is being written, or that a crash cut, is passed over."""
+def read_lines(path: Path) -> list[dict]:
+    """Lines of a shard, without one that is being written or that a crash cut."""
     found = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -116,110 +131,124 @@ def lines(path: Path) -> list[dict]:
     return found
 
 
-def recorded(folder: str | Path, key: str) -> dict[str, dict]:
-    """Tile -> its line, of all shards however many there were; a line with `why` says why there are no cells.
+def lines_by_tile(folder: str | Path, key: str) -> dict[str, dict]:
+    """{tile: its line} of all shards; a line with `why` says why there are no cells.
 
-    Lines of another key were made with other weights or settings. A tile done in one shard counts as done.
+    Lines of another key were made with other weights or settings. A tile done in one shard is done.
     """
     found: dict[str, dict] = {}
     for path in sorted(Path(folder).glob("*.jsonl")):
-        for line in lines(path):
+        for line in read_lines(path):
             if line["key"] == key and ("why" not in line or line["tile"] not in found):
                 found[line["tile"]] = line
     return found
 
 
-def thresholds(done: Iterable[dict], how: str, value: float | None = None, controls: Sequence[str] = (),
-               percentile: float = 99.0) -> dict[str, float]:
-    """Donor -> the marker intensity above which its cells are positive, from lines of tiles that are done.
+def marker_threshold(lines: Iterable[dict], how: str, value: float | None = None,
+                     controls: Sequence[str] = ()) -> float:
+    """The marker intensity above which a cell is positive, from the lines of tiles that are done.
 
-    how : fixed (`value`), otsu (over all cells), controls (a percentile of the cells of those donors) or
-        otsu_per_donor; a donor whose cells do not fall into two classes then has no positive cell.
+    how : fixed (`value`), otsu (over all cells) or controls (percentile CONTROLS of their cells).
     """
-    parts, kinds = defaultdict(list), {}
-    for line in done:
+    parts, dtypes = defaultdict(list), {}
+    for line in lines:
         parts[line["donor"]].append(line["intensity"])
-        kinds.setdefault(line["dtype"], line["tile"])
-    if len(kinds) > 1 and how != "otsu_per_donor":
-        said = ", ".join(f"{kind} ({tile})" for kind, tile in kinds.items())
-        raise ValueError(f"tiles have pixels of {said}: no one threshold fits both; export them alike")
-    cells = {donor: np.concatenate(found).astype(float) for donor, found in parts.items()}
+        dtypes.setdefault(line["dtype"], line["tile"])
+    if len(dtypes) > 1:
+        said = ", ".join(f"{dtype} ({tile})" for dtype, tile in dtypes.items())
+        raise ValueError(f"tiles have pixels of {said}: no one threshold fits both; export them "
+                         "alike")
     if how == "fixed":
-        return dict.fromkeys(cells, float(value))
-    if how == "otsu_per_donor":
-        return {donor: association.otsu(found) if len(found) and np.ptp(found) else math.inf
-                for donor, found in cells.items()}
+        return float(value)
     if how == "controls":
-        if absent := [donor for donor in controls if donor not in cells]:
-            raise ValueError(f"controls={absent[0]}: no tiles of it; donors are {some(sorted(cells))}")
-        found = np.concatenate([cells[donor] for donor in controls])
-        if not len(found):
-            raise ValueError(f"controls={','.join(controls)}: no cells in their tiles; use threshold=fixed")
-        return dict.fromkeys(cells, float(np.percentile(found, percentile)))
+        if absent := [donor for donor in controls if donor not in parts]:
+            raise ValueError(f"controls={absent[0]}: no tiles of it; donors are "
+                             f"{runs.listed(sorted(parts))}")
+        cells = np.concatenate([part for donor in controls for part in parts[donor]])
+        if not len(cells):
+            raise ValueError(f"controls={','.join(controls)}: no cells in their tiles; use "
+                             "threshold=fixed")
+        return float(np.percentile(cells, CONTROLS))
     try:
-        return dict.fromkeys(cells, association.otsu(np.concatenate([*cells.values(), []])))
+        return otsu(np.concatenate([[], *itertools.chain(*parts.values())]))
     except ValueError as error:
-        raise ValueError(f"threshold=otsu: marker intensities are {error}; use threshold=fixed") from None
+        raise ValueError(f"threshold=otsu: marker intensities are {error}; use "
+                         "threshold=fixed") from None
 
 
-# ------------------------------------------------------------------------------------------------ donors
+def otsu(values: Array) -> float:
+    """Otsu's threshold (1979) of the values, not of a histogram: half-way between both classes.
 
-class Cohort(NamedTuple):
+    It makes the variance between them, n_low n_high (mean_high - mean_low)², as large as it can be.
+    """
+    x = np.sort(np.asarray(values, float))
+    total, below = np.cumsum(x), np.flatnonzero(x[1:] > x[:-1]) + 1    # sizes of the lower class
+    if not len(below):
+        raise ValueError(f"{len(x)} values that are all equal: Otsu's threshold needs two classes")
+    above = len(x) - below
+    apart = (total[-1] - total[below - 1]) / above - total[below - 1] / below
+    size = below[np.argmax(below * 1.0 * above * apart ** 2)]
+    return float((x[size - 1] + x[size]) / 2)
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+class Counts(NamedTuple):
     donors: list[str]            # D
     flags: list[str]             # D, why a donor is left out; "" if it is not
-    donor: np.ndarray            # (N,) 0..D-1, of the tiles that every model has done
-    cells: np.ndarray            # (M, N)
-    positive: np.ndarray         # (M, N)
+    donor: Array                 # (N,) 0..D-1, of the tiles that every model has done
+    cells: Array                 # (M, N)
+    positive: Array              # (M, N)
 
-    def sums(self, counts: np.ndarray) -> np.ndarray:
+    def sums(self, counts: Array) -> Array:
         """(M, N) of tiles -> (M, D) of donors."""
         return np.stack([np.bincount(self.donor, row, len(self.donors)) for row in counts])
 
 
-def read_cohort(paths: Sequence[Path], controls: Sequence[str] = (), min_tiles: int = 1, min_cells: int = 1
-                ) -> Cohort:
-    """Counts of tiles, one table for each model; a donor is flagged if it has too little in any of them."""
-    tables = [{row["tile"]: row for row in read_table(path, ("donor", "tile", "cells", "positive"),
-                                                      "run `downstream.py merge` first")} for path in paths]
+def read_counts(paths: Sequence[Path], controls: Sequence[str] = (), min_tiles: int = 1,
+                min_cells: int = 1) -> Counts:
+    """Counts of tiles, a table for each model; a donor with too little in any is flagged."""
+    advice = "run `downstream.py merge` first"
+    tables = [{row["tile"]: row for row in runs.read_table(
+        path, ("donor", "tile", "cells", "positive"), advice)} for path in paths]
     names = [name for name in tables[0] if all(name in table for table in tables)]
-    donors = sorted({tables[0][name]["donor"] for name in names})
-    place = {name: number for number, name in enumerate(donors)}
-    donor = np.array([place[tables[0][name]["donor"]] for name in names], int)
+    donors, donor = np.unique([tables[0][name]["donor"] for name in names], return_inverse=True)
     cells, positive = (np.array([[int(table[name][what]) for name in names] for table in tables])
                        for what in ("cells", "positive"))
-    cohort = Cohort(donors, [], donor, cells, positive)
-    tiles, least = np.bincount(donor, minlength=len(donors)), cohort.sums(cells).min(0)
-    return cohort._replace(flags=[
+    counts = Counts(donors.tolist(), [], donor, cells, positive)
+    tiles, least = np.bincount(donor, minlength=len(donors)), counts.sums(cells).min(0)
+    return counts._replace(flags=[
         "negative control" if name in controls else
         f"fewer than {min_tiles} tiles" if tiles[d] < min_tiles else
-        f"fewer than {min_cells} cells" if least[d] < min_cells else "" for d, name in enumerate(donors)])
+        f"fewer than {min_cells} cells" if least[d] < min_cells else ""
+        for d, name in enumerate(counts.donors)])
 
 
 class Donors(NamedTuple):
     """The table of outcomes."""
     names: list[str]
-    outcomes: np.ndarray                 # (K, D), NaN where missing
-    covariates: np.ndarray | None        # (k, D); of a category 0 and 1 for each level but the first
+    outcomes: Array              # (K, D), NaN where missing
+    covariates: Array            # (k, D); of a category 0 and 1 for each level but the first
 
 
-def read_donors(path: str | Path, donor: str, outcomes: Sequence[str], covariates: Sequence[str] = (),
+def read_donors(path: str | Path, outcomes: Sequence[str], covariates: Sequence[str] = (),
                 categories: Sequence[str] = ()) -> Donors:
-    """Outcomes and covariates by donor; the words are names of columns."""
-    path = Path(path)
-    columns = (donor, *outcomes, *covariates, *categories)
-    rows = read_table(path, columns, "give outcomes=, a table with a row for each donor")
-    seen: dict[str, int] = {}
+    """Outcomes and covariates from a table with a column `donor`; the words are its columns."""
+    rows = runs.read_table(path, ("donor", *outcomes, *covariates, *categories),
+                           "give outcomes=, a table with a row for each donor")
+    line_of: dict[str, int] = {}
     for number, row in enumerate(rows, 2):
-        if not row[donor]:
-            raise ValueError(f"{path}, line {number}: no donor in column {donor}; name it or remove the line")
-        if row[donor] in seen:
-            raise ValueError(f"{path}, line {number}: donor {row[donor]} stands in line {seen[row[donor]]} "
+        if not (name := row["donor"]):
+            raise ValueError(f"{path}, line {number}: no donor in column donor; name it or remove "
+                             "the line")
+        if name in line_of:
+            raise ValueError(f"{path}, line {number}: donor {name} stands in line {line_of[name]} "
                              "already; keep one line for each")
-        seen[row[donor]] = number
+        line_of[name] = number
 
     def numbers(column: str) -> list[float]:
-        return [number_of(row[column], f"{path}, line {line}, donor {name}: {column}")
-                for row, (name, line) in zip(rows, seen.items())]
+        return [number_in(row[column], f"{path}, line {line}, donor {name}: {column}")
+                for row, (name, line) in zip(rows, line_of.items())]
 
     extra = [numbers(column) for column in covariates]
     for column in categories:
@@ -227,38 +256,12 @@ def read_donors(path: str | Path, donor: str, outcomes: Sequence[str], covariate
         levels = sorted({word for word in words if word.lower() not in UNNAMED})
         extra += [[math.nan if word.lower() in UNNAMED else float(word == level) for word in words]
                   for level in levels[1:]]
-    return Donors(list(seen), np.array([numbers(column) for column in outcomes]),
-                  np.array(extra) if extra else None)
+    return Donors(list(line_of), np.array([numbers(column) for column in outcomes]),
+                  np.reshape(extra, (len(extra), len(rows))))
 
 
-# ------------------------------------------------------------------------------------------------ tables
-
-def read_table(path: Path, needed: Iterable[str], advice: str) -> list[dict[str, str]]:
-    """Rows of a table with tabs or commas, without blanks around the words; `needed` are columns."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such table; {advice}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")           # -sig: Excel puts a mark in front
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: no text in UTF-8; save the table as text, with tabs or commas") from None
-    delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-    rows = [[word.strip() for word in row] for row in csv.reader(text.splitlines(), delimiter=delimiter)]
-    while rows and not any(rows[-1]):                         # blank lines, or empty cells below the table
-        rows.pop()
-    names = rows[0] if rows else []
-    for name in needed:
-        if names.count(name) != 1:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f"did you mean '{near[0]}'?" if near else f"columns are {some(names, 12)}"
-            raise ValueError(f"{path}: {names.count(name) or 'no'} columns '{name}', expected one; {hint}")
-    for number, row in enumerate(rows, 1):
-        if len(row) != len(names):
-            raise ValueError(f"{path}, line {number}: {len(row)} values, expected {len(names)} as in line 1")
-    return [dict(zip(names, row)) for row in rows[1:]]
-
-
-def number_of(text: str, where: str) -> float:
-    """NaN for what stands for a missing value; `where` heads the error."""
+def number_in(text: str, where: str) -> float:
+    """The number in a cell of a table, NaN where it is missing; `where` begins the error."""
     try:
         value = math.nan if text.lower() in MISSING else float(text)
     except ValueError:
@@ -268,18 +271,201 @@ def number_of(text: str, where: str) -> float:
     return value
 
 
-def write_tsv(path: str | Path, rows: list[dict], columns: Iterable[str] = ()) -> None:
-    """Numbers with ten digits, nothing for NaN; `columns` where there may be no row to tell them."""
-    def printed(value: Any) -> str:
-        if isinstance(value, (float, np.floating)):
-            return "" if math.isnan(value) else f"{value:.10g}"
-        return " ".join(str(value).split())
+# -------------------------------------------------------------------------------------- correlation
 
-    columns, path = list(columns or rows[0]), Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = [columns, *([printed(row[name]) for name in columns] for row in rows)]
-    runs.write_text(path, "".join("\t".join(line) + "\n" for line in table))
+def centred_ranks(x: Array, z: Array = ()) -> Array:
+    """Ranks of x (..., n) less their mean, and less what ranks of z (..., k, n) explain of them."""
+    r = stats.rankdata(x, axis=-1) - (x.shape[-1] + 1) / 2
+    return residual(r, centred_ranks(z)) if np.size(z) else r
 
 
-def some(names: Sequence[str], count: int = 5) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+def residual(r: Array, z: Array) -> Array:
+    """What is left (..., n) of centred r after least squares on centred z (..., k, n).
+
+    Covariates may depend on each other, as sex and clinic do where one clinic sees only women.
+    """
+    length = np.sqrt((z * z).sum(-1, keepdims=True))
+    z = z / np.where(length > 0, length, 1)
+    turned = np.swapaxes(z, -1, -2)                                        # (..., n, k)
+    inverse = np.linalg.pinv(z @ turned, 1e-10, hermitian=True)            # (..., k, k)
+    left = r - (turned @ (inverse @ (z @ r[..., None])))[..., 0]
+    nothing = (left * left).sum(-1, keepdims=True) <= 1e-20 * (r * r).sum(-1, keepdims=True)
+    return np.where(nothing, 0, left)
+
+
+def correlation(a: Array, b: Array) -> Array:
+    """Pearson's correlation (...) of centred a and b (..., n); NaN where one does not vary."""
+    size = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    found = np.full(size.shape, np.nan)
+    return np.clip(np.divide((a * b).sum(-1), size, out=found, where=size > 0), -1, 1)
+
+
+def spearman(x: Array, y: Array, z: Array = ()) -> Array:
+    """Spearman's rho (...) of x and y (..., n), ties with average ranks; partial, given z.
+
+    NaN where x or y is all equal, or is explained by z (..., k, n) wholly.
+    """
+    return correlation(centred_ranks(x, z), centred_ranks(y, z))
+
+
+def null_rhos(x: Array, y: Array, z: Array = (), orders: int = 9999, seed: int = 0) -> Array:
+    """|rho| under the null hypothesis, ascending: y (n,) in other orders against x (n,).
+
+    All n! orders up to EXACT donors, else the given one and `orders` random ones. With covariates
+    the residuals of y's ranks are reordered and regressed on z again (Freedman & Lane, 1983).
+    """
+    n, a, b = len(x), centred_ranks(x, z), centred_ranks(y, z)
+    if n <= EXACT and not np.size(z):
+        order = np.array(list(itertools.permutations(range(n))))
+    else:
+        order = np.argsort(np.random.default_rng(seed).random((orders + 1, n)), 1)
+        order[0] = np.arange(n)
+    b = b[order]                                                           # (orders, n)
+    return np.sort(np.abs(correlation(a, residual(b, centred_ranks(z)) if np.size(z) else b)))
+
+
+def p_value(rho: Array | float, n: Array | int, k: int = 0, null: Array | None = None) -> Array:
+    """Two-sided p (...): the share of `null` at least as far from 0 as rho, or from Student's t.
+
+    t = rho sqrt(df / (1 - rho²)) has df = n - 2 - k degrees of freedom (Kendall & Stuart, 31.19).
+    """
+    rho, df = np.abs(rho), np.asarray(n) - 2 - k
+    if null is not None:                                                   # 1e-9: sums are rounded
+        p = (len(null) - np.searchsorted(null, rho - 1e-9)) / len(null)
+        return np.where(np.isnan(rho), np.nan, p)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 2 * stats.t.sf(rho * np.sqrt(df / ((1 - rho) * (1 + rho))), df)
+
+
+def interval(rho: Array | float, n: Array | int, k: int = 0) -> tuple[Array, Array]:
+    """Interval for the population's rho: Fisher's transform, with a variance that holds for ranks.
+
+    tanh(atanh rho ± z sqrt((1 + rho² / 2) / (n - 3 - k))), Bonett & Wright (2000, Psychometrika
+    65:23-28); Fisher's own 1 / (n - 3) is for Pearson's r of normal data and covers too seldom.
+    Each covariate costs a donor. NaN for n - k <= 3 and for |rho| = 1: the variance is unknown.
+    """
+    rho, left = np.asarray(rho, float), np.asarray(n, float) - 3 - k
+    centre = np.arctanh(np.where((left > 0) & (np.abs(rho) < 1), rho, np.nan))
+    error = np.sqrt((1 + rho * rho / 2) / np.where(left > 0, left, np.nan))
+    reach = NormalDist().inv_cdf((1 + LEVEL) / 2) * error
+    return np.tanh(centre - reach), np.tanh(centre + reach)
+
+
+def false_discovery(p: Array) -> Array:
+    """q-values (Benjamini & Hochberg, 1995) of the families p (..., m); NaN belongs to none."""
+    def family(p: Array) -> Array:
+        q, have = p.copy(), ~np.isnan(p)
+        q[have] = stats.false_discovery_control(p[have])
+        return q
+    return np.apply_along_axis(family, -1, p)
+
+
+# ------------------------------------------------------------------------------------- associations
+
+class Association(NamedTuple):
+    n: int                       # donors with every value
+    covariates: int              # degrees of freedom that they take
+    rho: float = math.nan
+    low: float = math.nan        # of the interval
+    high: float = math.nan
+    p: float = math.nan
+    p_from: str = ""             # exact, permutation, Student's t
+    left_out: str = ""           # why there is no rho
+    null: Array | None = None    # what p is from, unless it is Student's t
+
+
+def complete(*rows: Array) -> Array:
+    """(rows, n) of the donors (D,) that have every value."""
+    values = np.stack(rows)
+    return values[:, ~np.isnan(values).any(0)]
+
+
+def association(x: Array, y: Array, z: Array = (), seed: int = 0) -> Association:
+    """A ratio x (D,) with an outcome y (D,), given covariates z (k, D); NaN where missing."""
+    values = complete(x, y, *z)
+    x, y, z = values[0], values[1], values[2:]
+    n, k = len(x), int(np.linalg.matrix_rank(centred_ranks(z))) if z.size else 0
+    if n < 4 + k:
+        return Association(n, k, left_out="too few donors")
+    for what, values in (("ratios", x), ("outcomes", y)):
+        if not np.ptp(values):
+            return Association(n, k, left_out=f"all {n} {what} are {values[0]:g}")
+    rho = float(spearman(x, y, z))
+    if math.isnan(rho):
+        return Association(n, k, left_out="covariates explain all of it")
+    null = null_rhos(x, y, z, seed=seed) if n < SMALL else None
+    p_from = ("Student's t" if null is None else
+              "exact" if n <= EXACT and not len(z) else "permutation")
+    low, high = map(float, interval(rho, n, k))
+    return Association(n, k, rho, low, high, float(p_value(rho, n, k, null)), p_from, "", null)
+
+
+def redrawn(x: Array, y: Array, z: Array, whole: Association) -> tuple[Array, Array]:
+    """rho and p (B,) of each row of x (B, D), as `whole` has them of all tiles; NaN without."""
+    rho, fixed = np.full(len(x), np.nan), np.stack([y, *z])                # (1 + k, D)
+    if whole.left_out:
+        return rho, rho
+    known = ~np.isnan(fixed).any(0)
+    x, fixed = x[:, known], fixed[:, known]
+    have = ~np.isnan(x)
+    full = have.all(1)                                                     # nearly always all
+    rho[full] = spearman(x[full], fixed[0], fixed[1:])
+    for b in np.flatnonzero(~full):
+        rho[b] = spearman(x[b, have[b]], fixed[0, have[b]], fixed[1:, have[b]])
+    return rho, p_value(rho, have.sum(1), whole.covariates, whole.null)
+
+
+def difference(first: Array, second: Array, y: Array, z: Array = (), resamples: int = 1000,
+               seed: int = 0) -> tuple[int, float, float, float]:
+    """The number of donors, their rho(second, y) - rho(first, y), and its interval.
+
+    The two correlations depend on each other: they share y and the donors. The interval is the
+    percentile bootstrap of donors with all their values, which keeps that dependence (Efron, 1979).
+    first, second, y : (D,); z : (k, D).
+    """
+    values = complete(first, second, y, *z).T                              # (n, 3 + k)
+
+    def change(v: Array, axis: int) -> Array:                              # (B, n, 3 + k) -> (B,)
+        v = np.swapaxes(v, 1, 2)                                           # (B, 3 + k, n)
+        first, second, y = (centred_ranks(v[:, i], v[:, 3:]) for i in range(3))
+        return correlation(second, y) - correlation(first, y)
+
+    if len(values) < 2:
+        return len(values), math.nan, math.nan, math.nan
+    low, high = metrics.bootstrap(values, change, resamples, seed, LEVEL)
+    return len(values), float(change(values[None], 1)[0]), low, high
+
+
+def ratio_interval(positive: Array, cells: Array, resamples: int = 1000, seed: int = 0
+                   ) -> tuple[float, float]:
+    """Interval for a donor's Σ positive / Σ cells from resampling its tiles (N,).
+
+    Too narrow for few tiles: bench/simulate_cohorts.py measures how often it covers at 5, 20, 100.
+    """
+    if len(cells) < 2:
+        return math.nan, math.nan
+
+    def ratio(v: Array, axis: int) -> Array:                               # (B, N, 2) -> (B,)
+        positive, cells = v.sum(1).T
+        return np.divide(positive, cells, out=np.full(len(v), np.nan), where=cells > 0)
+    return metrics.bootstrap(np.stack([positive, cells], 1), ratio, resamples, seed, LEVEL)
+
+
+def redrawn_ratios(positive: Array, cells: Array, donor: Array, share: float, redraws: int,
+                   seed: int = 0) -> Array:
+    """Ratios (M, B, D) from a share of each donor's tiles, drawn without putting back.
+
+    positive, cells : (M, N), of the same tiles for every model, which thus see the same draw.
+    donor : (N,) 0..D-1, whose tile it is. NaN where the drawn tiles have no cell.
+    """
+    rng, D = np.random.default_rng(seed), int(donor.max(initial=-1)) + 1
+    counts = np.stack([positive, cells]).astype(float)                     # (2, M, N)
+    sums = np.empty((*counts.shape[:2], redraws, D))
+    for d in range(D):
+        tiles = np.flatnonzero(donor == d)
+        keep = max(1, round(share * len(tiles)))
+        drawn = np.argpartition(rng.random((redraws, len(tiles))), keep - 1, 1)[:, :keep]
+        chosen = np.zeros((redraws, len(tiles)))
+        np.put_along_axis(chosen, drawn, 1, 1)
+        sums[..., d] = counts[..., tiles] @ chosen.T                       # (2, M, B)
+    return np.divide(sums[0], sums[1], out=np.full(sums.shape[1:], np.nan), where=sums[1] > 0)

@@ -180,6 +180,15 @@ def test_every_shard_of_an_array_once(place):
     assert said == [f"infer|c.yaml|note=two words|shard={i}/4\n" for i in (1, 2, 3, 4)]
 
 
+def test_a_shard_alone_must_know_of_how_many_it_is_one(place):
+    home, run = place
+    (home / "say.py").write_text("import sys\nprint(*sys.argv[1:])\n")
+    alone = {**shard(3, 1), "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "3"}
+    refused = run("array.sh", "say.py", "c.yaml", **alone)[0]
+    assert refused.returncode == 2 and "say SHARDS=n" in refused.stdout
+    assert run("array.sh", "say.py", "c.yaml", **alone, SHARDS="4")[0].stdout == "c.yaml shard=3/4\n"
+
+
 def test_an_array_is_checked_and_submitted(place):
     home, run = place
     flags = ("--array=1-16", "--gres=gpu:a40:1")

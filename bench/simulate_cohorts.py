@@ -1,17 +1,17 @@
-"""Cohorts with known truth: do the intervals, p-values and q-values of association.py hold what they promise?
+"""Cohorts with known truth: do intervals, p-values and q-values of cohort.py hold?
 
-    python tests/simulate_cohorts.py [cohorts] [seed]         1000 cohorts of 200 donors: two minutes
+    python bench/simulate_cohorts.py [cohorts] [seed]      1000 cohorts of 200 donors: two minutes
 
-A donor has a trait u, standard normal. In a tile of it the share of positive cells is s(-1 + 0.6 u + 0.8 e)
-with s the logistic function and e standard normal, drawn for each tile. A tile holds 10 + Poisson(40) cells,
-each positive with the tile's share. What is measured is the ratio of sums over a donor's tiles, as in
-downstream.py. Outcomes are normal, of a chosen Spearman's rho with u, and correlate with each other beyond it
-through a second trait of the donor (half of what u leaves). Ordinal outcomes are cut to six levels, 5 to 35 %
-of the donors in each.
+A donor has a trait u, standard normal. In a tile of it the share of positive cells is
+s(-1 + 0.6 u + 0.8 e) with s the logistic function and e standard normal, drawn for each tile. A
+tile holds 10 + Poisson(40) cells, each positive with the tile's share. What is measured is the
+ratio of sums over a donor's tiles, as in downstream.py. Outcomes are normal, of a chosen Spearman's
+rho with u, and correlate with each other beyond it through a second trait of the donor (half of
+what u leaves). Ordinal outcomes are cut to six levels, 5 to 35 % of the donors in each.
 
-The truth for an interval is the rho of outcome and *measured* ratio, tile noise and levels included, in the
-population that such cohorts are drawn from. It is below the rho of u that was chosen, and taken from one
-cohort of a million donors, whose own standard error is at most 0.001.
+The truth for an interval is the rho of outcome and *measured* ratio, tile noise and levels
+included, in the population that such cohorts are drawn from. It is below the rho of u that was
+chosen, and taken from one cohort of a million donors, whose own standard error is at most 0.001.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import association  # noqa: E402
+import cohort  # noqa: E402
 
 DONORS, TILES, HUGE = 200, 20, 1_000_000
 MEAN, SPREAD, TILE_SPREAD = -1.0, 0.6, 0.8                    # logits
@@ -34,7 +34,7 @@ CUTS = [NormalDist().inv_cdf(share) for share in LEVELS]
 Q = NormalDist().inv_cdf(0.975)
 
 
-# ---------------------------------------------------------------------------------------------- the cohorts
+# -------------------------------------------------------------------------------------- the cohorts
 
 def logistic(x):
     return 1 / (1 + np.exp(-x))
@@ -77,7 +77,7 @@ def share(values):
     return Share(float(np.mean(values)), np.size(values))
 
 
-# ---------------------------------------------------------------------------------------------- what is asked
+# ------------------------------------------------------------------------------------ what is asked
 
 def coverage(cohorts, seed, huge=HUGE, rhos=(0.0, 0.3, 0.5, 0.7)):
     """How often 95 % intervals hold the truth: {(rho of u, kind): (population's rho, ours, Fisher's)}."""
@@ -87,8 +87,8 @@ def coverage(cohorts, seed, huge=HUGE, rhos=(0.0, 0.3, 0.5, 0.7)):
     for rho in rhos:
         for kind in ("normal", "ordinal"):
             y_huge, y = (outcome(rng, each, rho, ordinal=kind == "ordinal") for each in (u_huge, u))
-            truth, seen = association.spearman(ratio_huge, y_huge), association.spearman(ratio, y)
-            low, high = association.interval(seen, DONORS)
+            truth, seen = cohort.spearman(ratio_huge, y_huge), cohort.spearman(ratio, y)
+            low, high = cohort.interval(seen, DONORS)
             fisher = np.abs(np.arctanh(seen) - np.arctanh(truth)) <= Q / math.sqrt(DONORS - 3)
             found[rho, kind] = float(truth), share((low <= truth) & (truth <= high)), share(fisher)
     return found
@@ -98,32 +98,32 @@ def partial_coverage(cohorts, seed, huge=HUGE):
     """The same for a partial rho, where age drives outcome and ratio: (rho, partial rho, coverage)."""
     rng = np.random.default_rng((seed, 2))
 
-    def cohort(shape):
+    def draw(shape):
         age = rng.standard_normal(shape)
         u = 0.6 * age + 0.8 * rng.standard_normal(shape)
         y = 0.5 * age + 0.3 * u + 0.7 * rng.standard_normal(shape)
         return measured(rng, u, TILES), y, age[..., None, :]
 
-    x, y, z = cohort(huge)
-    truth = association.spearman(x, y, z)
-    low, high = association.interval(association.spearman(*cohort((cohorts, DONORS))), DONORS, 1)
-    return float(association.spearman(x, y)), float(truth), share((low <= truth) & (truth <= high))
+    x, y, z = draw(huge)
+    truth = cohort.spearman(x, y, z)
+    low, high = cohort.interval(cohort.spearman(*draw((cohorts, DONORS))), DONORS, 1)
+    return float(cohort.spearman(x, y)), float(truth), share((low <= truth) & (truth <= high))
 
 
 def difference_coverage(cohorts, seed, huge=HUGE):
     """Two models on the same donors, the first errs: (difference of rho, coverage of its interval)."""
     rng = np.random.default_rng((seed, 3))
 
-    def cohort(shape):
+    def draw(shape):
         u = rng.standard_normal(shape)
         y = outcome(rng, u, 0.5)
         tuned = measured(rng, u, TILES)
         return np.clip(tuned + 0.08 * rng.standard_normal(shape), 0, 1), tuned, y
 
-    baseline, tuned, y = cohort(huge)
-    truth = float(association.spearman(tuned, y) - association.spearman(baseline, y))
-    ends = [association.difference(*donors, resamples=1000, seed=number)[1:3]
-            for number, donors in enumerate(zip(*cohort((cohorts, DONORS))))]
+    baseline, tuned, y = draw(huge)
+    truth = float(cohort.spearman(tuned, y) - cohort.spearman(baseline, y))
+    ends = [cohort.difference(*donors, resamples=1000, seed=number)[2:]
+            for number, donors in enumerate(zip(*draw((cohorts, DONORS))))]
     return truth, share([low <= truth <= high for low, high in ends])
 
 
@@ -133,7 +133,7 @@ def discoveries(cohorts, seed, associated, rho=0.3, outcomes=8):
     u, shared = rng.standard_normal((2, cohorts, DONORS))
     ratio = measured(rng, u, TILES)
     y = np.stack([outcome(rng, u, rho if k < associated else 0.0, shared) for k in range(outcomes)], 1)
-    q = association.benjamini_hochberg(association.p_value(association.spearman(ratio[:, None], y), DONORS))
+    q = cohort.false_discovery(cohort.p_value(cohort.spearman(ratio[:, None], y), DONORS))
     found, false = (q < 0.05).sum(1), (q[:, associated:] < 0.05).sum(1)
     proportion = false / np.maximum(found, 1)                 # (C,)
     power = share(q[:, :associated] < 0.05) if associated else None
@@ -146,8 +146,8 @@ def power(cohorts, seed, rho=0.25, tiles=(1, 2, 5, 20, 100)):
     u = rng.standard_normal((cohorts, DONORS))
     y = outcome(rng, u, rho)
     for count in tiles:
-        seen = association.spearman(measured(rng, u, count), y)
-        found[count] = float(seen.mean()), share(association.p_value(seen, DONORS) < 0.05)
+        seen = cohort.spearman(measured(rng, u, count), y)
+        found[count] = float(seen.mean()), share(cohort.p_value(seen, DONORS) < 0.05)
     return found
 
 
@@ -161,7 +161,7 @@ def ratio_coverage(donors, seed, tiles=(5, 20, 100)):
         cells = 10 + rng.poisson(40, (donors, count))
         positive = rng.binomial(cells, logistic(MEAN + SPREAD * u[:, None]
                                                 + TILE_SPREAD * rng.standard_normal((donors, count))))
-        ends = np.array([association.ratio_interval(positive[d], cells[d], 1000, d) for d in range(donors)])
+        ends = np.array([cohort.ratio_interval(positive[d], cells[d], 1000, d) for d in range(donors)])
         low, high = ends.T
         found[count] = share((low <= truth) & (truth <= high)), float(np.mean(high - low))
     return found

@@ -1,39 +1,57 @@
-"""Labels -> cell table, exact outlines, GeoJSON for QuPath, ROIs for ImageJ. Pictures: overlay.py.
+"""Labels -> cell table, exact outlines, GeoJSON for QuPath, ROIs for ImageJ, a picture.
 
-    columns = cells.table(labels, image, channels=["DNA", "actin"], pixel_size=0.65)    # one row per cell
-    cells.write_csv("NAME_cells.csv", columns)
-    cells.write_geojson("NAME.geojson", labels, columns)                                # drag it into QuPath
-    cells.write_rois("NAME_rois.zip", labels)                                           # ImageJ's ROI manager
+    columns = cell_table(labels, image, channels=["DNA"], pixel_size=0.65)        # one row per cell
+    write_csv("NAME_cells.csv", columns)
+    write_geojson("NAME.geojson", labels, columns)                                # open in QuPath
+    write_rois("NAME_rois.zip", labels)                                           # open in ImageJ
+    write_picture("NAME_overlay.png", overlay(image, labels))
 
-Coordinates. Tables count as scikit-image does: the centre of the first pixel is (0, 0), boxes are half open.
-GeoJSON and ROIs run along pixel edges: the corner of the first pixel is (0, 0), points are (x, y), y down.
+Tables count as scikit-image does: the centre of the first pixel is (0, 0), boxes are half open.
+GeoJSON and ROIs run along pixel edges: the corner of the first pixel is (0, 0), points are (x, y).
 `origin` is the (y, x) of the first pixel in the whole image, for callers that go block by block.
 
-How. Nearly everything is a sum over runs, the stretches of one cell in one row: a few dozen to a cell instead
-of hundreds of pixels. n cells, R runs; arrays of runs are sorted by cell, then row, then column.
+Nearly every measurement is a sum over runs, the stretches of one cell in one row: a few dozen to a
+cell instead of hundreds of pixels. n cells, R runs, sorted by cell, then row, then column. Pictures
+are passes over whole arrays of flags; ids are looked up only where a line is drawn.
 """
 from __future__ import annotations
 
+import colorsys
 import csv
+import functools
 import json
 import math
+import os
 import struct
 import uuid
 import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 from skimage.measure import label
 
+from labels import check_labels
 from runs import replacing
-from overlay import overlay, write_png  # noqa: F401  cells.overlay, cells.write_png
 
-Polygons = list[list[np.ndarray]]        # of a cell: [[outer ring, hole, ...], ...]; ring (K, 2) x y, closed
-Edges = tuple[bool, bool, bool, bool]    # whether top, left, bottom, right of an array end the image
+Polygons = list[list[np.ndarray]]        # [[outer ring, hole, ...], ...] of a cell; ring (K, 2) x y
+Cells = np.ndarray | Iterable[tuple[int, Polygons]]      # labels, or (id, polygons) one by one
+Edges = tuple[bool, bool, bool, bool]    # whether top, left, bottom, right end the image
 
 
-# ---------------------------------------------------------------------------------------------- runs
+# Hues that stay apart from each other and from what is under them: light ones on dark images; on
+# bright ones, H&E above all, none of the reds and violets of the stains.
+ON_DARK = ("ffd93b", "35d7ff", "ff6ec7", "7dff5a", "ff9a3d", "9aa5ff", "ff6b62", "3dffc0")
+ON_BRIGHT = ("ffeb00", "00dcff", "5aff1e", "1450ff", "ff8200", "00aa3c", "ff00aa", "00b4a0")
+SMALL = 1000                     # px; smaller images are enlarged to about this
+BAND = 1 << 20                   # bytes of a PNG that are deflated together, on one core
+
+
+# --------------------------------------------------------------------------------------------- runs
 
 class Runs(NamedTuple):
     """Stretches of cells in rows, sorted by cell; `right` is one past the last pixel."""
@@ -45,46 +63,54 @@ class Runs(NamedTuple):
     first: np.ndarray                    # (n,) where each cell's runs begin
 
 
-def runs(labels: np.ndarray) -> tuple[Runs, np.ndarray]:
-    """The runs of a label image, and (H + 2, W + 2) int32 with cells counted 1..n in a frame of ground."""
-    if labels.ndim != 2 or labels.dtype.kind not in "iu":
-        raise ValueError(f"labels of shape {labels.shape}, {labels.dtype}: expected (H, W) integers")
+def row_runs(labels: np.ndarray) -> tuple[Runs, np.ndarray]:
+    """Runs of a label image, and (H + 2, W + 2) int32 with cells 1..n in a frame of background."""
+    check_labels(labels, "cells", np.iinfo(np.int64).max)
     H, W = labels.shape
     starts = np.ones((H, W), bool)
     np.not_equal(labels[:, 1:], labels[:, :-1], out=starts[:, 1:])
     start = np.flatnonzero(starts)
     length = np.diff(start, append=labels.size)
     ids, cell = np.unique(labels[starts], return_inverse=True)
-    if len(ids) and ids[0] < 0:
-        raise ValueError(f"labels hold {ids[0]}: expected 0 for the ground and positive numbers for cells")
-    ground = int(len(ids) > 0 and ids[0] == 0)
+    zero = int(len(ids) > 0 and ids[0] == 0)  # ids[:zero] is the background
     framed = np.zeros((H + 2, W + 2), np.int32)
-    framed[1:-1, 1:-1] = np.repeat((cell + 1 - ground).astype(np.int32), length).reshape(H, W)
-    order = np.argsort(cell, kind="stable")[np.count_nonzero(cell < ground):]
-    start, length, cell = start[order], length[order], cell[order] - ground
+    framed[1:-1, 1:-1] = np.repeat((cell + 1 - zero).astype(np.int32), length).reshape(H, W)
+    order = np.argsort(cell, kind="stable")[np.count_nonzero(cell < zero):]
+    start, length, cell = start[order], length[order], cell[order] - zero
     y, left = np.divmod(start, max(W, 1))
-    return Runs(ids[ground:], cell, y, left, left + length, np.flatnonzero(np.diff(cell, prepend=-1))), framed
+    first = np.flatnonzero(np.diff(cell, prepend=-1))
+    return Runs(ids[zero:], cell, y, left, left + length, first), framed
 
 
-def ranges(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def index_pairs(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """All pairs (i, j) with low[i] <= j < high[i]."""
     count = np.maximum(high - low, 0)
     i = np.repeat(np.arange(len(low)), count)
     return i, np.arange(len(i)) - np.repeat(np.cumsum(count) - count - low, count)
 
 
-def boxes(r: Runs) -> np.ndarray:
+def pairs_in_blocks(low: np.ndarray, high: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The same, about a million pairs at a time."""
+    total, begin = np.append(0, np.cumsum(np.maximum(high - low, 0))), 0
+    while begin < len(low):
+        end = max(begin + 1, np.searchsorted(total, total[begin] + 1_000_000, side="right") - 1)
+        i, j = index_pairs(low[begin:end], high[begin:end])
+        yield i + begin, j
+        begin = end
+
+
+def cell_boxes(r: Runs) -> np.ndarray:
     """(4, n): top, left, bottom, right; half open."""
     return np.stack((np.minimum.reduceat(r.y, r.first), np.minimum.reduceat(r.left, r.first),
                      np.maximum.reduceat(r.y, r.first) + 1, np.maximum.reduceat(r.right, r.first)))
 
 
-# ---------------------------------------------------------------------------------------------- neighbours
+# --------------------------------------------------------------------------------------- neighbours
 
-def borders(framed: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often lines enter each cell, (4, n): along rows, columns and both diagonals; and who touches whom.
+def cell_borders(framed: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Border crossings per cell along rows, columns, both diagonals (4, n), and touching pairs.
 
-    Touching pairs (T, 2), counted from 0, each once: cells that share a pixel's edge or corner.
+    Pairs (T, 2), counted from 0, each once: cells that share a pixel's edge or corner.
     """
     flat, S = framed.ravel(), framed.shape[1]
     entries, touching = [], []
@@ -100,44 +126,43 @@ def borders(framed: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def near_boxes(box: np.ndarray, distance: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of cells whose boxes come as near as distance, each once, about a million candidates at a time.
-
-    Cells are shelved in bands of rows by their top and sorted by their left side within a band; a cell looks
-    at the bands from its own top to its bottom. A huge cell widens only its own search and those in its band.
-    """
-    top, left, bottom, right = box
-    tall = int(np.median(bottom - top) + distance) + 1 if len(top) else 1
-    band, S = top // tall, int(right.max(initial=0) + distance) + 2
-    widest = np.zeros(band.max(initial=0) + 1, np.int64)
-    np.maximum.at(widest, band, right - left)
-    shelf = np.lexsort((left, band))
-    key = (band * S + left)[shelf]
-    cell, look = ranges(band, np.minimum((bottom + int(distance)) // tall + 1, len(widest)))
-    low = np.searchsorted(key, look * S + np.maximum(left[cell] - int(distance) - widest[look], 0))
-    high = np.searchsorted(key, look * S + right[cell] + int(distance), side="right")
-    room = np.cumsum(high - low)
-    begin = 0
-    while begin < len(cell):
-        stop = max(begin + 1, np.searchsorted(room, 1_000_000 + (room[begin - 1] if begin else 0)))
-        i, j = ranges(low[begin:stop], high[begin:stop])
-        a, b = cell[begin:stop][i], shelf[j]
+    """Pairs of cells whose boxes (4, n) come as near as `distance`, each once, in blocks."""
+    order = np.argsort(box[0], kind="stable")  # by their tops
+    top, left, bottom, right = box[:, order]
+    end = np.searchsorted(top, bottom + distance, side="right")
+    for a, b in pairs_in_blocks(np.arange(1, len(top) + 1), end):
         gap_y = np.maximum(top[b] - bottom[a], 0)
         gap_x = np.maximum(left[b] - right[a], left[a] - right[b]).clip(0)
-        near = (top[a] < top[b]) | (top[a] == top[b]) & (a < b)
-        near &= gap_y ** 2 + gap_x ** 2 <= distance ** 2
-        yield a[near], b[near]
-        begin = stop
+        near = gap_y ** 2 + gap_x ** 2 <= distance ** 2
+        yield order[a[near]], order[b[near]]
+
+
+def near_runs(r: Runs, a: np.ndarray, b: np.ndarray, distance: float) -> np.ndarray:
+    """(P,) bool: runs of a[i] and b[i] come as near as `distance`."""
+    near, size = np.zeros(len(a), bool), np.diff(r.first, append=len(r.cell))
+    a, b = np.where(size[a] < size[b], (a, b), (b, a))  # look from the smaller cell
+    pair, run = index_pairs(r.first[a], r.first[a] + size[a])
+    H, reach = r.y.max(initial=0) + 1, int(distance) + 1
+    row, y = r.cell * H + r.y, r.y[run]  # row: ascending
+    low = np.searchsorted(row, b[pair] * H + np.maximum(y - reach, 0))
+    high = np.searchsorted(row, b[pair] * H + np.minimum(y + reach, H - 1), side="right")
+    for i, other in pairs_in_blocks(low, high):
+        one = run[i]
+        gap_y = np.maximum(np.abs(r.y[one] - r.y[other]) - 1, 0)
+        gap_x = np.maximum(r.left[other] - r.right[one], r.left[one] - r.right[other]).clip(0)
+        near[pair[i[gap_y ** 2 + gap_x ** 2 <= distance ** 2]]] = True
+    return near
 
 
 def near_pairs(r: Runs, distance: float) -> np.ndarray:
-    """Pairs of cells (P, 2), counted from 0, each once, whose outlines come as near as `distance` px.
+    """Pairs of cells (P, 2), counted from 0, each once, at most `distance` px apart.
 
-    The gap is measured between pixel edges: 0 for cells that touch, 1 with one pixel of ground between them.
-    How far cells reach in 16 directions, and which corners do, settles nearly every pair; runs do the rest.
+    The gap is measured between pixel edges: 0 for cells that touch, 1 with one pixel of background
+    between them. How far cells reach in 16 directions, and which corners do, settles most pairs.
     """
     n = len(r.ids)
-    reach = np.empty((16, n))                                      # of each cell in each direction
-    corner = np.empty((16, n, 2))                                  # a corner of the cell that reaches so far
+    reach = np.empty((16, n))  # of each cell in each direction
+    corner = np.empty((16, n, 2))  # of the cell that reaches so far
     for k in range(16):
         dy, dx = math.sin(k * math.pi / 8), math.cos(k * math.pi / 8)
         y, x = r.y + (dy > 0), r.right if dx > 0 else r.left
@@ -146,54 +171,31 @@ def near_pairs(r: Runs, distance: float) -> np.ndarray:
         there = np.flatnonzero(reached == reach[k][r.cell])
         corner[k, r.cell[there]] = np.stack((y[there], x[there]), 1)
     found = [np.empty((0, 2), np.int64)]
-    for a, b in near_boxes(boxes(r), distance):
+    for a, b in near_boxes(cell_boxes(r), distance):
         at_least, at_most = np.full(len(a), -np.inf), np.full(len(a), np.inf)
         for k in range(16):
             back = (k + 8) % 16
-            at_least = np.maximum(at_least, -reach[k, a] - reach[back, b])     # px between two parallel lines
-            at_most = np.minimum(at_most, ((corner[k, a] - corner[back, b]) ** 2).sum(1))      # px squared
+            at_least = np.maximum(at_least, -reach[k, a] - reach[back, b])  # px, of parallel lines
+            at_most = np.minimum(at_most, ((corner[k, a] - corner[back, b]) ** 2).sum(1))  # px²
         near = at_most <= distance ** 2
-        unclear = np.flatnonzero(~near & (at_least <= distance + 1e-6))        # 1e-6: sines are rounded
-        near[unclear] = measured_near(r, a[unclear], b[unclear], distance)
+        unclear = np.flatnonzero(~near & (at_least <= distance + 1e-6))  # 1e-6: sines are rounded
+        near[unclear] = near_runs(r, a[unclear], b[unclear], distance)
         found.append(np.stack((a[near], b[near]), 1))
     return np.concatenate(found)
 
 
-def measured_near(r: Runs, a: np.ndarray, b: np.ndarray, distance: float) -> np.ndarray:
-    """Whether the runs of a[i] and b[i] come as near as distance; (P,) bool."""
-    near = np.zeros(len(a), bool)
-    size = np.diff(r.first, append=len(r.cell))
-    a, b = np.where(size[a] < size[b], (a, b), (b, a))             # look from the smaller cell
-    pair, run = ranges(r.first[a], r.first[a] + size[a])
-    H, W = int(r.y.max(initial=0)) + 1, int(r.right.max(initial=0)) + 1
-    key = (r.cell * H + r.y) * W + r.right                         # ascending, as runs are sorted
-    limit = int(distance ** 2)                                     # gaps are whole numbers
-    reach = math.isqrt(limit) + 1                                  # rows next to each other have no gap
-    for dy in sorted(range(-reach, reach + 1), key=abs):
-        gap = math.isqrt(limit - max(abs(dy) - 1, 0) ** 2)         # widest gap along the row
-        y = r.y[run] + dy
-        row = (b[pair] * H + y) * W
-        want = row + np.maximum(r.left[run] - gap, 0)
-        facing = np.searchsorted(key, want).clip(max=len(key) - 1)           # the last where none ends so far right
-        hit = ((y >= 0) & (y < H) & (key[facing] >= want) & (key[facing] // W == row // W)
-               & (r.left[facing] <= r.right[run] + gap))
-        near[pair[hit]] = True
-        run, pair = run[~near[pair]], pair[~near[pair]]
-    return near
-
-
-# ---------------------------------------------------------------------------------------------- table
+# -------------------------------------------------------------------------------------------- table
 
 def convex_area(r: Runs) -> np.ndarray:
     """Pixels (n,) whose centre lies in the convex hull of the midpoints of the cell's pixel edges.
 
-    That is scikit-image's convex_image, counted exactly and without drawing it. The left side of the hull and
-    the mirrored right side are chains of (y, x) from top to bottom, 2n in all; points inside the hull leave
-    until none is left. The midpoints put a diamond of half a pixel around every centre, which moves a side
-    of the hull that runs w columns over h rows outwards by max(1, |w| / h) / 2 in every row.
+    That is scikit-image's convex_image, counted exactly without drawing. The left side of the hull
+    and the mirrored right side are chains of (y, x) from top to bottom, 2n in all; points inside
+    leave until none is left. The midpoints put a diamond of half a pixel around every centre, which
+    moves a side of w columns over h rows outwards by max(1, |w| / h) / 2 in every row.
     """
     n, H = len(r.ids), r.y.max(initial=0) + 1
-    begin = np.flatnonzero(np.diff(r.cell * H + r.y, prepend=-1))  # a cell's first run in each of its rows
+    begin = np.flatnonzero(np.diff(r.cell * H + r.y, prepend=-1))  # a cell's first run in each row
     end = np.append(begin[1:] - 1, len(r.cell) - 1)[:len(begin)]
     chain = np.concatenate((r.cell[begin], r.cell[begin] + n))
     y = np.tile(r.y[begin], 2)
@@ -205,25 +207,26 @@ def convex_area(r: Runs) -> np.ndarray:
         if on_hull.all():
             break
         chain, y, x = chain[on_hull], y[on_hull], x[on_hull]
-    last = np.diff(chain, append=-1) != 0                          # a chain's last point stands for itself
+    last = np.diff(chain, append=-1) != 0  # a chain's last point stands for itself
     h, w = np.where(last, 1, dy), np.where(last, 0, dx)
-    side, row = ranges(np.zeros_like(h), np.where(last, 1, h + 1))
+    side, row = index_pairs(np.zeros_like(h), np.where(last, 1, h + 1))
     h, w, x, y, chain = h[side], w[side], x[side], y[side] + row, chain[side]
     outwards = np.maximum(h, np.where(row == 0, -w, np.where(row == h, w, np.abs(w))))
-    leftmost = -((outwards - 2 * (x * h + row * w)) // (2 * h))    # rounded up
-    begin = np.flatnonzero(np.diff(chain * H + y, prepend=-1))     # sides share the row in which they meet
+    leftmost = -((outwards - 2 * (x * h + row * w)) // (2 * h))  # rounded up
+    begin = np.flatnonzero(np.diff(chain * H + y, prepend=-1))  # sides meet in a row
     leftmost = np.minimum.reduceat(leftmost, begin)
-    return np.bincount(chain[begin] % n, 0.5 - leftmost, n)        # width = 1 - left - mirrored left
+    return np.bincount(chain[begin] % n, 0.5 - leftmost, n)  # width = 1 - left - mirrored left
 
 
 def intensities(r: Runs, image: np.ndarray, channels: list[str] | None) -> dict[str, np.ndarray]:
     """Columns intensity_{mean,min,max,sd}_CHANNEL."""
     names = [str(c) for c in channels or range(1, len(image) + 1)]
     if len(names) != len(image):
-        raise ValueError(f"{len(names)} channel names, {len(image)} channels in the image: expected as many")
-    if len(set(names)) < len(names):                               # two channels of one name are two columns
+        raise ValueError(f"{len(names)} channel names, expected {len(image)} as in the image")
+    if len(set(names)) < len(names):  # two channels of one name are two columns
         names = [f"{name}_{i}" for i, name in enumerate(names, 1)]
-    run, pixel = ranges(r.y * image.shape[2] + r.left, r.y * image.shape[2] + r.right)     # sorted by cell
+    row = r.y * image.shape[2]
+    run, pixel = index_pairs(row + r.left, row + r.right)  # sorted by cell
     begin = np.searchsorted(r.cell[run], np.arange(len(r.ids)))
     size = np.diff(begin, append=len(pixel))
     columns = {}
@@ -238,60 +241,61 @@ def intensities(r: Runs, image: np.ndarray, channels: list[str] | None) -> dict[
     return columns
 
 
-def table(labels: np.ndarray, image: np.ndarray | None = None, *, channels: list[str] | None = None,
-          pixel_size: float | None = None, near: float | None = None, ids: np.ndarray | None = None,
-          origin: tuple[int, int] = (0, 0), edges: Edges = (True, True, True, True)) -> dict[str, np.ndarray]:
+def cell_table(labels: np.ndarray, image: np.ndarray | None = None, *,
+               channels: list[str] | None = None, pixel_size: float | None = None,
+               near: float | None = None, ids: np.ndarray | None = None,
+               origin: tuple[int, int] = (0, 0), edges: Edges = (True, True, True, True)
+               ) -> dict[str, np.ndarray]:
     """Measurements, one row per cell, ascending id; columns in the order in which they are written.
 
-    labels : (H, W) integers, 0 = ground; ids may have gaps.
+    labels : (H, W) integers, 0 is background; ids may have gaps.
     image : (C, H, W); mean, min, max and sd (of the population) are in its own units.
     channels : C names for the columns; 1, 2, ... without.
     pixel_size : µm per px; adds the lengths and areas in µm.
-    near : px, for neighbours_near; by default the median equivalent diameter of the cells in `labels`: one
-        more cell would fit in between. Give a number where images or blocks are compared.
+    near : px, for neighbours_near; by default the median equivalent diameter of the cells in
+        `labels`. Give a number where images or blocks are compared.
     ids : rows wanted; the other cells still count as neighbours.
     origin : (y, x) of the first pixel, added to centroids and boxes.
     edges : which sides of `labels` are sides of the image, for touches_border.
 
     Area, centroid, box, axes, eccentricity, orientation_rad (of the major axis against a column, in
     [-pi/2, pi/2], counter-clockwise), extent, equivalent diameter: as skimage.measure.regionprops.
-    perimeter_px: Crofton's formula with four directions, as skimage.measure.perimeter_crofton: right for
-    discs, for long straight sides between -5 % (along rows, columns, diagonals) and +3 %; holes count.
-    circularity: 4 pi area / perimeter^2, 1 for a disc; not clipped, cells below some 30 px can exceed 1.
+    perimeter_px: Crofton's formula with four directions, as skimage.measure.perimeter_crofton:
+    right for discs, for long straight sides from -5 % (rows, columns, diagonals) to +3 %.
+    circularity: 4 pi area / perimeter², 1 for a disc; cells below some 30 px can exceed 1.
     solidity: area / pixels of the convex hull, as regionprops; 1 for a convex cell.
-    neighbours_touching: cells that share a pixel's edge or corner; neighbours_near: cells whose outline comes
-    as near as near_px to this one's, edge to edge, those that touch included.
+    neighbours_touching: cells that share a pixel's edge or corner; neighbours_near: cells whose
+    outline comes as near as near_px to this one's, edge to edge, those that touch included.
     """
-    r, framed = runs(labels)
+    r, framed = row_runs(labels)
     n = len(r.ids)
     if image is not None and (image.ndim != 3 or image.shape[1:] != labels.shape):
-        raise ValueError(f"image {image.shape}, labels {labels.shape}: expected (C, H, W) and (H, W)")
+        raise ValueError(f"image {image.shape}, labels {labels.shape}: expected (C, H, W), (H, W)")
     if near is not None and not 0 <= near < math.inf:
         raise ValueError(f"near={near}: expected a distance in px, 0 or more")
     if pixel_size is not None and not 0 < pixel_size < math.inf:
         raise ValueError(f"pixel_size={pixel_size}: expected micrometres per pixel, more than 0")
     row = np.arange(n)
     if ids is not None:
-        missing = np.setdiff1d(ids, r.ids)
-        if len(missing):
+        if len(missing := np.setdiff1d(ids, r.ids)):
             raise ValueError(f"ids: {missing[0]} is not in the labels; expected ids of cells")
         row = np.searchsorted(r.ids, np.unique(ids))
 
-    def total(values: np.ndarray) -> np.ndarray:                   # (R,) -> (n,)
+    def total(values: np.ndarray) -> np.ndarray:  # (R,) -> (n,)
         return np.bincount(r.cell, values, n)
 
-    top, left, bottom, right = boxes(r)
-    y, a, b = r.y - top[r.cell], r.left - left[r.cell], r.right - left[r.cell]     # in the box: small sums
+    top, left, bottom, right = cell_boxes(r)
+    y, a, b = r.y - top[r.cell], r.left - left[r.cell], r.right - left[r.cell]  # in its box
     area = total(b - a)
-    sum_x = (b * (b - 1) - a * (a - 1)) / 2                        # over a run
+    sum_x = (b * (b - 1) - a * (a - 1)) / 2  # over a run
     sum_xx = (b * (b - 1) * (2 * b - 1) - a * (a - 1) * (2 * a - 1)) / 6
     mean_y, mean_x = total(y * (b - a)) / area, total(sum_x) / area
     yy = total(y * y * (b - a)) / area - mean_y ** 2
     xy = total(y * sum_x) / area - mean_y * mean_x
     xx = total(sum_xx) / area - mean_x ** 2
     half, swing = (xx + yy) / 2, np.hypot((xx - yy) / 2, xy)
-    long, short = half + swing, np.maximum(half - swing, 0)        # variances along the axes
-    entries, touching = borders(framed, n)
+    long, short = half + swing, np.maximum(half - swing, 0)  # variances along the axes
+    entries, touching = cell_borders(framed, n)
     perimeter = np.pi / 4 * (np.array([1, 1, 0.5 ** 0.5, 0.5 ** 0.5]) @ entries)
     diameter = np.sqrt(4 / np.pi * area)
     near = float(near if near is not None else np.median(diameter) if n else 0)
@@ -301,12 +305,9 @@ def table(labels: np.ndarray, image: np.ndarray | None = None, *, channels: list
         "perimeter_px": perimeter,
         "centroid_y_px": top + mean_y + origin[0],
         "centroid_x_px": left + mean_x + origin[1],
-        "bbox_top_px": top + origin[0],
-        "bbox_left_px": left + origin[1],
-        "bbox_bottom_px": bottom + origin[0],
-        "bbox_right_px": right + origin[1],
-        "major_axis_px": 4 * np.sqrt(long),
-        "minor_axis_px": 4 * np.sqrt(short),
+        "bbox_top_px": top + origin[0], "bbox_left_px": left + origin[1],
+        "bbox_bottom_px": bottom + origin[0], "bbox_right_px": right + origin[1],
+        "major_axis_px": 4 * np.sqrt(long), "minor_axis_px": 4 * np.sqrt(short),
         "eccentricity": np.sqrt(1 - short / np.where(long > 0, long, 1)) * (long > 0),
         "orientation_rad": np.arctan2(2 * xy, yy - xx) / 2,
         "solidity": area / convex_area(r),
@@ -316,9 +317,9 @@ def table(labels: np.ndarray, image: np.ndarray | None = None, *, channels: list
     }
     if pixel_size is not None:
         columns["area_um2"] = area * pixel_size ** 2
-        for name in ("perimeter_", "centroid_y_", "centroid_x_", "major_axis_", "minor_axis_",
-                     "equivalent_diameter_"):
-            columns[name + "um"] = columns[name + "px"] * pixel_size
+        for name in ("perimeter", "centroid_y", "centroid_x", "major_axis", "minor_axis",
+                     "equivalent_diameter"):
+            columns[f"{name}_um"] = columns[f"{name}_px"] * pixel_size
     if image is not None:
         columns |= intensities(r, image, channels)
     columns["neighbours_touching"] = np.bincount(touching.ravel(), minlength=n)
@@ -330,28 +331,28 @@ def table(labels: np.ndarray, image: np.ndarray | None = None, *, channels: list
 
 
 def write_csv(path: str | Path, columns: dict[str, np.ndarray]) -> None:
-    """Columns of equal length as CSV: whole numbers as they are, flags as 0 and 1, others with 7 digits."""
-    def printed(values: np.ndarray) -> list:
-        if values.dtype.kind == "f":
-            return [f"{value:.7g}" for value in values.tolist()]
-        return (values.astype(int) if values.dtype.kind == "b" else values).tolist()
-
+    """Write columns of equal length as CSV: flags as 0 and 1, floats with 7 digits."""
+    texts = []
+    for values in map(np.asarray, columns.values()):
+        kind = values.dtype.kind
+        texts.append([f"{value:.7g}" for value in values.tolist()] if kind == "f" else
+                     (values.astype(int) if kind == "b" else values).tolist())
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(columns)
-        rows.writerows(zip(*(printed(np.asarray(values)) for values in columns.values()), strict=True))
+        rows.writerows(zip(*texts, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------- polygons
+# ----------------------------------------------------------------------------------------- polygons
 
 def polygons(labels: np.ndarray, origin: tuple[int, int] = (0, 0)) -> dict[int, Polygons]:
-    """The exact outline of every cell along pixel edges: {id: [[outer ring, hole, ...], ...]}, ascending ids.
+    """Exact outlines along pixel edges by ascending id: {id: [[outer ring, hole, ...], ...]}.
 
-    A ring is (K, 2) int64, x y, first point = last point, corners only; outer rings turn clockwise on the
-    screen, holes the other way. Parts of a cell that hang together only by a pixel's corner are polygons of
-    their own. No ring meets itself, so that the polygons are valid in GEOS and JTS too.
+    A ring is (K, 2) int64, x y, first point = last point, corners only; outer rings turn clockwise
+    on the screen, holes the other way. Parts of a cell that share only a pixel's corner are two
+    polygons. No ring meets itself, so that the polygons are valid in GEOS and JTS too.
     """
-    piece = label(labels, connectivity=1)                          # (H, W) 4-connected parts, 1..P
+    piece = label(labels, connectivity=1)  # (H, W) 4-connected parts, 1..P
     H, W = piece.shape
     S = W + 2
     flat = np.pad(piece, 1).ravel()
@@ -363,34 +364,35 @@ def polygons(labels: np.ndarray, origin: tuple[int, int] = (0, 0)) -> dict[int, 
     p = np.flatnonzero(rim & (flat > 0))
     own, y, x = flat[p], p // S - 1, p % S - 1
     same = {step: flat[p + step] == own for step in (-1, 1, -S, S, -S - 1, -S + 1, S - 1, S + 1)}
-    kinds = []                                                     # every corner belongs to one pixel
+    places, signs = [], []  # every corner belongs to one pixel
     for sy, sx in ((-1, -1), (-1, 1), (1, 1), (1, -1)):
-        kinds.append((np.flatnonzero(~same[sy * S] & ~same[sx]), sy, sx, 1))                   # convex
-        kinds.append((np.flatnonzero(same[sy * S] & same[sx] & ~same[sy * S + sx]), sy, sx, -1))
-    at = np.concatenate([kind[0] for kind in kinds])
-    sy, sx, turn = np.repeat([kind[1:] for kind in kinds], [len(kind[0]) for kind in kinds], axis=0).T
+        places.append(np.flatnonzero(~same[sy * S] & ~same[sx]))  # convex
+        places.append(np.flatnonzero(same[sy * S] & same[sx] & ~same[sy * S + sx]))  # concave
+        signs += [(sy, sx, 1), (sy, sx, -1)]
+    at = np.concatenate(places)
+    sy, sx, turn = np.repeat(signs, list(map(len, places)), axis=0).T
     own, ids = own[at].astype(np.int64), labels[y[at], x[at]]
     y, x = y[at] + (sy > 0), x[at] + (sx > 0)
 
-    # Corners in a row pair up, left with right, to horizontal sides, corners in a column to vertical ones. Of
-    # two corners in one place the one whose side lies to the left, or above, comes first.
+    # Corners in a row pair up to horizontal sides, corners in a column to vertical ones. Of two
+    # corners in one place the one whose side lies to the left, or above, comes first.
     row = (own * (H + 1) + y) * (W + 1) + x
     along = partners(row * 2 + (sx * turn < 0))
     down = partners(((own * (W + 1) + x) * (H + 1) + y) * 2 + (sy * turn < 0))
-    onward = np.where(sy * sx * turn > 0, along, down)             # clockwise: the cell is on the right hand
+    onward = np.where(sy * sx * turn > 0, along, down)  # clockwise: the cell is on the right
     ring, _ = cycles(onward)
     order = np.argsort(row, kind="stable")
     twice = np.flatnonzero((np.diff(row[order]) == 0) & (np.diff(ring[order]) == 0))
-    a, b = order[twice], order[twice + 1]                          # a ring that meets itself becomes two
+    a, b = order[twice], order[twice + 1]  # a ring that meets itself becomes two
     onward[a], onward[b] = onward[b], onward[a]
 
     ring, order = cycles(onward)
     begin = np.flatnonzero(np.diff(ring[order], prepend=-1))
-    area = np.add.reduceat(((x[onward] - x) * (y[onward] + y))[order], begin)          # < 0: an outer ring
+    area = np.add.reduceat(((x[onward] - x) * (y[onward] + y))[order], begin)  # < 0: an outer ring
     rings = np.split(np.stack((x + origin[1], y + origin[0]), 1)[order], begin[1:])
     first = order[begin]
     found: dict[int, Polygons] = {}
-    for k in np.lexsort((area, own[first], ids[first])):           # holes right after their outer ring
+    for k in np.lexsort((area, own[first], ids[first])):  # holes right after their outer ring
         closed = np.concatenate((rings[k], rings[k][:1]))
         parts = found.setdefault(int(ids[first[k]]), [])
         if area[k] < 0:
@@ -401,7 +403,7 @@ def polygons(labels: np.ndarray, origin: tuple[int, int] = (0, 0)) -> dict[int, 
 
 
 def partners(key: np.ndarray) -> np.ndarray:
-    """Sorted by key, the first belongs to the second, the third to the fourth ...: whom each belongs to."""
+    """Partner of each element: sorted by key the first has the second, the third the fourth ..."""
     order = np.argsort(key, kind="stable")
     partner = np.empty_like(order)
     partner[order[0::2]], partner[order[1::2]] = order[1::2], order[0::2]
@@ -409,40 +411,39 @@ def partners(key: np.ndarray) -> np.ndarray:
 
 
 def cycles(onward: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The cycles of a permutation: each element's, named by its least member; an order that walks them."""
+    """Cycle of each element of a permutation, by its least member; an order that walks them."""
     themselves = np.arange(len(onward))
     cycle, jump = themselves, onward
-    while True:                                                    # pointer doubling
+    while True:  # pointer doubling
         least = np.minimum(cycle, cycle[jump])
         if np.array_equal(least, cycle):
             break
         cycle, jump = least, jump[jump]
-    steps = (cycle != themselves).astype(np.int64)                 # from each element to the least
+    steps = (cycle != themselves).astype(np.int64)  # from each element to the least
     jump = np.where(steps > 0, onward, themselves)
     while not np.array_equal(jump, cycle):
         steps, jump = steps + steps[jump], jump[jump]
     return cycle, np.lexsort((-steps, cycle))
 
 
-def outlined(cells: np.ndarray | Iterable[tuple[int, Polygons]], origin: tuple[int, int]
-             ) -> Iterable[tuple[int, Polygons]]:
-    """(id, polygons) of labels; what is outlined already goes through."""
+def polygon_pairs(cells: Cells, origin: tuple[int, int]) -> Iterable[tuple[int, Polygons]]:
     return polygons(cells, origin).items() if isinstance(cells, np.ndarray) else cells
 
 
-def write_geojson(path: str | Path, cells: np.ndarray | Iterable[tuple[int, Polygons]],
-                  columns: dict[str, np.ndarray] | None = None, origin: tuple[int, int] = (0, 0)) -> None:
-    """A GeoJSON FeatureCollection that QuPath opens: one detection per cell, coordinates in px, y down.
+def write_geojson(path: str | Path, cells: Cells, columns: dict[str, np.ndarray] | None = None,
+                  origin: tuple[int, int] = (0, 0)) -> None:
+    """Write a GeoJSON FeatureCollection that QuPath opens: one detection per cell, in px, y down.
 
     QuPath takes UUIDs only as ids, so the cell's own number is the detection's name.
     cells : labels, or (id, polygons) one after the other; the file is written as they come.
-    columns : of `table`; they become QuPath's measurements, those that are no finite numbers left out.
+    columns : of cell_table; they become QuPath's measurements, finite numbers alone.
     """
     names = [name for name in columns or {} if name != "id"]
-    row = dict(zip(columns["id"].tolist(), zip(*(columns[key].tolist() for key in names)))) if names else {}
+    values = zip(*(columns[name].tolist() for name in names))
+    row = dict(zip(columns["id"].tolist(), values)) if names else {}
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write('{"type":"FeatureCollection","features":[')
-        for count, (identity, parts) in enumerate(outlined(cells, origin)):
+        for count, (identity, parts) in enumerate(polygon_pairs(cells, origin)):
             coordinates = [[ring.tolist() for ring in part] for part in parts]
             several = len(parts) > 1
             feature = {
@@ -458,37 +459,249 @@ def write_geojson(path: str | Path, cells: np.ndarray | Iterable[tuple[int, Poly
         file.write("\n]}\n")
 
 
-def write_rois(path: str | Path, cells: np.ndarray | Iterable[tuple[int, Polygons]],
-               origin: tuple[int, int] = (0, 0)) -> None:
-    """A zip of ImageJ ROIs, one per cell, named by its id (0001, 0002, ...).
-
-    cells : labels, or (id, polygons) one after the other.
-    """
+def write_rois(path: str | Path, cells: Cells, origin: tuple[int, int] = (0, 0)) -> None:
+    """Write a zip of ImageJ ROIs, one per cell, named by its id (0001, 0002, ...)."""
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        for identity, parts in outlined(cells, origin):
+        for identity, parts in polygon_pairs(cells, origin):
             name = f"{identity:04d}"
-            archive.writestr(zipfile.ZipInfo(f"{name}.roi"), roi(name, parts))
+            archive.writestr(zipfile.ZipInfo(f"{name}.roi"), imagej_roi(name, parts))
 
 
-def roi(name: str, parts: Polygons) -> bytes:
+def imagej_roi(name: str, parts: Polygons) -> bytes:
     """One ImageJ ROI, exact in every case.
 
-    A cell of one ring is a traced ROI, whose coordinates have 16 bit. With holes, with several parts, or
-    beyond pixel 32,767 it is a composite ROI: a path in float32, exact for whole numbers up to 16 million.
+    A cell of one ring is a traced ROI, whose coordinates have 16 bit. With holes, several parts, or
+    beyond pixel 32,767 it is a composite ROI: a path in float32, exact up to 16 million.
     Layout: ImageJ's ij.io.RoiDecoder; everything is big-endian.
     """
-    rings = [ring[:-1] for part in parts for ring in part]         # ImageJ closes them itself
+    rings = [ring[:-1] for part in parts for ring in part]  # ImageJ closes them itself
     points = np.concatenate(rings)
     (left, top), (right, bottom) = points.min(0), points.max(0)
-    if len(rings) == 1 and min(left, top) >= 0 and max(right, bottom) < 2 ** 15 and len(points) < 2 ** 16:
+    inside = min(left, top) >= 0 and max(right, bottom) < 2 ** 15 and len(points) < 2 ** 16
+    if len(rings) == 1 and inside:
         kind, count, floats = 8, len(points), 0
-        path = (points - (left, top)).T.astype(">i2")              # all x, then all y
-    else:                                                          # 0 x y: move, 1 x y: line, 4: close
-        path = np.concatenate([np.append(np.insert(ring, 0, np.arange(len(ring)) > 0, axis=1).ravel(), 4)
-                               for ring in rings]).astype(">f4")
+        path = (points - (left, top)).T.astype(">i2")  # all x, then all y
+    else:  # 0 x y: move, 1 x y: line, 4: close
+        moves = [np.insert(ring, 0, np.arange(len(ring)) > 0, axis=1).ravel() for ring in rings]
+        path = np.concatenate([np.append(move, 4) for move in moves]).astype(">f4")
         kind, count, floats = 1, 0, len(path)
-    box = np.clip((top, left, bottom, right), -2 ** 15, 2 ** 15 - 1)           # composites: from their path
+    box = np.clip((top, left, bottom, right), -2 ** 15, 2 ** 15 - 1)  # composites: from their path
     end = 64 + path.nbytes
     header = struct.pack(">4shBx4hH16xHi20xi", b"Iout", 227, kind, *box, count, 0, floats, end)
-    header2 = struct.pack(">16x2i40x", end + 64, len(name))        # where the name is
+    header2 = struct.pack(">16x2i40x", end + 64, len(name))  # where the name is
     return header + path.tobytes() + header2 + name.encode("utf-16-be")
+
+
+# ----------------------------------------------------------------------------------------- pictures
+
+def overlay(image: np.ndarray, labels: np.ndarray, max_side: int = 4096) -> np.ndarray:
+    """The image with outlined cells, (h, w, 3) uint8, for a screen or a paper.
+
+    image : (C, H, W). Bright 8-bit RGB stays as it is; otherwise each channel is stretched between
+        its percentiles 1 and 99.8: one is gray, two are green and magenta, more have other hues.
+    labels : (H, W)
+    max_side : px; larger images are reduced by a whole number.
+
+    Images of 1000 px and less are enlarged by a whole number, up to 8, with smooth lines. A line
+    runs inside its cell, with a thin shadow outside. Cells near each other differ in colour.
+    """
+    check_labels(labels, "overlay", np.iinfo(np.int64).max)
+    step = -(-max(image.shape[1:]) // max_side)
+    if step > 1:
+        image, labels = reduced(image, labels, step)
+    if labels.max(initial=0) > labels.size:  # ids with wide gaps: counted anew
+        ids = np.unique(labels[labels > 0])
+        labels = np.where(labels > 0, np.searchsorted(ids, labels) + 1, 0)
+    rgb, count = displayed(image), int(labels.max(initial=0))
+    hexes = ON_BRIGHT if np.median(rgb[::4, ::4]) >= 128 else ON_DARK
+    rim = np.count_nonzero(outlines(labels))
+    width = 2 * np.count_nonzero(labels) / max(rim, 1)  # px, about half of a round cell's
+    colours = np.array([list(bytes.fromhex(colour)) for colour in hexes], np.uint8)
+    pairs = close_pairs(labels, max(round(width / 2), 2))
+    colours = colours[colour_numbers(pairs, count, len(hexes))]  # (n, 3)
+    side = max(labels.shape)
+    zoom = 1 if side > SMALL else min(2 * round(SMALL / side), 16)
+    if zoom > 1:  # labels twice as fine as the picture
+        H, W = labels.shape
+        rgb = np.asarray(Image.fromarray(rgb).resize((zoom * W // 2, zoom * H // 2), Image.BICUBIC))
+        labels = enlarged(labels, zoom)
+    thick = max(1, min(round(zoom * side / 600), round(zoom * width / 6)))
+    return drawn(rgb, labels, colours, thick)
+
+
+def reduced(image: np.ndarray, labels: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image and labels at 1 / step of their size, rounded up: area means and nearest pixels.
+
+    Blocks whose sides are multiples of step give what the whole image gives.
+    """
+    if step == 1:
+        return image, labels
+    H, W = labels.shape
+    h, w = -(-H // step), -(-W // step)
+    small = np.stack([np.pad(channel, ((0, h * step - H), (0, w * step - W)), mode="edge")
+                      .reshape(h, step, w, step).mean((1, 3)) for channel in image])
+    y, x = (np.minimum(np.arange(n) * step + step // 2, size - 1) for n, size in ((h, H), (w, W)))
+    small = small.round().astype(image.dtype) if image.dtype.kind in "iu" else small
+    return small, labels[np.ix_(y, x)]
+
+
+def displayed(image: np.ndarray) -> np.ndarray:
+    """(C, H, W) of any type -> (H, W, 3) uint8 to look at."""
+    C, H, W = image.shape
+    thin = image[:, ::-(-H // 512), ::-(-W // 512)]  # enough for percentiles
+    if C == 3 and image.dtype == np.uint8 and np.median(thin) >= 85:
+        return np.ascontiguousarray(np.moveaxis(image, 0, -1))
+    spread = [colorsys.hsv_to_rgb(c / C, 1, 1) for c in range(C)]
+    hues = {1: [(1, 1, 1)], 2: [(0, 1, 0), (1, 0, 1)]}.get(C, spread)
+    rgb = np.zeros((H, W, 3), np.uint8)
+    for channel, sample, hue in zip(image, thin, hues):
+        low, high = np.percentile(sample, (1, 99.8))
+        high = high if high > low else max(float(channel.max()), low + 1)  # spots on nothing
+        value = np.subtract(channel, low, dtype=np.float32, casting="unsafe")
+        value *= 255 / (high - low)
+        value += 0.5
+        value = value.clip(0, 255, out=value).astype(np.uint8)
+        for k, share in enumerate(hue):
+            if share:
+                part = value if share == 1 else (value * np.float32(share)).astype(np.uint8)
+                rgb[..., k] = part if C == 1 else np.maximum(rgb[..., k], part)
+    return rgb
+
+
+def close_pairs(labels: np.ndarray, reach: int) -> np.ndarray:
+    """Pairs of cells (P, 2), counted from 0, that touch or, roughly, come within `reach` px."""
+    step = max(1, reach // 2)
+    thin, count, found = labels[::step, ::step], int(labels.max(initial=0)), []
+    around = (0, 1), (0, 2), (1, -1), (1, 0), (1, 1), (2, 0)
+    for view, steps in ((labels, ((0, 1), (1, 0))), (thin, around)):
+        (h, w), cell = view.shape, view > 0
+        for dy, dx in steps:
+            here = slice(0, h - dy), slice(max(-dx, 0), w - max(dx, 0))
+            there = slice(dy, h), slice(max(dx, 0), w + min(dx, 0))
+            both = (view[here] != view[there]) & cell[here] & cell[there]
+            found.append((view[here][both].astype(np.int64) - 1) * count + view[there][both] - 1)
+    return np.stack(np.divmod(np.unique(np.concatenate(found)), max(count, 1)), 1)
+
+
+def colour_numbers(pairs: np.ndarray, n: int, colours: int) -> np.ndarray:
+    """A colour (n,) for each cell, other than those of its neighbours as far as colours reach."""
+    rng = np.random.default_rng(0)
+    chosen = np.arange(n) % colours
+    a, b = pairs.T
+    for _ in range(50):
+        clash = chosen[a] == chosen[b]
+        if not clash.any():
+            break
+        beside = np.concatenate((a * colours + chosen[b], b * colours + chosen[a]))
+        taken = np.bincount(beside, minlength=n * colours).reshape(n, colours)
+        again = np.unique(b[clash])
+        chosen[again] = (taken[again] + rng.random((len(again), colours))).argmin(1)
+    return chosen
+
+
+def outlines(labels: np.ndarray) -> np.ndarray:
+    """(H, W) bool: pixels of a cell that share an edge with another label, not with the image's."""
+    rim = np.zeros(labels.shape, bool)
+    below, beside = labels[1:] != labels[:-1], labels[:, 1:] != labels[:, :-1]
+    rim[1:] |= below
+    rim[:-1] |= below
+    rim[:, 1:] |= beside
+    rim[:, :-1] |= beside
+    return rim & (labels > 0)
+
+
+def grown(mask: np.ndarray, radius: float) -> np.ndarray:
+    """(H, W) bool: pixels within `radius` px of the mask, by a disc row by row."""
+    disc, wide = np.zeros_like(mask), mask.copy()
+    H = len(mask)
+    for dx in range(int(radius) + 1):
+        if dx:
+            wide[:, dx:] |= mask[:, :-dx]
+            wide[:, :-dx] |= mask[:, dx:]
+        for dy in range(min(int(radius) + 1, H)):
+            if int(math.sqrt(radius ** 2 - dy ** 2)) == dx:
+                disc[dy:] |= wide[:H - dy]
+                disc[:H - dy] |= wide[dy:]
+    return disc
+
+
+def drawn(rgb: np.ndarray, labels: np.ndarray, colours: np.ndarray, thick: int) -> np.ndarray:
+    """A copy of rgb (H, W, 3) with a line `thick` px wide inside each cell 1..n and a shadow.
+
+    labels : (H, W), or k times finer for smooth lines; thick is in their px.
+    """
+    H, W, _ = rgb.shape
+    k = len(labels) // H
+    rim, cell = outlines(labels), labels > 0
+    line, dark = grown(rim, thick - 0.5) & cell, grown(rim, (thick + 1) // 2 + 0.5) & ~cell
+    marked, fine = line | dark, [np.s_[i::k, j::k] for i in range(k) for j in range(k)]
+    touched = np.flatnonzero(functools.reduce(np.logical_or, [marked[part] for part in fine]))
+    picture = rgb.copy()
+    pixels = picture.reshape(-1, 3)
+    old, new = pixels.take(touched, 0), np.zeros((len(touched), 3), np.uint16)
+    for part in fine:
+        colour = old >> dark[part].ravel().take(touched)[:, None]
+        on = np.flatnonzero(line[part].ravel().take(touched))
+        colour[on] = colours.take(labels[part].ravel().take(touched[on]) - 1, 0)
+        new += colour
+    pixels[touched] = new // (k * k)
+    return picture
+
+
+def enlarged(labels: np.ndarray, zoom: int) -> np.ndarray:
+    """Labels zoom times as large, with smooth borders.
+
+    Every new pixel takes the label that weighs most among the 3 x 3 old ones, weighted by the
+    quadratic B-spline: as if every cell's mask were interpolated by itself.
+    """
+    H, W = labels.shape
+    large = np.repeat(np.repeat(labels, zoom, 0), zoom, 1)  # (H zoom, W zoom)
+    t = (np.arange(zoom) + 0.5) / zoom - 0.5
+    spline = np.stack(((0.5 - t) ** 2 / 2, 0.75 - t ** 2, (0.5 + t) ** 2 / 2)).astype(np.float32)
+    weight = np.einsum("iy,jx->ijyx", spline, spline).reshape(9, zoom ** 2)
+    window = np.lib.stride_tricks.sliding_window_view(np.pad(labels, 1, mode="edge"), (3, 3))
+    y, x = np.nonzero((window != labels[..., None, None]).any((2, 3)))
+    block = large.reshape(H, zoom, W, zoom)
+    for at in range(0, len(y), 4096):  # as much as stays in the cache
+        i, j = y[at:at + 4096], x[at:at + 4096]
+        old = window[i, j].reshape(-1, 9)  # (P, 9)
+        most = np.zeros((len(old), zoom ** 2), np.float32)
+        winner = np.zeros(most.shape, labels.dtype)
+        for one in old.T[..., None]:  # (P, 1)
+            votes = (old == one).astype(np.float32) @ weight  # (P, zoom^2)
+            np.copyto(winner, one, where=votes > most)
+            np.maximum(most, votes, out=most)
+        block[i, :, j] = winner.reshape(-1, zoom, zoom)
+    return large
+
+
+def write_picture(path: str | Path, rgb: np.ndarray) -> None:
+    """Write (H, W, 3) or (H, W) uint8 as PNG, deflated in bands on all cores.
+
+    Unfiltered at level 1: filters save nothing here, and Pillow spends half its time on them. The
+    bytes do not depend on the number of cores.
+    """
+    if rgb.dtype != np.uint8 or rgb.shape[2:] not in ((), (3,)) or 0 in rgb.shape:
+        raise ValueError(f"{path}: {rgb.shape} {rgb.dtype}, expected (H, W, 3) or (H, W) uint8")
+    H, W = rgb.shape[:2]
+    rows = np.zeros((H, 1 + rgb[0].size), np.uint8)  # each row begins with its filter: 0, none
+    rows[:, 1:] = rgb.reshape(H, -1)
+    many = max(1, BAND // rows.shape[1])
+    bands = [rows[y:y + many] for y in range(0, H, many)]
+
+    def deflate(k: int) -> bytes:
+        squeeze = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS)
+        end = zlib.Z_FINISH if k + 1 == len(bands) else zlib.Z_FULL_FLUSH
+        return squeeze.compress(bands[k]) + squeeze.flush(end)
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(content, zlib.crc32(kind)))
+        return struct.pack(">I", len(content)) + kind + content + check
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        body = b"".join(pool.map(deflate, range(len(bands))))
+    stream = b"\x78\x01" + body + struct.pack(">I", zlib.adler32(rows))  # zlib's frame
+    header = struct.pack(">2I5B", W, H, 8, 2 if rgb.ndim == 3 else 0, 0, 0, 0)
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", stream)
+                              + chunk(b"IEND", b""))

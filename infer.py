@@ -44,7 +44,6 @@ with runs.lazy():                                              # what needs torc
     import images
     import labels
     import model
-    import overlay
     import segment
 
 SUFFIXES = (".tif", ".tiff", ".btf", ".png", ".jpg", ".jpeg", ".npy")
@@ -218,7 +217,7 @@ class Results:
         with segment.timed(self.clock, "measure"):
             self.labelled += np.count_nonzero(block.labels)
             origin = (rows.start, columns.start)
-            table = cells.table(block.local, pixels, channels=self.source.channels or self.source.numbers,
+            table = cells.cell_table(block.local, pixels, channels=self.source.channels or self.source.numbers,
                                 pixel_size=self.source.pixel_size, near=self.plan.near, ids=block.new, origin=origin,
                                 edges=(rows.start == 0, columns.start == 0, rows.stop == H, columns.stop == W))
             self.columns.append({**table, "id": block.ids[table["id"]]})
@@ -227,7 +226,7 @@ class Results:
                 new[block.new] = block.ids[block.new]
                 self.polygons += cells.polygons(new[block.local], origin).items()
             if self.picture is not None:
-                part = overlay.reduced(pixels[(slice(None), *block.inner)], block.labels, self.reduce)
+                part = cells.reduced(pixels[(slice(None), *block.inner)], block.labels, self.reduce)
                 core = tuple(slice(c.start // self.reduce, -(-c.stop // self.reduce)) for c in block.core)
                 self.picture[0][(slice(None), *core)], self.picture[1][core] = part
             if self.distance is not None:
@@ -243,7 +242,7 @@ class Results:
             table = {key: np.concatenate([part[key] for part in self.columns]) for key in self.columns[0]}
             cells.write_csv(f"{beginning}cells.csv", table)
             if self.picture is not None:
-                overlay.write_png(f"{beginning}overlay.png", overlay.overlay(*self.picture))
+                cells.write_picture(f"{beginning}overlay.png", cells.overlay(*self.picture))
             if self.distance is not None:
                 with runs.replacing(f"{beginning}distance.tif") as beside:
                     tifffile.imwrite(beside, self.distance.astype(np.float32), compression="zlib", photometric="minisblack")

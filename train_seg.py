@@ -366,7 +366,7 @@ def summary(scores) -> dict[str, float]:
 
 def draw(run: runs.Run, entries: list[data.Labelled], labels: list, step: int) -> None:
     """Curves of all that was logged, and one validation image of each set (two where there is one set) with its cells."""
-    import overlay
+    import cells
     import report
     log = run.history()
     report.write_curves(run.folder / "images" / "curves.svg", {
@@ -376,8 +376,8 @@ def draw(run: runs.Run, entries: list[data.Labelled], labels: list, step: int) -
     first = {entry.set: number for number, entry in reversed(list(enumerate(entries)))}
     shown = sorted({*first.values(), len(entries) - 1})
     for number in shown:
-        picture = overlay.overlay(entries[number].pixels, labels[number])
-        overlay.write_png(run.folder / "images" / f"validation_{number}.png", picture)
+        picture = cells.overlay(entries[number].pixels, labels[number])
+        cells.write_picture(run.folder / "images" / f"validation_{number}.png", picture)
         run.log_picture(step, f"validation_{number}", picture)
 
 

@@ -48,6 +48,7 @@ Edges = tuple[bool, bool, bool, bool]    # whether top, left, bottom, right end 
 ON_DARK = ("ffd93b", "35d7ff", "ff6ec7", "7dff5a", "ff9a3d", "9aa5ff", "ff6b62", "3dffc0")
 ON_BRIGHT = ("ffeb00", "00dcff", "5aff1e", "1450ff", "ff8200", "00aa3c", "ff00aa", "00b4a0")
 SMALL = 1000                     # px; smaller images are enlarged to about this
+PAIRS = 1 << 20                  # of runs or boxes that are compared together
 BAND = 1 << 20                   # bytes of a PNG that are deflated together, on one core
 
 
@@ -90,10 +91,10 @@ def index_pairs(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def pairs_in_blocks(low: np.ndarray, high: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The same, about a million pairs at a time."""
+    """The same, about PAIRS at a time."""
     total, begin = np.append(0, np.cumsum(np.maximum(high - low, 0))), 0
     while begin < len(low):
-        end = max(begin + 1, np.searchsorted(total, total[begin] + 1_000_000, side="right") - 1)
+        end = max(begin + 1, np.searchsorted(total, total[begin] + PAIRS, side="right") - 1)
         i, j = index_pairs(low[begin:end], high[begin:end])
         yield i + begin, j
         begin = end

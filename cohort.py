@@ -115,7 +115,7 @@ def marker_of_cells(labels: Array, marker: Array, percentile: float | None = Non
     size = np.bincount(labels.ravel())[1:]
     if percentile is None:
         return np.bincount(labels.ravel(), marker.ravel())[1:] / size
-    order = np.argsort(labels, None, "stable")[np.count_nonzero(labels == 0):]    # cell after cell
+    order = np.argsort(labels, None, "stable")[np.count_nonzero(labels == 0):]  # cell after cell
     parts = np.split(marker.ravel()[order].astype(float), np.cumsum(size))[:-1]
     return np.array([np.percentile(part, percentile) for part in parts])
 
@@ -182,7 +182,7 @@ def otsu(values: Array) -> float:
     It makes the variance between them, n_low n_high (mean_high - mean_low)², as large as it can be.
     """
     x = np.sort(np.asarray(values, float))
-    total, below = np.cumsum(x), np.flatnonzero(x[1:] > x[:-1]) + 1    # sizes of the lower class
+    total, below = np.cumsum(x), np.flatnonzero(x[1:] > x[:-1]) + 1  # sizes of the lower class
     if not len(below):
         raise ValueError(f"{len(x)} values that are all equal: Otsu's threshold needs two classes")
     above = len(x) - below
@@ -286,8 +286,8 @@ def residual(r: Array, z: Array) -> Array:
     """
     length = np.sqrt((z * z).sum(-1, keepdims=True))
     z = z / np.where(length > 0, length, 1)
-    turned = np.swapaxes(z, -1, -2)                                        # (..., n, k)
-    inverse = np.linalg.pinv(z @ turned, 1e-10, hermitian=True)            # (..., k, k)
+    turned = np.swapaxes(z, -1, -2)  # (..., n, k)
+    inverse = np.linalg.pinv(z @ turned, 1e-10, hermitian=True)  # (..., k, k)
     left = r - (turned @ (inverse @ (z @ r[..., None])))[..., 0]
     nothing = (left * left).sum(-1, keepdims=True) <= 1e-20 * (r * r).sum(-1, keepdims=True)
     return np.where(nothing, 0, left)
@@ -320,7 +320,7 @@ def null_rhos(x: Array, y: Array, z: Array = (), orders: int = 9999, seed: int =
     else:
         order = np.argsort(np.random.default_rng(seed).random((orders + 1, n)), 1)
         order[0] = np.arange(n)
-    b = b[order]                                                           # (orders, n)
+    b = b[order]  # (orders, n)
     return np.sort(np.abs(correlation(a, residual(b, centred_ranks(z)) if np.size(z) else b)))
 
 
@@ -330,7 +330,7 @@ def p_value(rho: Array | float, n: Array | int, k: int = 0, null: Array | None =
     t = rho sqrt(df / (1 - rho²)) has df = n - 2 - k degrees of freedom (Kendall & Stuart, 31.19).
     """
     rho, df = np.abs(rho), np.asarray(n) - 2 - k
-    if null is not None:                                                   # 1e-9: sums are rounded
+    if null is not None:  # 1e-9: sums are rounded
         p = (len(null) - np.searchsorted(null, rho - 1e-9)) / len(null)
         return np.where(np.isnan(rho), np.nan, p)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -402,13 +402,13 @@ def association(x: Array, y: Array, z: Array = (), seed: int = 0) -> Association
 
 def redrawn(x: Array, y: Array, z: Array, whole: Association) -> tuple[Array, Array]:
     """rho and p (B,) of each row of x (B, D), as `whole` has them of all tiles; NaN without."""
-    rho, fixed = np.full(len(x), np.nan), np.stack([y, *z])                # (1 + k, D)
+    rho, fixed = np.full(len(x), np.nan), np.stack([y, *z])  # (1 + k, D)
     if whole.left_out:
         return rho, rho
     known = ~np.isnan(fixed).any(0)
     x, fixed = x[:, known], fixed[:, known]
     have = ~np.isnan(x)
-    full = have.all(1)                                                     # nearly always all
+    full = have.all(1)  # nearly always all
     rho[full] = spearman(x[full], fixed[0], fixed[1:])
     for b in np.flatnonzero(~full):
         rho[b] = spearman(x[b, have[b]], fixed[0, have[b]], fixed[1:, have[b]])
@@ -423,10 +423,10 @@ def difference(first: Array, second: Array, y: Array, z: Array = (), resamples: 
     percentile bootstrap of donors with all their values, which keeps that dependence (Efron, 1979).
     first, second, y : (D,); z : (k, D).
     """
-    values = complete(first, second, y, *z).T                              # (n, 3 + k)
+    values = complete(first, second, y, *z).T  # (n, 3 + k)
 
-    def change(v: Array, axis: int) -> Array:                              # (B, n, 3 + k) -> (B,)
-        v = np.swapaxes(v, 1, 2)                                           # (B, 3 + k, n)
+    def change(v: Array, axis: int) -> Array:  # (B, n, 3 + k) -> (B,)
+        v = np.swapaxes(v, 1, 2)  # (B, 3 + k, n)
         first, second, y = (centred_ranks(v[:, i], v[:, 3:]) for i in range(3))
         return correlation(second, y) - correlation(first, y)
 
@@ -445,7 +445,7 @@ def ratio_interval(positive: Array, cells: Array, resamples: int = 1000, seed: i
     if len(cells) < 2:
         return math.nan, math.nan
 
-    def ratio(v: Array, axis: int) -> Array:                               # (B, N, 2) -> (B,)
+    def ratio(v: Array, axis: int) -> Array:  # (B, N, 2) -> (B,)
         positive, cells = v.sum(1).T
         return np.divide(positive, cells, out=np.full(len(v), np.nan), where=cells > 0)
     return metrics.bootstrap(np.stack([positive, cells], 1), ratio, resamples, seed, LEVEL)
@@ -459,7 +459,7 @@ def redrawn_ratios(positive: Array, cells: Array, donor: Array, share: float, re
     donor : (N,) 0..D-1, whose tile it is. NaN where the drawn tiles have no cell.
     """
     rng, D = np.random.default_rng(seed), int(donor.max(initial=-1)) + 1
-    counts = np.stack([positive, cells]).astype(float)                     # (2, M, N)
+    counts = np.stack([positive, cells]).astype(float)  # (2, M, N)
     sums = np.empty((*counts.shape[:2], redraws, D))
     for d in range(D):
         tiles = np.flatnonzero(donor == d)
@@ -467,5 +467,5 @@ def redrawn_ratios(positive: Array, cells: Array, donor: Array, share: float, re
         drawn = np.argpartition(rng.random((redraws, len(tiles))), keep - 1, 1)[:, :keep]
         chosen = np.zeros((redraws, len(tiles)))
         np.put_along_axis(chosen, drawn, 1, 1)
-        sums[..., d] = counts[..., tiles] @ chosen.T                       # (2, M, B)
+        sums[..., d] = counts[..., tiles] @ chosen.T  # (2, M, B)
     return np.divide(sums[0], sums[1], out=np.full(sums.shape[1:], np.nan), where=sums[1] > 0)

@@ -29,7 +29,7 @@ import cohort  # noqa: E402
 
 DONORS, TILES, HUGE = 200, 20, 1_000_000
 MEAN, SPREAD, TILE_SPREAD = -1.0, 0.6, 0.8                    # logits
-LEVELS = np.cumsum([0.05, 0.10, 0.20, 0.35, 0.20])            # of an ordinal outcome; the rest is the sixth
+LEVELS = np.cumsum([0.05, 0.10, 0.20, 0.35, 0.20])            # of an ordinal outcome, and a sixth
 CUTS = [NormalDist().inv_cdf(share) for share in LEVELS]
 Q = NormalDist().inv_cdf(0.975)
 
@@ -45,14 +45,15 @@ def measured(rng, u, tiles):
     positive, cells = np.zeros(u.shape), np.zeros(u.shape)
     for _ in range(tiles):
         n = 10 + rng.poisson(40, u.shape)
-        positive += rng.binomial(n, logistic(MEAN + SPREAD * u + TILE_SPREAD * rng.standard_normal(u.shape)))
+        logits = MEAN + SPREAD * u + TILE_SPREAD * rng.standard_normal(u.shape)
+        positive += rng.binomial(n, logistic(logits))
         cells += n
     return positive / cells
 
 
 def outcome(rng, u, rho, shared=None, ordinal=False):
-    """An outcome with this Spearman's rho with u; `shared` is what outcomes of a donor share beyond u."""
-    a = 2 * math.sin(math.pi * rho / 6)                       # Pearson's r of normal variables with this rho
+    """An outcome with this Spearman's rho with u; `shared` by the outcomes of a donor beyond u."""
+    a = 2 * math.sin(math.pi * rho / 6)                       # Pearson's r of normal variables
     rest = rng.standard_normal(u.shape)
     if shared is not None:
         rest = math.sqrt(0.5) * (rest + shared)
@@ -80,7 +81,7 @@ def share(values):
 # ------------------------------------------------------------------------------------ what is asked
 
 def coverage(cohorts, seed, huge=HUGE, rhos=(0.0, 0.3, 0.5, 0.7)):
-    """How often 95 % intervals hold the truth: {(rho of u, kind): (population's rho, ours, Fisher's)}."""
+    """How often intervals hold the truth: {(rho of u, kind): (population's, ours, Fisher's)}."""
     rng, found = np.random.default_rng((seed, 1)), {}
     u_huge, u = rng.standard_normal(huge), rng.standard_normal((cohorts, DONORS))
     ratio_huge, ratio = measured(rng, u_huge, TILES), measured(rng, u, TILES)
@@ -95,7 +96,7 @@ def coverage(cohorts, seed, huge=HUGE, rhos=(0.0, 0.3, 0.5, 0.7)):
 
 
 def partial_coverage(cohorts, seed, huge=HUGE):
-    """The same for a partial rho, where age drives outcome and ratio: (rho, partial rho, coverage)."""
+    """The same for a partial rho, where age drives both: (rho, partial rho, coverage)."""
     rng = np.random.default_rng((seed, 2))
 
     def draw(shape):
@@ -111,7 +112,7 @@ def partial_coverage(cohorts, seed, huge=HUGE):
 
 
 def difference_coverage(cohorts, seed, huge=HUGE):
-    """Two models on the same donors, the first errs: (difference of rho, coverage of its interval)."""
+    """Two models on the same donors, the first errs: (difference of rho, its coverage)."""
     rng = np.random.default_rng((seed, 3))
 
     def draw(shape):
@@ -128,14 +129,15 @@ def difference_coverage(cohorts, seed, huge=HUGE):
 
 
 def discoveries(cohorts, seed, associated, rho=0.3, outcomes=8):
-    """Outcomes that correlate, `associated` of them with u: (false discovery rate, its error, power)."""
+    """Outcomes that correlate, `associated` with u: (false discovery rate, error, power)."""
     rng = np.random.default_rng((seed, 4, associated))
     u, shared = rng.standard_normal((2, cohorts, DONORS))
     ratio = measured(rng, u, TILES)
-    y = np.stack([outcome(rng, u, rho if k < associated else 0.0, shared) for k in range(outcomes)], 1)
+    y = np.stack([outcome(rng, u, rho if k < associated else 0.0, shared)
+                  for k in range(outcomes)], 1)
     q = cohort.false_discovery(cohort.p_value(cohort.spearman(ratio[:, None], y), DONORS))
     found, false = (q < 0.05).sum(1), (q[:, associated:] < 0.05).sum(1)
-    proportion = false / np.maximum(found, 1)                 # (C,)
+    proportion = false / np.maximum(found, 1)  # (C,)
     power = share(q[:, :associated] < 0.05) if associated else None
     return float(proportion.mean()), float(proportion.std(ddof=1) / math.sqrt(cohorts)), power
 
@@ -152,16 +154,17 @@ def power(cohorts, seed, rho=0.25, tiles=(1, 2, 5, 20, 100)):
 
 
 def ratio_coverage(donors, seed, tiles=(5, 20, 100)):
-    """How often a donor's interval from resampled tiles holds its tissue's ratio, by the number of tiles."""
+    """How often a donor's interval holds its tissue's ratio, by the number of its tiles."""
     rng, found = np.random.default_rng((seed, 6)), {}
-    x, weight = np.polynomial.hermite_e.hermegauss(40)        # the mean over tiles, by quadrature
+    x, weight = np.polynomial.hermite_e.hermegauss(40)  # the mean over tiles, by quadrature
     for count in tiles:
         u = rng.standard_normal(donors)
         truth = logistic(MEAN + SPREAD * u[:, None] + TILE_SPREAD * x) @ weight / weight.sum()
         cells = 10 + rng.poisson(40, (donors, count))
-        positive = rng.binomial(cells, logistic(MEAN + SPREAD * u[:, None]
-                                                + TILE_SPREAD * rng.standard_normal((donors, count))))
-        ends = np.array([cohort.ratio_interval(positive[d], cells[d], 1000, d) for d in range(donors)])
+        logits = MEAN + SPREAD * u[:, None] + TILE_SPREAD * rng.standard_normal((donors, count))
+        positive = rng.binomial(cells, logistic(logits))
+        ends = np.array([cohort.ratio_interval(positive[d], cells[d], 1000, d)
+                         for d in range(donors)])
         low, high = ends.T
         found[count] = share((low <= truth) & (truth <= high)), float(np.mean(high - low))
     return found
@@ -169,7 +172,8 @@ def ratio_coverage(donors, seed, tiles=(5, 20, 100)):
 
 def main(cohorts=1000, seed=0):
     begin = time.process_time()
-    print(f"{cohorts} cohorts of {DONORS} donors, {TILES} tiles each, seed {seed}; ± is a standard error")
+    print(f"{cohorts} cohorts of {DONORS} donors, {TILES} tiles each, seed {seed}; ± is a standard "
+          "error")
     print("\n95 % intervals for the population's rho of the measured ratio: how often they hold it")
     print("rho of the trait   outcome    population's rho   Bonett-Wright        Fisher")
     for (rho, kind), (truth, ours, fisher) in coverage(cohorts, seed).items():
@@ -177,16 +181,19 @@ def main(cohorts=1000, seed=0):
     rho, truth, held = partial_coverage(cohorts, seed)
     print(f"partial, for age   normal   {truth:18.3f}   {held}   (without age: rho {rho:.3f})")
     truth, held = difference_coverage(cohorts, seed)
-    print(f"\ndifference in rho of two models, {truth:.3f} in the population: its interval holds it {held}")
+    print(f"\ndifference in rho of two models, {truth:.3f} in the population: its interval holds "
+          f"it {held}")
     print("\nfalse discovery rate at q < 0.05, eight outcomes that correlate")
     for associated in (0, 2, 4):
         rate, error, found = discoveries(cohorts, seed, associated)
-        print(f"{associated} of 8 associated (rho of the trait 0.3): {100 * rate:.2f} % (± {100 * error:.2f})"
-              + (f", power {found}" if found else ""))
-    print("\ntiles of each donor: mean rho, and power (p < 0.05), where the rho of the trait is 0.25")
+        print(f"{associated} of 8 associated (rho of the trait 0.3): {100 * rate:.2f} % "
+              f"(± {100 * error:.2f})" + (f", power {found}" if found else ""))
+    print("\ntiles of each donor: mean rho, and power (p < 0.05), where the rho of the trait "
+          "is 0.25")
     for count, (rho, found) in power(cohorts, seed).items():
         print(f"{count:5d} tiles   rho {rho:.3f}   power {found}")
-    print("\n95 % intervals of a donor's ratio from resampling its tiles: how often they hold it; mean width")
+    print("\n95 % intervals of a donor's ratio from resampling its tiles: how often they hold it; "
+          "mean width")
     for count, (held, width) in ratio_coverage(cohorts, seed).items():
         print(f"{count:5d} tiles   {held}   {width:.3f}")
     seconds = time.process_time() - begin

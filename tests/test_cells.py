@@ -132,7 +132,8 @@ def brute_gaps(labels: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_neighbours_equal_all_pairs_of_pixels(seed):
+def test_neighbours_equal_all_pairs_of_pixels(seed, monkeypatch):
+    monkeypatch.setattr(cells, "PAIRS", 500 if seed % 2 else cells.PAIRS)
     rng = np.random.default_rng(seed)
     labels = blobs(seed, (36, 48), rng.uniform(0.8, 3))
     labels *= rng.random((36, 48)) < rng.uniform(0.8, 1)

@@ -8,10 +8,10 @@ import time
 import numpy as np
 import pytest
 import tifffile
+from conftest import ROOT
 from scipy import stats
 
 import cohort
-from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
 import simulate_cohorts  # noqa: E402

@@ -15,13 +15,13 @@ import pytest
 import tifffile
 import torch
 import yaml
+from conftest import ROOT
 from scipy import stats
 
 import cohort
 import downstream
 import runs
 import synthetic
-from conftest import ROOT
 
 WEIGHTS = ROOT / "final_models/demo_synthetic.pt"
 

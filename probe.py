@@ -49,7 +49,7 @@ with runs.lazy():
     import metrics
     import model
     import optim
-    import overlay
+    import cells
     import report
     import segment
     import ssl_
@@ -203,7 +203,7 @@ def write_pictures(folder: Path, names: Sequence[str], fields: Sequence[np.ndarr
     """Draw a few fields (C, H, W): attention.png and pca.png of all, heads.png of the first."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png" for name in ("attention", "pca", "heads")]
-    shots = [[overlay.displayed(channel[None]) for channel in field] for field in fields]
+    shots = [[cells.displayed(channel[None]) for channel in field] for field in fields]
     maps, colours, titles = [], [], []
     for name, shot, look in zip(names, shots, looks, strict=True):
         mean = look.attention.mean(1)                                   # (C, h, w)

@@ -21,13 +21,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 import data
 import runs
 
 with runs.lazy():
+    import numpy as np
+    import torch
+
+    import augment
+    import cells
+    import metrics
+    import model
     import optim
+    import report
+    import segment
+    import watershed
 
 
 @dataclass(frozen=True)
@@ -105,8 +113,6 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
 
 
 def train(config: Config, rank: int, world: int, device: str, check: bool = False) -> int:
-    import torch
-    import augment
     changes = runs.from_dict(augment.Augment, config.augment, "augment")
     if data.was_augmented(config.data):
         changes = changes.still()
@@ -197,7 +203,6 @@ class Trainer:
     """A network, its optimiser and its running average, and the step that changes all three."""
 
     def __init__(self, config: Config, net, device: str, world: int = 1):
-        import torch
         bf16 = use_bf16(config, device)
         self.config, self.net = config, net
         self.layout = torch.channels_last if bf16 or "cuda" in device else torch.contiguous_format   # not for float32 on a CPU
@@ -214,8 +219,6 @@ class Trainer:
     def step(self, batch: tuple, factor: float) -> tuple:
         """Learn from x (B, 3, S, S), targets (B, 1, S, S) and labels (B, S, S), at `factor` of the learning rate; the loss and the
         norm of its gradient, tensors."""
-        import torch
-        import model
         x, target, labels = batch
         for group in self.optimiser.param_groups:
             group["lr"] = self.config.lr * factor * group["scale"]
@@ -234,11 +237,11 @@ SIZES = 5.0         # cells to learn the size of are up to so many times larger 
 
 
 def learn_size(config: Config, images, changes, run: runs.Run) -> bool:
-    """Into the exported weights the head that says how wide cells are, learnt on the backbone as it is; False: a signal came, and it
-    begins anew. Where there are no cells any size is as likely, so that the head learns to say so."""
-    import torch
-    import augment
-    import model
+    """Train the head that says how large cells are, on the backbone of the exported weights, and add it to them.
+
+    False: a signal came, and it begins anew. Where there are no cells any size is as likely, so that the head learns
+    to say so.
+    """
     net = model.load(export_path(config))
     if net.size is not None:
         return True
@@ -253,11 +256,11 @@ def learn_size(config: Config, images, changes, run: runs.Run) -> bool:
         sample = np.arange(config.batch) + (config.steps * config.cycles + step) * config.batch
         chosen, draws = images.draw(config.seed, sample), augment.Draws.of(config.seed, sample, changes)
         x, _, _ = augment.sample(images, chosen, sample, changes, config.crop, config.seed, config.cap)
-        wide = images.width[chosen] * augment.factors(images, chosen, draws, config.crop)
-        none = draws.happens("negative") | (wide == 0)
-        wide = np.where(none, images.diameter * draws.within("any size", (1 / SIZES, SIZES)), wide)
+        diameter = images.width[chosen] * augment.factors(images, chosen, draws, config.crop)
+        none = draws.happens("negative") | (diameter == 0)
+        diameter = np.where(none, images.diameter * draws.within("any size", (1 / SIZES, SIZES)), diameter)
         guess, spread = net.widths(x)
-        loss = ((guess - augment.send(np.log(wide), run.device)).abs() / spread.exp() + spread).mean()    # of Laplace's distribution
+        loss = ((guess - augment.send(np.log(diameter), run.device)).abs() / spread.exp() + spread).mean()    # of Laplace's distribution
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -272,7 +275,6 @@ def learn_size(config: Config, images, changes, run: runs.Run) -> bool:
 
 def build(config: Config):
     """The network to train: a whole one, a backbone under a new decoder, or all from scratch."""
-    import model
     shape = config.network
     settings = model.Settings(tile=config.crop, cap=config.cap)
     if config.init is None:
@@ -295,7 +297,6 @@ def build(config: Config):
 
 
 def optimiser_for(net, config: Config, device: str):
-    import torch
     groups = optim.parameter_groups(net, config.lr, lambda name, parameter: traits(name, parameter, net.backbone.depth, config))
     if config.optimiser == "muon":
         products = torch.bfloat16 if use_bf16(config, device) else torch.float32
@@ -312,7 +313,6 @@ def traits(name: str, parameter, depth: int, config: Config) -> dict:
 
 
 def use_bf16(config: Config, device: str) -> bool:
-    import model
     return config.precision == "bf16" or (config.precision == "auto" and model.has_bf16(device))
 
 
@@ -324,10 +324,6 @@ def validate(net, entries: list[data.Labelled], run: runs.Run, step: int) -> dic
     The score that decides is AP averaged over IoU 0.5 to 0.95: mean over the images of a set, then over sets by the
     weight that they have in training (1 for others), so that a set of many images drowns none.
     """
-    import torch
-    import metrics
-    import segment
-    import watershed
     ready = copy.deepcopy(net).ready(run.device)              # as infer.py has it
     weights = {chosen.name: chosen.weight for chosen in run.config.data.sets}
     maps = run.each(lambda entry: segment.distances(entry.pixels, ready, limits=segment.UNIT, zoom=entry.zoom), entries)
@@ -366,8 +362,6 @@ def summary(scores) -> dict[str, float]:
 
 def draw(run: runs.Run, entries: list[data.Labelled], labels: list, step: int) -> None:
     """Curves of all that was logged, and one validation image of each set (two where there is one set) with its cells."""
-    import cells
-    import report
     log = run.history()
     report.write_curves(run.folder / "images" / "curves.svg", {
         "loss": [(line["step"], line["loss"]) for line in log if "loss" in line],
@@ -389,16 +383,12 @@ def export_path(config: Config) -> Path:
 
 def export(net, config: Config, hashes: dict, scores: dict, step: int) -> None:
     """Write the weights for infer.py."""
-    import model
     net.settings = dataclasses.replace(net.settings, provenance=runs.provenance(config, step, scores=scores, images=hashes))
     model.save(net, export_path(config), half=True)
 
 
 def print_check(config: Config, net, images, validation: list, device: str, changes) -> int:
     """Print a summary without training."""
-    import torch
-    import augment
-    import model
     print(runs.to_yaml(config))
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     print(f"{len(images)} training images, {sum(entry.held for entry in validation)} for validation; "

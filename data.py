@@ -52,8 +52,8 @@ import numpy as np
 import tifffile
 
 import runs
-from images import (NPY, PNG_JPEG, TIFF, Image, Source, decoding, normalise, open_image, percentiles, read_image,
-                    to_rgb)
+from images import (NPY, PNG_JPEG, TIFF, Channels, Image, Source, decoding, natural_order, normalise, open_image,
+                    percentiles, read_image, to_rgb)
 from labels import check_labels, read_labels, write_labels
 
 with runs.lazy():
@@ -61,8 +61,6 @@ with runs.lazy():
     import tqdm
 
 # ------------------------------------------------------------------------------------------ labelled images
-
-Channels = Sequence[int | str] | None                              # numbers from 1 or names, see read_image
 
 ENDS = ("_masks", "_mask", "_cp_masks", "_seg", "_labels", "_label", "_cells", "_nuclei", "")    # first wins
 BYPRODUCTS = ("_types", "_overlay", "_distance", "_flows", "_cp_output", "_outlines", "dist_maps")
@@ -118,7 +116,7 @@ def examples(path: str | Path, channels: Channels = None, match: str | None = No
     if not found:
         raise ValueError(f"{path}: no labelled images" + (f" with '{match}' in their names" if match else "")
                          + "; `python data.py --help` lists the layouts that are read")
-    return sorted(found, key=lambda example: _natural(example.name))
+    return sorted(found, key=lambda example: natural_order(example.name))
 
 
 def walk(root: Path) -> Iterator[tuple[Path, list[Path]]]:
@@ -149,12 +147,6 @@ def stem_of(path: Path) -> str:
 def key_of(stem: str) -> str:
     """What an image, its labels and the other channels of its tile have in common."""
     return TILE.sub(r"\1", stem.removesuffix("_img"))
-
-
-def _natural(name: str) -> tuple[list[Any], str]:
-    parts: list[Any] = re.split("([0-9]+)", name)
-    parts[1::2] = map(int, parts[1::2])
-    return parts, name
 
 
 def regex(key: str, text: str) -> re.Pattern:

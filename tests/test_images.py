@@ -1,5 +1,6 @@
 """images.py: every kind of file written by another hand and read back, every mistake."""
 import importlib.util
+import io
 import re
 import struct
 import warnings
@@ -34,6 +35,22 @@ def one_line(error) -> str:
     text = str(error.value)
     assert "\n" not in text
     return text
+
+
+# ----------------------------------------------------------------------------------------------------- folders
+
+def test_image_files_of_a_folder_in_natural_order(tmp_path):
+    """All suffixes in any case, below as well; nothing hidden, no folder, no other file."""
+    for name in ("b10.tif", "b9.TIFF", "b9_w1.tif", "a/2.png", "a/10.jpeg", "c.btf", "d.jpg", "e.npy", "f.ome.tif",
+                 ".hidden.tif", ".git/x.tif", "notes.txt", "x.czi"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.tif").mkdir()
+    found = [path.relative_to(tmp_path).as_posix() for path in images.image_files(tmp_path)]
+    assert found == ["a/2.png", "a/10.jpeg", "b9.TIFF", "b9_w1.tif", "b10.tif", "c.btf", "d.jpg", "e.npy", "f.ome.tif"]
+    assert [path.name for path in images.image_files(str(tmp_path), "*_w1.*")] == ["b9_w1.tif"]
+    with pytest.raises(FileNotFoundError):
+        images.image_files(tmp_path / "none")
 
 
 # ------------------------------------------------------------------------------------------------------- TIFF
@@ -572,6 +589,30 @@ def test_nan_is_found_where_it_is(tmp_path, bad):
         for box in ((0, 41, 0, 50), (-1, 4, 0, 50), (4, 4, 0, 50)):
             with pytest.raises(ValueError, match="no region"):
                 source.region(*box)
+
+
+# ------------------------------------------------------------------------------------- TIFFs as bytes in memory
+
+def test_tiffs_in_memory_are_decoded_in_place():
+    """A whole one, in any layout; another image is an error, a damaged one that may be fetched again another."""
+    pixels = noise(40, 50)
+    for options in ({}, dict(compression="zlib", rowsperstrip=7), dict(tile=(16, 32)), dict(byteorder=">")):
+        body, out = tiff_bytes(pixels, **options), np.zeros((40, 50), np.uint16)
+        images.decode_tiff(body, out)
+        assert (out == pixels).all() and images.tiff_size(body) == (40, 50)
+    for other, said in ((noise(40, 51), "40 x 51 px"), (pixels.astype(np.uint8), "uint8"), (noise(2, 40, 50), "2 page")):
+        with pytest.raises(ValueError, match=f"wrong size.*{said}.*expected 40 x 50 px of uint16, 1 page") as error:
+            images.decode_tiff(tiff_bytes(other), out)
+        assert not isinstance(error.value, images.Damaged)
+    for body in (b"", b"<html>", body[:100], body[:-1]):
+        with pytest.raises(images.Damaged, match="damaged or no TIFF|truncated TIFF"):
+            images.decode_tiff(body, out)
+
+
+def tiff_bytes(pixels, **options):
+    file = io.BytesIO()
+    tifffile.imwrite(file, pixels, photometric="minisblack", **options)
+    return file.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------ intensities

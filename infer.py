@@ -32,8 +32,8 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePath
 from typing import Annotated, Literal
 
-import remote
 import runs
+import s3
 
 with runs.lazy():                                              # what needs torch: half the start-up time
     import numpy as np
@@ -81,7 +81,6 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
     overwrite: bool = False                         # make results anew
     shard: str = "1/1"                              # which part of the images: 3/16
-    endpoint: str | None = None                     # URL of another S3 server than Amazon's
     signed: bool = False                            # read from S3 with your AWS credentials; public buckets need none
 
     def __post_init__(self):
@@ -105,19 +104,19 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
         print(f"{len(mine)} of {len(found)} images, the first {next(iter(mine))}\n"
               f"weights {weights}\nresults into {config.out}")
         return 0
-    if not remote.is_remote(config.out):
+    if not s3.is_remote(config.out):
         new = not Path(config.out).exists()
         out = prepare(Path(config.out))
         try:
-            return segment_all(mine, remote.Shelf(out), table, weights, config)
+            return segment_all(mine, s3.OutputFolder(out), table, weights, config)
         finally:
             if new and parts == 1 and not any(out.iterdir()):            # nothing came of it
                 out.rmdir()
-    with remote.open_shelf(config.out, [table], config.endpoint) as shelf:
+    with s3.open_output(config.out, [table]) as shelf:
         return segment_all(mine, shelf, table, weights, config)
 
 
-def segment_all(found: dict[Path | str, str], shelf: remote.Shelf, table: str, weights: Path, config: Config) -> int:
+def segment_all(found: dict[Path | str, str], shelf: s3.OutputFolder, table: str, weights: Path, config: Config) -> int:
     """Those images that have no results yet; one that cannot be done does not stop the others."""
     todo = {path: name for path, name in found.items() if config.overwrite or not shelf.has(results(name, config))}
     kept, failed, megapixels, seconds = len(found) - len(todo), [], 0.0, 0.0
@@ -130,7 +129,7 @@ def segment_all(found: dict[Path | str, str], shelf: remote.Shelf, table: str, w
         summary, start = Summary(shelf.folder / table), time.perf_counter()
         with (runs.stop_signals() as stop, tqdm.tqdm(total=len(todo), unit="image", delay=1, file=sys.stderr, smoothing=0.05,
               bar_format="{l_bar}{bar}| {n:.2f}/{total} images [{elapsed}<{remaining}]") as bar):
-            for count, (path, file) in enumerate(remote.fetched(list(todo), config.endpoint, config.signed)):
+            for count, (path, file) in enumerate(s3.download(list(todo), config.signed)):
                 def progress(share: float) -> None:
                     bar.update(count + share - bar.n)
                 if stop:
@@ -289,13 +288,13 @@ def find_images(arguments: list[str], config: Config) -> dict[Path | str, str]:
         if not argument:
             raise ValueError("an empty file name among the images; is a variable of the shell empty?")
         path = Path(argument)
-        if remote.is_remote(argument) and glob.has_magic(argument):
+        if s3.is_remote(argument) and glob.has_magic(argument):
             raise ValueError(f"{argument}: on S3 give the folder, and pattern={path.name} beside it")
-        if remote.is_remote(argument) and path.suffix.lower() in SUFFIXES:
+        if s3.is_remote(argument) and path.suffix.lower() in SUFFIXES:
             found[argument] = path.stem
-        elif remote.is_remote(argument) or path.is_dir():
-            if remote.is_remote(argument):
-                below = remote.find(argument, config.endpoint, config.signed)
+        elif s3.is_remote(argument) or path.is_dir():
+            if s3.is_remote(argument):
+                below = s3.files_below(argument, config.signed)
             else:
                 below = {p: str(p.relative_to(path)) for p in sorted(path.rglob("*")) if p.is_file()}
             below = images_among({p: name for p, name in below.items() if fnmatch(Path(name).name, config.pattern)})

@@ -45,7 +45,7 @@ with runs.lazy():
 
     import augment
     import data
-    import fieldset
+    import fields
     import metrics
     import model
     import optim
@@ -382,8 +382,8 @@ class Windows(NamedTuple):
 
 def held_windows(config) -> Windows:
     """The windows that a configuration of train_ssl.py holds out."""
-    channels, fields = fieldset.held(config.data, config.seed)
-    return cut_windows(fields, config.measure.window, config.measure.windows, channels)
+    channels, held = fields.held_out(config.data, config.seed)
+    return cut_windows(held, config.measure.window, config.measure.windows, channels)
 
 
 def cut_windows(fields: Iterable[tuple[str, np.ndarray, np.ndarray | None]], window: int,

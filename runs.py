@@ -472,7 +472,7 @@ def sentence(error: Exception) -> str:
 
 REQUEUE = 85                                     # exit code: saved, not finished; slurm/train.sh queues the job again
 # What a run may go on with although it was begun otherwise: what changes no result, and cycles, for a longer one.
-FREE = ("output_base_dir", "data.root", "device", "log_every", "save_every", "keep", "wandb", "compile", "data.endpoint", "data.signed",
+FREE = ("output_base_dir", "data.root", "device", "log_every", "save_every", "keep", "wandb", "compile", "data.signed",
         "data.cache", "data.cache_gb", "data.threads")
 LONGER = ("cycles",)
 

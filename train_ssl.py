@@ -28,7 +28,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-import fieldset
+import fields
 import probe
 import runs
 from runs import Count, Positive, Share, Whole
@@ -105,7 +105,7 @@ class Config:
     output_base_dir: str = "."              # where runs/ and final_models/ are made
     init: str | None = None                 # backbone to go on from, DINOv3's or ours
     network: Network = field(default_factory=Network)   # with init: patch, jitter, heads alone
-    data: fieldset.Data = field(default_factory=fieldset.Data)
+    data: fields.FieldData = field(default_factory=fields.FieldData)
     views: Views = field(default_factory=Views)         # what is cut from fields
     augment: dict = field(default_factory=dict)         # their light: changes to augment.Augment
     loss: Loss = field(default_factory=Loss)
@@ -168,7 +168,7 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
 def train(config: Config, student, teacher, light, rank: int, world: int, device: str) -> int:
     run = runs.Run(config, rank, world, device)
     state, start = run.resume(), 0
-    pool = fieldset.pool(config.data, config.batch, config.seed, device, rank, world,
+    pool = stream.open_pool(config.data, config.batch, config.seed, device, rank, world,
                          run.folder / "bad_fields.tsv")
     kinds = ssl_.stains_of(pool.channels, config.data.brightfield)
     optimiser = optimiser_for(student, config)
@@ -200,7 +200,7 @@ def train(config: Config, student, teacher, light, rank: int, world: int, device
                 with since.cutting:
                     slots = pool.sample(config.batch // world, step)
                     batch = make_batch(config, pool, slots, sample, step, light, kinds)
-            except stream.Stopped:                    # the pool was being filled: no step was made
+            except runs.Stopped:                    # the pool was being filled: no step was made
                 print(f"stopped at step {step}, waiting for fields; the same command goes on from "
                       "there", file=sys.stderr)
                 return run.exit_code()
@@ -422,7 +422,7 @@ def measure_weights(config: Config, files: list[str], device: str) -> int:
 def print_check(config: Config, student, teacher, light, device: str) -> int:
     """Print memory, work and time of a step, tried on noise; write and fetch nothing."""
     print(runs.to_yaml(config))
-    train, channels, extent = fieldset.size(config.data, config.seed)
+    train, channels, extent = fields.extent(config.data, config.seed)
     count, on_gpu = min(train, config.data.pool) if config.data.index else train, "cuda" in device
     print(f"{train} fields to train on, {count} on the device at a time, {config.data.held} to "
           f"measure on; {extent[0]} x {extent[1]} px in {len(channels)} channels")
@@ -430,7 +430,7 @@ def print_check(config: Config, student, teacher, light, device: str) -> int:
     rng = np.random.default_rng(0)
     noise = ((str(i), rng.integers(0, 60000, (len(channels), *extent), dtype=np.uint16))
              for i in range(tried))
-    pool = stream.FieldPool.resident(noise, channels, device, seed=config.seed)
+    pool = stream.ResidentPool(noise, channels, device, seed=config.seed)
     kinds = ssl_.stains_of(channels, config.data.brightfield)
     optimiser, autocast = optimiser_for(student, config), autocast_of(config, device)
     kept, times = [], []                                      # bytes, (seconds, of them cutting)

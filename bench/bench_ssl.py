@@ -32,7 +32,7 @@ def pool_of(config, device: str, size: int):
     import synthetic
     rng = np.random.default_rng(0)
     fields = ((str(i), rng.integers(100, 60000, (8, size, size), dtype=np.uint16)) for i in range(config.data.fields))
-    return stream.FieldPool.resident(fields, synthetic.CHANNELS, device)
+    return stream.ResidentPool(fields, synthetic.CHANNELS, device)
 
 
 class Step:

@@ -27,7 +27,7 @@ LATE = 0.05                             # seconds after which an answer was wait
 def fill(server, side: int, fields: int):
     """An index of `fields` fields on the server, each the same files as another."""
     import tifffile
-    import plates
+    import fields as unlabelled
     names = [[f"r01c01f{f + 1:02}p01-ch{c}sk1fk1fl1.tiff" for c in range(1, 9)] for f in range(STORED)]
     for number, name in enumerate(itertools.chain(*names)):
         pixels = np.random.default_rng(number).gamma(2, 900, (side, side)).clip(0, 65535).astype(np.uint16)
@@ -36,7 +36,7 @@ def fill(server, side: int, fields: int):
         server.client.put_object(Bucket=BUCKET, Key=PREFIX + name, Body=file.getvalue(), ACL="public-read")
     lines = ["\t".join(("b", f"P{i}", "", "1", "1", "1", "0", "", *names[i % STORED])).encode()
              for i in range(fields)]
-    return plates.Index(f"s3://{BUCKET}/{PREFIX}", plates.CHANNELS, lines)
+    return unlabelled.Index(f"s3://{BUCKET}/{PREFIX}", unlabelled.JUMP_CHANNELS, lines)
 
 
 def plain_client(url: str, connections: int):
@@ -68,10 +68,18 @@ def plain_loop(url: str, index, connections: int, fields: int) -> float:
     return fields / took
 
 
+def pool_of(url: str, index, connections: int, count: int):
+    """A pool of `count` fields, streamed from the server at `url`."""
+    import os
+    from fields import FieldData
+    from stream import FieldPool
+    os.environ["AWS_ENDPOINT_URL"] = url
+    return FieldPool(index, FieldData(index="-", pool=count, threads=connections), "cpu")
+
+
 def pool_rate(url: str, index, connections: int, fields: int) -> float:
     """Fields a second of FieldPool that replaces what is drawn meanwhile."""
-    from stream import FieldPool
-    with FieldPool(index, 16, index.channels, "cpu", threads=connections, endpoint=url, min_fill=4) as pool:
+    with pool_of(url, index, connections, 16) as pool:
         step = itertools.count()
         while pool.stats()["resident"] < 16:                      # warm
             pool.sample(4, next(step))
@@ -168,7 +176,6 @@ def waits(url: str, index, seconds: float, connections: int):
     """A row for the pool and for each of two loaders; all are given the time until their first answer."""
     import torch
     from torch.utils.data import DataLoader, IterableDataset
-    from stream import FieldPool
 
     class Crops(IterableDataset):
         def __iter__(self):
@@ -181,7 +188,7 @@ def waits(url: str, index, seconds: float, connections: int):
         answers = iter(loader)
         yield name, demand(lambda: next(answers), 1, 500, seconds)
         answers._shutdown_workers()
-    with FieldPool(index, 64, index.channels, "cpu", threads=connections, endpoint=url, min_fill=30) as pool:
+    with pool_of(url, index, connections, 64) as pool:
         step = itertools.count()
         yield "stream.FieldPool of 64 fields", demand(lambda: pool.sample(25, next(step)), 25, 500, seconds)
 

@@ -1,6 +1,8 @@
-"""Puts the flat folder on the path and finds ../shared, beside the checkout or wherever DINOCELL_SHARED says."""
+"""Puts the flat folder on the path, finds ../shared, and starts the S3 server of tests."""
+import gc
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,3 +18,41 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the reference data folder {folder.name}/ beside the checkout (or DINOCELL_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def jump_server():
+    """See jump_fields.py."""
+    import jump_fields
+    from fault_proxy import FaultyS3
+    with FaultyS3((jump_fields.BUCKET, "cells")) as server:
+        jump_fields.fill(server)
+        yield server
+
+
+@pytest.fixture
+def server(jump_server, monkeypatch):
+    """The server without faults, as what AWS_ENDPOINT_URL names; afterwards no thread and no socket is left."""
+    import s3
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", jump_server.url)
+    monkeypatch.setattr(s3, "QUIET", 0.3)                     # quick complaints
+    monkeypatch.setattr(s3, "LONGEST", 0.5)
+    monkeypatch.setattr(s3, "READ", 2.0)
+    jump_server.set()
+    before = sockets()
+    yield jump_server
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("fields")]
+    if sockets() > before:                                    # a cycle may hold them yet
+        gc.collect()
+    assert sockets() <= before
+
+
+def sockets() -> int:
+    found = 0
+    for number in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        try:
+            found += os.readlink(f"/proc/self/fd/{number}").startswith("socket:")
+        except FileNotFoundError:                             # the listing itself
+            pass
+    return found

@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image
 from skimage.measure import label
 
-from labels import check_labels
+from images import check_labels
 from runs import replacing
 
 Polygons = list[list[np.ndarray]]        # [[outer ring, hole, ...], ...] of a cell; ring (K, 2) x y

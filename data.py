@@ -39,7 +39,6 @@ import pickle
 import re
 import sys
 import tokenize
-import uuid
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -52,13 +51,30 @@ import numpy as np
 import tifffile
 
 import runs
-from images import (NPY, PNG_JPEG, TIFF, Channels, Image, Source, decoding, natural_order, normalise, open_image,
-                    percentiles, read_image, to_rgb)
-from labels import check_labels, read_labels, write_labels
+from images import (
+    NPY,
+    PNG_JPEG,
+    TIFF,
+    Channels,
+    Image,
+    Source,
+    check_labels,
+    decoding,
+    natural_order,
+    normalise,
+    open_image,
+    percentiles,
+    read_image,
+    read_labels,
+    to_rgb,
+    write_image,
+    write_labels,
+)
 
 with runs.lazy():
-    import synthetic
     import tqdm
+
+    import synthetic
 
 # ------------------------------------------------------------------------------------------ labelled images
 
@@ -848,19 +864,6 @@ def _claim(record: Path, text: str) -> None:
                          f"with all that was made beside it")
     record.parent.mkdir(parents=True, exist_ok=True)
     runs.write_text(record, text)
-
-
-def write_image(path: Path, image: Image) -> None:
-    """Compressed TIFF; OME, with channel names and pixel size, if that knows the type. Always equal bytes."""
-    ome: dict[str, Any] = {"UUID": uuid.uuid5(uuid.NAMESPACE_URL, path.name).urn}
-    if image.channels:
-        ome["Channel"] = {"Name": list(image.channels)}
-    if image.pixel_size:
-        ome |= {"PhysicalSizeX": image.pixel_size, "PhysicalSizeY": image.pixel_size}
-    known = image.pixels.dtype.str[1:] in ("u1", "u2", "u4", "i1", "i2", "i4", "f4", "f8")
-    with runs.replacing(path) as temporary:
-        tifffile.imwrite(temporary, image.pixels, photometric="minisblack", compression="zlib", ome=known,
-                         metadata={"axes": "CYX", **(ome if known else {})})
 
 
 def unit_of(name: str, config: Config) -> str:

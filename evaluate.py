@@ -38,7 +38,6 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-
 import measure
 import probe
 import report

@@ -1,9 +1,13 @@
-"""Image files -> arrays, and intensities for the network. Label images: labels.py.
+"""Image and label files <-> arrays, and intensities for the network.
 
     image = read_image("well_A1.tif", channels=["DAPI", "actin"])  # .pixels, .channels, .pixel_size
     with open_image("slide.tif") as source:                         # memory of the region asked for
         limits = percentiles(source)                                 # (C, 2), over the whole image
         block = to_rgb(normalise(source.region(0, 512, 0, 512), limits))
+
+    write_labels("well_A1_labels.tif", labels)
+    labels = read_labels("well_A1_labels.tif")                      # (H, W) int32, 0 = background
+    writer = LabelWriter("slide_labels.tif", (H, W))                # part by part: add(), close()
 
 Reads TIFF (ImageJ, OME, BigTIFF, tiled, 1 to 64 bits, float), PNG, JPEG and .npy, in the file's own
 dtype and native byte order. Channels, planes and time points are counted from 1, as ImageJ does.
@@ -26,7 +30,9 @@ import math
 import os
 import re
 import struct
+import tempfile
 import tokenize
+import uuid
 import warnings
 import zlib
 from collections import Counter, OrderedDict
@@ -42,10 +48,14 @@ import numpy as np
 import PIL.Image
 import tifffile
 
+from runs import replacing
+
 TIFF, NPY, PNG_JPEG = (".tif", ".tiff", ".btf"), (".npy",), (".png", ".jpg", ".jpeg")
 IMAGE_SUFFIXES = TIFF + PNG_JPEG + NPY
 CACHE = 256 << 20                       # bytes of decoded tiles or strips that an open image keeps
 GRID = 1 << 16                  # pixels of a channel, up to four times as many, in sampled_limits()
+LABEL_TILE = 512                        # px, side of the tiles of a label file that comes in parts
+CLASSIC = 1 << 31                       # bytes; beyond, a TIFF must be a BigTIFF
 BAND = 1 << 22                          # pixels of a channel that percentiles() counts together
 CALIBRATED = 20.0             # µm; a larger pixel in resolution tags is a printer's: 1200 dpi is 21
 MICROMETRES = {**dict.fromkeys(("µm", "μm", "\\u00b5m", "um", "micron", "microns"), 1.0),
@@ -599,3 +609,95 @@ def normalise(pixels: np.ndarray, limits: np.ndarray) -> np.ndarray:
     x = np.subtract(pixels, low, dtype=enough, casting="same_kind")
     x *= scale.astype(enough)
     return x.clip(0, 1, out=x).astype(np.float32, copy=False)
+
+
+# --------------------------------------------------------------------------------- writing, labels
+
+def write_image(path: Path, image: Image) -> None:
+    """Compressed TIFF; OME, with channel names and pixel size, if that knows the type. Always equal bytes."""
+    ome: dict[str, Any] = {"UUID": uuid.uuid5(uuid.NAMESPACE_URL, path.name).urn}
+    if image.channels:
+        ome["Channel"] = {"Name": list(image.channels)}
+    if image.pixel_size:
+        ome |= {"PhysicalSizeX": image.pixel_size, "PhysicalSizeY": image.pixel_size}
+    known = image.pixels.dtype.str[1:] in ("u1", "u2", "u4", "i1", "i2", "i4", "f4", "f8")
+    with replacing(path) as temporary:
+        tifffile.imwrite(temporary, image.pixels, photometric="minisblack", compression="zlib", ome=known,
+                         metadata={"axes": "CYX", **(ome if known else {})})
+
+
+def read_labels(path: str | Path) -> np.ndarray:
+    """(H, W) int32 label image from TIFF, PNG or .npy."""
+    with open_image(path) as source:
+        if source.shape[0] != 1 or source.dtype.kind == "f":
+            raise ValueError(f"{path}: {source.shape[0]} channels of {source.dtype}, expected labels: one "
+                             f"channel of integers; give each cell a whole number and save it as uint16")
+        labels = source.region(0, source.shape[1], 0, source.shape[2])[0]
+    check_labels(labels, path, np.iinfo(np.int32).max)
+    return labels.astype(np.int32)
+
+
+def write_labels(path: str | Path, labels: np.ndarray, pixel_size: float | None = None) -> None:
+    """Compressed TIFF, uint16, uint32 if ids pass 65,535; pixel_size in µm."""
+    check_labels(labels, path, np.iinfo(np.uint32).max)
+    dtype = np.uint16 if labels.max(initial=0) < 1 << 16 else np.uint32
+    with replacing(path) as temporary:
+        tifffile.imwrite(temporary, labels.astype(dtype), **_label_options(pixel_size))
+
+
+class LabelWriter:
+    """A label image (H, W) written while its parts come, left to right and top to bottom.
+
+    One part that is the whole image becomes a plain TIFF, several a tiled one of uint32, a BigTIFF where it is large.
+    In memory lies a band of parts. The file appears when it is closed.
+    """
+
+    def __init__(self, path: str | Path, size: tuple[int, int], pixel_size: float | None = None):
+        self.path, self.size, self.pixel_size = Path(path), size, pixel_size
+        self.whole: np.ndarray | None = None                       # the only part
+        self.band = np.zeros((0, size[1]), np.uint32)              # rows that are not compressed yet
+        self.spool = tempfile.TemporaryFile(dir=self.path.parent)  # compressed tiles, one after the other
+        self.lengths: list[int] = []                               # their bytes
+
+    def add(self, core: tuple[slice, slice], labels: np.ndarray) -> None:
+        """Take the labels of these rows and columns."""
+        (H, W), (rows, columns) = self.size, core
+        if labels.shape == self.size:
+            self.whole = labels
+            return
+        if columns.start == 0:
+            self.band = np.concatenate((self.band, np.zeros((rows.stop - rows.start, W), np.uint32)))
+        self.band[len(self.band) - (rows.stop - rows.start):, columns] = labels
+        if columns.stop == W:
+            while len(self.band) >= LABEL_TILE or (len(self.band) and rows.stop == H):
+                for x in range(0, W, LABEL_TILE):
+                    part = self.band[:LABEL_TILE, x:x + LABEL_TILE]
+                    padded = np.pad(part, [(0, LABEL_TILE - n) for n in part.shape])
+                    self.lengths.append(self.spool.write(zlib.compress(padded.astype("<u4").tobytes(), 3)))
+                self.band = self.band[LABEL_TILE:]
+
+    def close(self) -> None:
+        """Write the file."""
+        if self.whole is not None:
+            self.spool.close()
+            return write_labels(self.path, self.whole, self.pixel_size)
+        (H, W), expected = self.size, -(-self.size[0] // LABEL_TILE) * -(-self.size[1] // LABEL_TILE)
+        if len(self.lengths) != expected:
+            raise ValueError(f"{self.path}: {len(self.lengths)} tiles of labels, expected {expected} for {H} x {W} px")
+        self.spool.seek(0)
+        with self.spool, replacing(self.path) as temporary:
+            tifffile.imwrite(temporary, (self.spool.read(length) for length in self.lengths), shape=self.size, dtype=np.uint32,
+                             tile=(LABEL_TILE, LABEL_TILE), bigtiff=4 * H * W > CLASSIC, byteorder="<", **_label_options(self.pixel_size))
+
+
+def _label_options(pixel_size: float | None) -> dict[str, Any]:
+    calibration = dict(resolution=(1e4 / pixel_size,) * 2, resolutionunit="CENTIMETER") if pixel_size else {}
+    fast = {"level": 3}                                            # a third less would take three times as long
+    return dict(compression="zlib", compressionargs=fast, photometric="minisblack", **calibration)
+
+
+def check_labels(labels: np.ndarray, where: str | Path, largest: int) -> None:
+    if labels.ndim != 2 or labels.dtype.kind not in "iu":
+        raise ValueError(f"{where}: labels of shape {labels.shape}, {labels.dtype}; expected (H, W) integers")
+    if labels.min(initial=0) < 0 or labels.max(initial=0) > largest:
+        raise ValueError(f"{where}: labels from {labels.min()} to {labels.max()}, expected 0 to {largest}")

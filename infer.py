@@ -42,7 +42,6 @@ with runs.lazy():                                              # what needs torc
 
     import cells
     import images
-    import labels
     import model
     import segment
 
@@ -205,7 +204,7 @@ class Results:
         small = (-(-H // self.reduce), -(-W // self.reduce))
         self.picture = (np.zeros((C, *small), source.dtype), np.zeros(small, np.int32)) if config.overlay else None
         self.distance = np.zeros((H, W), np.float16) if config.distance else None
-        self.labels = labels.LabelWriter(out / f"{name}_labels.tif", (H, W), source.pixel_size)
+        self.labels = images.LabelWriter(out / f"{name}_labels.tif", (H, W), source.pixel_size)
         self.columns, self.polygons, self.labelled = [], [], 0
 
     def add(self, block: segment.Block) -> None:

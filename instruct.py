@@ -42,13 +42,13 @@ with runs.lazy():
     import torch
 
     import augment
+    import cells
     import data
     import images
     import instruct_net
     import metrics
     import model
     import optim
-    import cells
     import report
     import segment
     import watershed

@@ -34,9 +34,9 @@ import runs
 with runs.lazy():
     import scipy
 
+    import cells
     import data
     import images
-    import cells
 
 LEAST = 20               # px, what a tile's edge leaves of a nucleus counts from here on
 PART = 250               # px, about the side of the regions that pairs are about

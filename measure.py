@@ -35,10 +35,10 @@ with runs.lazy():                       # evaluate.py --help does not wait for t
     import torch
     import tqdm
 
+    import cells
     import data
     import metrics
     import model as networks
-    import cells
     import segment
     import watershed
 

@@ -44,12 +44,12 @@ with runs.lazy():
     import torch
 
     import augment
+    import cells
     import data
     import fields
     import metrics
     import model
     import optim
-    import cells
     import report
     import segment
     import ssl_

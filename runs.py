@@ -540,7 +540,7 @@ class Run:
         said = ", ".join(f"{k}: {a} -> {b}" for k, (a, b) in changed.items())
         free, newest = FREE + LONGER, self.newest()
         if "steps" in changed and getattr(self.config, "schedule", "") == "constant":
-            from optim import DECAY                           # imports torch, which no --help waits for
+            from optim import DECAY  # imports torch, which no --help waits for
             free += ("steps",)
             if newest and int(newest.stem[5:]) > (1 - DECAY) * min(changed["steps"]):
                 raise ValueError(f"steps={self.config.steps}: {newest} lies in the last fifth of {min(changed['steps'])} steps, where lr "

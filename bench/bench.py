@@ -30,7 +30,10 @@ def hardware() -> str:
 
 
 def versions() -> str:
-    import numpy, scipy, skimage, torch                      # noqa: E401
+    import numpy  # noqa: E401
+    import scipy
+    import skimage
+    import torch
     return (f"Python {platform.python_version()}, torch {torch.__version__}, numpy {numpy.__version__}, "
             f"scipy {scipy.__version__}, scikit-image {skimage.__version__}")
 
@@ -78,6 +81,7 @@ def watershed() -> None:
     import torch
     from scipy import ndimage
     from skimage.segmentation import watershed as theirs
+
     from watershed import watershed as ours
     rows = []
     for name, options in (("smooth", {}), ("capped at 4 px", dict(cap=4.0)),
@@ -117,6 +121,7 @@ def cell_pair(size: int = 2048, cells: int = 5000, move: float = 2.0, seed: int 
 def metrics() -> None:
     """All scores at ten thresholds of two 2048 x 2048 images of 5,000 cells, against one joint bincount of them."""
     import numpy as np
+
     from metrics import THRESHOLDS, match, scores
     truth, pred = cell_pair()
 
@@ -145,6 +150,7 @@ def metrics() -> None:
 def mosaic(size: int, channel: str = "ER"):
     """A synthetic field repeated, every other copy mirrored, to (size, size) uint16; yields tiles of 512 px row by row."""
     import numpy as np
+
     import synthetic
     field = synthetic.field(0, 1024, 260)
     one = field.pixels[field.channels.index(channel)]
@@ -170,6 +176,7 @@ def segment() -> None:
     """infer.py's work on one image, part by part, with the weights that ship."""
     import tempfile
     from collections import Counter
+
     import infer
     import model
     import runs
@@ -217,6 +224,7 @@ def memory(sizes: tuple[int, ...] = (1024, 4096, 20000)) -> None:
 def seams(size: int = 4096) -> None:
     """One block against blocks of 1024 px on one large image: the cells must be the same."""
     import tempfile
+
     import data
     import infer
     import model

@@ -39,6 +39,7 @@ def waited(run: Callable[[], object]) -> float:
 def beside_product(run: Callable[[], object], device: str, repeats: int) -> tuple[float, float]:
     """(seconds of run(), seconds of a product), medians; each run has its products just before it."""
     import torch
+
     import model
     kind = torch.bfloat16 if model.has_bf16(device) else torch.float32
     a, b = (torch.randn(SIDE, SIDE, device=device).to(kind) for _ in range(2))
@@ -71,6 +72,7 @@ def processor() -> None:
 def inference(device: str) -> list[list[str]]:
     """The networks that ship, as infer.py runs them."""
     import numpy as np
+
     import infer
     import model
     import segment
@@ -87,11 +89,12 @@ def supervised(device: str) -> list[list[str]]:
     """A step of train_seg.py with the network, loss and optimiser of configs/dinocell_s8.yaml, on drawn fields."""
     import numpy as np
     import torch
+
     import augment
+    import data
     import model
     import runs
     import train_seg as script
-    import data
     config = runs.load(script.Config, ROOT / "configs" / "dinocell_s8.yaml")
     images, *_ = augment.load_resident(data.TrainingData(fields=20, field_size=384), 0, device, config.cap)
     trainer = script.Trainer(config, script.build(config), device)
@@ -111,10 +114,11 @@ def supervised(device: str) -> list[list[str]]:
 def unsupervised(device: str) -> list[list[str]]:
     """A step of train_ssl.py at S/8 with the views of configs/ssl.yaml; on a CPU with a few fields."""
     import bench_ssl
+
+    import model
     import runs
     import ssl_
     import train_ssl
-    import model
     config = runs.load(train_ssl.Config, ROOT / "configs" / "ssl.yaml")
     on_gpu = device == "cuda"
     config = dataclasses.replace(config, batch=64 if on_gpu else 4, compile=on_gpu, lr=5e-4, precision="bf16" if model.has_bf16(device) else "float32",
@@ -142,6 +146,7 @@ def peers(device: str) -> list[list[str]]:
 
 def forward(net, x, device: str):
     import torch
+
     import model
     with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=model.has_bf16(device)):
         return net(x)

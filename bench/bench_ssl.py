@@ -28,6 +28,7 @@ def config_of(on_gpu: bool):
 def pool_of(config, device: str, size: int):
     """Noise: what pixels show costs nothing."""
     import numpy as np
+
     import stream
     import synthetic
     rng = np.random.default_rng(0)
@@ -41,8 +42,9 @@ class Step:
     def __init__(self, config, pool, device: str, plain: bool):
         import numpy as np
         import torch
-        import train_ssl
+
         import ssl_
+        import train_ssl
         torch.manual_seed(0)
         self.config, self.pool, self.device, self.number = config, pool, device, 0
         self.student, self.teacher = (part.to(device) for part in train_ssl.build(config))
@@ -60,6 +62,7 @@ class Step:
 
     def __call__(self) -> None:
         import torch
+
         import ssl_
         import train_ssl
         config = self.config
@@ -113,6 +116,7 @@ def peaks(device: str) -> tuple[float, float]:
 
 def ssl() -> None:
     import torch
+
     import ssl_
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config, steps = config_of(device == "cuda"), 20 if device == "cuda" else 4
@@ -133,7 +137,7 @@ def ssl() -> None:
         memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device == "cuda" else "-"
         rows.append([name, f"{took:.3f} s", f"{config.batch / took:.1f}", f"{work / 1e9:.0f}",
                      f"{work / took / rate:.1%}", f"{step.cutting.seconds() / steps / took:.1%}", memory])
-        del step
+        step = None                                            # frees its memory
     table(f"Pretraining, {config.network.dim} wide, {config.network.depth} blocks, {config.batch} fields, "
           f"2 x {shown.size} and {shown.locals} x {shown.local_size} px, {config.precision}, on {device}; a matrix "
           f"product reaches {rate / 1e9:.0f} GFLOP/s, a copy {bandwidth / 1e9:.1f} GB/s",
@@ -149,9 +153,10 @@ def operations(config, pool, device: str, rate: float, bandwidth: float) -> list
     import numpy as np
     import torch
     import torch.nn.functional as F
+
     import model
-    import train_ssl
     import ssl_
+    import train_ssl
     net, shown = config.network, config.views
     kind = torch.bfloat16 if config.precision == "bf16" else torch.float32
     width, B, D, heads = kind.itemsize, config.batch, net.dim, net.heads

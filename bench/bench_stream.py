@@ -27,6 +27,7 @@ LATE = 0.05                             # seconds after which an answer was wait
 def fill(server, side: int, fields: int):
     """An index of `fields` fields on the server, each the same files as another."""
     import tifffile
+
     import fields as unlabelled
     names = [[f"r01c01f{f + 1:02}p01-ch{c}sk1fk1fl1.tiff" for c in range(1, 9)] for f in range(STORED)]
     for number, name in enumerate(itertools.chain(*names)):
@@ -71,6 +72,7 @@ def plain_loop(url: str, index, connections: int, fields: int) -> float:
 def pool_of(url: str, index, connections: int, count: int):
     """A pool of `count` fields, streamed from the server at `url`."""
     import os
+
     from fields import FieldData
     from stream import FieldPool
     os.environ["AWS_ENDPOINT_URL"] = url
@@ -151,8 +153,9 @@ def crops_of(url: str, index, crops: int, worker: int):
 
 
 def stream(side: int = 1080, fields: int = 24, seconds: float = 30.0, connections: int = 16) -> None:
-    from bench import table
     from fault_proxy import FaultyS3
+
+    from bench import table
     with FaultyS3((BUCKET,)) as server:
         index = fill(server, side, 10_000)
         loop, pool = [], []

@@ -21,8 +21,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import runs                                 # noqa: E402  (the folder above)
-import train_seg                            # noqa: E402
+import runs  # noqa: E402  (the folder above)
+import train_seg  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def lines(path: Path) -> list[dict]:
 def left_out(config: Config, seed: int, variant: str, group: str) -> dict[str, float]:
     """Train without a group; its AP@0.5, that of the other sets' held-out images, and the last loss."""
     import torch
+
     import augment
     one = changed(config, variant, seed)
     away = [chosen.name for chosen in one.data.sets if chosen.path in config.groups[group]]
@@ -106,8 +107,9 @@ def lot(items: list, count: int) -> list:
 
 def few(entries: list, count: int, diameter: float, side: int = 448) -> list:
     """Up to `count` of each set with cells, scaled so that median cells are `diameter` wide, and no more than their middle."""
-    import data
     from skimage.transform import resize
+
+    import data
     kept = []
     for name in dict.fromkeys(entry.set for entry in entries):
         for entry in lot([entry for entry in entries if entry.set == name], count):

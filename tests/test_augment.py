@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from conftest import ROOT
 from scipy import ndimage, stats
 from skimage.measure import label
 from skimage.segmentation import find_boundaries
@@ -17,7 +18,6 @@ import data
 import runs
 import watershed
 from augment import Augment, Draws, Resident, sample
-from conftest import ROOT
 
 CHANCES = [f.name for f in dataclasses.fields(Augment) if f.type == "float"]
 OFF = Augment(scale=(1, 1), **{name: 0.0 for name in CHANCES})
@@ -539,6 +539,7 @@ def test_coarse_images_have_no_fine_detail():
 def test_blocks_are_what_pillow_writes():
     """Quality 50 is the standard's tables themselves; without subsampling the images differ by a level of its integers or two, and a coefficient here and there."""
     from io import BytesIO
+
     from PIL import Image
     y, x = np.mgrid[:64, :64] / 64
     image = np.stack([y, x, 0.5 + 0.4 * np.sin(20 * x * y)]).astype(np.float32)

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from skimage import io
 from skimage.measure import label
 
@@ -19,7 +20,6 @@ import cells
 import data
 import runs
 from data import to_rgb
-
 
 # --------------------------------------------------------------------------------------------------- layouts
 

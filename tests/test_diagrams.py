@@ -3,9 +3,9 @@ import math
 import re
 from xml.etree import ElementTree
 
+import diagrams
 import pytest
 
-import diagrams
 import report
 
 

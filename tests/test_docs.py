@@ -243,6 +243,7 @@ def test_fastapi(drawn, here, tmp_path):
     pytest.importorskip("multipart", reason="FastAPI needs python-multipart for uploads")
     client = pytest.importorskip("fastapi.testclient", reason="FastAPI's test client needs httpx")
     import tifffile
+
     import data
     import segment
     space = {}

@@ -11,8 +11,10 @@ import zipfile
 
 import numpy as np
 import pytest
+import test_model
 import tifffile
 import torch
+from conftest import ROOT
 from skimage.io import imread
 
 import data
@@ -22,8 +24,6 @@ import model
 import runs
 import segment
 import synthetic
-import test_model
-from conftest import ROOT
 
 # drawn fields here, so the weights that were trained on them
 Config = functools.partial(infer.Config, weights="demo_synthetic")

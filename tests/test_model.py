@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 import model
-from conftest import ROOT
 from model import DINOCell, ViT
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
+from conftest import ROOT
 
 import runs
-from conftest import ROOT
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def test_lazy_modules_run_at_their_first_use(tmp_path):
                           env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     assert done.stdout.split() == ["first", "False", "ran", "3", "True"]
     with pytest.raises(ImportError, match="whole packages"), runs.lazy():
-        import xml.never_there                                                                # noqa: F401
+        import xml.never_there  # noqa: F401
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jump_fields import ABOVE, ADDRESS, BATCH, CHANNELS, NUMBERS, SIDE, TRUTH, key, name, picture, put, tiff
+from jump_fields import (
+    ABOVE,
+    ADDRESS,
+    BATCH,
+    CHANNELS,
+    NUMBERS,
+    SIDE,
+    TRUTH,
+    key,
+    name,
+    picture,
+    put,
+    tiff,
+)
 
 import fields
 import images

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 
 import augment
 import data
@@ -18,7 +19,6 @@ import optim
 import runs
 import segment
 import train_seg
-from conftest import ROOT
 
 TOY = dict(network=dict(dim=16, depth=4, heads=2, registers=1, widths=[8, 8, 4], last=4),
            data=dict(fields=5, field_size=80, field_cells=4, diameter=24), crop=32, batch=4, steps=12, lr=1e-3, warmup=2,
@@ -333,8 +333,9 @@ def test_mistakes_are_one_line(tmp_path, changes, said):
 
 def labelled_folder(folder, images):
     """NAME.tif of two channels with NAME_masks.tif, drawn."""
-    import synthetic
     import tifffile
+
+    import synthetic
     folder.mkdir()
     for number in range(images):
         drawn = synthetic.field(number, 96, 5, 24)

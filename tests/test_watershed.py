@@ -13,7 +13,18 @@ from skimage.segmentation import watershed as reference
 
 import metrics
 from images import read_image
-from watershed import REACH, Setting, components, distance_map, flood, inwards, smoothed, tune, watershed, without_holes
+from watershed import (
+    REACH,
+    Setting,
+    components,
+    distance_map,
+    flood,
+    inwards,
+    smoothed,
+    tune,
+    watershed,
+    without_holes,
+)
 
 PEAK, FILL = 0.47, 0.09
 

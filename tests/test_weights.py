@@ -4,6 +4,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from scipy import ndimage
 from skimage.io import imread
 
@@ -12,7 +13,6 @@ import instruct_net
 import metrics
 import model
 import segment
-from conftest import ROOT
 
 MODELS = ROOT / "final_models"
 

@@ -42,7 +42,7 @@ import measure
 import probe
 import report
 import runs
-from measure import CEILING, COMPARED, DataSet, Encoding, LabelledSet, Model, Row
+from measure import CEILING, COMPARED, DataSet, Encoding, LabelledSet, Model, TableRow
 
 with runs.lazy():
     import torch
@@ -99,14 +99,14 @@ def bench(config: Bench) -> None:
                          f"{runs.listed([row.name for row in rows], 12)}")
     folder = run_folder(config)
     rows = [*ceiling_rows(config, sets, folder), *rows]
-    results: measure.Results = {dataset.name: {} for dataset in sets}
+    results: measure.BenchResults = {dataset.name: {} for dataset in sets}
     for row in rows:
         for dataset in sets:
             if dataset.name in row.sources:
                 results[dataset.name][row.name] = measure.measure_row(row, dataset, folder,
                                                                       config.overwrite)
         row.sources.clear()                             # so that one network is in memory
-    compared = differences(config, sets, rows, results)
+    compared = compare_rows(config, sets, rows, results)
     table = [line for dataset in sets
              for line in measure.model_rows(dataset, rows, results[dataset.name])]
     groups = [line for dataset in sets
@@ -125,17 +125,17 @@ def bench(config: Bench) -> None:
     print(f"-> {folder / 'report.html'}, {folder / 'table.md'}")
 
 
-def ceiling_rows(config: Bench, sets: list[LabelledSet], folder: Path) -> Iterator[Row]:
+def ceiling_rows(config: Bench, sets: list[LabelledSet], folder: Path) -> Iterator[TableRow]:
     """The row of the encoding, on each set with the setting that serves it best."""
     if config.ceiling.cap:
         best = {dataset.name: measure.encoding_rows(dataset, config.ceiling, config.score,
                                                     folder)[0] for dataset in sets}
-        yield Row(CEILING, "of the encoding",
+        yield TableRow(CEILING, "of the encoding",
                   {name: (measure.EncodedLabels(row),) for name, row in best.items()})
 
 
-def differences(config: Bench, sets: list[LabelledSet], rows: list[Row],
-                results: measure.Results) -> list[dict]:
+def compare_rows(config: Bench, sets: list[LabelledSet], rows: list[TableRow],
+                results: measure.BenchResults) -> list[dict]:
     """Every row against those asked for, or against the first model that ran."""
     for name in set(config.against).difference(*results.values()):
         print(f"against: {name} was not run; nothing is compared with it", file=sys.stderr)
@@ -251,7 +251,7 @@ class Sweep:
         measure.check_distinct("validation set", [part.name for part in self.validation])
         measure.check_distinct("test set", [dataset.name for dataset in self.test])
         measure.check_scores(self.score)
-        measure.thresholds(self)
+        measure.threshold_grid(self)
         if not (self.tile and self.overlap and self.scale):
             raise ValueError("tile, overlap and scale need one value or more each; null is one")
 
@@ -268,7 +268,7 @@ def sweep(config: Sweep) -> None:
     folder = run_folder(config)
     settings = [dict(tile=tile, overlap=overlap, scale=scale, **chosen)
                 for tile, overlap, scale in product(config.tile, config.overlap, config.scale)
-                for chosen in measure.thresholds(config)]
+                for chosen in measure.threshold_grid(config)]
     rows, table = [], []
     for dataset in validation:
         found = sweep_rows(dataset, network, settings, folder / "validation" / dataset.name)

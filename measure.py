@@ -115,10 +115,10 @@ class Encoding:
     min_area: tuple[runs.Whole, ...] = (0,)  # px
 
     def __post_init__(self):
-        thresholds(self)
+        threshold_grid(self)
 
 
-def thresholds(grid: Any) -> list[dict]:
+def threshold_grid(grid: Any) -> list[dict]:
     """Each combination of the six thresholds that a configuration lists, with fill <= peak."""
     names = ("peak", "fill", "depth", "smooth", "shape", "min_area")
     if empty := [name for name in names if not getattr(grid, name)]:
@@ -266,7 +266,7 @@ def safe_name(name: str) -> str:
 
 def cached(path: Path, key: dict, make: Callable[[], Any]) -> Any:
     """Return what make() gives, from the JSON file if that was written for the same key."""
-    record, key = read_record(path), json.loads(json.dumps(key))
+    record, key = load_record(path), json.loads(json.dumps(key))
     if record["key"] == key:
         return record["value"]
     value = make()
@@ -279,7 +279,7 @@ def load_or_predict(path: Path, key: dict, predict: Callable, overwrite: bool
                     ) -> tuple[np.ndarray, float | None]:
     """Labels and the seconds they took, from NAME_pred.tif if NAME_pred.json has the same key."""
     record, key = path.with_suffix(".json"), json.loads(json.dumps(key))
-    before = read_record(record)
+    before = load_record(record)
     if before["key"] == key and path.exists() and not overwrite:
         return data.read_labels(path), before["seconds"]
     record.unlink(missing_ok=True)          # first: it must not vouch for labels that come later
@@ -289,7 +289,7 @@ def load_or_predict(path: Path, key: dict, predict: Callable, overwrite: bool
     return labels, seconds
 
 
-def read_record(path: Path) -> dict:
+def load_record(path: Path) -> dict:
     """A record with its key; one that is missing or damaged fits no key."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -422,7 +422,7 @@ def of_same_size(labels: np.ndarray, item: Item, where: Path) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------- rows of a table
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """A model in the tables, or several seeds of one."""
     name: str
     note: str
@@ -431,12 +431,13 @@ class Row(NamedTuple):
     curve: str = ""                         # the model whose other rows differ in that number
 
 
-def rows_of(model: Model, sets: Sequence[LabelledSet], device: str, batch: int | None) -> list[Row]:
+def rows_of(model: Model, sets: Sequence[LabelledSet], device: str,
+            batch: int | None) -> list[TableRow]:
     """The row of a model; several, where its weights differ in the number of training images.
 
     Files that are missing are an error, or `optional` a row without sources.
     """
-    row, sources = Row(model.name, model.note, {}), {}
+    row, sources = TableRow(model.name, model.note, {}), {}
     try:
         if model.weights:
             return network_rows(model, [dataset.name for dataset in sets], device, batch)
@@ -450,7 +451,8 @@ def rows_of(model: Model, sets: Sequence[LabelledSet], device: str, batch: int |
     return [row._replace(sources=sources)]
 
 
-def network_rows(model: Model, sets: Sequence[str], device: str, batch: int | None) -> list[Row]:
+def network_rows(model: Model, sets: Sequence[str], device: str,
+                 batch: int | None) -> list[TableRow]:
     options = {name: getattr(model, name)
                for name in (*watershed.Setting._fields, "tile", "overlap", "scale")}
     several = any(letter in model.weights for letter in "*?[")
@@ -464,9 +466,9 @@ def network_rows(model: Model, sets: Sequence[str], device: str, batch: int | No
         trained_on.setdefault(network.images, []).append(network)
     if len(trained_on) == 1:
         (images, seeds), = trained_on.items()
-        return [Row(model.name, model.note, dict.fromkeys(sets, tuple(seeds)), images)]
-    return [Row(f"{model.name}_{images}", model.note, dict.fromkeys(sets, tuple(seeds)), images,
-                model.name) for images, seeds in sorted(trained_on.items())]
+        return [TableRow(model.name, model.note, dict.fromkeys(sets, tuple(seeds)), images)]
+    return [TableRow(f"{model.name}_{images}", model.note, dict.fromkeys(sets, tuple(seeds)),
+                     images, model.name) for images, seeds in sorted(trained_on.items())]
 
 
 class Result(NamedTuple):
@@ -486,7 +488,7 @@ class Result(NamedTuple):
         return self.seeds or (self,)
 
 
-def measure_row(row: Row, dataset: LabelledSet, folder: Path, overwrite: bool) -> Result:
+def measure_row(row: TableRow, dataset: LabelledSet, folder: Path, overwrite: bool) -> Result:
     """Measure every seed of a row on a set, and take their mean."""
     sources, folder = row.sources[dataset.name], folder / row.name
     if len(sources) == 1:
@@ -589,7 +591,8 @@ def group_rows(dataset: LabelledSet, results: Iterable[Result]) -> list[dict]:
     return rows
 
 
-def model_rows(dataset: LabelledSet, rows: Sequence[Row], results: dict[str, Result]) -> list[dict]:
+def model_rows(dataset: LabelledSet, rows: Sequence[TableRow],
+               results: dict[str, Result]) -> list[dict]:
     """The models on a set, seeds below their mean."""
     found = []
     for row in rows:
@@ -610,7 +613,7 @@ def model_rows(dataset: LabelledSet, rows: Sequence[Row], results: dict[str, Res
 
 def encoding_rows(dataset: LabelledSet, grid: Encoding, score: str, folder: Path) -> list[dict]:
     """True labels, made distance maps and found again: a row of scores per setting, best first."""
-    settings = [{"cap": cap, **chosen} for cap, chosen in product(grid.cap, thresholds(grid))]
+    settings = [{"cap": cap, **chosen} for cap, chosen in product(grid.cap, threshold_grid(grid))]
 
     def measure() -> list[dict]:
         tables: list[list] = [[] for _ in settings]
@@ -744,11 +747,11 @@ def erase(table, keep: np.ndarray, keep_true: np.ndarray):
 
 # ---------------------------------------------------------------------------------- bench as a page
 
-Results = dict[str, dict[str, Result]]      # set -> row -> result
+BenchResults = dict[str, dict[str, Result]]      # set -> row -> result
 
 
-def bench_page(title: str, sets: Sequence[LabelledSet], rows: Sequence[Row], results: Results,
-               models: int, made: str) -> str:
+def bench_page(title: str, sets: Sequence[LabelledSet], rows: Sequence[TableRow],
+               results: BenchResults, models: int, made: str) -> str:
     """An overview, then for each set a table, charts, and pictures of the first `models` models."""
     styles = report.styles([row.name for row in rows], CEILING)
     cells = [[report.Cell(dataset.name, dataset.note), str(len(dataset.examples)),
@@ -780,7 +783,7 @@ def score_cell(result: Result | None, name: str, best: float | None = None) -> r
     return report.Cell(shown(value, 3), "–".join(shown(end, 3) for end in ends), value == best)
 
 
-def score_table(rows: Sequence[Row], there: dict[str, Result]) -> str:
+def score_table(rows: Sequence[TableRow], there: dict[str, Result]) -> str:
     models = [headline(result.scores) for name, result in there.items() if name != CEILING]
     best = {name: max((model[name] for model in models), default=None) for name in PAGE_SCORES}
     lines = []
@@ -802,7 +805,8 @@ def joined(*notes: str) -> str:
     return "; ".join(filter(None, notes))
 
 
-def efficiency_section(sets: Sequence[LabelledSet], rows: Sequence[Row], results: Results) -> str:
+def efficiency_section(sets: Sequence[LabelledSet], rows: Sequence[TableRow],
+                       results: BenchResults) -> str:
     """AP@0.5 over the number of training images, a dot for each seed."""
     charts, rows = [], [row for row in rows if row.images]
     styles = report.styles(dict.fromkeys(row.curve or row.name for row in rows))
@@ -930,7 +934,7 @@ def outline(pixels: np.ndarray, labels: np.ndarray, right: np.ndarray, square: S
 
 # -------------------------------------------------------------------------------- bench as Markdown
 
-def bench_markdown(sets: Sequence[LabelledSet], rows: Sequence[Row], results: Results,
+def bench_markdown(sets: Sequence[LabelledSet], rows: Sequence[TableRow], results: BenchResults,
                    columns: Sequence[str], made: str, compared: Sequence[dict] = ()
                    ) -> tuple[str, str]:
     """One short table of all sets; and that with a table of each set.
@@ -953,7 +957,7 @@ def bench_markdown(sets: Sequence[LabelledSet], rows: Sequence[Row], results: Re
     return brief, "\n".join(parts)
 
 
-def set_markdown(dataset: LabelledSet, rows: Sequence[Row], there: dict[str, Result],
+def set_markdown(dataset: LabelledSet, rows: Sequence[TableRow], there: dict[str, Result],
                  columns: Sequence[str]) -> list[str]:
     parts = [f"**{dataset.name}**" + (f": {dataset.note}" if dataset.note else "") + "\n"]
     lines = []

@@ -161,7 +161,7 @@ def test_the_mean_of_seeds():
 
 def test_thresholds_are_every_pair_that_can_be():
     grid = measure.Encoding(peak=(0.4, 0.9), fill=(0.1, 0.5), depth=(0.0, 0.1))
-    found = measure.thresholds(grid)
+    found = measure.threshold_grid(grid)
     pairs = [(one["peak"], one["fill"]) for one in found[::2]]
     assert pairs == [(0.4, 0.1), (0.9, 0.1), (0.9, 0.5)]
     assert list(found[0]) == ["peak", "fill", "depth", "smooth", "shape",

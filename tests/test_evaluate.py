@@ -643,7 +643,8 @@ def test_results_stay_in_runs(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name,cls", [
-    ("evaluate", evaluate.Bench), ("results", evaluate.Bench), ("livecell", evaluate.Bench),
+    ("evaluate", evaluate.Bench), ("results", evaluate.Bench), ("results_ablation", evaluate.Bench),
+    ("results_budget", evaluate.Bench), ("laptop", evaluate.Bench), ("livecell", evaluate.Bench),
     ("pbl", evaluate.Bench),
     ("ceiling", evaluate.Ceiling), ("gating", evaluate.Gating), ("sweep", evaluate.Sweep),
     ("channels", probe.Channels)])

@@ -362,7 +362,7 @@ def ceiling(config: Ceiling) -> None:
     print(f"-> {folder / 'ceiling.tsv'}; here the best of each set by {config.score}")
 
 
-# ------------------------------------------------------------------------------------------------- channels
+# ----------------------------------------------------------------------------------------- channels
 
 def channels(config: probe.Channels) -> None:
     """Does a backbone see the same field in each of its channels? Features, and where it looks."""

@@ -236,7 +236,7 @@ class Resident:
             raise ValueError("no images to augment")
         widths, self.mean, self.gray, self.alive, self.cells, self.shape = map(np.array, zip(*rows))
         # (N,) intensity, (N,) channels are equal, (N, 3) channel is not black, (N,) count, (N, LEVELS, 2) px
-        self.word, self.label, self.cell = starts(words).reshape(-1, LEVELS), starts(labels), starts(depths)
+        self.word, self.label, self.cell = offsets(words).reshape(-1, LEVELS), offsets(labels), offsets(depths)
         self.centre = np.concatenate(centres)                              # (cells, 2) y, x px, ground first
         self.scale = np.ones(len(rows))                                      # (N,) nominal
         if diameter is not None:
@@ -307,7 +307,7 @@ def pyramid(planes: np.ndarray) -> list[np.ndarray]:
     return levels
 
 
-def starts(parts: list[np.ndarray]) -> np.ndarray:
+def offsets(parts: list[np.ndarray]) -> np.ndarray:
     """Where each part begins when they lie end to end."""
     return np.cumsum([0] + [len(part) for part in parts[:-1]])
 
@@ -353,7 +353,7 @@ def sample(resident: Resident, images: np.ndarray, numbers: np.ndarray, config: 
             here, some, index = images[rows], draws.at(rows), send(rows, device)
             wanted = [*range(C)] + [3] * (cap is None)
             planes = bilinear(resident, here, level[rows], y[index], x[index], wanted)
-            crop = touch(planes[:, :C], some, negative[rows], texture)       # (k, C, S, S)
+            crop = touch(planes[:, :C], some, negative[rows], background_texture)       # (k, C, S, S)
             if over:
                 crop = crop.lerp(over.pixels[index, :C], over.alpha[index])
             crop = touch(crop, some, some.happens("stain") & (C == 3), stain)
@@ -534,17 +534,17 @@ def expose(x: Tensor, draws: Draws, mean: np.ndarray) -> Tensor:
     offset += invert * factor + np.where(invert, 1 - mean, mean) * (1 - factor)
     x = x.mul_(each(np.where(invert, -factor, factor), x)).add_(each(offset, x)).clamp_(0, 1)
     x = touch(x, draws, draws.happens("gamma"), gamma)
-    return touch(x, draws, draws.happens("blocks"), blocks)
+    return touch(x, draws, draws.happens("blocks"), jpeg_blocks)
 
 
 def halo(x: Tensor, draws: Draws) -> Tensor:
     """Sharpen with a wide radius: beside bright places it gets darker, beside dark ones brighter. The image is stretched afterwards."""
     wide = draws.within("halo_px")
-    around = torch.stack([smoothed(one, 2 * int(px) + 1) for one, px in zip(x, wide)])       # (k, C, S, S)
+    around = torch.stack([smooth_field(one, 2 * int(px) + 1) for one, px in zip(x, wide)])       # (k, C, S, S)
     return stretch(x + each(draws.within("halo_range"), x) * (x - around), least=0.1)
 
 
-def smoothed(x: Tensor, side: int) -> Tensor:
+def smooth_field(x: Tensor, side: int) -> Tensor:
     """(C, S, S) averaged twice over squares of `side` px, edges repeated."""
     half = min(side // 2, x.shape[-1] - 1)
     for _ in range(2):
@@ -576,7 +576,7 @@ def tint(x: Tensor, draws: Draws) -> Tensor:
     """(k, 3, S, S) gray: its brightness becomes the density of a dye on white, beside a counterstain in patches."""
     dye = 0.3 + 2.5 * draws.uniform("dye", 3) ** 1.5                         # (k, 3) densities where it is brightest
     beside = draws.uniform("counterstain", 3) ** 2
-    density = x * each(dye, x) + texture(x[:, :1], draws) * each(beside, x)
+    density = x * each(dye, x) + background_texture(x[:, :1], draws) * each(beside, x)
     return stretch((-density).exp(), least=0.05)
 
 
@@ -599,7 +599,7 @@ def jpeg(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(send(v, device) for v in (cosines, steps, np.array(YCBCR), np.linalg.inv(YCBCR)))
 
 
-def blocks(x: Tensor, draws: Draws) -> Tensor:
+def jpeg_blocks(x: Tensor, draws: Draws) -> Tensor:
     """(k, C, S, S) as JPEG keeps it: squares of 8 px, their cosine coefficients rounded."""
     cosines, steps, into, back = jpeg(x.device)
     (C, size), pad = x.shape[1:3], -x.shape[-1] % 8
@@ -665,7 +665,7 @@ def stretch(x: Tensor, least: float) -> Tensor:
 SPREAD = (0.003, 0.3)       # standard deviation of texture
 
 
-def texture(x: Tensor, draws: Draws) -> Tensor:
+def background_texture(x: Tensor, draws: Draws) -> Tensor:
     """Fields without cells for x (k, C, S, S): noise and smooth structure of several widths on some gray.
 
     Half of them are the same in all channels: a gray image of noise must be nothing to a network of stained tissue either.
@@ -762,7 +762,7 @@ def main(config: Config, files: list[str]) -> None:
     record = output / "augmented.yaml"                                      # train_seg.py knows the folder by it
     same = dict(data=("any",), output="", copies=1, overwrite=False)         # these change no crop
     if record.exists() and not config.overwrite and (
-            replace(runs.load(type(config), record), **same) != replace(config, **same)):
+            replace(runs.load_config(type(config), record), **same) != replace(config, **same)):
         raise ValueError(f"{record}: its crops were made otherwise; give another output or overwrite=true")
     for name in ("images", "labels"):
         (output / name).mkdir(parents=True, exist_ok=True)

@@ -160,7 +160,7 @@ def stem_of(path: Path) -> str:
     return re.sub(r"(?i)\.ome$", "", path.stem)
 
 
-def key_of(stem: str) -> str:
+def pair_key(stem: str) -> str:
     """What an image, its labels and the other channels of its tile have in common."""
     return TILE.sub(r"\1", stem.removesuffix("_img"))
 
@@ -192,10 +192,10 @@ def _matched(folder: Path, images: list[Path], labels: list[Path], choice: Choic
     """Images with their labels; apart: in another folder, where they may be named just as the image."""
     shots, truths = defaultdict(list), defaultdict(lambda: defaultdict(list))
     for file in images:
-        shots[key_of(stem_of(file))].append(file)
+        shots[pair_key(stem_of(file))].append(file)
     for file in labels:
         for rank, end in enumerate(ENDS):
-            key = key_of(stem_of(file).removesuffix(end))
+            key = pair_key(stem_of(file).removesuffix(end))
             if stem_of(file).endswith(end) and (end or apart or file.suffix.lower() == ".geojson") \
                     and key in shots and file not in shots[key] and choice.labels in (None, end[1:]):
                 truths[key][rank].append(file)
@@ -322,7 +322,7 @@ def _coco_labels(entry: Listed, image: Path, channels: Channels) -> np.ndarray:
 def unread(root: Path, found: list[Example]) -> list[str]:
     """Images and labels below root without a partner; in tracking most frames have none, and may."""
     used = {file for example in found for file in example.files}
-    keys = {file.with_name(key_of(stem_of(file))) for file in used}
+    keys = {file.with_name(pair_key(stem_of(file))) for file in used}
     lonely = []
     for folder, files in walk(root):
         if any(re.fullmatch(r"\d\d(_.*)?", at.name) and any(at.parent.glob(f"{at.name[:2]}_[GS]T/SEG"))
@@ -330,7 +330,7 @@ def unread(root: Path, found: list[Example]) -> list[str]:
             continue
         for file in kept(files, {*IMAGES, ".geojson"}):
             ends = [end for end in ENDS if end and stem_of(file).endswith(end)]
-            other = any(folder / key_of(stem_of(file).removesuffix(end)) in keys for end in ends)
+            other = any(folder / pair_key(stem_of(file).removesuffix(end)) in keys for end in ends)
             if file not in used and not other and not stem_of(file).endswith(BYPRODUCTS):
                 kind = "a tile that lacks a channel or labels" if TILE.search(file.stem) else \
                     "labels without image" if ends or file.suffix == ".geojson" else "an image without labels"
@@ -826,12 +826,12 @@ def main(config: Config, paths: list[str]) -> int:
     return run(config, *paths)
 
 
-def _read(path: str, config: Config) -> list[Example]:
+def _examples_in(path: str, config: Config) -> list[Example]:
     return examples(path, config.channels, config.match, config.labels)
 
 
 def convert(config: Config, source: str, target: str) -> int:
-    found = _read(source, config)
+    found = _examples_in(source, config)
     made = _write(found, source, Path(target), config)
     print(f"{target}: {made} images written, {len(found) - made} were there")
     return 0
@@ -874,7 +874,7 @@ def unit_of(name: str, config: Config) -> str:
 
 
 def split(config: Config, source: str) -> int:
-    found, sides = _read(source, config), ("train", "validation", "test")[:len(config.fractions)]
+    found, sides = _examples_in(source, config), ("train", "validation", "test")[:len(config.fractions)]
     rows, members = [], defaultdict(set)                           # members: data sets of a group
     for name in (example.name for example in found):
         if config.stratify and "/" not in name:
@@ -927,7 +927,7 @@ def check(config: Config, *paths: str) -> int:
     problems, images, cells = [], 0, 0
     seen = defaultdict(list)                                       # names of images, by content
     for path in paths:
-        found = _read(path, config)
+        found = _examples_in(path, config)
         if Path(path).is_dir():
             problems += unread(Path(path), found) if config.match is None else []
             problems += _straddling(Path(path, "split.tsv"))

@@ -1,7 +1,7 @@
 """Unlabelled fields to pretrain on: an index of plates in S3, folders of images, or drawn ones.
 
     index = Index.load("jump.tsv.gz", root="/mirror")       # root: where the files lie now
-    train, held = split(config, seed)                       # indexes of other plates
+    train, held = divided_index(config, seed)                       # indexes of other plates
     channels, fields = held_out(config, seed)               # to measure on; never in the pool
     channels, makers = local_fields(config, seed)      # of folders and drawn: held out, then others
 
@@ -82,7 +82,7 @@ class FieldData:
 def held_out(config: FieldData, seed: int) -> tuple[tuple[str, ...], Iterator[Pixels]]:
     """Names of the channels, and the fields to measure on."""
     if config.index:
-        _, index = split(config, seed)
+        _, index = divided_index(config, seed)
         return index_channels(index, config.channels), _streamed(config, index, seed)
     channels, makers = local_fields(config, seed)
     return channels, (make() for make in makers[:config.held])
@@ -91,7 +91,7 @@ def held_out(config: FieldData, seed: int) -> tuple[tuple[str, ...], Iterator[Pi
 def extent(config: FieldData, seed: int) -> tuple[int, tuple[str, ...], tuple[int, int]]:
     """Fields to train on, channels, px of a field; of an index JUMP's, for nothing is fetched."""
     if config.index:
-        train, _ = split(config, seed)
+        train, _ = divided_index(config, seed)
         return len(train), index_channels(train, config.channels), (1080, 1080)
     channels, makers = local_fields(config, seed)
     return len(makers) - config.held, channels, makers[config.held]()[1].shape[1:]
@@ -189,7 +189,7 @@ def with_slash(root: str) -> str:
     return str(root).rstrip("/") + "/"
 
 
-def split(config: FieldData, seed: int) -> tuple[Index, Index]:
+def divided_index(config: FieldData, seed: int) -> tuple[Index, Index]:
     """The index to train on and the one held out."""
     return hold_out_plates(Index.load(config.index, config.root), config.held_share, seed)
 
@@ -564,7 +564,7 @@ def _mixed(config: FieldData, seed: int):
     some are taken, by lot; of fewer each is taken again: with views across channels such a field
     then teaches what DINO teaches without. Whole images of the first folder, by lot, are held out.
     """
-    from segment import starts
+    from segment import tile_starts
     home, *others = [_images_of(config, folder) for folder in config.folders]
     channels, (C, *_), order = _by_lot(home, config, seed)
     side, read = config.square, functools.lru_cache(maxsize=1)(_pixels)  # squares follow each other
@@ -595,7 +595,7 @@ def _mixed(config: FieldData, seed: int):
         with images.open_image(path) as source:
             _, H, W = source.shape
         makers += [functools.partial(square, path, used, y, x)
-                   for y in starts(H, side, 0) for x in starts(W, side, 0)]
+                   for y in tile_starts(H, side, 0) for x in tile_starts(W, side, 0)]
     return channels, makers + [functools.partial(draw, number) for number in range(config.fields)]
 
 

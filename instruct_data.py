@@ -99,7 +99,7 @@ class Vocabulary:
                                  "parent that is a concept")
 
 
-WORDS = runs.load(Vocabulary, Path(__file__).with_name("configs") / "instruct_words.yaml")
+WORDS = runs.load_config(Vocabulary, Path(__file__).with_name("configs") / "instruct_words.yaml")
 CONCEPTS = {name: Concept(tuple(concept["words"]), tuple(concept.get("held-out", ())),
                           concept.get("parent")) for name, concept in WORDS.concepts.items()}
 

@@ -366,7 +366,7 @@ def embeddings(rgb: Tensor, net: Instructed) -> tuple[Tensor, Tensor]:
     more = (0, 0), (0, max(0, tile - H)), (0, max(0, tile - W))
     whole = torch.from_numpy(np.pad(rgb.numpy(), more, "symmetric")).to(net.mean.device)
     total, tokens = torch.zeros(net.words.width, *whole.shape[1:]), []
-    corners = (segment.starts(n, tile, tile // 4) for n in whole.shape[1:])
+    corners = (segment.tile_starts(n, tile, tile // 4) for n in whole.shape[1:])
     for y, x in itertools.product(*corners):
         with net.autocast():
             _, plane, token = net.maps(whole[None, :, y:y + tile, x:x + tile])

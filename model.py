@@ -124,7 +124,7 @@ class Attention(nn.Module):
         return F.linear(x, scale[:, None] * self.proj.weight, scale * self.proj.bias)
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Pre-norm transformer block, both branches scaled by a learned factor per feature (LayerScale)."""
 
     def __init__(self, dim: int, heads: int, layerscale: float):
@@ -168,7 +168,7 @@ class ViT(nn.Module):
         self.register_tokens = nn.Parameter(torch.randn(registers, dim) * 0.02)
         self.mask_token = nn.Parameter(torch.zeros(dim))
         self.register_buffer("periods", rope_periods(dim // heads))
-        self.blocks = nn.ModuleList(Block(dim, heads, layerscale) for _ in range(depth))
+        self.blocks = nn.ModuleList(TransformerBlock(dim, heads, layerscale) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-5)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -459,7 +459,7 @@ def save(model: DINOCell | ViT, path: str | Path, half: bool = False, provenance
 
 def load(path: str | Path) -> DINOCell:
     """A network written by save(), in float32, on the CPU, ready for inference."""
-    content = _read(path)
+    content = _read_file(path)
     if not _is_ours(content) or content["kind"] != "DINOCell":
         what = {"ViT": "a backbone without decoder (model.load_backbone reads it)",
                 "Instructed": "weights that answer instructions (python instruct.py ask reads them)"}
@@ -505,7 +505,7 @@ def load_backbone(path: str | Path, patch: int = 8, **options) -> ViT:
 
     A kernel of larger patches is turned into `patch` by shrink_patch. `options` go to ViT (rope_jitter).
     """
-    content = _read(path)
+    content = _read_file(path)
     if _is_ours(content):
         tensors = content["state_dict"]
         if content["kind"] == "DINOCell":
@@ -556,7 +556,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: not a whole .safetensors file ({error}); download it again") from None
 
 
-def _read(path: str | Path) -> dict:
+def _read_file(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; train with train_seg.py or pass weights=FILE")
@@ -575,7 +575,7 @@ def _read(path: str | Path) -> dict:
 
 def kind(path: str | Path) -> str:
     """What a file of weights holds: "DINOCell" (with decoder), or "ViT"."""
-    content = _read(path)
+    content = _read_file(path)
     return content["kind"] if _is_ours(content) else "ViT"
 
 

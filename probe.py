@@ -276,7 +276,7 @@ def compare_channels(config: Channels, make_folder: Callable[[Channels], Path]) 
         "attention": ("correlation of attention", seen.cosine_matrix)}
     for name, (_, matrix) in matrices.items():
         rows = [dict(zip(channels, map(float, line), strict=True)) for line in matrix]
-        report.write_tsv(folder / f"{name}.tsv", [
+        runs.write_table(folder / f"{name}.tsv", [
             {"channel": channel, **row} for channel, row in zip(channels, rows, strict=True)])
     report.matrices(folder / "channels.png", dict(matrices.values()), channels)
     report.print_table([content], content)
@@ -569,7 +569,7 @@ LOGGED = ("retrieval", "margin", "consistency", "control", "background_retrieval
           "background_pixels", "effective_rank", "probe_AP@0.5")
 
 
-def rows_of(folder: Path) -> list[list[str]]:
+def run_rows(folder: Path) -> list[list[str]]:
     """What a run measured before its first step, which is the random network, and at its end."""
     log = folder / "log.jsonl"
     if not log.is_file():
@@ -590,7 +590,7 @@ def rows_of(folder: Path) -> list[list[str]]:
 def main(folders: list[str]) -> int:
     if not folders:
         raise ValueError("no folders of runs; see python probe.py --help")
-    rows = [row for folder in folders for row in rows_of(Path(folder))]
+    rows = [row for folder in folders for row in run_rows(Path(folder))]
     print(report.markdown(["run", "strategy", "seed", "step", *LOGGED], rows), end="")
     return 0
 

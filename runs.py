@@ -181,7 +181,7 @@ Distance = Annotated[float, from_to_below(0, 1)]  # of a pixel to the cell's edg
 
 # ---------------------------------------------------------------------------------------------- reading
 
-def load(cls: type[Config], path: str | Path | None = None, overrides: list[str] = ()) -> Config:
+def load_config(cls: type[Config], path: str | Path | None = None, overrides: list[str] = ()) -> Config:
     """A configuration from a YAML file (or defaults alone), then `key=value`; `a.b=1` reaches into section a."""
     values: dict[str, Any] = {}
     origin = "command line"
@@ -329,7 +329,7 @@ def _name(hint: Any) -> str:
 # ---------------------------------------------------------------------------------------------- writing
 
 def to_yaml(config: Any, shared: bool = False) -> str:
-    """The resolved configuration; load() gives the same dataclass back. shared: to be given to others, inside weights:
+    """The resolved configuration; load_config() gives the same dataclass back. shared: to be given to others, inside weights:
     of places on this machine no more than the last folder or file."""
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -392,7 +392,7 @@ def script(doc: str, cls: type, main: Callable[..., int | None], arguments: list
         if unknown := [a for a in files if a.startswith("--")]:
             raise ValueError(f"unknown option {unknown[0]}; options are written key=value, --help lists them")
         given = files.pop(0) if files and files[0].endswith((".yaml", ".yml")) else None
-        return main(load(cls, given, overrides), files, **flags) or 0
+        return main(load_config(cls, given, overrides), files, **flags) or 0
 
     leave(guarded(run))
 
@@ -631,6 +631,11 @@ class Run:
     def exit_code(self) -> int:
         """After a stop: Slurm's signals ask to be queued again, Ctrl-C does not."""
         return 130 if self.signal == signal.SIGINT else REQUEUE
+
+
+def export_path(config: Any) -> Path:
+    """The file that a training writes its weights to."""
+    return Path(config.export_path or Path(config.output_base_dir, "final_models", f"{config.experiment}.pt"))
 
 
 def history(log: Path) -> list[dict]:

@@ -144,7 +144,7 @@ def tile_side(net: DINOCell, tile: int | None, overlap: int | None, size: tuple[
     if not 0 <= shared <= least // 2:
         raise ValueError(f"overlap={overlap}: expected 0 to half the tile, {least // 2} px")
     sides = [least] if tile else range(least, int(GROWN * least) + 1, patch)
-    covered = {side: len(starts(size[0], side, shared)) * len(starts(size[1], side, shared)) * side**2 for side in sides}
+    covered = {side: len(tile_starts(size[0], side, shared)) * len(tile_starts(size[1], side, shared)) * side**2 for side in sides}
     return min(covered, key=covered.__getitem__), shared
 
 
@@ -285,7 +285,7 @@ def _distances(source, plan: Plan, clock: Counter, progress) -> Iterator[Tensor]
     h, w = size = scaled(source.shape[1:], plan.zoom)
     device, tile, overlap = plan.net.mean.device, plan.tile, plan.overlap
     run = _Runner(plan.net, plan.batch, clock)
-    ys, xs = starts(h, tile, overlap), starts(w, tile, overlap)
+    ys, xs = tile_starts(h, tile, overlap), tile_starts(w, tile, overlap)
     window = _window(tile, overlap).to(device)                               # (tile,)
     square = window[:, None] * window                                        # (tile, tile)
     wide = max(w, tile)
@@ -295,7 +295,7 @@ def _distances(source, plan: Plan, clock: Counter, progress) -> Iterator[Tensor]
     sums, weights = torch.zeros(tile, wide, device=device), torch.zeros(tile, device=device)
     for i, y in enumerate(ys):
         with timed(clock, "read"):
-            strip = _read(source, plan.limits, size, slice(y, min(y + tile, h))).to(device)    # (3, rows, w)
+            strip = _scaled_rows(source, plan.limits, size, slice(y, min(y + tile, h))).to(device)    # (3, rows, w)
             if strip.shape[1:] != (tile, wide):
                 strip = strip[:, _reflect(strip.shape[1], tile)][:, :, _reflect(w, wide)]      # (3, tile, wide)
         tiles = run(strip, xs, tile)                                         # one (tile, tile) per x
@@ -347,13 +347,13 @@ def sample_tiles(source, limits: np.ndarray, size: tuple[int, int], tile: int) -
     bottom, right = max(0, h - tile), max(0, w - tile)
     places = sorted({(0, 0), (0, right), (bottom // 2, right // 2), (bottom, 0), (bottom, right)})
     for y, row in groupby(places, key=itemgetter(0)):
-        strip = _read(source, limits, size, slice(y, min(y + tile, h)))
+        strip = _scaled_rows(source, limits, size, slice(y, min(y + tile, h)))
         for part in (strip[:, :, x:x + tile] for _, x in row):
             found.append(part[:, _reflect(part.shape[1], tile)][:, :, _reflect(part.shape[2], tile)])
     return torch.stack(found)
 
 
-def starts(length: int, tile: int, overlap: int) -> list[int]:
+def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
     """Where tiles begin along an axis: evenly spread, sharing at least `overlap` px; the last ends with the image."""
     if length <= tile:
         return [0]
@@ -378,7 +378,7 @@ def _reflect(length: int, wanted: int) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ scaling
 
-def _read(source, limits, size, rows: slice) -> Tensor:
+def _scaled_rows(source, limits, size, rows: slice) -> Tensor:
     """Rows of the scaled image: (3, rows, w) in [0, 1]."""
     C, H, W = source.shape
     h, w = size

@@ -348,7 +348,7 @@ def fluorescence(rng: Generator, cells: Population, p: Inside, shape: tuple[int,
     image += rng.uniform(0.01, 0.06) * (1 + 0.5 * uneven(rng, shape, 6))       # dye in the medium
     image *= 1 + rng.uniform(0.05, 0.3) * uneven(rng, shape, 2)
     counts = rng.uniform(100, 400) + np.exp(rng.uniform(np.log(2000), np.log(6000))) * image
-    return expose(rng, counts, gain=rng.uniform(0.3, 2))
+    return camera(rng, counts, gain=rng.uniform(0.3, 2))
 
 
 def brightfield(rng: Generator, cells: Population, p: Inside, shape: tuple[int, int], focus: float) -> Array:
@@ -371,7 +371,7 @@ def brightfield(rng: Generator, cells: Population, p: Inside, shape: tuple[int, 
     image *= 1 + rng.uniform(0.01, 0.05) * uneven(rng, shape, 2) + 0.006 * uneven(rng, shape, 12)
     image += 0.001 * rng.standard_normal((1, shape[1]), np.float32)            # the sensor's columns differ
     counts = np.exp(rng.uniform(np.log(8000), np.log(20000))) * image
-    return expose(rng, counts, gain=rng.uniform(0.05, 0.4))
+    return camera(rng, counts, gain=rng.uniform(0.05, 0.4))
 
 
 def spread_out(values: Array, p: Inside, shape: tuple[int, int]) -> Array:
@@ -407,7 +407,7 @@ def debris(rng: Generator, shape: tuple[int, int]) -> Array:
     return image
 
 
-def expose(rng: Generator, counts: Array, gain: float) -> Array:
+def camera(rng: Generator, counts: Array, gain: float) -> Array:
     """Counts -> what the camera stores, uint16, with noise and hot pixels; gain in counts per electron.
 
     Shot noise is drawn as Gaussian: close to Poisson at these counts, and faster.

@@ -39,7 +39,7 @@ with runs.lazy():
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkShape:
     arch: Literal["vit", "unet"] = "vit"    # unet: convolutions in place of the transformer, to compare with
     dim: int = 384                          # width of the backbone
     depth: int = 12                         # blocks
@@ -60,7 +60,7 @@ class Config:
     output_base_dir: str = "."              # where runs/ and final_models/ are made
     init: str | None = None                 # weights to start from: a backbone (DINOv3, train_ssl.py) or a whole network
     new_decoder: bool = False               # take the backbone of init alone, although there is a decoder in it
-    network: Network = field(default_factory=Network)   # from scratch, or the decoder of a new backbone
+    network: NetworkShape = field(default_factory=NetworkShape)   # from scratch, or the decoder of a new backbone
     data: data.TrainingData = field(default_factory=data.TrainingData)
     augment: dict = field(default_factory=dict)          # what happens to crops: changes to augment.Augment
     edge_weight: runs.NotNegative = 0.0     # k: pixels near an edge count up to 1 + k times
@@ -109,19 +109,19 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
     if config.batch % group[1]:
         raise ValueError(f"batch={config.batch}: expected a multiple of the {group[1]} processes")
     with runs.stop_signals():
-        return train(config, *group, check)
+        return train_network(config, *group, check)
 
 
-def train(config: Config, rank: int, world: int, device: str, check: bool = False) -> int:
+def train_network(config: Config, rank: int, world: int, device: str, check: bool = False) -> int:
     changes = runs.from_dict(augment.Augment, config.augment, "augment")
     if data.was_augmented(config.data):
         changes = changes.still()
     torch.manual_seed(config.seed)
     images, validation, hashes = augment.load_resident(config.data, config.seed, device, config.cap)
-    net = build(config)
+    net = build_network(config)
     net.settings = dataclasses.replace(net.settings, diameter=images.diameter)
     if check:
-        return print_check(config, net, images, validation, device, changes)
+        return print_plan(config, net, images, validation, device, changes)
     run = runs.Run(config, rank, world, device)
     state = run.resume()
     trainer = Trainer(config, net, device, world)
@@ -168,7 +168,7 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
             better = scores["score"] > best
             best, since = max(best, scores["score"]), 0 if better else since + 1
             if better and rank == 0:
-                export(average.module, config, hashes, scores, done)
+                export_weights(average.module, config, hashes, scores, done)
             clock += time.perf_counter() - before             # the rate of training, validation aside
         finished = done == total or (config.patience is not None and since >= config.patience)
         stop = not finished and run.should_stop(done)
@@ -184,7 +184,7 @@ def train(config: Config, rank: int, world: int, device: str, check: bool = Fals
     if rank == 0 and config.size_steps and not learn_size(config, images, changes, run):
         return run.exit_code()
     if rank == 0:
-        print(f"best validation score {best:.4f} -> {export_path(config)}")
+        print(f"best validation score {best:.4f} -> {runs.export_path(config)}")
     run.close()
     return 0
 
@@ -209,7 +209,7 @@ class Trainer:
         self.autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16)
         net.to(device, memory_format=self.layout)
         self.average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema))
-        self.optimiser = optimiser_for(net, config, device)
+        self.optimiser = segmentation_optimiser(net, config, device)
         self.wrapped = net
         if world > 1:
             self.wrapped = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device] if "cuda" in device else None)
@@ -242,7 +242,7 @@ def learn_size(config: Config, images, changes, run: runs.Run) -> bool:
     False: a signal came, and it begins anew. Where there are no cells any size is as likely, so that the head learns
     to say so.
     """
-    net = model.load(export_path(config))
+    net = model.load(runs.export_path(config))
     if net.size is not None:
         return True
     torch.manual_seed(config.seed)
@@ -269,11 +269,11 @@ def learn_size(config: Config, images, changes, run: runs.Run) -> bool:
             run.log(config.steps * config.cycles + step + 1, size_loss=float(np.mean(losses[-config.log_every:])))
             if run.stopping:
                 return False
-    model.save(net, export_path(config), half=True)
+    model.save(net, runs.export_path(config), half=True)
     return True
 
 
-def build(config: Config):
+def build_network(config: Config):
     """The network to train: a whole one, a backbone under a new decoder, or all from scratch."""
     shape = config.network
     settings = model.Settings(tile=config.crop, cap=config.cap)
@@ -296,7 +296,7 @@ def build(config: Config):
     return net
 
 
-def optimiser_for(net, config: Config, device: str):
+def segmentation_optimiser(net, config: Config, device: str):
     groups = optim.parameter_groups(net, config.lr, lambda name, parameter: traits(name, parameter, net.backbone.depth, config))
     if config.optimiser == "muon":
         products = torch.bfloat16 if use_bf16(config, device) else torch.float32
@@ -377,17 +377,13 @@ def draw(run: runs.Run, entries: list[data.Labelled], labels: list, step: int) -
 
 # ------------------------------------------------------------------------------------------------ export
 
-def export_path(config: Config) -> Path:
-    return Path(config.export_path or Path(config.output_base_dir) / "final_models" / f"{config.experiment}.pt")
-
-
-def export(net, config: Config, hashes: dict, scores: dict, step: int) -> None:
+def export_weights(net, config: Config, hashes: dict, scores: dict, step: int) -> None:
     """Write the weights for infer.py."""
     net.settings = dataclasses.replace(net.settings, provenance=runs.provenance(config, step, scores=scores, images=hashes))
-    model.save(net, export_path(config), half=True)
+    model.save(net, runs.export_path(config), half=True)
 
 
-def print_check(config: Config, net, images, validation: list, device: str, changes) -> int:
+def print_plan(config: Config, net, images, validation: list, device: str, changes) -> int:
     """Print a summary without training."""
     print(runs.to_yaml(config))
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)

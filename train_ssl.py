@@ -44,7 +44,7 @@ with runs.lazy():
 
 
 @dataclass(frozen=True)
-class Network:
+class BackboneShape:
     dim: Count = 384                        # width of the backbone
     depth: Count = 12                       # blocks
     heads: Count = 6                        # attention heads
@@ -104,7 +104,7 @@ class Config:
     export_path: str | None = None          # weights; null: final_models/<experiment>.pt
     output_base_dir: str = "."              # where runs/ and final_models/ are made
     init: str | None = None                 # backbone to go on from, DINOv3's or ours
-    network: Network = field(default_factory=Network)   # with init: patch, jitter, heads alone
+    network: BackboneShape = field(default_factory=BackboneShape)   # with init: patch, jitter, heads alone
     data: fields.FieldData = field(default_factory=fields.FieldData)
     views: Views = field(default_factory=Views)         # what is cut from fields
     augment: dict = field(default_factory=dict)         # their light: changes to augment.Augment
@@ -154,24 +154,24 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
     if files:
         return measure_weights(config, files, device)
     torch.manual_seed(config.seed)
-    student, teacher = build(config)
+    student, teacher = build_student(config)
     config = dataclasses.replace(              # the shape as it came from init
         config, lr=config.lr or (5e-4 if config.init is None else 5e-5),
         network=dataclasses.replace(config.network, **teacher.encoder.vit.architecture))
     student.to(device)
     teacher.to(device)
     if check:
-        return print_check(config, student, teacher, light, device)
-    return train(config, student, teacher, light, rank, world, device)
+        return print_ssl_plan(config, student, teacher, light, device)
+    return pretrain(config, student, teacher, light, rank, world, device)
 
 
-def train(config: Config, student, teacher, light, rank: int, world: int, device: str) -> int:
+def pretrain(config: Config, student, teacher, light, rank: int, world: int, device: str) -> int:
     run = runs.Run(config, rank, world, device)
     state, start = run.resume(), 0
     pool = stream.open_pool(config.data, config.batch, config.seed, device, rank, world,
                          run.folder / "bad_fields.tsv")
     kinds = ssl_.stains_of(pool.channels, config.data.brightfield)
-    optimiser = optimiser_for(student, config)
+    optimiser = student_optimiser(student, config)
     usage = torch.zeros(config.network.prototypes, device=device)
     if state:
         for name, part in (("student", student), ("teacher", teacher), ("optimiser", optimiser)):
@@ -187,7 +187,7 @@ def train(config: Config, student, teacher, light, rank: int, world: int, device
     autocast = autocast_of(config, device)
 
     pool.stopped = lambda: run.stopping
-    looker = probe.Looker(config, run, export_path(config))
+    looker = probe.Looker(config, run, runs.export_path(config))
     with pool:
         if start == 0:
             looker.look(teacher.encoder.vit, 0)       # the random network, to compare all else with
@@ -240,7 +240,7 @@ def train(config: Config, student, teacher, light, rank: int, world: int, device
                       file=sys.stderr)
                 return run.exit_code()
     if rank == 0:
-        print(f"-> {export_path(config)}")
+        print(f"-> {runs.export_path(config)}")
     return 0
 
 
@@ -260,15 +260,9 @@ def schedules(config: Config, step: int) -> dict[str, float]:
                 temperature=optim.linear(step, config.loss.teacher_warmup, *config.loss.teacher))
 
 
-def export_path(config: Config) -> Path:
-    """The file of the teacher's backbone."""
-    folder = Path(config.output_base_dir, "final_models")
-    return Path(config.export_path or folder / f"{config.experiment}.pt")
-
-
 # ----------------------------------------------------------------------------------------- network
 
-def build(config: Config):
+def build_student(config: Config):
     """Student and teacher, alike at the start."""
     shape, std = config.network, config.network.init_std
     if config.init is None:
@@ -283,7 +277,7 @@ def build(config: Config):
     return student, copy.deepcopy(student).requires_grad_(False)
 
 
-def optimiser_for(student, config: Config):
+def student_optimiser(student, config: Config):
     """AdamW, with lower rates for shallower blocks and the patch embedding, prototypes apart."""
     depth = student.encoder.vit.depth
 
@@ -419,7 +413,7 @@ def measure_weights(config: Config, files: list[str], device: str) -> int:
     return 0
 
 
-def print_check(config: Config, student, teacher, light, device: str) -> int:
+def print_ssl_plan(config: Config, student, teacher, light, device: str) -> int:
     """Print memory, work and time of a step, tried on noise; write and fetch nothing."""
     print(runs.to_yaml(config))
     train, channels, extent = fields.extent(config.data, config.seed)
@@ -432,7 +426,7 @@ def print_check(config: Config, student, teacher, light, device: str) -> int:
              for i in range(tried))
     pool = stream.ResidentPool(noise, channels, device, seed=config.seed)
     kinds = ssl_.stains_of(channels, config.data.brightfield)
-    optimiser, autocast = optimiser_for(student, config), autocast_of(config, device)
+    optimiser, autocast = student_optimiser(student, config), autocast_of(config, device)
     kept, times = [], []                                      # bytes, (seconds, of them cutting)
     counting = torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.append(tensor.nbytes) or tensor, lambda tensor: tensor)

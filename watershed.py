@@ -165,7 +165,7 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
         raise ValueError(f"reach={reach}: expected 1 px or more")
     distance = distance.float()
     if smooth and distance.numel():
-        distance = smoothed(distance, smooth)
+        distance = gaussian(distance, smooth)
     if shape and depth and distance.numel():
         distance = distance + shape * inwards(distance > peak, reach)
     H, W = distance.shape
@@ -194,7 +194,7 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
     return drop_small(label, min_area, markers) if min_area > 1 else label.contiguous()
 
 
-def smoothed(distance: Tensor, sigma: float) -> Tensor:
+def gaussian(distance: Tensor, sigma: float) -> Tensor:
     """(H, W) filtered by a Gaussian of that width, cut off at three; beyond the border the map goes on as it ends."""
     reach = max(1, math.ceil(3 * sigma))
     weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)

@@ -95,7 +95,7 @@ def supervised(device: str) -> list[list[str]]:
     import model
     import runs
     import train_seg as script
-    config = runs.load(script.Config, ROOT / "configs" / "dinocell_s8.yaml")
+    config = runs.load_config(script.Config, ROOT / "configs" / "dinocell_s8.yaml")
     images, *_ = augment.load_resident(data.TrainingData(fields=20, field_size=384), 0, device, config.cap)
     trainer = script.Trainer(config, script.build(config), device)
     changes = runs.from_dict(augment.Augment, config.augment, "augment")
@@ -119,7 +119,7 @@ def unsupervised(device: str) -> list[list[str]]:
     import runs
     import ssl_
     import train_ssl
-    config = runs.load(train_ssl.Config, ROOT / "configs" / "ssl.yaml")
+    config = runs.load_config(train_ssl.Config, ROOT / "configs" / "ssl.yaml")
     on_gpu = device == "cuda"
     config = dataclasses.replace(config, batch=64 if on_gpu else 4, compile=on_gpu, lr=5e-4, precision="bf16" if model.has_bf16(device) else "float32",
                                  data=dataclasses.replace(config.data, index=None, fields=96 if on_gpu else 8))

@@ -47,7 +47,7 @@ class Step:
         import train_ssl
         torch.manual_seed(0)
         self.config, self.pool, self.device, self.number = config, pool, device, 0
-        self.student, self.teacher = (part.to(device) for part in train_ssl.build(config))
+        self.student, self.teacher = (part.to(device) for part in train_ssl.build_student(config))
         if plain:
             for part in (self.student, self.teacher):
                 part.encoder = one_by_one(part.encoder.vit)
@@ -55,7 +55,7 @@ class Step:
         elif config.compile:
             self.student.encoder.compile()
             self.teacher.encoder.compile()
-        self.optimiser = train_ssl.optimiser_for(self.student, config)
+        self.optimiser = train_ssl.student_optimiser(self.student, config)
         self.light, self.kinds = ssl_.light_of(), ssl_.stains_of(pool.channels, config.data.brightfield)
         self.numbers = np.arange(config.batch)
         self.cutting = train_ssl.Stopwatch(device)
@@ -176,10 +176,10 @@ def operations(config, pool, device: str, rate: float, bandwidth: float) -> list
     ones, light = torch.ones(D, device=device, dtype=kind), ssl_.light_of()
     kinds, numbers = ssl_.stains_of(pool.channels, config.data.brightfield), np.arange(B)
     slots = pool.sample(B, 0)
-    student, teacher = (part.to(device) for part in train_ssl.build(config))
+    student, teacher = (part.to(device) for part in train_ssl.build_student(config))
     for p in student.parameters():
         p.grad = torch.zeros_like(p)
-    optimiser = train_ssl.optimiser_for(student, config)
+    optimiser = train_ssl.student_optimiser(student, config)
     P = sum(p.numel() for p in student.parameters())
     pixels = B * (2 * shown.size**2 + shown.locals * shown.local_size**2)
     cases = [

@@ -70,7 +70,7 @@ def left_out(config: Config, seed: int, variant: str, group: str) -> dict[str, f
     images, held, strangers = loaded(one.data, one.cap, config.images)
     images.weigh({chosen.name: 0.0 if chosen.name in away else chosen.weight for chosen in one.data.sets})
     torch.manual_seed(seed)
-    net = train_seg.build(one)
+    net = train_seg.build_network(one)
     net.settings = dataclasses.replace(net.settings, diameter=images.diameter)
     trainer = train_seg.Trainer(one, net, "cpu")
     changes = runs.from_dict(augment.Augment, one.augment, "augment")

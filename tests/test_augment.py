@@ -493,7 +493,7 @@ def test_help_does_not_wait_for_torch():
 
 def test_the_shipped_configuration_lists_every_key():
     """configs/augment.yaml says what the defaults are, so that nobody has to look for a key."""
-    config = runs.load(augment.Config, ROOT / "configs" / "augment.yaml", ["data=x"])
+    config = runs.load_config(augment.Config, ROOT / "configs" / "augment.yaml", ["data=x"])
     assert config == augment.Config(("x",))
     text = (ROOT / "configs" / "augment.yaml").read_text()
     assert all(f"{f.name}: " in text for c in (augment.Config, Augment) for f in dataclasses.fields(c)

@@ -80,7 +80,7 @@ def command(*words):
 
 def step(path, *words):
     """The same without the handling of errors."""
-    config = runs.load(downstream.Config, path, [word for word in words if "=" in word])
+    config = runs.load_config(downstream.Config, path, [word for word in words if "=" in word])
     return downstream.main(config, [word for word in words if "=" not in word])
 
 
@@ -191,7 +191,7 @@ def test_another_threshold_takes_the_old_lines_another_statistic_does_not(whole)
 def test_lines_of_other_channels_or_folders_are_not_taken(whole):
     """A tile is called after its image of nuclei alone."""
     path = whole[0] / "c.yaml"
-    config = runs.load(downstream.Config, path)
+    config = runs.load_config(downstream.Config, path)
 
     def key(model=(), **changes):
         return downstream.key_of(dataclasses.replace(config.models[0], **dict(model)),
@@ -345,7 +345,7 @@ def test_steps_out_of_order_and_unknown_ones(study, tmp_path):
 
 
 def test_the_configuration_that_ships():
-    config = runs.load(downstream.Config, ROOT / "configs/downstream.yaml")
+    config = runs.load_config(downstream.Config, ROOT / "configs/downstream.yaml")
     assert config == downstream.Config(out="downstream", tiles=config.tiles, models=config.models,
                                        outcomes=config.outcomes)
     assert [model.name for model in config.models] == ["baseline", "finetuned"]

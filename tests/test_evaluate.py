@@ -649,5 +649,5 @@ def test_results_stay_in_runs(tmp_path, capsys):
     ("ceiling", evaluate.Ceiling), ("gating", evaluate.Gating), ("sweep", evaluate.Sweep),
     ("channels", probe.Channels)])
 def test_configs_that_ship_are_valid(name, cls):
-    config = runs.load(cls, ROOT / "configs" / f"{name}.yaml")
+    config = runs.load_config(cls, ROOT / "configs" / f"{name}.yaml")
     assert runs.from_dict(cls, yaml.safe_load(runs.to_yaml(config)), name) == config

@@ -362,7 +362,7 @@ def test_sources_that_share_names_and_sets_that_cannot_validate(tmp_path, capsys
 
 
 def test_the_configuration_that_ships_is_valid():
-    config = runs.load(instruct.Config, ROOT / "configs" / "instruct.yaml")
+    config = runs.load_config(instruct.Config, ROOT / "configs" / "instruct.yaml")
     assert len(config.sources) == 3 and (ROOT / config.init).is_file()
 
 

@@ -41,14 +41,14 @@ def write(tmp_path, text):
 
 def test_yaml_and_overrides_and_back(tmp_path):
     path = write(tmp_path, "steps: 10\nlr: 3e-4\ndata:\n  channels: [3]\n")
-    config = runs.load(Demo, path, ["data.root=/x", "cap=4", "flip=true", "name=7", "steps=1e3"])
+    config = runs.load_config(Demo, path, ["data.root=/x", "cap=4", "flip=true", "name=7", "steps=1e3"])
     assert config == Demo(1000, 3e-4, "auto", 4.0, True, "7", Inner("/x", (3,)))
     assert isinstance(config.lr, float) and isinstance(config.steps, int)
-    assert runs.load(Demo, write(tmp_path, runs.to_yaml(config))) == config
+    assert runs.load_config(Demo, write(tmp_path, runs.to_yaml(config))) == config
 
 
 def test_lists_and_null_on_the_command_line():
-    config = runs.load(Demo, None, ["steps=1", "data.channels=4,5", "cap=null", "device=cpu"])
+    config = runs.load_config(Demo, None, ["steps=1", "data.channels=4,5", "cap=null", "device=cpu"])
     assert config.data.channels == (4, 5) and config.cap is None and config.device == "cpu"
 
 
@@ -57,7 +57,7 @@ def test_a_free_section_takes_values_at_any_depth(tmp_path):
     class Free:
         variants: dict = field(default_factory=dict)
     path = write(tmp_path, "variants: {a: {lr: 1.0e-3}, b: {}}")
-    config = runs.load(Free, path, ["variants.b.init=x.pt", "variants.a.network.stem=0"])
+    config = runs.load_config(Free, path, ["variants.b.init=x.pt", "variants.a.network.stem=0"])
     assert config.variants == {"a": {"lr": 1e-3, "network": {"stem": 0}}, "b": {"init": "x.pt"}}
     assert "init: x.pt" in runs.to_yaml(config)
 
@@ -81,13 +81,13 @@ def test_a_free_section_takes_values_at_any_depth(tmp_path):
 ])
 def test_mistakes_are_named(tmp_path, text, overrides, said):
     with pytest.raises(ValueError) as error:
-        runs.load(Demo, write(tmp_path, text), overrides)
+        runs.load_config(Demo, write(tmp_path, text), overrides)
     assert said in str(error.value)
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.yaml: no such configuration"):
-        runs.load(Demo, tmp_path / "gone.yaml")
+        runs.load_config(Demo, tmp_path / "gone.yaml")
 
 
 def test_what_exists_is_a_file(tmp_path, monkeypatch):
@@ -271,8 +271,8 @@ class Bounded:
     ("lr=nan", "above 0"), ("lr=inf", "above 0")])
 def test_bounds_stand_in_the_type(given, expected):
     with pytest.raises(ValueError, match=expected):
-        runs.load(Bounded, overrides=[given])
-    assert runs.load(Bounded, overrides=["share=1", "steps=1"]) == Bounded(1, 1.0)
+        runs.load_config(Bounded, overrides=[given])
+    assert runs.load_config(Bounded, overrides=["share=1", "steps=1"]) == Bounded(1, 1.0)
     assert "of a run (1 or more)" in runs.describe(Bounded) and "(from 0 to 1)" in runs.describe(Bounded)
 
 

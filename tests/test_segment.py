@@ -119,17 +119,17 @@ def test_scale_gives_the_cells_back_at_full_size(scale):
 def test_reducing_is_an_average_and_enlarging_is_bilinear():
     """A fine checkerboard reduced four times is grey; a ramp enlarged stays a ramp."""
     board = (np.indices((64, 64)).sum(0) % 2).astype(np.float32)[None]
-    small = segment._read(segment.as_source(board), UNIT, (16, 16), slice(0, 16))
+    small = segment._scaled_rows(segment.as_source(board), UNIT, (16, 16), slice(0, 16))
     assert small.shape == (3, 16, 16) and (small - 0.5).abs().max() < 0.05
     ramp = np.tile(np.linspace(0, 1, 32, dtype=np.float32), (8, 1))[None]
-    large = segment._read(segment.as_source(ramp), UNIT, (8, 64), slice(2, 5))
+    large = segment._scaled_rows(segment.as_source(ramp), UNIT, (8, 64), slice(2, 5))
     expected = np.interp((np.arange(64) + 0.5) / 2 - 0.5, np.arange(32), ramp[0, 0])
     np.testing.assert_allclose(large[1, 1].numpy(), expected, atol=1e-6)
 
 
 def test_starts_cover_the_axis_with_the_overlap_asked_for():
     for length in range(1, 400, 7):
-        starts = segment.starts(length, 64, 16)
+        starts = segment.tile_starts(length, 64, 16)
         assert starts[0] == 0 and (length <= 64 or starts[-1] == length - 64)
         assert all(0 < b - a <= 48 for a, b in zip(starts, starts[1:]))
 

@@ -59,7 +59,7 @@ def whole(tmp_path_factory):
 
 def test_a_run_leaves_what_it_promises(whole):
     folder = whole / "runs/seg"
-    assert runs.load(train_seg.Config, folder / "config.yaml").steps == 12
+    assert runs.load_config(train_seg.Config, folder / "config.yaml").steps == 12
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if "loss" in line] == [3, 6, 9, 12]
     assert [line["step"] for line in log if "score" in line] == [6, 12]
@@ -98,7 +98,7 @@ def test_stopped_and_started_again_it_reaches_the_same_weights(whole, tmp_path, 
 def test_a_signal_while_it_validates_is_heard(tmp_path, monkeypatch):
     """Nothing is exported, and the next start goes on from the last checkpoint to its end."""
     import segment
-    config = runs.load(train_seg.Config, toy(tmp_path, steps=4, warmup=1, val_every=4, save_every=2))
+    config = runs.load_config(train_seg.Config, toy(tmp_path, steps=4, warmup=1, val_every=4, save_every=2))
     asked, look = [], segment.distances
 
     def interrupted(*arguments, **options):
@@ -107,10 +107,10 @@ def test_a_signal_while_it_validates_is_heard(tmp_path, monkeypatch):
         return look(*arguments, **options)
     with runs.stop_signals(), monkeypatch.context() as patched:
         patched.setattr(segment, "distances", interrupted)
-        assert train_seg.train(config, 0, 1, "cpu") == runs.REQUEUE and len(asked) == 1
+        assert train_seg.train_network(config, 0, 1, "cpu") == runs.REQUEUE and len(asked) == 1
     assert not (tmp_path / "final_models").exists()
     assert [p.name for p in (tmp_path / "runs/seg/checkpoints/seg").iterdir()] == ["step_00000002.pt"]
-    assert train_seg.train(config, 0, 1, "cpu") == 0 and (tmp_path / "final_models/seg.pt").exists()
+    assert train_seg.train_network(config, 0, 1, "cpu") == 0 and (tmp_path / "final_models/seg.pt").exists()
 
 
 def test_a_cycle_can_be_added_to_a_run_that_is_done(tmp_path):
@@ -192,17 +192,17 @@ def test_edges_and_seams_count_more_when_asked():
 
 def test_it_starts_from_weights(whole, tmp_path):
     path = whole / "final_models/seg.pt"
-    config = runs.load(train_seg.Config, toy(tmp_path), [f"init={path}", "train_blocks=1"])
-    net = train_seg.build(config)
+    config = runs.load_config(train_seg.Config, toy(tmp_path), [f"init={path}", "train_blocks=1"])
+    net = train_seg.build_network(config)
     assert torch.equal(net.backbone.norm.weight, model.load(path).backbone.norm.weight)
     learns = {name.split(".")[1] for name, p in net.backbone.blocks.named_parameters(prefix="blocks") if p.requires_grad}
     assert learns == {"3"} and not net.backbone.patch_embed.weight.requires_grad
     assert all(p.requires_grad for p in net.decoder.parameters())
-    groups = train_seg.optimiser_for(net, runs.load(train_seg.Config, toy(tmp_path), ["layer_decay=0.5"]), "cpu").param_groups
+    groups = train_seg.segmentation_optimiser(net, runs.load_config(train_seg.Config, toy(tmp_path), ["layer_decay=0.5"]), "cpu").param_groups
     assert {group["scale"] for group in groups} >= {1.0, 0.5}
     listed = [id(p) for group in groups for p in group["params"]]
     assert len(listed) == len(set(listed)) == sum(p.requires_grad for p in net.parameters())
-    old, new = model.load(path), train_seg.build(runs.load(train_seg.Config, toy(tmp_path), [
+    old, new = model.load(path), train_seg.build_network(runs.load_config(train_seg.Config, toy(tmp_path), [
         f"init={path}", "new_decoder=true", "network.widths=[8, 8]", "network.last=0", "network.stem=2"]))
     assert torch.equal(new.backbone.blocks[0].fc1.weight, old.backbone.blocks[0].fc1.weight) and new.decoder.grain == 2
 
@@ -213,7 +213,7 @@ def test_steps_may_change_until_a_constant_rate_falls(tmp_path):
                val_every=40)
 
     def begun(*changes):
-        return runs.Run(runs.load(train_seg.Config, path, list(changes)))
+        return runs.Run(runs.load_config(train_seg.Config, path, list(changes)))
     run = begun()
     run.save(12)
     run.close()
@@ -241,16 +241,16 @@ def test_images_to_validate_on_are_scaled_as_those_to_train_on(tmp_path):
 
 def test_muon_learns_the_inner_layers_and_goes_on(tmp_path):
     """Not those that meet pixels or answer, nor vectors; a run that is stopped reaches the same weights."""
-    config = runs.load(train_seg.Config, toy(tmp_path), ["optimiser=muon"])
-    net = train_seg.build(config)
-    optimiser, names = train_seg.optimiser_for(net, config, "cpu"), {id(p): name for name, p in net.named_parameters()}
+    config = runs.load_config(train_seg.Config, toy(tmp_path), ["optimiser=muon"])
+    net = train_seg.build_network(config)
+    optimiser, names = train_seg.segmentation_optimiser(net, config, "cpu"), {id(p): name for name, p in net.named_parameters()}
     inner = {names[id(p)] for group in optimiser.param_groups if group["matrix"] for p in group["params"]}
     assert isinstance(optimiser, optim.Muon) and {"backbone.blocks.0.fc1.weight", "decoder.ups.0.weight"} <= inner, sorted(inner)
     assert not [name for name in inner if "bias" in name or "norm" in name or "patch_embed" in name or "head" in name or "token" in name]
-    assert isinstance(train_seg.optimiser_for(net, runs.load(train_seg.Config, toy(tmp_path)), "cpu"), torch.optim.AdamW)
+    assert isinstance(train_seg.segmentation_optimiser(net, runs.load_config(train_seg.Config, toy(tmp_path)), "cpu"), torch.optim.AdamW)
     for precision, products in (("float32", torch.float32), ("bf16", torch.bfloat16)):
-        asked = runs.load(train_seg.Config, toy(tmp_path), ["optimiser=muon", f"precision={precision}"])
-        assert train_seg.optimiser_for(net, asked, "cpu").products == products
+        asked = runs.load_config(train_seg.Config, toy(tmp_path), ["optimiser=muon", f"precision={precision}"])
+        assert train_seg.segmentation_optimiser(net, asked, "cpu").products == products
     found = []
     for place, more in (("once", []), ("twice", ["cycles=1"])):
         path = toy(tmp_path, output_base_dir=str(tmp_path / place), optimiser="muon", steps=4, val_every=4, warmup=1, cycles=2)
@@ -266,10 +266,10 @@ def test_the_size_head_learns_how_wide_cells_are(tmp_path):
     labelled_folder(tmp_path / "cells", 6)
     path = toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"], share=0.3, diameter=16), steps=4, val_every=4, batch=16,
                crop=64, init=str(ROOT / "final_models/demo_synthetic.pt"), lr=1e-5)
-    assert train_seg.main(runs.load(train_seg.Config, path), []) == 0
+    assert train_seg.main(runs.load_config(train_seg.Config, path), []) == 0
     plain = model.load(tmp_path / "final_models/seg.pt")
     for _ in range(2):
-        assert train_seg.main(runs.load(train_seg.Config, path, ["size_steps=150", "experiment=sized"]), []) == 0
+        assert train_seg.main(runs.load_config(train_seg.Config, path, ["size_steps=150", "experiment=sized"]), []) == 0
     assert [line["step"] for line in runs.history(tmp_path / "runs/sized/log.jsonl") if "size_loss" in line] == list(range(7, 155, 3))
     net = model.load(tmp_path / "final_models/sized.pt")
     assert plain.size is None and all(torch.equal(a, b) for a, b in zip(plain.decoder.parameters(), net.decoder.parameters()))
@@ -297,7 +297,7 @@ def test_few_held_out_images_are_filled_up_for_settings_alone(tmp_path):
 def test_parts_can_be_left_out(tmp_path):
     """The keys of configs/ablation.yaml: other weights are trained than those of the whole network."""
     def built(*changes):
-        return train_seg.build(runs.load(train_seg.Config, toy(tmp_path), list(changes)))
+        return train_seg.build_network(runs.load_config(train_seg.Config, toy(tmp_path), list(changes)))
     assert isinstance(built("network.arch=unet").backbone, model.ConvNet) and len(built().decoder.stem) == 1
     assert len(built("network.stem=0").decoder.stem) == 0 and built("cap=null").settings.cap is None
 
@@ -389,7 +389,7 @@ def test_an_augmented_set_is_not_moved_again(tmp_path):
                                   "ablation", "seg_laptop", "if_generic", "if_hybrid", "if_marker", "if_marker_only", "channel"])
 def test_shipped_configurations_are_whole(name):
     """Every key is known and every combination allowed; the network they describe can be built."""
-    config = runs.load(train_seg.Config, ROOT / "configs" / f"{name}.yaml")
+    config = runs.load_config(train_seg.Config, ROOT / "configs" / f"{name}.yaml")
     assert config.experiment and (config.data.sets or config.data.fields)
     if config.init is None:
-        assert train_seg.build(config).settings.cap == config.cap
+        assert train_seg.build_network(config).settings.cap == config.cap

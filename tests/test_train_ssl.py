@@ -79,7 +79,7 @@ def whole(tmp_path_factory, inside):
 
 def test_a_run_leaves_what_it_promises(whole):
     folder, log = whole / "runs/ssl", log_of(whole)
-    resolved = runs.load(train_ssl.Config, folder / "config.yaml")
+    resolved = runs.load_config(train_ssl.Config, folder / "config.yaml")
     assert resolved.steps == 8 and resolved.views.strategy == "average_single"
     lines = [line for line in log if "loss" in line]
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
@@ -168,7 +168,7 @@ def test_two_processes_train_to_the_weights_of_one(inside, tmp_path):
     for part in ("student", "teacher"):
         a, b = (torch.cat([v.flatten() for v in state[part].values()]) for state in (one, two))
         assert ((a - b).norm() / a.norm()).item() < 1e-5
-    before = train_ssl.build(runs.load(train_ssl.Config, tmp_path / "toy.yaml"))[0].state_dict()
+    before = train_ssl.build_student(runs.load_config(train_ssl.Config, tmp_path / "toy.yaml"))[0].state_dict()
     moved, length = (torch.cat([(x - y).flatten() for x, y in pairs]).norm() for pairs in (
         [(one["student"][name], value) for name, value in before.items()],
         [(value, 0) for value in before.values()]))
@@ -192,7 +192,7 @@ def test_from_dinov3_with_folders_and_every_strategy(shared, inside, tmp_path):
                    experiment=strategy, measure=dict(every=9),
                    data=dict(fields=0, folders=[str(tmp_path / "fields")], brightfield=[]))
         assert inside(path, f"views.strategy={strategy}") == 0
-        config = runs.load(train_ssl.Config, tmp_path / "runs" / strategy / "config.yaml")
+        config = runs.load_config(train_ssl.Config, tmp_path / "runs" / strategy / "config.yaml")
         assert config.lr == 5e-5 and config.views.strategy == strategy
     vit = model.load_backbone(tmp_path / "dinov3.pth", 8)
     trained = model.load_backbone(tmp_path / "final_models/all.pt", 8)
@@ -245,7 +245,7 @@ def test_refusals_in_one_line(inside, tmp_path, capsys, changes, said):
 
 
 def test_collapse_is_said(tmp_path):
-    config = runs.load(train_ssl.Config, toy(tmp_path))
+    config = runs.load_config(train_ssl.Config, toy(tmp_path))
     said = []
 
     class Run:
@@ -263,8 +263,8 @@ def test_collapse_is_said(tmp_path):
 
 
 def test_first_weights(tmp_path):
-    config = runs.load(train_ssl.Config, toy(tmp_path, network=dict(dim=96, init_std=0.15)))
-    student, teacher = train_ssl.build(config)
+    config = runs.load_config(train_ssl.Config, toy(tmp_path, network=dict(dim=96, init_std=0.15)))
+    student, teacher = train_ssl.build_student(config)
     weights = [m.weight for m in student.encoder.modules() if isinstance(m, torch.nn.Linear)]
     assert len(weights) == 16
     assert all(0.12 < w.std() < 0.14 and w.abs().max() <= 0.3 for w in weights)      # cut at 2 std
@@ -273,9 +273,9 @@ def test_first_weights(tmp_path):
 
 
 def test_parameter_groups(tmp_path):
-    config = runs.load(train_ssl.Config, toy(tmp_path, layer_decay=0.5, patch_lr=0.1))
-    student, _ = train_ssl.build(config)
-    groups = train_ssl.optimiser_for(student, config).param_groups
+    config = runs.load_config(train_ssl.Config, toy(tmp_path, layer_decay=0.5, patch_lr=0.1))
+    student, _ = train_ssl.build_student(config)
+    groups = train_ssl.student_optimiser(student, config).param_groups
     of = {id(p): group for group in groups for p in group["params"]}
     assert len(of) == len(list(student.parameters()))
     named = {name: of[id(p)] for name, p in student.named_parameters()}

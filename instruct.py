@@ -109,11 +109,6 @@ class Config:
         if self.warmup >= self.steps:
             raise ValueError(f"warmup={self.warmup}: expected fewer than steps={self.steps}")
 
-    @property
-    def exported(self) -> Path:
-        default = Path(self.output_base_dir) / "final_models" / f"{self.experiment}.pt"
-        return Path(self.export_path or default)
-
 
 # ---------------------------------------------------------------------------------------------- ask
 
@@ -366,8 +361,8 @@ def train_instructed(config: Config, files: list[str]) -> int:
     net.settings = dataclasses.replace(
         net.settings, diameter=crops.images.diameter,
         provenance=runs.provenance(config, config.steps, scores=scores, cells=record["cells"]))
-    instruct_net.save_instructed(net, config.exported)
-    print(f"{json.dumps(scores)}\n-> {config.exported}")
+    instruct_net.save_instructed(net, runs.export_path(config))
+    print(f"{json.dumps(scores)}\n-> {runs.export_path(config)}")
     return 0
 
 
@@ -581,7 +576,7 @@ def best_line(values, truth, score: Literal["balanced", "F1"] = "balanced"
 
 def evaluate(config: Config, files: list[str]) -> int:
     """Test tiles, held-out wordings: masks beside both controls, counts, guardrails."""
-    weights = str(config.weights or config.exported)
+    weights = str(config.weights or runs.export_path(config))
     net = instruct_net.load_instructed(weights)
     fixed = instruct_net.load_instructed(config.reference) if config.reference else None
     if net.words.classes or (fixed and not fixed.words.classes):

@@ -105,7 +105,7 @@ class Muon(torch.optim.Optimizer):
                                       weight_decay=weight_decay, matrix=False))
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:
         by_shape: dict[tuple, list] = {}            # made orthogonal together
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -119,10 +119,9 @@ class Muon(torch.optim.Optimizer):
                 ahead = ahead.flatten(1).to(self.products)                          # (out, rest)
                 by_shape.setdefault(ahead.shape, []).append((parameter, ahead, group["lr"]))
         for shape, members in by_shape.items():
-            params, ahead, rates = zip(*members, strict=True)
+            changes = orthogonal(torch.stack([ahead for _, ahead, _ in members]))
             size = SIZE * math.sqrt(max(shape))
-            changes = orthogonal(torch.stack(ahead))
-            for parameter, change, lr in zip(params, changes, rates, strict=True):
+            for (parameter, _, lr), change in zip(members, changes, strict=True):
                 parameter.sub_(change.view_as(parameter), alpha=lr * size)
 
     def _nesterov(self, params: list[Tensor], group: dict) -> tuple[Tensor, ...]:

@@ -66,8 +66,8 @@ def light_of(changes: dict | None = None) -> Augment:
 
 
 class Stains(NamedTuple):
-    """The numbers of a pool's channels, by kind."""
-    count: int
+    """How many channels a pool has, and which of them are of each kind."""
+    number: int
     fluorescence: tuple[int, ...]
     brightfield: tuple[int, ...]
 
@@ -91,7 +91,7 @@ def channel_weights(config, stain: Draws, crop: Draws, kinds: Stains) -> np.ndar
         stain.
     crop : draws of the V B crops.
     """
-    B, V, C = len(stain.key), 2 + config.locals, kinds.count
+    B, V, C = len(stain.key), 2 + config.locals, kinds.number
     eye, mean = np.eye(C), np.zeros(C)
     mean[list(kinds.fluorescence)] = 1 / len(kinds.fluorescence)
 

@@ -483,14 +483,14 @@ def used_tables(config: Config) -> list[str]:
                      percent(positive / cells if cells else math.nan),
                      f"{float(counts[0]['threshold']):.5g}"))
         why |= {row["tile"]: row["why"] for row in skipped}
-    donors = runs.read_table(Path(config.out) / "e5_donors.tsv", (), "run associate first")
-    status = Counter(row["status"] for row in donors).most_common()
+    table = runs.read_table(Path(config.out) / "e5_donors.tsv", (), "run associate first")
+    status = Counter(row["status"] for row in table).most_common()
     shown = [(name, why[name]) for name in sorted(why)[:10]]
     if len(why) > len(shown):
         shown.append((f"and {len(why) - len(shown)} more", "in skipped.tsv"))
-    tables = [report.html_table(("model", "tiles found", "done", "skipped", "cells", "positive", "share",
-                            "threshold"), rows),
-              report.html_table(("donors", "number"), [(what, str(n)) for what, n in status])]
+    columns = "model", "tiles found", "done", "skipped", "cells", "positive", "share", "threshold"
+    donors = [(what, str(count)) for what, count in status]
+    tables = [report.html_table(columns, rows), report.html_table(("donors", "number"), donors)]
     return tables + ([report.html_table(("skipped tile", "why"), shown, 2)] if shown else [])
 
 

@@ -527,7 +527,7 @@ def overlay(image: np.ndarray, labels: np.ndarray, max_side: int = 4096) -> np.n
         rgb = np.asarray(Image.fromarray(rgb).resize((zoom * W // 2, zoom * H // 2), Image.BICUBIC))
         labels = enlarged(labels, zoom)
     thick = max(1, min(round(zoom * side / 600), round(zoom * width / 6)))
-    return drawn(rgb, labels, colours, thick)
+    return draw_outlines(rgb, labels, colours, thick)
 
 
 def reduced(image: np.ndarray, labels: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -626,7 +626,8 @@ def grown(mask: np.ndarray, radius: float) -> np.ndarray:
     return disc
 
 
-def drawn(rgb: np.ndarray, labels: np.ndarray, colours: np.ndarray, thick: int) -> np.ndarray:
+def draw_outlines(rgb: np.ndarray, labels: np.ndarray, colours: np.ndarray, thick: int
+                  ) -> np.ndarray:
     """A copy of rgb (H, W, 3) with a line `thick` px wide inside each cell 1..n and a shadow.
 
     labels : (H, W), or k times finer for smooth lines; thick is in their px.

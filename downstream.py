@@ -164,7 +164,7 @@ def folder_of(model: StudyModel, config: Config) -> Path:
 
 def lines_of(model: StudyModel, config: Config) -> dict[str, dict]:
     """{tile: its line} of a model, of all shards."""
-    return cohort.lines_by_tile(folder_of(model, config) / "shards", key_of(model, config))
+    return cohort.lines_by_tile(folder_of(model, config) / "shards", settings_digest(model, config))
 
 
 # -------------------------------------------------------------------------------------------- infer
@@ -204,7 +204,7 @@ class Shard:
     """A model's file of lines in this process."""
 
     def __init__(self, model: StudyModel, config: Config):
-        self.model, self.config, self.key = model, config, key_of(model, config)
+        self.model, self.config, self.key = model, config, settings_digest(model, config)
         lines = lines_of(model, config)
         self.done = {name for name, line in lines.items() if "why" not in line}
         part = f"{config.shard.replace('/', '_of_')}.jsonl"
@@ -237,7 +237,7 @@ class Shard:
             file.write(json.dumps(line) + "\n")
 
 
-def key_of(model: StudyModel, config: Config) -> str:
+def settings_digest(model: StudyModel, config: Config) -> str:
     """Name what a line depends on besides the tile: the content of the weights, and settings."""
     names = ("diameter", "border", "percentile", "tiles", "pattern", "nuclei", "marker")
     settings = {**asdict(model), "name": None, "weights": weights_digest(model),

@@ -929,7 +929,7 @@ def outline(pixels: np.ndarray, labels: np.ndarray, right: np.ndarray, square: S
         rgb = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC))
         numbers = cells.enlarged(numbers, zoom)
     colours = np.where(np.isin(ids[1:], right)[:, None], RIGHT, WRONG).astype(np.uint8)
-    return cells.drawn(rgb, numbers, colours, thick)
+    return cells.draw_outlines(rgb, numbers, colours, thick)
 
 
 # -------------------------------------------------------------------------------- bench as Markdown

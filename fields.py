@@ -1,7 +1,7 @@
 """Unlabelled fields to pretrain on: an index of plates in S3, folders of images, or drawn ones.
 
     index = Index.load("jump.tsv.gz", root="/mirror")       # root: where the files lie now
-    train, held = divided_index(config, seed)                       # indexes of other plates
+    train, held = split_index(config, seed)                 # indexes of other plates
     channels, fields = held_out(config, seed)               # to measure on; never in the pool
     channels, makers = local_fields(config, seed)      # of folders and drawn: held out, then others
 
@@ -37,6 +37,11 @@ import numpy as np
 import images
 import runs
 import s3
+
+with runs.lazy():
+    import data
+    import segment
+    import synthetic
 
 COLUMNS = ("batch", "plate", "measurement", "row", "column", "field", "bytes", "folder")
 JUMP_CHANNELS = ("Mito", "AGP", "RNA", "ER", "DNA", "HighZBF", "LowZBF", "Brightfield")    # ch1 ...
@@ -82,7 +87,7 @@ class FieldData:
 def held_out(config: FieldData, seed: int) -> tuple[tuple[str, ...], Iterator[Pixels]]:
     """Names of the channels, and the fields to measure on."""
     if config.index:
-        _, index = divided_index(config, seed)
+        _, index = split_index(config, seed)
         return index_channels(index, config.channels), _streamed(config, index, seed)
     channels, makers = local_fields(config, seed)
     return channels, (make() for make in makers[:config.held])
@@ -91,7 +96,7 @@ def held_out(config: FieldData, seed: int) -> tuple[tuple[str, ...], Iterator[Pi
 def extent(config: FieldData, seed: int) -> tuple[int, tuple[str, ...], tuple[int, int]]:
     """Fields to train on, channels, px of a field; of an index JUMP's, for nothing is fetched."""
     if config.index:
-        train, _ = divided_index(config, seed)
+        train, _ = split_index(config, seed)
         return len(train), index_channels(train, config.channels), (1080, 1080)
     channels, makers = local_fields(config, seed)
     return len(makers) - config.held, channels, makers[config.held]()[1].shape[1:]
@@ -189,7 +194,7 @@ def with_slash(root: str) -> str:
     return str(root).rstrip("/") + "/"
 
 
-def divided_index(config: FieldData, seed: int) -> tuple[Index, Index]:
+def split_index(config: FieldData, seed: int) -> tuple[Index, Index]:
     """The index to train on and the one held out."""
     return hold_out_plates(Index.load(config.index, config.root), config.held_share, seed)
 
@@ -229,7 +234,7 @@ def index_channels(index: Index, channels: Sequence[str]) -> tuple[str, ...]:
 
 
 class FieldReader:
-    """Reads the files of an index as pixels. Only the first answer is not waited for for ever."""
+    """Reads the files of an index. No answer at first is an error, later ones are waited for."""
 
     def __init__(self, root: str, config: FieldData):
         cache = s3.Cache(config.cache, config.cache_gb * 1e9) if config.cache else None
@@ -520,7 +525,6 @@ def local_fields(config: FieldData, seed: int
 
 
 def _drawn(config: FieldData, seed: int):
-    import synthetic
     known = [name.lower() for name in synthetic.CHANNELS]
     wanted = config.channels or synthetic.CHANNELS
     if unknown := [name for name in wanted if name.lower() not in known]:
@@ -536,7 +540,6 @@ def _drawn(config: FieldData, seed: int):
 
 
 def _synthetic(config: FieldData, seed: int, number: int, size: int):
-    import synthetic
     own = seed * 100003 + number
     cells = config.field_cells * np.random.default_rng(own).uniform(1 / 3, 1)
     cells = max(1, round(cells * (size / config.field_size) ** 2))
@@ -564,7 +567,6 @@ def _mixed(config: FieldData, seed: int):
     some are taken, by lot; of fewer each is taken again: with views across channels such a field
     then teaches what DINO teaches without. Whole images of the first folder, by lot, are held out.
     """
-    from segment import tile_starts
     home, *others = [_images_of(config, folder) for folder in config.folders]
     channels, (C, *_), order = _by_lot(home, config, seed)
     side, read = config.square, functools.lru_cache(maxsize=1)(_pixels)  # squares follow each other
@@ -595,19 +597,18 @@ def _mixed(config: FieldData, seed: int):
         with images.open_image(path) as source:
             _, H, W = source.shape
         makers += [functools.partial(square, path, used, y, x)
-                   for y in tile_starts(H, side, 0) for x in tile_starts(W, side, 0)]
+                   for y in segment.tile_starts(H, side, 0) for x in segment.tile_starts(W, side, 0)]
     return channels, makers + [functools.partial(draw, number) for number in range(config.fields)]
 
 
 def _images_of(config: FieldData, folder: str) -> list[Path]:
     """Images below a folder, but for labels and what programs write beside them."""
-    import readers
     root = Path(config.root or "", folder)
-    others = (*filter(None, readers.ENDS), *readers.BYPRODUCTS)
+    others = (*filter(None, data.ENDS), *data.BYPRODUCTS)
     found = [path for path in images.image_files(root)
-             if not readers.stem_of(path).endswith(others)]
+             if not data.stem_of(path).endswith(others)]
     if config.match is not None:
-        wanted = readers.regex("data.match", config.match)
+        wanted = data.regex("data.match", config.match)
         found = [path for path in found if wanted.search(path.relative_to(root).as_posix())]
     if not found:
         raise ValueError(f"data.folders: {root}: no images"

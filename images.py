@@ -53,10 +53,10 @@ from runs import replacing
 TIFF, NPY, PNG_JPEG = (".tif", ".tiff", ".btf"), (".npy",), (".png", ".jpg", ".jpeg")
 IMAGE_SUFFIXES = TIFF + PNG_JPEG + NPY
 CACHE = 256 << 20                       # bytes of decoded tiles or strips that an open image keeps
-GRID = 1 << 16                  # pixels of a channel, up to four times as many, in sampled_limits()
+SAMPLED = 1 << 16       # pixels of a channel, up to four times as many, that sampled_limits() sees
 LABEL_TILE = 512                        # px, side of the tiles of a label file that comes in parts
 CLASSIC = 1 << 31                       # bytes; beyond, a TIFF must be a BigTIFF
-BAND = 1 << 22                          # pixels of a channel that percentiles() counts together
+COUNTED = 1 << 22                       # pixels of a channel that percentiles() counts together
 CALIBRATED = 20.0             # µm; a larger pixel in resolution tags is a printer's: 1200 dpi is 21
 MICROMETRES = {**dict.fromkeys(("µm", "μm", "\\u00b5m", "um", "micron", "microns"), 1.0),
                "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25400.0, "in": 25400.0}
@@ -581,7 +581,7 @@ def _ranked_by_sorting(image: Source | np.ndarray, ranks: Sequence[int]) -> np.n
 def _bands(image: Source | np.ndarray) -> Iterator[np.ndarray]:
     """Some rows after the other, (C, h, W)."""
     _, H, W = image.shape
-    rows = max(1, BAND // W)
+    rows = max(1, COUNTED // W)
     for y in range(0, H, rows):
         end = min(y + rows, H)
         yield image.region(y, end, 0, W) if isinstance(image, Source) else image[:, y:end]
@@ -593,7 +593,7 @@ def sampled_limits(pixels: np.ndarray) -> np.ndarray:
     Exact up to 512 x 512 px. Of larger images every k-th row and column is looked at, since all of
     them would take longer than to decode; ranks are off by about 0.04 % then.
     """
-    step = max(1, math.isqrt((pixels[0].size - 1) // GRID))
+    step = max(1, math.isqrt((pixels[0].size - 1) // SAMPLED))
     return percentiles(pixels[:, ::step, ::step]).astype(np.float32)
 
 

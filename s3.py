@@ -49,7 +49,7 @@ PATIENCE = 45.0                 # seconds without any answer until a call raises
 TRIES = 8                       # failures of one object that count, see Bucket
 LONGEST = 15.0                  # seconds between two tries of one object, at most
 QUIET = 15.0                    # seconds without an answer that are called an outage
-PIECE = 1 << 16                 # bytes of a body that are asked for at once
+CHUNK = 1 << 16                 # bytes of a body that are asked for at once
 UPLOAD_EVERY = 30.0             # seconds between two uploads of a file that grows
 BUSY = ("SlowDown", "Throttling", "RequestTimeout", "RequestTimeTooSkewed", "InternalError",
         "ServiceUnavailable")
@@ -200,7 +200,7 @@ class Bucket:
                     raise Closed
                 if time.monotonic() > end:
                     raise TimeoutError
-                if not (piece := read(PIECE)):
+                if not (piece := read(CHUNK)):
                     raise ConnectionError(f"{len(body)} of {size} bytes came")
                 body += piece
         return bytes(body)

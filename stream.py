@@ -43,7 +43,7 @@ def open_pool(config: fields.FieldData, batch: int, seed: int, device: str, rank
               world: int = 1, bad_fields: Path | None = None) -> ResidentPool | FieldPool:
     """The fields to train on."""
     if config.index:
-        train, _ = fields.divided_index(config, seed)
+        train, _ = fields.split_index(config, seed)
         return FieldPool(train, config, device, rank, world, seed, bad_fields)
     channels, makers = fields.local_fields(config, seed)
     makers = makers[config.held:]

@@ -1,4 +1,5 @@
 """Puts the flat folder on the path, finds ../shared, and starts the S3 server of tests."""
+import contextlib
 import gc
 import os
 import sys
@@ -13,10 +14,11 @@ sys.path.insert(0, str(ROOT))
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Reference outputs and labelled images; they are not part of the repository, so tests that need them skip."""
+    """Reference outputs and labelled images, not in the repository: without them tests skip."""
     folder = Path(os.environ.get("DINOCELL_SHARED", ROOT.parent / "shared"))
     if not folder.is_dir():
-        pytest.skip(f"needs the reference data folder {folder.name}/ beside the checkout (or DINOCELL_SHARED)")
+        pytest.skip(f"needs the reference data folder {folder.name}/ beside the checkout (or "
+                    "DINOCELL_SHARED)")
     return folder
 
 
@@ -32,7 +34,7 @@ def jump_server():
 
 @pytest.fixture
 def server(jump_server, monkeypatch):
-    """The server without faults, as what AWS_ENDPOINT_URL names; afterwards no thread and no socket is left."""
+    """The server without faults, named by AWS_ENDPOINT_URL; no thread, no socket is left over."""
     import s3
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", jump_server.url)
@@ -51,8 +53,6 @@ def server(jump_server, monkeypatch):
 def sockets() -> int:
     found = 0
     for number in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
-        try:
+        with contextlib.suppress(FileNotFoundError):          # the listing itself
             found += os.readlink(f"/proc/self/fd/{number}").startswith("socket:")
-        except FileNotFoundError:                             # the listing itself
-            pass
     return found

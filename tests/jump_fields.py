@@ -1,4 +1,4 @@
-"""A small CPJUMP1 on a faulty S3 server: 36 fields of 4 channels on 4 plates, and what is in them."""
+"""A small CPJUMP1 on a faulty S3 server: 36 fields of 4 channels on 4 plates, and their pixels."""
 import io
 
 import numpy as np

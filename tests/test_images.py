@@ -647,7 +647,7 @@ def test_percentiles_of_a_file_in_bands(tmp_path, dtype, monkeypatch):
     pixels = noise(2, 130, 101, dtype=dtype)
     tifffile.imwrite(tmp_path / "x.tif", pixels, tile=(32, 32), compression="zlib", metadata={"axes": "CYX"},
                      photometric="minisblack")
-    monkeypatch.setattr(images, "BAND", 1500)
+    monkeypatch.setattr(images, "COUNTED", 1500)
     with open_image(tmp_path / "x.tif") as source:
         got = images.percentiles(source)
     expected = np.percentile(pixels.reshape(2, -1).astype(float), (1, 99.8), axis=1).T

@@ -45,8 +45,10 @@ def index(server, listed):
     return listed
 
 
-def pool_of(index, count, *channels, kind=stream.FieldPool, least=1, threads=4, cache=None, device="cpu", **options):
-    config = fields.FieldData(index="-", pool=count, channels=channels, least=least, threads=threads, cache=cache)
+def pool_of(index, count, *channels, kind=stream.FieldPool, least=1, threads=4, cache=None,
+            device="cpu", **options):
+    config = fields.FieldData(index="-", pool=count, channels=channels, least=least,
+                              threads=threads, cache=cache)
     return kind(index, config, device, **options)
 
 
@@ -54,7 +56,7 @@ class Watched(stream.FieldPool):
     """Writes down which fields arrived or failed in which pass."""
 
     def __init__(self, *args, **options):
-        self.seen, self.returned = collections.defaultdict(list), []         # by pass; from a checkpoint
+        self.seen, self.returned = collections.defaultdict(list), []    # by pass; from a checkpoint
         super().__init__(*args, **options)
 
     def _done(self, job, reason):
@@ -67,7 +69,8 @@ def check_pixels(pool, slots) -> set[str]:
     drawn = [pool.names[slot] for slot in slots]
     assert len(set(drawn)) == len(slots)
     for slot, field in zip(slots, drawn, strict=True):
-        expected = np.stack([picture(*TRUTH[field], NUMBERS[CHANNELS.index(c)]) for c in pool.channels])
+        expected = np.stack([picture(*TRUTH[field], NUMBERS[CHANNELS.index(c)])
+                             for c in pool.channels])
         pixels = pool.pixels[slot].numpy().view(np.uint16)
         assert np.array_equal(pixels, expected)
         np.testing.assert_allclose(pool.limits[slot], images.percentiles(expected), rtol=1e-6)
@@ -86,30 +89,34 @@ def draw(pool, until, batch=4, seconds=40.0, pause=0.002) -> set[str]:
 
 
 def consumed(index, state) -> set[str]:
-    return {index[int(i)].name for i in np.flatnonzero(np.unpackbits(state["consumed"].numpy(), count=len(index)))}
+    return {index[int(i)].name
+            for i in np.flatnonzero(np.unpackbits(state["consumed"].numpy(), count=len(index)))}
 
 
-# ----------------------------------------------------------------------------------------------- resident pool
+# ----------------------------------------------------------------------------------- resident pool
 
 def arrays(n=12):
     return [(f"f{i}", np.stack([picture(9, i, c) for c in (1, 5)])) for i in range(n)]
 
 
 def test_resident_two_ranks_equal_one():
-    """The batch of all ranks is the same, its parts disjoint, and nothing but seed and step decides."""
+    """The batch of all ranks is the same, its parts disjoint; only seed and step decide."""
     one = stream.ResidentPool(arrays(), ("Mito", "DNA"), "cpu", seed=3)
-    two = [stream.ResidentPool(iter(arrays()), ("Mito", "DNA"), "cpu", rank=r, world=2, seed=3) for r in (0, 1)]
+    two = [stream.ResidentPool(iter(arrays()), ("Mito", "DNA"), "cpu", rank=r, world=2, seed=3)
+           for r in (0, 1)]
     for step in (7, 0, 3):
         parts = [pool.sample(4, step) for pool in two]
-        assert torch.equal(torch.cat(parts), one.sample(8, step)) and torch.cat(parts).unique().numel() == 8
+        assert torch.equal(torch.cat(parts),
+                           one.sample(8, step)) and torch.cat(parts).unique().numel() == 8
         assert parts[0].dtype == torch.int64
     assert not torch.equal(one.sample(8, 0), one.sample(8, 1))
     counts = torch.zeros(12)
     for step in range(600):
         counts[one.sample(4, step)] += 1
-    assert (counts / 200 - 1).abs().max() < 0.3                              # each as often, within 5 sigma
+    assert (counts / 200 - 1).abs().max() < 0.3                      # each as often, within 5 sigma
     for i, (field, pixels) in enumerate(arrays()):
-        assert one.names[i] == field and np.array_equal(one.pixels[i].numpy().view(np.uint16), pixels)
+        assert one.names[i] == field and np.array_equal(one.pixels[i].numpy().view(np.uint16),
+                                                        pixels)
     np.testing.assert_allclose(one.limits, [images.percentiles(p) for _, p in arrays()], rtol=1e-6)
     one.restore(one.state())
     assert one.stats() == {}
@@ -134,30 +141,37 @@ def test_limits_are_percentiles(h, w, top, seed):
 
 
 def test_limits_of_a_large_field_are_close():
-    pixels = np.random.default_rng(0).gamma(2, 900, (1, 1080, 1080)).clip(0, 65535).astype(np.uint16)
+    pixels = np.random.default_rng(0).gamma(2, 900, (1, 1080, 1080)).clip(0,
+                                                                          65535).astype(np.uint16)
     low, high = images.sampled_limits(pixels)[0]
-    assert abs((pixels <= low).mean() - 0.01) < 0.0015 and abs((pixels <= high).mean() - 0.998) < 0.0007
+    assert abs((pixels <= low).mean() - 0.01) < 0.0015
+    assert abs((pixels <= high).mean() - 0.998) < 0.0007
 
 
-# ---------------------------------------------------------------------------------------------- streaming pool
+# ---------------------------------------------------------------------------------- streaming pool
 
-def test_faults_kill_and_resume_every_good_field_exactly_once(server, index, tmp_path, monkeypatch, capsys):
-    """Latency, 503s, cut bodies, resets, a drip and bad files; killed, resumed, and S3 goes away meanwhile."""
+def test_faults_kill_and_resume_every_good_field_exactly_once(server, index, tmp_path, monkeypatch,
+                                                              capsys):
+    """Latency, 503s, cut bodies, resets, a drip and bad files; a kill, a resume, an outage."""
     monkeypatch.setattr(s3, "TIME_LIMIT", 0.8)
     monkeypatch.setattr(stream, "MAX_FAILED", 0.5)
     field = {n: next(i for i in range(36) if index[i].name == name(*n)) for n in TRUTH.values()}
     lines = list(index.lines)
     lines[field[1, 2]] = lines[field[1, 2]].replace(b"ch4sk", b"ch4xx")                # 404
-    lines[field[2, 2]] = lines[field[2, 2]].rsplit(b"\t", 1)[0] + b"\t"                # no file of the last channel
-    odd = {(3, 2): tiff(picture(3, 2, 4))[:-300], (3, 3): b"<html>", (4, 2): tiff(picture(4, 2, 4, side=16)),
+    lines[field[2, 2]] = lines[field[2, 2]].rsplit(b"\t",
+                                                   1)[0] + b"\t"       # no file of the last channel
+    odd = {(3, 2): tiff(picture(3, 2, 4))[:-300], (3, 3): b"<html>",
+           (4, 2): tiff(picture(4, 2, 4, side=16)),
            (4, 3): tiff(picture(4, 3, 4).astype(np.uint8)), (4, 4): b"",
            (4, 5): tiff(np.zeros((3, SIDE, SIDE), np.uint16))}
     reasons = {(1, 2): "404", (2, 2): "no file of channel Brightfield", (3, 2): "truncated|damaged",
-               (3, 3): "damaged or no TIFF", (4, 2): "wrong size, 16 x 16 px", (4, 3): "uint8", (4, 4): "empty",
+               (3, 3): "damaged or no TIFF", (4, 2): "wrong size, 16 x 16 px", (4, 3): "uint8",
+               (4, 4): "empty",
                (4, 5): "3 page"}
     good = set(TRUTH) - {name(*n) for n in reasons}
     bad = fields.Index(index.root, index.channels, lines)
-    options = dict(kind=Watched, threads=16, least=2, seed=5, bad_fields=tmp_path / "bad_fields.tsv")
+    options = dict(kind=Watched, threads=16, least=2, seed=5,
+                   bad_fields=tmp_path / "bad_fields.tsv")
     try:
         for n, body in odd.items():
             put(server, ABOVE + key(*n, 4), body)
@@ -180,20 +194,25 @@ def test_faults_kill_and_resume_every_good_field_exactly_once(server, index, tmp
             drawn |= meanwhile | draw(pool, lambda: pool.seen[1])
             stats = pool.stats()
             after = [n for n, _ in pool.seen[0]]
-        assert len(set(after)) == len(after) and not set(after) & before      # exactly once, along the checkpoints
+        assert len(set(after)) == len(after) and not set(after) & before     # exactly once
         assert set(after) | before == set(TRUTH)
         assert {n for n, _ in pool.returned} == resident and resident <= before
         arrived = {n for n, reason in pool.seen[0] if not reason}
-        assert arrived | before >= good and arrived <= drawn | {n for n in pool.names if n}   # none left unused
+        assert arrived | before >= good and arrived <= drawn | {n for n in pool.names
+                                                                if n}   # none left unused
         assert stats["outage_s"] == 0 and stats["bytes"] > 5e4
         said = capsys.readouterr().err
-        assert "has not answered" in said and "fields are here" in said and "answers again after" in said
-        table = [line.split("\t") for line in (tmp_path / "bad_fields.tsv").read_text().splitlines()]
-        assert table[0] == ["name", "file", "reason"] and {row[0] for row in table[1:]} == {name(*n) for n in reasons}
+        for text in ("has not answered", "fields are here", "answers again after"):
+            assert text in said
+        table = [line.split("\t")
+                 for line in (tmp_path / "bad_fields.tsv").read_text().splitlines()]
+        assert table[0] == ["name", "file", "reason"]
+        assert {row[0] for row in table[1:]} == {name(*n) for n in reasons}
         for n, reason in reasons.items():
             found = [row for row in table if row[0] == name(*n)]
             assert any(word in found[0][2] for word in reason.split("|")), found
-        assert [row[1] for row in table if row[0] == name(4, 3)][0] == key(4, 3, 4).removeprefix(f"{BATCH}/")
+        wrong = [row[1] for row in table if row[0] == name(4, 3)]
+        assert wrong[0] == key(4, 3, 4).removeprefix(f"{BATCH}/")
     finally:
         server.set()
         for n in odd:
@@ -201,11 +220,12 @@ def test_faults_kill_and_resume_every_good_field_exactly_once(server, index, tmp
 
 
 def test_shards_are_disjoint_and_ranks_may_change(index, tmp_path):
-    """Three ranks visit all fields of a pass once; two that take over from them finish it, once each."""
+    """Three ranks visit all fields of a pass once; two that take over finish it, once each."""
     states, seen = [], []
     for rank in range(3):
         with pool_of(index, 4, "DNA", "ER", kind=Watched, rank=rank, world=3, seed=1) as pool:
-            draw(pool, lambda: len(pool.seen[0]) >= (4, 6, 8)[rank], batch=2)
+            visited = (4, 6, 8)[rank]
+            draw(pool, lambda pool=pool, visited=visited: len(pool.seen[0]) >= visited, batch=2)
             states.append(pool.state())
             seen += consumed(index, states[-1])
     torch.save(states, tmp_path / "states.pt")
@@ -235,18 +255,20 @@ def test_every_pass_is_another_order_and_all_resident_needs_no_network(index):
     with pool_of(few, 100, "DNA", kind=Watched) as pool:
         assert len(pool.names) == 9
         drawn = draw(pool, lambda: pool.stats()["passes"] > 3, batch=3)
-        assert drawn == {few[i].name for i in range(9)} and pool.stats()["bytes"] < 12 * len(tiff(picture(1, 1, 1)))
+        assert drawn == {few[i].name for i in range(9)}
+        assert pool.stats()["bytes"] < 12 * len(tiff(picture(1, 1, 1)))
     with pool_of(few, 4, "DNA", kind=Watched) as pool:
         draw(pool, lambda: pool.seen[3], batch=2)
     assert sorted(n for n, _ in pool.seen[0]) == [few[i].name for i in range(9)]
-    for number in (1, 2):                                                    # what was still there was not fetched again
+    for number in (1, 2):                               # what was still there was not fetched again
         visited = [n for n, _ in pool.seen[number]]
         assert 5 <= len(visited) <= 9 and len(set(visited)) == len(visited)
-    assert sorted(pool._order_of(0)) == sorted(pool._order_of(1)) != pool._order_of(1) != pool._order_of(0)
+    first, second = pool._order_of(0), pool._order_of(1)
+    assert sorted(first) == sorted(second) != second != first
 
 
 def test_the_batch_stays_and_sample_never_waits(index):
-    """Pixels of a batch do not change before the next one, while all else is replaced; draws take no time."""
+    """Pixels of a batch stay until the next one, while all else is replaced; draws take no time."""
     with pool_of(index, 8, "DNA", "ER", threads=8) as pool:
         pool.sample(3, 0)
         taken = []
@@ -254,7 +276,8 @@ def test_the_batch_stays_and_sample_never_waits(index):
             slots = pool.sample(3, step)
             pixels, names = pool.pixels[slots].clone(), [pool.names[s] for s in slots]
             time.sleep(0.02)
-            assert torch.equal(pool.pixels[slots], pixels) and [pool.names[s] for s in slots] == names
+            assert torch.equal(pool.pixels[slots], pixels) and [pool.names[s]
+                                                                for s in slots] == names
             assert sum(n is not None for n in pool.names) >= 4
             begun = time.perf_counter()
             pool.sample(3, step)
@@ -272,8 +295,10 @@ def test_on_a_gpu(index):
             names = [pool.names[slot] for slot in slots.tolist()]
             torch.cuda._sleep(20_000_000)                                    # the GPU lags behind
             pixels, limits = pool.pixels[slots], pool.limits[slots]
-            for field, found, pair in zip(names, pixels.cpu().numpy().view(np.uint16), limits.cpu(), strict=True):
-                expected = np.stack([picture(*TRUTH[field], NUMBERS[CHANNELS.index(c)]) for c in pool.channels])
+            for field, found, pair in zip(names, pixels.cpu().numpy().view(np.uint16), limits.cpu(),
+                                          strict=True):
+                expected = np.stack([picture(*TRUTH[field], NUMBERS[CHANNELS.index(c)])
+                                     for c in pool.channels])
                 assert np.array_equal(found, expected)
                 np.testing.assert_allclose(pair, images.percentiles(expected), rtol=1e-6)
 
@@ -283,18 +308,19 @@ def test_the_network_waits_for_slow_training(index):
     with pool_of(index, 6, "DNA", least=3) as pool:
         pool.sample(1, 0)
         had, end = -1, time.monotonic() + 20
-        while had < pool.stats()["bytes"] and time.monotonic() < end:        # until nothing more comes
+        while had < pool.stats()["bytes"] and time.monotonic() < end:     # until nothing more comes
             had = pool.stats()["bytes"]
             time.sleep(0.3)
         first = list(pool.names)
         pool.stats()
         time.sleep(0.3)
-        assert pool.names == first and len(first) - first.count(None) == 6 and pool.stats()["bytes"] == had
+        assert pool.names == first and len(first) - first.count(None) == 6
+        assert pool.stats()["bytes"] == had
         assert pool.stats()["fields_per_s"] == pool.stats()["mb_per_s"] == 0
 
 
 def test_memory_stays_bounded(server, index):
-    """While 41 MB come, each of four threads holds its file and the counts for its limits (2.5 MB), no more."""
+    """While 41 MB come, each of four threads holds a file and the counts for its limits: 2.5 MB."""
     big = tiff(picture(1, 1, 1, side=400))
     keys = [f"big/{i}.tiff" for i in range(4)]
     for k in keys:
@@ -316,7 +342,7 @@ def test_memory_stays_bounded(server, index):
 
 
 def test_a_broken_object_is_no_outage(server, index, monkeypatch):
-    """503 for ever on one file, with all threads at it: given up, since the server gives what it gave before."""
+    """503 for ever on one file, with all threads at it: the server still gives what it gave."""
     monkeypatch.setattr(s3, "TRIES", 4)
     monkeypatch.setattr(stream, "MAX_FAILED", 0.5)
     server.set(broken="BR00000002__2020-11-05T19_51_35-Measurement1/Images/r01c03f02")
@@ -325,13 +351,28 @@ def test_a_broken_object_is_no_outage(server, index, monkeypatch):
         assert pool.bad == {name(2, 1): "503 SlowDown (again and again)"}
 
 
+def test_an_outage_counts_against_no_field_and_is_waited_for(server, index, monkeypatch):
+    """Many more failures than an object may have, for longer than a start would wait."""
+    for limit, value in (("PATIENCE", 1.0), ("TRIES", 4), ("LONGEST", 0.1)):
+        monkeypatch.setattr(s3, limit, value)
+    with pool_of(index, 6, "DNA", kind=Watched) as pool:
+        pool.sample(2, 0)
+        server.set(outage=True)
+        draw(pool, lambda: pool.stats()["outage_s"] > 2, batch=2)
+        server.set()
+        draw(pool, lambda: pool.seen[1], batch=2)
+        assert not pool.bad and pool.stats()["retries"] > 16
+
+
 def test_too_many_failures_stop_the_run_with_the_commonest_reason(index, tmp_path, monkeypatch):
-    monkeypatch.setattr(stream, "WINDOW", 400)                               # 40 count, before that many were seen
+    monkeypatch.setattr(stream, "WINDOW", 400)                # 40 count, before that many were seen
     monkeypatch.setattr(stream, "MAX_FAILED", 0.15)
-    lines = [line.replace(b"-ch5", b"-ch9") if i % 3 else line for i, line in enumerate(index.lines)]
+    lines = [line.replace(b"-ch5", b"-ch9") if i % 3 else line for i,
+             line in enumerate(index.lines)]
     index = fields.Index(index.root, CHANNELS, lines)
     with pool_of(index, 6, "DNA", bad_fields=tmp_path / "bad.tsv") as pool, \
-            pytest.raises(ValueError, match=r"7 of the last \d+ .* most often: 404 NoSuchKey; .*bad.tsv lists"):
+            pytest.raises(ValueError,
+                          match=r"7 of the last \d+ .* most often: 404 NoSuchKey; .*bad.tsv lists"):
         draw(pool, lambda: False, batch=2)
     monkeypatch.setattr(stream, "MAX_FAILED", 1)
     with pool_of(index.select(range(12)), 12, "DNA") as pool, \
@@ -345,7 +386,8 @@ def test_a_damaged_field_is_no_more_of_the_fields_in_every_pass(index, monkeypat
     """Those that stay in the pool count as well."""
     monkeypatch.setattr(stream, "WINDOW", 200)
     monkeypatch.setattr(stream, "MAX_FAILED", 0.3)                           # of 20: more than 6
-    lines = [line.replace(b"-ch5", b"-ch9") if i == 3 else line for i, line in enumerate(index.lines[:12])]
+    lines = [line.replace(b"-ch5", b"-ch9") if i == 3 else line for i,
+             line in enumerate(index.lines[:12])]
     few = fields.Index(index.root, CHANNELS, lines)
     with pool_of(few, 12, "DNA") as pool:
         draw(pool, lambda: pool.stats()["failures"] >= 12, batch=2)
@@ -365,7 +407,8 @@ def test_a_stop_is_heard_while_fields_are_waited_for(server, index):
 def test_no_answer_at_the_start_is_an_error(server, index, monkeypatch):
     monkeypatch.setattr(s3, "PATIENCE", 0.5)
     server.set(outage=True)
-    with pytest.raises(ConnectionError, match=r"no answer .* tries from http://127.0.0.1:\d+, last: "):
+    with pytest.raises(ConnectionError,
+                       match=r"no answer .* tries from http://127.0.0.1:\d+, last: "):
         pool_of(index, 4, threads=2)
 
 
@@ -376,10 +419,11 @@ def test_cache_is_shared_and_a_second_run_needs_no_network(server, index, tmp_pa
         draw(pool, lambda: pool.stats()["resident"] == 9, batch=3)
         return pool.stats()
     with pool_of(few, 9, "DNA", "ER", cache=folder) as pool:
-        assert fill(pool)["cache_hits"] <= 1                                 # the size was asked for before
+        assert fill(pool)["cache_hits"] <= 1                         # the size was asked for before
     files = list(folder.glob("??/*"))
-    assert len(files) == 18 and sum(p.stat().st_size for p in files) == int((folder / "bytes.lock").read_text())
-    files[0].write_bytes(b"damaged")                                         # a crash of the machine: fetched again
+    assert len(files) == 18 and sum(p.stat().st_size
+                                    for p in files) == int((folder / "bytes.lock").read_text())
+    files[0].write_bytes(b"damaged")                         # a crash of the machine: fetched again
     with pool_of(few, 9, "DNA", "ER", cache=folder) as pool:
         stats = fill(pool)
         assert stats["cache_hits"] >= 17 and stats["bytes"] == len(tiff(picture(1, 1, 1)))
@@ -391,9 +435,12 @@ def test_cache_is_shared_and_a_second_run_needs_no_network(server, index, tmp_pa
 def test_help_is_quick_and_needs_no_boto3():
     """boto3 and torch run where they are used."""
     watch = ("import sys; sys.path.insert(0, sys.argv[1]); import stream; "
-             "print([name for name in ('boto3', 'botocore', 'torch', 'scipy') if stream.runs.is_loaded(name)])")
+             "names = ('boto3', 'botocore', 'torch', 'scipy'); "
+             "print([name for name in names if stream.runs.is_loaded(name)])")
     root = Path(stream.__file__).parent
-    done = subprocess.run([sys.executable, "-c", watch, str(root)], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", watch, str(root)], capture_output=True, text=True,
+                          check=True)
     assert done.stdout.strip() == "[]"
-    done = subprocess.run([sys.executable, root / "stream.py", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, root / "stream.py", "--help"], capture_output=True,
+                          text=True, check=True)
     assert "load_data" in done.stdout and "signed=false" in done.stdout

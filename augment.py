@@ -1,23 +1,30 @@
-"""Augmentation of labelled images, batched on their own device; `python augment.py` writes an augmented set.
+"""Augmentation of labelled images, batched on their own device; `python augment.py` writes an
+augmented set.
 
     python augment.py configs/augment.yaml [key=value ...]
 
-reads the images and labels in `data`, leaves them as they are, and writes `copies` augmented crops of each to
-output/images and output/labels (16-bit and label TIFF of the same name), with the configuration beside them.
-Crops that exist are kept, so that the same command goes on where it stopped.
+reads the images and labels in `data`, leaves them as they are, and writes `copies` augmented crops
+of each to output/images and output/labels (16-bit and label TIFF of the same name), with the
+configuration beside them. Crops that exist are kept, so that the same command goes on where it
+stopped.
 
-In training the images lie on the device, and nothing is decoded, resized or drawn per pixel on the CPU:
+In training the images lie on the device, and nothing is decoded, resized or drawn per pixel on the
+CPU:
 
-    resident = Resident(entries, groups, device)        # entries: (name, (3, H, W) in [0, 1], labels (H, W))
-    numbers = np.arange(B) + step * B                   # numbers that no other sample of the run has
-    x, target, labels = sample(resident, resident.draw(seed, numbers), numbers, Augment(), 256, seed, cap=4)
+    resident = Resident(entries, groups, device)        # entries: (name, (3, H, W) in [0, 1],
+                                                        labels (H, W))
+    numbers = np.arange(B) + step * B                   # numbers that no other sample of the run
+                                                        has
+    x, target, labels = sample(resident, resident.draw(seed, numbers), numbers, Augment(), 256,
+    seed, cap=4)
 
-Every random value is a hash of (seed, number of the sample, its name): a sample does not depend on its batch,
-on ranks, workers or on what was drawn before. The few values per sample are drawn on the host, so the host
-knows which samples an operation touches, and never waits for a GPU; noise per pixel is drawn on the device.
+Every random value is a hash of (seed, number of the sample, its name): a sample does not depend on
+its batch, on ranks, workers or on what was drawn before. The few values per sample are drawn on the
+host, so the host knows which samples an operation touches, and never waits for a GPU; noise per
+pixel is drawn on the device.
 
-Letters: N images, B samples, k some of them, S side of a crop, C channels worked on: 1 for gray images, whose
-three channels are equal, noise included.
+Letters: N images, B samples, k some of them, S side of a crop, C channels worked on: 1 for gray
+images, whose three channels are equal, noise included.
 """
 from __future__ import annotations
 
@@ -51,37 +58,39 @@ Range = tuple[float, ...]                   # low, high
 
 @dataclass(frozen=True)
 class Augment:
-    """Probabilities, each with the range of its strength, even in the logarithm (brightness: even)."""
-    scale: Range = (0.6, 1.67)              # factor on the size of cells, beyond the image's nominal scale
-    on_cell: float = 0.7                    # probability that a crop lies around a cell; else anywhere
+    """Probabilities, each with the range of its strength, even in the logarithm (brightness: even).
+    """
+    scale: Range = (0.6, 1.67)  # factor on the size of cells, beyond the image's nominal scale
+    on_cell: float = 0.7  # probability that a crop lies around a cell; else anywhere
     flip: float = 0.5                       # of a mirror image
-    quarter: float = 1.0                    # of a turn by 0, 90, 180 or 270 degrees, which loses nothing
+    quarter: float = 1.0  # of a turn by 0, 90, 180 or 270 degrees, which loses nothing
     rotate: float = 0.5                     # of a turn by any angle instead
     elastic: float = 0.3                    # of elastic jitter
     elastic_px: Range = (0.5, 3.0)          # px of the crop, standard deviation of the displacement
-    negative: float = 0.04                  # of noise, texture or even ground, without cells, for the image
+    negative: float = 0.04  # of noise, texture or even ground, without cells, for the image
     light: float = 0.3                      # of uneven light, a smooth field that multiplies
     light_range: Range = (0.05, 0.35)       # standard deviation of the field's logarithm
     paste: float = 0.0                      # of cells of another image of the set, laid over
-    halo: float = 0.0                       # of bright or dark rims, as phase contrast has around cells
+    halo: float = 0.0  # of bright or dark rims, as phase contrast has around cells
     halo_px: Range = (2.0, 8.0)             # px of the crop, how wide the rim is
     halo_range: Range = (0.3, 1.5)          # how strong it is, in contrasts of what it surrounds
     coarse: float = 0.0                     # of fewer pixels: reduced, and enlarged again
     coarse_range: Range = (0.4, 1.0)        # the factor
     blocks: float = 0.0                     # of JPEG compression
-    blocks_range: Range = (0.5, 6.0)        # its strength: multiples of the standard's tables (quality 50 is 1)
-    stain: float = 0.0                      # of other dyes: another mixture of the optical densities (colour images)
+    # its strength: multiples of the standard's tables (quality 50 is 1)
+    blocks_range: Range = (0.5, 6.0)
+    stain: float = 0.0  # of other dyes: another mixture of the optical densities (colour images)
     stain_range: Range = (0.05, 0.3)        # how far the mixture is from none
     tint: float = 0.0                       # of one dye on white, of any colour (gray images)
     blur: float = 0.2                       # of a Gaussian blur
     blur_px: Range = (0.4, 2.0)             # px of the crop, its sigma
     noise: float = 0.3                      # of Gaussian noise
     noise_range: Range = (0.005, 0.1)       # its sigma; the image is in [0, 1]
-    shot: float = 0.3                       # of shot noise, which grows as the square root of intensity
+    shot: float = 0.3  # of shot noise, which grows as the square root of intensity
     shot_photons: Range = (20.0, 1000.0)    # photons at intensity 1
-    dim: float = 0.15                       # of so short an exposure that photons count, normalised again
+    dim: float = 0.15  # of so short an exposure that photons count, normalised again
     dim_photons: Range = (1.5, 60.0)        # photons at intensity 1
-    invert: float = 0.2                     # of inverted polarity: dark cells on light become light on dark
+    invert: float = 0.2  # of inverted polarity: dark cells on light become light on dark
     contrast: float = 0.4                   # of a stretch around the image's mean
     contrast_range: Range = (0.5, 1.6)      # its factor
     brightness: float = 0.4                 # of an offset
@@ -89,7 +98,7 @@ class Augment:
     gamma: float = 0.3                      # of x ** gamma
     gamma_range: Range = (0.6, 1.67)        # the exponent
     shuffle: float = 0.2                    # of another order of the channels (colour images)
-    mix: float = 0.1                        # of channels that are weighted means of all (colour images)
+    mix: float = 0.1  # of channels that are weighted means of all (colour images)
     gray: float = 0.2                       # of one such mean in all three channels (colour images)
     drop: float = 0.05                      # of one or two black channels
 
@@ -105,32 +114,37 @@ class Augment:
 
     def still(self) -> Augment:
         """The same without moving anything, for sets that this script has written."""
-        return replace(self, scale=(1.0, 1.0), on_cell=0.0, flip=0.0, quarter=0.0, rotate=0.0, elastic=0.0)
+        return replace(self, scale=(1.0, 1.0), on_cell=0.0, flip=0.0, quarter=0.0, rotate=0.0,
+                       elastic=0.0)
 
 
 @dataclass(frozen=True)
 class Config:
-    data: tuple[str, ...]                   # folders: NAME.tif and NAME_masks.tif, or images/ and labels/
+    data: tuple[str, ...]  # folders: NAME.tif and NAME_masks.tif, or images/ and labels/
     output: str = "dat/augmented_training_data"    # folder for images/ and labels/
     copies: runs.Count = 4                  # crops of each image
     size: runs.Count = 256                  # px, their side
     seed: int = 0                           # of everything random
-    diameter: runs.Positive | None = None   # px, an image's median cell is scaled to this; null: as it is
+    # px, an image's median cell is scaled to this; null: as it is
+    diameter: runs.Positive | None = None
     overwrite: bool = False                 # make crops anew that exist
     augment: Augment = field(default_factory=lambda: Augment(invert=0.0, negative=0.0))  
 
     def __post_init__(self):
         if not self.data or Path(self.output) in map(Path, self.data):
-            raise ValueError(f"data={list(self.data)}: expected folders other than output={self.output}")
+            raise ValueError(f"data={list(self.data)}: expected folders other than "
+                             f"output={self.output}")
 
 
-# --------------------------------------------------------------------------------------- random values
+# ------------------------------------------------------------------------------------ random values
 
-GOLDEN, FIRST, SECOND = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+GOLDEN, FIRST, SECOND = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9,
+                                                 0x94D049BB133111EB))
 
 
 def scramble(z):
-    """splitmix64 (Steele et al., 2014), int64 arrays or tensors: products wrap, masks make shifts logical."""
+    """splitmix64 (Steele et al., 2014), int64 arrays or tensors: products wrap, masks make shifts
+    logical."""
     z = z + GOLDEN
     z = (z ^ (z >> 30 & (1 << 34) - 1)) * FIRST
     z = (z ^ (z >> 27 & (1 << 37) - 1)) * SECOND
@@ -139,24 +153,28 @@ def scramble(z):
 
 def hashed(text: str) -> int:
     """64 bits, signed."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little",
+                          signed=True)
 
 
 class Draws:
-    """The random values of B samples, on the host, with the probabilities and ranges that they follow."""
+    """The random values of B samples, on the host, with the probabilities and ranges that they
+    follow."""
 
     def __init__(self, key: np.ndarray, config=None):
         self.key, self.config = key, config                                  # (B,) int64
 
     @classmethod
     def of(cls, seed: int, numbers: np.ndarray, config=None) -> Draws:
-        return cls(scramble(scramble(np.array([seed], np.int64)) ^ np.asarray(numbers, np.int64)), config)
+        return cls(scramble(scramble(np.array([seed], np.int64)) ^ np.asarray(numbers, np.int64)),
+                   config)
 
     def at(self, rows: np.ndarray) -> Draws:
         return Draws(self.key[rows], self.config)
 
     def streams(self, name: str, channels: int = 1, length: int = 0) -> np.ndarray:
-        """(B, channels) int64 where sequences of hashes begin: the i-th is scramble(stream + i GOLDEN)."""
+        """(B, channels) int64 where sequences of hashes begin: the i-th is scramble(stream + i
+        GOLDEN)."""
         return scramble(self.key ^ hashed(name))[:, None] + GOLDEN * (length * np.arange(channels))
 
     def uniform(self, name: str, *shape: int) -> np.ndarray:
@@ -168,30 +186,35 @@ class Draws:
         return self.uniform(f"{name} happens") < getattr(self.config, name)  # (B,) bool
 
     def within(self, name: str, limits: tuple[float, ...] | None = None) -> np.ndarray:
-        """(B,) in a range of the configuration; factors and widths are in (1, 2) as often as in (2, 4)."""
+        """(B,) in a range of the configuration; factors and widths are in (1, 2) as often as in (2,
+        4)."""
         (low, high), u = limits or getattr(self.config, name), self.uniform(name)
         return low * (high / low) ** u if low > 0 else low + (high - low) * u
 
     def knots(self, name: str, strength: str, channels: int, n: int) -> np.ndarray:
-        """(B, channels, n, n) normal values for smooth(), each sample with its own standard deviation."""
-        return scipy.special.ndtri(self.uniform(name, channels, n, n)) * self.within(strength)[:, None, None, None]
+        """(B, channels, n, n) normal values for smooth(), each sample with its own standard
+        deviation."""
+        return scipy.special.ndtri(self.uniform(name, channels, n,
+                                                n)) * self.within(strength)[:, None, None, None]
 
 
 @functools.lru_cache
 def quantiles(device: torch.device) -> Tensor:
     """65,536 equally likely values of the normal distribution."""
-    return torch.from_numpy(scipy.special.ndtri((np.arange(65536) + 0.5) / 65536)).float().to(device)
+    return torch.from_numpy(scipy.special.ndtri((np.arange(65536) + 0.5)
+                                                / 65536)).float().to(device)
 
 
 def normal_noise(streams: Tensor, size: int) -> Tensor:
-    """Standard normal values (k, C, S, S) for streams (k, C), on their device; 16 bits of a hash give one."""
+    """Standard normal values (k, C, S, S) for streams (k, C), on their device; 16 bits of a hash
+    give one."""
     steps = GOLDEN * torch.arange(-(-size ** 2 // 4), device=streams.device)
     bits = scramble(streams[:, :, None] + steps).view(torch.int16)[..., :size ** 2]
     values = quantiles(streams.device).index_select(0, bits.flatten().int() + 32768)
     return values.view(*streams.shape, size, size)
 
 
-# -------------------------------------------------------------------------------------------- resident
+# ----------------------------------------------------------------------------------------- resident
 
 LEVELS = 4              # the image; a half, a quarter, an eighth of its side
 
@@ -199,69 +222,89 @@ LEVELS = 4              # the image; a half, a quarter, an eighth of its side
 class Resident:
     """N images of any size and their labels, on one device.
 
-    entries : (name, pixels (3, H, W) floats in [0, 1], labels (H, W) integers) each; may be a generator.
-    groups : one name per image; draw() takes every group equally often, or as often as `weights` says (by
+    entries : (name, pixels (3, H, W) floats in [0, 1], labels (H, W) integers) each; may be a
+        generator.
+    groups : one name per image; draw() takes every group equally often, or as often as `weights`
+        says (by
         name, relative to each other; 1 where it is silent). None: all images are one group.
     cap : px; None keeps the uncapped distance maps as well, which sample(cap=None) needs.
-    diameter : px, to which an image's median cell is scaled before the random factor. None: left as it is.
+    diameter : px, to which an image's median cell is scaled before the random factor. None: left as
+        it is.
 
-    A pixel is one 64-bit word: three channels and the uncapped distance, 16 bits each, so that a camera's 16
-    bits survive and one gather brings all. Images of all sizes lie end to end, each with its reductions by 2,
-    4 and 8: a crop that shrinks samples the nearest of these, since bilinear sampling of the full image would
-    skip pixels and turn fine texture into grain. 14.6 bytes a pixel in all.
+    A pixel is one 64-bit word: three channels and the uncapped distance, 16 bits each, so that a
+    camera's 16 bits survive and one gather brings all. Images of all sizes lie end to end, each
+    with its reductions by 2, 4 and 8: a crop that shrinks samples the nearest of these, since
+    bilinear sampling of the full image would skip pixels and turn fine texture into grain. 14.6
+    bytes a pixel in all.
     """
 
-    def __init__(self, entries: Iterable[tuple[str, np.ndarray, np.ndarray]], groups: list[str] | None = None,
-                 device: str | torch.device = "cpu", cap: float | None = 4.0, diameter: float | None = None,
+    def __init__(self, entries: Iterable[tuple[str, np.ndarray, np.ndarray]],
+                 groups: list[str] | None = None,
+                 device: str | torch.device = "cpu", cap: float | None = 4.0,
+                 diameter: float | None = None,
                  weights: dict[str, float] | None = None):
         words, labels, depths, centres, rows = [], [], [], [], []
         for name, pixels, truth in entries:
             if pixels.shape != (3, *truth.shape) or truth.dtype.kind not in "iu" or truth.size == 0:
-                raise ValueError(f"{name}: pixels {pixels.shape}, labels {truth.shape} {truth.dtype}; "
+                raise ValueError(f"{name}: pixels {pixels.shape}, labels {truth.shape} "
+                                 f"{truth.dtype}; "
                                  "expected (3, H, W) and integers (H, W)")
             if not (pixels.min() >= 0 and pixels.max() <= 1):
-                raise ValueError(f"{name}: values {pixels.min():g} to {pixels.max():g}; expected 0 to 1")
+                raise ValueError(f"{name}: values {pixels.min():g} to {pixels.max():g}; expected 0 "
+                                 f"to 1")
             ids = np.unique(np.append(truth, 0))                             # ground first
             truth = np.searchsorted(ids, truth).astype(np.int32)             # 0..n
             wide, centre, depth = measure(truth, len(ids))
-            far = watershed.distance_map(truth) if cap is None else np.zeros(truth.shape, np.float32)
+            far = watershed.distance_map(truth) if cap is None else np.zeros(truth.shape,
+                                                                             np.float32)
             levels = pyramid(np.concatenate((pixels, far[None])))
-            rows.append((wide, pixels.mean(), (pixels == pixels[0]).all(), pixels.any((1, 2)), len(ids) - 1,
+            rows.append((wide, pixels.mean(), (pixels == pixels[0]).all(), pixels.any((1, 2)),
+                         len(ids) - 1,
                          [level.shape[:2] for level in levels]))
-            words += [np.round(v * 65535 - 32768).astype(np.int16).view(np.int64).ravel() for v in levels]
+            words += [np.round(v * 65535 - 32768).astype(np.int16).view(np.int64).ravel()
+                      for v in levels]
             labels.append(truth.ravel())
             centres.append(centre)
             depths.append(depth)
         if not rows:
             raise ValueError("no images to augment")
         widths, self.mean, self.gray, self.alive, self.cells, self.shape = map(np.array, zip(*rows))
-        # (N,) intensity, (N,) channels are equal, (N, 3) channel is not black, (N,) count, (N, LEVELS, 2) px
-        self.word, self.label, self.cell = offsets(words).reshape(-1, LEVELS), offsets(labels), offsets(depths)
-        self.centre = np.concatenate(centres)                              # (cells, 2) y, x px, ground first
+        # (N,) intensity, (N,) channels are equal, (N, 3) channel is not black, (N,) count, (N,
+        # LEVELS, 2) px
+        self.word, self.label, self.cell = (
+            offsets(words).reshape(-1, LEVELS),
+            offsets(labels),
+            offsets(depths),
+        )
+        self.centre = np.concatenate(centres)  # (cells, 2) y, x px, ground first
         self.scale = np.ones(len(rows))                                      # (N,) nominal
         if diameter is not None:
             self.scale[widths > 0] = diameter / widths[widths > 0]
-        self.width = widths * self.scale                                     # (N,) px, a median cell at nominal scale; 0: none
+        self.width = widths * self.scale  # (N,) px, a median cell at nominal scale; 0: none
         seen = self.width[widths > 0]
-        self.diameter = float(np.median(seen)) if len(seen) else None        # px, a median cell in crops
+        self.diameter = float(np.median(seen)) if len(seen) else None  # px, a median cell in crops
         self.words, self.labels, self.depth = (torch.from_numpy(np.concatenate(parts)).to(device)
                                                for parts in (words, labels, depths))
-        self.groups, self.group = np.unique(groups or ["all"] * len(rows), return_inverse=True)   # (groups,), (N,)
+        # (groups,), (N,)
+        self.groups, self.group = np.unique(groups or ["all"] * len(rows), return_inverse=True)
         self.weigh(weights or {})
         self.cap = cap
 
     def weigh(self, weights: dict[str, float]) -> None:
-        """How often images of each group are drawn, by its name; 1 where this is silent, never where it says 0."""
+        """How often images of each group are drawn, by its name; 1 where this is silent, never
+        where it says 0."""
         share = np.cumsum([weights.get(str(name), 1.0) for name in self.groups])
-        self.share = share / share[-1]                                       # (groups,) up to each of them
+        self.share = share / share[-1]  # (groups,) up to each of them
 
     def __len__(self) -> int:
         return len(self.scale)
 
     def draw(self, seed: int, numbers: np.ndarray) -> np.ndarray:
-        """(B,) which image each sample shows: the group by its weight, every image of it equally often."""
+        """(B,) which image each sample shows: the group by its weight, every image of it equally
+        often."""
         draws = Draws.of(seed, numbers)
-        return self.member(np.searchsorted(self.share, draws.uniform("group")), draws.uniform("image"))
+        return self.member(np.searchsorted(self.share, draws.uniform("group")),
+                           draws.uniform("image"))
 
     def member(self, group: np.ndarray, share: np.ndarray) -> np.ndarray:
         """(B,) the image of each group (B,) that lies at this share (B,), 0 to 1, of its images."""
@@ -271,20 +314,23 @@ class Resident:
 
 
 def load_resident(config: data.TrainingData, seed: int, device: str, cap: float | None):
-    """Resident training images; images to validate on; content hashes {train, validation: {name: hash}}."""
+    """Resident training images; images to validate on; content hashes {train, validation: {name:
+    hash}}."""
     train, validation = data.training_images(config, seed)
-    hashes = {part: {image.name: hashlib.sha256(image.pixels.tobytes() + image.labels.tobytes()).hexdigest()[:16]
-                     for image in images if image.held} for part, images in (("train", train), ("validation", validation))}
+    hashes = {part: {image.name: hashlib.sha256(image.pixels.tobytes()
+                                                + image.labels.tobytes()).hexdigest()[:16]
+                     for image in images if image.held}
+              for part, images in (("train", train), ("validation", validation))}
     groups = [image.set for image in train]
-    train.reverse()                                           # each image goes as soon as it is packed: they are large together
+    train.reverse()  # each image goes as soon as it is packed: they are large together
     resident = Resident((train.pop()[:3] for _ in groups), groups, device, cap, config.diameter,
                         {chosen.name: chosen.weight for chosen in config.sets})
     return resident, validation, hashes
 
 
 def measure(labels: np.ndarray, n: int) -> tuple[float, np.ndarray, np.ndarray]:
-    """Of labels 0..n-1: median diameter (px, of discs of that area; 0 without cells), centres (n, 2), and
-    largest distances to the own edge (n,), to half a px."""
+    """Of labels 0..n-1: median diameter (px, of discs of that area; 0 without cells), centres (n,
+    2), and largest distances to the own edge (n,), to half a px."""
     flat = labels.ravel()
     area = np.bincount(flat, minlength=n)
     sums = [np.bincount(flat, at.ravel(), minlength=n) for at in np.indices(labels.shape)]
@@ -292,14 +338,19 @@ def measure(labels: np.ndarray, n: int) -> tuple[float, np.ndarray, np.ndarray]:
     for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
         edge[a] |= labels[a] != labels[b]
         edge[b] |= labels[a] != labels[b]
-    away = scipy.ndimage.distance_transform_edt(~edge) if edge.any() else np.full(edge.shape, np.hypot(*edge.shape))
+    away = (
+        scipy.ndimage.distance_transform_edt(~edge)
+        if edge.any()
+        else np.full(edge.shape, np.hypot(*edge.shape))
+    )
     depth = np.zeros(n, np.float32)
     np.maximum.at(depth, flat, 1 + away.ravel().astype(np.float32))
     return data.disc_diameter(area[1:]), np.stack(sums, 1) / np.maximum(area, 1)[:, None], depth
 
 
 def pyramid(planes: np.ndarray) -> list[np.ndarray]:
-    """(4, H, W) -> (H, W, 4), (H/2, W/2, 4), ...: means of 2 x 2 px, an odd last row or column twice."""
+    """(4, H, W) -> (H, W, 4), (H/2, W/2, 4), ...: means of 2 x 2 px, an odd last row or column
+    twice."""
     levels = [np.ascontiguousarray(planes.transpose(1, 2, 0), np.float32)]
     while len(levels) < LEVELS:
         v = np.pad(levels[-1], [(0, n % 2) for n in levels[-1].shape], "edge")
@@ -312,12 +363,12 @@ def offsets(parts: list[np.ndarray]) -> np.ndarray:
     return np.cumsum([0] + [len(part) for part in parts[:-1]])
 
 
-# ---------------------------------------------------------------------------------------------- sample
+# ------------------------------------------------------------------------------------------- sample
 
 @contextmanager
 def one_thread():
-    """sample() is many small operations, on a CPU a hundredth of the network's time; more threads than one
-    would wait for each other at each of them, for seconds where the machine is busy."""
+    """sample() is many small operations, on a CPU a hundredth of the network's time; more threads
+    than one would wait for each other at each of them, for seconds where the machine is busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -327,16 +378,19 @@ def one_thread():
 
 
 @one_thread()
-def sample(resident: Resident, images: np.ndarray, numbers: np.ndarray, config: Augment, size: int, seed: int,
+def sample(resident: Resident, images: np.ndarray, numbers: np.ndarray, config: Augment, size: int,
+           seed: int,
            cap: float | None = 4.0) -> tuple[Tensor, Tensor, Tensor]:
     """Augmented crops of `images` (B,), as the samples `numbers` (B,) of the run.
 
-    Returns x (B, 3, S, S) in [0, 1], target (B, 1, S, S) distances in [0, 1], labels (B, S, S) int32 with
-    numbers 1..n of each image. Beyond its border an image is mirrored, and so are its labels.
+    Returns x (B, 3, S, S) in [0, 1], target (B, 1, S, S) distances in [0, 1], labels (B, S, S)
+    int32 with numbers 1..n of each image. Beyond its border an image is mirrored, and so are its
+    labels.
     """
     if cap is None and resident.cap is not None:
         raise ValueError("cap=null needs the uncapped distances: make Resident(..., cap=None)")
-    images, draws, device = np.asarray(images), Draws.of(seed, numbers, config), resident.words.device
+    images, draws, device = np.asarray(images), Draws.of(seed, numbers,
+                                                         config), resident.words.device
     scale, y, x = coordinates(resident, images, draws, size)
     level = np.clip(np.round(-np.log2(scale)), 0, LEVELS - 1).astype(int)
     negative = draws.happens("negative")
@@ -344,7 +398,8 @@ def sample(resident: Resident, images: np.ndarray, numbers: np.ndarray, config: 
     far = y.new_empty(len(images), 1, size, size)
     labels = nearest(resident, images, y, x) * send(~negative, device)[:, None, None]
     depth = depths(resident, images, scale)                                  # (B, K)
-    over = paste(resident, images, draws, size, negative, labels, depth) if cap is not None and config.paste else None
+    over = paste(resident, images, draws, size, negative, labels,
+                 depth) if cap is not None and config.paste else None
     if over:
         labels, depth = over.labels, over.depth
     for C in (1, 3):
@@ -353,7 +408,7 @@ def sample(resident: Resident, images: np.ndarray, numbers: np.ndarray, config: 
             here, some, index = images[rows], draws.at(rows), send(rows, device)
             wanted = [*range(C)] + [3] * (cap is None)
             planes = bilinear(resident, here, level[rows], y[index], x[index], wanted)
-            crop = touch(planes[:, :C], some, negative[rows], background_texture)       # (k, C, S, S)
+            crop = touch(planes[:, :C], some, negative[rows], background_texture)  # (k, C, S, S)
             if over:
                 crop = crop.lerp(over.pixels[index, :C], over.alpha[index])
             crop = touch(crop, some, some.happens("stain") & (C == 3), stain)
@@ -368,10 +423,14 @@ def sample(resident: Resident, images: np.ndarray, numbers: np.ndarray, config: 
 
 
 def depths(resident: Resident, images: np.ndarray, scale: np.ndarray) -> Tensor:
-    """(B, K) px of the crop: the largest distance to its edge in each cell of the images, ground first."""
+    """(B, K) px of the crop: the largest distance to its edge in each cell of the images, ground
+    first."""
     device = resident.words.device
-    cell = send(resident.cell[images], device)[:, None] + torch.arange(int(resident.cells[images].max()) + 1, device=device)
-    return resident.depth.take(cell.clamp(max=len(resident.depth) - 1)) * send(scale, device)[:, None]
+    cell = send(resident.cell[images],
+                device)[:, None] + torch.arange(int(resident.cells[images].max()) + 1,
+                                                device=device)
+    return resident.depth.take(cell.clamp(max=len(resident.depth) - 1)) * send(scale,
+                                                                               device)[:, None]
 
 
 def send(array: np.ndarray, device: torch.device) -> Tensor:
@@ -385,8 +444,10 @@ def each(values: np.ndarray, like: Tensor) -> Tensor:
     return send(np.reshape(values, (len(values), -1, 1, 1)).astype(float), like.device)
 
 
-def touch(x: Tensor, draws: Draws, which: np.ndarray, change: Callable[[Tensor, Draws], Tensor]) -> Tensor:
-    """x, with change(x[rows], draws.at(rows)) written over those rows where `which` (B,) is true."""
+def touch(x: Tensor, draws: Draws, which: np.ndarray,
+          change: Callable[[Tensor, Draws], Tensor]) -> Tensor:
+    """x, with change(x[rows], draws.at(rows)) written over those rows where `which` (B,) is true.
+    """
     rows = np.flatnonzero(which)
     if len(rows):
         index = send(rows, x.device)
@@ -394,7 +455,7 @@ def touch(x: Tensor, draws: Draws, which: np.ndarray, change: Callable[[Tensor, 
     return x
 
 
-# ------------------------------------------------------------------------------------------- more cells
+# --------------------------------------------------------------------------------------- more cells
 
 class Pasted(NamedTuple):
     """Cells of other images over those of B crops."""
@@ -404,17 +465,22 @@ class Pasted(NamedTuple):
     depth: Tensor                       # (B, K) of both
 
 
-def paste(resident: Resident, images: np.ndarray, draws: Draws, size: int, negative: np.ndarray, labels: Tensor,
+def paste(resident: Resident, images: np.ndarray, draws: Draws, size: int, negative: np.ndarray,
+          labels: Tensor,
           depth: Tensor) -> Pasted | None:
-    """About half of the cells of another image of the same set, over the crops labels (B, S, S); None where none are.
+    """About half of the cells of another image of the same set, over the crops labels (B, S, S);
+    None where none are.
 
     They bring their surroundings along over two pixels; under them cells lose what is covered.
     """
-    device, other = resident.words.device, resident.member(resident.group[images], draws.uniform("paste image"))
-    rows = np.flatnonzero(draws.happens("paste") & ~negative & (resident.gray[other] == resident.gray[images]))
+    device, other = resident.words.device, resident.member(resident.group[images],
+                                                           draws.uniform("paste image"))
+    rows = np.flatnonzero(draws.happens("paste") & ~negative
+                          & (resident.gray[other] == resident.gray[images]))
     if not len(rows):
         return None
-    second = Draws(scramble(draws.key[rows]), draws.config)                  # values of their own for place and turn
+    # values of their own for place and turn
+    second = Draws(scramble(draws.key[rows]), draws.config)
     scale, y, x = coordinates(resident, other[rows], second, size)
     level = np.clip(np.round(-np.log2(scale)), 0, LEVELS - 1).astype(int)
     theirs = nearest(resident, other[rows], y, x)                            # (k, S, S)
@@ -422,42 +488,54 @@ def paste(resident: Resident, images: np.ndarray, draws: Draws, size: int, negat
     taken = second.uniform("taken", whole.shape[1]) < 0.5
     taken[:, 0] = False
     theirs = theirs * send(taken, device).gather(1, theirs.flatten(1).long()).view(theirs.shape)
-    index, own = send(rows, device), send(resident.cells[images[rows]], device)[:, None]     # (k, 1) cells there are
+    # (k, 1) cells there are
+    index, own = send(rows, device), send(resident.cells[images[rows]], device)[:, None]
     mask = (theirs > 0)[:, None].float()
-    soft = torch.maximum(mask, torch.nn.functional.avg_pool2d(torch.nn.functional.max_pool2d(mask, 3, 1, 1), 3, 1, 1, count_include_pad=False))
-    pixels, alpha = labels.new_zeros(len(images), 3, size, size, dtype=y.dtype), labels.new_zeros(len(images), 1, size, size, dtype=y.dtype)
+    soft = torch.maximum(
+        mask,
+        torch.nn.functional.avg_pool2d(
+            torch.nn.functional.max_pool2d(mask, 3, 1, 1), 3, 1, 1, count_include_pad=False
+        ),
+    )
+    pixels, alpha = labels.new_zeros(len(images), 3, size, size,
+                                     dtype=y.dtype), labels.new_zeros(len(images), 1, size, size,
+                                                                      dtype=y.dtype)
     pixels.index_copy_(0, index, bilinear(resident, other[rows], level, y, x, [0, 1, 2]))
     alpha.index_copy_(0, index, soft)
-    both = labels.index_copy(0, index, torch.where(theirs > 0, theirs + own[:, :, None], labels[index]).to(labels.dtype))
-    depth = torch.nn.functional.pad(depth, (0, whole.shape[1]))                                # theirs follow each image's own
+    both = labels.index_copy(0, index, torch.where(theirs > 0, theirs + own[:, :, None],
+                                                   labels[index]).to(labels.dtype))
+    depth = torch.nn.functional.pad(depth, (0, whole.shape[1]))  # theirs follow each image's own
     places = own + torch.arange(1, whole.shape[1], device=device)
-    return Pasted(pixels, alpha, both, depth.index_copy(0, index, depth[index].scatter(1, places, whole[:, 1:])))
+    return Pasted(pixels, alpha, both,
+                  depth.index_copy(0, index, depth[index].scatter(1, places, whole[:, 1:])))
 
 
-# -------------------------------------------------------------------------------------------- geometry
+# ----------------------------------------------------------------------------------------- geometry
 
 def coordinates(resident: Resident, images: np.ndarray, draws: Draws, size: int
                 ) -> tuple[np.ndarray, Tensor, Tensor]:
-    """scale (B,), px of crop per px of image; y, x (B, S, S), px, where each pixel looks in its image."""
-    device, extent = resident.words.device, resident.shape[images, 0].astype(float)          # (B, 2) px
+    """scale (B,), px of crop per px of image; y, x (B, S, S), px, where each pixel looks in its
+    image."""
+    device, extent = resident.words.device, resident.shape[images, 0].astype(float)  # (B, 2) px
     scale = resident.scale[images] * factors(resident, images, draws, size)  # (B,)
     quarter = np.floor(4 * draws.uniform("quarter")) / 4 * draws.happens("quarter")
     turn = 2 * np.pi * np.where(draws.happens("rotate"), draws.uniform("angle"), quarter)
     mirror = np.where(draws.happens("flip"), -1, 1)
-    cos, sin = (np.round(f(turn), 12) / scale for f in (np.cos, np.sin))     # quarters stay on the grid
-    matrix = np.stack((cos, -sin * mirror, sin, cos * mirror), 1).reshape(-1, 2, 2)          # (B, 2, 2)
+    # quarters stay on the grid
+    cos, sin = (np.round(f(turn), 12) / scale for f in (np.cos, np.sin))
+    matrix = np.stack((cos, -sin * mirror, sin, cos * mirror), 1).reshape(-1, 2, 2)  # (B, 2, 2)
 
-    half = np.minimum(size / scale[:, None], extent) / 2                     # keeps within large images
+    half = np.minimum(size / scale[:, None], extent) / 2  # keeps within large images
     centre = half + draws.uniform("centre", 2) * (extent - 2 * half)
     cell = resident.cell[images] + 1 + (draws.uniform("cell") * resident.cells[images]).astype(int)
     beside = (draws.uniform("beside", 2) - 0.5) * 0.8 * size / scale[:, None]
     beside += resident.centre[np.minimum(cell, len(resident.centre) - 1)] + 0.5
     on_cell = draws.happens("on_cell") & (resident.cells[images] > 0)
-    centre = np.where(on_cell[:, None], np.clip(beside, half, extent - half), centre)        # (B, 2) px
-    centre = np.round(centre - size / 2) + (size - 1) / 2                    # what is not turned is copied
+    centre = np.where(on_cell[:, None], np.clip(beside, half, extent - half), centre)  # (B, 2) px
+    centre = np.round(centre - size / 2) + (size - 1) / 2  # what is not turned is copied
 
     at = send(np.arange(size) - (size - 1) / 2, device)                      # (S,)
-    down, right = (send(matrix[:, :, i], device)[:, :, None] * at for i in (0, 1))           # (B, 2, S)
+    down, right = (send(matrix[:, :, i], device)[:, :, None] * at for i in (0, 1))  # (B, 2, S)
     down = down + send(centre, device)[:, :, None]
     yx = [down[:, i, :, None] + right[:, i, None, :] for i in (0, 1)]        # (B, S, S) each
     rows = np.flatnonzero(draws.happens("elastic"))
@@ -472,17 +550,20 @@ def coordinates(resident: Resident, images: np.ndarray, draws: Draws, size: int
 def factors(resident: Resident, images: np.ndarray, draws: Draws, size: int) -> np.ndarray:
     """(B,) of each crop on its image's nominal scale."""
     side = resident.scale[images] * resident.shape[images, 0].min(1)         # px
-    return np.maximum(draws.within("scale"), np.minimum(1, 0.8 * size / side))               # else a kaleidoscope of mirrors
+    # else a kaleidoscope of mirrors
+    return np.maximum(draws.within("scale"), np.minimum(1, 0.8 * size / side))
 
 
 def mirrored(c: Tensor, extent: Tensor) -> Tensor:
-    """Coordinates folded into 0..extent-1, as often as needed: ... 1 0 1 2 1 0 ... for an extent of 3."""
+    """Coordinates folded into 0..extent-1, as often as needed: ... 1 0 1 2 1 0 ... for an extent of
+    3."""
     c = torch.remainder(c, 2 * (extent - 1).clamp(min=1))
     return torch.minimum(c, (2 * (extent - 1) - c).clamp(min=0)).minimum(extent - 1)
 
 
 def smooth(knots: Tensor, size: int) -> Tensor:
-    """(k, C, n, n) -> (k, C, S, S): cubic, which is dear, up to a quarter of the size, linear from there."""
+    """(k, C, n, n) -> (k, C, S, S): cubic, which is dear, up to a quarter of the size, linear from
+    there."""
     quarter = max(knots.shape[-1], -(-size // 4))
     knots = torch.nn.functional.interpolate(knots, size=(quarter, quarter), mode="bicubic")
     return torch.nn.functional.interpolate(knots, size=(size, size), mode="bilinear")
@@ -498,18 +579,21 @@ def nearest(resident: Resident, images: np.ndarray, y: Tensor, x: Tensor) -> Ten
 
 def bilinear(resident: Resident, images: np.ndarray, level: np.ndarray, y: Tensor, x: Tensor,
              planes: list[int]) -> Tensor:
-    """Planes of the words (k, C, S, S) in [0, 1], at y, x (k, S, S) of the full images, from levels (k,)."""
+    """Planes of the words (k, C, S, S) in [0, 1], at y, x (k, S, S) of the full images, from levels
+    (k,)."""
     start, height, width, factor = (send(v, y.device)[:, None, None] for v in (
         resident.word[images, level], *resident.shape[images, level].T, 0.5 ** level))
     y = ((y + 0.5) * factor - 0.5).clamp(min=0).minimum(height - 1)
     x = ((x + 0.5) * factor - 0.5).clamp(min=0).minimum(width - 1)
     top, left = y.floor(), x.floor()
     corner = start + top.long() * width + left.long()
-    below, beside = (top < height - 1) * width, (left < width - 1).long()    # the last row and column: none
+    # the last row and column: none
+    below, beside = (top < height - 1) * width, (left < width - 1).long()
 
     def look(index: Tensor) -> Tensor:
-        bits = resident.words.index_select(0, index.flatten()).view(torch.int16).view(*index.shape, 4)
-        return torch.stack([bits[..., plane].float() for plane in planes], 1)                # (k, C, S, S)
+        bits = resident.words.index_select(0, index.flatten()).view(torch.int16).view(*index.shape,
+                                                                                      4)
+        return torch.stack([bits[..., plane].float() for plane in planes], 1)  # (k, C, S, S)
 
     down, right = (y - top)[:, None], (x - left)[:, None]
     upper, lower = look(corner), look(corner + below)
@@ -518,17 +602,18 @@ def bilinear(resident: Resident, images: np.ndarray, level: np.ndarray, y: Tenso
     return (upper + down * (lower - upper) + 32768) / 65535
 
 
-# ------------------------------------------------------------------------------------------- intensity
+# ---------------------------------------------------------------------------------------- intensity
 
 def expose(x: Tensor, draws: Draws, mean: np.ndarray) -> Tensor:
-    """x (k, C, S, S) in [0, 1], written over, through light, optics, camera, display; mean (k,) of images."""
+    """x (k, C, S, S) in [0, 1], written over, through light, optics, camera, display; mean (k,) of
+    images."""
     x = touch(x, draws, draws.happens("halo"), halo)
     x = touch(x, draws, draws.happens("light"), light)
     x = touch(x, draws, draws.happens("blur"), blur)
     x = touch(x, draws, draws.happens("coarse"), coarse)
     x = touch(x, draws, draws.happens("noise") | draws.happens("shot"), grain).clamp_(0, 1)
     x = touch(x, draws, draws.happens("dim"), dim)
-    invert = draws.happens("invert")                                         # then contrast around the mean
+    invert = draws.happens("invert")  # then contrast around the mean
     factor = np.where(draws.happens("contrast"), draws.within("contrast_range"), 1)
     offset = draws.within("brightness_range") * draws.happens("brightness")
     offset += invert * factor + np.where(invert, 1 - mean, mean) * (1 - factor)
@@ -538,9 +623,13 @@ def expose(x: Tensor, draws: Draws, mean: np.ndarray) -> Tensor:
 
 
 def halo(x: Tensor, draws: Draws) -> Tensor:
-    """Sharpen with a wide radius: beside bright places it gets darker, beside dark ones brighter. The image is stretched afterwards."""
+    """Sharpen with a wide radius: beside bright places it gets darker, beside dark ones brighter.
+
+    The image is stretched afterwards.
+    """
     wide = draws.within("halo_px")
-    around = torch.stack([smooth_field(one, 2 * int(px) + 1) for one, px in zip(x, wide)])       # (k, C, S, S)
+    # (k, C, S, S)
+    around = torch.stack([smooth_field(one, 2 * int(px) + 1) for one, px in zip(x, wide)])
     return stretch(x + each(draws.within("halo_range"), x) * (x - around), least=0.1)
 
 
@@ -548,51 +637,61 @@ def smooth_field(x: Tensor, side: int) -> Tensor:
     """(C, S, S) averaged twice over squares of `side` px, edges repeated."""
     half = min(side // 2, x.shape[-1] - 1)
     for _ in range(2):
-        x = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(x[None], (half,) * 4, mode="replicate"), 2 * half + 1, 1)[0]
+        x = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(x[None], (half,) * 4,
+                                                                   mode="replicate"), 2 * half + 1,
+                                           1)[0]
     return x
 
 
 def coarse(x: Tensor, draws: Draws) -> Tensor:
     size = x.shape[-1]
-    few = [torch.nn.functional.interpolate(one[None], size=(max(8, round(size * part)),) * 2, mode="bilinear", antialias=True)
+    few = [torch.nn.functional.interpolate(one[None], size=(max(8, round(size * part)),) * 2,
+                                           mode="bilinear", antialias=True)
            for one, part in zip(x, draws.within("coarse_range"))]
-    return torch.cat([torch.nn.functional.interpolate(one, size=(size, size), mode="bilinear") for one in few])
+    return torch.cat([torch.nn.functional.interpolate(one, size=(size, size), mode="bilinear")
+                      for one in few])
 
 
 DARKEST = 0.05              # of the light passes at least: an optical density of 3
 
 
 def stain(x: Tensor, draws: Draws) -> Tensor:
-    """(k, 3, S, S) in colour: densities -log(x) mixed anew, so that dyes move apart and together and change their hue; stretched
-    as every image is."""
+    """(k, 3, S, S) in colour: densities -log(x) mixed anew, so that dyes move apart and together
+    and change their hue; stretched as every image is."""
     strength = draws.within("stain_range")[:, None, None]
-    matrix = np.eye(3) + strength * scipy.special.ndtri(draws.uniform("dyes", 3, 3))                       # (k, 3, 3)
+    matrix = np.eye(3) + strength * scipy.special.ndtri(draws.uniform("dyes", 3, 3))  # (k, 3, 3)
     density = -(x * (1 - DARKEST) + DARKEST).log()
     density = torch.einsum("kij,kjyx->kiyx", send(matrix, x.device), density)
     return stretch((-density.clamp(min=-1, max=4)).exp(), least=0.05)
 
 
 def tint(x: Tensor, draws: Draws) -> Tensor:
-    """(k, 3, S, S) gray: its brightness becomes the density of a dye on white, beside a counterstain in patches."""
-    dye = 0.3 + 2.5 * draws.uniform("dye", 3) ** 1.5                         # (k, 3) densities where it is brightest
+    """(k, 3, S, S) gray: its brightness becomes the density of a dye on white, beside a
+    counterstain in patches."""
+    dye = 0.3 + 2.5 * draws.uniform("dye", 3) ** 1.5  # (k, 3) densities where it is brightest
     beside = draws.uniform("counterstain", 3) ** 2
     density = x * each(dye, x) + background_texture(x[:, :1], draws) * each(beside, x)
     return stretch((-density).exp(), least=0.05)
 
 
 # ISO/IEC 10918-1, annex K: steps of the cosine coefficients of brightness and of colour
-BRIGHTNESS = ((16, 11, 10, 16, 24, 40, 51, 61), (12, 12, 14, 19, 26, 58, 60, 55), (14, 13, 16, 24, 40, 57, 69, 56),
-              (14, 17, 22, 29, 51, 87, 80, 62), (18, 22, 37, 56, 68, 109, 103, 77), (24, 35, 55, 64, 81, 104, 113, 92),
+BRIGHTNESS = ((16, 11, 10, 16, 24, 40, 51, 61), (12, 12, 14, 19, 26, 58, 60, 55),
+              (14, 13, 16, 24, 40, 57, 69, 56),
+              (14, 17, 22, 29, 51, 87, 80, 62), (18, 22, 37, 56, 68, 109, 103, 77),
+              (24, 35, 55, 64, 81, 104, 113, 92),
               (49, 64, 78, 87, 103, 121, 120, 101), (72, 92, 95, 98, 112, 100, 103, 99))
-COLOUR = ((17, 18, 24, 47), (18, 21, 26, 66), (24, 26, 56, 99), (47, 66, 99, 99))           # 99 elsewhere
-YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))   # ITU-T T.871
+COLOUR = ((17, 18, 24, 47), (18, 21, 26, 66), (24, 26, 56, 99), (47, 66, 99, 99))  # 99 elsewhere
+# ITU-T T.871
+YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 
 
 @functools.lru_cache
 def jpeg(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The cosine transform of 8 px, the steps of three planes in [0, 1], the colour transform and back."""
+    """The cosine transform of 8 px, the steps of three planes in [0, 1], the colour transform and
+    back."""
     at = np.arange(8)
-    cosines = np.cos((2 * at + 1) * at[:, None] * np.pi / 16) * np.where(at[:, None], 0.5, 8 ** -0.5)
+    cosines = np.cos((2 * at + 1) * at[:, None] * np.pi / 16) * np.where(at[:, None], 0.5,
+                                                                         8 ** -0.5)
     colour = np.full((8, 8), 99)
     colour[:4, :4] = COLOUR
     steps = np.stack((BRIGHTNESS, colour, colour)) / 255
@@ -606,8 +705,9 @@ def jpeg_blocks(x: Tensor, draws: Draws) -> Tensor:
     planes = torch.nn.functional.pad(x, (0, pad, 0, pad), mode="replicate")
     if C == 3:
         planes = torch.einsum("ij,kjyx->kiyx", into, planes)
-    squares = planes.unfold(2, 8, 8).unfold(3, 8, 8)                         # (k, C, S/8, S/8, 8, 8)
-    step = steps[:C, None, None] * send(draws.within("blocks_range"), x.device).view(-1, 1, 1, 1, 1, 1)
+    squares = planes.unfold(2, 8, 8).unfold(3, 8, 8)  # (k, C, S/8, S/8, 8, 8)
+    step = steps[:C, None, None] * send(draws.within("blocks_range"), x.device).view(-1, 1, 1, 1, 1,
+                                                                                     1)
     squares = cosines.T @ ((cosines @ squares @ cosines.T / step).round() * step) @ cosines
     planes = squares.transpose(3, 4).reshape(planes.shape)[..., :size, :size]
     return (torch.einsum("ij,kjyx->kiyx", back, planes) if C == 3 else planes).clamp(0, 1)
@@ -615,14 +715,16 @@ def jpeg_blocks(x: Tensor, draws: Draws) -> Tensor:
 
 def light(x: Tensor, draws: Draws) -> Tensor:
     knots = draws.knots("light", "light_range", 1, 4)
-    knots = np.exp(knots - knots.max((2, 3), keepdims=True))                 # up to 1: nothing is overexposed
+    knots = np.exp(knots - knots.max((2, 3), keepdims=True))  # up to 1: nothing is overexposed
     return (x * smooth(send(knots, x.device), x.shape[-1])).clamp(0, 1)
 
 
 def blur(x: Tensor, draws: Draws) -> Tensor:
-    """Separable Gaussian, edges repeated; cut at 3 times the largest sigma there is, for all alike."""
+    """Separable Gaussian, edges repeated; cut at 3 times the largest sigma there is, for all alike.
+    """
     radius = math.ceil(3 * draws.config.blur_px[1])
-    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / draws.within("blur_px")[:, None]) ** 2)
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1)
+                             / draws.within("blur_px")[:, None]) ** 2)
     weights /= weights.sum(1, keepdims=True)                                 # (k, 2 radius + 1)
     for axis, pad in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
         wide, size = torch.nn.functional.pad(x, pad, mode="replicate"), x.shape[axis]
@@ -649,11 +751,13 @@ def gamma(x: Tensor, draws: Draws) -> Tensor:
 
 def fresh(name: str, draws: Draws, like: Tensor) -> Tensor:
     """Standard normal noise (k, C, S, S)."""
-    return normal_noise(send(draws.streams(name, like.shape[1], like[0, 0].numel()), like.device), like.shape[-1])
+    return normal_noise(send(draws.streams(name, like.shape[1], like[0, 0].numel()), like.device),
+                        like.shape[-1])
 
 
 def stretch(x: Tensor, least: float) -> Tensor:
-    """Percentiles 1 and 99.8 of each channel (k, C, S, S), as every 16th pixel shows them, become 0 and 1.
+    """Percentiles 1 and 99.8 of each channel (k, C, S, S), as every 16th pixel shows them, become 0
+    and 1.
 
     least : the smallest span that is stretched, so that nothing does not become something.
     """
@@ -666,15 +770,17 @@ SPREAD = (0.003, 0.3)       # standard deviation of texture
 
 
 def background_texture(x: Tensor, draws: Draws) -> Tensor:
-    """Fields without cells for x (k, C, S, S): noise and smooth structure of several widths on some gray.
+    """Fields without cells for x (k, C, S, S): noise and smooth structure of several widths on some
+    gray.
 
-    Half of them are the same in all channels: a gray image of noise must be nothing to a network of stained tissue either.
+    Half of them are the same in all channels: a gray image of noise must be nothing to a network of
+    stained tissue either.
     """
-    weights = draws.uniform("octaves", 6) ** 4                               # one or two of them stand out
+    weights = draws.uniform("octaves", 6) ** 4  # one or two of them stand out
     weights /= np.sqrt((weights ** 2).sum(1, keepdims=True))
     x = torch.zeros_like(x)
     size, spread = x.shape[-1], draws.within("spread", SPREAD)
-    for octave in range(6):                                                  # knots every 1, 2, 4 ... 32 px
+    for octave in range(6):  # knots every 1, 2, 4 ... 32 px
         knots = fresh(f"octave {octave}", draws, x[..., ::2 ** octave, ::2 ** octave])
         if octave:
             knots = torch.nn.functional.interpolate(knots, size=(size, size), mode="bicubic")
@@ -697,29 +803,33 @@ def recolour(x: Tensor, draws: Draws, alive: np.ndarray) -> Tensor:
     alive : (k, C), false for black channels, which stay black and would only darken means.
     """
     weights = draws.uniform("weights", 3, 3)[..., :x.shape[1]] * alive[:, None]
-    weights /= np.maximum(weights.sum(2, keepdims=True), 1e-9)               # (k, 3, C) what new takes of old
+    weights /= np.maximum(weights.sum(2, keepdims=True), 1e-9)  # (k, 3, C) what new takes of old
     order = np.argsort(draws.uniform("order", 3), 1)
     order = np.where(draws.happens("shuffle")[:, None], order, np.arange(3))
     matrix = np.eye(3)[order] * alive[:, None] if x.shape[1] == 3 else weights
     matrix = np.where(draws.happens("mix")[:, None, None], weights, matrix)
     matrix = np.where(draws.happens("gray")[:, None, None], weights[:, :1], matrix)
-    luck = draws.uniform("drop", 3) * matrix.any(2)                          # the luckiest is never dropped
-    lucky = (luck > 0.5) & (luck > luck.min(1, keepdims=True)) | (luck == luck.max(1, keepdims=True))
+    luck = draws.uniform("drop", 3) * matrix.any(2)  # the luckiest is never dropped
+    lucky = (luck > 0.5) & (luck > luck.min(1, keepdims=True)) | (
+        luck == luck.max(1, keepdims=True)
+    )
     matrix = matrix * (lucky | ~draws.happens("drop")[:, None])[:, :, None]
     return sum(each(matrix[:, :, c], x) * x[:, c:c + 1] for c in range(x.shape[1]))
 
 
-# ------------------------------------------------------------------------------------------- distances
+# ---------------------------------------------------------------------------------------- distances
 
 def capped(labels: Tensor, cap: float) -> Tensor:
-    """min(d, cap), (B, 1, S, S) px, with d from a pixel of a cell in labels (B, S, S) to the nearest outside.
+    """min(d, cap), (B, 1, S, S) px, with d from a pixel of a cell in labels (B, S, S) to the
+    nearest outside.
 
-    Exact, in two passes over the distances k below the cap: in each column, to the nearest other label; then
-    along the row, k^2 + what the pixel k columns away says if it is of the same cell, else k^2. The border of
-    the crop is no edge.
+    Exact, in two passes over the distances k below the cap: in each column, to the nearest other
+    label; then along the row, k^2 + what the pixel k columns away says if it is of the same cell,
+    else k^2. The border of the crop is no edge.
     """
     reach = math.ceil(cap)
-    kind = torch.uint8 if reach <= 11 else torch.int16 if reach <= 127 else torch.int32      # for 2 reach^2
+    # for 2 reach^2
+    kind = torch.uint8 if reach <= 11 else torch.int16 if reach <= 127 else torch.int32
     column = torch.full_like(labels, reach ** 2, dtype=kind)
     for k in range(reach - 1, 0, -1):                                        # nearer ones overwrite
         other = labels[:, k:] != labels[:, :-k]
@@ -728,19 +838,22 @@ def capped(labels: Tensor, cap: float) -> Tensor:
     square = column.clone()
     for k in range(1, reach):
         same = (labels[:, :, k:] == labels[:, :, :-k]).to(kind)
-        for here, there in ((square[:, :, :-k], column[:, :, k:]), (square[:, :, k:], column[:, :, :-k])):
+        for here, there in ((square[:, :, :-k], column[:, :, k:]),
+                            (square[:, :, k:], column[:, :, :-k])):
             torch.minimum(here, same * there + k * k, out=here)
     return (square.float().sqrt().clamp(max=cap) * (labels > 0))[:, None]
 
 
 def per_cell(d: Tensor, labels: Tensor, whole: Tensor) -> Tensor:
-    """d (B, 1, S, S) over its maximum in each cell: with capped(), watershed.distance_map of these labels.
+    """d (B, 1, S, S) over its maximum in each cell: with capped(), watershed.distance_map of these
+    labels.
 
-    But cells that the crop cuts are divided by no less than their maximum in the whole image, whole (B, K):
-    else the rim of a large cell, all that is left of it, would pass for the heart of a small one.
+    But cells that the crop cuts are divided by no less than their maximum in the whole image, whole
+    (B, K): else the rim of a large cell, all that is left of it, would pass for the heart of a
+    small one.
     """
     B, K = whole.shape
-    cell = labels + K * torch.arange(B, device=labels.device)[:, None, None]                 # (B, S, S)
+    cell = labels + K * torch.arange(B, device=labels.device)[:, None, None]  # (B, S, S)
     highest = d.new_zeros(B * K).scatter_reduce_(0, cell.flatten(), d.flatten(), "amax")
     cut = torch.zeros_like(highest, dtype=torch.bool)
     for rim in (cell[:, 0], cell[:, -1], cell[:, :, 0], cell[:, :, -1]):
@@ -749,37 +862,44 @@ def per_cell(d: Tensor, labels: Tensor, whole: Tensor) -> Tensor:
     return d / highest.index_select(0, cell.flatten()).view(d.shape)
 
 
-# --------------------------------------------------------------------------------------- augmented sets
+# ----------------------------------------------------------------------------------- augmented sets
 
 PIECE = 5               # px, smaller pieces that cutting and turning leave of a cell are dropped
 
 
 def main(config: Config, files: list[str]) -> None:
     if files:
-        raise ValueError(f"{files[0]}: augment.py takes a configuration and key=value; give data={files[0]}")
+        raise ValueError(f"{files[0]}: augment.py takes a configuration and key=value; give "
+                         f"data={files[0]}")
     found = find_examples(config.data)
     output = Path(config.output)
-    record = output / "augmented.yaml"                                      # train_seg.py knows the folder by it
+    record = output / "augmented.yaml"  # train_seg.py knows the folder by it
     same = dict(data=("any",), output="", copies=1, overwrite=False)         # these change no crop
     if record.exists() and not config.overwrite and (
             replace(runs.load_config(type(config), record), **same) != replace(config, **same)):
-        raise ValueError(f"{record}: its crops were made otherwise; give another output or overwrite=true")
+        raise ValueError(f"{record}: its crops were made otherwise; give another output or "
+                         f"overwrite=true")
     for name in ("images", "labels"):
         (output / name).mkdir(parents=True, exist_ok=True)
     runs.write_text(record, runs.to_yaml(config))
     made = 0
     for stem, example in tqdm.tqdm(found.items(), unit="image"):
         names = [f"{stem}_crop{copy:03d}" for copy in range(config.copies)]
-        names = [n for n in names if config.overwrite or not (output / "images" / f"{n}.tif").exists()]
+        names = [n for n in names if config.overwrite
+                 or not (output / "images" / f"{n}.tif").exists()]
         if not names:
             continue
-        resident = Resident([(str(example.files[0]), data.network_input(example), example.labels())], diameter=config.diameter)
-        for name in names:                                     # its name is its number: sets may grow later
-            x, _, labels = sample(resident, [0], [hashed(name)], config.augment, config.size, config.seed)
-            pieces = skimage.measure.label(labels[0].numpy(), connectivity=1)  # what is cut or mirrored falls apart
+        resident = Resident([(str(example.files[0]), data.network_input(example),
+                              example.labels())], diameter=config.diameter)
+        for name in names:  # its name is its number: sets may grow later
+            x, _, labels = sample(resident, [0], [hashed(name)], config.augment, config.size,
+                                  config.seed)
+            # what is cut or mirrored falls apart
+            pieces = skimage.measure.label(labels[0].numpy(), connectivity=1)
             keep = (np.bincount(pieces.ravel()) >= PIECE) & (np.arange(pieces.max() + 1) > 0)
             data.write_labels(output / "labels" / f"{name}.tif", (keep * keep.cumsum())[pieces])
-            write_crop(output / "images" / f"{name}.tif", x[0].numpy())     # last: says that both are there
+            # last: says that both are there
+            write_crop(output / "images" / f"{name}.tif", x[0].numpy())
         made += len(names)
     print(f"{output}: {made} crops made, {config.copies * len(found) - made} were there")
 
@@ -791,7 +911,8 @@ def find_examples(folders: Iterable[str]) -> dict[str, data.Example]:
         for example in data.examples(folder):
             name = example.name.replace("/", "_")
             if name in found:
-                raise ValueError(f"{example.files[0]}: a second image named {name}, beside {found[name].files[0]}; "
+                raise ValueError(f"{example.files[0]}: a second image named {name}, beside "
+                                 f"{found[name].files[0]}; "
                                  "names must differ")
             found[name] = example
     return found
@@ -802,7 +923,8 @@ def write_crop(path: Path, pixels: np.ndarray) -> None:
     pixels = np.round(pixels * 65535).astype(np.uint16)
     gray = (pixels == pixels[0]).all()
     with runs.replacing(path) as temporary:
-        tifffile.imwrite(temporary, pixels[0] if gray else pixels, photometric="minisblack", compression="zlib",
+        tifffile.imwrite(temporary, pixels[0] if gray else pixels, photometric="minisblack",
+                         compression="zlib",
                          metadata={"axes": "YX" if gray else "CYX"})
 
 

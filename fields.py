@@ -597,7 +597,8 @@ def _mixed(config: FieldData, seed: int):
         with images.open_image(path) as source:
             _, H, W = source.shape
         makers += [functools.partial(square, path, used, y, x)
-                   for y in segment.tile_starts(H, side, 0) for x in segment.tile_starts(W, side, 0)]
+                   for y in segment.tile_starts(H, side, 0)
+                   for x in segment.tile_starts(W, side, 0)]
     return channels, makers + [functools.partial(draw, number) for number in range(config.fields)]
 
 

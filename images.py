@@ -614,7 +614,10 @@ def normalise(pixels: np.ndarray, limits: np.ndarray) -> np.ndarray:
 # --------------------------------------------------------------------------------- writing, labels
 
 def write_image(path: Path, image: Image) -> None:
-    """Compressed TIFF; OME, with channel names and pixel size, if that knows the type. Always equal bytes."""
+    """Compressed TIFF; OME, with channel names and pixel size, if that knows the type.
+
+    Always equal bytes.
+    """
     ome: dict[str, Any] = {"UUID": uuid.uuid5(uuid.NAMESPACE_URL, path.name).urn}
     if image.channels:
         ome["Channel"] = {"Name": list(image.channels)}
@@ -622,7 +625,8 @@ def write_image(path: Path, image: Image) -> None:
         ome |= {"PhysicalSizeX": image.pixel_size, "PhysicalSizeY": image.pixel_size}
     known = image.pixels.dtype.str[1:] in ("u1", "u2", "u4", "i1", "i2", "i4", "f4", "f8")
     with replacing(path) as temporary:
-        tifffile.imwrite(temporary, image.pixels, photometric="minisblack", compression="zlib", ome=known,
+        tifffile.imwrite(temporary, image.pixels, photometric="minisblack", compression="zlib",
+                         ome=known,
                          metadata={"axes": "CYX", **(ome if known else {})})
 
 
@@ -630,8 +634,10 @@ def read_labels(path: str | Path) -> np.ndarray:
     """(H, W) int32 label image from TIFF, PNG or .npy."""
     with open_image(path) as source:
         if source.shape[0] != 1 or source.dtype.kind == "f":
-            raise ValueError(f"{path}: {source.shape[0]} channels of {source.dtype}, expected labels: one "
-                             f"channel of integers; give each cell a whole number and save it as uint16")
+            raise ValueError(f"{path}: {source.shape[0]} channels of {source.dtype}, expected "
+                             f"labels: one "
+                             f"channel of integers; give each cell a whole number and save it as "
+                             f"uint16")
         labels = source.region(0, source.shape[1], 0, source.shape[2])[0]
     check_labels(labels, path, np.iinfo(np.int32).max)
     return labels.astype(np.int32)
@@ -648,15 +654,16 @@ def write_labels(path: str | Path, labels: np.ndarray, pixel_size: float | None 
 class LabelWriter:
     """A label image (H, W) written while its parts come, left to right and top to bottom.
 
-    One part that is the whole image becomes a plain TIFF, several a tiled one of uint32, a BigTIFF where it is large.
-    In memory lies a band of parts. The file appears when it is closed.
+    One part that is the whole image becomes a plain TIFF, several a tiled one of uint32, a BigTIFF
+    where it is large. In memory lies a band of parts. The file appears when it is closed.
     """
 
     def __init__(self, path: str | Path, size: tuple[int, int], pixel_size: float | None = None):
         self.path, self.size, self.pixel_size = Path(path), size, pixel_size
         self.whole: np.ndarray | None = None                       # the only part
-        self.band = np.zeros((0, size[1]), np.uint32)              # rows that are not compressed yet
-        self.spool = tempfile.TemporaryFile(dir=self.path.parent)  # compressed tiles, one after the other
+        self.band = np.zeros((0, size[1]), np.uint32)  # rows that are not compressed yet
+        # compressed tiles, one after the other; close() closes it
+        self.spool = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
         self.lengths: list[int] = []                               # their bytes
 
     def add(self, core: tuple[slice, slice], labels: np.ndarray) -> None:
@@ -666,14 +673,17 @@ class LabelWriter:
             self.whole = labels
             return
         if columns.start == 0:
-            self.band = np.concatenate((self.band, np.zeros((rows.stop - rows.start, W), np.uint32)))
+            self.band = np.concatenate((self.band, np.zeros((rows.stop - rows.start, W),
+                                                            np.uint32)))
         self.band[len(self.band) - (rows.stop - rows.start):, columns] = labels
         if columns.stop == W:
             while len(self.band) >= LABEL_TILE or (len(self.band) and rows.stop == H):
                 for x in range(0, W, LABEL_TILE):
                     part = self.band[:LABEL_TILE, x:x + LABEL_TILE]
                     padded = np.pad(part, [(0, LABEL_TILE - n) for n in part.shape])
-                    self.lengths.append(self.spool.write(zlib.compress(padded.astype("<u4").tobytes(), 3)))
+                    self.lengths.append(
+                        self.spool.write(zlib.compress(padded.astype("<u4").tobytes(), 3))
+                    )
                 self.band = self.band[LABEL_TILE:]
 
     def close(self) -> None:
@@ -681,23 +691,32 @@ class LabelWriter:
         if self.whole is not None:
             self.spool.close()
             return write_labels(self.path, self.whole, self.pixel_size)
-        (H, W), expected = self.size, -(-self.size[0] // LABEL_TILE) * -(-self.size[1] // LABEL_TILE)
+        (H, W), expected = (
+            self.size,
+            -(-self.size[0] // LABEL_TILE) * -(-self.size[1] // LABEL_TILE),
+        )
         if len(self.lengths) != expected:
-            raise ValueError(f"{self.path}: {len(self.lengths)} tiles of labels, expected {expected} for {H} x {W} px")
+            raise ValueError(f"{self.path}: {len(self.lengths)} tiles of labels, expected "
+                             f"{expected} for {H} x {W} px")
         self.spool.seek(0)
         with self.spool, replacing(self.path) as temporary:
-            tifffile.imwrite(temporary, (self.spool.read(length) for length in self.lengths), shape=self.size, dtype=np.uint32,
-                             tile=(LABEL_TILE, LABEL_TILE), bigtiff=4 * H * W > CLASSIC, byteorder="<", **_label_options(self.pixel_size))
+            tifffile.imwrite(temporary, (self.spool.read(length) for length in self.lengths),
+                             shape=self.size, dtype=np.uint32,
+                             tile=(LABEL_TILE, LABEL_TILE), bigtiff=4 * H * W > CLASSIC,
+                             byteorder="<", **_label_options(self.pixel_size))
 
 
 def _label_options(pixel_size: float | None) -> dict[str, Any]:
-    calibration = dict(resolution=(1e4 / pixel_size,) * 2, resolutionunit="CENTIMETER") if pixel_size else {}
-    fast = {"level": 3}                                            # a third less would take three times as long
+    calibration = dict(resolution=(1e4 / pixel_size,) * 2,
+                       resolutionunit="CENTIMETER") if pixel_size else {}
+    fast = {"level": 3}  # a third less would take three times as long
     return dict(compression="zlib", compressionargs=fast, photometric="minisblack", **calibration)
 
 
 def check_labels(labels: np.ndarray, where: str | Path, largest: int) -> None:
     if labels.ndim != 2 or labels.dtype.kind not in "iu":
-        raise ValueError(f"{where}: labels of shape {labels.shape}, {labels.dtype}; expected (H, W) integers")
+        raise ValueError(f"{where}: labels of shape {labels.shape}, {labels.dtype}; expected (H, "
+                         f"W) integers")
     if labels.min(initial=0) < 0 or labels.max(initial=0) > largest:
-        raise ValueError(f"{where}: labels from {labels.min()} to {labels.max()}, expected 0 to {largest}")
+        raise ValueError(f"{where}: labels from {labels.min()} to {labels.max()}, expected 0 to "
+                         f"{largest}")

@@ -1,23 +1,29 @@
-"""Find the cells in images: python infer.py img.tif [more files, folders, globs] [out=DIR] [key=value ...]
+"""Find the cells in images: python infer.py img.tif [more files, folders, globs] [out=DIR]
+[key=value ...]
 
     python infer.py                                   the demo images
     python infer.py plate1/ "scans/*.tif" out=cells   folders (every image in them) and globs
     python infer.py img.tif channels=DNA,AGP diameter=auto geojson=true
-    python infer.py s3://bucket/plate out=s3://bucket/cells shard=3/16     the third of 16 equal parts (slurm/array.sh)
-    python infer.py export out=dinocell.onnx          the network for other programs; `export --help` has its keys
+    python infer.py s3://bucket/plate out=s3://bucket/cells shard=3/16     the third of 16 equal
+    parts (slurm/array.sh)
+    python infer.py export out=dinocell.onnx          the network for other programs; `export
+                                                      --help` has its keys
 
 For each image NAME it writes into out=
 
-    NAME_labels.tif      every cell its own number, 0 is background (uint16; uint32 past 65,535 cells and over some 2,500 px)
-    NAME_cells.csv       one row per cell: place, size, shape, intensity per channel, neighbours; in µm where known
+    NAME_labels.tif      every cell its own number, 0 is background (uint16; uint32 past 65,535
+                         cells and over some 2,500 px)
+    NAME_cells.csv       one row per cell: place, size, shape, intensity per channel, neighbours; in
+                         µm where known
     NAME_overlay.png     the image with coloured outlines
-    NAME_distance.tif, NAME.geojson (QuPath), NAME_rois.zip (ImageJ)      with distance=, geojson=, rois=true
+    NAME_distance.tif, NAME.geojson (QuPath), NAME_rois.zip (ImageJ)      with distance=, geojson=,
+    rois=true
     summary.csv          one row per image: cells, mean area, confluency, diameter, seconds
 
 With --check it says what there is to do, and stops.
-Results that exist are kept unless overwrite=true, so that the same command goes on where it stopped.
-Channels, planes and time points are counted from 1. Reading from S3 is anonymous unless signed=true; writing uses
-your AWS credentials. A shard writes summary_3_of_16.csv.
+Results that exist are kept unless overwrite=true, so that the same command goes on where it
+stopped. Channels, planes and time points are counted from 1. Reading from S3 is anonymous unless
+signed=true; writing uses your AWS credentials. A shard writes summary_3_of_16.csv.
 """
 from __future__ import annotations
 
@@ -29,13 +35,14 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Annotated, Literal
 
 import runs
 import s3
 
-with runs.lazy():                                              # what needs torch: half the start-up time
+with runs.lazy():  # what needs torch: half the start-up time
     import numpy as np
     import tifffile
     import tqdm
@@ -45,46 +52,56 @@ with runs.lazy():                                              # what needs torc
     import model
     import segment
 
-SUFFIXES = (".tif", ".tiff", ".btf", ".png", ".jpg", ".jpeg", ".npy")
-OURS = ("_labels", "_overlay", "_distance")                                    # ends of names that are results
-THEIRS = ("_cells", "_masks", "_nuclei")                                       # and labels of others, where the image is there too
-PLANNED = ("peak", "fill", "depth", "smooth", "shape", "min_area", "border", "near", "tile", "overlap", "batch", "block")
-PICTURE = 4096                                                                 # px, longest side of an overlay
+OURS = ("_labels", "_overlay", "_distance")  # ends of names that are results
+THEIRS = ("_cells", "_masks", "_nuclei")  # and labels of others, where the image is there too
+PLANNED = ("peak", "fill", "depth", "smooth", "shape", "min_area", "border", "near", "tile",
+           "overlap", "batch", "block")
+PICTURE = 4096  # px, longest side of an overlay
 
 
 @dataclass(frozen=True)
 class Config:
     out: str = "results"                            # folder for all results, or s3://bucket/folder
-    weights: str = "default"                        # file, or the name of one in final_models/ (tiny)
-    channels: tuple[str, ...] | None = None         # names or numbers, one to three: what the network sees; null: all
+    weights: str = "default"  # file, or the name of one in final_models/ (tiny)
+    # names or numbers, one to three: what the network sees; null: all
+    channels: tuple[str, ...] | None = None
     plane: runs.Count | None = None                      # which z plane of a stack
     time: runs.Count | None = None                       # which time point of a stack
-    diameter: str | None = None                     # how large cells are here: 40 (px), 12um or auto; null: auto if the weights can tell
-    peak: runs.Distance | None = None               # a cell's marker lies above this distance; null: the weights' own
-    fill: runs.Distance | None = None               # a cell reaches down to this distance; null: the weights' own
-    depth: runs.Distance | None = None              # a valley so deep parts two cells; 0: one down to peak; null: the weights' own
-    smooth: Annotated[float, runs.within(0, 20)] | None = None   # px, Gaussian over the map before the watershed; null: the weights' own
-    shape: runs.Share | None = None                 # added per px inside a cell, so that necks part; null: the weights' own
-    min_area: runs.Whole | None = None              # px, smaller cells are dropped; null: the weights' own
-    border: Literal["keep", "drop"] = "keep"        # drop: leave out cells cut by the edge of the image
-    near: runs.NotNegative | None = None            # px, neighbours are counted within this distance; null: a cell's diameter
+    # how large cells are here: 40 (px), 12um or auto; null: auto if the weights can tell
+    diameter: str | None = None
+    # a cell's marker lies above this distance; null: the weights' own
+    peak: runs.Distance | None = None
+    # a cell reaches down to this distance; null: the weights' own
+    fill: runs.Distance | None = None
+    # a valley so deep parts two cells; 0: one down to peak; null: the weights' own
+    depth: runs.Distance | None = None
+    # px, Gaussian over the map before the watershed; null: the weights' own
+    smooth: Annotated[float, runs.within(0, 20)] | None = None
+    # added per px inside a cell, so that necks part; null: the weights' own
+    shape: runs.Share | None = None
+    min_area: runs.Whole | None = None  # px, smaller cells are dropped; null: the weights' own
+    border: Literal["keep", "drop"] = "keep"  # drop: leave out cells cut by the edge of the image
+    # px, neighbours are counted within this distance; null: a cell's diameter
+    near: runs.NotNegative | None = None
     geojson: bool = False                           # polygons for QuPath
     rois: bool = False                              # ImageJ ROI zip
     distance: bool = False                          # the distance map the network predicts
     overlay: bool = True                            # the picture
-    tile: runs.Count | None = None                  # px, side of the network's tiles; null: as trained
-    overlap: runs.Whole | None = None               # px shared by tiles; null: a cell's diameter, from an eighth to half the tile
+    tile: runs.Count | None = None  # px, side of the network's tiles; null: as trained
+    # px shared by tiles; null: a cell's diameter, from an eighth to half the tile
+    overlap: runs.Whole | None = None
     batch: runs.Count | None = None                 # tiles at once; null: 4 on the CPU, 32 on a GPU
-    block: runs.Count = 2048                        # px, larger images are worked off in blocks of this side
+    block: runs.Count = 2048  # px, larger images are worked off in blocks of this side
     pattern: str = "*"                              # which files of a folder, such as *_w1.tif
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
     overwrite: bool = False                         # make results anew
     shard: str = "1/1"                              # which part of the images: 3/16
-    signed: bool = False                            # read from S3 with your AWS credentials; public buckets need none
+    signed: bool = False  # read from S3 with your AWS credentials; public buckets need none
 
     def __post_init__(self):
         if self.peak is not None and self.fill is not None and self.fill > self.peak:
-            raise ValueError(f"fill={self.fill:g} is above peak={self.peak:g}: cells would end above their markers")
+            raise ValueError(f"fill={self.fill:g} is above peak={self.peak:g}: cells would end "
+                             f"above their markers")
         parse_diameter(self.diameter, 1.0, None)
         runs.part_of(self.shard)
 
@@ -93,7 +110,8 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
     root = Path(__file__).resolve().parent
     found = find_images(files or [str(root / "demo" / "*.png")], config)
     part, parts = runs.part_of(config.shard)
-    mine = {path: found[path] for path in sorted(found, key=str)[part - 1::parts]} if parts > 1 else found
+    mine = {path: found[path] for path in sorted(found,
+                                                 key=str)[part - 1::parts]} if parts > 1 else found
     if not mine:
         print(f"shard {config.shard}: none of the {len(found)} images")
         return 0
@@ -115,22 +133,55 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
         return segment_all(mine, shelf, table, weights, config)
 
 
-def segment_all(found: dict[Path | str, str], shelf: s3.OutputFolder, table: str, weights: Path, config: Config) -> int:
-    """Those images that have no results yet; one that cannot be done does not stop the others."""
-    todo = {path: name for path, name in found.items() if config.overwrite or not shelf.has(results(name, config))}
-    kept, failed, megapixels, seconds = len(found) - len(todo), [], 0.0, 0.0
-    done = 0
+def segment_all(found: dict[Path | str, str], shelf: s3.OutputFolder, table: str, weights: Path,
+                config: Config) -> int:
+    """Segment the images that have no results yet; one that fails does not stop the others."""
+    todo = {path: name for path, name in found.items()
+            if config.overwrite or not shelf.has(results(name, config))}
+    work, code = Work(shelf, Summary(shelf.folder / table)), 0
     if todo:
-        device = runs.pick_device(config.device)
-        net = model.load(weights).ready(device)
+        net = model.load(weights).ready(runs.pick_device(config.device))
         if config.diameter == "auto" and net.size is None:
-            raise ValueError(f"diameter=auto: {weights.name} cannot tell how large cells are; give px (40) or µm (12um)")
-        summary, start = Summary(shelf.folder / table), time.perf_counter()
-        with (runs.stop_signals() as stop, tqdm.tqdm(total=len(todo), unit="image", delay=1, file=sys.stderr, smoothing=0.05,
-              bar_format="{l_bar}{bar}| {n:.2f}/{total} images [{elapsed}<{remaining}]") as bar):
+            raise ValueError(f"diameter=auto: {weights.name} cannot tell how large cells are; "
+                             "give px (40) or µm (12um)")
+        if net.mean.device.type == "cpu" and config.weights == "default":
+            say("no GPU: weights=tiny is three times as fast, and hardly less accurate")
+        start = time.perf_counter()
+        code = work.do(todo, net, config, alone=len(found) == 1)
+        seconds = time.perf_counter() - start
+    if work.done:
+        print(f"{work.done} image{'s' * (work.done != 1)}, {work.megapixels:.3g} megapixels in "
+              f"{seconds:.1f} s ({work.done / seconds:.3g} images/s, "
+              f"{work.megapixels / seconds:.3g} MP/s) with {weights.name} -> {config.out}")
+        for notice, count in images.TOLD.items():
+            if count > 1:
+                print(f"{notice}: {count} images", file=sys.stderr)
+    if len(todo) < len(found):
+        print(f"{len(found) - len(todo)} of {len(found)} images have their results in {config.out} "
+              "already; overwrite=true makes them anew")
+    if work.failed:
+        raise ValueError(f"{len(work.failed)} of {len(found)} images could not be done: "
+                         f"{', '.join(work.failed)}")
+    return code
+
+
+class Work:
+    """What was done of many images, and what failed."""
+
+    def __init__(self, shelf: s3.OutputFolder, summary: Summary):
+        self.shelf, self.summary = shelf, summary
+        self.done, self.megapixels, self.failed = 0, 0.0, []
+
+    def do(self, todo: dict[Path | str, str], net, config: Config, alone: bool) -> int:
+        """Exit code, REQUEUE after a signal. Of an image `alone` what is wrong is raised."""
+        with (runs.stop_signals() as stop,
+              tqdm.tqdm(total=len(todo), unit="image", delay=1, file=sys.stderr, smoothing=0.05,
+                        bar_format="{l_bar}{bar}| {n:.2f}/{total} images "
+                                   "[{elapsed}<{remaining}]") as bar):
+            def show(count: int, share: float) -> None:
+                bar.update(count + share - bar.n)
+
             for count, (path, file) in enumerate(s3.download(list(todo), config.signed)):
-                def progress(share: float) -> None:
-                    bar.update(count + share - bar.n)
                 if stop:
                     bar.clear()
                     print("stopped; the same command goes on from here", file=sys.stderr)
@@ -138,45 +189,36 @@ def segment_all(found: dict[Path | str, str], shelf: s3.OutputFolder, table: str
                 try:
                     if isinstance(file, OSError):
                         raise file
-                    row = segment_file(file, todo[path], shelf.folder, net, config, progress)
-                except (ValueError, OSError) as error:        # this image's fault: the others are done all the same
-                    if len(found) == 1:
+                    row = segment_file(file, todo[path], self.shelf.folder, net, config,
+                                       partial(show, count))
+                except (ValueError, OSError) as error:
+                    if alone:
                         raise
                     say(f"warning: {runs.sentence(error).replace(str(file), str(path))}")
-                    failed.append(str(path))
+                    self.failed.append(str(path))
                     continue
-                if not done and device == "cpu" and config.weights == "default" and weights.stem == "dinocell_s8":
-                    say("no GPU: weights=tiny is three times as fast, and hardly less accurate")
-                summary.add(row)
-                shelf.deliver()
-                done += 1
-                megapixels += row["height"] * row["width"] / 1e6
-                bar.update(count + 1 - bar.n)
-            bar.clear()                                       # a warning draws it before its second; close() then leaves it
-        seconds = time.perf_counter() - start
-    if done:
-        print(f"{done} image{'s' * (done != 1)}, {megapixels:.3g} megapixels in {seconds:.1f} s "
-              f"({done / seconds:.3g} images/s, {megapixels / seconds:.3g} MP/s) with {weights.name} -> {config.out}")
-        for notice, count in images.TOLD.items():
-            if count > 1:
-                print(f"{notice}: {count} images", file=sys.stderr)
-    if kept:
-        print(f"{kept} of {len(found)} images have their results in {config.out} already; overwrite=true makes them anew")
-    if failed:
-        raise ValueError(f"{len(failed)} of {len(found)} images could not be done: {', '.join(failed)}")
-    return 0
+                self.summary.add(row)
+                self.shelf.deliver()
+                self.done += 1
+                self.megapixels += row["height"] * row["width"] / 1e6
+                show(count, 1.0)
+            bar.clear()  # a warning draws it before its second; close() then leaves it
+        return 0
 
 
-# -------------------------------------------------------------------------------------------- one image
+# ---------------------------------------------------------------------------------------- one image
 
-def segment_file(path: Path, name: str, out: Path, net, config: Config, progress=None, clock=None) -> dict:
+def segment_file(path: Path, name: str, out: Path, net, config: Config, progress=None,
+                 clock=None) -> dict:
     """Segment one image and write its results; returns its row of the summary."""
     start, clock = time.perf_counter(), Counter() if clock is None else clock
     with images.open_image(path, config.channels, config.plane, config.time) as source:
         C = source.shape[0]
         if C > 3:
-            raise ValueError(f"{path}: has {C} channels ({', '.join(source.channels or map(str, range(1, C + 1)))}); "
-                             "choose what the network sees, up to three, with channels=1,2 or by name")
+            raise ValueError(f"{path}: has {C} channels "
+                             f"({', '.join(source.channels or map(str, range(1, C + 1)))}); "
+                             "choose what the network sees, up to three, with channels=1,2 or by "
+                             "name")
         with segment.timed(clock, "read"):
             limits = images.percentiles(source, net.settings.low, net.settings.high)
         for notice in source.notices:                          # now, for all pixels have been seen
@@ -199,10 +241,12 @@ class Results:
     def __init__(self, out: Path, name: str, source, plan, config: Config, clock: Counter):
         C, H, W = source.shape
         self.out, self.name, self.source, self.config, self.clock = out, name, source, config, clock
-        self.reduce = -(-max(H, W) // PICTURE)                 # the overlay is reduced by this whole number
-        self.plan = plan._replace(block=max(1, plan.block // self.reduce) * self.reduce)     # no seams in it either
+        self.reduce = -(-max(H, W) // PICTURE)  # the overlay is reduced by this whole number
+        # no seams in it either
+        self.plan = plan._replace(block=max(1, plan.block // self.reduce) * self.reduce)
         small = (-(-H // self.reduce), -(-W // self.reduce))
-        self.picture = (np.zeros((C, *small), source.dtype), np.zeros(small, np.int32)) if config.overlay else None
+        self.picture = (np.zeros((C, *small), source.dtype),
+                        np.zeros(small, np.int32)) if config.overlay else None
         self.distance = np.zeros((H, W), np.float16) if config.distance else None
         self.labels = images.LabelWriter(out / f"{name}_labels.tif", (H, W), source.pixel_size)
         self.columns, self.polygons, self.labelled = [], [], 0
@@ -215,9 +259,12 @@ class Results:
         with segment.timed(self.clock, "measure"):
             self.labelled += np.count_nonzero(block.labels)
             origin = (rows.start, columns.start)
-            table = cells.cell_table(block.local, pixels, channels=self.source.channels or self.source.numbers,
-                                pixel_size=self.source.pixel_size, near=self.plan.near, ids=block.new, origin=origin,
-                                edges=(rows.start == 0, columns.start == 0, rows.stop == H, columns.stop == W))
+            table = cells.cell_table(block.local, pixels,
+                                     channels=self.source.channels or self.source.numbers,
+                                pixel_size=self.source.pixel_size, near=self.plan.near,
+                                ids=block.new, origin=origin,
+                                edges=(rows.start == 0, columns.start == 0, rows.stop == H,
+                                       columns.stop == W))
             self.columns.append({**table, "id": block.ids[table["id"]]})
             if self.config.geojson or self.config.rois:
                 new = np.zeros_like(block.ids)
@@ -225,7 +272,8 @@ class Results:
                 self.polygons += cells.polygons(new[block.local], origin).items()
             if self.picture is not None:
                 part = cells.reduced(pixels[(slice(None), *block.inner)], block.labels, self.reduce)
-                core = tuple(slice(c.start // self.reduce, -(-c.stop // self.reduce)) for c in block.core)
+                core = tuple(slice(c.start // self.reduce, -(-c.stop // self.reduce))
+                             for c in block.core)
                 self.picture[0][(slice(None), *core)], self.picture[1][core] = part
             if self.distance is not None:
                 self.distance[block.core] = block.distance
@@ -237,13 +285,15 @@ class Results:
         beginning = f"{self.out / self.name}_"
         with segment.timed(self.clock, "write"):
             self.labels.close()
-            table = {key: np.concatenate([part[key] for part in self.columns]) for key in self.columns[0]}
+            table = {key: np.concatenate([part[key] for part in self.columns])
+                     for key in self.columns[0]}
             cells.write_csv(f"{beginning}cells.csv", table)
             if self.picture is not None:
                 cells.write_picture(f"{beginning}overlay.png", cells.overlay(*self.picture))
             if self.distance is not None:
                 with runs.replacing(f"{beginning}distance.tif") as beside:
-                    tifffile.imwrite(beside, self.distance.astype(np.float32), compression="zlib", photometric="minisblack")
+                    tifffile.imwrite(beside, self.distance.astype(np.float32), compression="zlib",
+                                     photometric="minisblack")
             if self.config.geojson:
                 cells.write_geojson(self.out / f"{self.name}.geojson", self.polygons, table)
             if self.config.rois:
@@ -251,7 +301,8 @@ class Results:
         (_, H, W), n = self.source.shape, len(table["id"])
         row = {"image": self.name, "height": H, "width": W, "cells": n,
                "mean_area_px": round(float(table["area_px"].mean()), 2) if n else "",
-               "confluency": round(self.labelled / (H * W), 4), "diameter_px": round(self.plan.diameter, 1),
+               "confluency": round(self.labelled / (H * W), 4),
+               "diameter_px": round(self.plan.diameter, 1),
                "scale": round(self.plan.zoom, 4)}
         if self.source.pixel_size:
             row["mean_area_um2"] = round(float(table["area_um2"].mean()), 3) if n else ""
@@ -268,7 +319,8 @@ def parse_diameter(text: str | None, pixel_size: float | None, path: Path | None
     if match[2] in (None, "px"):
         return float(match[1])
     if pixel_size is None:
-        raise ValueError(f"{path}: diameter={text} is in µm, but the file does not say how large a pixel is; give px")
+        raise ValueError(f"{path}: diameter={text} is in µm, but the file does not say how large a "
+                         f"pixel is; give px")
     return float(match[1]) / pixel_size
 
 
@@ -277,65 +329,92 @@ def say(text: str) -> None:
     tqdm.tqdm.write(text, file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------- files in and out
+# --------------------------------------------------------------------------------- files in and out
 
 def find_images(arguments: list[str], config: Config) -> dict[Path | str, str]:
-    """Image -> name of its results. Folders are searched whole; results of earlier runs are no images."""
+    """Image -> name of its results.
+
+    Folders are searched whole; results of earlier runs are not images.
+    """
     found: dict[Path | str, str] = {}
     results_of_named = {Path(argument).stem + end for argument in arguments for end in OURS}
     for argument in arguments:
-        if not argument:
-            raise ValueError("an empty file name among the images; is a variable of the shell empty?")
         path = Path(argument)
+        if not argument:
+            raise ValueError("an empty file name among the images; is a variable of the shell "
+                             "empty?")
         if s3.is_remote(argument) and glob.has_magic(argument):
-            raise ValueError(f"{argument}: on S3 give the folder, and pattern={path.name} beside it")
-        if s3.is_remote(argument) and path.suffix.lower() in SUFFIXES:
+            raise ValueError(f"{argument}: on S3 give the folder, and pattern={path.name} beside "
+                             "it")
+        if s3.is_remote(argument) and path.suffix.lower() in images.IMAGE_SUFFIXES:
             found[argument] = path.stem
         elif s3.is_remote(argument) or path.is_dir():
-            if s3.is_remote(argument):
-                below = s3.files_below(argument, config.signed)
-            else:
-                below = {p: str(p.relative_to(path)) for p in sorted(path.rglob("*")) if p.is_file()}
-            below = images_among({p: name for p, name in below.items() if fnmatch(Path(name).name, config.pattern)})
-            if not below:
-                raise FileNotFoundError(f"{argument}: no image in this folder ({', '.join(SUFFIXES)}; pattern={config.pattern}; "
-                                        f"names with {', '.join(OURS)} are results)")
-            found.update((p, "_".join(Path(name).with_suffix("").parts)) for p, name in below.items())
-        elif path.exists() or not glob.has_magic(argument):
-            if not path.exists():
-                raise FileNotFoundError(f"{argument}: no such file or folder")
-            if path.stem not in results_of_named:             # a shell that wrote *.tif out names them, too
+            found |= images_below(argument, config)
+        elif path.exists():
+            if path.stem not in results_of_named:  # a shell that wrote *.tif out names them, too
                 found[path] = path.stem
+        elif glob.has_magic(argument):
+            found |= images_matching(argument)
         else:
-            matches = images_among({Path(p): Path(p).name for p in sorted(glob.glob(argument, recursive=True)) if Path(p).is_file()})
-            if not matches:
-                raise FileNotFoundError(f"{argument}: no image matches ({', '.join(SUFFIXES)}; names with {', '.join(OURS)} are results)")
-            found.update((p, p.stem) for p in matches)
+            raise FileNotFoundError(f"{argument}: no such file or folder")
     owner: dict[str, Path | str] = {}
-    for path, name in found.items():
+    for image, name in found.items():
         if name in owner:
-            raise ValueError(f"{owner[name]} and {path} would both write {name}_labels.tif; "
+            raise ValueError(f"{owner[name]} and {image} would both write {name}_labels.tif; "
                              "run them one after the other with different out=")
-        owner[name] = path
+        owner[name] = image
     return found
 
 
+def images_below(folder: str, config: Config) -> dict[Path | str, str]:
+    """Images of a folder, here or on S3, and the names of their results: the path below it."""
+    if s3.is_remote(folder):
+        below = s3.files_below(folder, config.signed)
+        below = {p: name for p, name in below.items() if fnmatch(Path(name).name, config.pattern)}
+    else:
+        below = {p: p.relative_to(folder).as_posix()
+                 for p in images.image_files(folder, config.pattern)}
+    below = images_among(below)
+    if not below:
+        raise FileNotFoundError(f"{folder}: no image in this folder "
+                                f"({', '.join(images.IMAGE_SUFFIXES)}; pattern={config.pattern}; "
+                                f"names with {', '.join(OURS)} are results)")
+    return {p: "_".join(Path(name).with_suffix("").parts) for p, name in below.items()}
+
+
+def images_matching(pattern: str) -> dict[Path | str, str]:
+    """Images whose path matches a glob, and the names of their results."""
+    paths = (Path(p) for p in sorted(glob.glob(pattern, recursive=True)))
+    matches = images_among({p: p.name for p in paths if p.is_file()})
+    if not matches:
+        raise FileNotFoundError(f"{pattern}: no image matches ({', '.join(images.IMAGE_SUFFIXES)}; "
+                                f"names with {', '.join(OURS)} are results)")
+    return {p: p.stem for p in matches}
+
+
 def images_among(files: dict[Path | str, str]) -> dict[Path | str, str]:
-    """Of {file: its path below the folder asked for} the images: nothing hidden, no results, no labels of an image that is there."""
-    files = {p: name for p, name in files.items() if Path(name).suffix.lower() in SUFFIXES
-             and not Path(name).stem.endswith(OURS) and not any(part.startswith(".") for part in PurePath(name).parts)}
-    images = {Path(name).stem for name in files.values() if not Path(name).stem.endswith(THEIRS)}
+    """Of {file: its path below the folder asked for} the images: nothing hidden, no results, no
+    labels of an image that is there."""
+    def may_be(name: str) -> bool:
+        return (name.lower().endswith(images.IMAGE_SUFFIXES) and not Path(name).stem.endswith(OURS)
+                and not any(part.startswith(".") for part in PurePath(name).parts))
+
+    files = {p: name for p, name in files.items() if may_be(name)}
+    stems = {Path(name).stem for name in files.values() if not Path(name).stem.endswith(THEIRS)}
 
     def labels(stem: str) -> bool:                            # a_masks or a_cp_masks, of a
         parts = stem.split("_")
-        return stem.endswith(THEIRS) and any("_".join(parts[:n]) in images for n in range(1, len(parts)))
+        return stem.endswith(THEIRS) and any("_".join(parts[:n]) in stems
+                                             for n in range(1, len(parts)))
     return {p: name for p, name in files.items() if not labels(Path(name).stem)}
 
 
 def results(name: str, config: Config) -> list[str]:
     return [f"{name}_labels.tif", f"{name}_cells.csv"] + [
-        f for f, wanted in ((f"{name}_overlay.png", config.overlay), (f"{name}_distance.tif", config.distance),
-                            (f"{name}.geojson", config.geojson), (f"{name}_rois.zip", config.rois)) if wanted]
+        f for f, wanted in ((f"{name}_overlay.png", config.overlay),
+                            (f"{name}_distance.tif", config.distance),
+                            (f"{name}.geojson", config.geojson), (f"{name}_rois.zip", config.rois))
+                                                          if wanted]
 
 
 def find_weights(name: str, folder: Path) -> Path:
@@ -348,7 +427,8 @@ def find_weights(name: str, folder: Path) -> Path:
     for path in choices:
         if path.exists():
             return path
-    raise FileNotFoundError(f"no weights at {choices[0]}; train with train_seg.py or pass weights=FILE")
+    raise FileNotFoundError(f"no weights at {choices[0]}; train with train_seg.py or pass "
+                            f"weights=FILE")
 
 
 def prepare(out: Path) -> Path:
@@ -359,7 +439,9 @@ def prepare(out: Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OSError(f"out={out}: cannot write there ({error.strerror}); choose another folder") from None
+        raise OSError(
+            f"out={out}: cannot write there ({error.strerror}); choose another folder"
+        ) from None
     return out
 
 
@@ -376,7 +458,7 @@ class Summary:
         runs.write_table(self.path, list(self.rows.values()))
 
 
-# ------------------------------------------------------------------------------------------------- ONNX
+# --------------------------------------------------------------------------------------------- ONNX
 
 @dataclass(frozen=True)
 class Export:
@@ -392,17 +474,24 @@ class Export:
 
 
 def export(config: Export, files: list[str]) -> int:
-    """Write the network as one file for ONNX Runtime, TensorRT, OpenVINO and others: python infer.py export [key=value ...]
+    """Write the network as one file for ONNX Runtime, TensorRT, OpenVINO and others: python
+    infer.py export [key=value ...]
 
-    Where onnxruntime is installed, the file is compared with PyTorch before it appears. What the network takes and
-    gives stands at model.to_onnx.
+    Where onnxruntime is installed, the file is compared with PyTorch before it appears. What the
+    network takes and gives stands at model.to_onnx.
     """
     if files:
-        raise ValueError(f"export: unexpected {files[0]}; the file to write is out=FILE.onnx, --help lists the keys")
+        raise ValueError(f"export: unexpected {files[0]}; the file to write is out=FILE.onnx, "
+                         f"--help lists the keys")
     weights = find_weights(config.weights, Path(__file__).resolve().parent / "final_models")
     error = model.to_onnx(model.load(weights), config.out, config.tile, config.opset, config.half)
-    checked = "not compared with PyTorch: pip install onnxruntime" if error is None else f"within {error:.1e} of PyTorch"
-    print(f"{weights.name} -> {config.out}, {Path(config.out).stat().st_size / 1e6:.1f} MB, {checked}")
+    checked = (
+        "not compared with PyTorch: pip install onnxruntime"
+        if error is None
+        else f"within {error:.1e} of PyTorch"
+    )
+    print(f"{weights.name} -> {config.out}, {Path(config.out).stat().st_size / 1e6:.1f} MB, "
+          f"{checked}")
     return 0
 
 

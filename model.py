@@ -1,14 +1,19 @@
-"""The network: a ViT with 2-D RoPE and registers (DINOv3's architecture), a U-Net decoder, weights in and out.
+"""The network: a ViT with 2-D RoPE and registers (DINOv3's architecture), a U-Net decoder, weights
+in and out.
 
-    python model.py [size=224] [weights=FILE]     table of parameters and FLOPs per part, and one timed forward pass
+    python model.py [size=224] [weights=FILE]     table of parameters and FLOPs per part, and one
+                                                  timed forward pass
 
-    vit = ViT()                                   S/8: 384 wide, 12 blocks, 6 heads, patch 8, 4 registers
-    vit = load_backbone("dinov3_vits16.pth")      DINOv3 (official or Hugging Face), patch 16 turned into 8
-    net = DINOCell(vit)                           (B, 3, H, W) in [0, 1] -> (B, 1, H, W) distance to the cell's edge
+    vit = ViT()                                   S/8: 384 wide, 12 blocks, 6 heads, patch 8, 4
+                                                  registers
+    vit = load_backbone("dinov3_vits16.pth")      DINOv3 (official or Hugging Face), patch 16 turned
+                                                  into 8
+    net = DINOCell(vit)                           (B, 3, H, W) in [0, 1] -> (B, 1, H, W) distance to
+                                                  the cell's edge
     save(net, "final_models/x.pt"); net = load("final_models/x.pt")
 
-Letters: B images, H W pixels, P patch, h w the token grid (H/P, W/P), N = h*w patch tokens, R registers,
-T = 1 + R + N all tokens, D width.
+Letters: B images, H W pixels, P patch, h w the token grid (H/P, W/P), N = h*w patch tokens, R
+registers, T = 1 + R + N all tokens, D width.
 """
 from __future__ import annotations
 
@@ -44,7 +49,7 @@ class Tokens(NamedTuple):
     patches: Tensor        # (B, N, D), row-major
 
 
-# --------------------------------------------------------------------------------------------- backbone
+# ----------------------------------------------------------------------------------------- backbone
 
 def rope_periods(head: int) -> Tensor:
     """Wavelengths of the rotations, from 1 to nearly 100 half-images: (head / 4,)."""
@@ -52,39 +57,44 @@ def rope_periods(head: int) -> Tensor:
     return 100.0 ** (2 * i / (head / 2))
 
 
-def rope_table(periods: Tensor, h: int, w: int, plain: int, scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-    """cos and sin per token, (T, head), float32: patches turn by their place, the `plain` first tokens do not.
+def rope_table(periods: Tensor, h: int, w: int, plain: int,
+               scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """cos and sin per token, (T, head), float32: patches turn by their place, the `plain` first
+    tokens do not.
 
-    Coordinates are the centres of the patches in [-1, 1], each axis by its own extent: what the network sees of a
-    position is where it lies in the image, so that the patch size and the crop size may change.
+    Coordinates are the centres of the patches in [-1, 1], each axis by its own extent: what the
+    network sees of a position is where it lies in the image, so that the patch size and the crop
+    size may change.
     """
     y = (torch.arange(h, device=periods.device) + 0.5) / h * 2 - 1
     x = (torch.arange(w, device=periods.device) + 0.5) / w * 2 - 1
     yx = torch.cartesian_prod(y, x) * scale                                  # (N, 2)
     angle = 2 * math.pi * yx[:, :, None] / periods.float()                   # (N, 2, head/4)
-    angle = angle.flatten(1).repeat(1, 2)                                    # (N, head): rows, columns, again
-    angle = F.pad(angle, (0, 0, plain, 0))                                   # (T, head): angle 0 turns nothing
+    angle = angle.flatten(1).repeat(1, 2)  # (N, head): rows, columns, again
+    angle = F.pad(angle, (0, 0, plain, 0))  # (T, head): angle 0 turns nothing
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x cos + rotate_half(x) sin, in the type of x: x (B, T, heads, head); cos, sin (T, head), float32."""
+    """x cos + rotate_half(x) sin, in the type of x: x (B, T, heads, head); cos, sin (T, head),
+    float32."""
     half = x.shape[-1] // 2
-    sin = torch.cat((-sin[:, :half], sin[:, half:]), -1).to(x.dtype)[:, None]               # (T, 1, head)
+    sin = torch.cat((-sin[:, :half], sin[:, half:]), -1).to(x.dtype)[:, None]  # (T, 1, head)
     swapped = torch.cat((x[..., half:], x[..., :half]), -1)
     return torch.addcmul(x * cos.to(x.dtype)[:, None], swapped, sin)
 
 
 class AttentionByProducts(torch.autograd.Function):
-    """Attention whose gradient is five matrix products. In bfloat16 on a CPU these take two thirds of the time of
-    the backward pass of scaled_dot_product_attention, which saves a tenth of a training step.
+    """Attention whose gradient is five matrix products. In bfloat16 on a CPU these take two thirds
+    of the time of the backward pass of scaled_dot_product_attention, which saves a tenth of a
+    training step.
 
-    With P = softmax(s Q K') and dO the gradient of the output: dV = P' dO, dS = P * (dO V' - rowsum(dO * O)),
-    dQ = s dS K, dK = s dS' Q (Dao et al., 2022, appendix B.4).
+    With P = softmax(s Q K') and dO the gradient of the output: dV = P' dO, dS = P * (dO V' -
+    rowsum(dO * O)), dQ = s dS K, dK = s dS' Q (Dao et al., 2022, appendix B.4).
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:             # (B, heads, T, head) each
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, heads, T, head) each
         out = F.scaled_dot_product_attention(q, k, v)
         ctx.save_for_backward(q, k, v, out)
         return out
@@ -92,7 +102,8 @@ class AttentionByProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         B, scale = len(gradient), gradient.shape[-1] ** -0.5
-        q, k, v, out, gradient = (t.flatten(0, 1) for t in (*ctx.saved_tensors, gradient))  # (B heads, T, head)
+        # (B heads, T, head)
+        q, k, v, out, gradient = (t.flatten(0, 1) for t in (*ctx.saved_tensors, gradient))
         q = q * scale
         p = torch.bmm(q, k.mT).softmax(-1)                                   # (B heads, T, T)
         rows = (gradient * out).sum(-1, keepdim=True)
@@ -102,7 +113,10 @@ class AttentionByProducts(torch.autograd.Function):
 
 
 class Attention(nn.Module):
-    """Self-attention with RoPE. Queries and values have a bias, keys none (softmax would hardly see it)."""
+    """Self-attention with RoPE.
+
+    Queries and values have a bias, keys none (softmax would hardly see it).
+    """
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -113,11 +127,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], scale: Tensor) -> Tensor:
-        """scale (D,), LayerScale: it multiplies the rows of the last matrix, which are fewer than the tokens."""
+        """scale (D,), LayerScale: it multiplies the rows of the last matrix, which are fewer than
+        the tokens."""
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(2, (3 * self.heads, -1))         # (B, T, 3 heads, head)
+        # (B, T, 3 heads, head)
+        qkv = F.linear(x, self.qkv.weight, bias).unflatten(2, (3 * self.heads, -1))
         qk, v = qkv.split((2 * self.heads, self.heads), 2)
-        q, k, v = (t.transpose(1, 2) for t in (*rotate(qk, *rope).chunk(2, 2), v))          # (B, heads, T, head)
+        # (B, heads, T, head)
+        q, k, v = (t.transpose(1, 2) for t in (*rotate(qk, *rope).chunk(2, 2), v))
         slow_backward = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
         attend = AttentionByProducts.apply if slow_backward else F.scaled_dot_product_attention
         x = attend(q, k, v).transpose(1, 2).flatten(2)                       # (B, T, D)
@@ -125,7 +142,8 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm transformer block, both branches scaled by a learned factor per feature (LayerScale)."""
+    """Pre-norm transformer block, both branches scaled by a learned factor per feature
+    (LayerScale)."""
 
     def __init__(self, dim: int, heads: int, layerscale: float):
         super().__init__()
@@ -149,18 +167,23 @@ class TransformerBlock(nn.Module):
 class ViT(nn.Module):
     """Vision transformer as DINOv3 builds it; every size is free.
 
-    layerscale : start value of LayerScale; 1e-5 is DINOv3's, for long training. Short training from scratch
+    layerscale : start value of LayerScale; 1e-5 is DINOv3's, for long training. Short training from
+        scratch
         starts faster near 0.1.
-    rope_jitter : in training, coordinates are multiplied by a log-uniform factor in [1/j, j], drawn anew at every
+    rope_jitter : in training, coordinates are multiplied by a log-uniform factor in [1/j, j], drawn
+        anew at every
         block (DINOv3: 2), so that the size of the crop cannot be read off them. 1 turns it off.
     """
 
-    def __init__(self, dim: int = 384, depth: int = 12, heads: int = 6, patch: int = 8, registers: int = 4,
+    def __init__(self, dim: int = 384, depth: int = 12, heads: int = 6, patch: int = 8,
+                 registers: int = 4,
                  layerscale: float = 1e-5, rope_jitter: float = 1.0):
         super().__init__()
         if heads < 1 or dim % heads or (dim // heads) % 4:
-            raise ValueError(f"dim={dim}, heads={heads}: the head width dim / heads must be a multiple of 4 for RoPE")
-        self.architecture = dict(dim=dim, depth=depth, heads=heads, patch=patch, registers=registers)
+            raise ValueError(f"dim={dim}, heads={heads}: the head width dim / heads must be a "
+                             f"multiple of 4 for RoPE")
+        self.architecture = dict(dim=dim, depth=depth, heads=heads, patch=patch,
+                                 registers=registers)
         self.dim, self.depth, self.patch, self.registers = dim, depth, patch, registers
         self.rope_jitter = rope_jitter
         self.patch_embed = nn.Conv2d(3, dim, patch, patch)
@@ -179,16 +202,19 @@ class ViT(nn.Module):
     def embed(self, x: Tensor, mask: Tensor | None) -> Tensor:
         B, _, H, W = x.shape
         if H % self.patch or W % self.patch:
-            raise ValueError(f"image of {H} x {W} px: both sides must be multiples of the patch ({self.patch} px); "
+            raise ValueError(f"image of {H} x {W} px: both sides must be multiples of the patch "
+                             f"({self.patch} px); "
                              "segment.segment pads for you")
         x = self.patch_embed(x).flatten(2).mT                                # (B, N, D)
-        if mask is not None:                                                 # mask (B, N), True: hidden
+        if mask is not None:  # mask (B, N), True: hidden
             x = torch.where(mask[:, :, None], self.mask_token.to(x.dtype), x)
         first = torch.cat((self.cls_token[None], self.register_tokens)).to(x.dtype)
         return torch.cat((first.expand(B, -1, -1), x), 1)                    # (B, T, D)
 
-    def _run(self, x: Tensor, mask: Tensor | None, taps: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
-        """All tokens after the last block, before the norm, and the patch tokens after the blocks named in taps."""
+    def _run(self, x: Tensor, mask: Tensor | None,
+             taps: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
+        """All tokens after the last block, before the norm, and the patch tokens after the blocks
+        named in taps."""
         h, w = x.shape[2] // self.patch, x.shape[3] // self.patch
         plain = 1 + self.registers
         x, seen = self.embed(x, mask), []
@@ -206,15 +232,20 @@ class ViT(nn.Module):
         x = self.norm(self._run(x, mask)[0])
         return Tokens(x[:, 0], x[:, 1:1 + self.registers], x[:, 1 + self.registers:])
 
-    def features(self, x: Tensor, taps: tuple[int, ...], mask: Tensor | None = None) -> list[Tensor]:
-        """Patch tokens (B, N, D) after the blocks whose numbers are in taps (ascending), before any norm."""
+    def features(self, x: Tensor, taps: tuple[int, ...],
+                 mask: Tensor | None = None) -> list[Tensor]:
+        """Patch tokens (B, N, D) after the blocks whose numbers are in taps (ascending), before any
+        norm."""
         return self._run(x, mask, taps)[1]
 
 
-# ---------------------------------------------------------------------------------------- convolutions
+# ------------------------------------------------------------------------------------- convolutions
 
 def convolutions(width: int, inputs: int | None = None) -> nn.Sequential:
-    """Twice 3 x 3 convolution, GroupNorm, ReLU. GroupNorm looks at one image alone: batch and ranks change nothing."""
+    """Twice 3 x 3 convolution, GroupNorm, ReLU.
+
+    GroupNorm looks at one image alone: batch and ranks change nothing.
+    """
     def one(c: int) -> list[nn.Module]:
         return [nn.Conv2d(c, width, 3, padding=1, bias=False),
                 nn.GroupNorm(math.gcd(8, width), width), nn.ReLU(inplace=True)]
@@ -222,19 +253,22 @@ def convolutions(width: int, inputs: int | None = None) -> nn.Sequential:
 
 
 class ConvNet(nn.Module):
-    """Convolutions where the transformer was: with them DINOCell is a plain U-Net, to compare with."""
+    """Convolutions where the transformer was: with them DINOCell is a plain U-Net, to compare with.
+    """
 
     def __init__(self, dim: int, depth: int, patch: int = 8):
         super().__init__()
         self.architecture = dict(kind="ConvNet", dim=dim, depth=depth, patch=patch)
         self.dim, self.depth, self.patch = dim, depth, patch
-        widths = [dim * 2 ** (k + 1) // patch for k in range(patch.bit_length() - 1)]        # patch 8: dim/4, dim/2, dim
+        # patch 8: dim/4, dim/2, dim
+        widths = [dim * 2 ** (k + 1) // patch for k in range(patch.bit_length() - 1)]
         self.patch_embed = nn.Sequential(*(nn.Sequential(nn.AvgPool2d(2), convolutions(b, a))
                                            for a, b in zip([3, *widths], widths)))
         self.blocks = nn.ModuleList(convolutions(dim) for _ in range(depth))
 
     def features(self, x: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
-        """(B, N, D) after the blocks whose numbers are in taps (ascending), as ViT.features gives them."""
+        """(B, N, D) after the blocks whose numbers are in taps (ascending), as ViT.features gives
+        them."""
         x, seen = self.patch_embed(x), []                                    # (B, D, h, w)
         for i, block in enumerate(self.blocks):
             x = x + block(x)
@@ -243,57 +277,65 @@ class ConvNet(nn.Module):
         return seen
 
 
-# ---------------------------------------------------------------------------------------------- decoder
+# ------------------------------------------------------------------------------------------ decoder
 
 class Decoder(nn.Module):
     """U-Net decoder on the token grids of equally spaced blocks, down to one distance per pixel.
 
-    Each stage doubles the grid by a transposed convolution and adds the next shallower block as skip. The skip is
-    projected to the stage's width while it is still a token grid, and enlarged afterwards: at full size a 384-wide
-    skip would cost more than the backbone. A stem sees the pixels themselves, in `stem` sizes from the last stage's
-    down by halves, and joins where the decoder has come to the same size: tokens alone cannot say where inside its
-    8 px an edge lies, and convolutions learn edges from few images.
+    Each stage doubles the grid by a transposed convolution and adds the next shallower block as
+    skip. The skip is projected to the stage's width while it is still a token grid, and enlarged
+    afterwards: at full size a 384-wide skip would cost more than the backbone. A stem sees the
+    pixels themselves, in `stem` sizes from the last stage's down by halves, and joins where the
+    decoder has come to the same size: tokens alone cannot say where inside its 8 px an edge lies,
+    and convolutions learn edges from few images.
 
-    last = 0: the stages end at half the size of the image, the stem sees 2 x 2 px as twelve channels, and the head
-    answers for 2 x 2 px at once. Convolutions at full size took three quarters of the decoder's time. Otherwise one
-    more stage, `last` wide, stays at full size.
+    last = 0: the stages end at half the size of the image, the stem sees 2 x 2 px as twelve
+    channels, and the head answers for 2 x 2 px at once. Convolutions at full size took three
+    quarters of the decoder's time. Otherwise one more stage, `last` wide, stays at full size.
     """
 
     def __init__(self, dim: int, patch: int, widths: tuple[int, ...], last: int, stem: int):
         super().__init__()
-        self.grain = 1 if last else 2                                        # px along a side of what the head answers for
+        self.grain = 1 if last else 2  # px along a side of what the head answers for
         if 2 ** len(widths) * self.grain != patch:
-            raise ValueError(f"decoder widths {widths}: {len(widths)} stages enlarge {2 ** len(widths)} times, the patch "
-                             f"is {patch} px; give {(patch // self.grain).bit_length() - 1} widths with last={last}")
+            raise ValueError(f"decoder widths {widths}: {len(widths)} stages enlarge "
+                             f"{2 ** len(widths)} times, the patch "
+                             f"is {patch} px; give {(patch // self.grain).bit_length() - 1} widths "
+                             f"with last={last}")
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(len(widths) + 1))
         self.skips = nn.ModuleList(nn.Linear(dim, width) for width in widths)
-        self.ups = nn.ModuleList(nn.ConvTranspose2d(c, width, 2, 2) for c, width in zip((dim, *widths), widths))
+        self.ups = nn.ModuleList(nn.ConvTranspose2d(c, width, 2, 2)
+                                 for c, width in zip((dim, *widths), widths))
         self.stages = nn.ModuleList(convolutions(width) for width in widths)
         if not 0 <= stem <= len(widths):
-            raise ValueError(f"stem={stem}: expected 0 to {len(widths)} levels, one for each size that the decoder has")
-        across = (*([last] if last else []), *reversed(widths[:-1] if last else widths))[:stem]   # as wide as what they join
-        self.stem = nn.ModuleList(convolutions(b, a) for a, b in zip((3 * self.grain ** 2, *across), across))
+            raise ValueError(f"stem={stem}: expected 0 to {len(widths)} levels, one for each size "
+                             f"that the decoder has")
+        # as wide as what they join
+        across = (*([last] if last else []), *reversed(widths[:-1] if last else widths))[:stem]
+        self.stem = nn.ModuleList(convolutions(b, a) for a, b in zip((3 * self.grain ** 2, *across),
+                                                                     across))
         if last:
             self.narrow = nn.Conv2d(widths[-1], last, 1)
             self.refine = convolutions(last)
         self.head = nn.Conv2d(last or widths[-1], self.grain ** 2, 1)
 
     def forward(self, image: Tensor, taps: list[Tensor], h: int, w: int) -> Tensor:
-        """image (B, 3, H, W), taps: (B, N, D) from shallow to deep -> (B, 1, H, W) before the sigmoid."""
+        """image (B, 3, H, W), taps: (B, N, D) from shallow to deep -> (B, 1, H, W) before the
+        sigmoid."""
         def grid(tokens: Tensor) -> Tensor:
             return tokens.mT.unflatten(2, (h, w))                            # (B, c, h, w)
 
-        seen, x = [], F.pixel_unshuffle(image, self.grain)                   # (B, 3 grain^2, H / grain, W / grain)
+        seen, x = [], F.pixel_unshuffle(image, self.grain)  # (B, 3 grain^2, H / grain, W / grain)
         for level in self.stem:
             x = level(F.avg_pool2d(x, 2) if seen else x)
-            seen.append(x)                                                   # (B, width, H / 2^k, W / 2^k)
+            seen.append(x)  # (B, width, H / 2^k, W / 2^k)
         *shallow, deepest = [norm(tap) for norm, tap in zip(self.norms, taps)]
         x = grid(deepest)                                                    # (B, D, h, w)
         for i, (up, project, stage) in enumerate(zip(self.ups, self.skips, self.stages)):
             skip = grid(project(shallow[-1 - i]))
             skip = F.interpolate(skip, scale_factor=2 ** (i + 1), mode="bilinear")
-            x = up(x) + skip                                                 # (B, width, 2^(i+1) h, 2^(i+1) w)
-            k = len(self.stages) - 1 - i                                     # halvings from the last size to this one
+            x = up(x) + skip  # (B, width, 2^(i+1) h, 2^(i+1) w)
+            k = len(self.stages) - 1 - i  # halvings from the last size to this one
             x = stage(x + seen[k] if (k or self.grain > 1) and k < len(seen) else x)
         if self.grain == 1:
             x = self.narrow(x)                                               # (B, last, H, W)
@@ -304,8 +346,8 @@ class Decoder(nn.Module):
 class SizeHead(nn.Module):
     """How wide the cells of an image are, from the tokens of the last block.
 
-    Each token makes a guess at the logarithm of the median diameter, at how far off it may be, and at how much it counts: those on
-    cells know, those on background do not.
+    Each token makes a guess at the logarithm of the median diameter, at how far off it may be, and
+    at how much it counts: those on cells know, those on background do not.
     """
 
     def __init__(self, dim: int, hidden: int = 128):
@@ -315,13 +357,15 @@ class SizeHead(nn.Module):
         self.fc2 = nn.Linear(hidden, 3)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, D) -> log of px, log of the scale of a Laplace distribution around it, (B,) each."""
-        guess, spread, weight = self.fc2(F.gelu(self.fc1(self.norm(tokens)))).float().unbind(2)          # (B, N) each
+        """(B, N, D) -> log of px, log of the scale of a Laplace distribution around it, (B,) each.
+        """
+        # (B, N) each
+        guess, spread, weight = self.fc2(F.gelu(self.fc1(self.norm(tokens)))).float().unbind(2)
         share = weight.softmax(1)
         return (share * guess).sum(1), (share * spread).sum(1)
 
 
-# ------------------------------------------------------------------------------------------ whole network
+# ------------------------------------------------------------------------------------ whole network
 
 @dataclass
 class Settings:
@@ -339,7 +383,7 @@ class Settings:
     smooth: float = 0.0
     shape: float = 0.0
     diameter: float | None = None     # network px, median equivalent diameter of the training cells
-    provenance: dict = field(default_factory=dict)    # what it was trained on, how, with which scores
+    provenance: dict = field(default_factory=dict)  # what it was trained on, how, with which scores
 
     @property
     def setting(self) -> Setting:
@@ -348,9 +392,11 @@ class Settings:
 
 
 class DINOCell(nn.Module):
-    """Image in [0, 1] -> per pixel the distance to the edge of its cell, 0 outside cells, 1 deep inside."""
+    """Image in [0, 1] -> per pixel the distance to the edge of its cell, 0 outside cells, 1 deep
+    inside."""
 
-    def __init__(self, backbone: ViT | ConvNet | None = None, widths: tuple[int, ...] = (256, 128, 64), last: int = 32,
+    def __init__(self, backbone: ViT | ConvNet | None = None,
+                 widths: tuple[int, ...] = (256, 128, 64), last: int = 32,
                  settings: Settings | None = None, stem: int = 1):
         super().__init__()
         self.backbone = backbone or ViT()
@@ -358,15 +404,20 @@ class DINOCell(nn.Module):
         vit = self.backbone
         quarters = len(widths) + 1
         if vit.depth < quarters:
-            raise ValueError(f"depth={vit.depth}: the decoder needs a backbone of {quarters} blocks or more")
-        self.taps = tuple(vit.depth * (i + 1) // quarters - 1 for i in range(quarters))     # 12 blocks: 2, 5, 8, 11
-        self.architecture = dict(backbone=vit.architecture, widths=tuple(widths), last=last, stem=stem)
+            raise ValueError(f"depth={vit.depth}: the decoder needs a backbone of {quarters} "
+                             f"blocks or more")
+        # 12 blocks: 2, 5, 8, 11
+        self.taps = tuple(vit.depth * (i + 1) // quarters - 1 for i in range(quarters))
+        self.architecture = dict(backbone=vit.architecture, widths=tuple(widths), last=last,
+                                 stem=stem)
         self.decoder = Decoder(vit.dim, vit.patch, tuple(widths), last, stem)
         self.size: SizeHead | None = None                                    # give_size() makes one
-        self.register_buffer("mean", torch.tensor(self.settings.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(self.settings.std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(self.settings.mean).view(1, 3, 1, 1),
+                             persistent=False)
+        self.register_buffer("std", torch.tensor(self.settings.std).view(1, 3, 1, 1),
+                             persistent=False)
         for name, parameter in vit.named_parameters():
-            if name in ("norm.weight", "norm.bias", "mask_token"):           # no part in supervised training
+            if name in ("norm.weight", "norm.bias", "mask_token"):  # no part in supervised training
                 parameter.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -398,12 +449,13 @@ class DINOCell(nn.Module):
     def autocast(self) -> torch.autocast:
         """bfloat16 inside a with block, where this network's device computes in it."""
         device = self.mean.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=has_bf16(device) and self.dtype == torch.float32)
+        return torch.autocast(device, torch.bfloat16, enabled=has_bf16(device)
+                              and self.dtype == torch.float32)
 
     def ready(self, device: str) -> DINOCell:
-        """This network itself, ready for inference on a device: where that computes in bfloat16 its weights are
-        bfloat16, which spares the conversions of autocast, and its convolutions see channels last. No longer to be
-        trained or saved."""
+        """This network itself, ready for inference on a device: where that computes in bfloat16 its
+        weights are bfloat16, which spares the conversions of autocast, and its convolutions see
+        channels last. No longer to be trained or saved."""
         self.to(device).eval().requires_grad_(False)
         if has_bf16(device):
             for parameter in self.parameters():
@@ -412,18 +464,20 @@ class DINOCell(nn.Module):
         return self
 
 
-# ------------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
 NEAR_EDGE = 2       # px from a cell that are near it
 
 
 def distance_loss(predicted: Tensor, target: Tensor, labels: Tensor, edge_weight: float = 0.0,
                   seam_weight: float = 0.0) -> Tensor:
-    """Mean squared error of distances (B, 1, S, S), each pixel weighed; labels (B, S, S), 0 is background.
+    """Mean squared error of distances (B, 1, S, S), each pixel weighed; labels (B, S, S), 0 is
+    background.
 
-    Near an edge, on both sides of it, by 1 + edge_weight (1 - distance): with the cell's side alone the network would
-    rather draw cells too large than too small. And seam_weight more where two cells are near: touching cells are parted
-    by a valley of few pixels that else hardly shows in the mean.
+    Near an edge, on both sides of it, by 1 + edge_weight (1 - distance): with the cell's side alone
+    the network would rather draw cells too large than too small. And seam_weight more where two
+    cells are near: touching cells are parted by a valley of few pixels that else hardly shows in
+    the mean.
     """
     square = (predicted - target).square()
     if not edge_weight and not seam_weight:
@@ -431,44 +485,53 @@ def distance_loss(predicted: Tensor, target: Tensor, labels: Tensor, edge_weight
     number = labels[:, None].to(target.dtype)                                # (B, 1, S, S)
     highest, lowest = (F.max_pool2d(v, 2 * NEAR_EDGE + 1, 1, NEAR_EDGE)
                        for v in (number, -number.masked_fill(number == 0, torch.inf)))
-    near, seam = highest > 0, (highest > 0) & (highest != -lowest)           # of one cell or more, of two or more
+    # of one cell or more, of two or more
+    near, seam = highest > 0, (highest > 0) & (highest != -lowest)
     return (square * (1 + edge_weight * (1 - target) * near + seam_weight * seam)).mean()
 
 
-# --------------------------------------------------------------------------------------- weights: writing
+# --------------------------------------------------------------------------------- weights: writing
 
-def save(model: DINOCell | ViT, path: str | Path, half: bool = False, provenance: dict | None = None) -> None:
-    """Write architecture, settings and tensors; half=True stores float16. The file appears whole or not at all.
+def save(model: DINOCell | ViT, path: str | Path, half: bool = False,
+         provenance: dict | None = None) -> None:
+    """Write architecture, settings and tensors; half=True stores float16. The file appears whole or
+    not at all.
 
     A backbone has no settings of its own: what it was trained on comes with `provenance`.
     """
     path = Path(path)
     tensors = {k: v.detach().cpu() for k, v in model.state_dict().items()}
-    if half:                           # periods stay exact: angles multiply their error by the image's extent
+    if half:  # periods stay exact: angles multiply their error by the image's extent
         tensors = {k: v.half() if v.is_floating_point() and not k.endswith("periods") else v
                    for k, v in tensors.items()}
     content = dict(format=FORMAT, kind=type(model).__name__, architecture=model.architecture,
-                   settings=asdict(model.settings) if isinstance(model, DINOCell) else {"provenance": provenance or {}},
+                   settings=asdict(model.settings) if isinstance(model, DINOCell)
+                   else {"provenance": provenance or {}},
                    state_dict=tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         torch.save(content, temporary)
 
 
-# --------------------------------------------------------------------------------------- weights: reading
+# --------------------------------------------------------------------------------- weights: reading
 
 def load(path: str | Path) -> DINOCell:
     """A network written by save(), in float32, on the CPU, ready for inference."""
     content = _read_file(path)
     if not _is_ours(content) or content["kind"] != "DINOCell":
-        what = {"ViT": "a backbone without decoder (model.load_backbone reads it)",
-                "Instructed": "weights that answer instructions (python instruct.py ask reads them)"}
-        raise ValueError(f"{path}: {what.get(str(content.get('kind')), 'no DINOCell file')}; expected weights exported by "
+        what = {
+            "ViT": "a backbone without decoder (model.load_backbone reads it)",
+            "Instructed": "weights that answer instructions (python instruct.py ask reads them)",
+        }
+        raise ValueError(f"{path}: {what.get(str(content.get('kind')), 'no DINOCell file')}; "
+                         f"expected weights exported by "
                          "train_seg.py")
     shape, settings = content["architecture"], settings_of(content, path)
     if heads := shape.get("decoders"):
-        print(f"{path}: weights of the format before, with decoders for {', '.join(heads)}; the one for all is used", file=sys.stderr)
-        content["state_dict"] = {k: v for k, v in content["state_dict"].items() if not k.startswith("decoders.")}
+        print(f"{path}: weights of the format before, with decoders for {', '.join(heads)}; the "
+              f"one for all is used", file=sys.stderr)
+        content["state_dict"] = {k: v for k, v in content["state_dict"].items()
+                                 if not k.startswith("decoders.")}
     with torch.device("meta"):
         net = DINOCell(built(shape["backbone"]), tuple(shape["widths"]), shape["last"], settings,
                        shape["stem"])
@@ -490,7 +553,8 @@ def settings_of(content: dict, path: str | Path) -> Settings:
     gone = ("kinds", "zoom", "pixel_size") if content["format"] == OLD_FORMAT else ()
     given = {k: v for k, v in content["settings"].items() if k not in gone}
     if surplus := given.keys() - {f.name for f in fields(Settings)}:
-        raise ValueError(f"{path}: unknown settings {sorted(surplus)}; the file is newer than this code: update it")
+        raise ValueError(f"{path}: unknown settings {sorted(surplus)}; the file is newer than this "
+                         f"code: update it")
     return Settings(**given)
 
 
@@ -501,9 +565,11 @@ def built(shape: dict) -> ViT | ConvNet:
 
 
 def load_backbone(path: str | Path, patch: int = 8, **options) -> ViT:
-    """A backbone from DINOv3's official file, a training checkpoint of it, the Hugging Face file, or our own.
+    """A backbone from DINOv3's official file, a training checkpoint of it, the Hugging Face file,
+    or our own.
 
-    A kernel of larger patches is turned into `patch` by shrink_patch. `options` go to ViT (rope_jitter).
+    A kernel of larger patches is turned into `patch` by shrink_patch. `options` go to ViT
+    (rope_jitter).
     """
     content = _read_file(path)
     if _is_ours(content):
@@ -515,12 +581,14 @@ def load_backbone(path: str | Path, patch: int = 8, **options) -> ViT:
     kernel = tensors.get("patch_embed.weight")
     depth = 1 + max((int(k.split(".")[1]) for k in tensors if k.startswith("blocks.")), default=-1)
     if kernel is None or depth == 0 or "register_tokens" not in tensors:
-        raise ValueError(f"{path}: no vision transformer with registers in it (its first keys: {_some(content)}); "
+        raise ValueError(f"{path}: no vision transformer with registers in it (its first keys: "
+                         f"{_some(content)}); "
                          "expected a DINOv3 checkpoint or a file of this project")
     dim = kernel.shape[0]
     if "periods" not in tensors:       # Hugging Face files have none, and there heads are 64 wide
         tensors["periods"] = rope_periods(64)
-    vit = ViT(dim, depth, dim // (4 * len(tensors["periods"])), patch, len(tensors["register_tokens"]), **options)
+    vit = ViT(dim, depth, dim // (4 * len(tensors["periods"])), patch,
+              len(tensors["register_tokens"]), **options)
     if kernel.shape[-1] != patch:
         tensors["patch_embed.weight"] = shrink_patch(kernel.float(), patch)
     _fill(vit, tensors, path)
@@ -528,48 +596,61 @@ def load_backbone(path: str | Path, patch: int = 8, **options) -> ViT:
 
 
 def shrink_patch(kernel: Tensor, patch: int) -> Tensor:
-    """Kernel (D, 3, P, P) -> (D, 3, p, p), p < P, that answers on a patch as the old one on the patch enlarged.
+    """Kernel (D, 3, P, P) -> (D, 3, p, p), p < P, that answers on a patch as the old one on the
+    patch enlarged.
 
-    With U the matrix of the enlargement of one patch (bicubic, patch by patch), <x, U'w> = <Ux, w>: the transpose
-    does it exactly. Resizing the kernel instead is off by a factor of about four in gain.
+    With U the matrix of the enlargement of one patch (bicubic, patch by patch), <x, U'w> = <Ux, w>:
+    the transpose does it exactly. Resizing the kernel instead is off by a factor of about four in
+    gain.
     """
     old = kernel.shape[-1]
     if patch > old:
-        raise ValueError(f"patch={patch}: the checkpoint has patches of {old} px and can only be turned into smaller ones")
+        raise ValueError(f"patch={patch}: the checkpoint has patches of {old} px and can only be "
+                         f"turned into smaller ones")
     unit = torch.eye(patch * patch).view(-1, 1, patch, patch)
-    U = F.interpolate(unit, size=(old, old), mode="bicubic").flatten(1)      # (p*p, P*P), row i: pixel i enlarged
+    # (p*p, P*P), row i: pixel i enlarged
+    U = F.interpolate(unit, size=(old, old), mode="bicubic").flatten(1)
     return (kernel.flatten(2) @ U.T).unflatten(2, (patch, patch))
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """The format by hand: 8 bytes of length, a JSON header, raw little-endian tensors."""
-    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+             "BF16": torch.bfloat16,
              "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
     raw = Path(path).read_bytes()
     try:
         size = struct.unpack("<Q", raw[:8])[0]
         header = json.loads(raw[8:8 + size])
         body = memoryview(bytearray(raw[8 + size:]))
-        return {name: torch.frombuffer(body[slice(*entry["data_offsets"])], dtype=types[entry["dtype"]])
+        return {name: torch.frombuffer(body[slice(*entry["data_offsets"])],
+                                       dtype=types[entry["dtype"]])
                 .view(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
     except (struct.error, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a whole .safetensors file ({error}); download it again") from None
+        raise ValueError(
+            f"{path}: not a whole .safetensors file ({error}); download it again"
+        ) from None
 
 
 def _read_file(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}; train with train_seg.py or pass weights=FILE")
+        raise FileNotFoundError(f"no weights at {path}; train with train_seg.py or pass "
+                                f"weights=FILE")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError,
-            AssertionError, struct.error) as error:                          # what it makes of bytes that are something else
-        raise ValueError(f"{path}: not a file of PyTorch weights, or damaged ({type(error).__name__}); expected what "
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, AttributeError,
+            LookupError,
+            # what it makes of bytes that are something else
+            AssertionError, struct.error) as error:
+        raise ValueError(f"{path}: not a file of PyTorch weights, or damaged "
+                         f"({type(error).__name__}); expected what "
                          "train_seg.py or train_ssl.py exported, or a DINOv3 checkpoint") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dictionary of weights")
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dictionary of "
+                         f"weights")
     return content
 
 
@@ -588,45 +669,60 @@ def has_bf16(device: str) -> bool:
 
 def _some(names, count: int = 4) -> str:
     names = sorted(map(str, names))
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count
+                                       else "")
 
 
 def _from_dinov3(content: dict, path: str | Path) -> dict[str, Tensor]:
-    """Official or Hugging Face names -> ours. What has no counterpart keeps its name, and _fill names it."""
-    if isinstance(content.get("teacher"), dict):           # a training checkpoint: heads are not ours to load
+    """Official or Hugging Face names -> ours.
+
+    What has no counterpart keeps its name, and _fill names it.
+    """
+    # a training checkpoint: heads are not ours to load
+    if isinstance(content.get("teacher"), dict):
         content = {k[9:]: v for k, v in content["teacher"].items() if k.startswith("backbone.")}
     hugging_face = "embeddings.cls_token" in content
-    rename = [("model.layer.", "layer."), ("layer.", "blocks."), ("embeddings.patch_embeddings.", "patch_embed."),
-              ("embeddings.", ""), ("layer_scale1.lambda1", "scale1"), ("layer_scale2.lambda1", "scale2"),
+    rename = [("model.layer.", "layer."), ("layer.", "blocks."),
+              ("embeddings.patch_embeddings.", "patch_embed."),
+              ("embeddings.", ""), ("layer_scale1.lambda1", "scale1"),
+              ("layer_scale2.lambda1", "scale2"),
               ("mlp.up_proj", "fc1"), ("mlp.down_proj", "fc2"), ("attention.o_proj", "attn.proj"),
               ("attention.q_proj.bias", "attn.q_bias"), ("attention.v_proj.bias", "attn.v_bias"),
               ] if hugging_face else [
               ("storage_tokens", "register_tokens"), ("patch_embed.proj.", "patch_embed."),
-              ("rope_embed.periods", "periods"), ("ls1.gamma", "scale1"), ("ls2.gamma", "scale2"), ("mlp.", "")]
+              ("rope_embed.periods", "periods"), ("ls1.gamma", "scale1"), ("ls2.gamma", "scale2"),
+              ("mlp.", "")]
     ours = {}
     for name, tensor in content.items():
         for old, new in rename:
-            name = name.replace(old, new) if not old.startswith(("layer.", "model.")) or name.startswith(old) else name
+            name = (
+                name.replace(old, new)
+                if not old.startswith(("layer.", "model.")) or name.startswith(old)
+                else name
+            )
         ours[name] = tensor
-    for name in ("cls_token", "mask_token", "register_tokens"):              # (1, 1, D), (1, D), (1, R, D)
+    for name in ("cls_token", "mask_token", "register_tokens"):  # (1, 1, D), (1, D), (1, R, D)
         if name in ours:
             width = ours[name].shape[-1]
             ours[name] = ours[name].reshape((-1, width) if name == "register_tokens" else width)
-    for name in [n for n in ours if n.endswith("attn.qkv.bias")]:            # its middle third is masked to zero
+    # its middle third is masked to zero
+    for name in [n for n in ours if n.endswith("attn.qkv.bias")]:
         stem = name.removesuffix("qkv.bias")
         ours[stem + "q_bias"], _, ours[stem + "v_bias"] = ours.pop(name).chunk(3)
-        ours.pop(name + "_mask", None)                     # 1 for q and v, 0 for k; NaN where never initialised
+        ours.pop(name + "_mask", None)  # 1 for q and v, 0 for k; NaN where never initialised
     for name in [n for n in ours if n.endswith("attention.q_proj.weight")]:
         stem = name.removesuffix("q_proj.weight")
         parts = [ours.pop(stem + f"{letter}_proj.weight", None) for letter in "qkv"]
         if any(part is None for part in parts):
-            raise ValueError(f"{path}: {stem}k_proj.weight or v_proj.weight is missing beside {name}")
+            raise ValueError(f"{path}: {stem}k_proj.weight or v_proj.weight is missing beside "
+                             f"{name}")
         ours[stem.replace("attention.", "attn.qkv.weight")] = torch.cat(parts)
     return ours
 
 
 def _fill(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
-    """load_state_dict with an error a person can act on, and with float16 files read into float32."""
+    """load_state_dict with an error a person can act on, and with float16 files read into float32.
+    """
     wanted = module.state_dict()
     missing, surplus = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
     wrong = [f"{k} {tuple(tensors[k].shape)} instead of {tuple(v.shape)}" for k, v in wanted.items()
@@ -638,23 +734,27 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> No
     module.load_state_dict({k: v.float() for k, v in tensors.items()})
 
 
-# ------------------------------------------------------------------------------------------------- ONNX
+# --------------------------------------------------------------------------------------------- ONNX
 
-EXACT, HALF = 1e-4, 1e-2         # largest difference from PyTorch that passes, of distances in [0, 1]
+EXACT, HALF = 1e-4, 1e-2  # largest difference from PyTorch that passes, of distances in [0, 1]
 
 
-def to_onnx(net: DINOCell, path: str | Path, tile: int | None = None, opset: int = 18, half: bool = False) -> float | None:
-    """Write the network as one ONNX file; the largest difference from PyTorch, or None without onnxruntime.
+def to_onnx(net: DINOCell, path: str | Path, tile: int | None = None, opset: int = 18,
+            half: bool = False) -> float | None:
+    """Write the network as one ONNX file; the largest difference from PyTorch, or None without
+    onnxruntime.
 
-    image     (batch, 3, tile, tile) float32 in [0, 1], any batch, as images.normalise and images.to_rgb make it
+    image     (batch, 3, tile, tile) float32 in [0, 1], any batch, as images.normalise and
+              images.to_rgb make it
     distance  (batch, 1, tile, tile) float32 in [0, 1], what watershed.watershed takes
 
-    Subtracting the mean is part of the network; tiling, blending and the watershed are not (segment.py). The settings
-    that these need are JSON in the file's metadata under "dinocell".
+    Subtracting the mean is part of the network; tiling, blending and the watershed are not
+    (segment.py). The settings that these need are JSON in the file's metadata under "dinocell".
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"{path}: export needs {' and '.join(missing)}; pip install onnx onnxscript onnxruntime")
+        raise ValueError(f"{path}: export needs {' and '.join(missing)}; pip install onnx "
+                         f"onnxscript onnxruntime")
     import onnx
     net = copy.deepcopy(net).cpu().float().eval()
     tile, patch = tile or net.settings.tile, net.backbone.patch
@@ -667,20 +767,23 @@ def to_onnx(net: DINOCell, path: str | Path, tile: int | None = None, opset: int
             self.net = copy.deepcopy(net)
             if half:
                 self.net.half()
-                self.net.backbone.periods = net.backbone.periods.clone()     # angles multiply errors
+                self.net.backbone.periods = net.backbone.periods.clone()  # angles multiply errors
 
         def forward(self, image: Tensor) -> Tensor:
             return self.net(image.half() if half else image)
 
     images = torch.rand(3, 3, tile, tile, generator=torch.Generator().manual_seed(0))
     with replacing(path) as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore")                            # PyTorch's, about its own insides
+        warnings.simplefilter("ignore")  # PyTorch's, about its own insides
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(Whole(), (images,), None, input_names=["image"], output_names=["distance"],
-                                    dynamic_shapes=({0: torch.export.Dim("batch")},), opset_version=opset,
+        program = torch.onnx.export(Whole(), (images,), None, input_names=["image"],
+                                    output_names=["distance"],
+                                    dynamic_shapes=({0: torch.export.Dim("batch")},),
+                                    opset_version=opset,
                                     dynamo=True, verbose=False)
         proto = program.model_proto
-        onnx.helper.set_model_props(proto, {"dinocell": json.dumps(asdict(net.settings) | {"tile": tile})})
+        onnx.helper.set_model_props(proto,
+                                    {"dinocell": json.dumps(asdict(net.settings) | {"tile": tile})})
         onnx.checker.check_model(proto)
         temporary.write_bytes(proto.SerializeToString())
         if importlib.util.find_spec("onnxruntime") is None:
@@ -693,35 +796,46 @@ def to_onnx(net: DINOCell, path: str | Path, tile: int | None = None, opset: int
                     for n in (1, 3))
         limit = HALF if half else EXACT
         if not error <= limit:
-            raise ValueError(f"{path}: differs from PyTorch by {error:.1e}, expected {limit:.0e} at most; "
+            raise ValueError(f"{path}: differs from PyTorch by {error:.1e}, expected {limit:.0e} "
+                             f"at most; "
                              f"not written, try another opset= or half=false")
         return float(error)
 
 
-# ------------------------------------------------------------------------------------------------- table
+# -------------------------------------------------------------------------------------------- table
 
 def cost(net: DINOCell, size: int) -> list[tuple[str, int, float]]:
-    """(part, parameters, FLOPs of one image of size x size); a multiplication and an addition are two FLOPs."""
+    """(part, parameters, FLOPs of one image of size x size); a multiplication and an addition are
+    two FLOPs."""
     from torch.utils.flop_counter import FlopCounterMode
     parts = {"backbone: patch embedding": ["backbone.patch_embed"],
              f"backbone: {net.backbone.depth} blocks": ["backbone.blocks"],
              "decoder: skips": ["decoder.norms", "decoder.skips"],
              "decoder: transposed convolutions": ["decoder.ups"],
              "decoder: stages": ["decoder.stages"],
-             "decoder: last stage, stem, head": [f"decoder.{n}" for n in ("narrow", "stem", "refine", "head") if hasattr(net.decoder, n)]}
-    ghost = copy.deepcopy(net).to("meta")                  # shapes only: any size in no time
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+             "decoder: last stage, stem, head": [f"decoder.{n}"
+                                                 for n in ("narrow", "stem", "refine", "head")
+                                                 if hasattr(net.decoder, n)]}
+    ghost = copy.deepcopy(net).to("meta")  # shapes only: any size in no time
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
         ghost(torch.empty(1, 3, size, size, device="meta"))
-    flops = {name.removeprefix("DINOCell."): sum(work.values()) for name, work in counter.get_flop_counts().items()}
+    flops = {name.removeprefix("DINOCell."): sum(work.values())
+             for name, work in counter.get_flop_counts().items()}
     rows = []
     for label, prefixes in parts.items():
         modules = [net.get_submodule(prefix) for prefix in prefixes]
-        leaves = [name for prefix, m in zip(prefixes, modules)          # a list of modules is never called itself
-                  for name in ([f"{prefix}.{i}" for i in range(len(m))] if isinstance(m, nn.ModuleList) else [prefix])]
+        # a list of modules is never called itself
+        leaves = [name for prefix, m in zip(prefixes, modules)
+                  for name in ([f"{prefix}.{i}" for i in range(len(m))]
+                               if isinstance(m, nn.ModuleList) else [prefix])]
         rows.append((label, sum(p.numel() for m in modules for p in m.parameters()),
                      float(sum(flops.get(leaf, 0) for leaf in leaves))))
     total = sum(p.numel() for p in net.parameters())
-    rows.insert(2, ("backbone: class, register tokens, norm", total - sum(row[1] for row in rows), 0.0))
+    rows.insert(2, ("backbone: class, register tokens, norm", total - sum(row[1] for row in rows),
+                    0.0))
     return rows
 
 
@@ -746,7 +860,8 @@ def main(arguments: list[str]) -> None:
         net(x)
         start = time.perf_counter()
         y = net(x)
-    print(f"forward {tuple(x.shape)} -> {tuple(y.shape)} in {time.perf_counter() - start:.3f} s on the CPU, "
+    print(f"forward {tuple(x.shape)} -> {tuple(y.shape)} in {time.perf_counter() - start:.3f} s on "
+          f"the CPU, "
           f"torch {torch.__version__}, {torch.get_num_threads()} threads")
 
 

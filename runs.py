@@ -1,21 +1,24 @@
-"""Configurations (frozen dataclass <-> YAML <-> `key=value`), how a script starts and fails, and the run folder.
+"""Configurations (frozen dataclass <-> YAML <-> `key=value`), how a script starts and fails, and
+the run folder.
 
-A script declares one frozen dataclass, every field with a default where one is sane and a comment with unit and
-reason (`--help` prints them), and ends with
+A script declares one frozen dataclass, every field with a default where one is sane and a comment
+with unit and reason (`--help` prints them), and ends with
 
     if __name__ == "__main__":
         runs.script(__doc__, Config, main)        # python SCRIPT.py [CONFIG.yaml] [key=value ...]
 
-A user's mistake anywhere below raises ValueError or OSError and ends as one line `error: ...`, exit code 1
-(DINOCELL_DEBUG=1 shows the traceback).
+A user's mistake anywhere below raises ValueError or OSError and ends as one line `error: ...`, exit
+code 1 (DINOCELL_DEBUG=1 shows the traceback).
 
 A training script opens a Run and asks it for everything that must survive the process:
 
-    run = runs.Run(config)                       runs/<experiment>/: config.yaml, log.jsonl, logs/, images/, checkpoints/
+    run = runs.Run(config)                       runs/<experiment>/: config.yaml, log.jsonl, logs/,
+                                                 images/, checkpoints/
     state = run.resume()                         the newest whole checkpoint, or None
     run.log(step, loss=..., lr=...)              one line of JSON, and the same on the screen
     run.save(step, model=..., optimiser=...)     atomic, the last few kept; is_best=True besides
-    if run.should_stop(step): ...                SIGTERM, SIGUSR1 (Slurm's warning) or Ctrl-C came: save and exit
+    if run.should_stop(step): ...                SIGTERM, SIGUSR1 (Slurm's warning) or Ctrl-C came:
+                                                 save and exit
 """
 from __future__ import annotations
 
@@ -41,24 +44,27 @@ import threading
 import time
 import types
 import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Callable, Iterable, Iterator, NamedTuple, Sequence, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import yaml
 
 Config = TypeVar("Config")
 
 
-# ------------------------------------------------------------------------------------------------ threads
+# ------------------------------------------------------------------------------------------ threads
 
 def cores(cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> int:
-    """Cores that this process may use, which may be fewer than the machine has: its affinity, the quota of its control
-    groups (containers), and what Slurm gave the task, whichever is least."""
-    found = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    """Cores that this process may use, which may be fewer than the machine has: its affinity, the
+    quota of its control groups (containers), and what Slurm gave the task, whichever is least."""
+    found = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+             or 1]
     slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
     if slurm.isdigit():
         found.append(int(slurm))
-    with contextlib.suppress(OSError, ValueError):             # no Linux, or a quota written as nobody knows it
+    # no Linux, or a quota written as nobody knows it
+    with contextlib.suppress(OSError, ValueError):
         for line in process.read_text().splitlines():
             _, controllers, place = line.split(":", 2)         # version 2 names no controllers
             if controllers and "cpu" not in controllers.split(","):
@@ -71,27 +77,32 @@ def cores(cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/se
                 if (group / "cpu.max").is_file():              # version 2
                     quota, period = (group / "cpu.max").read_text().split()
                 elif (group / "cpu.cfs_quota_us").is_file():   # version 1, where -1 means none
-                    quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+                    quota, period = ((group / f"cpu.cfs_{name}_us").read_text()
+                                     for name in ("quota", "period"))
                 if quota != "max" and int(quota) > 0:
                     found.append(math.ceil(int(quota) / int(period)))
     return max(1, min(found))
 
 
-# Before PyTorch is loaded, which reads these once. Threads that wait spin for some milliseconds by default, which takes the
-# core from those that they wait for where other processes run: five times slower. A tenth of a millisecond costs nothing.
+# Before PyTorch is loaded, which reads these once. Threads that wait spin for some milliseconds by
+# default, which takes the
+# core from those that they wait for where other processes run: five times slower. A tenth of a
+# millisecond costs nothing.
 for _name, _value in (("OMP_NUM_THREADS", cores()), ("GOMP_SPINCOUNT", 1000), ("KMP_BLOCKTIME", 1)):
     os.environ.setdefault(_name, str(_value))
 
 
-# ----------------------------------------------------------------------------------------------- imports
+# ------------------------------------------------------------------------------------------ imports
 
 class _LazyModule(types.ModuleType):
-    """A module that runs when something in it is asked for: not what every module has (inspect looks at __file__ of all)."""
+    """A module that runs when something in it is asked for: not what every module has (inspect
+    looks at __file__ of all)."""
     lock = threading.RLock()
 
     def __getattr__(self, name: str) -> Any:
         spec = self.__dict__.get("__spec__")
-        if spec is None or name.startswith("__") and (name != "__path__" or not getattr(spec.loader, "found", True)):
+        if spec is None or name.startswith("__") and (name != "__path__"
+                                                      or not getattr(spec.loader, "found", True)):
             raise AttributeError(name)
         with self.lock:
             if isinstance(spec.loader, _LazyLoader):
@@ -113,7 +124,7 @@ class _LazyLoader(importlib.abc.Loader):
     def exec_module(self, module) -> None:
         self.found = True
         if "__path__" in vars(module):
-            del module.__path__                                # asked for by `import package.part`, which needs the package
+            del module.__path__  # asked for by `import package.part`, which needs the package
 
 
 class _LazyFinder:
@@ -122,7 +133,8 @@ class _LazyFinder:
     @staticmethod
     def find_spec(name: str, path=None, target=None):
         if "." in name:
-            raise ImportError(f"import {name}: in lazy() only whole packages, for this would run {name.partition('.')[0]}")
+            raise ImportError(f"import {name}: in lazy() only whole packages, for this would run "
+                              f"{name.partition('.')[0]}")
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
             spec.loader = _LazyLoader(spec.loader)
@@ -131,9 +143,11 @@ class _LazyFinder:
 
 @contextlib.contextmanager
 def lazy() -> Iterator[None]:
-    """Modules that are imported in this block run at their first use, so that --help does not wait for torch.
+    """Modules that are imported in this block run at their first use, so that --help does not wait
+    for torch.
 
-    Whole packages, as in `import torch`: `from torch import Tensor` and `import torch.nn` would run it at once.
+    Whole packages, as in `import torch`: `from torch import Tensor` and `import torch.nn` would run
+    it at once.
     """
     sys.meta_path.insert(0, _LazyFinder)
     try:
@@ -147,7 +161,7 @@ def is_loaded(name: str) -> bool:
     return type(sys.modules.get(name)) is types.ModuleType
 
 
-# ------------------------------------------------------------------------------------------------ bounds
+# ------------------------------------------------------------------------------------------- bounds
 
 class Bound(NamedTuple):
     """What a number must keep to, for Annotated: the text goes into errors and --help."""
@@ -176,24 +190,29 @@ Whole = Annotated[int, at_least(0)]
 Positive = Annotated[float, above(0)]
 NotNegative = Annotated[float, at_least(0)]
 Share = Annotated[float, within(0, 1)]           # a share, or a probability
-Distance = Annotated[float, from_to_below(0, 1)]  # of a pixel to the cell's edge, as the network predicts it
+# of a pixel to the cell's edge, as the network predicts it
+Distance = Annotated[float, from_to_below(0, 1)]
 
 
-# ---------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
-def load_config(cls: type[Config], path: str | Path | None = None, overrides: list[str] = ()) -> Config:
-    """A configuration from a YAML file (or defaults alone), then `key=value`; `a.b=1` reaches into section a."""
+def load_config(cls: type[Config], path: str | Path | None = None,
+                overrides: list[str] = ()) -> Config:
+    """A configuration from a YAML file (or defaults alone), then `key=value`; `a.b=1` reaches into
+    section a."""
     values: dict[str, Any] = {}
     origin = "command line"
     if path is not None:
         origin = str(path)
         if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such configuration; expected a YAML file, configs/ has some")
+            raise FileNotFoundError(f"{path}: no such configuration; expected a YAML file, "
+                                    f"configs/ has some")
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             where = getattr(error, "problem_mark", None)
-            raise ValueError(f"{path}: not valid YAML" + (f" in line {where.line + 1}" if where else "")
+            raise ValueError(f"{path}: not valid YAML" + (f" in line {where.line + 1}" if where
+                                                          else "")
                              + f": {getattr(error, 'problem', None) or error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path}: got a {type(values).__name__}, expected lines `key: value`")
@@ -205,7 +224,7 @@ def load_config(cls: type[Config], path: str | Path | None = None, overrides: li
             below = inner.get(section, {})
             if not isinstance(below, dict):
                 raise ValueError(f"{text}: '{section}' is a value in {origin}, no section")
-            inner[section] = inner = dict(below)               # a section that YAML names twice (&, *) is two
+            inner[section] = inner = dict(below)  # a section that YAML names twice (&, *) is two
         try:
             inner[last] = yaml.safe_load(value) if value else ""
         except yaml.YAMLError:
@@ -215,7 +234,8 @@ def load_config(cls: type[Config], path: str | Path | None = None, overrides: li
 
 
 class _Given:
-    """A value that came as key=value: errors name the argument, and fields of text take it as it was typed."""
+    """A value that came as key=value: errors name the argument, and fields of text take it as it
+    was typed."""
 
     def __init__(self, value: Any, text: str):
         self.value, self.text = value, text
@@ -235,10 +255,11 @@ def from_dict(cls: type[Config], values: dict[str, Any], origin: str, prefix: st
         result[key] = _convert(value, hints[key], f"{prefix}{key}", source)
     for name, f in known.items():
         if name not in result and f.default is f.default_factory is dataclasses.MISSING:
-            raise ValueError(f"{origin}: key '{prefix}{name}' is missing; give {prefix}{name}: {_name(hints[name])}")
+            raise ValueError(f"{origin}: key '{prefix}{name}' is missing; give {prefix}{name}: "
+                             f"{_name(hints[name])}")
     try:
         return cls(**result)
-    except ValueError as error:                                # the dataclass's own check of combinations
+    except ValueError as error:  # the dataclass's own check of combinations
         raise ValueError(f"{origin}: {error}") from None
 
 
@@ -249,66 +270,95 @@ def _ungiven(value: Any) -> Any:
     return value.value if isinstance(value, _Given) else value
 
 
+class _Misfit(Exception):
+    """A value that its field cannot take."""
+
+
 def _convert(value: Any, hint: Any, key: str, origin: str) -> Any:
-    """YAML's value as the field's type, or an error. 1e-4 is text to PyYAML; 3 serves as a float; no is not 0."""
+    """YAML's value as the field's type, or an error that names both."""
     typed = value.text.partition("=")[2] if isinstance(value, _Given) else None
     value = value.value if isinstance(value, _Given) else value
     if dataclasses.is_dataclass(hint):
-        if isinstance(value, (str, list)):                     # `data: folder` for `data: {sets: folder}`, say
+        if isinstance(value, (str, list)):  # `data: folder` for `data: {sets: folder}`, say
             value = {dataclasses.fields(hint)[0].name: value}
         if isinstance(value, dict):
             return from_dict(hint, value, origin, key + ".")
         raise ValueError(f"{origin}: {key} is {value!r}, expected a section with keys")
+    try:
+        return _fitted(value, typed, hint, key, origin)
+    except _Misfit:
+        raise ValueError(f"{origin}: " + f"{key} is {value!r}, " * (typed is None)
+                         + f"expected {_name(hint)}") from None
+
+
+def _fitted(value: Any, typed: str | None, hint: Any, key: str, origin: str) -> Any:
+    """The value as a type that holds others: a union, a list, a number with bounds, or a plain one.
+
+    typed : the text behind key=, where there is one.
+    """
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if kind is Annotated:
-        with contextlib.suppress(ValueError):
-            number = _convert(value if typed is None else _Given(value, f"={typed}"), inner[0], key, origin)
-            if all(bound.holds(number) for bound in inner[1:]):
-                return number
+        number = _fitted(value, typed, inner[0], key, origin)
+        if all(bound.holds(number) for bound in inner[1:]):
+            return number
     elif kind in (typing.Union, types.UnionType):
         if value is None and type(None) in inner:
             return None
-        choices = [h for h in inner if h is not type(None)]
-        for choice in choices:
-            try:
-                return _convert(value if typed is None else _Given(value, f"={typed}"), choice, key, origin)
-            except ValueError:
-                continue
-    elif kind is typing.Literal:
-        if isinstance(value, bool):                            # YAML reads no, off, on as truth values
-            value = typed or {True: "on", False: "off"}[value]
-        if value in inner:
-            return value
-    elif kind is tuple:
+        for choice in (h for h in inner if h is not type(None)):
+            with contextlib.suppress(ValueError, _Misfit):
+                given = value if typed is None else _Given(value, f"={typed}")
+                return _convert(given, choice, key, origin)
+    elif kind is tuple and value is not None:
         if isinstance(value, str) and typed is not None:
             value = [yaml.safe_load(part) for part in value.split(",")]
-        elif not isinstance(value, (list, tuple)) and value is not None:
-            value = [value]
-        if value is not None:
-            return tuple(_convert(item, inner[0], key, origin) for item in value)
-    elif kind is dict or hint is dict:
-        if isinstance(value, dict):
-            return _ungiven(value)
-    elif hint is bool:
-        if isinstance(value, bool):
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_convert(part, inner[0], key, origin) for part in parts)
+    elif kind is typing.Literal:
+        if isinstance(value, bool):  # YAML reads no, off, on as truth values
+            value = typed or ("on" if value else "off")
+        if value in inner:
             return value
-    elif hint is int:
-        if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE]\+?\d+", value):
-            value = float(value)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value == int(value):
-            return int(value)
-    elif hint is float:
-        try:
-            if not isinstance(value, bool) and value is not None:
-                return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif hint is str:
-        if typed is not None:
-            return typed
-        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            return str(value)
-    raise ValueError(f"{origin}: " + f"{key} is {value!r}, " * (typed is None) + f"expected {_name(hint)}")
+    elif (kind or hint) in PLAIN:
+        return PLAIN[kind or hint](value, typed)
+    raise _Misfit
+
+
+def _whole(value: Any, typed: str | None) -> int:
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE]\+?\d+", value):
+        value = float(value)  # 1e4 is text to PyYAML
+    if type(value) not in (int, float) or not math.isfinite(value) or value != int(value):
+        raise _Misfit
+    return int(value)
+
+
+def _number(value: Any, typed: str | None) -> float:
+    if isinstance(value, bool) or value is None:  # no is not 0
+        raise _Misfit
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise _Misfit from None
+
+
+def _text(value: Any, typed: str | None) -> str:
+    if typed is None and type(value) not in (str, int, float):
+        raise _Misfit
+    return str(value) if typed is None else typed
+
+
+def _truth(value: Any, typed: str | None) -> bool:
+    if not isinstance(value, bool):
+        raise _Misfit
+    return value
+
+
+def _section(value: Any, typed: str | None) -> dict:
+    if not isinstance(value, dict):
+        raise _Misfit
+    return _ungiven(value)
+
+
+PLAIN = {int: _whole, float: _number, str: _text, bool: _truth, dict: _section}
 
 
 def _name(hint: Any) -> str:
@@ -322,15 +372,16 @@ def _name(hint: Any) -> str:
         return " or ".join(map(str, inner))
     if kind is tuple:
         return f"a list of {_name(inner[0])}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a section"}.get(
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text",
+            dict: "a section"}.get(
         hint, getattr(hint, "__name__", str(hint)))
 
 
-# ---------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 def to_yaml(config: Any, shared: bool = False) -> str:
-    """The resolved configuration; load_config() gives the same dataclass back. shared: to be given to others, inside weights:
-    of places on this machine no more than the last folder or file."""
+    """The resolved configuration; load_config() gives the same dataclass back. shared: to be given
+    to others, inside weights: of places on this machine no more than the last folder or file."""
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items()}
@@ -340,33 +391,57 @@ def to_yaml(config: Any, shared: bool = False) -> str:
     return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
 
 
+def key_comments(cls: type) -> dict[str, str]:
+    """What is said of each key, behind it or in the lines above it, in the class and its bases."""
+    comments, above = {}, []
+    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        for line in inspect.getsource(base).splitlines():
+            key = re.match(r"    (\w+):[^#]*(?:# ?(.*))?$", line)
+            if key:
+                comments[key[1]] = " ".join([*above, *filter(None, [key[2]])])
+            above = [*above, line.strip("# ")] if re.match(r"    #", line) else []
+    return comments
+
+
 def describe(cls: type, prefix: str = "", given: Any = None) -> str:
-    """The keys of a configuration with their defaults and comments, read from its source, for --help."""
-    source = "".join(inspect.getsource(base) for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base))
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", source, re.MULTILINE))
+    """The keys of a configuration with their defaults and comments, read from its source, for
+    --help."""
+    comments = key_comments(cls)
     hints, lines = typing.get_type_hints(cls, include_extras=True), []
     for f in dataclasses.fields(cls):
         hint, text = hints[f.name], "..."
-        if given is None and f.default_factory is hint and dataclasses.is_dataclass(hint):    # which alone may not be whole
+        # which alone may not be whole
+        if given is None and f.default_factory is hint and dataclasses.is_dataclass(hint):
             lines.append(describe(hint, f"{prefix}{f.name}."))
             continue
         if f.default_factory is not dataclasses.MISSING or f.default is not dataclasses.MISSING:
             default = f.default_factory() if f.default is dataclasses.MISSING else f.default
             default = default if given is None else getattr(given, f.name)
-            text = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+            text = (
+                "null"
+                if default is None
+                else str(default).lower()
+                if isinstance(default, bool)
+                else default
+            )
         if dataclasses.is_dataclass(hint):
             lines.append(describe(hint, f"{prefix}{f.name}.", default))
             continue
-        bounds = {bound.text for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is Annotated
+        bounds = {bound.text for part in (hint, *typing.get_args(hint))
+                  if typing.get_origin(part) is Annotated
                   for bound in typing.get_args(part)[1:]}
-        lines.append(f"  {prefix}{f.name}={text}".ljust(30) + " " + comments.get(f.name, "") + "".join(f" ({b})" for b in bounds))
+        lines.append(f"  {prefix}{f.name}={text}".ljust(30) + " " + comments.get(f.name, "")
+                     + "".join(f" ({b})" for b in bounds))
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------- scripts
+# ------------------------------------------------------------------------------------------ scripts
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """(files and folders, key=value overrides). What exists as a file is a file, whatever its name."""
+    """(files and folders, key=value overrides).
+
+    What exists as a file is a file, whatever its name.
+    """
     files, overrides = [], []
     for argument in arguments:
         given = re.match(r"[A-Za-z_][\w.]*=", argument) and not os.path.exists(argument)
@@ -374,11 +449,13 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
     return files, overrides
 
 
-def script(doc: str, cls: type, main: Callable[..., int | None], arguments: list[str] | None = None) -> None:
+def script(doc: str, cls: type, main: Callable[..., int | None],
+           arguments: list[str] | None = None) -> None:
     """Run main(config, files) as a command: --help, key=value, errors of one line, exit code.
 
-    A first file that ends in .yaml or .yml is the configuration; the other files go to main. A main with a
-    parameter `check` is called with check=True for --check: it says what it would do, and stops.
+    A first file that ends in .yaml or .yml is the configuration; the other files go to main. A main
+    with a parameter `check` is called with check=True for --check: it says what it would do, and
+    stops.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
 
@@ -387,10 +464,15 @@ def script(doc: str, cls: type, main: Callable[..., int | None], arguments: list
             print(f"{doc.strip()}\n\nKeys, as key=value or in YAML:\n{describe(cls)}", flush=True)
             return 0
         files, overrides = split_arguments(arguments)
-        flags = {"check": True} if "--check" in files and "check" in inspect.signature(main).parameters else {}
+        flags = (
+            {"check": True}
+            if "--check" in files and "check" in inspect.signature(main).parameters
+            else {}
+        )
         files = [a for a in files if not (flags and a == "--check")]
         if unknown := [a for a in files if a.startswith("--")]:
-            raise ValueError(f"unknown option {unknown[0]}; options are written key=value, --help lists them")
+            raise ValueError(f"unknown option {unknown[0]}; options are written key=value, --help "
+                             f"lists them")
         given = files.pop(0) if files and files[0].endswith((".yaml", ".yml")) else None
         return main(load_config(cls, given, overrides), files, **flags) or 0
 
@@ -398,8 +480,9 @@ def script(doc: str, cls: type, main: Callable[..., int | None], arguments: list
 
 
 def leave(code: int) -> None:
-    """End this process. In a group, not by way of the interpreter's teardown: gloo's threads may still hold tensors
-    then, and now and then abort a run that was already done (PyTorch's issue 190489)."""
+    """End this process. In a group, not by way of the interpreter's teardown: gloo's threads may
+    still hold tensors then, and now and then abort a run that was already done (PyTorch's issue
+    190489)."""
     group = sys.modules["torch"].distributed if is_loaded("torch") else None
     if group and group.is_available() and group.is_initialized():
         atexit._run_exitfuncs()
@@ -421,9 +504,11 @@ class Heard(list):
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that fills when the machine is to be given back: SIGTERM, or SIGUSR1, Slurm's word that time is nearly up."""
+    """A list that fills when the machine is to be given back: SIGTERM, or SIGUSR1, Slurm's word
+    that time is nearly up."""
     caught = Heard()
-    before = {each: signal.signal(each, caught) for each in {signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}}
+    before = {each: signal.signal(each, caught)
+              for each in {signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}}
     try:
         yield caught
     finally:
@@ -446,7 +531,7 @@ def guarded(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("\nstopped; finished parts are kept, the same command goes on", file=sys.stderr)
         return 130
-    except BrokenPipeError:                                    # the reader has seen enough: python x.py | head
+    except BrokenPipeError:  # the reader has seen enough: python x.py | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
@@ -455,9 +540,11 @@ def guarded(run: Callable[[], int]) -> int:
         print("error: " + " ".join(sentence(error).split()), file=sys.stderr)
         return 1
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" or os.environ.get("DINOCELL_DEBUG"):       # torch's, of the GPU
+        # torch's, of the GPU
+        if type(error).__name__ != "OutOfMemoryError" or os.environ.get("DINOCELL_DEBUG"):
             raise
-        print("error: out of GPU memory; give a smaller batch= or smaller crops or tiles", file=sys.stderr)
+        print("error: out of GPU memory; give a smaller batch= or smaller crops or tiles",
+              file=sys.stderr)
         return 1
 
 
@@ -468,20 +555,29 @@ def sentence(error: Exception) -> str:
     return str(error)
 
 
-# --------------------------------------------------------------------------------------------- run folder
+# --------------------------------------------------------------------------------------- run folder
 
-REQUEUE = 85                                     # exit code: saved, not finished; slurm/train.sh queues the job again
-# What a run may go on with although it was begun otherwise: what changes no result, and cycles, for a longer one.
-FREE = ("output_base_dir", "data.root", "device", "log_every", "save_every", "keep", "wandb", "compile", "data.signed",
+REQUEUE = 85  # exit code: saved, not finished; slurm/train.sh queues the job again
+# What a run may go on with although it was begun otherwise: what changes no result, and cycles, for
+# a longer one.
+FREE = ("output_base_dir", "data.root", "device", "log_every", "save_every", "keep", "wandb",
+        "compile", "data.signed",
         "data.cache", "data.cache_gb", "data.threads")
 LONGER = ("cycles",)
 
 
 class Run:
-    """The folder of one experiment; in a group of processes (torchrun) only the first writes into it."""
+    """The folder of one experiment; in a group of processes (torchrun) only the first writes into
+    it."""
 
     def __init__(self, config: Any, rank: int = 0, world: int = 1, device: str = "cpu"):
-        self.config, self.rank, self.world, self.device, self.stopping = config, rank, world, device, False
+        self.config, self.rank, self.world, self.device, self.stopping = (
+            config,
+            rank,
+            world,
+            device,
+            False,
+        )
         self.signal = None
         self.folder = Path(config.output_base_dir) / "runs" / config.experiment
         self.checkpoints = self.folder / "checkpoints" / config.checkpoint_name
@@ -495,8 +591,10 @@ class Run:
             if getattr(config, "wandb", "off") != "off":
                 self.wandb = start_wandb(config, self.folder)
         self.before = {number: signal.signal(number, self._stop)
-                       for number in {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM)}}
-        self.stopping = isinstance(heard := self.before[signal.SIGTERM], Heard) and bool(heard)    # while data were loaded
+                       for number in {signal.SIGTERM, signal.SIGINT,
+                                      getattr(signal, "SIGUSR1", signal.SIGTERM)}}
+        # while data were loaded
+        self.stopping = isinstance(heard := self.before[signal.SIGTERM], Heard) and bool(heard)
 
     def _stop(self, number: int, frame) -> None:
         if self.stopping and number == signal.SIGINT:         # a second Ctrl-C means now
@@ -506,14 +604,17 @@ class Run:
     def close(self) -> None:
         """Signals go to who heard them before, one that came too late to stop this run as well."""
         if self.wandb is not None:
-            self.wandb.finish()                               # else the next run of this process would go into this one's curves
+            self.wandb.finish()  # else the next run of this process would go into this one's curves
         for number, handler in self.before.items():
             signal.signal(number, handler)
         if callable(handler := self.before.get(self.signal)):
             handler(self.signal, None)
 
     def should_stop(self, step: int) -> bool:
-        """Whether a signal came. Processes of a group must stop after the same step, so they ask each other, on log steps."""
+        """Whether a signal came.
+
+        Processes of a group must stop after the same step, so they ask each other, on log steps.
+        """
         if self.world == 1:
             return self.stopping
         if step % self.config.log_every:
@@ -524,18 +625,22 @@ class Run:
         return bool(flag)
 
     def each(self, function: Callable[[Any], Any], items: Sequence) -> list:
-        """shared_out between the processes of this run; Stopped in all of them once a signal came to one."""
-        found = shared_out(lambda item: None if self.stopping else function(item), items, self.rank, self.world)
+        """shared_out between the processes of this run; Stopped in all of them once a signal came
+        to one."""
+        found = shared_out(lambda item: None if self.stopping else function(item), items, self.rank,
+                           self.world)
         if any(shared_out(lambda _: self.stopping, range(self.world), self.rank, self.world)):
             raise Stopped
         return found
 
     def _check_same_run(self) -> None:
-        """A folder goes on with the configuration it was begun with; places and habits may change, and are named."""
+        """A folder goes on with the configuration it was begun with; places and habits may change,
+        and are named."""
         before = self.folder / "config.yaml"
         if not before.exists() or not any(self.checkpoints.glob("step_*.pt")):
             return
-        old, new = (lasting(flatten(yaml.safe_load(text))) for text in (before.read_text(encoding="utf-8"), to_yaml(self.config)))
+        old, new = (lasting(flatten(yaml.safe_load(text)))
+                    for text in (before.read_text(encoding="utf-8"), to_yaml(self.config)))
         changed = {k: (old.get(k), new.get(k)) for k in {**old, **new} if old.get(k) != new.get(k)}
         said = ", ".join(f"{k}: {a} -> {b}" for k, (a, b) in changed.items())
         free, newest = FREE + LONGER, self.newest()
@@ -543,7 +648,8 @@ class Run:
             from optim import DECAY  # imports torch, which no --help waits for
             free += ("steps",)
             if newest and int(newest.stem[5:]) > (1 - DECAY) * min(changed["steps"]):
-                raise ValueError(f"steps={self.config.steps}: {newest} lies in the last fifth of {min(changed['steps'])} steps, where lr "
+                raise ValueError(f"steps={self.config.steps}: {newest} lies in the last fifth of "
+                                 f"{min(changed['steps'])} steps, where lr "
                                  "falls; steps may only change before that")
         if any(k not in free for k in changed):
             raise ValueError(f"{self.folder} was begun with another configuration ({said}); "
@@ -562,7 +668,8 @@ class Run:
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         from tqdm import tqdm
-        tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
+        tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                             for k, v in line.items()))
         if self.wandb:
             self.wandb.log(values, step=step)
 
@@ -578,8 +685,10 @@ class Run:
     def check_finite(self, step: int, loss: float) -> None:
         if not math.isfinite(loss):
             good = self.newest()
-            raise ValueError(f"{self.folder}: the loss is {loss} at step {step}; last good checkpoint: "
-                             f"{good or 'none'}. Lower lr, or look at the data with `python data.py check`")
+            raise ValueError(f"{self.folder}: the loss is {loss} at step {step}; last good "
+                             f"checkpoint: "
+                             f"{good or 'none'}. Lower lr, or look at the data with `python "
+                             f"data.py check`")
 
     # ---------------------------------------------------------------------------------- checkpoints
 
@@ -595,7 +704,8 @@ class Run:
         name, *numpy_state = np.random.get_state()
         state |= dict(step=step, config=to_yaml(self.config), torch=torch.get_rng_state(),
                       cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                      python=list(random.getstate()[1]), numpy=[name, numpy_state[0].tolist(), *numpy_state[1:]])
+                      python=list(random.getstate()[1]),
+                      numpy=[name, numpy_state[0].tolist(), *numpy_state[1:]])
         path = self.checkpoints / f"step_{step:08d}.pt"
         with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
@@ -635,11 +745,13 @@ class Run:
 
 def export_path(config: Any) -> Path:
     """The file that a training writes its weights to."""
-    return Path(config.export_path or Path(config.output_base_dir, "final_models", f"{config.experiment}.pt"))
+    return Path(config.export_path or Path(config.output_base_dir, "final_models",
+                                           f"{config.experiment}.pt"))
 
 
 def history(log: Path) -> list[dict]:
-    """The lines of a log.jsonl; one cut by a crash is passed over, and of a step logged twice the later counts."""
+    """The lines of a log.jsonl; one cut by a crash is passed over, and of a step logged twice the
+    later counts."""
     lines: dict[tuple, dict] = {}
     for text in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
         try:
@@ -654,24 +766,28 @@ def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
     """{'data': {'root': x}} -> {'data.root': x}"""
     flat = {}
     for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value,
+                                                                dict) else {f"{prefix}{key}": value}
     return flat
 
 
 def lasting(values: dict[str, Any]) -> dict[str, Any]:
-    """What a run must go on with: paths into output_base_dir without it, for the whole folder may have moved."""
+    """What a run must go on with: paths into output_base_dir without it, for the whole folder may
+    have moved."""
     base = f"{Path(values.get('output_base_dir') or '.')}/"
     return {k: v.removeprefix(base) if isinstance(v, str) else v for k, v in values.items()}
 
 
-# ----------------------------------------------------------------------------------------- files, tables
+# ------------------------------------------------------------------------------------ files, tables
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside the file, renamed when all is written and gone when anything fails."""
+    """A temporary name beside the file, renamed when all is written and gone when anything fails.
+    """
     path = Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder; create it before writing {path.name}")
+        raise FileNotFoundError(f"{path.parent}: no such folder; create it before writing "
+                                f"{path.name}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
@@ -686,8 +802,10 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_table(path: str | Path, rows: Sequence[dict], first: Iterable[str] = (), digits: int = 10) -> None:
-    """Write rows as CSV or, by the name of the file, as TSV: the columns `first`, then all others that a row has.
+def write_table(path: str | Path, rows: Sequence[dict], first: Iterable[str] = (),
+                digits: int = 10) -> None:
+    """Write rows as CSV or, by the name of the file, as TSV: the columns `first`, then all others
+    that a row has.
 
     Numbers have up to `digits` digits; what is missing, None or NaN is an empty cell.
     """
@@ -699,43 +817,55 @@ def write_table(path: str | Path, rows: Sequence[dict], first: Iterable[str] = (
     columns = list(dict.fromkeys((*first, *(name for row in rows for name in row))))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, delimiter="\t" if Path(path).suffix == ".tsv" else ",", lineterminator="\n")
+        table = csv.writer(file, delimiter="\t" if Path(path).suffix == ".tsv" else ",",
+                           lineterminator="\n")
         table.writerow(columns)
         table.writerows([text(row.get(name)) for name in columns] for row in rows)
 
 
-def read_table(path: str | Path, needed: Iterable[str] = (), advice: str = "") -> list[dict[str, str]]:
-    """Rows of a table with tabs or commas, without blanks around the words; each column `needed` stands there once."""
+def read_table(path: str | Path, needed: Iterable[str] = (),
+               advice: str = "") -> list[dict[str, str]]:
+    """Rows of a table with tabs or commas, without blanks around the words; each column `needed`
+    stands there once."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table" + f"; {advice}" * bool(advice))
     try:
         text = path.read_text(encoding="utf-8-sig")           # -sig: Excel puts a mark in front
         delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-        rows = [[word.strip() for word in row] for row in csv.reader(text.splitlines(), delimiter=delimiter)]
+        rows = [[word.strip() for word in row] for row in csv.reader(text.splitlines(),
+                                                                     delimiter=delimiter)]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a table of text ({error}); save it as CSV or TSV in UTF-8") from None
-    while rows and not any(rows[-1]):                         # blank lines, or empty cells below the table
+        raise ValueError(
+            f"{path}: not a table of text ({error}); save it as CSV or TSV in UTF-8"
+        ) from None
+    while rows and not any(rows[-1]):  # blank lines, or empty cells below the table
         rows.pop()
     names = rows[0] if rows else []
     for name in needed:
         if names.count(name) != 1:
             near = difflib.get_close_matches(name, names, 1)
             hint = f"did you mean '{near[0]}'?" if near else f"columns are {listed(names, 12)}"
-            raise ValueError(f"{path}: {names.count(name) or 'no'} columns '{name}', expected one; {hint}")
+            raise ValueError(f"{path}: {names.count(name) or 'no'} columns '{name}', expected one; "
+                             f"{hint}")
     for number, row in enumerate(rows, 1):
         if len(row) != len(names):
-            raise ValueError(f"{path}, line {number}: {len(row)} values, expected {len(names)} as in line 1")
+            raise ValueError(f"{path}, line {number}: {len(row)} values, expected {len(names)} as "
+                             f"in line 1")
     return [dict(zip(names, row)) for row in rows[1:]]
 
 
 def listed(names: Sequence[str], count: int = 5) -> str:
     """The first names, and how many more there are."""
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count
+                                       else "")
 
 
 def digest(*parts: Any) -> str:
-    """SHA-256 of files (Path), arrays and texts, one after the other. Names sorted by it stand in a random order that lasts."""
+    """SHA-256 of files (Path), arrays and texts, one after the other.
+
+    Names sorted by it stand in a random order that lasts.
+    """
     whole = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
@@ -751,13 +881,15 @@ def start_wandb(config: Any, folder: Path):
     try:
         import wandb
     except ImportError:
-        raise ValueError(f"wandb={config.wandb}: the package is not installed; pip install wandb, or wandb=off") from None
-    return wandb.init(project="dinocell", name=config.experiment, dir=str(folder), id=config.experiment.replace("/", "."),
+        raise ValueError(f"wandb={config.wandb}: the package is not installed; pip install wandb, "
+                         f"or wandb=off") from None
+    return wandb.init(project="dinocell", name=config.experiment, dir=str(folder),
+                      id=config.experiment.replace("/", "."),
                       resume="allow", mode={"on": "online"}.get(config.wandb, config.wandb),
                       config=dataclasses.asdict(config))
 
 
-# ---------------------------------------------------------------------------------------- devices, ranks
+# ----------------------------------------------------------------------------------- devices, ranks
 
 def pick_device(name: str) -> str:
     """'auto' -> the GPU if there is one; asking for one that is not there is a mistake."""
@@ -784,7 +916,8 @@ def join_group(device: str) -> tuple[int, int, str]:
 def commit() -> str:
     """The version of the code, with a + when files differ from it."""
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, text=True,
+        done = subprocess.run(["git", "describe", "--always", "--dirty=+"],
+                              cwd=Path(__file__).parent, text=True,
                               capture_output=True, timeout=10)
         return done.stdout.strip() or "unknown"
     except (OSError, subprocess.TimeoutExpired):
@@ -794,11 +927,14 @@ def commit() -> str:
 def provenance(config: Any, step: int, **more: Any) -> dict:
     """What weights say of themselves; no place on the machine that trained them is in it."""
     import torch
-    return dict(config=to_yaml(config, shared=True), step=step, commit=commit(), torch=str(torch.__version__), **more)
+    return dict(config=to_yaml(config, shared=True), step=step, commit=commit(),
+                torch=str(torch.__version__), **more)
 
 
-def shared_out(function: Callable[[Any], Any], items: Sequence, rank: int = 0, world: int = 1) -> list:
-    """[function(item) for item in items]: each process of a group does its share, and all get all of it."""
+def shared_out(function: Callable[[Any], Any], items: Sequence, rank: int = 0,
+               world: int = 1) -> list:
+    """[function(item) for item in items]: each process of a group does its share, and all get all
+    of it."""
     mine = [function(item) for item in items[rank::world]]
     if world == 1:
         return mine

@@ -1,17 +1,21 @@
 """Image of any size -> labels: plan, tiles, blocks.
 
-    labels = segment(image, net)                   image (H, W), (C, H, W) or an open images.Source; labels (H, W) int32
+    labels = segment(image, net)                   image (H, W), (C, H, W) or an open images.Source;
+                                                   labels (H, W) int32
     plan = plan_for(source, net, diameter=30)      what the image gets, decided once
-    for block in blocks(source, plan): ...         the same labels piece by piece, in memory bounded by the block
+    for block in blocks(source, plan): ...         the same labels piece by piece, in memory bounded
+                                                   by the block
 
 What happens to an image of H x W px:
 
-    source (C, H, W) -> normalised by percentiles of the whole image -> (3, h, w), scaled so that cells have the size
-    the network knows -> overlapping tiles -> network -> tiles blended into rows of distances (h, w), top to bottom
-    -> per block, with a margin around it: watershed at the finer of the two resolutions -> labels (H, W)
+    source (C, H, W) -> normalised by percentiles of the whole image -> (3, h, w), scaled so that
+    cells have the size the network knows -> overlapping tiles -> network -> tiles blended into rows
+    of distances (h, w), top to bottom -> per block, with a margin around it: watershed at the finer
+    of the two resolutions -> labels (H, W)
 
-Tiles lie on one grid over the whole image, so distances do not depend on blocks. A block runs the watershed on its
-own square and a margin (`halo`), keeps what lies inside, and takes the ids of cells that reach in from blocks before.
+Tiles lie on one grid over the whole image, so distances do not depend on blocks. A block runs the
+watershed on its own square and a margin (`halo`), keeps what lies inside, and takes the ids of
+cells that reach in from blocks before.
 """
 from __future__ import annotations
 
@@ -38,7 +42,7 @@ UNKNOWN = 40.0          # px, taken as the diameter of cells by networks that do
 UNIT = np.array([[0.0, 1.0]] * 3)      # limits of an image (3, H, W) that is normalised already
 
 
-# --------------------------------------------------------------------------------------------------- plan
+# --------------------------------------------------------------------------------------------- plan
 
 class Plan(NamedTuple):
     """What an image gets."""
@@ -58,26 +62,31 @@ class Plan(NamedTuple):
 
 def plan_for(image, net: DINOCell, *, diameter: float | None = None, zoom: float | None = None,
              limits: np.ndarray | None = None, tile: int | None = None, overlap: int | None = None,
-             batch: int | None = None, block: int = 2048, halo: int | None = None, near: float | None = None,
+             batch: int | None = None, block: int = 2048, halo: int | None = None,
+             near: float | None = None,
              border: Literal["keep", "drop"] = "keep", **thresholds: float | None) -> Plan:
     """Decide what an image gets. What is None is chosen here.
 
     Parameters
     ----------
-    diameter : px, of the cells in the image, which is scaled so that they are as large as the network knows them. None:
+    diameter : px, of the cells in the image, which is scaled so that they are as large as the
+        network knows them. None:
         what the network's size head sees; without one the image stays as it is.
     zoom : px of the network for each px of the image, in place of a diameter.
     limits : (C, 2) intensities that become 0 and 1; None: percentiles of the whole image.
     tile : px; None: the size of the training crops, or somewhat more if that fits the image better.
-    overlap : px that tiles share; None: the diameter of a cell, so that each lies whole in some tile.
+    overlap : px that tiles share; None: the diameter of a cell, so that each lies whole in some
+        tile.
     block : px, side of a block; images that are not much larger are one block.
     near : px; None: the diameter of a cell.
-    thresholds : peak, fill, depth, smooth, shape of watershed.Setting, and min_area in px of the image; None: those in
+    thresholds : peak, fill, depth, smooth, shape of watershed.Setting, and min_area in px of the
+        image; None: those in
         the weights.
     """
     source = as_source(image)
     if limits is None:
-        limits = images.percentiles(getattr(source, "pixels", source), net.settings.low, net.settings.high)
+        limits = images.percentiles(getattr(source, "pixels", source), net.settings.low,
+                                    net.settings.high)
     if zoom is None:
         if diameter is None and net.size is not None:
             diameter = seen_diameter(source, net, limits)
@@ -87,33 +96,41 @@ def plan_for(image, net: DINOCell, *, diameter: float | None = None, zoom: float
     wide = (net.settings.diameter or UNKNOWN) / zoom
     near = wide if near is None else near
     side, shared = tile_side(net, tile, overlap, scaled(source.shape[1:], zoom))
-    return Plan(net, net.settings.setting.changed(**thresholds), zoom, limits, wide, near, side, shared,
-                batch or (32 if net.mean.device.type == "cuda" else 4), max(1, int(block / max(zoom, 1))),
+    return Plan(net, net.settings.setting.changed(**thresholds), zoom, limits, wide, near, side,
+                shared,
+                batch or (32 if net.mean.device.type == "cuda" else 4),
+                max(1, int(block / max(zoom, 1))),
                 halo or max(HALO, math.ceil(4 * max(near, wide))), border)
 
 
 def zoom_for(diameter: float, net: DINOCell) -> float:
-    """Px of the network for each px of the image, so that cells of that diameter (px) look as large as in training."""
+    """Px of the network for each px of the image, so that cells of that diameter (px) look as large
+    as in training."""
     typical = net.settings.diameter
     if typical is None:
-        raise ValueError("diameter: these weights do not say how large their training cells were; leave it out")
+        raise ValueError("diameter: these weights do not say how large their training cells were; "
+                         "leave it out")
     if not diameter > 0:
         raise ValueError(f"diameter={diameter:g}: expected more than 0 px")
     zoom = typical / diameter
     if zoom > 10:
-        raise ValueError(f"diameter={diameter:g}: the image would be enlarged {zoom:.0f} times, for these weights know "
+        raise ValueError(f"diameter={diameter:g}: the image would be enlarged {zoom:.0f} times, "
+                         f"for these weights know "
                          f"cells of {typical:.3g} px; expected {typical / 10:.2g} px or more")
     if zoom < 1 / 32:
-        raise ValueError(f"diameter={diameter:g}: the image would be reduced {1 / zoom:.0f} times, for these weights know "
+        raise ValueError(f"diameter={diameter:g}: the image would be reduced {1 / zoom:.0f} times, "
+                         f"for these weights know "
                          f"cells of {typical:.3g} px; expected {32 * typical:.3g} px or less")
-    return 1.0 if abs(math.log(zoom)) < 0.05 else zoom         # under 5 %: resampling would cost more than it brings
+    # under 5 %: resampling would cost more than it brings
+    return 1.0 if abs(math.log(zoom)) < 0.05 else zoom
 
 
 @torch.inference_mode()
 def seen_diameter(source, net: DINOCell, limits: np.ndarray, looks: int = 2) -> float:
     """Median diameter (px) of the cells of an image, as the size head sees it.
 
-    It looks at a few tiles as they are, then at tiles with the zoom that this suggests. Tiles count by how sure it is.
+    It looks at a few tiles as they are, then at tiles with the zoom that this suggests. Tiles count
+    by how sure it is.
     """
     typical, zoom = net.settings.diameter, 1.0
     for _ in range(looks):
@@ -131,32 +148,40 @@ def scaled(size: tuple[int, int], zoom: float) -> tuple[int, int]:
     return max(1, round(H * zoom)), max(1, round(W * zoom))
 
 
-def tile_side(net: DINOCell, tile: int | None, overlap: int | None, size: tuple[int, int]) -> tuple[int, int]:
+def tile_side(net: DINOCell, tile: int | None, overlap: int | None,
+              size: tuple[int, int]) -> tuple[int, int]:
     """Side of the tiles and what neighbours share, px.
 
-    The side is the one given, or, from the training crops' to GROWN times that, the one whose tiles cover an image of
-    that size with the fewest pixels. They share what is given, or a cell's diameter, from an eighth to half the side.
+    The side is the one given, or, from the training crops' to GROWN times that, the one whose tiles
+    cover an image of that size with the fewest pixels. They share what is given, or a cell's
+    diameter, from an eighth to half the side.
     """
     patch, least = net.backbone.patch, tile or net.settings.tile
     if least % patch:
         raise ValueError(f"tile={tile}: expected a multiple of the patch, {patch} px")
-    shared = min(max(least // 8, round(net.settings.diameter or 0)), least // 2) if overlap is None else overlap
+    shared = min(max(least // 8, round(net.settings.diameter or 0)),
+                 least // 2) if overlap is None else overlap
     if not 0 <= shared <= least // 2:
         raise ValueError(f"overlap={overlap}: expected 0 to half the tile, {least // 2} px")
     sides = [least] if tile else range(least, int(GROWN * least) + 1, patch)
-    covered = {side: len(tile_starts(size[0], side, shared)) * len(tile_starts(size[1], side, shared)) * side**2 for side in sides}
+    covered = {side: len(tile_starts(size[0], side, shared))
+               * len(tile_starts(size[1], side, shared)) * side**2 for side in sides}
     return min(covered, key=covered.__getitem__), shared
 
 
-# ------------------------------------------------------------------------------------------ labels, block by block
+# --------------------------------------------------------------------------- labels, block by block
 
 @dataclass(frozen=True)
 class Block:
-    """One part of the answer. Cells that are new in a block lie whole within its view, if they fit the halo."""
+    """One part of the answer.
+
+    Cells that are new in a block lie whole within its view, if they fit the halo.
+    """
     core: tuple[slice, slice]      # rows and columns of the image that this block answers for
     view: tuple[slice, slice]      # the same with the margin
     local: np.ndarray              # (view) int32: every cell in view, numbered 1..n here
-    ids: np.ndarray                # (n + 1,) int32: local number -> id in the whole image; 0: does not reach the core
+    # (n + 1,) int32: local number -> id in the whole image; 0: does not reach the core
+    ids: np.ndarray
     new: np.ndarray                # local numbers of the cells first met here
     labels: np.ndarray             # (core) int32, ids of the whole image
     distance: np.ndarray           # (core) float32 in [0, 1]
@@ -164,11 +189,13 @@ class Block:
     @property
     def inner(self) -> tuple[slice, slice]:
         """The core within the view."""
-        return tuple(slice(c.start - v.start, c.stop - v.start) for c, v in zip(self.core, self.view))
+        return tuple(slice(c.start - v.start, c.stop - v.start)
+                     for c, v in zip(self.core, self.view))
 
 
 def segment(image, net: DINOCell, **wanted) -> np.ndarray:
-    """Cells of an image: (H, W) int32, 0 background, 1..n. `wanted` are the keywords of plan_for()."""
+    """Cells of an image: (H, W) int32, 0 background, 1..n. `wanted` are the keywords of plan_for().
+    """
     source, labels = as_source(image), None
     for block in blocks(source, plan_for(source, net, **wanted)):
         if block.labels.shape == source.shape[1:]:
@@ -181,7 +208,8 @@ def segment(image, net: DINOCell, **wanted) -> np.ndarray:
 def distances(image, net: DINOCell, **wanted) -> np.ndarray:
     """What the network predicts, before the watershed: (H, W) float32 in [0, 1]."""
     source = as_source(image)
-    plan, whole = plan_for(source, net, **wanted), tuple(slice(0, length) for length in source.shape[1:])
+    plan, whole = plan_for(source, net, **wanted), tuple(slice(0, length)
+                                                         for length in source.shape[1:])
     rows = torch.cat(list(_distances(source, plan, Counter(), None)))                    # (h, w)
     scales = tuple(n / length for n, length in zip(rows.shape, source.shape[1:]))
     return _enlarge(rows, tuple(slice(0, n) for n in rows.shape), whole, scales).cpu().numpy()
@@ -191,7 +219,8 @@ def blocks(source, plan: Plan, clock: Counter | None = None,
            progress: Callable[[float], None] | None = None) -> Iterator[Block]:
     """Segment an open image block by block, left to right and top to bottom.
 
-    clock : seconds are added under read, network, watershed; progress : called with the share of the image done.
+    clock : seconds are added under read, network, watershed; progress : called with the share of
+        the image done.
     """
     clock = Counter() if clock is None else clock
     _, H, W = source.shape
@@ -200,8 +229,8 @@ def blocks(source, plan: Plan, clock: Counter | None = None,
         block = max(H, W)
     h, w = scaled((H, W), plan.zoom)
     rows = _distances(source, plan, clock, progress)
-    held, first = [], 0                                       # rows of distances at hand, and the number of the first
-    known = np.zeros((0, W), np.int32)                        # final labels of the last `halo` rows above the block
+    held, first = [], 0  # rows of distances at hand, and the number of the first
+    known = np.zeros((0, W), np.int32)  # final labels of the last `halo` rows above the block
     count = 0
     for top in range(0, H, block):
         bottom = min(top + block, H)
@@ -211,19 +240,22 @@ def blocks(source, plan: Plan, clock: Counter | None = None,
             held.append(next(rows))
         held = [torch.cat(held)[net_y.start - first:]]
         first = net_y.start
-        known = np.concatenate((known[len(known) - (top - view_y.start):], np.zeros((bottom - top, W), np.int32)))
+        known = np.concatenate((known[len(known) - (top - view_y.start):],
+                                np.zeros((bottom - top, W), np.int32)))
         for left in range(0, W, block):
             right = min(left + block, W)
             view_x = slice(max(0, left - halo), min(W, right + halo))
             net_x = _span(view_x, w / W, w)
             distance = held[0][:net_y.stop - first, net_x]
             with timed(clock, "watershed"):
-                inner = (slice(top - view_y.start, bottom - view_y.start), slice(left - view_x.start, right - view_x.start))
+                inner = (slice(top - view_y.start, bottom - view_y.start),
+                         slice(left - view_x.start, right - view_x.start))
                 whole = _enlarge(distance, (net_y, net_x), (view_y, view_x), (h / H, w / W))
-                if h > H or w > W:                            # the network sees more pixels than the image has
+                if h > H or w > W:  # the network sees more pixels than the image has
                     local = without_holes(flood(distance, plan.setting))
                     local = _nearest(local, (net_y, net_x), (view_y, view_x), (h / H, w / W))
-                    local = drop_small(local, 1, int(local.max()))       # cells smaller than a pixel of the image are none
+                    # cells smaller than a pixel of the image are none
+                    local = drop_small(local, 1, int(local.max()))
                 else:
                     local = without_holes(flood(whole, plan.setting, plan.zoom))
                 local, whole = local.cpu().numpy(), whole[inner].cpu().numpy()
@@ -234,11 +266,13 @@ def blocks(source, plan: Plan, clock: Counter | None = None,
                 alone = local[inner].shape == local.shape     # one block: its numbers are the ids
                 labels = local if alone else ids[local[inner]]
                 known[top - view_y.start:, left:right] = labels
-            yield Block((slice(top, bottom), slice(left, right)), (view_y, view_x), local, ids, new, labels, whole)
+            yield Block((slice(top, bottom), slice(left, right)), (view_y, view_x), local, ids, new,
+                        labels, whole)
 
 
 def _identify(local: np.ndarray, inner: tuple[slice, slice], known: np.ndarray, count: int):
-    """Ids for the cells of a view: the id that most of the cell already has in blocks before, else the next free one.
+    """Ids for the cells of a view: the id that most of the cell already has in blocks before, else
+    the next free one.
 
     known (rows above the core and of it, columns of the view): final labels, 0 where not yet known.
     """
@@ -250,9 +284,11 @@ def _identify(local: np.ndarray, inner: tuple[slice, slice], known: np.ndarray, 
     reaching[local[inner]] = True
     reaching[0] = False
     rows, columns = inner
-    decided = (slice(0, rows.start), slice(None)), (rows, slice(0, columns.start))     # above the core, and left of it
-    before, mine = (np.concatenate([labels[part].ravel() for part in decided]) for labels in (known, local))
-    total = np.bincount(mine, minlength=n + 1)                # px of each cell on ground already decided
+    # above the core, and left of it
+    decided = (slice(0, rows.start), slice(None)), (rows, slice(0, columns.start))
+    before, mine = (np.concatenate([labels[part].ravel() for part in decided])
+                    for labels in (known, local))
+    total = np.bincount(mine, minlength=n + 1)  # px of each cell on ground already decided
     both = (before > 0) & (mine > 0)
     if both.any():
         pairs, px = np.unique(mine[both].astype(np.int64) << 32 | before[both], return_counts=True)
@@ -278,7 +314,7 @@ def _drop_cut(local: np.ndarray, view: tuple[slice, slice], size: tuple[int, int
     return (np.cumsum(keep) * keep).astype(np.int32)[local]
 
 
-# ---------------------------------------------------------------------------------------- tiles and network
+# -------------------------------------------------------------------------------- tiles and network
 
 def _distances(source, plan: Plan, clock: Counter, progress) -> Iterator[Tensor]:
     """Blended distances (rows, w), top to bottom, on the network's device; each row once."""
@@ -289,16 +325,18 @@ def _distances(source, plan: Plan, clock: Counter, progress) -> Iterator[Tensor]
     window = _window(tile, overlap).to(device)                               # (tile,)
     square = window[:, None] * window                                        # (tile, tile)
     wide = max(w, tile)
-    across = torch.zeros(wide, device=device)                                # sum of the windows over a column
+    across = torch.zeros(wide, device=device)  # sum of the windows over a column
     for x in xs:
         across[x:x + tile] += window
     sums, weights = torch.zeros(tile, wide, device=device), torch.zeros(tile, device=device)
     for i, y in enumerate(ys):
         with timed(clock, "read"):
-            strip = _scaled_rows(source, plan.limits, size, slice(y, min(y + tile, h))).to(device)    # (3, rows, w)
+            # (3, rows, w)
+            strip = _scaled_rows(source, plan.limits, size, slice(y, min(y + tile, h))).to(device)
             if strip.shape[1:] != (tile, wide):
-                strip = strip[:, _reflect(strip.shape[1], tile)][:, :, _reflect(w, wide)]      # (3, tile, wide)
-        tiles = run(strip, xs, tile)                                         # one (tile, tile) per x
+                # (3, tile, wide)
+                strip = strip[:, _reflect(strip.shape[1], tile)][:, :, _reflect(w, wide)]
+        tiles = run(strip, xs, tile)  # one (tile, tile) per x
         for x, distance in zip(xs, tiles):
             sums[:, x:x + tile].addcmul_(square, distance)
         weights += window
@@ -311,14 +349,16 @@ def _distances(source, plan: Plan, clock: Counter, progress) -> Iterator[Tensor]
 
 
 class _Runner:
-    """The network on the tiles of a strip, in batches; out of GPU memory, it halves the batch and goes on."""
+    """The network on the tiles of a strip, in batches; out of GPU memory, it halves the batch and
+    goes on."""
 
     def __init__(self, net: DINOCell, batch: int, clock: Counter):
         self.net, self.batch, self.clock = net, batch, clock
 
     def __call__(self, strip: Tensor, xs: list[int], tile: int) -> list[Tensor]:
         tiles = [strip[:, :, x:x + tile] for x in xs]
-        spread = torch.stack([t.amax() - t.amin() for t in tiles]).tolist()  # 0: nothing to see, no cells, no work
+        # 0: nothing to see, no cells, no work
+        spread = torch.stack([t.amax() - t.amin() for t in tiles]).tolist()
         todo = [t for t, seen in zip(tiles, spread) if seen]
         with timed(self.clock, "network"):
             found, at = [], 0
@@ -328,12 +368,14 @@ class _Runner:
                     at += self.batch
                 except torch.cuda.OutOfMemoryError:
                     if self.batch == 1:
-                        raise ValueError(f"out of GPU memory with one tile of {tile} px; use device=cpu or a "
+                        raise ValueError(f"out of GPU memory with one tile of {tile} px; use "
+                                         f"device=cpu or a "
                                          "smaller tile=") from None
                     self.batch //= 2
                     torch.cuda.empty_cache()
         found = iter(found)
-        return [next(found) if seen else torch.zeros(tile, tile, device=strip.device) for seen in spread]
+        return [next(found) if seen else torch.zeros(tile, tile, device=strip.device)
+                for seen in spread]
 
     @torch.inference_mode()
     def _forward(self, x: Tensor) -> list[Tensor]:
@@ -342,19 +384,22 @@ class _Runner:
 
 
 def sample_tiles(source, limits: np.ndarray, size: tuple[int, int], tile: int) -> Tensor:
-    """Tiles (1 to 5, 3, tile, tile) from the corners and the middle of an image that is scaled to `size`."""
+    """Tiles (1 to 5, 3, tile, tile) from the corners and the middle of an image that is scaled to
+    `size`."""
     (h, w), found = size, []
     bottom, right = max(0, h - tile), max(0, w - tile)
     places = sorted({(0, 0), (0, right), (bottom // 2, right // 2), (bottom, 0), (bottom, right)})
     for y, row in groupby(places, key=itemgetter(0)):
         strip = _scaled_rows(source, limits, size, slice(y, min(y + tile, h)))
         for part in (strip[:, :, x:x + tile] for _, x in row):
-            found.append(part[:, _reflect(part.shape[1], tile)][:, :, _reflect(part.shape[2], tile)])
+            found.append(part[:, _reflect(part.shape[1], tile)][:, :, _reflect(part.shape[2],
+                                                                               tile)])
     return torch.stack(found)
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin along an axis: evenly spread, sharing at least `overlap` px; the last ends with the image."""
+    """Where tiles begin along an axis: evenly spread, sharing at least `overlap` px; the last ends
+    with the image."""
     if length <= tile:
         return [0]
     n = math.ceil((length - overlap) / (tile - overlap))
@@ -362,13 +407,15 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def _window(tile: int, overlap: int) -> Tensor:
-    """Weight of a tile's pixels along an axis: 1 in the middle, a smooth slope over the overlap, never 0."""
+    """Weight of a tile's pixels along an axis: 1 in the middle, a smooth slope over the overlap,
+    never 0."""
     edge = torch.arange(tile).minimum(torch.arange(tile).flip(0)) + 0.5
     return (0.5 - 0.5 * torch.cos(math.pi * (edge / max(overlap, 1)).clamp(max=1))).clamp(min=1e-4)
 
 
 def _reflect(length: int, wanted: int) -> Tensor:
-    """Indices that continue an axis by reflection to `wanted` px: 0 1 2 1 0 1 ... for a length of 3."""
+    """Indices that continue an axis by reflection to `wanted` px: 0 1 2 1 0 1 ... for a length of
+    3."""
     i = torch.arange(wanted)
     if length == 1:
         return torch.zeros_like(i)
@@ -376,14 +423,15 @@ def _reflect(length: int, wanted: int) -> Tensor:
     return torch.where(i < length, i, 2 * length - 2 - i)
 
 
-# ------------------------------------------------------------------------------------------------ scaling
+# ------------------------------------------------------------------------------------------ scaling
 
 def _scaled_rows(source, limits, size, rows: slice) -> Tensor:
     """Rows of the scaled image: (3, rows, w) in [0, 1]."""
     C, H, W = source.shape
     h, w = size
     if (h, w) == (H, W):
-        return torch.from_numpy(images.to_rgb(images.normalise(source.region(rows.start, rows.stop, 0, W), limits)))
+        return torch.from_numpy(images.to_rgb(images.normalise(source.region(rows.start, rows.stop,
+                                                                             0, W), limits)))
     y, weight_y = _taps(rows.start, rows.stop, h / H, H)
     x, weight_x = _taps(0, w, w / W, W)
     top = int(y.min())
@@ -393,13 +441,16 @@ def _scaled_rows(source, limits, size, rows: slice) -> Tensor:
 
 
 def _taps(start: int, stop: int, scale: float, length: int) -> tuple[Tensor, Tensor]:
-    """Pixels start..stop of an axis scaled from `length` px: which old pixels each looks at, and with what weight.
+    """Pixels start..stop of an axis scaled from `length` px: which old pixels each looks at, and
+    with what weight.
 
-    A triangle of the width of the coarser grid: bilinear when enlarging, an average without aliasing when reducing.
+    A triangle of the width of the coarser grid: bilinear when enlarging, an average without
+    aliasing when reducing.
     """
     radius = max(1.0, 1 / scale)
     centre = (torch.arange(start, stop, dtype=torch.float64) + 0.5) / scale - 0.5
-    index = (centre - radius).floor().long()[:, None] + 1 + torch.arange(math.ceil(2 * radius))   # (n, K)
+    # (n, K)
+    index = (centre - radius).floor().long()[:, None] + 1 + torch.arange(math.ceil(2 * radius))
     weight = (1 - (index - centre[:, None]).abs() / radius).clamp(min=0)
     return index.clamp(0, length - 1), (weight / weight.sum(1, keepdim=True)).float()
 
@@ -407,7 +458,8 @@ def _taps(start: int, stop: int, scale: float, length: int) -> tuple[Tensor, Ten
 def _resample(x: Tensor, axis: int, index: Tensor, weight: Tensor) -> Tensor:
     shape = [1] * x.ndim
     shape[axis] = -1
-    return sum(x.index_select(axis, index[:, k].to(x.device)) * weight[:, k].to(x.device).view(shape)
+    return sum(x.index_select(axis, index[:, k].to(x.device))
+               * weight[:, k].to(x.device).view(shape)
                for k in range(index.shape[1]))
 
 
@@ -431,13 +483,14 @@ def _enlarge(distance: Tensor, net, view, scales) -> Tensor:
 
 def _nearest(labels: Tensor, net, view, scales) -> Tensor:
     for axis in (0, 1):
-        centre = (torch.arange(view[axis].start, view[axis].stop, dtype=torch.float64) + 0.5) * scales[axis]
+        centre = (torch.arange(view[axis].start, view[axis].stop, dtype=torch.float64)
+                  + 0.5) * scales[axis]
         index = (centre.floor().long() - net[axis].start).clamp(0, labels.shape[axis] - 1)
         labels = labels.index_select(axis, index.to(labels.device))
     return labels
 
 
-# ---------------------------------------------------------------------------------------------------- small
+# -------------------------------------------------------------------------------------------- small
 
 def as_source(image):
     """An open images.Source as it is; an array (H, W) or (C, H, W) in its clothes."""
@@ -451,7 +504,8 @@ class _Array:
         if pixels.ndim == 2:
             pixels = pixels[None]
         if pixels.ndim != 3 or 0 in pixels.shape or pixels.dtype.kind not in "buif":
-            raise ValueError(f"image of shape {pixels.shape}, {pixels.dtype}: expected (H, W) or (C, H, W) numbers")
+            raise ValueError(f"image of shape {pixels.shape}, {pixels.dtype}: expected (H, W) or "
+                             f"(C, H, W) numbers")
         if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
             raise ValueError("the image holds NaN or infinite values; replace them first")
         self.pixels, self.shape, self.dtype = pixels, pixels.shape, pixels.dtype
@@ -461,7 +515,8 @@ class _Array:
 
 
 class timed:
-    """Adds the seconds of a with block to clock[name]; waits for the GPU, so that its work is counted where it belongs."""
+    """Adds the seconds of a with block to clock[name]; waits for the GPU, so that its work is
+    counted where it belongs."""
 
     def __init__(self, clock: Counter, name: str):
         self.clock, self.name = clock, name

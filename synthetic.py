@@ -1,17 +1,20 @@
-"""Synthetic Cell Painting fields with their truth: the same cells in 5 stains and 3 brightfield planes.
+"""Synthetic Cell Painting fields with their truth: the same cells in 5 stains and 3 brightfield
+planes.
 
-    drawn = synthetic.field(seed=0, size=512, cells=60)       # .pixels (8, H, W), .labels, .nuclei, ...
+    drawn = synthetic.field(seed=0, size=512, cells=60)       # .pixels (8, H, W), .labels, .nuclei,
+                                                              ...
     python synthetic.py out=DIR [n=10] [size=512] [cells=60] [diameter=56] [seed=0]
 
-The command writes the fields seed, seed + 1, ... as DIR/field_SEED.tif (ImageJ TIFF, CYX, channels named)
-and their labels beside them as DIR/field_SEED_cells.tif.
+The command writes the fields seed, seed + 1, ... as DIR/field_SEED.tif (ImageJ TIFF, CYX, channels
+named) and their labels beside them as DIR/field_SEED_cells.tif.
 
-A population of cells is drawn first: size, outline, nucleus, polarity, grain, how much of each stain a cell
-takes up. The cells are placed in clumps and grow until they touch; then every channel stains these *same*
-cells, so that a cell seen in one channel is recognisable in another. All else (texture, blur, uneven light,
-gain, offset, haze, debris, noise, hot pixels) comes for each channel from a random stream of its own: nothing
-but the cells ties channels together. The same arguments give the same field, in whatever order fields are
-drawn, up to the last digit of the platform's exp and cos.
+A population of cells is drawn first: size, outline, nucleus, polarity, grain, how much of each
+stain a cell takes up. The cells are placed in clumps and grow until they touch; then every channel
+stains these *same* cells, so that a cell seen in one channel is recognisable in another. All else
+(texture, blur, uneven light, gain, offset, haze, debris, noise, hot pixels) comes for each channel
+from a random stream of its own: nothing but the cells ties channels together. The same arguments
+give the same field, in whatever order fields are drawn, up to the last digit of the platform's exp
+and cos.
 
 Letters: n cells, M pixels inside cells, A directions. Lengths are in px.
 """
@@ -32,10 +35,11 @@ from skimage.segmentation import watershed
 
 import runs
 
-CHANNELS = ("Mito", "AGP", "RNA", "ER", "DNA", "HighZBF", "LowZBF", "Brightfield")    # JUMP's ch1 to ch8
-FOCUS = (3.0, -3.0, 1.0)                                               # px off the cells, of the last three
+# JUMP's ch1 to ch8
+CHANNELS = ("Mito", "AGP", "RNA", "ER", "DNA", "HighZBF", "LowZBF", "Brightfield")
+FOCUS = (3.0, -3.0, 1.0)  # px off the cells, of the last three
 PIXEL_SIZE = 0.598                                                     # µm, JUMP's
-A = 360                                                                # directions an outline is tabulated in
+A = 360  # directions an outline is tabulated in
 TAU = 2 * np.pi
 
 
@@ -47,15 +51,18 @@ class Field(NamedTuple):
     pixel_size: float             # µm
 
 
-def field(seed: int, size: int | tuple[int, int] = 512, cells: int = 60, diameter: float = 56) -> Field:
+def field(seed: int, size: int | tuple[int, int] = 512, cells: int = 60,
+          diameter: float = 56) -> Field:
     """Draw one field.
 
     size : H = W or (H, W), at least 32 px.
-    cells : how many to place; 0 draws mere background. Centres fall on the field and on a margin of a
-        quarter diameter, so that the edge cuts cells as under a microscope. A cell that finds no room, or
-        shows fewer than (diameter / 6)² px, is left out: the field holds at most `cells`. A cell whose
-        nucleus lies beyond the edge has none in `nuclei`.
-    diameter : of a disc as large as the average cell that has room, 8 to 1000 px; crowded cells are smaller.
+    cells : how many to place; 0 draws mere background. Centres fall on the field and on a margin of
+        a
+        quarter diameter, so that the edge cuts cells as under a microscope. A cell that finds no
+        room, or shows fewer than (diameter / 6)² px, is left out: the field holds at most `cells`.
+        A cell whose nucleus lies beyond the edge has none in `nuclei`.
+    diameter : of a disc as large as the average cell that has room, 8 to 1000 px; crowded cells are
+        smaller.
     """
     H, W = size if isinstance(size, (tuple, list)) else (size, size)
     for name, value, least, most in (("size", min(H, W), 32, 10 ** 5), ("cells", cells, 0, 10 ** 6),
@@ -63,7 +70,7 @@ def field(seed: int, size: int | tuple[int, int] = 512, cells: int = 60, diamete
         if not least <= value <= most:
             raise ValueError(f"{name}={value}: expected {least} to {most}")
     streams = np.random.SeedSequence(seed).spawn(1 + len(CHANNELS))
-    born, *streams = map(np.random.default_rng, streams)               # the cells' stream, the channels'
+    born, *streams = map(np.random.default_rng, streams)  # the cells' stream, the channels'
     population = populate(born, cells, diameter)
     centre = place(born, (H, W), population, margin=diameter / 4)
     labels, owner, edge = grow((H, W), population, centre, int(diameter / 2), (diameter / 6) ** 2)
@@ -71,16 +78,17 @@ def field(seed: int, size: int | tuple[int, int] = 512, cells: int = 60, diamete
     nuclei = np.where(spread_out(inside.deep, inside, (H, W)) > 0, labels, 0)
     pixels = np.empty((len(CHANNELS), H, W), np.uint16)
     for k, rng in enumerate(streams):
-        draw, which = (fluorescence, k) if k < len(STAINS) else (brightfield, FOCUS[k - len(STAINS)])
+        draw, which = (fluorescence, k) if k < len(STAINS) else (brightfield,
+                                                                 FOCUS[k - len(STAINS)])
         pixels[k] = draw(rng, population, inside, (H, W), which)
     return Field(pixels, labels, nuclei, CHANNELS, PIXEL_SIZE)
 
 
-# --------------------------------------------------------------------------------------------- the cells
+# ---------------------------------------------------------------------------------------- the cells
 
 class Population(NamedTuple):
     """What makes a cell this cell in every channel."""
-    unit: float                   # px that a px of a cell of 56 px takes: organelles scale with the cells
+    unit: float  # px that a px of a cell of 56 px takes: organelles scale with the cells
     radius: Array                 # (n,) of a disc of the cell's area, if it has room
     outline: Array                # (n, A) centre to edge, if it has room
     nucleus: Array                # (n, A) centre to nuclear envelope
@@ -90,7 +98,7 @@ class Population(NamedTuple):
     amount: Array                 # (n, 5) of each stain, on top of that
     spread: Array                 # (n,) nuclear radii over which the cytoplasm thins out
     ramp: Array                   # (n,) px over which it rises at the edge
-    mitotic: Array                # (n,) 1: rounded up, chromosomes condensed, no envelope, no nucleoli
+    mitotic: Array  # (n,) 1: rounded up, chromosomes condensed, no envelope, no nucleoli
     nucleoli: Array               # (n, 4, 3) y and x from the centre, radius; radius 0: none
     golgi: Array                  # (n, 9, 3) the same, stacks on one side of the nucleus
 
@@ -111,17 +119,19 @@ class Inside(NamedTuple):
 
 
 def populate(rng: Generator, n: int, diameter: float) -> Population:
-    """Draw cells, each with a look of its own: most spread and cornered, a few rounded up in mitosis."""
+    """Draw cells, each with a look of its own: most spread and cornered, a few rounded up in
+    mitosis."""
     mitotic = (rng.random(n) < 0.05).astype(float)
-    calm = 1 - 0.85 * mitotic[:, None]                                 # a mitotic cell is nearly round
+    calm = 1 - 0.85 * mitotic[:, None]  # a mitotic cell is nearly round
     unit = diameter / 56
     radius = diameter / 2 * np.exp(rng.normal(-0.02, 0.28, n)) * (1 - 0.42 * mitotic)
     axis = rng.uniform(0, TAU, n)
-    turn = np.arange(A) * (TAU / A) - axis[:, None]                    # (n, A) rad from the long axis
+    turn = np.arange(A) * (TAU / A) - axis[:, None]  # (n, A) rad from the long axis
 
     outline = ellipse(turn, 1 + calm * rng.gamma(1.6, 0.38, (n, 1)))
-    outline *= 1 + calm * rng.uniform(0, 0.3, (n, 1)) * np.cos(turn)   # the nucleus lies off the middle
-    for _ in range(5):                                                 # corners, blunt or drawn out to a tail
+    # the nucleus lies off the middle
+    outline *= 1 + calm * rng.uniform(0, 0.3, (n, 1)) * np.cos(turn)
+    for _ in range(5):  # corners, blunt or drawn out to a tail
         height = calm * rng.uniform(0, 0.7, (n, 1)) * (rng.random((n, 1)) < 0.5)
         sharp = np.exp(rng.uniform(np.log(5), np.log(60), (n, 1)))
         outline *= 1 + height * np.exp(sharp * (np.cos(turn - rng.uniform(0, TAU, (n, 1))) - 1))
@@ -135,7 +145,7 @@ def populate(rng: Generator, n: int, diameter: float) -> Population:
     nucleus *= np.exp(0.05 * wobble(rng, turn, range(2, 6))) * size[:, None]
 
     def spots(angle: Array, distance: Array, r: Array) -> Array:
-        return np.stack([distance * np.sin(angle), distance * np.cos(angle), r], -1)       # (n, K, 3)
+        return np.stack([distance * np.sin(angle), distance * np.cos(angle), r], -1)  # (n, K, 3)
     size = size[:, None]
     shown = (np.arange(4) < rng.integers(1, 5, (n, 1))) & (mitotic[:, None] == 0)
     nucleoli = spots(rng.uniform(0, TAU, (n, 4)), size * rng.uniform(0.1, 0.6, (n, 4)),
@@ -143,7 +153,8 @@ def populate(rng: Generator, n: int, diameter: float) -> Population:
     pole = (axis + rng.normal(0, 0.8, n))[:, None]
     golgi = spots(pole + rng.normal(0, 0.4, (n, 9)), size * rng.uniform(1.05, 1.7, (n, 9)),
                   unit * rng.uniform(1, 3.2, (n, 9)))
-    return Population(unit, radius, outline, nucleus, axis, nucleoli=nucleoli, golgi=golgi, mitotic=mitotic,
+    return Population(unit, radius, outline, nucleus, axis, nucleoli=nucleoli, golgi=golgi,
+                      mitotic=mitotic,
                       grain=np.exp(rng.normal(0, 0.22, n)),
                       load=np.exp(rng.normal(0, 0.3, n) + 0.55 * mitotic),
                       amount=np.exp(rng.normal(0, 0.22, (n, len(STAINS)))),
@@ -160,24 +171,27 @@ def wobble(rng: Generator, turn: Array, waves: range) -> Array:
     """Random waves around the circle, the finer the smaller."""
     each = (len(waves), len(turn), 1)
     height, phase = rng.standard_normal(each), rng.uniform(0, TAU, each)
-    return sum((waves[0] / k) ** 1.5 * h * np.cos(k * turn + at) for k, h, at in zip(waves, height, phase))
+    return sum((waves[0] / k) ** 1.5 * h * np.cos(k * turn + at)
+               for k, h, at in zip(waves, height, phase))
 
 
 def place(rng: Generator, shape: tuple[int, int], cells: Population, margin: float) -> Array:
-    """Centres (n, 2), many of them beside an earlier cell, for clumps; NaN where no room was found."""
+    """Centres (n, 2), many of them beside an earlier cell, for clumps; NaN where no room was found.
+    """
     centre = np.full((len(cells.radius), 2), np.nan)
     reach = cells.nucleus.max(1)
     clumped = rng.uniform(0.3, 0.9)
     low, high = -margin, np.add(shape, margin)
     for i, r in enumerate(cells.radius):
-        room = np.maximum(reach[:i] + reach[i] + 2, 0.45 * (cells.radius[:i] + r))     # nuclei keep apart
+        # nuclei keep apart
+        room = np.maximum(reach[:i] + reach[i] + 2, 0.45 * (cells.radius[:i] + r))
         for _ in range(30):
             spot = rng.uniform(low, high)
             if i and rng.random() < clumped:
                 j, angle = rng.integers(i), rng.uniform(0, TAU)
                 apart = rng.uniform(0.6, 1.15) * (cells.radius[j] + r)
                 spot = centre[j] + apart * np.array([np.sin(angle), np.cos(angle)])
-            within = ((low <= spot) & (spot <= high)).all()            # false beside a cell not placed: NaN
+            within = ((low <= spot) & (spot <= high)).all()  # false beside a cell not placed: NaN
             if within and not (np.hypot(*(centre[:i] - spot).T) < room).any():
                 centre[i] = spot
                 break
@@ -188,8 +202,9 @@ def grow(shape: tuple[int, int], cells: Population, centre: Array, pad: int, sma
          ) -> tuple[Array, Array, Array]:
     """Cells spread from their nuclei until they meet their outlines or a neighbour.
 
-    Drawn on a field padded by `pad`: the edge of the field is none for the cells it cuts. Returns labels
-    (H, W), the row of the population behind each label (the first is unused), px to the cell's edge (H, W).
+    Drawn on a field padded by `pad`: the edge of the field is none for the cells it cuts. Returns
+    labels (H, W), the row of the population behind each label (the first is unused), px to the
+    cell's edge (H, W).
     """
     level = np.ones([side + 2 * pad for side in shape], np.float32)    # 0 at nuclei, 1 at outlines
     seeds = np.zeros(level.shape, np.int32)
@@ -199,7 +214,7 @@ def grow(shape: tuple[int, int], cells: Population, centre: Array, pad: int, sma
         np.minimum(level[window], rho / cells.outline[i][angle], out=level[window])
         seeds[window][rho < cells.nucleus[i][angle]] = i + 1
     level[seeds > 0] = 0
-    grown = watershed(level, seeds, mask=level < 1)                    # every cell one 4-connected piece
+    grown = watershed(level, seeds, mask=level < 1)  # every cell one 4-connected piece
     inner = grown > 0
     for one, next_ in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
         inner[one] &= grown[one] == grown[next_]
@@ -210,7 +225,8 @@ def grow(shape: tuple[int, int], cells: Population, centre: Array, pad: int, sma
     return labels, number - 1, edge[crop]
 
 
-def around(at: Array, reach: float, shape: tuple[int, int]) -> tuple[tuple[slice, slice], Array, Array]:
+def around(at: Array, reach: float,
+           shape: tuple[int, int]) -> tuple[tuple[slice, slice], Array, Array]:
     """The part of an image within reach of a point, and its pixels' y and x from there."""
     first = [max(int(v - reach), 0) for v in at]
     last = [min(max(int(v + reach) + 2, 0), side) for v, side in zip(at, shape)]
@@ -224,7 +240,8 @@ def polar(y: Array, x: Array) -> tuple[Array, Array]:
 
 
 def largest_pieces(grown: Array, smallest: float) -> tuple[Array, Array]:
-    """Of each cell that the edge cut up its largest piece, renumbered 1..n; and the old number of each."""
+    """Of each cell that the edge cut up its largest piece, renumbered 1..n; and the old number of
+    each."""
     piece = label(grown, connectivity=1)
     area = np.bincount(piece.ravel())
     area[0] = 0
@@ -239,7 +256,8 @@ def largest_pieces(grown: Array, smallest: float) -> tuple[Array, Array]:
     return new[piece], np.append(0, old[kept])
 
 
-def look_inside(rng: Generator, cells: Population, centre: Array, labels: Array, owner: Array, edge: Array
+def look_inside(rng: Generator, cells: Population, centre: Array, labels: Array, owner: Array,
+                edge: Array
                 ) -> Inside:
     """Where every pixel lies within its cell, and what all channels see there."""
     where = np.flatnonzero(labels)
@@ -254,16 +272,17 @@ def look_inside(rng: Generator, cells: Population, centre: Array, labels: Array,
     p = Inside(where, cell, y, x, edge, deep, nucleus, far, thick, None, None)
     crowd = rng.uniform(-2.7, -0.8, len(cells.radius))[cell] - 0.9 * far    # some cells are full
     return p._replace(nucleoli=blobs(cells.nucleoli, p, 2),
-                      vesicles=np.clip((texture(rng, cells, p, 1.3) + crowd) * 2, 0, 1) * (1 - nucleus))
+                      vesicles=np.clip((texture(rng, cells, p, 1.3) + crowd) * 2, 0, 1)
+                      * (1 - nucleus))
 
 
-# ------------------------------------------------------------------------------------- textures and stains
+# ------------------------------------------------------------------------------ textures and stains
 
 def texture(rng: Generator, cells: Population, p: Inside, size: float, stretch: float = 1) -> Array:
     """Smooth noise (M,) of mean 0 and variance 1, drawn in each cell's own frame.
 
-    Its grain is `size` px times the cell's own, and `stretch` times longer along the cell's axis. The cells
-    take it from different places of one tile that wraps around.
+    Its grain is `size` px times the cell's own, and `stretch` times longer along the cell's axis.
+    The cells take it from different places of one tile that wraps around.
     """
     side, sigma = 256, 4
     tile = rng.standard_normal((side, side), np.float32)
@@ -272,7 +291,8 @@ def texture(rng: Generator, cells: Population, p: Inside, size: float, stretch: 
     step = sigma / (size * cells.unit * cells.grain)                   # (n,) px of the tile per px
     start = rng.uniform(0, side, (2, len(step))) + 64 * side           # positive, for & to wrap it
     c, s, k = np.cos(cells.axis) * step, np.sin(cells.axis) * step, p.cell
-    along = (p.x * (c / stretch)[k] + p.y * (s / stretch)[k] + start[0][k]).astype(np.int32) & side - 1
+    along = (p.x * (c / stretch)[k] + p.y * (s / stretch)[k]
+             + start[0][k]).astype(np.int32) & side - 1
     across = (p.y * c[k] - p.x * s[k] + start[1][k]).astype(np.int32) & side - 1
     return tile[across, along]
 
@@ -283,7 +303,8 @@ def threads(noise: Array, width: float) -> Array:
 
 
 def blobs(spots: Array, p: Inside, sharp: float) -> Array:
-    """Round spots (M,), 0 to 1, from (n, K, 3) of the population; sharp 1 is a Gaussian, more has a rim."""
+    """Round spots (M,), 0 to 1, from (n, K, 3) of the population; sharp 1 is a Gaussian, more has a
+    rim."""
     value = np.zeros(len(p.cell), np.float32)
     for y, x, r in spots.astype(np.float32).transpose(1, 2, 0):
         near = ((p.y - y[p.cell]) ** 2 + (p.x - x[p.cell]) ** 2) / np.maximum(r, 0.1)[p.cell] ** 2
@@ -296,11 +317,13 @@ def mitochondria(rng: Generator, cells: Population, p: Inside) -> Array:
     patches = np.clip(0.8 + 0.7 * texture(rng, cells, p, 3.5), 0, 2)
     worms = threads(texture(rng, cells, p, 1.6, 1.7), 0.5) * patches
     reach = np.exp(-(p.far / (1.4 * cells.spread[p.cell])) ** 1.5)
-    return p.thick * (0.05 + 0.2 * reach + worms * reach) * (1 - 0.85 * p.nucleus) * (1 - p.vesicles)
+    return p.thick * (0.05 + 0.2 * reach + worms * reach) * (1 - 0.85
+                                                             * p.nucleus) * (1 - p.vesicles)
 
 
 def actin_golgi_membrane(rng: Generator, cells: Population, p: Inside) -> Array:
-    """Stress fibres along the cell's axis, a bright ruffled rim, specks, and the Golgi beside the nucleus."""
+    """Stress fibres along the cell's axis, a bright ruffled rim, specks, and the Golgi beside the
+    nucleus."""
     bundles = np.clip(0.4 + 0.6 * texture(rng, cells, p, 7), 0, 1.5)
     fibres = threads(texture(rng, cells, p, 1.7, 9), 0.4) * bundles
     ruffles = np.clip(0.45 + 0.45 * texture(rng, cells, p, 5), 0.05, 2)
@@ -315,7 +338,8 @@ def actin_golgi_membrane(rng: Generator, cells: Population, p: Inside) -> Array:
 def rna(rng: Generator, cells: Population, p: Inside) -> Array:
     """Bright nucleoli in a dimmer nucleus, and a grainy cytoplasm that is brightest around it."""
     cytoplasm = p.thick * (1 + 0.1 * texture(rng, cells, p, 2.5) + 0.08 * texture(rng, cells, p, 8))
-    return cytoplasm * (1 - 0.45 * p.nucleus) * (1 - 0.6 * p.vesicles) + 0.75 * p.nucleoli * p.nucleus
+    return cytoplasm * (1 - 0.45 * p.nucleus) * (1 - 0.6
+                                                 * p.vesicles) + 0.75 * p.nucleoli * p.nucleus
 
 
 def endoplasmic_reticulum(rng: Generator, cells: Population, p: Inside) -> Array:
@@ -338,9 +362,10 @@ def dna(rng: Generator, cells: Population, p: Inside) -> Array:
 STAINS = (mitochondria, actin_golgi_membrane, rna, endoplasmic_reticulum, dna)
 
 
-# ---------------------------------------------------------------------------------- microscope and camera
+# ---------------------------------------------------------------------------- microscope and camera
 
-def fluorescence(rng: Generator, cells: Population, p: Inside, shape: tuple[int, int], stain: int) -> Array:
+def fluorescence(rng: Generator, cells: Population, p: Inside, shape: tuple[int, int],
+                 stain: int) -> Array:
     """One stain through optics of its own: blur, haze, uneven light, gain and offset."""
     value = STAINS[stain](rng, cells, p) * cells.load[p.cell] * cells.amount[p.cell, stain]
     image = spread_out(value, p, shape) + 0.6 * debris(rng, shape)
@@ -351,12 +376,13 @@ def fluorescence(rng: Generator, cells: Population, p: Inside, shape: tuple[int,
     return camera(rng, counts, gain=rng.uniform(0.3, 2))
 
 
-def brightfield(rng: Generator, cells: Population, p: Inside, shape: tuple[int, int], focus: float) -> Array:
+def brightfield(rng: Generator, cells: Population, p: Inside, shape: tuple[int, int],
+                focus: float) -> Array:
     """Light through the cells, `focus` px off their plane.
 
-    Cells absorb a little: in every plane they are darker than the background. They also bend light: off focus
-    the intensity follows the curvature of the optical path (transport of intensity), and the halos of rims,
-    nuclei and droplets flip with the sign of the focus.
+    Cells absorb a little: in every plane they are darker than the background. They also bend light:
+    off focus the intensity follows the curvature of the optical path (transport of intensity), and
+    the halos of rims, nuclei and droplets flip with the sign of the focus.
     """
     load = np.sqrt(cells.load[p.cell])
     path = p.thick * (1 + 0.08 * texture(rng, cells, p, 1.8)) + 0.12 * np.clip(p.deep, 0, 3)
@@ -369,7 +395,7 @@ def brightfield(rng: Generator, cells: Population, p: Inside, shape: tuple[int, 
     bent = ndimage.gaussian_laplace(path, blur) * focus * blur
     image = np.clip(1 - rng.uniform(0.035, 0.065) * dark + rng.uniform(0.12, 0.2) * bent, 0.05, 3)
     image *= 1 + rng.uniform(0.01, 0.05) * uneven(rng, shape, 2) + 0.006 * uneven(rng, shape, 12)
-    image += 0.001 * rng.standard_normal((1, shape[1]), np.float32)            # the sensor's columns differ
+    image += 0.001 * rng.standard_normal((1, shape[1]), np.float32)  # the sensor's columns differ
     counts = np.exp(rng.uniform(np.log(8000), np.log(20000))) * image
     return camera(rng, counts, gain=rng.uniform(0.05, 0.4))
 
@@ -382,7 +408,8 @@ def spread_out(values: Array, p: Inside, shape: tuple[int, int]) -> Array:
 
 
 def uneven(rng: Generator, shape: tuple[int, int], waves: int) -> Array:
-    """A smooth surface (H, W) in -1..1: cosines of up to `waves` half periods, the finer the smaller."""
+    """A smooth surface (H, W) in -1..1: cosines of up to `waves` half periods, the finer the
+    smaller."""
     order = np.add.outer(np.arange(waves + 1), np.arange(waves + 1)).astype(np.float32)
     height = rng.standard_normal(order.shape, np.float32) * (order > 0) / np.maximum(order, 1)
     surface = fft.idctn(height, s=shape)                               # zeros for the finer waves
@@ -390,9 +417,10 @@ def uneven(rng: Generator, shape: tuple[int, int], waves: int) -> Array:
 
 
 def debris(rng: Generator, shape: tuple[int, int]) -> Array:
-    """What lies in one channel's light: specks, some far out of focus, now and then a clump of grains."""
+    """What lies in one channel's light: specks, some far out of focus, now and then a clump of
+    grains."""
     image = np.zeros(shape, np.float32)
-    grains = []                                                                # (y, x), radius, height
+    grains = []  # (y, x), radius, height
     for _ in range(rng.poisson(3e-5 * image.size)):
         r = rng.uniform(0.7, 2) if rng.random() < 0.7 else rng.uniform(3, 9)
         grains.append((rng.uniform(0, shape), r, rng.uniform(0.2, 1.2) / max(r - 1, 1)))
@@ -408,7 +436,8 @@ def debris(rng: Generator, shape: tuple[int, int]) -> Array:
 
 
 def camera(rng: Generator, counts: Array, gain: float) -> Array:
-    """Counts -> what the camera stores, uint16, with noise and hot pixels; gain in counts per electron.
+    """Counts -> what the camera stores, uint16, with noise and hot pixels; gain in counts per
+    electron.
 
     Shot noise is drawn as Gaussian: close to Poisson at these counts, and faster.
     """
@@ -419,7 +448,7 @@ def camera(rng: Generator, counts: Array, gain: float) -> Array:
     return np.clip(np.rint(counts), 0, 65535).astype(np.uint16)
 
 
-# -------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 @dataclass(frozen=True)
 class Config:
@@ -440,7 +469,8 @@ def main(config: Config, files: list[str]) -> int:
         raise ValueError(f"size={config.size}: expected whole numbers, size=512 or size=480x640")
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
-    form = {"photometric": "minisblack", "imagej": True, "resolution": (1 / PIXEL_SIZE, 1 / PIXEL_SIZE)}
+    form = {"photometric": "minisblack", "imagej": True,
+            "resolution": (1 / PIXEL_SIZE, 1 / PIXEL_SIZE)}
     named = {"axes": "CYX", "Labels": list(CHANNELS), "unit": "um", "mode": "grayscale"}
     for k in range(config.seed, config.seed + config.n):
         drawn = field(k, (int(sides[1]), int(sides[2] or sides[1])), config.cells, config.diameter)

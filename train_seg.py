@@ -1,22 +1,27 @@
-"""Train segmentation on labelled images: python train_seg.py configs/seg.yaml [key=value ...] [--check]
+"""Train segmentation on labelled images: python train_seg.py configs/seg.yaml [key=value ...]
+[--check]
 
-From pretrained weights or from scratch, the network learns each pixel's distance to the edge of its cell (mean squared
-error). All images lie on the training device, and each step cuts, turns and disturbs its own crops there. Started
-again with the same configuration it goes on from the last checkpoint, to the same weights. --check validates the
-configuration, counts the data, estimates time and memory here, and stops. `torchrun --nproc_per_node=4 train_seg.py
-configs/seg.yaml` shares the batch out between four GPUs, with the same result.
+From pretrained weights or from scratch, the network learns each pixel's distance to the edge of its
+cell (mean squared error). All images lie on the training device, and each step cuts, turns and
+disturbs its own crops there. Started again with the same configuration it goes on from the last
+checkpoint, to the same weights. --check validates the configuration, counts the data, estimates
+time and memory here, and stops. `torchrun --nproc_per_node=4 train_seg.py configs/seg.yaml` shares
+the batch out between four GPUs, with the same result.
 
-    runs/<experiment>/config.yaml, log.jsonl, checkpoints/, images/curves.svg, images/validation_*.png
-    final_models/<experiment>.pt      the averaged weights with the best validation score, for infer.py
+    runs/<experiment>/config.yaml, log.jsonl, checkpoints/, images/curves.svg,
+    images/validation_*.png
+    final_models/<experiment>.pt      the averaged weights with the best validation score, for
+                                      infer.py
 """
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -39,7 +44,8 @@ with runs.lazy():
 
 @dataclass(frozen=True)
 class NetworkShape:
-    arch: Literal["vit", "unet"] = "vit"    # unet: convolutions in place of the transformer, to compare with
+    # unet: convolutions in place of the transformer, to compare with
+    arch: Literal["vit", "unet"] = "vit"
     dim: int = 384                          # width of the backbone
     depth: int = 12                         # blocks
     heads: int = 6                          # attention heads
@@ -48,7 +54,8 @@ class NetworkShape:
     layerscale: float = 0.1                 # start of LayerScale; small values need long training
     widths: tuple[int, ...] = (256, 128, 64)  # decoder stages, one for each doubling of the grid
     last: int = 32                          # width of the last stage, at full size
-    stem: int = 1                           # levels of convolutions on the image: 1 at full size, 2 at a half, too ...; 0: none
+    # levels of convolutions on the image: 1 at full size, 2 at a half, too ...; 0: none
+    stem: int = 1
 
 
 @dataclass(frozen=True)
@@ -57,31 +64,41 @@ class Config:
     checkpoint_name: str = "seg"            # folder of its checkpoints
     export_path: str | None = None          # weights; null: final_models/<experiment>.pt
     output_base_dir: str = "."              # where runs/ and final_models/ are made
-    init: str | None = None                 # weights to start from: a backbone (DINOv3, train_ssl.py) or a whole network
-    new_decoder: bool = False               # take the backbone of init alone, although there is a decoder in it
-    network: NetworkShape = field(default_factory=NetworkShape)   # from scratch, or the decoder of a new backbone
+    # weights to start from: a backbone (DINOv3, train_ssl.py) or a whole network
+    init: str | None = None
+    new_decoder: bool = False  # take the backbone of init alone, although there is a decoder in it
+    # from scratch, or the decoder of a new backbone
+    network: NetworkShape = field(default_factory=NetworkShape)
     data: data.TrainingData = field(default_factory=data.TrainingData)
-    augment: dict = field(default_factory=dict)          # what happens to crops: changes to augment.Augment
+    augment: dict = field(default_factory=dict)  # what happens to crops: changes to augment.Augment
     edge_weight: runs.NotNegative = 0.0     # k: pixels near an edge count up to 1 + k times
-    seam_weight: runs.NotNegative = 0.0     # pixels between two cells that touch or nearly do count so much more
-    cap: runs.Positive | None = 4.0         # px, distances stop growing here (watershed.distance_map)
+    # pixels between two cells that touch or nearly do count so much more
+    seam_weight: runs.NotNegative = 0.0
+    cap: runs.Positive | None = 4.0  # px, distances stop growing here (watershed.distance_map)
     crop: int = 256                         # px, side of the training crops, and of the tiles later
     seed: int = 0                           # of everything random
-    steps: runs.Count = 20000               # optimiser steps of a cycle: lr rises in its warm-up, then falls to lr_end
-    cycles: runs.Count = 1                  # the weights are good at the end of each; one more may be added to a run
+    # optimiser steps of a cycle: lr rises in its warm-up, then falls to lr_end
+    steps: runs.Count = 20000
+    # the weights are good at the end of each; one more may be added to a run
+    cycles: runs.Count = 1
     batch: runs.Count = 16                  # crops a step, over all processes
     lr: runs.Positive = 3e-4                # at its highest
     lr_end: runs.NotNegative = 1e-6         # at the last step
     warmup: runs.Whole = 500                # steps until lr is reached
-    schedule: Literal["cosine", "constant"] = "cosine"   # of lr; constant: it falls in the last fifth, and until then steps may change
-    optimiser: Literal["adamw", "muon"] = "adamw"   # muon: learns from scratch in far fewer steps (optim.py)
+    # of lr; constant: it falls in the last fifth, and until then steps may change
+    schedule: Literal["cosine", "constant"] = "cosine"
+    # muon: learns from scratch in far fewer steps (optim.py)
+    optimiser: Literal["adamw", "muon"] = "adamw"
     weight_decay: runs.NotNegative = 0.05   # none on biases, norms and scales
-    layer_decay: runs.Positive = 1.0        # lr of each backbone block relative to the next deeper one; 0.8 when pretrained
+    # lr of each backbone block relative to the next deeper one; 0.8 when pretrained
+    layer_decay: runs.Positive = 1.0
     clip: runs.Positive = 1.0               # norm of the gradient
     eps: runs.Positive = 1e-8               # AdamW's: gradients far below it move nothing
-    size_steps: runs.Whole = 0              # then the head learns that says how wide cells are; 0: there is none
-    ema: runs.Share = 0.999                 # the exported weights are a running average with this memory
-    train_blocks: runs.Whole | None = None  # only the last k blocks of the backbone learn; 0: the decoder alone; null: all
+    # then the head learns that says how wide cells are; 0: there is none
+    size_steps: runs.Whole = 0
+    ema: runs.Share = 0.999  # the exported weights are a running average with this memory
+    # only the last k blocks of the backbone learn; 0: the decoder alone; null: all
+    train_blocks: runs.Whole | None = None
     val_every: runs.Count = 1000            # steps between validations
     patience: runs.Count | None = None      # stop after so many validations without a better score
     log_every: runs.Count = 20              # steps
@@ -94,11 +111,13 @@ class Config:
 
     def __post_init__(self):
         if self.crop < 1 or self.crop % self.network.patch:
-            raise ValueError(f"crop={self.crop}: expected a multiple of the patch, {self.network.patch} px")
+            raise ValueError(f"crop={self.crop}: expected a multiple of the patch, "
+                             f"{self.network.patch} px")
         if self.warmup >= self.steps:
             raise ValueError(f"warmup={self.warmup}: expected fewer than steps={self.steps}")
         if self.cycles > 1 and self.patience is not None:
-            raise ValueError(f"cycles={self.cycles}: expected patience=null, for it would end a cycle before its lr has fallen")
+            raise ValueError(f"cycles={self.cycles}: expected patience=null, for it would end a "
+                             f"cycle before its lr has fallen")
 
 
 def main(config: Config, files: list[str], check: bool = False) -> int:
@@ -124,57 +143,44 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
     run = runs.Run(config, rank, world, device)
     state = run.resume()
     trainer = Trainer(config, net, device, world)
-    average, optimiser = trainer.average, trainer.optimiser
+    average, total = trainer.average, config.steps * config.cycles
     start, best, since = 0, -1.0, 0
-    total = config.steps * config.cycles
     if state:
-        net.load_state_dict(state["net"])
-        average.load_state_dict(state["average"])
-        optimiser.load_state_dict(state["optimiser"])
+        trainer.restore(state)
         start, best, since = state["step"], state["best"], state["since"]
-        if config.patience is not None and since >= config.patience:
+        if has_lost_patience(config, since):
             start = total                                     # it had come to its end
     share = slice(rank * config.batch // world, (rank + 1) * config.batch // world)
 
-    losses, waited, clock = [], 0.0, time.perf_counter()
+    meter = Meter(config, run)
     for step in range(start, total):
-        factor = rate(config, step)
-        before = time.perf_counter()
-        sample = np.arange(config.batch)[share] + step * config.batch        # numbers that no other sample ever has
-        batch = augment.sample(images, images.draw(config.seed, sample), sample, changes, size=config.crop,
-                               seed=config.seed, cap=config.cap)             # (B, 3, S, S), (B, 1, S, S), (B, S, S)
-        waited += time.perf_counter() - before
+        factor, done = rate(config, step), step + 1
+        sample = np.arange(config.batch)[share] + step * config.batch  # no other sample's numbers
+        with meter.waiting():
+            batch = augment.sample(images, images.draw(config.seed, sample), sample, changes,
+                                   config.crop, config.seed, config.cap)
         loss, norm = trainer.step(batch, factor)
-        losses.append(loss)
-        done = step + 1
-
+        meter.losses.append(loss)
         if done % config.log_every == 0:
-            mean = runs.mean_over_ranks(torch.stack(losses).mean(), world)
-            run.check_finite(done, mean)
-            took = time.perf_counter() - clock
-            memory = dict(gpu_gib=torch.cuda.max_memory_allocated() / 2**30) if "cuda" in device else {}
-            run.log(done, loss=mean, lr=config.lr * factor, weight_decay=config.weight_decay, gradient=norm.item(),
-                    images_per_s=len(losses) * config.batch / took, data_share=waited / took, **memory)
-            losses, waited, clock = [], 0.0, time.perf_counter()
+            meter.log(done, factor, norm)
         better = False
         if done % config.val_every == 0 or done % config.steps == 0:
-            before = time.perf_counter()
             try:
-                scores = validate(average.module, validation, run, done)
+                with meter.paused():
+                    scores = validate(average.module, validation, run, done)
             except runs.Stopped:
-                print(f"stopped in the validation of step {done}; the same command goes on from the last checkpoint", file=sys.stderr)
+                print(f"stopped in the validation of step {done}; the same command goes on from "
+                      "the last checkpoint", file=sys.stderr)
                 return run.exit_code()
             better = scores["score"] > best
             best, since = max(best, scores["score"]), 0 if better else since + 1
             if better and rank == 0:
                 export_weights(average.module, config, hashes, scores, done)
-            clock += time.perf_counter() - before             # the rate of training, validation aside
-        finished = done == total or (config.patience is not None and since >= config.patience)
+        finished = done == total or has_lost_patience(config, since)
         stop = not finished and run.should_stop(done)
         if better or finished or stop or done % config.save_every == 0:
             run.check_finite(done, loss.item())
-            run.save(done, better, net=net.state_dict(), average=average.state_dict(),
-                     optimiser=optimiser.state_dict(), best=best, since=since)
+            run.save(done, better, **trainer.state(), best=best, since=since)
         if finished:
             break
         if stop:
@@ -188,6 +194,46 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
     return 0
 
 
+def has_lost_patience(config: Config, since: int) -> bool:
+    """Whether so many validations brought nothing that the run ends."""
+    return config.patience is not None and since >= config.patience
+
+
+class Meter:
+    """Losses, and where the time goes, since the last line of the log."""
+
+    def __init__(self, config: Config, run: runs.Run):
+        self.config, self.run = config, run
+        self.losses, self.waited, self.begun = [], 0.0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time that the network waits for its crops."""
+        before = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - before
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what is no training."""
+        before = time.perf_counter()
+        yield
+        self.begun += time.perf_counter() - before
+
+    def log(self, done: int, factor: float, norm) -> None:
+        """Write a line, and begin anew."""
+        config, run, took = self.config, self.run, time.perf_counter() - self.begun
+        mean = runs.mean_over_ranks(torch.stack(self.losses).mean(), run.world)
+        run.check_finite(done, mean)
+        memory = {}
+        if "cuda" in run.device:
+            memory["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        run.log(done, loss=mean, lr=config.lr * factor, weight_decay=config.weight_decay,
+                gradient=norm.item(), images_per_s=len(self.losses) * config.batch / took,
+                data_share=self.waited / took, **memory)
+        self.losses, self.waited, self.begun = [], 0.0, time.perf_counter()
+
+
 def rate(config: Config, step: int) -> float:
     """The learning rate of a step, as a factor on its highest."""
     step, end = step % config.steps, config.lr_end / config.lr
@@ -196,7 +242,7 @@ def rate(config: Config, step: int) -> float:
     return optim.cosine(step, config.steps, 1.0, end, config.warmup)
 
 
-# ----------------------------------------------------------------------------------------------- network
+# ------------------------------------------------------------------------------------------ network
 
 class Trainer:
     """A network, its optimiser and its running average, and the step that changes all three."""
@@ -204,26 +250,41 @@ class Trainer:
     def __init__(self, config: Config, net, device: str, world: int = 1):
         bf16 = use_bf16(config, device)
         self.config, self.net = config, net
-        self.layout = torch.channels_last if bf16 or "cuda" in device else torch.contiguous_format   # not for float32 on a CPU
+        # not for float32 on a CPU
+        self.layout = torch.channels_last if bf16 or "cuda" in device else torch.contiguous_format
         self.autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16)
         net.to(device, memory_format=self.layout)
-        self.average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema))
+        self.average = torch.optim.swa_utils.AveragedModel(
+            net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema)
+        )
         self.optimiser = segmentation_optimiser(net, config, device)
         self.wrapped = net
         if world > 1:
-            self.wrapped = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device] if "cuda" in device else None)
+            self.wrapped = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device]
+                                                                     if "cuda" in device else None)
         if config.compile:
             self.wrapped.compile()
 
+    def state(self) -> dict:
+        """What a checkpoint holds of it."""
+        return dict(net=self.net.state_dict(), average=self.average.state_dict(),
+                    optimiser=self.optimiser.state_dict())
+
+    def restore(self, state: dict) -> None:
+        """Go on from a checkpoint."""
+        for name in ("net", "average", "optimiser"):
+            getattr(self, name).load_state_dict(state[name])
+
     def step(self, batch: tuple, factor: float) -> tuple:
-        """Learn from x (B, 3, S, S), targets (B, 1, S, S) and labels (B, S, S), at `factor` of the learning rate; the loss and the
-        norm of its gradient, tensors."""
+        """Learn from x (B, 3, S, S), targets (B, 1, S, S) and labels (B, S, S), at `factor` of the
+        learning rate; the loss and the norm of its gradient, tensors."""
         x, target, labels = batch
         for group in self.optimiser.param_groups:
             group["lr"] = self.config.lr * factor * group["scale"]
         with self.autocast:
-            predicted = self.wrapped(x.contiguous(memory_format=self.layout))                # (B, 1, S, S)
-        loss = model.distance_loss(predicted.float(), target, labels, self.config.edge_weight, self.config.seam_weight)
+            predicted = self.wrapped(x.contiguous(memory_format=self.layout))  # (B, 1, S, S)
+        loss = model.distance_loss(predicted.float(), target, labels, self.config.edge_weight,
+                                   self.config.seam_weight)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip)
         self.optimiser.step()
@@ -232,14 +293,16 @@ class Trainer:
         return loss.detach(), norm
 
 
-SIZES = 5.0         # cells to learn the size of are up to so many times larger and smaller than the network's
+# cells to learn the size of are up to so many times larger and smaller than the network's
+SIZES = 5.0
 
 
 def learn_size(config: Config, images, changes, run: runs.Run) -> bool:
-    """Train the head that says how large cells are, on the backbone of the exported weights, and add it to them.
+    """Train the head that says how large cells are, on the backbone of the exported weights, and
+    add it to them.
 
-    False: a signal came, and it begins anew. Where there are no cells any size is as likely, so that the head learns
-    to say so.
+    False: a signal came, and it begins anew. Where there are no cells any size is as likely, so
+    that the head learns to say so.
     """
     net = model.load(runs.export_path(config))
     if net.size is not None:
@@ -247,25 +310,32 @@ def learn_size(config: Config, images, changes, run: runs.Run) -> bool:
     torch.manual_seed(config.seed)
     net.requires_grad_(False).to(run.device)
     net.give_size()
-    torch.nn.init.constant_(net.size.fc2.bias[0], np.log(images.diameter))   # in the middle of what there is
+    # in the middle of what there is
+    torch.nn.init.constant_(net.size.fc2.bias[0], np.log(images.diameter))
     changes = dataclasses.replace(changes, scale=(1 / SIZES, SIZES), paste=0.0, negative=0.1)
     optimiser, losses = torch.optim.AdamW(net.size.parameters(), 2e-3, weight_decay=0.01), []
     for step in range(config.size_steps):
-        optimiser.param_groups[0]["lr"] = 2e-3 * optim.cosine(step, config.size_steps, 1.0, 0.01, min(50, config.size_steps - 1))
+        optimiser.param_groups[0]["lr"] = 2e-3 * optim.cosine(step, config.size_steps, 1.0, 0.01,
+                                                              min(50, config.size_steps - 1))
         sample = np.arange(config.batch) + (config.steps * config.cycles + step) * config.batch
-        chosen, draws = images.draw(config.seed, sample), augment.Draws.of(config.seed, sample, changes)
-        x, _, _ = augment.sample(images, chosen, sample, changes, config.crop, config.seed, config.cap)
+        chosen, draws = images.draw(config.seed, sample), augment.Draws.of(config.seed, sample,
+                                                                           changes)
+        x, _, _ = augment.sample(images, chosen, sample, changes, config.crop, config.seed,
+                                 config.cap)
         diameter = images.width[chosen] * augment.factors(images, chosen, draws, config.crop)
         none = draws.happens("negative") | (diameter == 0)
-        diameter = np.where(none, images.diameter * draws.within("any size", (1 / SIZES, SIZES)), diameter)
+        diameter = np.where(none, images.diameter * draws.within("any size", (1 / SIZES, SIZES)),
+                            diameter)
         guess, spread = net.widths(x)
-        loss = ((guess - augment.send(np.log(diameter), run.device)).abs() / spread.exp() + spread).mean()    # of Laplace's distribution
+        loss = ((guess - augment.send(np.log(diameter), run.device)).abs() / spread.exp()
+                + spread).mean()    # of Laplace's distribution
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
         if (step + 1) % config.log_every == 0:
-            run.log(config.steps * config.cycles + step + 1, size_loss=float(np.mean(losses[-config.log_every:])))
+            run.log(config.steps * config.cycles + step + 1,
+                    size_loss=float(np.mean(losses[-config.log_every:])))
             if run.stopping:
                 return False
     model.save(net, runs.export_path(config), half=True)
@@ -280,13 +350,15 @@ def build_network(config: Config):
         if shape.arch == "unet":
             backbone = model.ConvNet(shape.dim, shape.depth, shape.patch)
         else:
-            backbone = model.ViT(shape.dim, shape.depth, shape.heads, shape.patch, shape.registers, shape.layerscale)
+            backbone = model.ViT(shape.dim, shape.depth, shape.heads, shape.patch, shape.registers,
+                                 shape.layerscale)
         net = model.DINOCell(backbone, shape.widths, shape.last, settings, shape.stem)
     elif model.kind(config.init) == "DINOCell" and not config.new_decoder:
         net = model.load(config.init).train()
         net.settings = dataclasses.replace(net.settings, tile=config.crop, cap=config.cap)
     else:
-        net = model.DINOCell(model.load_backbone(config.init, shape.patch), shape.widths, shape.last, settings, shape.stem)
+        net = model.DINOCell(model.load_backbone(config.init, shape.patch), shape.widths,
+                             shape.last, settings, shape.stem)
     if config.train_blocks is not None:
         for name, parameter in net.backbone.named_parameters():
             block = int(name.split(".")[1]) if name.startswith("blocks.") else -1
@@ -296,7 +368,9 @@ def build_network(config: Config):
 
 
 def segmentation_optimiser(net, config: Config, device: str):
-    groups = optim.parameter_groups(net, config.lr, lambda name, parameter: traits(name, parameter, net.backbone.depth, config))
+    groups = optim.parameter_groups(
+        net, config.lr, lambda name, parameter: traits(name, parameter, net.backbone.depth, config)
+    )
     if config.optimiser == "muon":
         products = torch.bfloat16 if use_bf16(config, device) else torch.float32
         return optim.Muon(groups, config.lr, eps=config.eps, products=products)
@@ -304,10 +378,11 @@ def segmentation_optimiser(net, config: Config, device: str):
 
 
 def traits(name: str, parameter, depth: int, config: Config) -> dict:
-    """Smaller lr for shallower blocks when layer_decay < 1. Muon takes the matrices of layers between the patch embedding, which
-    meets pixels, and the head, which answers."""
+    """Smaller lr for shallower blocks when layer_decay < 1. Muon takes the matrices of layers
+    between the patch embedding, which meets pixels, and the head, which answers."""
     above, decays = optim.blocks_above(name, "backbone.", depth), optim.decays(name, parameter)
-    return dict(above=above, decays=decays, matrix=decays and "patch_embed" not in name and "head" not in name,
+    return dict(above=above, decays=decays, matrix=decays and "patch_embed" not in name
+                and "head" not in name,
                 weight_decay=config.weight_decay * decays, scale=config.layer_decay ** above)
 
 
@@ -315,35 +390,42 @@ def use_bf16(config: Config, device: str) -> bool:
     return config.precision == "bf16" or (config.precision == "auto" and model.has_bf16(device))
 
 
-# -------------------------------------------------------------------------------------------- validation
+# --------------------------------------------------------------------------------------- validation
 
 def validate(net, entries: list[data.Labelled], run: runs.Run, step: int) -> dict:
-    """Scores on whole images, with the setting of the watershed that serves all sets best; it goes into the weights.
+    """Scores on whole images, with the setting of the watershed that serves all sets best; it goes
+    into the weights.
 
-    The score that decides is AP averaged over IoU 0.5 to 0.95: mean over the images of a set, then over sets by the
-    weight that they have in training (1 for others), so that a set of many images drowns none.
+    The score that decides is AP averaged over IoU 0.5 to 0.95: mean over the images of a set, then
+    over sets by the weight that they have in training (1 for others), so that a set of many images
+    drowns none.
     """
     ready = copy.deepcopy(net).ready(run.device)              # as infer.py has it
     weights = {chosen.name: chosen.weight for chosen in run.config.data.sets}
-    maps = run.each(lambda entry: segment.distances(entry.pixels, ready, limits=segment.UNIT, zoom=entry.zoom), entries)
+    maps = run.each(lambda entry: segment.distances(entry.pixels, ready, limits=segment.UNIT,
+                                                    zoom=entry.zoom), entries)
     maps = [torch.from_numpy(distance).to(run.device) for distance in maps]
 
     def found(i: int, setting: watershed.Setting) -> np.ndarray:
         return watershed.flood(maps[i], setting, entries[i].zoom).cpu().numpy()
 
     def score(setting: watershed.Setting, numbers: Sequence[int] = range(len(entries))) -> float:
-        values = run.each(lambda i: float(metrics.average_precision(entries[i].labels, found(i, setting)).mean()), numbers)
+        values = run.each(lambda i: float(metrics.average_precision(entries[i].labels,
+                                                                    found(i, setting)).mean()),
+                          numbers)
         by_set: dict[str, list[float]] = {}
         for i, value in zip(numbers, values):
             by_set.setdefault(entries[i].set, []).append(value)
-        return float(np.average([np.mean(some) for some in by_set.values()], weights=[weights.get(name, 1.0) for name in by_set]))
+        return float(np.average([np.mean(some) for some in by_set.values()],
+                                weights=[weights.get(name, 1.0) for name in by_set]))
 
     best = watershed.tune(score)
     held = [i for i, entry in enumerate(entries) if entry.held]
     labels = [found(i, best) for i in held]
     tables = [metrics.overlap(entries[i].labels, answer) for i, answer in zip(held, labels)]
     net.settings = dataclasses.replace(net.settings, **best._asdict())
-    sets = {name: summary(metrics.set_scores([table for table, i in zip(tables, held) if entries[i].set == name]))
+    sets = {name: summary(metrics.set_scores([table for table, i in zip(tables, held)
+                                              if entries[i].set == name]))
             for name in dict.fromkeys(entries[i].set for i in held)}
     scores = {"score": score(best, held), **best._asdict(), **summary(metrics.set_scores(tables))}
     run.log(step, **{f"val_{k}" if k != "score" else k: v for k, v in scores.items()},
@@ -355,17 +437,20 @@ def validate(net, entries: list[data.Labelled], run: runs.Run, step: int) -> dic
 
 def summary(scores) -> dict[str, float]:
     """The few numbers worth a line: AP as mean over images, the rest pooled."""
-    return {"AP@0.5": scores.mean["AP@0.5"], "AP@0.75": scores.mean["AP@0.75"], "AP@0.9": scores.mean["AP@0.9"],
+    return {"AP@0.5": scores.mean["AP@0.5"], "AP@0.75": scores.mean["AP@0.75"],
+            "AP@0.9": scores.mean["AP@0.9"],
             **{name: scores.pooled[name] for name in ("F1", "SEG", "DET", "OP_CSB")}}
 
 
 def draw(run: runs.Run, entries: list[data.Labelled], labels: list, step: int) -> None:
-    """Curves of all that was logged, and one validation image of each set (two where there is one set) with its cells."""
+    """Curves of all that was logged, and one validation image of each set (two where there is one
+    set) with its cells."""
     log = run.history()
     report.write_curves(run.folder / "images" / "curves.svg", {
         "loss": [(line["step"], line["loss"]) for line in log if "loss" in line],
         **{name: [(line["step"], line[key]) for line in log if key in line]
-           for name, key in (("validation score", "score"), ("AP@0.5", "val_AP@0.5"), ("F1 at IoU 0.5", "val_F1"))}})
+           for name, key in (("validation score", "score"), ("AP@0.5", "val_AP@0.5"),
+                             ("F1 at IoU 0.5", "val_F1"))}})
     first = {entry.set: number for number, entry in reversed(list(enumerate(entries)))}
     shown = sorted({*first.values(), len(entries) - 1})
     for number in shown:
@@ -374,11 +459,13 @@ def draw(run: runs.Run, entries: list[data.Labelled], labels: list, step: int) -
         run.log_picture(step, f"validation_{number}", picture)
 
 
-# ------------------------------------------------------------------------------------------------ export
+# ------------------------------------------------------------------------------------------- export
 
 def export_weights(net, config: Config, hashes: dict, scores: dict, step: int) -> None:
     """Write the weights for infer.py."""
-    net.settings = dataclasses.replace(net.settings, provenance=runs.provenance(config, step, scores=scores, images=hashes))
+    net.settings = dataclasses.replace(net.settings, provenance=runs.provenance(config, step,
+                                                                                scores=scores,
+                                                                                images=hashes))
     model.save(net, runs.export_path(config), half=True)
 
 
@@ -386,16 +473,18 @@ def print_plan(config: Config, net, images, validation: list, device: str, chang
     """Print a summary without training."""
     print(runs.to_yaml(config))
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    print(f"{len(images)} training images, {sum(entry.held for entry in validation)} for validation; "
+    print(f"{len(images)} training images, {sum(entry.held for entry in validation)} for "
+          f"validation; "
           f"median cell {images.diameter or 0:.1f} px wide as the network sees it")
     flops = 3 * config.batch * sum(row[2] for row in model.cost(net, config.crop))
     compiled = config.compile and "cuda" in device            # on a CPU it would take minutes
     trainer = Trainer(dataclasses.replace(config, compile=compiled), net, device)
     times = []
-    for step in range(5):                                     # the first two compile, measure, take memory
+    for _ in range(5):  # the first two compile, measure, take memory
         begin = time.perf_counter()
         sample = np.arange(config.batch)
-        batch = augment.sample(images, images.draw(config.seed, sample), sample, changes, size=config.crop,
+        batch = augment.sample(images, images.draw(config.seed, sample), sample, changes,
+                               size=config.crop,
                                seed=config.seed, cap=config.cap)
         prepared = time.perf_counter()
         trainer.step(batch, 1.0)
@@ -403,13 +492,17 @@ def print_plan(config: Config, net, images, validation: list, device: str, chang
             torch.cuda.synchronize()
         times.append((time.perf_counter() - begin, prepared - begin))
     took, data = np.median(times[2:], 0)
-    print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M of them learn; "
+    print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, "
+          f"{trainable / 1e6:.1f} M of them learn; "
           f"{flops / 1e9:.0f} GFLOPs a step")
-    print(f"{took:.3f} s a step on {device}{', compiled' * compiled} ({data / took:.0%} of it crops and augmentation): "
-          f"{config.steps * config.cycles} steps take about {config.steps * config.cycles * took / 3600:.1f} h, validation aside")
+    print(f"{took:.3f} s a step on {device}{', compiled' * compiled} ({data / took:.0%} of it "
+          f"crops and augmentation): "
+          f"{config.steps * config.cycles} steps take about "
+          f"{config.steps * config.cycles * took / 3600:.1f} h, validation aside")
     if "cuda" in device:
         print(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory at most")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin"
+                                                                 else 1024)
     print(f"{peak / 2**30:.1f} GiB of memory at most")
     return 0
 

@@ -103,7 +103,8 @@ class Config:
     export_path: str | None = None          # weights; null: final_models/<experiment>.pt
     output_base_dir: str = "."              # where runs/ and final_models/ are made
     init: str | None = None                 # backbone to go on from, DINOv3's or ours
-    network: BackboneShape = field(default_factory=BackboneShape)   # with init: patch, jitter, heads alone
+    # with init: patch, jitter, heads alone
+    network: BackboneShape = field(default_factory=BackboneShape)
     data: fields.FieldData = field(default_factory=fields.FieldData)
     views: Views = field(default_factory=Views)         # what is cut from fields
     augment: dict = field(default_factory=dict)         # their light: changes to augment.Augment

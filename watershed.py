@@ -2,32 +2,39 @@
 
     target = distance_map(labels, cap=4)                          what the network learns
     labels = watershed(distance, peak=0.47, fill=0.09)            what becomes of its answer
-    labels = flood(distance, setting, zoom)                       the same, of an image that the network saw reduced
+    labels = flood(distance, setting, zoom)                       the same, of an image that the
+                                                                  network saw reduced
     setting = tune(score)                                         the Setting with the highest score
 
 The watershed works in whole-array passes, the same on NumPy, CPU and CUDA tensors.
 
-What is flooded. Markers are the 4-connected components of distance > peak; from them labels flood down the map inside
-distance > fill. Every region is 4-connected and holds exactly one marker; every pixel above fill that is connected to
-a marker is labelled; and no pixel could be reached from another marker over a higher lowest point than from its own.
-That is skimage.segmentation.watershed(-distance, ndimage.label(distance > peak)[0], mask=distance > fill) up to ties.
+What is flooded. Markers are the 4-connected components of distance > peak; from them labels flood
+down the map inside distance > fill. Every region is 4-connected and holds exactly one marker; every
+pixel above fill that is connected to a marker is labelled; and no pixel could be reached from
+another marker over a higher lowest point than from its own. That is
+skimage.segmentation.watershed(-distance, ndimage.label(distance > peak)[0], mask=distance > fill)
+up to ties.
 
-With a depth, a marker is not a component but a summit above peak that stands out: every path to a higher one goes down
-by `depth` or more. So nuclei that touch are told apart by the valley between them, however high it lies. That is the
-same with the h-maxima of the map inside distance > fill as markers.
+With a depth, a marker is not a component but a summit above peak that stands out: every path to a
+higher one goes down by `depth` or more. So nuclei that touch are told apart by the valley between
+them, however high it lies. That is the same with the h-maxima of the map inside distance > fill as
+markers.
 
-With a shape, a path through a neck goes down too. A capped map is flat inside cells, and where the network saw no
-valley between two of them only their outline tells: each pixel above peak gets more, the deeper it lies inside.
+With a shape, a path through a neck goes down too. A capped map is flat inside cells, and where the
+network saw no valley between two of them only their outline tells: each pixel above peak gets more,
+the deeper it lies inside.
 
-How, without a queue. Between fill and peak every pixel points to its highest neighbour if that is higher (steepest
-ascent), on flat parts to the nearest pixel that does, and pointer doubling finds where the climb ends: in a marker,
-nearly always. Climbs that end on a lower summit are basins without a marker; these join the neighbour across
-their highest saddle, again and again, which is Boruvka's maximum spanning forest with the markers as roots.
-Since a climb never goes down and the forest takes the highest saddles, the highest lowest point is kept exactly. With
-a depth everything above fill climbs, and the joining goes on until what is left stands out.
+How, without a queue. Between fill and peak every pixel points to its highest neighbour if that is
+higher (steepest ascent), on flat parts to the nearest pixel that does, and pointer doubling finds
+where the climb ends: in a marker, nearly always. Climbs that end on a lower summit are basins
+without a marker; these join the neighbour across their highest saddle, again and again, which is
+Boruvka's maximum spanning forest with the markers as roots. Since a climb never goes down and the
+forest takes the highest saddles, the highest lowest point is kept exactly. With a depth everything
+above fill climbs, and the joining goes on until what is left stands out.
 
-Flat index: pixels are numbered in a map padded by one column and two rows of background, so that the neighbours of
-pixel p are p - S, p - 1, p + 1, p + S and no test for the border is needed. L its length, P pixels between fill and peak.
+Flat index: pixels are numbered in a map padded by one column and two rows of background, so that
+the neighbours of pixel p are p - S, p - 1, p + 1, p + S and no test for the border is needed. L its
+length, P pixels between fill and peak.
 """
 from __future__ import annotations
 
@@ -45,18 +52,19 @@ from torch import Tensor
 REACH = 16          # px, how deep inside `shape` looks in an image that is not scaled
 
 
-# ----------------------------------------------------------------------------------------------- distance map
+# ------------------------------------------------------------------------------------- distance map
 
 def distance_map(labels: np.ndarray, cap: float | None = None) -> np.ndarray:
     """Per cell min(d, cap) / min(max d, cap), 0 on background: (H, W) float32 in [0, 1]; cap in px.
 
-    d is the distance from a pixel's centre to the nearest pixel centre that is not of the same cell: 1 along
-    a cell's edge, also where another cell touches. The border of the image is no edge, for what lies behind
-    it is unknown: a crop keeps the target of the whole image but for cells that it cuts. A cell without any
-    edge is 1.
+    d is the distance from a pixel's centre to the nearest pixel centre that is not of the same
+    cell: 1 along a cell's edge, also where another cell touches. The border of the image is no
+    edge, for what lies behind it is unknown: a crop keeps the target of the whole image but for
+    cells that it cuts. A cell without any edge is 1.
     """
     if labels.ndim != 2 or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
-        raise ValueError(f"labels of shape {labels.shape}, {labels.dtype}: expected (H, W) integers, 0 or more")
+        raise ValueError(f"labels of shape {labels.shape}, {labels.dtype}: expected (H, W) "
+                         f"integers, 0 or more")
     if cap is not None and not 0 < cap < math.inf:
         raise ValueError(f"cap={cap}, expected a distance in px above 0, or None")
     target = np.zeros(labels.shape, np.float32)
@@ -73,28 +81,34 @@ def distance_map(labels: np.ndarray, cap: float | None = None) -> np.ndarray:
     return target
 
 
-# -------------------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 
 class Setting(NamedTuple):
-    """The thresholds of the watershed, in the order of its arguments; lengths in px of the network."""
+    """The thresholds of the watershed, in the order of its arguments; lengths in px of the network.
+    """
     peak: float = 0.47                      # a cell's marker lies above this distance
     fill: float = 0.09                      # a cell reaches down to this distance
     min_area: float = 0                     # px, smaller cells are dropped
-    depth: float = 0.0                      # two summits are two cells if the valley between them is so deep; 0: if it goes down to peak
+    # two summits are two cells if the valley between them is so deep; 0: if it goes down to peak
+    depth: float = 0.0
     smooth: float = 0.0                     # px, Gaussian over the map before the watershed
-    shape: float = 0.0                      # per px, what lying inside adds to the distance, so that necks part cells
+    shape: float = 0.0  # per px, what lying inside adds to the distance, so that necks part cells
 
     def changed(self, **given: float | None) -> Setting:
         """This setting with the values given; None keeps what is there."""
         new = self._replace(**{name: value for name, value in given.items() if value is not None})
         if not 0 <= new.fill <= new.peak < 1:
-            raise ValueError(f"peak={new.peak:g}, fill={new.fill:g}: expected 0 <= fill <= peak < 1")
+            raise ValueError(
+                f"peak={new.peak:g}, fill={new.fill:g}: expected 0 <= fill <= peak < 1"
+            )
         return new
 
 
 def flood(distance: Tensor | np.ndarray, setting: Setting, zoom: float = 1.0):
-    """Cells of a map with 1 / zoom of its px for each px of the network, to which the lengths of the setting refer."""
-    return watershed(distance, setting.peak, setting.fill, round(setting.min_area / zoom**2), setting.depth,
+    """Cells of a map with 1 / zoom of its px for each px of the network, to which the lengths of
+    the setting refer."""
+    return watershed(distance, setting.peak, setting.fill, round(setting.min_area / zoom**2),
+                     setting.depth,
                      setting.smooth / zoom, setting.shape * zoom, max(1, round(REACH / zoom)))
 
 
@@ -104,13 +118,16 @@ GRID = {"peak": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), "fill": (0.1, 0.15, 0.2, 0.25, 0
 
 
 def tune(score: Callable[[Setting], float], **grid: Sequence[float]) -> Setting:
-    """The setting with the highest score, by coordinate ascent over GRID or the values given instead; of equal ones the first.
+    """The setting with the highest score, by coordinate ascent over GRID or the values given
+    instead; of equal ones the first.
 
-    One threshold (or a pair that acts together) changes at a time while the others stay, until no step improves. The
-    ascent begins at the first values and at the middle ones, which may lead to different settings.
+    One threshold (or a pair that acts together) changes at a time while the others stay, until no
+    step improves. The ascent begins at the first values and at the middle ones, which may lead to
+    different settings.
     """
     values = {**GRID, **grid}
-    steps = [[dict(zip(names, chosen)) for chosen in product(*(values[name] for name in names))] for names in
+    steps = [[dict(zip(names, chosen)) for chosen in product(*(values[name] for name in names))]
+             for names in
              (["peak"], ["fill"], ["depth", "smooth"], ["depth", "shape"], ["min_area"])]
     known: dict[Setting, float] = {}
 
@@ -130,33 +147,42 @@ def tune(score: Callable[[Setting], float], **grid: Sequence[float]) -> Setting:
         return best
 
     if min(values["fill"]) > max(values["peak"]):
-        raise ValueError(f"peak={list(values['peak'])}, fill={list(values['fill'])}: no pair with fill <= peak")
+        raise ValueError(f"peak={list(values['peak'])}, fill={list(values['fill'])}: no pair with "
+                         f"fill <= peak")
     begin = [Setting(**{name: pick(some) for name, some in values.items()})
              for pick in (lambda some: some[0], lambda some: some[(len(some) - 1) // 2])]
-    begin = [one if one.fill <= one.peak else one._replace(peak=max(values["peak"]), fill=min(values["fill"])) for one in begin]
+    begin = [one if one.fill <= one.peak
+             else one._replace(peak=max(values["peak"]), fill=min(values["fill"])) for one in begin]
     return best_of([ascend(one) for one in dict.fromkeys(begin)])
 
 
-# ------------------------------------------------------------------------------------------------- watershed
+# ---------------------------------------------------------------------------------------- watershed
 
-def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0.09, min_area: int = 0, depth: float = 0.0,
+def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0.09,
+              min_area: int = 0, depth: float = 0.0,
               smooth: float = 0.0, shape: float = 0.0, reach: int = REACH):
     """Cells of a distance map.
 
     distance : (H, W) floats; array or tensor. Compared in float32.
     peak : a cell's marker lies above; fill : a cell reaches down to; 0 <= fill <= peak.
     min_area : cells of fewer px are dropped and the rest renumbered.
-    depth : two summits above peak are two cells if the valley between them is so deep; 0: if it goes down to peak.
-    smooth : px, width of the Gaussian that the map is smoothed by before all else; 0: it is taken as it is.
-    shape : what each px that a pixel lies inside the part above peak adds to its distance, up to `reach` px; with a depth
+    depth : two summits above peak are two cells if the valley between them is so deep; 0: if it
+        goes down to peak.
+    smooth : px, width of the Gaussian that the map is smoothed by before all else; 0: it is taken
+        as it is.
+    shape : what each px that a pixel lies inside the part above peak adds to its distance, up to
+        `reach` px; with a depth
         necks part cells then.
-    Returns labels (H, W) int32 of the same kind and on the same device; 1..n in raster order of the markers.
+    Returns labels (H, W) int32 of the same kind and on the same device; 1..n in raster order of the
+    markers.
     """
     if isinstance(distance, np.ndarray):
-        return watershed(torch.from_numpy(np.ascontiguousarray(distance)), peak, fill, min_area, depth, smooth, shape,
+        return watershed(torch.from_numpy(np.ascontiguousarray(distance)), peak, fill, min_area,
+                         depth, smooth, shape,
                          reach).numpy()
     if distance.ndim != 2 or not distance.is_floating_point():
-        raise ValueError(f"distance map of shape {tuple(distance.shape)}, {distance.dtype}: expected (H, W) floats")
+        raise ValueError(f"distance map of shape {tuple(distance.shape)}, {distance.dtype}: "
+                         f"expected (H, W) floats")
     if not 0 <= fill <= peak:
         raise ValueError(f"fill={fill}, peak={peak}: expected 0 <= fill <= peak")
     if not (depth >= 0 and smooth >= 0 and shape >= 0):
@@ -177,7 +203,7 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
         raise ValueError("the distance map holds NaN; the network or its input is broken")
 
     high = d > peak
-    node = torch.zeros_like(d, dtype=torch.int32)                            # (L,) 0: background; 1..markers; see climb
+    node = torch.zeros_like(d, dtype=torch.int32)  # (L,) 0: background; 1..markers; see climb
     if depth and high.any():
         slope = (d > fill).nonzero().squeeze(1)
         markers = merge(d, node, climb(d, node, 0, slope, S), slope, peak, depth, S)
@@ -195,11 +221,12 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
 
 
 def gaussian(distance: Tensor, sigma: float) -> Tensor:
-    """(H, W) filtered by a Gaussian of that width, cut off at three; beyond the border the map goes on as it ends."""
+    """(H, W) filtered by a Gaussian of that width, cut off at three; beyond the border the map goes
+    on as it ends."""
     reach = max(1, math.ceil(3 * sigma))
     weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
     x = F.pad(distance[None, None], (reach,) * 4, mode="replicate")[0, 0]
-    for axis in (0, 1):                                        # on a CPU 5 to 19 times as fast as conv2d
+    for axis in (0, 1):  # on a CPU 5 to 19 times as fast as conv2d
         total = torch.zeros_like(x.narrow(axis, 0, x.shape[axis] - 2 * reach))
         for k, weight in enumerate((weights / weights.sum()).tolist()):
             total.add_(x.narrow(axis, k, total.shape[axis]), alpha=weight)
@@ -208,25 +235,27 @@ def gaussian(distance: Tensor, sigma: float) -> Tensor:
 
 
 def inwards(high: Tensor, reach: int) -> Tensor:
-    """(H, W) bool -> px from each set pixel to the nearest that is not, `reach` at most; none lies beyond the border."""
+    """(H, W) bool -> px from each set pixel to the nearest that is not, `reach` at most; none lies
+    beyond the border."""
     x = torch.arange(high.shape[1], dtype=torch.float32, device=high.device)
     before = torch.where(high, -reach, x).cummax(1).values
     after = torch.where(high, len(x) + reach, x).flip(1).cummin(1).values.flip(1)
-    across = torch.minimum(x - before, after - x).clamp(max=reach).square()              # along the row
+    across = torch.minimum(x - before, after - x).clamp(max=reach).square()  # along the row
     rows = F.pad(across, (0, 0, reach, reach), value=reach**2)
-    for k in range(1, reach):                                                # from k rows above and below
+    for k in range(1, reach):  # from k rows above and below
         beside = torch.minimum(*(rows.narrow(0, reach + step, len(across)) for step in (-k, k)))
         across = torch.minimum(across, beside.add_(k * k))
     return across.sqrt()
 
 
 def climb(d: Tensor, node: Tensor, markers: int, slope: Tensor, S: int) -> int:
-    """Write into node where every slope pixel climbs to: a marker, or a summit without one, numbered above markers.
+    """Write into node where every slope pixel climbs to: a marker, or a summit without one,
+    numbered above markers.
 
-    Returns the highest number. On the way node k is marker k, slope pixel i is node markers + 1 + i, and the summits
-    without marker come after these.
+    Returns the highest number. On the way node k is marker k, slope pixel i is node markers + 1 +
+    i, and the summits without marker come after these.
     """
-    here = slope.int()                                                       # index_select in int32 is the fastest gather
+    here = slope.int()  # index_select in int32 is the fastest gather
     height = d.index_select(0, here)
     best, parent = height, here
     for step in (-S, -1, 1, S):
@@ -237,12 +266,13 @@ def climb(d: Tensor, node: Tensor, markers: int, slope: Tensor, S: int) -> int:
 
     first, last = markers + 1, markers + 1 + len(slope)
     node.scatter_(0, slope, torch.arange(first, last, dtype=torch.int32, device=d.device))
-    flat = slope[best == height]                                             # (F,) nothing higher beside them
+    flat = slope[best == height]  # (F,) nothing higher beside them
     basins = 0
     if len(flat):
         summit, basin, basins = components(drain(d, parent, node, first, flat, S), S)
         node[summit] = basin + (last - 1)
-    up = torch.arange(last + basins, dtype=torch.int32, device=d.device)     # markers and summits point to themselves
+    # markers and summits point to themselves
+    up = torch.arange(last + basins, dtype=torch.int32, device=d.device)
     up[first:last] = node.index_select(0, parent)
     end = compress(up)[first:last]
     node.scatter_(0, slope, torch.where(end < first, end, end - len(slope)))
@@ -250,7 +280,8 @@ def climb(d: Tensor, node: Tensor, markers: int, slope: Tensor, S: int) -> int:
 
 
 def drain(d: Tensor, parent: Tensor, node: Tensor, first: int, flat: Tensor, S: int) -> Tensor:
-    """Across flat ground, point to the nearest pixel of the same height that climbs, ring by ring; changes parent.
+    """Across flat ground, point to the nearest pixel of the same height that climbs, ring by ring;
+    changes parent.
 
     Returns (L,) bool: the flat summits, from which nothing climbs.
     """
@@ -258,14 +289,14 @@ def drain(d: Tensor, parent: Tensor, node: Tensor, first: int, flat: Tensor, S: 
     closed[flat] = True
     ring = flat
     exits = torch.zeros_like(ring)
-    for step in (-S, -1, 1, S):                                              # first ring: who has an exit beside it
+    for step in (-S, -1, 1, S):  # first ring: who has an exit beside it
         beside = ring + step
         exits = torch.where((d[beside] == d[ring]) & ~closed[beside], beside, exits)
     found = exits > 0
     ring, exits = ring[found], exits[found]
     parent[node[ring].long() - first] = exits.int()
     closed[ring] = False
-    while len(ring):                                                         # then every ring takes the next one
+    while len(ring):  # then every ring takes the next one
         outer = []
         for step in (-S, -1, 1, S):
             beside = ring + step
@@ -278,11 +309,14 @@ def drain(d: Tensor, parent: Tensor, node: Tensor, first: int, flat: Tensor, S: 
     return closed
 
 
-def borders(d: Tensor, label: Tensor, pixels: Tensor, markers: int, S: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Neighbours in two regions, one of them at least in `pixels`, all regions of which are above markers: each pair once.
+def borders(d: Tensor, label: Tensor, pixels: Tensor, markers: int,
+            S: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Neighbours in two regions, one of them at least in `pixels`, all regions of which are above
+    markers: each pair once.
 
-    Returns regions a, b (E,) and a total order (E,) of the saddles between them, so that there are no cycles of equals:
-    the bits of the lower height, which sort as positive floats do, above the bits of E - number.
+    Returns regions a, b (E,) and a total order (E,) of the saddles between them, so that there are
+    no cycles of equals: the bits of the lower height, which sort as positive floats do, above the
+    bits of E - number.
     """
     mine, edges = label.index_select(0, pixels), []
     for step in (-S, -1, 1, S):
@@ -297,7 +331,8 @@ def borders(d: Tensor, label: Tensor, pixels: Tensor, markers: int, S: int) -> t
 
 
 def join(d: Tensor, label: Tensor, markers: int, regions: int, slope: Tensor, S: int) -> None:
-    """Give regions numbered above markers to the neighbour across their highest saddle; 0 where no marker is in reach."""
+    """Give regions numbered above markers to the neighbour across their highest saddle; 0 where no
+    marker is in reach."""
     bare = slope[label.index_select(0, slope) > markers].int()               # their pixels
     a, b, order = borders(d, label, bare, markers, S)                        # (E,)
     root = torch.arange(regions + 1, device=d.device)
@@ -307,36 +342,47 @@ def join(d: Tensor, label: Tensor, markers: int, regions: int, slope: Tensor, S:
         if not len(live):
             break
         first, second, order = (x.index_select(0, live) for x in (first, second, order))
-        best = torch.zeros_like(root).scatter_reduce_(0, first, order, "amax").scatter_reduce_(0, second, order, "amax")
-        best[:markers + 1] = 0                                               # markers are roots: they wait
+        best = torch.zeros_like(root).scatter_reduce_(0, first, order,
+                                                      "amax").scatter_reduce_(0, second, order,
+                                                                              "amax")
+        best[:markers + 1] = 0  # markers are roots: they wait
         chooser = best.nonzero().squeeze(1)
         edge = len(a) - (best[chooser] & 0xFFFFFFFF)
         parent = torch.arange(regions + 1, device=d.device)
         parent[chooser] = root[a[edge]] + root[b[edge]] - chooser            # the other end
         pair = chooser[(parent[parent[chooser]] == chooser) & (chooser < parent[chooser])]
-        parent[pair] = pair                                                  # two that chose each other: one stays
+        parent[pair] = pair  # two that chose each other: one stays
         root = compress(parent)[root]
         first, second = root[first], root[second]
-    label.scatter_(0, bare.long(), torch.where(root <= markers, root, 0).int()[label.index_select(0, bare)])
+    label.scatter_(0, bare.long(), torch.where(root <= markers, root,
+                                               0).int()[label.index_select(0, bare)])
 
 
-def merge(d: Tensor, label: Tensor, regions: int, slope: Tensor, peak: float, depth: float, S: int) -> int:
-    """Join regions, one to each summit, until all stand out; number them in raster order of their summits, and count.
+def merge(d: Tensor, label: Tensor, regions: int, slope: Tensor, peak: float, depth: float,
+          S: int) -> int:
+    """Join regions, one to each summit, until all stand out; number them in raster order of their
+    summits, and count.
 
-    A region that is not above peak joins the neighbour across its highest saddle. One that is, but by less than depth
-    above that saddle, joins if the neighbour is higher; else it waits, for then the neighbour will join first.
+    A region that is not above peak joins the neighbour across its highest saddle. One that is, but
+    by less than depth above that saddle, joins if the neighbour is higher; else it waits, for then
+    the neighbour will join first.
     """
     pixels = slope.int()
     mine = label.index_select(0, slope)
     a, b, order = borders(d, label, pixels, 0, S)                            # (E,)
     alone = torch.arange(regions + 1, device=d.device)
-    top = torch.zeros(regions + 1, device=d.device).scatter_reduce_(0, mine.long(), d.index_select(0, pixels), "amax")
-    rank = (top.view(torch.int32).long() << 32) | (regions - alone)          # of equal summits the first is higher
+    top = torch.zeros(regions + 1, device=d.device).scatter_reduce_(0, mine.long(),
+                                                                    d.index_select(0, pixels),
+                                                                    "amax")
+    # of equal summits the first is higher
+    rank = (top.view(torch.int32).long() << 32) | (regions - alone)
     root, first, second = alone, a, b
     while True:
         live = (first != second).nonzero().squeeze(1)
         first, second, order = (x.index_select(0, live) for x in (first, second, order))
-        best = torch.zeros_like(root).scatter_reduce_(0, first, order, "amax").scatter_reduce_(0, second, order, "amax")
+        best = torch.zeros_like(root).scatter_reduce_(0, first, order,
+                                                      "amax").scatter_reduce_(0, second, order,
+                                                                              "amax")
         chooser = best.nonzero().squeeze(1)
         best, top = best[chooser], height(rank[chooser])
         edge = len(a) - (best & 0xFFFFFFFF)
@@ -348,7 +394,7 @@ def merge(d: Tensor, label: Tensor, regions: int, slope: Tensor, peak: float, de
         parent = alone.clone()
         parent[chooser] = other
         pair = chooser[(parent[other] == chooser) & (rank[chooser] > rank[other])]
-        parent[pair] = pair                                                  # two that chose each other: the higher stays
+        parent[pair] = pair  # two that chose each other: the higher stays
         parent = compress(parent)
         rank = torch.zeros_like(rank).scatter_reduce_(0, parent, rank, "amax")
         root, first, second = parent[root], parent[first], parent[second]
@@ -366,26 +412,31 @@ def height(order: Tensor) -> Tensor:
 
 
 def components(mask: Tensor, S: int) -> tuple[Tensor, Tensor, int]:
-    """4-connected components of a flat (L,) mask: its pixels (K,), their labels (K,) int32, the number of labels.
+    """4-connected components of a flat (L,) mask: its pixels (K,), their labels (K,) int32, the
+    number of labels.
 
-    Labels count from 1 in raster order of the components' first pixels. The nodes are the runs of set pixels in a
-    row, a few dozen to a cell, so the union costs next to nothing.
+    Labels count from 1 in raster order of the components' first pixels. The nodes are the runs of
+    set pixels in a row, a few dozen to a cell, so the union costs next to nothing.
     """
     pixels = mask.nonzero().squeeze(1)                                       # (K,)
-    start = edge_of(mask).nonzero().squeeze(1)                               # (R,) first pixel of each run
-    touch = edge_of(mask[:-S] & mask[S:]).nonzero().squeeze(1)               # first pixel that two runs share
+    start = edge_of(mask).nonzero().squeeze(1)  # (R,) first pixel of each run
+    touch = edge_of(mask[:-S] & mask[S:]).nonzero().squeeze(1)  # first pixel that two runs share
     above = torch.searchsorted(start, touch, right=True) - 1
     below = torch.searchsorted(start, touch + S, right=True) - 1
     themselves = root = torch.arange(len(start), device=mask.device)
-    while len(above):                                                        # hook the later root to the earlier
+    while len(above):  # hook the later root to the earlier
         a, b = root[above], root[below]
         root = compress(root.scatter_reduce(0, torch.maximum(a, b), torch.minimum(a, b), "amin"))
         apart = root[above] != root[below]
         above, below = above[apart], below[apart]
     number = (root == themselves).cumsum(0)                                  # (R,) counts the roots
-    place = torch.searchsorted(pixels, start)                                # where each run begins among the pixels
+    place = torch.searchsorted(pixels, start)  # where each run begins among the pixels
     length = torch.diff(place, append=place.new_tensor([len(pixels)]))
-    return pixels, number[root].int().repeat_interleave(length), int(number[-1]) if len(number) else 0
+    return (
+        pixels,
+        number[root].int().repeat_interleave(length),
+        int(number[-1]) if len(number) else 0,
+    )
 
 
 def edge_of(mask: Tensor) -> Tensor:
@@ -405,13 +456,14 @@ def compress(parent: Tensor) -> Tensor:
 
 
 def without_holes(label: Tensor) -> Tensor:
-    """Labels (H, W) int32, with the background that one cell encloses given to it: cells have no holes, pictures of them do.
+    """Labels (H, W) int32, with the background that one cell encloses given to it: cells have no
+    holes, pictures of them do.
 
     What a cell encloses together with another, or with the edge of the image, stays as it is.
     """
     H, W = label.shape
     S = W + 1
-    node = F.pad(label, (0, 1, 1, 1)).view(-1)                               # (L,) all background that is outside hangs together
+    node = F.pad(label, (0, 1, 1, 1)).view(-1)  # (L,) all background that is outside hangs together
     pixels, part, parts = components(node == 0, S)                           # outside is part 1
     inside = (part > 1).nonzero().squeeze(1)
     if not len(inside):

@@ -1,11 +1,12 @@
 """Speed, as ratios in one run on one machine: every row stands beside what it is compared with.
 
     python bench/bench.py                         everything but what is slow
-    python bench/bench.py watershed segment       some of it: watershed, metrics, segment, processor;
+    python bench/bench.py watershed segment       some of it: watershed, metrics, segment,
+                                                  processor;
                                                   threads, ssl, stream, seams, memory (slow)
 
-Medians of several runs; the header names hardware and versions. With a CUDA device the network and the watershed
-run there as well.
+Medians of several runs; the header names hardware and versions. With a CUDA device the network and
+the watershed run there as well.
 """
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def hardware() -> str:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines()
+                    if "model name" in line), cpu)
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{cpu}, {torch.get_num_threads()} threads{gpu}"
 
@@ -34,7 +36,8 @@ def versions() -> str:
     import scipy
     import skimage
     import torch
-    return (f"Python {platform.python_version()}, torch {torch.__version__}, numpy {numpy.__version__}, "
+    return (f"Python {platform.python_version()}, torch {torch.__version__}, numpy "
+            f"{numpy.__version__}, "
             f"scipy {scipy.__version__}, scikit-image {skimage.__version__}")
 
 
@@ -56,7 +59,8 @@ def table(title: str, head: list[str], rows: list[list[str]]) -> None:
     sys.stdout.flush()
 
 
-def cells_map(size: int, cells: int, seed: int = 0, cap: float | None = None, levels: int | None = None,
+def cells_map(size: int, cells: int, seed: int = 0, cap: float | None = None,
+              levels: int | None = None,
               blur: float = 1.0):
     """Touching round cells as a network would draw them: (size, size) float32 in [0, 1]."""
     import numpy as np
@@ -68,11 +72,15 @@ def cells_map(size: int, cells: int, seed: int = 0, cap: float | None = None, le
     distance, nearest = ndimage.distance_transform_edt(away, return_indices=True)
     owner = np.zeros((size, size), int)
     owner[y, x] = np.arange(cells)
-    owner = owner[tuple(nearest)]                            # Voronoi regions, cut to discs: some touch, some do not
+    owner = owner[tuple(nearest)]  # Voronoi regions, cut to discs: some touch, some do not
     inside = distance < np.sqrt(size * size / cells / np.pi) * rng.uniform(0.6, 1.1, cells)[owner]
     border = (owner != np.roll(owner, 1, 0)) | (owner != np.roll(owner, 1, 1))
     d = ndimage.distance_transform_edt(inside & ~border)
-    d = np.minimum(d, cap) / cap if cap else d / np.maximum(ndimage.maximum(d, owner, np.arange(cells))[owner], 1)
+    d = (
+        np.minimum(d, cap) / cap
+        if cap
+        else d / np.maximum(ndimage.maximum(d, owner, np.arange(cells))[owner], 1)
+    )
     d = ndimage.gaussian_filter(d, blur)
     return (np.round(d * levels) / levels if levels else d).astype(np.float32)
 
@@ -90,7 +98,8 @@ def watershed() -> None:
         reference = seconds(lambda: theirs(-d, ndimage.label(d > 0.47)[0], mask=d > 0.09), 3)
         expected, got = theirs(-d, ndimage.label(d > 0.47)[0], mask=d > 0.09), ours(d)
         took = seconds(lambda: ours(d), 7)
-        rows.append([f"{name}, CPU", f"{reference:.3f} s", f"{took:.3f} s", f"{reference / took:.1f} x",
+        rows.append([f"{name}, CPU", f"{reference:.3f} s", f"{took:.3f} s",
+                     f"{reference / took:.1f} x",
                      f"{(expected == got).mean():.2%}"])
         if torch.cuda.is_available():
             on_gpu = torch.from_numpy(d).cuda()
@@ -99,13 +108,16 @@ def watershed() -> None:
                 ours(on_gpu)
                 torch.cuda.synchronize()
             took = seconds(run, 7)
-            rows.append([f"{name}, GPU", f"{reference:.3f} s", f"{took:.4f} s", f"{reference / took:.0f} x",
+            rows.append([f"{name}, GPU", f"{reference:.3f} s", f"{took:.4f} s",
+                         f"{reference / took:.0f} x",
                          f"{(expected == ours(on_gpu).cpu().numpy()).mean():.2%}"])
-    table("Watershed, 2048 x 2048 px, 2,000 cells", ["map", "scikit-image", "watershed.py", "faster", "same pixels"], rows)
+    table("Watershed, 2048 x 2048 px, 2,000 cells", ["map", "scikit-image", "watershed.py",
+                                                     "faster", "same pixels"], rows)
 
 
 def cell_pair(size: int = 2048, cells: int = 5000, move: float = 2.0, seed: int = 0):
-    """Two int32 label images of touching cells about size / sqrt(cells) px wide; the second's centres are moved."""
+    """Two int32 label images of touching cells about size / sqrt(cells) px wide; the second's
+    centres are moved."""
     import numpy as np
     from scipy.spatial import cKDTree
     rng, across = np.random.default_rng(seed), int(np.ceil(np.sqrt(cells)))
@@ -119,7 +131,8 @@ def cell_pair(size: int = 2048, cells: int = 5000, move: float = 2.0, seed: int 
 
 
 def metrics() -> None:
-    """All scores at ten thresholds of two 2048 x 2048 images of 5,000 cells, against one joint bincount of them."""
+    """All scores at ten thresholds of two 2048 x 2048 images of 5,000 cells, against one joint
+    bincount of them."""
     import numpy as np
 
     from metrics import THRESHOLDS, match, scores
@@ -129,26 +142,33 @@ def metrics() -> None:
         np.bincount(truth.ravel() * np.int64(pred.max() + 1) + pred.ravel())
     reference, ours = seconds(joint, 15), seconds(lambda: scores(truth, pred), 15)
     rows = [["one joint np.bincount", f"{reference * 1e3:.0f} ms", "1"],
-            ["metrics.scores, every score, ten thresholds", f"{ours * 1e3:.0f} ms", f"{ours / reference:.2f}"]]
+            ["metrics.scores, every score, ten thresholds", f"{ours * 1e3:.0f} ms",
+             f"{ours / reference:.2f}"]]
     try:
         from cellpose.metrics import average_precision
         from stardist.matching import matching
         matching(truth[:64, :64], pred[:64, :64])            # numba compiles on the first call
         theirs = {}
-        for name, run in (("stardist.matching", lambda: theirs.update(s=matching(truth, pred, thresh=THRESHOLDS))),
+        for name, run in (("stardist.matching",
+                           lambda: theirs.update(s=matching(truth, pred, thresh=THRESHOLDS))),
                           ("cellpose.metrics.average_precision",
-                           lambda: theirs.update(c=average_precision(truth, pred, list(THRESHOLDS))))):
+                           lambda: theirs.update(c=average_precision(truth, pred,
+                                                                     list(THRESHOLDS))))):
             took = seconds(run, 1)
-            rows.append([f"{name}, ten thresholds", f"{took * 1e3:.0f} ms", f"{took / reference:.0f}"])
+            rows.append([f"{name}, ten thresholds", f"{took * 1e3:.0f} ms",
+                         f"{took / reference:.0f}"])
         tps = [match(truth, pred, t).tp for t in THRESHOLDS]
-        assert tps == [one.tp for one in theirs["s"]] == theirs["c"][1].tolist(), "peers count other pairs"
+        assert tps == [one.tp
+                       for one in theirs["s"]] == theirs["c"][1].tolist(), "peers count other pairs"
     except ImportError as missing:
         rows.append([f"peers left out ({missing}); see tests/requirements-peers.txt", "-", "-"])
-    table("Scores of a pair of 2048 x 2048 label images, 5,000 cells each", ["what", "time", "ratio"], rows)
+    table("Scores of a pair of 2048 x 2048 label images, 5,000 cells each",
+          ["what", "time", "ratio"], rows)
 
 
 def mosaic(size: int, channel: str = "ER"):
-    """A synthetic field repeated, every other copy mirrored, to (size, size) uint16; yields tiles of 512 px row by row."""
+    """A synthetic field repeated, every other copy mirrored, to (size, size) uint16; yields tiles
+    of 512 px row by row."""
     import numpy as np
 
     import synthetic
@@ -167,7 +187,8 @@ def whole_image(size: int, folder: Path) -> Path:
     import tifffile
     path = folder / f"mosaic_{size}.tif"
     full = (np.pad(t, [(0, 512 - t.shape[0]), (0, 512 - t.shape[1])]) for t in mosaic(size))
-    tifffile.imwrite(path, full, shape=(size, size), dtype=np.uint16, tile=(512, 512), compression="zlib",
+    tifffile.imwrite(path, full, shape=(size, size), dtype=np.uint16, tile=(512, 512),
+                     compression="zlib",
                      bigtiff=True, photometric="minisblack")
     return path
 
@@ -182,24 +203,32 @@ def segment() -> None:
     import runs
     device, rows = runs.pick_device("auto"), []
     with tempfile.TemporaryDirectory() as folder:
-        for name, size in (("tiny", 1024), ("tiny", 2048), ("s8", 1024 if device == "cpu" else 2048)):
+        for name, size in (("tiny", 1024), ("tiny", 2048),
+                           ("s8", 1024 if device == "cpu" else 2048)):
             weights = infer.find_weights(name, Path(infer.__file__).parent / "final_models")
             network = model.load(weights).ready(device)
             path = whole_image(size, Path(folder))
             times = []
             for _ in range(3):
                 clock, start = Counter(), time.perf_counter()
-                infer.segment_file(path, path.stem, Path(folder), network, infer.Config(kind="shared"), clock=clock)
+                infer.segment_file(path, path.stem, Path(folder), network,
+                                   infer.Config(kind="shared"), clock=clock)
                 times.append((time.perf_counter() - start, clock))
             took, clock = sorted(times, key=lambda one: one[0])[1]
-            rows.append([weights.stem, f"{size} x {size}", f"{took:.2f} s", f"{size**2 / 1e6 / took:.2f}",
-                         *(f"{clock[part] / took:.1%}" for part in ("read", "network", "watershed", "measure", "write"))])
+            rows.append([weights.stem, f"{size} x {size}", f"{took:.2f} s",
+                         f"{size**2 / 1e6 / took:.2f}",
+                         *(f"{clock[part] / took:.1%}" for part in ("read", "network", "watershed",
+                                                                    "measure", "write"))])
     table(f"infer.py, one image to all its files, on the {'CPU' if device == 'cpu' else 'GPU'}",
-          ["network", "px", "time", "MP/s", "read", "network", "watershed", "measure", "write"], rows)
+          ["network", "px", "time", "MP/s", "read", "network", "watershed", "measure", "write"],
+          rows)
 
 
 def memory(sizes: tuple[int, ...] = (1024, 4096, 20000)) -> None:
-    """Peak memory (RSS) of the whole infer.py process on tiled 16-bit TIFFs. The largest takes minutes to hours."""
+    """Peak memory (RSS) of the whole infer.py process on tiled 16-bit TIFFs.
+
+    The largest takes minutes to hours.
+    """
     import subprocess
     import tempfile
     rows = []
@@ -210,8 +239,10 @@ def memory(sizes: tuple[int, ...] = (1024, 4096, 20000)) -> None:
                      "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
             start = time.perf_counter()
             done = subprocess.run([sys.executable, "-c", watch, sys.executable,
-                                   str(Path(__file__).resolve().parent.parent / "infer.py"), str(path),
-                                   "weights=tiny", f"out={folder}/{size}"], capture_output=True, text=True)
+                                   str(Path(__file__).resolve().parent.parent / "infer.py"),
+                                   str(path),
+                                   "weights=tiny", f"out={folder}/{size}"], capture_output=True,
+                                  text=True)
             took = time.perf_counter() - start
             if done.returncode:
                 raise RuntimeError(done.stderr)
@@ -232,7 +263,10 @@ def seams(size: int = 4096) -> None:
     from metrics import average_precision
     weights = infer.find_weights("tiny", Path(infer.__file__).parent / "final_models")
     net = model.load(weights)
-    with tempfile.TemporaryDirectory() as folder, data.open_image(whole_image(size, Path(folder))) as source:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        data.open_image(whole_image(size, Path(folder))) as source,
+    ):
         limits = data.percentiles(source)
         one = segment.segment(source, net, limits=limits, block=size)
         many = segment.segment(source, net, limits=limits, block=1024)
@@ -247,8 +281,10 @@ def elsewhere(file: str, part: str):
 
 
 PARTS = {"watershed": watershed, "metrics": metrics, "segment": segment,
-         "processor": elsewhere("bench_processor", "processor"), "threads": elsewhere("bench_processor", "threads"),
-         "ssl": elsewhere("bench_ssl", "ssl"), "stream": elsewhere("bench_stream", "stream"), "seams": seams, "memory": memory}
+         "processor": elsewhere("bench_processor", "processor"),
+         "threads": elsewhere("bench_processor", "threads"),
+         "ssl": elsewhere("bench_ssl", "ssl"), "stream": elsewhere("bench_stream", "stream"),
+         "seams": seams, "memory": memory}
 SLOW = ("threads", "ssl", "stream", "seams", "memory")
 
 

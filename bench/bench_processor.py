@@ -1,11 +1,15 @@
-"""Part of bench.py: what share of the rate of a matrix product our networks reach, beside those of the peers.
+"""Part of bench.py: what share of the rate of a matrix product our networks reach, beside those of
+the peers.
 
-    python bench/bench.py processor               inference, a step of train_seg.py, one of train_ssl.py; peers
-    python bench/bench.py threads                 infer.py alone, and beside as many busy processes as there are cores
+    python bench/bench.py processor               inference, a step of train_seg.py, one of
+                                                  train_ssl.py; peers
+    python bench/bench.py threads                 infer.py alone, and beside as many busy processes
+                                                  as there are cores
 
-Other users of a machine change its speed by the minute. So a product of two matrices of 2048 x 2048, in bfloat16 where the
-device computes in it, is timed before every single run, and what counts is the ratio of the two medians. The peers'
-networks have random weights, which cost as much as trained ones, and run in the same type by autocast.
+Other users of a machine change its speed by the minute. So a product of two matrices of 2048 x
+2048, in bfloat16 where the device computes in it, is timed before every single run, and what counts
+is the ratio of the two medians. The peers' networks have random weights, which cost as much as
+trained ones, and run in the same type by autocast.
 """
 from __future__ import annotations
 
@@ -37,7 +41,8 @@ def waited(run: Callable[[], object]) -> float:
 
 
 def beside_product(run: Callable[[], object], device: str, repeats: int) -> tuple[float, float]:
-    """(seconds of run(), seconds of a product), medians; each run has its products just before it."""
+    """(seconds of run(), seconds of a product), medians; each run has its products just before it.
+    """
     import torch
 
     import model
@@ -51,7 +56,8 @@ def beside_product(run: Callable[[], object], device: str, repeats: int) -> tupl
     return statistics.median(runs), statistics.median(products)
 
 
-def row(name: str, run: Callable[[], object], flops: float | None, device: str, repeats: int = 5) -> list[str]:
+def row(name: str, run: Callable[[], object], flops: float | None, device: str,
+        repeats: int = 5) -> list[str]:
     took, product = beside_product(run, device, repeats)
     rate = 2 * SIDE**3 / product
     share = [f"{flops / 1e12:.2f}", f"{flops / took / rate:.0%}"] if flops else ["-", "-"]
@@ -64,8 +70,10 @@ def processor() -> None:
     rows = []
     for part in (inference, supervised, unsupervised, peers):
         rows += (found := part(device))
-        print(*(" ".join(row) for row in found), sep="\n", file=sys.stderr, flush=True)     # some take minutes
-    table(f"{hardware()}: one image of {SIZE} x {SIDE // 2} px through the network, tiles included; steps of training",
+        # some take minutes
+        print(*(" ".join(row) for row in found), sep="\n", file=sys.stderr, flush=True)
+    table(f"{hardware()}: one image of {SIZE} x {SIDE // 2} px through the network, tiles "
+          f"included; steps of training",
           ["what", "time", "TFLOP/s of a product", "products", "TFLOP", "of that rate"], rows)
 
 
@@ -79,14 +87,17 @@ def inference(device: str) -> list[list[str]]:
     rows, image = [], np.random.default_rng(0).random((3, SIZE, SIZE), np.float32)
     for name in ("s8", "tiny"):
         net = model.load(infer.find_weights(name, ROOT / "final_models"))
-        flops = sum(part[2] for part in model.cost(net, SIZE // 4)) * 16     # without what tiles share
+        flops = sum(part[2] for part in model.cost(net, SIZE // 4)) * 16  # without what tiles share
         net = net.ready(device)
-        rows.append(row(f"dinocell_{name}", lambda: segment.distances(image, net, limits=segment.UNIT, zoom=1.0), flops, device))
+        rows.append(row(f"dinocell_{name}", lambda: segment.distances(image, net,
+                                                                      limits=segment.UNIT,
+                                                                      zoom=1.0), flops, device))
     return rows
 
 
 def supervised(device: str) -> list[list[str]]:
-    """A step of train_seg.py with the network, loss and optimiser of configs/dinocell_s8.yaml, on drawn fields."""
+    """A step of train_seg.py with the network, loss and optimiser of configs/dinocell_s8.yaml, on
+    drawn fields."""
     import numpy as np
     import torch
 
@@ -96,7 +107,8 @@ def supervised(device: str) -> list[list[str]]:
     import runs
     import train_seg as script
     config = runs.load_config(script.Config, ROOT / "configs" / "dinocell_s8.yaml")
-    images, *_ = augment.load_resident(data.TrainingData(fields=20, field_size=384), 0, device, config.cap)
+    images, *_ = augment.load_resident(data.TrainingData(fields=20, field_size=384), 0, device,
+                                       config.cap)
     trainer = script.Trainer(config, script.build(config), device)
     changes = runs.from_dict(augment.Augment, config.augment, "augment")
     flops = 3 * config.batch * sum(part[2] for part in model.cost(trainer.net, config.crop))
@@ -106,13 +118,16 @@ def supervised(device: str) -> list[list[str]]:
         nonlocal number
         sample = np.arange(config.batch) + number * config.batch
         number += 1
-        trainer.step(augment.sample(images, images.draw(0, sample), sample, changes, config.crop, 0, config.cap), 1.0)
+        trainer.step(augment.sample(images, images.draw(0, sample), sample, changes, config.crop, 0,
+                                    config.cap), 1.0)
     torch.manual_seed(0)
-    return [row(f"train_seg.py, {config.batch} crops of {config.crop} px, {config.optimiser}", step, flops, device)]
+    return [row(f"train_seg.py, {config.batch} crops of {config.crop} px, {config.optimiser}", step,
+                flops, device)]
 
 
 def unsupervised(device: str) -> list[list[str]]:
-    """A step of train_ssl.py at S/8 with the views of configs/ssl.yaml; on a CPU with a few fields."""
+    """A step of train_ssl.py at S/8 with the views of configs/ssl.yaml; on a CPU with a few fields.
+    """
     import bench_ssl
 
     import model
@@ -121,26 +136,35 @@ def unsupervised(device: str) -> list[list[str]]:
     import train_ssl
     config = runs.load_config(train_ssl.Config, ROOT / "configs" / "ssl.yaml")
     on_gpu = device == "cuda"
-    config = dataclasses.replace(config, batch=64 if on_gpu else 4, compile=on_gpu, lr=5e-4, precision="bf16" if model.has_bf16(device) else "float32",
-                                 data=dataclasses.replace(config.data, index=None, fields=96 if on_gpu else 8))
-    step = bench_ssl.Step(config, bench_ssl.pool_of(config, device, 1080 if on_gpu else 512), device, plain=False)
+    config = dataclasses.replace(config, batch=64 if on_gpu else 4, compile=on_gpu, lr=5e-4,
+                                 precision="bf16" if model.has_bf16(device) else "float32",
+                                 data=dataclasses.replace(config.data, index=None,
+                                                          fields=96 if on_gpu else 8))
+    step = bench_ssl.Step(config, bench_ssl.pool_of(config, device, 1080 if on_gpu else 512),
+                          device, plain=False)
     shown = config.views
     flops = config.batch * ssl_.step_flops(step.student, shown.size, shown.local_size, shown.locals)
-    return [row(f"train_ssl.py, {config.batch} fields, 2 x {shown.size} and {shown.locals} x {shown.local_size} px", step, flops, device, 3)]
+    return [row(f"train_ssl.py, {config.batch} fields, 2 x {shown.size} and {shown.locals} x "
+                f"{shown.local_size} px", step, flops, device, 3)]
 
 
-# -------------------------------------------------------------------------------------------------- peers
+# -------------------------------------------------------------------------------------------- peers
 
 def peers(device: str) -> list[list[str]]:
     """Other programs' networks over the same image; a line says which is not installed."""
     rows = []
-    for name, make in (("Cellpose-SAM", cellpose_sam), ("SAMCell's ViT-B", samcell), ("InstanSeg's U-Net", instanseg)):
+    for name, make in (("Cellpose-SAM", cellpose_sam), ("SAMCell's ViT-B", samcell),
+                       ("InstanSeg's U-Net", instanseg)):
         try:
             net, x = make(device)
-        except (ImportError, RuntimeError) as missing:                       # RuntimeError: a torchvision that does not fit torch
+        except (
+            ImportError,
+            RuntimeError,
+        ) as missing:  # RuntimeError: a torchvision that does not fit torch
             rows.append([f"{name}: left out, {str(missing).splitlines()[0]}", *"-----"])
             continue
-        rows.append(row(name, lambda: forward(net, x, device), None, device, repeats=1 if device == "cpu" and "U-Net" not in name else 5))
+        rows.append(row(name, lambda: forward(net, x, device), None, device,
+                        repeats=1 if device == "cpu" and "U-Net" not in name else 5))
     return rows
 
 
@@ -148,12 +172,14 @@ def forward(net, x, device: str):
     import torch
 
     import model
-    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=model.has_bf16(device)):
+    with torch.inference_mode(), torch.autocast(device, torch.bfloat16,
+                                                enabled=model.has_bf16(device)):
         return net(x)
 
 
 def cellpose_sam(device: str):
-    """ViT-L with patches of 8 px on 25 tiles of 256 px, which share a tenth, as its eval() cuts them."""
+    """ViT-L with patches of 8 px on 25 tiles of 256 px, which share a tenth, as its eval() cuts
+    them."""
     import torch
     from cellpose.vit import CPSAM
     net = CPSAM().to(device).eval()
@@ -164,7 +190,8 @@ def samcell(device: str):
     """SAM's ViT-B encoder at its one size, 1024 px; SAMCell's decoder is not counted."""
     import torch
     from transformers import SamVisionConfig, SamVisionModel
-    return SamVisionModel(SamVisionConfig()).to(device).eval(), torch.rand(1, 3, 1024, 1024, device=device)
+    return SamVisionModel(SamVisionConfig()).to(device).eval(), torch.rand(1, 3, 1024, 1024,
+                                                                           device=device)
 
 
 def instanseg(device: str):
@@ -175,7 +202,7 @@ def instanseg(device: str):
     return net, torch.rand(1, 3, SIZE, SIZE, device=device)
 
 
-# ------------------------------------------------------------------------------------------------ threads
+# ------------------------------------------------------------------------------------------ threads
 
 def threads() -> None:
     """Fair is twice the time: as many other processes as cores take half of each."""
@@ -186,16 +213,20 @@ def threads() -> None:
         for weights in ("tiny", "s8"):
             took = {}
             for busy in (0, count, 0, count):
-                others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+                others = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                          for _ in range(busy)]
                 try:
                     begin = time.perf_counter()
-                    subprocess.run([sys.executable, ROOT / "infer.py", image, f"weights={weights}", f"out={folder}/out", "overwrite=true"],
+                    subprocess.run([sys.executable, ROOT / "infer.py", image, f"weights={weights}",
+                                    f"out={folder}/out", "overwrite=true"],
                                    check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                     took.setdefault(busy, []).append(time.perf_counter() - begin)
                 finally:
                     for other in others:
                         other.kill()
             alone, beside = (statistics.mean(took[busy]) for busy in (0, count))
-            rows.append([weights, f"{alone:.1f} s", f"{beside:.1f} s", f"{beside / alone:.2f}", f"{beside / alone / 2:.2f}"])
-    table(f"infer.py on one image of {SIZE} x {SIZE} px, start included, alone and beside {count} busy processes on {os.cpu_count()} cores",
+            rows.append([weights, f"{alone:.1f} s", f"{beside:.1f} s", f"{beside / alone:.2f}",
+                         f"{beside / alone / 2:.2f}"])
+    table(f"infer.py on one image of {SIZE} x {SIZE} px, start included, alone and beside {count} "
+          f"busy processes on {os.cpu_count()} cores",
           ["weights", "alone", "beside", "times", "of the fair share"], rows)

@@ -1,12 +1,13 @@
-"""Speed of pretraining: a step as train_ssl.py runs it against one of plain modules, and what each operation
-is bound by.
+"""Speed of pretraining: a step as train_ssl.py runs it against one of plain modules, and what each
+operation is bound by.
 
     python bench/bench.py ssl
 
-On a GPU the shape of configs/ssl.yaml (S/8, 64 fields, 2 x 224 and 8 x 96 px, bf16, compiled); on a CPU a
-small one in float32, uncompiled: there the two ways differ by little. The rate that utilisation is a share
-of, a large matrix product, and the bandwidth, a large copy, are measured in the same run. `plain` runs the
-backbone once for each size of crops, uncompiled, and holds all of iBOT's logits at once.
+On a GPU the shape of configs/ssl.yaml (S/8, 64 fields, 2 x 224 and 8 x 96 px, bf16, compiled); on a
+CPU a small one in float32, uncompiled: there the two ways differ by little. The rate that
+utilisation is a share of, a large matrix product, and the bandwidth, a large copy, are measured in
+the same run. `plain` runs the backbone once for each size of crops, uncompiled, and holds all of
+iBOT's logits at once.
 """
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def config_of(on_gpu: bool):
     network = {} if on_gpu else dict(dim=128, depth=4, heads=2, hidden=512, prototypes=1024)
     shown = {} if on_gpu else dict(size=96, local_size=48, locals=4, zoom=0.5, scale=[0.8, 1.2])
     return runs.from_dict(train_ssl.Config, dict(
-        network=network, views=shown, data=dict(fields=96 if on_gpu else 12), batch=64 if on_gpu else 8, lr=5e-4,
+        network=network, views=shown, data=dict(fields=96 if on_gpu else 12),
+        batch=64 if on_gpu else 8, lr=5e-4,
         precision="bf16" if on_gpu else "float32", compile=on_gpu), "bench")
 
 
@@ -32,7 +34,8 @@ def pool_of(config, device: str, size: int):
     import stream
     import synthetic
     rng = np.random.default_rng(0)
-    fields = ((str(i), rng.integers(100, 60000, (8, size, size), dtype=np.uint16)) for i in range(config.data.fields))
+    fields = ((str(i), rng.integers(100, 60000, (8, size, size), dtype=np.uint16))
+              for i in range(config.data.fields))
     return stream.ResidentPool(fields, synthetic.CHANNELS, device)
 
 
@@ -56,7 +59,8 @@ class Step:
             self.student.encoder.compile()
             self.teacher.encoder.compile()
         self.optimiser = train_ssl.student_optimiser(self.student, config)
-        self.light, self.kinds = ssl_.light_of(), ssl_.stains_of(pool.channels, config.data.brightfield)
+        self.light, self.kinds = ssl_.light_of(), ssl_.stains_of(pool.channels,
+                                                                 config.data.brightfield)
         self.numbers = np.arange(config.batch)
         self.cutting = train_ssl.Stopwatch(device)
 
@@ -67,8 +71,12 @@ class Step:
         import train_ssl
         config = self.config
         with self.cutting:
-            slots, numbers = self.pool.sample(config.batch, self.number), self.numbers + self.number * config.batch
-            batch = train_ssl.make_batch(config, self.pool, slots, numbers, self.number, self.light, self.kinds)
+            slots, numbers = (
+                self.pool.sample(config.batch, self.number),
+                self.numbers + self.number * config.batch,
+            )
+            batch = train_ssl.make_batch(config, self.pool, slots, numbers, self.number, self.light,
+                                         self.kinds)
         with torch.autocast(self.device, torch.bfloat16, enabled=config.precision == "bf16"):
             found = self.student(self.teacher, batch, 0.05, config.loss)
         found["loss"].backward()
@@ -80,7 +88,8 @@ class Step:
 
 
 def one_by_one(vit):
-    """A backbone that runs once for each size of crops; at rest, so that it draws no jitter of its own."""
+    """A backbone that runs once for each size of crops; at rest, so that it draws no jitter of its
+    own."""
     import torch
 
     class OneByOne(torch.nn.Module):
@@ -105,12 +114,15 @@ def waiting(run, device: str):
 
 
 def peaks(device: str) -> tuple[float, float]:
-    """FLOP/s of a large matrix product in the type that training computes in, bytes/s of a large copy."""
+    """FLOP/s of a large matrix product in the type that training computes in, bytes/s of a large
+    copy."""
     import torch
-    n, kind, size = (8192, torch.bfloat16, 2**30) if device == "cuda" else (1536, torch.float32, 2**27)
+    n, kind, size = (8192, torch.bfloat16, 2**30) if device == "cuda" else (1536, torch.float32,
+                                                                            2**27)
     a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
     x, y = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
-    product, copied = (seconds(waiting(run, device), 9) for run in (lambda: a @ b, lambda: y.copy_(x)))
+    product, copied = (seconds(waiting(run, device), 9)
+                       for run in (lambda: a @ b, lambda: y.copy_(x)))
     return 2 * n**3 / product, 2 * size / copied
 
 
@@ -133,23 +145,28 @@ def ssl() -> None:
         begin = time.perf_counter()
         waiting(lambda: [step() for _ in range(steps)], device)()
         took = (time.perf_counter() - begin) / steps
-        work = ssl_.step_flops(step.student, shown.size, shown.local_size, shown.locals) * config.batch
+        work = ssl_.step_flops(step.student, shown.size, shown.local_size,
+                               shown.locals) * config.batch
         memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device == "cuda" else "-"
         rows.append([name, f"{took:.3f} s", f"{config.batch / took:.1f}", f"{work / 1e9:.0f}",
-                     f"{work / took / rate:.1%}", f"{step.cutting.seconds() / steps / took:.1%}", memory])
+                     f"{work / took / rate:.1%}", f"{step.cutting.seconds() / steps / took:.1%}",
+                     memory])
         step = None                                            # frees its memory
-    table(f"Pretraining, {config.network.dim} wide, {config.network.depth} blocks, {config.batch} fields, "
-          f"2 x {shown.size} and {shown.locals} x {shown.local_size} px, {config.precision}, on {device}; a matrix "
+    table(f"Pretraining, {config.network.dim} wide, {config.network.depth} blocks, {config.batch} "
+          f"fields, "
+          f"2 x {shown.size} and {shown.locals} x {shown.local_size} px, {config.precision}, on "
+          f"{device}; a matrix "
           f"product reaches {rate / 1e9:.0f} GFLOP/s, a copy {bandwidth / 1e9:.1f} GB/s",
-          ["what", "step", "images/s", "GFLOPs a step", "of that rate", "cutting views", "memory"], rows)
+          ["what", "step", "images/s", "GFLOPs a step", "of that rate", "cutting views", "memory"],
+          rows)
     table("Operations of a step, forward, each by itself and uncompiled",
           ["operation", "time", "GFLOP/s", "of the product's", "GB/s", "of the copy's", "bound by"],
           operations(config, pool, device, rate, bandwidth))
 
 
 def operations(config, pool, device: str, rate: float, bandwidth: float) -> list[list[str]]:
-    """Time of each kind of operation at the sizes of a step, and which of the two peaks it comes nearer
-    to."""
+    """Time of each kind of operation at the sizes of a step, and which of the two peaks it comes
+    nearer to."""
     import numpy as np
     import torch
     import torch.nn.functional as F
@@ -172,7 +189,8 @@ def operations(config, pool, device: str, rate: float, bandwidth: float) -> list
     large, small = (torch.randn(b, heads, length, D // heads, device=device, dtype=kind)
                     for b, length in ((2 * B, T), (B * shown.locals, t)))
     side = shown.size // net.patch
-    rope = model.rope_table(model.rope_periods(D // heads).to(device), side, side, 1 + net.registers)
+    rope = model.rope_table(model.rope_periods(D // heads).to(device), side, side,
+                            1 + net.registers)
     ones, light = torch.ones(D, device=device, dtype=kind), ssl_.light_of()
     kinds, numbers = ssl_.stains_of(pool.channels, config.data.brightfield), np.arange(B)
     slots = pool.sample(B, 0)
@@ -189,14 +207,19 @@ def operations(config, pool, device: str, rate: float, bandwidth: float) -> list
          4 * 2 * B * T * T * D, 4 * width * large.numel()),
         ("attention in small crops", lambda: F.scaled_dot_product_attention(small, small, small),
          4 * B * shown.locals * t * t * D, 4 * width * small.numel()),
-        ("RoPE on large crops", lambda: model.rotate(large.transpose(1, 2), *rope), 3 * large.numel(), 2 * width * large.numel()),
-        ("LayerNorm, all tokens", lambda: F.layer_norm(x, (D,), ones, ones), 8 * n * D, 2 * width * n * D),
+        ("RoPE on large crops", lambda: model.rotate(large.transpose(1, 2), *rope),
+         3 * large.numel(), 2 * width * large.numel()),
+        ("LayerNorm, all tokens", lambda: F.layer_norm(x, (D,), ones, ones), 8 * n * D,
+         2 * width * n * D),
         ("GELU, all tokens", lambda: F.gelu(wide), 8 * wide.numel(), 2 * width * wide.numel()),
         ("residual with LayerScale", lambda: x + ones * x, 2 * n * D, 3 * width * n * D),
-        (f"iBOT, {M} patches: logits and softmax", lambda: F.linear(z, prototypes).float().log_softmax(1),
+        (f"iBOT, {M} patches: logits and softmax",
+         lambda: F.linear(z, prototypes).float().log_softmax(1),
          2 * M * net.bottleneck * net.prototypes, (width + 8) * M * net.prototypes),
-        ("views: gather, light, camera", lambda: ssl_.draw_views(pool, slots, numbers, 0, 0, shown, light, kinds),
-         40 * pixels, (4 * 2 * 3 + 4 * 3) * pixels),                # four corners of about three channels; written once
+        ("views: gather, light, camera", lambda: ssl_.draw_views(pool, slots, numbers, 0, 0, shown,
+                                                                 light, kinds),
+         # four corners of about three channels; written once
+         40 * pixels, (4 * 2 * 3 + 4 * 3) * pixels),
         ("AdamW", optimiser.step, 12 * P, 4 * 7 * P),
     ]
     rows = []
@@ -204,7 +227,8 @@ def operations(config, pool, device: str, rate: float, bandwidth: float) -> list
         for name, run, flops, moved in cases:
             took = seconds(waiting(run, device), 5)
             compute, traffic = flops / took, moved / took
-            rows.append([name, f"{took * 1e3:.2f} ms", f"{compute / 1e9:.0f}", f"{compute / rate:.0%}",
+            rows.append([name, f"{took * 1e3:.2f} ms", f"{compute / 1e9:.0f}",
+                         f"{compute / rate:.0%}",
                          f"{traffic / 1e9:.1f}", f"{traffic / bandwidth:.0%}",
                          "arithmetic" if compute / rate > traffic / bandwidth else "bandwidth"])
     return rows

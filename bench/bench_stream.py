@@ -1,8 +1,9 @@
 """How fast fields come, and whether training waits for them: `python bench/bench.py stream`.
 
-A server on loopback (moto in a process of its own) gives fields of 8 channels of 1080 x 1080 px. (1) Fields a
-second against a plain loop of boto3 in threads that decodes as well. (2) With the server limited to 20 MB/s, who
-keeps up with 500 crop sets a second: the pool, or loaders of the usual kind. Takes about three minutes.
+A server on loopback (moto in a process of its own) gives fields of 8 channels of 1080 x 1080 px.
+(1) Fields a second against a plain loop of boto3 in threads that decodes as well. (2) With the
+server limited to 20 MB/s, who keeps up with 500 crop sets a second: the pool, or loaders of the
+usual kind. Takes about three minutes.
 """
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent / part) for part in (
 
 BUCKET, PREFIX = "cellpainting-gallery", "bench/"
 STORED = 6                              # fields on the server; the index has many names for them
-LATE = 0.05                             # seconds after which an answer was waited for: a batch of 25 at 500 a second
+LATE = 0.05  # seconds after which an answer was waited for: a batch of 25 at 500 a second
 
 
 def fill(server, side: int, fields: int):
@@ -29,12 +30,15 @@ def fill(server, side: int, fields: int):
     import tifffile
 
     import fields as unlabelled
-    names = [[f"r01c01f{f + 1:02}p01-ch{c}sk1fk1fl1.tiff" for c in range(1, 9)] for f in range(STORED)]
+    names = [[f"r01c01f{f + 1:02}p01-ch{c}sk1fk1fl1.tiff" for c in range(1, 9)]
+             for f in range(STORED)]
     for number, name in enumerate(itertools.chain(*names)):
-        pixels = np.random.default_rng(number).gamma(2, 900, (side, side)).clip(0, 65535).astype(np.uint16)
+        pixels = np.random.default_rng(number).gamma(2, 900,
+                                                     (side, side)).clip(0, 65535).astype(np.uint16)
         file = io.BytesIO()
         tifffile.imwrite(file, pixels, photometric="minisblack")
-        server.client.put_object(Bucket=BUCKET, Key=PREFIX + name, Body=file.getvalue(), ACL="public-read")
+        server.client.put_object(Bucket=BUCKET, Key=PREFIX + name, Body=file.getvalue(),
+                                 ACL="public-read")
     lines = ["\t".join(("b", f"P{i}", "", "1", "1", "1", "0", "", *names[i % STORED])).encode()
              for i in range(fields)]
     return unlabelled.Index(f"s3://{BUCKET}/{PREFIX}", unlabelled.JUMP_CHANNELS, lines)
@@ -54,7 +58,8 @@ def plain_loop(url: str, index, connections: int, fields: int) -> float:
     client = plain_client(url, connections)
 
     def one(name: str) -> np.ndarray:
-        return tifffile.imread(io.BytesIO(client.get_object(Bucket=BUCKET, Key=PREFIX + name)["Body"].read()))
+        return tifffile.imread(io.BytesIO(client.get_object(Bucket=BUCKET,
+                                                            Key=PREFIX + name)["Body"].read()))
 
     def all_of(files: list[str], pool: ThreadPoolExecutor) -> float:
         begin = time.perf_counter()
@@ -94,7 +99,8 @@ def pool_rate(url: str, index, connections: int, fields: int) -> float:
 
 
 def demand(draw, batch: int, rate: float, seconds: float) -> tuple[float, float, float]:
-    """(share of requests not answered when due, crop sets a second, longest wait in seconds), after a first one."""
+    """(share of requests not answered when due, crop sets a second, longest wait in seconds), after
+    a first one."""
     draw()
     begin, answered, on_time, slowest = time.perf_counter(), 0, 0, 0.0
     due = itertools.count(0, batch / rate)
@@ -108,7 +114,8 @@ def demand(draw, batch: int, rate: float, seconds: float) -> tuple[float, float,
         came = time.perf_counter() - begin
         slowest, answered = max(slowest, came - asked), answered + batch
         on_time += batch * (came - when < LATE)
-    return 1 - on_time / (rate * seconds), answered / max(seconds, time.perf_counter() - begin), slowest
+    return 1 - on_time / (rate * seconds), answered / max(seconds,
+                                                          time.perf_counter() - begin), slowest
 
 
 class Files:
@@ -121,11 +128,15 @@ class Files:
         import tifffile
         self.client = self.client or plain_client(self.url, 1)
         key = PREFIX + self.index[row].files[channel]
-        return tifffile.imread(io.BytesIO(self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read()))
+        return tifffile.imread(io.BytesIO(self.client.get_object(Bucket=BUCKET,
+                                                                 Key=key)["Body"].read()))
 
 
 class WithLRU:
-    """Dataset: a field by number, its last 1,000 images kept. It hands out the number alone, not the crop."""
+    """Dataset: a field by number, its last 1,000 images kept.
+
+    It hands out the number alone, not the crop.
+    """
 
     def __init__(self, url: str, index, images: int = 1000):
         self.files, self.images, self.kept = Files(url, index), images, OrderedDict()
@@ -152,31 +163,36 @@ def crops_of(url: str, index, crops: int, worker: int):
         yield from itertools.repeat(row, crops * len(field) // len(index.channels))
 
 
-def stream(side: int = 1080, fields: int = 24, seconds: float = 30.0, connections: int = 16) -> None:
+def stream(side: int = 1080, fields: int = 24, seconds: float = 30.0,
+           connections: int = 16) -> None:
     from fault_proxy import FaultyS3
 
     from bench import table
     with FaultyS3((BUCKET,)) as server:
         index = fill(server, side, 10_000)
         loop, pool = [], []
-        for _ in range(5):                                        # in turns, so that both meet the same machine
+        for _ in range(5):  # in turns, so that both meet the same machine
             loop.append(plain_loop(server.direct, index, connections, fields))
             pool.append(pool_rate(server.direct, index, connections, fields))
         spread = [f"{min(rates):.1f} to {max(rates):.1f}" for rates in (loop, pool)]
-        table(f"Fields of 8 x {side} x {side} px downloaded and decoded a second, {connections} connections, five "
+        table(f"Fields of 8 x {side} x {side} px downloaded and decoded a second, {connections} "
+              f"connections, five "
               f"times {fields} fields", ["what", "median", "range", "ratio"],
-              [["boto3 in a thread pool, tifffile", f"{statistics.median(loop):.1f}", spread[0], "1"],
+              [["boto3 in a thread pool, tifffile", f"{statistics.median(loop):.1f}", spread[0],
+                "1"],
                ["stream.FieldPool", f"{statistics.median(pool):.1f}", spread[1],
                 f"{statistics.median(pool) / statistics.median(loop):.2f}"]])
         server.set(rate=20e6)
         rows = [[name, f"{late:.2%}", f"{rate:.0f}", f"{1e3 * slowest:.0f} ms"]
                 for name, (late, rate, slowest) in waits(server.url, index, seconds, connections)]
-        table(f"500 crop sets a second wanted for {seconds:.0f} s, one field each, server limited to 20 MB/s",
+        table(f"500 crop sets a second wanted for {seconds:.0f} s, one field each, server limited "
+              f"to 20 MB/s",
               ["what", "requests that wait", "sets/s answered", "longest wait"], rows)
 
 
 def waits(url: str, index, seconds: float, connections: int):
-    """A row for the pool and for each of two loaders; all are given the time until their first answer."""
+    """A row for the pool and for each of two loaders; all are given the time until their first
+    answer."""
     import torch
     from torch.utils.data import DataLoader, IterableDataset
 
@@ -193,7 +209,8 @@ def waits(url: str, index, seconds: float, connections: int):
         answers._shutdown_workers()
     with pool_of(url, index, connections, 64) as pool:
         step = itertools.count()
-        yield "stream.FieldPool of 64 fields", demand(lambda: pool.sample(25, next(step)), 25, 500, seconds)
+        yield "stream.FieldPool of 64 fields", demand(lambda: pool.sample(25, next(step)), 25, 500,
+                                                      seconds)
 
 
 if __name__ == "__main__":

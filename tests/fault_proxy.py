@@ -1,14 +1,19 @@
-"""An S3 server on loopback, moto's, behind a proxy that fails as networks do; tests and benchmark use it.
+"""An S3 server on loopback, moto's, behind a proxy that fails as networks do; tests and benchmark
+use it.
 
     with FaultyS3() as s3:                          # both run in one other process
-        s3.client.put_object(...)                   # boto3 client of the server itself, without faults
+        s3.client.put_object(...)                   # boto3 client of the server itself, without
+                                                    faults
         s3.set(latency=0.2, errors=0.1)             # see Faults; s3.set() is a clean network again
-        s3.url                                      # endpoint behind the proxy; s3.direct without it
+        s3.url                                      # endpoint behind the proxy; s3.direct without
+                                                    it
 
-As a script it is that other process: it prints its two ports and takes lines of JSON, the faults from now on.
+As a script it is that other process: it prints its two ports and takes lines of JSON, the faults
+from now on.
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -50,7 +55,8 @@ class FaultyS3:
         from botocore.config import Config
         self.client = boto3.session.Session().client(
             "s3", endpoint_url=self.direct, region_name="us-east-1", aws_access_key_id="test",
-            aws_secret_access_key="test", config=Config(connect_timeout=3, retries={"total_max_attempts": 10}))
+            aws_secret_access_key="test", config=Config(connect_timeout=3,
+                                                        retries={"total_max_attempts": 10}))
         for bucket in buckets:
             self.client.create_bucket(Bucket=bucket, ACL="public-read-write")
 
@@ -82,17 +88,21 @@ class Handler(BaseHTTPRequestHandler):
             return self.reset()
         draw = self.server.random.random()
         if draw < faults.errors or (faults.broken and faults.broken in self.path):
-            return self.answer(503, {"Content-Type": "application/xml", "Content-Length": str(len(BUSY))},
+            return self.answer(503, {"Content-Type": "application/xml",
+                                     "Content-Length": str(len(BUSY))},
                                BUSY)
         upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
-        upstream.request(self.command, self.path, sent or None, {k: v for k, v in self.headers.items()
-                                                                 if k.lower() not in ("connection", "expect")})
+        upstream.request(self.command, self.path, sent or None,
+                         {k: v for k, v in self.headers.items()
+                                                                 if k.lower() not in ("connection",
+                                                                                      "expect")})
         response = upstream.getresponse()
         body = response.read()
         upstream.close()
         headers = {k: v for k, v in response.getheaders() if k.lower() not in ("connection",
                                                                                "transfer-encoding",
-                                                                               "content-length", "server",
+                                                                               "content-length",
+                                                                               "server",
                                                                                "date")}
         headers["Content-Length"] = str(len(body))
         draw -= faults.errors
@@ -129,10 +139,8 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def handle(self) -> None:
-        try:
+        with contextlib.suppress(OSError):          # the client has left, or we have
             super().handle()
-        except OSError:                             # the client has left, or we have
-            pass
 
 
 class Proxy(ThreadingHTTPServer):
@@ -142,7 +150,8 @@ class Proxy(ThreadingHTTPServer):
     def __init__(self, upstream: int):
         super().__init__(("127.0.0.1", 0), Handler)
         self.upstream, self.faults, self.random = upstream, Faults(), random.Random(0)
-        self.turn, self.free = threading.Lock(), 0.0          # free: when the line has sent what it was given
+        # free: when the line has sent what it was given
+        self.turn, self.free = threading.Lock(), 0.0
 
     def spend(self, size: int) -> None:
         """Wait for `size` bytes on a line that all bodies share."""
@@ -153,10 +162,8 @@ class Proxy(ThreadingHTTPServer):
             time.sleep(max(0.0, wait))
 
     def shutdown_request(self, request) -> None:
-        try:
+        with contextlib.suppress(OSError):          # reset before
             super().shutdown_request(request)
-        except OSError:                             # reset before
-            pass
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""augment.py: the hash in closed form, crops that do not know their batch, targets by an oracle, script."""
+"""augment.py: the hash in closed form, crops that do not know their batch, targets by an oracle,
+script."""
 import dataclasses
 import hashlib
 import subprocess
@@ -28,7 +29,8 @@ def only(**changes):
 
 
 def discs(seed, H, W, n, radius):
-    """Labels of n discs, later ones over earlier ones, so that some touch and some are cut by the border."""
+    """Labels of n discs, later ones over earlier ones, so that some touch and some are cut by the
+    border."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:H, :W]
     labels = np.zeros((H, W), np.int32)
@@ -47,10 +49,11 @@ def entry(seed, H, W, n=12, radius=14, colour=False):
 
 def crops(entries, config, images=None, size=64, seed=0, cap=4.0, B=8, **options):
     images = np.zeros(B, int) if images is None else images
-    return sample(Resident(entries, cap=cap, **options), images, np.arange(B), config, size, seed, cap)
+    return sample(Resident(entries, cap=cap, **options), images, np.arange(B), config, size, seed,
+                  cap)
 
 
-# ---------------------------------------------------------------------------------------------- random
+# ------------------------------------------------------------------------------------------- random
 
 def test_hash_is_splitmix64():
     """The published first values of splitmix64 from seed 0; arrays and tensors agree."""
@@ -63,12 +66,13 @@ def test_hash_is_splitmix64():
 def test_uniform_is_uniform_and_independent():
     numbers = np.arange(20000)
     draws = Draws.of(3, numbers)
-    sets = [draws.uniform("a"), draws.uniform("b"), draws.uniform("a happens"), draws.uniform("c", 3)[:, 2],
+    sets = [draws.uniform("a"), draws.uniform("b"), draws.uniform("a happens"),
+            draws.uniform("c", 3)[:, 2],
             Draws.of(4, numbers).uniform("a"), Draws.of(3, numbers + 20000).uniform("a")]
     for u in sets:
         assert 0 < u.min() and u.max() < 1
         assert stats.kstest(u, "uniform").pvalue > 1e-3
-        assert abs(np.corrcoef(u[1:], u[:-1])[0, 1]) < 0.03                  # 4 sigma of 1 / sqrt(n)
+        assert abs(np.corrcoef(u[1:], u[:-1])[0, 1]) < 0.03  # 4 sigma of 1 / sqrt(n)
     assert np.abs(np.corrcoef(sets) - np.eye(len(sets))).max() < 0.03
     assert np.array_equal(draws.at(numbers[5:7]).uniform("c", 3), draws.uniform("c", 3)[5:7])
 
@@ -80,15 +84,17 @@ def test_noise_is_normal_and_white():
     flat = z.double().flatten()
     n = len(flat)
     for power, moment in ((1, 0), (2, 1), (3, 0), (4, 3)):
-        spread = np.sqrt(stats.norm.moment(2 * power) / n)                   # of the mean of z^power
+        spread = np.sqrt(stats.norm.moment(2 * power) / n)  # of the mean of z^power
         assert abs((flat ** power).mean() - moment) < 4 * spread + (0.01 if power == 4 else 0)
     assert stats.kstest(flat.numpy()[::3], "norm").pvalue > 1e-3
-    for a, b in ((z[..., 1:], z[..., :-1]), (z[:, :, 1:], z[:, :, :-1]), (z[:, 0], z[:, 1]), (z[0], z[1])):
+    for a, b in ((z[..., 1:], z[..., :-1]), (z[:, :, 1:], z[:, :, :-1]), (z[:, 0], z[:, 1]),
+                 (z[0], z[1])):
         assert abs((a * b).mean()) < 4 / np.sqrt(a.numel())
 
 
 def test_ranges_are_log_uniform_and_chances_kept():
-    draws = Draws.of(0, np.arange(20000), only(blur=0.3, blur_px=(0.5, 2), brightness_range=(-0.1, 0.3)))
+    draws = Draws.of(0, np.arange(20000), only(blur=0.3, blur_px=(0.5, 2),
+                                               brightness_range=(-0.1, 0.3)))
     assert abs(draws.happens("blur").mean() - 0.3) < 0.015
     assert stats.kstest(np.log2(draws.within("blur_px")), "uniform", (-1, 2)).pvalue > 1e-3
     assert stats.kstest(draws.within("brightness_range"), "uniform", (-0.1, 0.4)).pvalue > 1e-3
@@ -97,7 +103,8 @@ def test_ranges_are_log_uniform_and_chances_kept():
 @pytest.mark.parametrize("cap", [4.0, None])
 def test_a_sample_does_not_know_its_batch(cap):
     """Bit for bit, with everything on, gray and colour mixed; number and seed matter."""
-    entries = [entry(0, 80, 90), entry(1, 61, 75, colour=True), entry(2, 200, 110), entry(3, 90, 90, n=0)]
+    entries = [entry(0, 80, 90), entry(1, 61, 75, colour=True), entry(2, 200, 110),
+               entry(3, 90, 90, n=0)]
     resident = Resident(entries, cap=cap)
     config = Augment(**{name: 0.5 for name in CHANCES})
     images = np.array([0, 1, 1, 2, 3, 0, 1, 2, 3, 2])
@@ -106,7 +113,7 @@ def test_a_sample_does_not_know_its_batch(cap):
     for i in range(len(images)):
         alone = sample(resident, images[[i]], numbers[[i]], config, 53, 1, cap)
         assert all(torch.equal(a[i], b[0]) for a, b in zip(whole, alone)), i
-    assert not torch.equal(whole[0][1], whole[0][2])                         # one image under two numbers
+    assert not torch.equal(whole[0][1], whole[0][2])  # one image under two numbers
     other = sample(resident, images, numbers, config, 53, 2, cap)
     assert all(not torch.equal(a, b) for a, b in zip(whole[0], other[0]))
 
@@ -129,7 +136,7 @@ def test_groups_are_drawn_equally():
     assert not np.array_equal(images, resident.draw(1, np.arange(4000)))
 
 
-# -------------------------------------------------------------------------------------------- geometry
+# ----------------------------------------------------------------------------------------- geometry
 
 def test_untouched_crops_are_copies():
     """All off: somewhere in the image, exactly these pixels and labels, to 16 bits."""
@@ -163,10 +170,13 @@ def test_mirroring_in_closed_form():
 
 
 @pytest.mark.parametrize("changes", [
-    dict(rotate=1.0, flip=0.5), dict(scale=(0.5, 0.5)), dict(scale=(0.3, 0.3)), dict(scale=(1.7, 1.7)),
-    dict(elastic=1.0, elastic_px=(3, 3)), dict(scale=(0.4, 1.6), rotate=0.7, flip=0.5, quarter=1, elastic=1)])
+    dict(rotate=1.0, flip=0.5), dict(scale=(0.5, 0.5)), dict(scale=(0.3, 0.3)),
+    dict(scale=(1.7, 1.7)),
+    dict(elastic=1.0, elastic_px=(3, 3)), dict(scale=(0.4, 1.6), rotate=0.7, flip=0.5, quarter=1,
+                                               elastic=1)])
 def test_image_and_labels_move_together(changes):
-    """An image that shows its labels: after any resampling the two agree but for the pixels at the edges."""
+    """An image that shows its labels: after any resampling the two agree but for the pixels at the
+    edges."""
     labels = discs(7, 300, 320, 25, 24)
     shown = np.repeat((labels > 0).astype(np.float32)[None], 3, 0)
     x, target, cut = crops([("a", shown, labels)], only(**changes))
@@ -174,7 +184,7 @@ def test_image_and_labels_move_together(changes):
     differ = (x[:, 0].numpy() > 0.5) != inside
     near = np.stack([ndimage.binary_dilation(find_boundaries(v), np.ones((3, 3))) for v in inside])
     assert differ.mean() < 0.03 and inside.mean() > 0.1
-    assert (differ & ~near).mean() < 1e-3                                    # slivers that shrinking removes
+    assert (differ & ~near).mean() < 1e-3  # slivers that shrinking removes
     assert ((target[:, 0].numpy() > 0) == inside).all()
 
 
@@ -195,38 +205,43 @@ def test_scale_is_the_size_of_cells():
 
 
 def test_shrinking_averages():
-    """A chessboard of single pixels becomes even gray; plain bilinear sampling would keep black and white."""
+    """A chessboard of single pixels becomes even gray; plain bilinear sampling would keep black and
+    white."""
     board = np.indices((256, 256)).sum(0) % 2
     image = np.repeat(board[None].astype(np.float32), 3, 0)
-    x, _, _ = crops([("a", image, np.zeros((256, 256), int))], only(scale=(0.4, 0.6), rotate=1.0), size=96)
+    x, _, _ = crops([("a", image, np.zeros((256, 256), int))], only(scale=(0.4, 0.6), rotate=1.0),
+                    size=96)
     assert (x - 0.5).abs().max() < 0.01
 
 
 def test_crops_around_cells_and_elsewhere():
-    """One small cell in a large image: on_cell finds it always, uniform crops as often as their area says."""
+    """One small cell in a large image: on_cell finds it always, uniform crops as often as their
+    area says."""
     labels = np.zeros((512, 512), int)
     labels[100:104, 300:304] = 1
     one = [("a", np.zeros((3, 512, 512), np.float32), labels)]
     assert (crops(one, only(on_cell=1.0), B=32)[2] > 0).any((1, 2)).all()
     seen = (crops(one, OFF, B=500)[2] > 0).any((1, 2)).float().mean()
-    assert abs(seen - (67 / 449) ** 2) < 0.03                                # 64 + 4 - 1 of 449 places, twice
+    assert abs(seen - (67 / 449) ** 2) < 0.03  # 64 + 4 - 1 of 449 places, twice
 
 
-# ------------------------------------------------------------------------------------------- distances
+# ---------------------------------------------------------------------------------------- distances
 
 def oracle(labels, cap):
     """Each cell alone, in SciPy's transform; the border is no edge."""
     out = np.zeros(labels.shape)
     for i in np.unique(labels[labels > 0]):
         mask = labels == i
-        d = ndimage.distance_transform_edt(mask) if not mask.all() else np.full(labels.shape, np.inf)
+        d = ndimage.distance_transform_edt(mask) if not mask.all() else np.full(labels.shape,
+                                                                                np.inf)
         out[mask] = (np.minimum(d, cap) / min(d.max(), cap))[mask]
     return out
 
 
 @pytest.mark.parametrize("cap", [1.0, 2.0, 3.5, 4.0, 11.0, 13.0])
 def test_distances_equal_the_oracle(cap):
-    """Touching cells, cells cut by the border, a cell of one pixel, a cell that fills the crop, no cell."""
+    """Touching cells, cells cut by the border, a cell of one pixel, a cell that fills the crop, no
+    cell."""
     stack = np.stack([discs(s, 70, 70, 20, 16) for s in range(3)] + [np.ones((70, 70), np.int32),
                                                                     np.zeros((70, 70), np.int32)])
     stack[0, 5, 5] = 77
@@ -251,9 +266,11 @@ def test_target_is_the_distance_map_of_the_labels():
 
 
 def test_cut_cells_keep_the_scale_of_the_whole():
-    """A crop through discs much larger than the cap: off its border it shows the map of the whole image."""
+    """A crop through discs much larger than the cap: off its border it shows the map of the whole
+    image."""
     labels = discs(11, 300, 300, 12, 40)
-    pixels = np.repeat((labels / labels.max()).astype(np.float32)[None], 3, 0)     # says where the crop lies
+    # says where the crop lies
+    pixels = np.repeat((labels / labels.max()).astype(np.float32)[None], 3, 0)
     pixels[1], pixels[2] = np.linspace(0, 1, 300), np.linspace(0, 1, 300)[:, None]
     x, target, _ = crops([("a", pixels, labels)], OFF)
     whole = watershed.distance_map(labels, 4.0)
@@ -263,13 +280,15 @@ def test_cut_cells_keep_the_scale_of_the_whole():
 
 
 def test_uncapped_target():
-    """Copied crops show the uncapped map of the whole image; shrunk ones still rise to 1 in whole cells."""
+    """Copied crops show the uncapped map of the whole image; shrunk ones still rise to 1 in whole
+    cells."""
     labels = discs(12, 64, 64, 6, 12)
     one = [("a", np.repeat(labels[None] / 64, 3, 0).astype(np.float32), labels)]
     _, target, _ = crops(one, OFF, cap=None)
     assert np.abs(target[0, 0].numpy() - watershed.distance_map(labels)).max() < 1e-4
     labels = discs(13, 256, 256, 20, 20)
-    one, turned = [("a", np.zeros((3, 256, 256), np.float32), labels)], only(scale=(0.5, 0.5), rotate=1.0)
+    one, turned = [("a", np.zeros((3, 256, 256), np.float32), labels)], only(scale=(0.5, 0.5),
+                                                                             rotate=1.0)
     _, target, cut = crops(one, turned, size=100, cap=None, B=1)
     target, cut = target[0, 0], cut[0]
     inner = np.setdiff1d(cut, torch.cat((cut[0], cut[-1], cut[:, 0], cut[:, -1])))
@@ -279,7 +298,7 @@ def test_uncapped_target():
         sample(Resident(one), [0], [0], OFF, 64, 0, None)
 
 
-# ------------------------------------------------------------------------------------------- intensity
+# ---------------------------------------------------------------------------------------- intensity
 
 def ramp(value=None, colour=False):
     """An image of one value, or of a ramp."""
@@ -297,17 +316,20 @@ def test_inversion_brightness_contrast_gamma():
                           (pixels + 0.2).clamp(max=1), atol=2e-5)
     assert torch.allclose(crops(entries, only(contrast=1.0, contrast_range=(0.5, 0.5)))[0],
                           (pixels - 0.5) / 2 + 0.5, atol=2e-5)
-    assert torch.allclose(crops(entries, only(gamma=1.0, gamma_range=(2, 2)))[0], pixels ** 2, atol=5e-5)
+    assert torch.allclose(crops(entries, only(gamma=1.0, gamma_range=(2, 2)))[0], pixels ** 2,
+                          atol=5e-5)
 
 
 def test_blur_is_gaussian():
     """A point becomes a Gaussian: its sum stays, its variance is sigma^2."""
     image = np.zeros((3, 64, 64), np.float32)
     image[:, 32, 32] = 1
-    x = crops([("a", image, np.zeros((64, 64), int))], only(blur=1.0, blur_px=(1.5, 1.5)), B=1)[0][0, 0]
+    x = crops([("a", image, np.zeros((64, 64), int))], only(blur=1.0, blur_px=(1.5, 1.5)),
+              B=1)[0][0, 0]
     y = torch.arange(64) - 32
     assert abs(x.sum() - 1) < 1e-3
-    assert abs((x.sum(1) * y ** 2).sum() - 2.25) < 0.02 and abs((x.sum(0) * y ** 2).sum() - 2.25) < 0.02
+    assert abs((x.sum(1) * y ** 2).sum() - 2.25) < 0.02 and abs((x.sum(0) * y ** 2).sum()
+                                                                - 2.25) < 0.02
     assert abs(float(x.max()) - 1 / (2 * np.pi * 2.25)) < 1e-3
 
 
@@ -317,22 +339,25 @@ def test_noise_has_the_variance_it_should(noise, shot, value):
     config = only(noise=noise, noise_range=(0.05, 0.05), shot=shot, shot_photons=(100, 100))
     x = crops(ramp(value)[0], config)[0][:, 0].double()
     assert abs(x.mean() - value) < 5e-3
-    assert abs(x.var() / (noise * 0.05 ** 2 + shot * value / 100) - 1) < 0.05    # 8 x 64^2 values: 1 % spread
+    # 8 x 64^2 values: 1 % spread
+    assert abs(x.var() / (noise * 0.05 ** 2 + shot * value / 100) - 1) < 0.05
 
 
 def test_dim_counts_photons():
-    """Few photons: whole counts of the right mean, stretched to [0, 1]; a field without light stays black."""
+    """Few photons: whole counts of the right mean, stretched to [0, 1]; a field without light stays
+    black."""
     entries, _ = ramp(0.5)
     x = crops(entries, only(dim=1.0, dim_photons=(8, 8)), B=1)[0][0, 0]
     steps = torch.unique(x).diff()
-    assert len(steps) > 4 and (steps - steps[0]).abs().max() < 1e-5          # levels equally far apart
+    assert len(steps) > 4 and (steps - steps[0]).abs().max() < 1e-5  # levels equally far apart
     few = crops(ramp()[0], only(dim=1.0, dim_photons=(20, 20)))[0]
     assert few[..., 56:].mean() > 0.6 and few[..., :8].mean() < 0.15
     assert crops(ramp(0.0)[0], only(dim=1.0))[0].max() == 0
 
 
 def test_light_darkens_smoothly():
-    """The field is 1 at its brightest knot; between knots cubic interpolation overshoots a little."""
+    """The field is 1 at its brightest knot; between knots cubic interpolation overshoots a little.
+    """
     x = crops(ramp(0.8)[0], only(light=1.0, light_range=(0.3, 0.3)))[0][:, 0]
     assert x.max() <= 0.8 * 1.15 and x.mean() < 0.7 and x.std((1, 2)).min() > 0.02
     assert (x[:, 1:] - x[:, :-1]).abs().max() < 0.06
@@ -344,7 +369,8 @@ def test_gray_stays_gray_and_black_stays_black():
     assert torch.equal(x[:, 0], x[:, 1]) and torch.equal(x[:, 0], x[:, 2])
     name, pixels, labels = entry(1, 90, 90, colour=True)
     pixels[2] = 0                                                            # [DAPI, marker, 0]
-    x = crops([(name, pixels, labels)], dataclasses.replace(busy, mix=0.0, gray=0.0, shuffle=0.0), B=16)[0]
+    x = crops([(name, pixels, labels)], dataclasses.replace(busy, mix=0.0, gray=0.0, shuffle=0.0),
+              B=16)[0]
     assert x[:, 2].max() == 0 and x[:, 0].std() > 0.05
     assert not torch.equal(x[:, 0], x[:, 1])
 
@@ -353,7 +379,8 @@ def test_channels_are_shuffled_mixed_dropped():
     entries, pixels = ramp(colour=True)
     top = lambda x: x.amax((2, 3))                                           # noqa: E731  (B, 3)
     shuffled = top(crops(entries, only(shuffle=1.0), B=40)[0])
-    assert torch.allclose(shuffled.sort(1).values, torch.tensor([0.3, 0.6, 1.0]).expand(40, 3), atol=1e-4)
+    assert torch.allclose(shuffled.sort(1).values, torch.tensor([0.3, 0.6, 1.0]).expand(40, 3),
+                          atol=1e-4)
     assert len({tuple(row) for row in shuffled.mul(10).round().int().tolist()}) == 6
     mixed = top(crops(entries, only(mix=1.0), B=40)[0])
     assert 0.3 < mixed.min() and mixed.max() < 1 and (mixed[:, 0] - mixed[:, 1]).abs().min() > 0
@@ -368,7 +395,7 @@ def test_negatives_have_no_cells():
     assert labels.abs().max() == 0 and target.max() == 0
     assert x.min() >= 0 and x.max() <= 1
     spread = x.std((1, 2, 3))
-    assert spread.min() < 0.02 and spread.max() > 0.15                       # even ground, strong texture
+    assert spread.min() < 0.02 and spread.max() > 0.15  # even ground, strong texture
     mixed = crops([entry(0, 90, 90)], only(negative=0.5, on_cell=1.0), B=64)[2].amax((1, 2)) > 0
     assert 20 < mixed.sum() < 44
 
@@ -382,7 +409,8 @@ def test_negatives_of_colour_images_are_gray_as_well_and_some_have_few_levels():
 
 
 @pytest.mark.parametrize("changes,said", [(dict(blur=1.5), "blur=1.5: expected a probability"),
-                                          (dict(scale=(2, 1)), "expected two numbers, low and high"),
+                                          (dict(scale=(2, 1)),
+                                           "expected two numbers, low and high"),
                                           (dict(dim_photons=(0, 1)), "expected numbers above 0")])
 def test_mistakes_in_the_configuration(changes, said):
     with pytest.raises(ValueError, match=said):
@@ -398,7 +426,7 @@ def test_mistakes_in_the_data_name_the_image(pixels, labels):
         Resident([("cells.tif", pixels, labels)])
 
 
-# ------------------------------------------------------------------------------------------ the script
+# --------------------------------------------------------------------------------------- the script
 
 @pytest.fixture
 def folder(tmp_path):
@@ -408,7 +436,8 @@ def folder(tmp_path):
     for seed, (colour, kind) in enumerate([(False, np.uint16), (True, np.uint8)]):
         _, pixels, labels = entry(seed, 90, 100, colour=colour)
         pixels = ((1 - pixels) * np.iinfo(kind).max).astype(kind)
-        tifffile.imwrite(place / f"im{seed}.tif", pixels if colour else pixels[0], photometric="minisblack",
+        tifffile.imwrite(place / f"im{seed}.tif", pixels if colour else pixels[0],
+                         photometric="minisblack",
                          metadata={"axes": "CYX" if colour else "YX"})
         data.write_labels(place / f"im{seed}_masks.tif", labels)
     return place
@@ -431,10 +460,14 @@ def test_an_augmented_set(folder, tmp_path):
         pixels, labels = data.read_image(path).pixels, data.read_labels(out / "labels" / path.name)
         assert pixels.dtype == np.uint16 and pixels.shape[1:] == labels.shape == (64, 64)
         assert len(pixels) == (3 if path.name.startswith("im1") and len(pixels) != 1 else 1)
-        cells = label(labels, connectivity=1)                                # every cell is one piece
-        assert len(np.unique(cells)) == len(np.unique(labels)) and np.bincount(labels.ravel()).min() >= 5
+        cells = label(labels, connectivity=1)  # every cell is one piece
+        assert (
+            len(np.unique(cells)) == len(np.unique(labels))
+            and np.bincount(labels.ravel()).min() >= 5
+        )
         assert pixels[0][labels > 0].mean() + 5000 < pixels[0][labels == 0].mean()   # dark on light
-    assert {p.name for p in (out / "images").iterdir()} == {p.name for p in (out / "labels").iterdir()}
+    assert {p.name for p in (out / "images").iterdir()} == {p.name
+                                                            for p in (out / "labels").iterdir()}
     written = {example.name: example.files for example in data.examples(out)}
     assert out / "labels" / "im0_crop000.tif" in written["im0_crop000"] and len(written) == 6
 
@@ -454,17 +487,20 @@ def test_it_goes_on_and_does_not_mix(folder, tmp_path):
 
 
 def test_the_command_and_a_mistake(folder, tmp_path):
-    """The second image has labels of another size: one line says so, and what was made before it stays."""
+    """The second image has labels of another size: one line says so, and what was made before it
+    stays."""
     data.write_labels(folder / "im1_masks.tif", np.zeros((5, 5), int))
     command = [sys.executable, str(ROOT / "augment.py"), str(ROOT / "configs" / "augment.yaml")]
-    done = subprocess.run([*command, f"data={folder}", "copies=2", "size=48"], capture_output=True, text=True,
+    done = subprocess.run([*command, f"data={folder}", "copies=2", "size=48"], capture_output=True,
+                          text=True,
                           cwd=tmp_path)
     said = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and said.startswith("error: ") and "Traceback" not in done.stderr
     assert "im1.tif: pixels (3, 90, 100), labels (5, 5) int32; expected (3, H, W)" in said
     made = tmp_path / "dat" / "augmented_training_data"
     for kind in ("images", "labels"):
-        assert [p.name for p in sorted((made / kind).iterdir())] == ["im0_crop000.tif", "im0_crop001.tif"]
+        assert [p.name for p in sorted((made / kind).iterdir())] == ["im0_crop000.tif",
+                                                                     "im0_crop001.tif"]
 
 
 def test_mistakes_name_the_folder(folder, tmp_path):
@@ -474,18 +510,22 @@ def test_mistakes_name_the_folder(folder, tmp_path):
         augment.find_examples([empty])
     with pytest.raises(FileNotFoundError, match="gone"):
         augment.find_examples([tmp_path / "gone"])
-    with pytest.raises(ValueError, match="im0.tif: a second image named im0, beside .*im0.tif; names"):
+    with pytest.raises(ValueError,
+                       match="im0.tif: a second image named im0, beside .*im0.tif; names"):
         augment.find_examples([folder, folder])
     for folders in ((), ("a", "out/")):
         with pytest.raises(ValueError, match="expected folders other than output=out"):
             augment.Config(folders, "out")
-    with pytest.raises(ValueError, match="augment.py takes a configuration and key=value; give data=x.tif"):
+    with pytest.raises(ValueError,
+                       match="augment.py takes a configuration and key=value; give data=x.tif"):
         augment.main(augment.Config(("a",)), ["x.tif"])
 
 
 def test_help_does_not_wait_for_torch():
-    code = ("import runpy, sys; sys.argv = ['augment.py', '--help']\ntry: runpy.run_path('augment.py', None, "
-            "'__main__')\nexcept SystemExit as end:\n    import runs\n    assert not end.code and not runs.is_loaded('torch')")
+    code = ("import runpy, sys; sys.argv = ['augment.py', '--help']\ntry: "
+            "runpy.run_path('augment.py', None, "
+            "'__main__')\nexcept SystemExit as end:\n    import runs\n    assert not end.code and "
+            "not runs.is_loaded('torch')")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "blur_px=" in done.stdout and "copies=4" in done.stdout
@@ -496,33 +536,41 @@ def test_the_shipped_configuration_lists_every_key():
     config = runs.load_config(augment.Config, ROOT / "configs" / "augment.yaml", ["data=x"])
     assert config == augment.Config(("x",))
     text = (ROOT / "configs" / "augment.yaml").read_text()
-    assert all(f"{f.name}: " in text for c in (augment.Config, Augment) for f in dataclasses.fields(c)
+    assert all(f"{f.name}: " in text for c in (augment.Config, Augment)
+               for f in dataclasses.fields(c)
                if f.name != "augment")
 
 
-# --------------------------------------------------------------------------------- what strangers look like
+# ------------------------------------------------------------------------- what strangers look like
 
 def test_pasted_cells_bring_their_pixels_labels_and_distances():
-    """Half of the pixels are bright where cells are; pasted ones as well, and the target is the distance map of what is there."""
+    """Half of the pixels are bright where cells are; pasted ones as well, and the target is the
+    distance map of what is there."""
     entries = [entry(seed, 96, 96, n=8, radius=10) for seed in range(3)]
-    one, two = (crops(entries, config, np.arange(8) % 3, size=96) for config in (OFF, only(paste=1.0)))
+    one, two = (crops(entries, config, np.arange(8) % 3, size=96)
+                for config in (OFF, only(paste=1.0)))
     assert sum(len(np.unique(b)) > len(np.unique(a)) for a, b in zip(one[2], two[2])) >= 6
     for x, y, labels in zip(*two):
         labels = labels.numpy()
         inside = ndimage.minimum_filter(labels, 5) == ndimage.maximum_filter(labels, 5)
-        assert x[0].numpy()[inside & (labels > 0)].min() > 0.55 and x[0].numpy()[inside & (labels == 0)].max() < 0.35
+        assert (
+            x[0].numpy()[inside & (labels > 0)].min() > 0.55
+            and x[0].numpy()[inside & (labels == 0)].max() < 0.35
+        )
         whole = watershed.distance_map(labels, cap=4)
         cut = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
         kept = np.isin(labels, cut, invert=True) & (np.bincount(labels.ravel())[labels] > 150)
-        assert abs(y[0].numpy() - whole)[kept].max() < 0.35                  # covered cells keep the depth they had
+        assert abs(y[0].numpy() - whole)[kept].max() < 0.35  # covered cells keep the depth they had
     assert torch.equal(two[0], crops(entries, only(paste=1.0), np.arange(8) % 3, size=96)[0])
 
 
 def test_halos_push_the_surroundings_away():
-    """A bright square on gray gets a darker rim, a dark one a brighter; far from both nothing changes sides."""
+    """A bright square on gray gets a darker rim, a dark one a brighter; far from both nothing
+    changes sides."""
     image = np.full((3, 96, 96), 0.5, np.float32)
     image[:, 20:40, 20:40], image[:, 60:80, 60:80] = 1, 0
-    x = crops([("a", image, np.zeros((96, 96), int))], only(halo=1.0, halo_px=(5, 5), halo_range=(1, 1)), size=96, B=2)[0][0, 0]
+    x = crops([("a", image, np.zeros((96, 96), int))],
+              only(halo=1.0, halo_px=(5, 5), halo_range=(1, 1)), size=96, B=2)[0][0, 0]
     far, beside_bright, beside_dark = x[8, 88], x[44, 30], x[56, 70]
     assert beside_bright < far - 0.05 and beside_dark > far + 0.05
 
@@ -530,32 +578,43 @@ def test_halos_push_the_surroundings_away():
 def test_coarse_images_have_no_fine_detail():
     rng = np.random.default_rng(0)
     image = rng.random((1, 96, 96), np.float32).repeat(3, 0)
-    x = crops([("a", image, np.zeros((96, 96), int))], only(coarse=1.0, coarse_range=(0.4, 0.4)), size=96, B=1)[0][0, 0].numpy()
+    x = crops([("a", image, np.zeros((96, 96), int))], only(coarse=1.0, coarse_range=(0.4, 0.4)),
+              size=96, B=1)[0][0, 0].numpy()
     power = abs(np.fft.fft2(x - x.mean())) ** 2
     y, x = np.meshgrid(*(abs(np.fft.fftfreq(96)),) * 2, indexing="ij")
     assert power[np.hypot(y, x) > 0.3].sum() < 0.05 * power.sum()
 
 
 def test_blocks_are_what_pillow_writes():
-    """Quality 50 is the standard's tables themselves; without subsampling the images differ by a level of its integers or two, and a coefficient here and there."""
+    """Quality 50 is the standard's tables themselves; without subsampling the images differ by a
+    level of its integers or two, and a coefficient here and there."""
     from io import BytesIO
 
     from PIL import Image
     y, x = np.mgrid[:64, :64] / 64
     image = np.stack([y, x, 0.5 + 0.4 * np.sin(20 * x * y)]).astype(np.float32)
     image = np.round(image * 255) / 255
-    ours = crops([("a", image, np.zeros((64, 64), int))], only(blocks=1.0, blocks_range=(1, 1)), size=64, B=1)[0][0].numpy()
+    ours = crops([("a", image, np.zeros((64, 64), int))], only(blocks=1.0, blocks_range=(1, 1)),
+                 size=64, B=1)[0][0].numpy()
     file = BytesIO()
-    Image.fromarray(np.round(image * 255).astype(np.uint8).transpose(1, 2, 0)).save(file, "JPEG", quality=50, subsampling=0)
+    Image.fromarray(np.round(image * 255).astype(np.uint8).transpose(1, 2, 0)).save(
+        file, "JPEG", quality=50, subsampling=0
+    )
     theirs = np.asarray(Image.open(file), float).transpose(2, 0, 1) / 255
-    assert abs(ours - theirs).max() < 0.04 and abs(ours - theirs).mean() < 0.003 and abs(ours - image).max() > 0.05
+    assert (
+        abs(ours - theirs).max() < 0.04
+        and abs(ours - theirs).mean() < 0.003
+        and abs(ours - image).max() > 0.05
+    )
 
 
 def test_stains_change_hue_but_not_place():
     labels, (_, image, _) = discs(0, 96, 96, 10, 12), entry(0, 96, 96, colour=True)
     image = 1 - 0.6 * (labels > 0) * np.array([0.9, 1.0, 0.5])[:, None, None] - 0.1 * image
-    x = crops([("a", image.astype(np.float32), labels)], only(stain=1.0, stain_range=(0.2, 0.2)), size=96)[0].numpy()
-    assert (abs(x - image).max((1, 2, 3)) > 0.02).all() and len(np.unique(x.mean((1, 2, 3)).round(4))) == 8
+    x = crops([("a", image.astype(np.float32), labels)], only(stain=1.0, stain_range=(0.2, 0.2)),
+              size=96)[0].numpy()
+    assert (abs(x - image).max((1, 2, 3))
+            > 0.02).all() and len(np.unique(x.mean((1, 2, 3)).round(4))) == 8
     for one in x:
         assert max(abs(np.corrcoef(plane.ravel(), labels.ravel() > 0)[0, 1]) for plane in one) > 0.8
 
@@ -565,4 +624,5 @@ def test_gray_images_get_a_dye_on_white():
     image = np.broadcast_to((labels > 0).astype(np.float32), (3, 96, 96))
     x = crops([("a", image, labels)], only(tint=1.0), size=96)[0].numpy()
     inside, outside = x[:, :, labels > 0].mean(2), x[:, :, labels == 0].mean(2)
-    assert (inside < outside - 0.2).any(1).all() and (abs(x[:, 0] - x[:, 1]).max((1, 2)) > 0.02).all()
+    assert (inside < outside - 0.2).any(1).all() and (abs(x[:, 0] - x[:, 1]).max((1, 2))
+                                                      > 0.02).all()

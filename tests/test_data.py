@@ -1,4 +1,5 @@
-"""data.py: each layout is written here, tiny, and must come back; groups, splits, convert and check."""
+"""data.py: each layout is written here, tiny, and must come back; groups, splits, convert and
+check."""
 import csv
 import json
 import os
@@ -21,7 +22,7 @@ import data
 import runs
 from data import to_rgb
 
-# --------------------------------------------------------------------------------------------------- layouts
+# ------------------------------------------------------------------------------------------ layouts
 
 def blobs(seed: int, shape=(24, 31), n: int = 6) -> np.ndarray:
     """(H, W) uint16 labels 1, 2, ...: discs that touch and cut each other, none in pieces."""
@@ -67,7 +68,7 @@ def command(*arguments, code: int = 0, capsys=None) -> str:
     return err if code and err else out
 
 
-# ------------------------------------------------------------------------------------------------------ pairs
+# -------------------------------------------------------------------------------------------- pairs
 
 @pytest.mark.parametrize("image, labels", [
     ("{}_img.png", "{}_masks.png"), ("{}.png", "{}_masks.tif"), ("{}.tif", "{}_cp_masks.png"),
@@ -87,7 +88,8 @@ def test_pairs(tmp_path, image, labels):
 
 
 def test_names_are_sorted_naturally_and_what_is_no_label_is_none(tmp_path):
-    """An image may end as labels do (val_nuclei); classes, overlays and hidden files are neither."""
+    """An image may end as labels do (val_nuclei); classes, overlays and hidden files are neither.
+    """
     for i, name in enumerate(("t10", "t9", "a/t1", "val_nuclei")):
         pair(tmp_path, name, i, "{}_nuclei.png")
     for name in ("t9_types.png", "t9_overlay.png", "t9_distance.tif", ".t9_masks.png"):
@@ -111,7 +113,8 @@ def test_of_several_labels_the_first_counts_or_those_asked_for(tmp_path):
 def test_an_image_that_has_labels_is_none_of_another(tmp_path):
     save(tmp_path / "a.tif", picture(0))
     pair(tmp_path, "a_cells", 1)
-    assert [(e.name, e.labels().max()) for e in data.examples(tmp_path)] == [("a_cells", blobs(1).max())]
+    assert [(e.name, e.labels().max()) for e in data.examples(tmp_path)] == [("a_cells",
+                                                                              blobs(1).max())]
     save(tmp_path / "a_masks.tif", blobs(2))
     assert [e.name for e in data.examples(tmp_path)] == ["a", "a_cells"]
     assert np.array_equal(data.examples(tmp_path)[0].labels(), blobs(2))
@@ -142,13 +145,14 @@ def test_what_belongs_together_is_never_guessed(tmp_path, extra):
 
 def test_nothing_labelled(tmp_path):
     save(tmp_path / "x.png", picture(0))
-    for path, error in ((tmp_path, ValueError), (tmp_path / "gone", OSError), (tmp_path / "x.png", OSError)):
+    for path, error in ((tmp_path, ValueError), (tmp_path / "gone", OSError),
+                        (tmp_path / "x.png", OSError)):
         with pytest.raises(error, match=re.escape(str(path))) as caught:
             data.examples(path)
         assert "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------ tiles
+# -------------------------------------------------------------------------------------------- tiles
 
 @pytest.mark.parametrize("labels", ["b0c0x0_masks.png", "b0c1x0_cells.png", "b0x0_masks.tif"])
 def test_tiles_are_joined(tmp_path, labels):
@@ -158,7 +162,8 @@ def test_tiles_are_joined(tmp_path, labels):
     save(tmp_path / f"case7_AT8_{labels}", truth)
     example = only(tmp_path)
     image = example.image()
-    assert image.channels == ("DAPI", "marker") and np.array_equal(image.pixels, [picture(0), picture(1)])
+    assert image.channels == ("DAPI", "marker") and np.array_equal(image.pixels,
+                                                                   [picture(0), picture(1)])
     assert np.array_equal(to_rgb(image.pixels), [picture(0), picture(1), np.zeros((24, 31))])
     assert np.array_equal(example.labels(), truth) and len(example.files) == 3
     for marker in ("2", "marker"):                                 # without DAPI
@@ -191,7 +196,7 @@ def test_tiles_of_different_size(tmp_path):
         only(tmp_path).image()
 
 
-# ----------------------------------------------------------------------------------- nuclei, arrays, tracking
+# ------------------------------------------------------------------------- nuclei, arrays, tracking
 
 def test_one_mask_for_each_nucleus(tmp_path):
     truth = blobs(2)
@@ -209,7 +214,7 @@ def test_one_mask_for_each_nucleus(tmp_path):
     for path in sorted(alone.iterdir())[1:]:
         path.unlink()
     assert np.array_equal(data.examples(tmp_path)[1].labels(), truth == 1)
-    save(alone / "01.png", truth.astype(np.uint8))                         # labels of all under a name that says nothing
+    save(alone / "01.png", truth.astype(np.uint8))  # labels of all under a name that says nothing
     with pytest.raises(ValueError, match=f"{truth.max()} values, expected a mask of one cell"):
         data.examples(tmp_path)[1].labels()
     save(found[0].files[-1], np.zeros((3, 3), np.uint8))
@@ -225,7 +230,8 @@ def test_arrays(tmp_path, shape):
     found = data.examples(tmp_path)
     assert [e.name for e in found] == ["PBL_HEK/0000", "PBL_HEK/0001", "PBL_HEK/0002"]
     expected = images[2][None] if images.ndim == 3 else images[2].transpose(2, 0, 1)
-    assert np.array_equal(found[2].image().pixels, expected) and np.array_equal(found[2].labels(), truths[2])
+    assert np.array_equal(found[2].image().pixels, expected) and np.array_equal(found[2].labels(),
+                                                                                truths[2])
 
 
 def test_arrays_that_do_not_fit(tmp_path):
@@ -242,7 +248,8 @@ def test_arrays_that_do_not_fit(tmp_path):
 
 
 def test_tracking(tmp_path, capsys):
-    """Annotated frames alone; silver truth where there is no gold; the other frames are no mistake."""
+    """Annotated frames alone; silver truth where there is no gold; the other frames are no mistake.
+    """
     for sequence, kinds in (("01", ("GT", "ST")), ("02", ("ST",))):
         for t in range(3):
             save(tmp_path / sequence / f"t{t:03d}.tif", picture(t + int(sequence)))
@@ -254,19 +261,21 @@ def test_tracking(tmp_path, capsys):
     assert [e.name for e in data.examples(tmp_path)] == ["01/t001", "02/t001"]
     gold, silver = data.examples(tmp_path)
     assert np.array_equal(gold.labels(), blobs(5)) and np.array_equal(silver.labels(), blobs(6))
-    assert [e.name for e in data.examples(tmp_path, labels="ST")] == ["01/t001", "01/t002", "02/t001"]
+    assert [e.name for e in data.examples(tmp_path, labels="ST")] == ["01/t001", "01/t002",
+                                                                      "02/t001"]
     assert [e.name for e in data.examples(tmp_path, labels="gt")] == ["01/t001"]
     assert "clean" in command("check", tmp_path, capsys=capsys)
 
     save(tmp_path / "01_GT" / "SEG" / "man_seg007.tif", blobs(1))
     with pytest.raises(FileNotFoundError, match="man_seg007.tif: its frame 01/t007.tif is missing"):
         data.examples(tmp_path)
-    (tmp_path / "01_GT" / "SEG" / "man_seg007.tif").rename(tmp_path / "01_GT" / "SEG" / "man_seg_000_012.tif")
+    (tmp_path / "01_GT" / "SEG" / "man_seg007.tif").rename(tmp_path / "01_GT" / "SEG"
+                                                           / "man_seg_000_012.tif")
     with pytest.raises(ValueError, match="man_seg_000_012.tif: .*3-D"):
         data.examples(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------- COCO
+# --------------------------------------------------------------------------------------------- COCO
 
 SQUARE = [2, 3, 7, 3, 7, 9, 2, 9]                                  # columns 2..6, rows 3..8
 
@@ -293,10 +302,12 @@ def uncompressed(mask: np.ndarray) -> dict:
 
 
 def test_coco_polygons_and_rle(tmp_path):
-    """A square closed form, a ring in two parts, a mask as runs; the smaller lies on top; ids as listed."""
+    """A square closed form, a ring in two parts, a mask as runs; the smaller lies on top; ids as
+    listed."""
     save(tmp_path / "images" / "a.tif", picture(0)), save(tmp_path / "images" / "b.tif", picture(1))
     truth = blobs(4)
-    path = coco(tmp_path, {"a.tif": [[[3, 4, 5, 4, 5, 6, 3, 6]], [SQUARE, [20, 0, 22, 0, 22, 2, 20, 2]]],
+    path = coco(tmp_path,
+                {"a.tif": [[[3, 4, 5, 4, 5, 6, 3, 6]], [SQUARE, [20, 0, 22, 0, 22, 2, 20, 2]]],
                            "b.tif": [uncompressed(truth == i) for i in range(1, truth.max() + 1)]})
     a, b = data.examples(path)
     expected = np.zeros((24, 31), int)
@@ -320,13 +331,15 @@ def test_coco_packed_rle():
 
 
 def test_livecell_layout(tmp_path):
-    """Images lie beside annotations/, where the JSON has a dictionary, and an image twice, with two ids."""
+    """Images lie beside annotations/, where the JSON has a dictionary, and an image twice, with two
+    ids."""
     name = "A172_Phase_C7_1_00d04h00m_2"
     save(tmp_path / "images" / "livecell_test_images" / "A172" / f"{name}.tif", picture(0))
     path = coco(tmp_path / "annotations" / "LIVECell", {f"{name}.tif": [[SQUARE]]})
     parsed = json.loads(path.read_text())
     parsed["images"].append(parsed["images"][0] | {"id": 5})
-    parsed["annotations"] = {"1": parsed["annotations"][0], "2": {"image_id": 5, "segmentation": [SQUARE]}}
+    parsed["annotations"] = {"1": parsed["annotations"][0],
+                             "2": {"image_id": 5, "segmentation": [SQUARE]}}
     path.write_text(json.dumps(parsed))
     found = data.examples(path)
     assert [e.name for e in found] == [name, f"{name}_copy2"]
@@ -334,16 +347,21 @@ def test_livecell_layout(tmp_path):
     assert all(e.labels().sum() == 30 for e in found)
 
 
-@pytest.mark.parametrize("written", ["../../secret.tif", "/x/secret.tif", "..\\secret.tif", "C:\\secret.tif"])
+@pytest.mark.parametrize("written", ["../../secret.tif", "/x/secret.tif", "..\\secret.tif",
+                                     "C:\\secret.tif"])
 def test_coco_reaches_no_file_outside(tmp_path, written):
-    """The name alone is looked up, below the folder: a file elsewhere is missing, one below is read."""
+    """The name alone is looked up, below the folder: a file elsewhere is missing, one below is
+    read."""
     save(tmp_path / "secret.tif", picture(0))
     path = coco(tmp_path / "a" / "b", {written: [[SQUARE]]})
     with pytest.raises(FileNotFoundError, match="1 of its images are missing, such as secret.tif"):
         data.examples(path)
     save(tmp_path / "a" / "b" / "c" / "secret.tif", picture(1))
     example = only(tmp_path / "a" / "b")
-    assert example.files[0] == tmp_path / "a" / "b" / "c" / "secret.tif" and example.name == "set/secret"
+    assert (
+        example.files[0] == tmp_path / "a" / "b" / "c" / "secret.tif"
+        and example.name == "set/secret"
+    )
 
 
 def test_coco_names_in_several_folders(tmp_path):
@@ -373,10 +391,14 @@ def test_coco_segmentations_that_are_none(tmp_path, part, problem):
     ('{"images": [{"id": 1, "file_na', "no JSON"), ("[" * 100000, "no JSON"),
     ('{"images": [{"id": 1}], "annotations": []}', "id, file_name"),
     ('{"images": 7, "annotations": []}', "lists"), ('{"images": [], "annotations": 7}', "lists"),
-    ('{"images": [], "annotations": [{"bbox": [1, 2, 3, 4], "image_id": 1}]}', "without image_id or segm"),
-    ('{"images": [], "annotations": [{"segmentation": [], "image_id": 1}]}', "image_id 1, which is not"),
-    ('{"images": [], "annotations": [{"segmentation": [["x"]], "image_id": 1}]}', "no JSON that can be read"),
-    ('{"some": "settings"}', "no labelled images"), ('{"images": [], "annotations": []}', "no labelled")])
+    ('{"images": [], "annotations": [{"bbox": [1, 2, 3, 4], "image_id": 1}]}',
+     "without image_id or segm"),
+    ('{"images": [], "annotations": [{"segmentation": [], "image_id": 1}]}',
+     "image_id 1, which is not"),
+    ('{"images": [], "annotations": [{"segmentation": [["x"]], "image_id": 1}]}',
+     "no JSON that can be read"),
+    ('{"some": "settings"}', "no labelled images"), ('{"images": [], "annotations": []}',
+                                                     "no labelled")])
 def test_coco_files_that_are_none(tmp_path, text, problem):
     (tmp_path / "set.json").write_text(text)
     with pytest.raises(ValueError, match=problem) as caught:
@@ -386,11 +408,12 @@ def test_coco_files_that_are_none(tmp_path, text, problem):
 
 def test_coco_of_another_size(tmp_path):
     save(tmp_path / "a.tif", picture(0))
-    with pytest.raises(ValueError, match=r"a.tif is \(48, 31\) px there, but the image has \(24, 31\)"):
+    with pytest.raises(ValueError,
+                       match=r"a.tif is \(48, 31\) px there, but the image has \(24, 31\)"):
         only(coco(tmp_path, {"a.tif": [[SQUARE]]}, height=48)).labels()
 
 
-# --------------------------------------------------------------------------------------------------- polygons
+# ----------------------------------------------------------------------------------------- polygons
 
 def holed(seed: int) -> np.ndarray:
     """Labels with holes, several parts and pixels that hang together by a corner alone."""
@@ -429,11 +452,14 @@ def test_polygons_against_one_pixel_at_a_time(seed):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 36)), min_size=4, max_size=4, unique=True))
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 36)), min_size=4, max_size=4,
+                unique=True))
 def test_neighbours_share_a_side_without_gap_or_overlap(corners):
-    """Two triangles with a common side, corners on half pixels, make up the quadrangle around them."""
+    """Two triangles with a common side, corners on half pixels, make up the quadrangle around them.
+    """
     a, b, c, d = np.array(corners) / 2
-    one, other = (data.polygon_pixels([np.array(ring)], (18, 20)) for ring in ((a, b, c), (c, b, d)))
+    one, other = (data.polygon_pixels([np.array(ring)], (18, 20))
+                  for ring in ((a, b, c), (c, b, d)))
     around = data.polygon_pixels([np.array([a, b, d, c])], (18, 20))
     assert np.array_equal(np.sort(around), np.setxor1d(one, other))    # also where they cross
 
@@ -450,36 +476,45 @@ def test_qupath_regions_are_no_cells(tmp_path):
         path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
         return data.read_geojson(path, (24, 31))
     alone = [[y, x] for y in range(1, 5) for x in range(10, 13)]
-    assert np.array_equal(np.argwhere(labels([region, cell])), alone) and labels([region]).sum() == 12
-    for one, name in ((region, "PathAnnotationObject"), (cell, "PathCellObject")):         # QuPath 0.2 says it there
+    assert np.array_equal(np.argwhere(labels([region, cell])),
+                          alone) and labels([region]).sum() == 12
+    # QuPath 0.2 says it there
+    for one, name in ((region, "PathAnnotationObject"), (cell, "PathCellObject")):
         del one["properties"]["objectType"]
         one["id"] = name
     assert np.array_equal(np.argwhere(labels([region, cell])), alone)
     high = feature("detection", 10)
     high["geometry"]["coordinates"] = [[[x, y, 7] for x, y in cell["geometry"]["coordinates"][0]]]
-    assert np.array_equal(np.argwhere(labels([high])), alone)                               # heights are left out
-    for features, problem in (([feature("cell", 2, "LineString")], "1 is a LineString"), (7, "expected Geo"),
-                              ([feature("cell", 90)], "outside of the"), ([{"geometry": None}], "is a None")):
+    assert np.array_equal(np.argwhere(labels([high])), alone)  # heights are left out
+    for features, problem in (([feature("cell", 2, "LineString")], "1 is a LineString"),
+                              (7, "expected Geo"),
+                              ([feature("cell", 90)], "outside of the"),
+                              ([{"geometry": None}], "is a None")):
         with pytest.raises(ValueError, match=problem):
             labels(features)
 
 
-# --------------------------------------------------------------------------------------------------- Cellpose
+# ----------------------------------------------------------------------------------------- Cellpose
 
 def seg(path: Path, content, protocol: int, old_numpy: bool = False) -> Path:
     """As np.save writes it, with the names that NumPy 1 or 2 gives."""
     stream = pickle.dumps(np.array(content, dtype=object), protocol=protocol)
-    stream = stream.replace(b"numpy._core.multiarray\n" if old_numpy else b"numpy.core.multiarray\n",
-                            b"numpy.core.multiarray\n" if old_numpy else b"numpy._core.multiarray\n")
+    stream = stream.replace(b"numpy._core.multiarray\n" if old_numpy
+                            else b"numpy.core.multiarray\n",
+                            b"numpy.core.multiarray\n" if old_numpy
+                            else b"numpy._core.multiarray\n")
     with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})
+        np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False,
+                                                    "shape": ()})
         file.write(stream)
     return path
 
 
 def cellpose(masks: np.ndarray) -> dict:
-    return {"masks": masks, "outlines": masks * 2, "colors": np.zeros((3, 3)), "filename": Path("/x/y.png"),
-            "flows": [np.zeros((1, 3), np.float32), [], None], "est_diam": np.float64(17.5), "model_path": 0}
+    return {"masks": masks, "outlines": masks * 2, "colors": np.zeros((3, 3)),
+            "filename": Path("/x/y.png"),
+            "flows": [np.zeros((1, 3), np.float32), [], None], "est_diam": np.float64(17.5),
+            "model_path": 0}
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
@@ -509,10 +544,12 @@ class Call:
 
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("function, arguments", [
-    (os.system, "touch {}"), (exec, "open({!r}, 'w')"), (os.mkdir, "{}"), (np.save, "{}"), (getattr, "{}"),
+    (os.system, "touch {}"), (exec, "open({!r}, 'w')"), (os.mkdir, "{}"), (np.save, "{}"),
+    (getattr, "{}"),
     (subprocess.check_call, "touch {}"), (__import__, "this"), (np.load, "{}")])
 def test_seg_runs_nothing(tmp_path, protocol, function, arguments):
-    """The code comes beside masks that are whole, as the masks, or instead of all; os.system would run."""
+    """The code comes beside masks that are whole, as the masks, or instead of all; os.system would
+    run."""
     call = Call(function, arguments.format(str(tmp_path / "ran")))
     for content in (cellpose(blobs(0)) | {"colors": call}, {"masks": call}, call):
         path = seg(tmp_path / "x_seg.npy", content, protocol)
@@ -525,7 +562,8 @@ def test_seg_runs_nothing(tmp_path, protocol, function, arguments):
 
 
 @pytest.mark.parametrize("content", [
-    {}, {"masks": [[1, 2]]}, {"masks": 7}, [1], "a", {"masks": np.array(["a"])}, {"masks": np.ones((3, 4))},
+    {}, {"masks": [[1, 2]]}, {"masks": 7}, [1], "a", {"masks": np.array(["a"])},
+    {"masks": np.ones((3, 4))},
     {"masks": np.array([{}], dtype=object)}, {"masks": np.zeros((2, 3, 4), np.uint16)},
     {"masks": np.full((3, 4), -1, np.int16)}])
 def test_seg_without_masks(tmp_path, content):
@@ -534,7 +572,8 @@ def test_seg_without_masks(tmp_path, content):
 
 
 def test_damaged_seg(tmp_path):
-    """Cut anywhere or with any byte changed: labels or one line that names the file, nothing else."""
+    """Cut anywhere or with any byte changed: labels or one line that names the file, nothing else.
+    """
     whole = seg(tmp_path / "x_seg.npy", cellpose(blobs(0, (5, 6), 2)), 4).read_bytes()
     rng = np.random.default_rng(0)
     for i in range(600):
@@ -548,22 +587,29 @@ def test_damaged_seg(tmp_path):
             assert "y_seg.npy" in str(error)
 
 
-# --------------------------------------------------------------------------------------------- groups, splits
+# ----------------------------------------------------------------------------------- groups, splits
 
 @pytest.mark.parametrize("name, group", [
-    ("trpL_t09", "trpL"), ("01/t012", "01"), ("t00", ""), ("pg6_t3", "pg6"), ("movie/frame_12", "movie"),
-    ("omnipose_ec_5I_t141xy5c1", "omnipose_ec_5I_xy5c1"), ("SkBr3_Phase_H3_2_03d00h00m_4", "SkBr3_Phase_H3"),
-    ("jump_r01c01f03", "jump_r01c01"), ("pediatric_r03c03f03p01", "pediatric_r03c03"), ("nf1_F7_2", "nf1_F7"),
-    ("A01_s3", "A01"), ("emb1_z01", "emb1"), ("emb1_slice3", "emb1"), ("emb1_ch2", "emb1"), ("emb1_w2", "emb1"), ("A01_pos3", "A01"),
-    ("A01f03d0", "A01"), ("plate_B02f01d1", "plate_B02"), ("hela_copy007", "hela"), ("s1_slide3_s0b0c0x0-512y0", "s1_slide3"),
+    ("trpL_t09", "trpL"), ("01/t012", "01"), ("t00", ""), ("pg6_t3", "pg6"),
+    ("movie/frame_12", "movie"),
+    ("omnipose_ec_5I_t141xy5c1", "omnipose_ec_5I_xy5c1"),
+    ("SkBr3_Phase_H3_2_03d00h00m_4", "SkBr3_Phase_H3"),
+    ("jump_r01c01f03", "jump_r01c01"), ("pediatric_r03c03f03p01", "pediatric_r03c03"),
+    ("nf1_F7_2", "nf1_F7"),
+    ("A01_s3", "A01"), ("emb1_z01", "emb1"), ("emb1_slice3", "emb1"), ("emb1_ch2", "emb1"),
+    ("emb1_w2", "emb1"), ("A01_pos3", "A01"),
+    ("A01f03d0", "A01"), ("plate_B02f01d1", "plate_B02"), ("hela_copy007", "hela"),
+    ("s1_slide3_s0b0c0x0-512y0", "s1_slide3"),
     *((name, name) for name in ("A01", "set46", "T98G_12", "T47D", "gbm12", "he/test_11", "bc_22_2",
-                                "set/007", "3T3_set1", "val_MCF10A", "00ae65c1", "b3c4d5", "2024-05_dish"))])
+                                "set/007", "3T3_set1", "val_MCF10A", "00ae65c1", "b3c4d5",
+                                "2024-05_dish"))])
 def test_group_of(name, group):
     assert data.group_of(name) == group
 
 
 @pytest.mark.parametrize("name, donor", [
-    ("donor_7/t1", "7"), ("cases/donor_12/tile_b0c0x1", "12"), ("case_control/donor_7/x", "7"), ("patients/patient_3/a", "3"),
+    ("donor_7/t1", "7"), ("cases/donor_12/tile_b0c0x1", "12"), ("case_control/donor_7/x", "7"),
+    ("patients/patient_3/a", "3"),
     ("patient7/a", "7"), ("Subject AB12/a", "AB12"), ("showcase_1/donor_2", "2")])
 def test_donor_of(name, donor):
     assert data.donor_of(name) == donor
@@ -605,19 +651,24 @@ def test_hold_out_takes_whole_groups(share):
         assert 0 < len(held) < len(everything)
         assert held == [e for e in everything if data.group_of(e.name) in groups]
         assert abs(len(held) - share * 53) <= 4
-        assert {e.name for e in data.hold_out(everything[::-1], share, seed)} == {e.name for e in held}
-    assert len({tuple(e.name for e in data.hold_out(everything, 0.3, seed)) for seed in range(5)}) > 1
+        assert {e.name for e in data.hold_out(everything[::-1], share, seed)} == {e.name
+                                                                                  for e in held}
+    assert len({tuple(e.name for e in data.hold_out(everything, 0.3, seed))
+                for seed in range(5)}) > 1
 
 
 def test_hold_out_of_few():
     assert data.hold_out(named("a"), 0.5, 0) == [] and data.hold_out(named("a", "b"), 0, 0) == []
-    assert len(data.hold_out(named("a", "b"), 0.01, 0)) == len(data.hold_out(named("a", "b"), 1, 0)) == 1
+    assert len(data.hold_out(named("a", "b"), 0.01, 0)) == len(data.hold_out(named("a", "b"), 1,
+                                                                             0)) == 1
     frames = movies(1, 10)
-    assert data.hold_out(frames, 0.2, 0) == frames[-2:] and data.hold_out(frames, 1, 0) == frames[1:]
+    assert data.hold_out(frames, 0.2, 0) == frames[-2:] and data.hold_out(frames, 1,
+                                                                          0) == frames[1:]
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 30), min_size=3, max_size=25), st.sampled_from([(0.6, 0.2, 0.2), (0.9, 0.1)]))
+@given(st.lists(st.integers(1, 30), min_size=3, max_size=25),
+       st.sampled_from([(0.6, 0.2, 0.2), (0.9, 0.1)]))
 def test_sides_are_balanced_by_images(sizes, fractions):
     """No side is empty, and each is as large as wanted to within the largest group."""
     groups = {f"g{i}": ("", size) for i, size in enumerate(sizes)}
@@ -647,13 +698,14 @@ def test_split_by_donor(tmp_path, capsys):
     assert sum(counts) == 21 and abs(counts[0] - 12.6) <= 2 and abs(counts[1] - 4.2) <= 2
 
     command("split", source, *keys, f"out={out}", capsys=capsys)
-    assert (out / "split.tsv").read_bytes() == (source / "split.tsv").read_bytes()         # deterministic
+    assert (out / "split.tsv").read_bytes() == (source / "split.tsv").read_bytes()  # deterministic
     for row in rows:
         moved = {e.name: e for e in data.examples(out / row["split"])}[row["name"]]
         origin = {e.name: e for e in data.examples(source)}[row["name"]]
         assert np.array_equal(moved.image().pixels, origin.image().pixels)
         assert np.array_equal(moved.labels(), origin.labels())
-    assert "written for something else" in command("split", source, f"out={out}", code=1, capsys=capsys)
+    assert "written for something else" in command("split", source, f"out={out}", code=1,
+                                                   capsys=capsys)
     assert "written for something else" in command("split", source, code=1, capsys=capsys)
 
     text = (out / "split.tsv").read_text().replace("donor-5_tile0\ttrain", "donor-5_tile0\ttest")
@@ -670,7 +722,8 @@ def test_split_with_a_pattern_and_without_donors(tmp_path, capsys):
     command("split", tmp_path, "by=donor", "pattern=^([0-9]+)_", capsys=capsys)
     assert [row["group"] for row in table(tmp_path / "split.tsv")] == ["77", "77", "81", "90"]
     for keys, problem in ((("pattern=(", "by=donor"), "not a regular expression"),
-                          (("pattern=_x", "by=donor"), "one group"), (("fractions=0.5,0.4",), "add up to 1"),
+                          (("pattern=_x", "by=donor"), "one group"),
+                          (("fractions=0.5,0.4",), "add up to 1"),
                           (("fractions=1",), "two or three"),
                           (("stratify=dataset",), "77_x lies in no folder of its own"),
                           (("by=donor", "pattern=^(7)", "match=^7"), "1 donors for 2 sides")):
@@ -682,14 +735,18 @@ def test_recipes_for_tiles(tmp_path, capsys):
     for donor in range(4):
         for marker in ("AT8", "GFAP"):
             for c in (0, 1):
-                save(tmp_path / "in" / f"case{donor}_{marker}_b0c{c}x0.tif", picture(10 * donor + c))
+                save(tmp_path / "in" / f"case{donor}_{marker}_b0c{c}x0.tif",
+                     picture(10 * donor + c))
             save(tmp_path / "in" / f"case{donor}_{marker}_b0c0x0_masks.png", blobs(donor))
-    command("split", tmp_path / "in", "by=donor", f"out={tmp_path}/if", "fractions=0.5,0.5", capsys=capsys)
+    command("split", tmp_path / "in", "by=donor", f"out={tmp_path}/if", "fractions=0.5,0.5",
+            capsys=capsys)
     train = data.examples(tmp_path / "if" / "train")
     assert len(train) == 4 and train[0].image().channels == ("DAPI", "marker")
     command("convert", tmp_path / "if" / "train", tmp_path / "AT8", "match=AT8", capsys=capsys)
-    command("convert", tmp_path / "if" / "train", tmp_path / "marker", "channels=marker", capsys=capsys)
-    assert [e.name for e in data.examples(tmp_path / "AT8")] == [e.name for e in train if "AT8" in e.name]
+    command("convert", tmp_path / "if" / "train", tmp_path / "marker", "channels=marker",
+            capsys=capsys)
+    assert [e.name for e in data.examples(tmp_path / "AT8")] == [e.name for e in train
+                                                                 if "AT8" in e.name]
     for both, alone in zip(train, data.examples(tmp_path / "marker"), strict=True):
         assert np.array_equal(alone.image().pixels, both.image().pixels[1:])
         assert np.array_equal(alone.labels(), both.labels())
@@ -706,22 +763,25 @@ def test_split_stratified(tmp_path, capsys):
     assert held.count("livecell") == 3 and held.count("cyto") == 2 and len(held) in (5, 6)
 
 
-# ------------------------------------------------------------------------------------------ convert and check
+# -------------------------------------------------------------------------------- convert and check
 
 def test_convert_keeps_pixels_names_and_pixel_size(tmp_path, capsys):
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     stack = np.random.default_rng(0).normal(size=(2, 24, 31))
-    written = {"axes": "CYX", "Channel": {"Name": ["DNA", "ER"]}, "PhysicalSizeX": .65, "PhysicalSizeY": .65}
+    written = {"axes": "CYX", "Channel": {"Name": ["DNA", "ER"]}, "PhysicalSizeX": .65,
+               "PhysicalSizeY": .65}
     for dtype in ("uint16", "float32", "float64", "int16", "int64"):
-        tifffile.imwrite(source / f"{dtype}.tif", (1000 * stack).astype(dtype), photometric="minisblack",
+        tifffile.imwrite(source / f"{dtype}.tif", (1000 * stack).astype(dtype),
+                         photometric="minisblack",
                          ome=dtype != "int64", metadata=written)
         save(source / f"{dtype}_masks.tif", blobs(0).astype(np.uint32) * 30000)
     command("convert", source, out, capsys=capsys)
     for before, after in zip(data.examples(source), data.examples(out), strict=True):
         one, two = before.image(), after.image()
         assert before.name == after.name and two.pixels.dtype == one.pixels.dtype
-        assert np.array_equal(one.pixels, two.pixels) and np.array_equal(before.labels(), after.labels())
+        assert np.array_equal(one.pixels, two.pixels) and np.array_equal(before.labels(),
+                                                                         after.labels())
         assert (one.channels, one.pixel_size) == (two.channels, two.pixel_size)
     assert data.examples(out)[0].image().channels == ("DNA", "ER")
     assert data.examples(out)[0].image().pixel_size == pytest.approx(0.65)
@@ -730,7 +790,8 @@ def test_convert_keeps_pixels_names_and_pixel_size(tmp_path, capsys):
 def test_convert_every_layout_and_go_on(tmp_path, capsys):
     source, out = tmp_path / "in", tmp_path / "out"
     pair(source / "pairs", "p", 0)
-    for name, array in (("dsb/ab/images/ab.png", picture(1)), ("dsb/ab/masks/1.png", np.uint8(blobs(1) == 1)),
+    for name, array in (("dsb/ab/images/ab.png", picture(1)),
+                        ("dsb/ab/masks/1.png", np.uint8(blobs(1) == 1)),
                         ("npy/imgs.npy", picture(2)[None]), ("npy/anns.npy", blobs(2)[None]),
                         ("ctc/01/t000.tif", picture(3)), ("ctc/01_GT/SEG/man_seg000.tif", blobs(3)),
                         ("coco/c.tif", picture(4)), ("qupath/q.tif", picture(5))):
@@ -760,13 +821,15 @@ def test_convert_stops_before_half_a_pair(tmp_path, capsys):
     save(tmp_path / "in" / "b_masks.png", blobs(0, (10, 10)))
     error = command("convert", tmp_path / "in", tmp_path / "out", code=1, capsys=capsys)
     assert "b.png: (24, 31) px, labels (10, 10)" in error
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.tif", "a_masks.tif", "converted.txt"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.tif", "a_masks.tif",
+                                                                    "converted.txt"]
     within = command("convert", tmp_path / "in", tmp_path / "in" / "x", code=1, capsys=capsys)
     assert "choose a folder outside" in within and not (tmp_path / "in" / "x").exists()
 
 
 def test_planes_of_stacks_become_images(tmp_path, capsys):
-    """Every second plane that has three cells, numbered anew, under a name that keeps the planes of a stack together."""
+    """Every second plane that has three cells, numbered anew, under a name that keeps the planes of
+    a stack together."""
     stack = np.random.default_rng(0).integers(0, 999, (5, 30, 40)).astype(np.uint16)
     labels = np.zeros((5, 30, 40), np.uint16)
     for cell, z in enumerate((0, 0, 0, 2, 2, 4, 4, 4, 4, 1, 1, 1)):
@@ -774,13 +837,21 @@ def test_planes_of_stacks_become_images(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     tifffile.imwrite(tmp_path / "in" / "ovule.tif", stack)
     tifffile.imwrite(tmp_path / "in" / "ovule_labels.tif", labels)
-    assert data.main(data.Config(every=2), ["planes", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    assert data.main(data.Config(every=2), ["planes", str(tmp_path / "in"),
+                                            str(tmp_path / "out")]) == 0
     found = data.examples(tmp_path / "out")
-    assert [example.name for example in found] == ["ovule_z000", "ovule_z004"] and "2 planes" in capsys.readouterr().out
+    assert [example.name for example in found] == [
+        "ovule_z000",
+        "ovule_z004",
+    ] and "2 planes" in capsys.readouterr().out
     for example, z in zip(found, (0, 4)):
         np.testing.assert_array_equal(example.image().pixels[0], stack[z])
         np.testing.assert_array_equal(example.labels() > 0, labels[z] > 0)
-        assert len(np.unique(example.labels())) - 1 == example.labels().max() == len(np.unique(labels[z])) - 1
+        assert (
+            len(np.unique(example.labels())) - 1
+            == example.labels().max()
+            == len(np.unique(labels[z])) - 1
+        )
     assert {data.group_of(example.name) for example in found} == {"ovule"}
     tifffile.imwrite(tmp_path / "in" / "flat_labels.tif", labels[0])
     tifffile.imwrite(tmp_path / "in" / "flat.tif", stack[0])
@@ -819,8 +890,10 @@ def test_check_lists_everything(tmp_path, capsys):
 @pytest.mark.parametrize("arguments, problem", [
     ((), "got nothing, expected convert"), (("chek", "."), "got chek"), (("check",), "DIR"),
     (("convert", "."), "expected SRC DST"), (("check", ".", "seed=3"), "check does not use seed="),
-    (("split", ".", "by=doner"), "image or group or donor"), (("check", "gone"), "gone: no such folder"),
-    (("check", ".", "match=("), "match=(: not a regular expression"), (("check", "--fast"), "unknown option"),
+    (("split", ".", "by=doner"), "image or group or donor"),
+    (("check", "gone"), "gone: no such folder"),
+    (("check", ".", "match=("), "match=(: not a regular expression"),
+    (("check", "--fast"), "unknown option"),
     (("check", ".", "chanels=1"), "did you mean 'channels'")])
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch, arguments, problem):
     pair(tmp_path, "x", 0)
@@ -830,30 +903,38 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch, arguments, problem
 
 
 def test_as_a_command(tmp_path):
-    """In a process of its own: help names every key and needs no torch, check tells by its exit code."""
+    """In a process of its own: help names every key and needs no torch, check tells by its exit
+    code."""
     script, folder = data.__file__, Path(data.__file__).parent
     help_without_torch = f"""import runpy, sys; sys.argv[1:] = ['--help']
 try: runpy.run_path({script!r}, None, '__main__')
 finally: assert 'torch' not in sys.modules"""
-    told = subprocess.check_output([sys.executable, "-c", help_without_torch], text=True, cwd=folder)
-    assert all(f"  {field}=" in told for field in data.Config.__dataclass_fields__) and "man_seg" in told
+    told = subprocess.check_output([sys.executable, "-c", help_without_torch], text=True,
+                                   cwd=folder)
+    assert all(f"  {field}=" in told
+               for field in data.Config.__dataclass_fields__) and "man_seg" in told
     pair(tmp_path, "x", 0), save(tmp_path / "y.png", picture(1))
-    done = subprocess.run([sys.executable, script, "check", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 1 and "y.png: an image without labels" in done.stdout and not done.stderr
+    done = subprocess.run([sys.executable, script, "check", tmp_path], capture_output=True,
+                          text=True)
+    assert (
+        done.returncode == 1 and "y.png: an image without labels" in done.stdout and not done.stderr
+    )
 
 
 def test_shared_sets(shared):
-    """Every image of the manifest is found, with as many instances as it says, of each kind of labels."""
+    """Every image of the manifest is found, with as many instances as it says, of each kind of
+    labels."""
     root = shared / "data"
-    rows = {row["image"].rpartition(".")[0]: row for row in csv.DictReader(open(root / "manifest.csv"))}
+    rows = {row["image"].rpartition(".")[0]: row for row in runs.read_table(root / "manifest.csv")}
     assert {example.name for example in data.examples(root)} == rows.keys()
     for kind in ("nuclei", "cells"):
         found = {example.name: example for example in data.examples(root, labels=kind)}
         with_kind = {name for name, row in rows.items() if kind in row["labels"].split(";")}
         assert found.keys() == with_kind
         for name in with_kind:
-            if "dsb2018" not in name:                              # the large ones; they are only found
-                counts = dict(zip(rows[name]["labels"].split(";"), rows[name]["n_instances"].split(";")))
+            if "dsb2018" not in name:  # the large ones; they are only found
+                counts = dict(zip(rows[name]["labels"].split(";"),
+                                  rows[name]["n_instances"].split(";")))
                 labels = found[name].labels()
                 assert np.count_nonzero(np.unique(labels)) == int(counts[kind])
                 assert labels.shape == (int(rows[name]["height"]), int(rows[name]["width"]))

@@ -24,21 +24,25 @@ import runs  # noqa: E402
 ARCHITECTURE = ROOT / "docs/architecture.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
-MADE = ("ssl.py", "config.yaml", "service.py", "evaluate.md", "table.md")      # files that commands or readers make
-each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+# files that commands or readers make
+MADE = ("ssl.py", "config.yaml", "service.py", "evaluate.md", "table.md")
+each_document = pytest.mark.parametrize("path", DOCUMENTS,
+                                        ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
 def blocks(path):
     """(language, text) of each fenced block."""
-    return re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(encoding="utf-8"),
+                      re.MULTILINE | re.DOTALL)
 
 
 def prose(path):
     """The text without fenced blocks."""
-    return re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"),
+                  flags=re.MULTILINE | re.DOTALL)
 
 
-# ------------------------------------------------------------------------------------------ links and files
+# ---------------------------------------------------------------------------------- links and files
 
 def anchors(path):
     """What GitHub makes of the headings."""
@@ -59,12 +63,17 @@ def test_links_lead_somewhere(path):
 
 @each_document
 def test_files_that_are_named_exist(path):
-    """Of our own: scripts, configurations, documents, batch scripts, logs. Placeholders and results are passed over."""
+    """Of our own: scripts, configurations, documents, batch scripts, logs.
+
+    Placeholders and results are passed over.
+    """
     names = re.findall(r"`([\w./-]+\.(?:py|yaml|md|sh|jsonl|txt|tsv))`", prose(path))
     for name in names:
-        if name.startswith(("runs/", "dat/", "results/", "downstream/", "final_models/")) or name in MADE:
+        if name.startswith(("runs/", "dat/", "results/", "downstream/",
+                            "final_models/")) or name in MADE:
             continue
-        if re.match(r"[A-Z]+_", name) or "/" not in name and name.endswith((".jsonl", ".txt", ".tsv")):
+        if re.match(r"[A-Z]+_", name) or "/" not in name and name.endswith((".jsonl", ".txt",
+                                                                            ".tsv")):
             continue                                          # NAME_cells.tsv, records.tsv
         places = [ROOT, path.parent, ROOT / "tests", ROOT / "configs", ROOT / "docs"]
         assert any((place / name).is_file() for place in places), f"{path.name} names {name}"
@@ -73,7 +82,8 @@ def test_files_that_are_named_exist(path):
 def test_the_documents_stay_few_and_short():
     """Four of 95 KB together, each with a drawing on its first screens; logs lie in docs/logs/."""
     documents = sorted(ROOT.glob("docs/*.md"))
-    assert [path.stem for path in documents] == ["architecture", "instruct", "pretraining", "results"]
+    assert [path.stem for path in documents] == ["architecture", "instruct", "pretraining",
+                                                 "results"]
     assert sum(path.stat().st_size for path in documents) <= 95_000
     assert not [path for path in ROOT.glob("docs/*") if path.suffix in (".tsv", ".jsonl", ".txt")]
     for path in documents:
@@ -90,11 +100,13 @@ def test_the_tree_of_the_readme_is_the_folder():
         assert len(text.removeprefix("script: ").split()) <= 5, name
 
 
-# ------------------------------------------------------------------------------------------------- commands
+# ----------------------------------------------------------------------------------------- commands
 
 def commands(path):
-    """Words of each `python X.py ...`, slurm/train.sh and sbatch line, in shell blocks and in code in the text."""
-    lines = [line for language, text in blocks(path) if language in ("sh", "bash", "") for line in text.splitlines()]
+    """Words of each `python X.py ...`, slurm/train.sh and sbatch line, in shell blocks and in code
+    in the text."""
+    lines = [line for language, text in blocks(path) if language in ("sh", "bash", "")
+             for line in text.splitlines()]
     lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose(path))]
     for line in lines:
         for part in re.split(r"&&|;|\|(?= )", re.sub(r"\s+# .*", "", line)):
@@ -108,7 +120,8 @@ def commands(path):
 
 
 def config_class(script, words):
-    """The dataclass that a command's keys belong to, and the words after its verb; None where there is none."""
+    """The dataclass that a command's keys belong to, and the words after its verb; None where there
+    is none."""
     module = importlib.import_module(Path(script).stem)
     verbs = getattr(module, "VERBS", None)
     if verbs:
@@ -133,7 +146,8 @@ def test_commands_name_what_exists(path):
 
 @each_document
 def test_keys_in_commands_are_known(path):
-    """Every key=value stands in the script's configuration; placeholders (DIR, ...) are fine as values."""
+    """Every key=value stands in the script's configuration; placeholders (DIR, ...) are fine as
+    values."""
     for words in commands(path):
         script, rest = words[1] if len(words) > 1 else "", words[2:]
         if not (ROOT / script).is_file() or "/" in script or "|" in " ".join(rest):
@@ -167,13 +181,14 @@ def test_shell_blocks_are_shell(path):
             assert yaml.safe_load(text) is not None
 
 
-# ---------------------------------------------------------------------- the table of parts, the house
+# -------------------------------------------------------------------- the table of parts, the house
 
 def imports(name):
     """Files of ours that a file imports anywhere, but for type checks alone."""
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        if isinstance(node, ast.If) and isinstance(node.test,
+                                                   ast.Name) and node.test.id == "TYPE_CHECKING":
             node.body = []
     found = set()
     for node in ast.walk(tree):
@@ -195,9 +210,11 @@ def parts():
         own = [row for row in rows if row[0].startswith(side)]
         totals[side] = sum(row[1] for row in own), sum(row[2] for row in own)
         own.append((f"**{side}**", *totals[side]))
-        lines += [f"| {label} | {count:,} | {work / 1e9:.2f} | {work / whole:.1%} |" for label, count, work in own]
+        lines += [f"| {label} | {count:,} | {work / 1e9:.2f} | {work / whole:.1%} |"
+                  for label, count, work in own]
     lines.append(f"| **whole** | {sum(row[1] for row in rows):,} | {whole / 1e9:.2f} | 100.0% |")
-    larger = " and ".join(f"{sum(row[2] for row in model.cost(net, size)) / 1e9:.1f} GFLOPs at {size} px"
+    larger = " and ".join(f"{sum(row[2] for row in model.cost(net, size)) / 1e9:.1f} GFLOPs at "
+                          f"{size} px"
                           for size in (256, 512))
     return "\n".join([*lines, "", f"`python model.py`; the same network takes {larger}."])
 
@@ -216,11 +233,12 @@ def test_no_room_imports_a_script():
         assert not set(imports(name)) & set(commands_only), name
 
 
-# ------------------------------------------------------------------------------------------------- programs
+# ----------------------------------------------------------------------------------------- programs
 
 def program(name):
     text = ARCHITECTURE.read_text(encoding="utf-8")
-    found = re.search(rf"<!-- run: {name} -->\n```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    found = re.search(rf"<!-- run: {name} -->\n```python\n(.*?)^```$", text,
+                      re.MULTILINE | re.DOTALL)
     code = found[1]
     assert len([line for line in code.splitlines() if line.strip()]) <= 22
     return code
@@ -266,10 +284,12 @@ def test_fastapi(drawn, here, tmp_path):
 
 
 def test_napari(drawn, here, monkeypatch):
-    """The window needs a screen and OpenGL, so napari's model of a viewer stands in for it; the rest is real."""
+    """The window needs a screen and OpenGL, so napari's model of a viewer stands in for it; the
+    rest is real."""
     monkeypatch.setenv("QT_QPA_PLATFORM", "offscreen")
     napari = pytest.importorskip("napari")
-    pytest.importorskip("qtpy", reason="napari's widgets need Qt", exc_type=ImportError).QtWidgets
+    qt = pytest.importorskip("qtpy", reason="napari's widgets need Qt", exc_type=ImportError)
+    assert qt.QtWidgets
     import segment
 
     docked, started, viewer = [], [], napari.components.ViewerModel()
@@ -282,7 +302,11 @@ def test_napari(drawn, here, monkeypatch):
     find = docked[0][0]
     gray = napari.layers.Image(drawn, name="agp", scale=(0.5, 0.5))
     layer = find(image=gray, diameter=0)
-    assert isinstance(layer, napari.layers.Labels) and layer.name == "agp cells" and tuple(layer.scale) == (0.5, 0.5)
+    assert (
+        isinstance(layer, napari.layers.Labels)
+        and layer.name == "agp cells"
+        and tuple(layer.scale) == (0.5, 0.5)
+    )
     np.testing.assert_array_equal(layer.data, segment.segment(drawn, space["net"]))
     viewer.add_layer(layer)
     stack = napari.layers.Image(np.repeat((drawn[..., None] >> 8).astype(np.uint8), 4, 2), rgb=True)
@@ -291,4 +315,5 @@ def test_napari(drawn, here, monkeypatch):
 
 if __name__ == "__main__":
     text = ARCHITECTURE.read_text(encoding="utf-8")
-    runs.write_text(ARCHITECTURE, re.sub(PARTS, lambda found: found[1] + parts() + found[3], text, flags=re.DOTALL))
+    runs.write_text(ARCHITECTURE, re.sub(PARTS, lambda found: found[1] + parts() + found[3], text,
+                                         flags=re.DOTALL))

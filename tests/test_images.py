@@ -39,23 +39,25 @@ def one_line(error) -> str:
     return text
 
 
-# ----------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 
 def test_image_files_of_a_folder_in_natural_order(tmp_path):
     """All suffixes in any case, below as well; nothing hidden, no folder, no other file."""
-    for name in ("b10.tif", "b9.TIFF", "b9_w1.tif", "a/2.png", "a/10.jpeg", "c.btf", "d.jpg", "e.npy", "f.ome.tif",
+    for name in ("b10.tif", "b9.TIFF", "b9_w1.tif", "a/2.png", "a/10.jpeg", "c.btf", "d.jpg",
+                 "e.npy", "f.ome.tif",
                  ".hidden.tif", ".git/x.tif", "notes.txt", "x.czi"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.tif").mkdir()
     found = [path.relative_to(tmp_path).as_posix() for path in images.image_files(tmp_path)]
-    assert found == ["a/2.png", "a/10.jpeg", "b9.TIFF", "b9_w1.tif", "b10.tif", "c.btf", "d.jpg", "e.npy", "f.ome.tif"]
+    assert found == ["a/2.png", "a/10.jpeg", "b9.TIFF", "b9_w1.tif", "b10.tif", "c.btf", "d.jpg",
+                     "e.npy", "f.ome.tif"]
     assert [path.name for path in images.image_files(str(tmp_path), "*_w1.*")] == ["b9_w1.tif"]
     with pytest.raises(FileNotFoundError):
         images.image_files(tmp_path / "none")
 
 
-# ------------------------------------------------------------------------------------------------------- TIFF
+# --------------------------------------------------------------------------------------------- TIFF
 
 LAYOUTS = {
     "contiguous": {},
@@ -78,10 +80,14 @@ def test_tiff_layouts_give_back_regions(tmp_path, layout, dtype):
     path = tmp_path / "x.tif"
     options = dict(LAYOUTS[layout], photometric="minisblack", metadata={"axes": "CYX"})
     if dtype[0] == "f":
-        options.pop("predictor", None)                                    # that one needs imagecodecs
+        options.pop("predictor", None)  # that one needs imagecodecs
     tifffile.imwrite(path, pixels, **options)
     with open_image(path) as source:
-        assert source.shape == pixels.shape and source.dtype == np.dtype(dtype) and source.dtype.isnative
+        assert (
+            source.shape == pixels.shape
+            and source.dtype == np.dtype(dtype)
+            and source.dtype.isnative
+        )
         rng = np.random.default_rng(1)
         for _ in range(12):
             y0, y1 = sorted(rng.choice(131, 2, replace=False))
@@ -95,14 +101,16 @@ def test_tiff_layouts_give_back_regions(tmp_path, layout, dtype):
 @pytest.mark.parametrize("options", [{}, dict(compression="zlib"), dict(tile=(16, 32)),
                                      dict(tile=(16, 32), compression="zlib", predictor=True)])
 @pytest.mark.parametrize("planar", ["contig", "separate"])
-@pytest.mark.parametrize("named", [False, True])                             # metadata that call the samples channels
+@pytest.mark.parametrize("named", [False, True])  # metadata that call the samples channels
 def test_rgb_samples_are_channels(tmp_path, options, planar, named):
     pixels = noise(3, 50, 70, dtype=np.uint8)
     stored = pixels if planar == "separate" else np.moveaxis(pixels, 0, 2)
     axes = dict(metadata={"axes": "CYX" if planar == "separate" else "YXC"}) if named else {}
-    tifffile.imwrite(tmp_path / "x.tif", stored, photometric="rgb", planarconfig=planar, **options, **axes)
+    tifffile.imwrite(tmp_path / "x.tif", stored, photometric="rgb", planarconfig=planar, **options,
+                     **axes)
     np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels, pixels)
-    np.testing.assert_array_equal(read_image(tmp_path / "x.tif", channels=[3, 2]).pixels, pixels[[2, 1]])
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif", channels=[3, 2]).pixels,
+                                  pixels[[2, 1]])
     with open_image(tmp_path / "x.tif") as source:
         np.testing.assert_array_equal(source.region(20, 41, 9, 50), pixels[:, 20:41, 9:50])
 
@@ -121,7 +129,8 @@ def test_other_number_types(tmp_path, dtype):
 def test_smallest_images(tmp_path, shape, options):
     pixels = noise(*shape, dtype=np.uint8)
     colour = len(shape) == 3
-    tifffile.imwrite(tmp_path / "x.tif", pixels, photometric="rgb" if colour else "minisblack", **options)
+    tifffile.imwrite(tmp_path / "x.tif", pixels, photometric="rgb" if colour else "minisblack",
+                     **options)
     np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels,
                                   np.moveaxis(pixels, 2, 0) if colour else pixels[None])
 
@@ -137,14 +146,16 @@ def test_one_bit(tmp_path):
 
 
 STACKS = {"imagej": dict(imagej=True), "ome": dict(ome=True), "shaped": {},
-          "deflated": dict(ome=True, compression="zlib"), "tiles": dict(tile=(16, 16), compression="zlib")}
+          "deflated": dict(ome=True, compression="zlib"),
+          "tiles": dict(tile=(16, 16), compression="zlib")}
 
 
 @pytest.mark.parametrize("kind", STACKS)
 def test_stacks_must_be_chosen_from(tmp_path, kind):
     stack = noise(3, 5, 2, 40, 50)                                        # T, Z, C, Y, X
     path = tmp_path / "x.tif"
-    tifffile.imwrite(path, stack, metadata={"axes": "TZCYX"}, photometric="minisblack", **STACKS[kind])
+    tifffile.imwrite(path, stack, metadata={"axes": "TZCYX"}, photometric="minisblack",
+                     **STACKS[kind])
     np.testing.assert_array_equal(read_image(path, plane=4, time=2).pixels, stack[1, 3])
     np.testing.assert_array_equal(read_image(path, [2], plane=5, time=3).pixels, stack[2, 4, 1:])
     for arguments, expected in (({}, ["axis T of 3", "axis Z of 5", "time=1..3", "plane=1..5"]),
@@ -157,7 +168,8 @@ def test_stacks_must_be_chosen_from(tmp_path, kind):
 
 
 def test_axis_z_of_one_needs_no_choice_and_absent_axes_allow_none(tmp_path):
-    tifffile.imwrite(tmp_path / "x.tif", noise(1, 2, 20, 30), metadata={"axes": "ZCYX"}, imagej=True)
+    tifffile.imwrite(tmp_path / "x.tif", noise(1, 2, 20, 30), metadata={"axes": "ZCYX"},
+                     imagej=True)
     assert read_image(tmp_path / "x.tif").pixels.shape == (2, 20, 30)
     np.save(tmp_path / "x.npy", noise(20, 30))
     PIL.Image.fromarray(noise(20, 30, dtype=np.uint8)).save(tmp_path / "x.png")
@@ -175,7 +187,8 @@ def test_unexplained_pages_are_never_guessed(tmp_path, options):
     with pytest.raises(ValueError, match="6 pages.*plane=1..6.*channels=1,2"):
         open_image(tmp_path / "x.tif")
     np.testing.assert_array_equal(read_image(tmp_path / "x.tif", plane=4).pixels, pages[3:4])
-    np.testing.assert_array_equal(read_image(tmp_path / "x.tif", channels=[6, 2]).pixels, pages[[5, 1]])
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif", channels=[6, 2]).pixels,
+                                  pages[[5, 1]])
 
 
 def test_channels_with_samples(tmp_path):
@@ -203,7 +216,8 @@ def test_imagej_file_that_lists_only_its_first_page(tmp_path):
 
 def test_only_overlapping_tiles_are_decoded_and_once(tmp_path, monkeypatch):
     pixels = noise(1, 512, 640)
-    tifffile.imwrite(tmp_path / "x.tif", pixels, tile=(64, 64), compression="zlib", metadata={"axes": "CYX"})
+    tifffile.imwrite(tmp_path / "x.tif", pixels, tile=(64, 64), compression="zlib",
+                     metadata={"axes": "CYX"})
     seen = []
     whole = tifffile.FileHandle.read
     monkeypatch.setattr(tifffile.FileHandle, "read", lambda *a: seen.append(1) or whole(*a))
@@ -215,7 +229,7 @@ def test_only_overlapping_tiles_are_decoded_and_once(tmp_path, monkeypatch):
         for y in range(0, 512, 40):                                       # bands that cut the tiles
             source.region(y, min(y + 60, 512), 0, 640)
         assert len(seen) == 80
-    monkeypatch.setattr(images, "CACHE", 0)                                 # a row of tiles stays, no more
+    monkeypatch.setattr(images, "CACHE", 0)  # a row of tiles stays, no more
     with open_image(tmp_path / "x.tif") as source:
         seen.clear()
         for y in range(0, 512, 40):
@@ -246,7 +260,7 @@ def test_sparse_tiles_are_zero(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels[0], pixels)
 
 
-# --------------------------------------------------------------------------------------- names, size, notices
+# ----------------------------------------------------------------------------- names, size, notices
 
 def test_channel_names(tmp_path):
     pixels = noise(3, 20, 30)
@@ -260,8 +274,10 @@ def test_channel_names(tmp_path):
         image = read_image(path, channels=["ACTIN", 1])
         assert image.channels == ("actin", "DAPI")
         np.testing.assert_array_equal(image.pixels, pixels[[2, 0]])
-        np.testing.assert_array_equal(read_image(path, channels="gfp-fkhr,1").pixels, pixels[[1, 0]])
-        for wrong, expected in (("dapy", "did you mean 'DAPI'"), (0, "1..3, counted from 1"), (4, "1..3"),
+        np.testing.assert_array_equal(read_image(path, channels="gfp-fkhr,1").pixels,
+                                      pixels[[1, 0]])
+        for wrong, expected in (("dapy", "did you mean 'DAPI'"), (0, "1..3, counted from 1"),
+                                (4, "1..3"),
                                 (-1, "1..3")):
             with pytest.raises(ValueError) as error:
                 open_image(path, channels=[wrong])
@@ -271,9 +287,12 @@ def test_channel_names(tmp_path):
 
 
 def test_titles_of_slices_are_no_channel_names(tmp_path):
-    """Of Bio-Formats, and of ImageJ where they have lines of text: they differ from file to file."""
-    for titles in (["c:1/2 - w1.nd2 (series 1)", "c:2/2 - w1.nd2 (series 1)"], ["DAPI\n  x=3", "actin"]):
-        tifffile.imwrite(tmp_path / "x.tif", noise(2, 20, 30), imagej=True, metadata={"axes": "CYX", "Labels": titles})
+    """Of Bio-Formats, and of ImageJ where they have lines of text: they differ from file to file.
+    """
+    for titles in (["c:1/2 - w1.nd2 (series 1)", "c:2/2 - w1.nd2 (series 1)"],
+                   ["DAPI\n  x=3", "actin"]):
+        tifffile.imwrite(tmp_path / "x.tif", noise(2, 20, 30), imagej=True,
+                         metadata={"axes": "CYX", "Labels": titles})
         assert not read_image(tmp_path / "x.tif").channels
 
 
@@ -285,9 +304,17 @@ def test_png_of_few_bits_keeps_its_values(tmp_path, bits):
         packed[:, bit:13 * bits:bits] = values >> (bits - 1 - bit) & 1
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
     lines = b"".join(b"\0" + row.tobytes() for row in np.packbits(packed, axis=1))
-    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 13, 9, bits, 0, 0, 0, 0))
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n"
+                                     + chunk(b"IHDR", struct.pack(">IIBBBBB", 13, 9, bits, 0, 0, 0,
+                                                                  0))
                                      + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
     np.testing.assert_array_equal(read_image(tmp_path / "x.png").pixels[0], values)
 
@@ -297,21 +324,24 @@ def test_channel_names_that_are_numbers_do_not_shuffle_the_rest(tmp_path):
     tifffile.imwrite(tmp_path / "x.ome.tif", pixels, photometric="minisblack",
                      metadata={"axes": "CYX", "Channel": {"Name": ["2", "1"]}})
     np.testing.assert_array_equal(read_image(tmp_path / "x.ome.tif").pixels, pixels)
-    np.testing.assert_array_equal(read_image(tmp_path / "x.ome.tif", [1]).pixels, pixels[1:])   # its name
+    # its name
+    np.testing.assert_array_equal(read_image(tmp_path / "x.ome.tif", [1]).pixels, pixels[1:])
 
 
 @pytest.mark.parametrize("options, expected", [
-    (dict(ome=True, metadata={"axes": "YX", "PhysicalSizeX": 0.598, "PhysicalSizeY": 0.598}), 0.598),
+    (dict(ome=True, metadata={"axes": "YX", "PhysicalSizeX": 0.598, "PhysicalSizeY": 0.598}),
+     0.598),
     (dict(ome=True, metadata={"axes": "YX", "PhysicalSizeX": 325.0, "PhysicalSizeXUnit": "nm",
                               "PhysicalSizeY": 325.0, "PhysicalSizeYUnit": "nm"}), 0.325),
-    (dict(ome=True, metadata={"axes": "YX", "PhysicalSizeX": 1.0, "PhysicalSizeXUnit": "pixel"}), None),
+    (dict(ome=True, metadata={"axes": "YX", "PhysicalSizeX": 1.0, "PhysicalSizeXUnit": "pixel"}),
+     None),
     (dict(ome=True, metadata={"axes": "YX"}), None),
     (dict(imagej=True, resolution=(2.0, 2.0), metadata={"unit": "um"}), 0.5),
     (dict(imagej=True, resolution=(2.0, 2.0), metadata={"unit": "micron"}), 0.5),
     (dict(imagej=True, resolution=(2.0, 2.0), metadata={"unit": "\\u00B5m"}), 0.5),
     (dict(imagej=True, resolution=(0.01, 0.01), metadata={"unit": "micron"}), 100.0),
     (dict(imagej=True, resolution=(10000.0, 10000.0), metadata={"unit": "cm"}), 1.0),
-    (dict(imagej=True, resolution=(300.0, 300.0), metadata={"unit": "inch"}), None),                       # a printer's
+    (dict(imagej=True, resolution=(300.0, 300.0), metadata={"unit": "inch"}), None),  # a printer's
     (dict(imagej=True, resolution=(72.0, 72.0), metadata={"unit": "cm"}), None),
     (dict(imagej=True, resolution=(0.2, 0.2), metadata={"unit": "mm"}), 5000.0),
     (dict(imagej=True, resolution=(2.0, 2.0), metadata={"unit": "pixel"}), None),
@@ -325,23 +355,28 @@ def test_channel_names_that_are_numbers_do_not_shuffle_the_rest(tmp_path):
     ({}, None)])
 def test_pixel_size(tmp_path, options, expected):
     tifffile.imwrite(tmp_path / "x.tif", noise(20, 30), **options)
-    assert read_image(tmp_path / "x.tif").pixel_size == (expected and pytest.approx(expected, rel=1e-6))
+    assert read_image(tmp_path / "x.tif").pixel_size == (expected
+                                                         and pytest.approx(expected, rel=1e-6))
 
 
 def test_a_file_of_an_ome_set_keeps_its_pixel_size_and_takes_no_names(tmp_path):
-    """Its XML tells of all files of the set: the size is of each of them, which channel this one holds is not said."""
+    """Its XML tells of all files of the set: the size is of each of them, which channel this one
+    holds is not said."""
     path = tmp_path / "first.ome.tif"
     for other, names in (("second.ome.tif", None), (path.name, ("DNA",))):
         tifffile.imwrite(path, noise(20, 30), photometric="minisblack",
-                         metadata={"axes": "YX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5, "Channel": {"Name": ["DNA"]}})
+                         metadata={"axes": "YX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5,
+                                   "Channel": {"Name": ["DNA"]}})
         with tifffile.TiffFile(path) as tif:
             told = tif.ome_metadata
         block = f'<TiffData><UUID FileName="{other}">urn:uuid:1</UUID></TiffData>'
         assert "<TiffData" in told
         if names is None:
-            tifffile.tiffcomment(path, re.sub(r"<TiffData.*?(/>|</TiffData>)", block, told, flags=re.DOTALL).encode())
+            tifffile.tiffcomment(path, re.sub(r"<TiffData.*?(/>|</TiffData>)", block, told,
+                                              flags=re.DOTALL).encode())
         image = read_image(path)
-        assert image.pixel_size == 0.5 and image.channels == names and image.pixels.shape == (1, 20, 30)
+        assert image.pixel_size == 0.5 and image.channels == names and image.pixels.shape == (1, 20,
+                                                                                              30)
 
 
 def test_pixels_that_are_not_square(tmp_path):
@@ -369,11 +404,12 @@ def test_alpha_is_dropped_with_a_notice(tmp_path, suffix, count, options):
     with pytest.warns(UserWarning, match="alpha channel dropped$"):
         got = read_image(path).pixels
     np.testing.assert_array_equal(got, np.moveaxis(pixels[..., :-1], 2, 0))
-    with warnings.catch_warnings(record=True) as said:                    # the 1st, 10th and 100th file: no flood
+    with warnings.catch_warnings(record=True) as said:  # the 1st, 10th and 100th file: no flood
         warnings.simplefilter("always")
         for _ in range(99):
             read_image(path)
-    assert [str(one.message).rpartition("dropped")[2] for one in said] == [", now in 10 files", ", now in 100 files"]
+    assert [str(one.message).rpartition("dropped")[2] for one in said] == [", now in 10 files",
+                                                                           ", now in 100 files"]
     pixels[3, 4, -1] = 254
     save(pixels)
     with open_image(path) as source:
@@ -393,15 +429,17 @@ def test_palettes(tmp_path):
     image.save(tmp_path / "x.png")
     colours = np.moveaxis(palette[indices], 2, 0)
     np.testing.assert_array_equal(read_image(tmp_path / "x.png").pixels, colours)
-    for factor in (257, 256):                                             # both are in use for 8-bit colours
+    for factor in (257, 256):  # both are in use for 8-bit colours
         tifffile.imwrite(tmp_path / "x.tif", indices, photometric="palette",
                          colormap=palette.T.astype(np.uint16) * factor)
         np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels, colours)
     finer = noise(3, 256, seed=2)
     tifffile.imwrite(tmp_path / "x.tif", indices, photometric="palette", colormap=finer)
     np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels, finer[:, indices])
-    tifffile.imwrite(tmp_path / "x.tif", indices, imagej=True, photometric="palette", colormap=finer)
-    np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels, indices[None])   # a lookup table
+    tifffile.imwrite(tmp_path / "x.tif", indices, imagej=True, photometric="palette",
+                     colormap=finer)
+    # a lookup table
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels, indices[None])
 
 
 def test_min_is_white_and_further_series_are_said(tmp_path):
@@ -425,21 +463,24 @@ def test_an_ome_header_opens_no_other_file(tmp_path):
     with tifffile.TiffFile(tmp_path / "x.ome.tif") as tif:
         header = tif.ome_metadata
     header = header.replace('SizeC="1"', 'SizeC="2"').replace("</Pixels>", (
-        '<TiffData FirstC="1" IFD="0" PlaneCount="1"><UUID FileName="secret.tif">urn:uuid:1</UUID></TiffData>'
+        '<TiffData FirstC="1" IFD="0" PlaneCount="1"><UUID '
+        'FileName="secret.tif">urn:uuid:1</UUID></TiffData>'
         '</Pixels>'))
-    tifffile.imwrite(tmp_path / "y.ome.tif", noise(20, 30, seed=5), description=header, metadata=None)
+    tifffile.imwrite(tmp_path / "y.ome.tif", noise(20, 30, seed=5), description=header,
+                     metadata=None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pixels = read_image(tmp_path / "y.ome.tif").pixels
     np.testing.assert_array_equal(pixels, noise(1, 20, 30, seed=5))
 
 
-# -------------------------------------------------------------------------------------------- PNG, JPEG, .npy
+# ---------------------------------------------------------------------------------- PNG, JPEG, .npy
 
 def png(pixels: np.ndarray, colour_type: int) -> bytes:
     """An independent PNG encoder of 16 bits: row y uses filter y % 5 of the specification."""
     def chunk(name, body):
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I",
+                                                                        zlib.crc32(name + body))
     H, W = pixels.shape[:2]
     rows = pixels.astype(">u2").reshape(H, -1).view(np.uint8).astype(int)
     step = rows.shape[1] // W                                             # bytes per pixel
@@ -452,7 +493,8 @@ def png(pixels: np.ndarray, colour_type: int) -> bytes:
         guess = (0, a, b, (a + b) // 2, paeth)[y % 5]
         out += bytes([y % 5]) + ((row - guess) % 256).astype(np.uint8).tobytes()
         above = row
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 16, colour_type, 0, 0, 0))
+    return (b"\x89PNG\r\n\x1a\n"
+            + chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 16, colour_type, 0, 0, 0))
             + chunk(b"IDAT", zlib.compress(out)) + chunk(b"IEND", b""))
 
 
@@ -464,7 +506,9 @@ def test_png_of_16_bits_is_not_cut_to_8(tmp_path, samples, colour_type):
     (tmp_path / "x.png").write_bytes(png(pixels, colour_type))
     with open_image(tmp_path / "x.png") as source:
         got = source.region(0, 37, 0, 23)
-        assert source.dtype == np.uint16 and source.notices == ("alpha channel dropped",) * (samples % 2 == 0)
+        assert source.dtype == np.uint16 and source.notices == ("alpha channel dropped",) * (
+            samples % 2 == 0
+        )
     np.testing.assert_array_equal(got, np.moveaxis(pixels, 2, 0)[:samples - (samples % 2 == 0)])
 
 
@@ -475,7 +519,7 @@ def test_png_and_jpeg_of_8_bits(tmp_path, mode):
     np.testing.assert_array_equal(read_image(tmp_path / "x.png").pixels,
                                   np.moveaxis(pixels, 2, 0) if mode == "RGB" else pixels[None])
     exif = PIL.Image.Exif()
-    exif[274] = 6                                                         # turned on its side; left as stored
+    exif[274] = 6  # turned on its side; left as stored
     PIL.Image.fromarray(pixels).save(tmp_path / "x.jpg", exif=exif)
     with PIL.Image.open(tmp_path / "x.jpg") as image:
         decoded = np.asarray(image)
@@ -491,12 +535,17 @@ def test_npy(tmp_path, shape, expected, dtype):
     pixels = noise(*shape, dtype=np.dtype(dtype).newbyteorder("=")).astype(dtype)
     np.save(tmp_path / "x.npy", pixels)
     got = read_image(tmp_path / "x.npy").pixels
-    assert got.shape == expected and got.dtype == np.dtype(dtype).newbyteorder("=") and got.dtype.isnative
+    assert (
+        got.shape == expected
+        and got.dtype == np.dtype(dtype).newbyteorder("=")
+        and got.dtype.isnative
+    )
     first = expected[-2:] == shape[-2:]
-    np.testing.assert_array_equal(got, pixels.reshape(expected) if first else np.moveaxis(pixels, 2, 0))
+    np.testing.assert_array_equal(got, pixels.reshape(expected) if first
+                                  else np.moveaxis(pixels, 2, 0))
 
 
-# --------------------------------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 
 def test_files_that_are_no_images(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([{"a": 1}], object))
@@ -510,18 +559,22 @@ def test_files_that_are_no_images(tmp_path):
     PIL.Image.new("CMYK", (4, 4)).save(tmp_path / "inks.jpg")
     PIL.Image.fromarray(noise(64, 64, dtype=np.uint8)).save(tmp_path / "cut.png")
     contents = {"empty.tif": b"", "empty.png": b"", "empty.npy": b"", "text.tif": b"hello\nworld",
-                "text.png": b"hello", "text.npy": b"hello", "text.jpg": b"hello", "cut.tif": b"II*\0\x08",
+                "text.png": b"hello", "text.npy": b"hello", "text.jpg": b"hello",
+                "cut.tif": b"II*\0\x08",
                 "image.czi": b"ZISRAWFILE", "noname": b"x",
                 "cut.png": (tmp_path / "cut.png").read_bytes()[:2000]}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     for name, expected in {
             "empty.tif": "empty file", "empty.png": "empty file", "empty.npy": "empty file",
-            "text.tif": "no .tif", "text.png": "no .png", "text.npy": "no .npy", "text.jpg": "no .jpg",
+            "text.tif": "no .tif", "text.png": "no .png", "text.npy": "no .npy",
+            "text.jpg": "no .jpg",
             "cut.tif": "truncated", "cut.png": "truncated", "image.czi": "unknown suffix '.czi'",
             "noname": "unknown suffix ''",
-            "objects.npy": "object", "complex.npy": "complex128", "nothing.npy": "at least one pixel",
-            "line.npy": "(H, W)", "hyper.npy": "(C, H, W)", "complex.tif": "complex64", "volume.tif": "ZYX",
+            "objects.npy": "object", "complex.npy": "complex128",
+            "nothing.npy": "at least one pixel",
+            "line.npy": "(H, W)", "hyper.npy": "(C, H, W)", "complex.tif": "complex64",
+            "volume.tif": "ZYX",
             "inks.jpg": "CMYK"}.items():
         with pytest.raises(ValueError) as error:
             read_image(tmp_path / name)
@@ -533,7 +586,8 @@ def test_files_that_are_no_images(tmp_path):
         open_image(tmp_path)
 
 
-@pytest.mark.parametrize("options", [{}, dict(compression="zlib"), dict(tile=(16, 16)), dict(imagej=True),
+@pytest.mark.parametrize("options", [{}, dict(compression="zlib"), dict(tile=(16, 16)),
+                                     dict(imagej=True),
                                      dict(ome=True)])
 def test_tiff_cut_anywhere_is_one_line(tmp_path, options):
     pixels, path = noise(3, 48, 64), tmp_path / "x.tif"
@@ -545,7 +599,7 @@ def test_tiff_cut_anywhere_is_one_line(tmp_path, options):
             got = read_image(path, channels=[1, 2, 3]).pixels
         except ValueError as error:
             assert str(path) in str(error) and "\n" not in str(error)
-        else:                                                             # cut behind the last pixel
+        else:  # cut behind the last pixel
             complete += 1
             np.testing.assert_array_equal(got, pixels)
     assert complete < 4
@@ -593,22 +647,26 @@ def test_nan_is_found_where_it_is(tmp_path, bad):
                 source.region(*box)
 
 
-# ------------------------------------------------------------------------------------- TIFFs as bytes in memory
+# ------------------------------------------------------------------------- TIFFs as bytes in memory
 
 def test_tiffs_in_memory_are_decoded_in_place():
-    """A whole one, in any layout; another image is an error, a damaged one that may be fetched again another."""
+    """A whole one, in any layout; another image is an error, a damaged one that may be fetched
+    again another."""
     pixels = noise(40, 50)
-    for options in ({}, dict(compression="zlib", rowsperstrip=7), dict(tile=(16, 32)), dict(byteorder=">")):
+    for options in ({}, dict(compression="zlib", rowsperstrip=7), dict(tile=(16, 32)),
+                    dict(byteorder=">")):
         body, out = tiff_bytes(pixels, **options), np.zeros((40, 50), np.uint16)
         images.decode_tiff(body, out)
         assert (out == pixels).all() and images.tiff_size(body) == (40, 50)
-    for other, said in ((noise(40, 51), "40 x 51 px"), (pixels.astype(np.uint8), "uint8"), (noise(2, 40, 50), "2 page")):
-        with pytest.raises(ValueError, match=f"wrong size.*{said}.*expected 40 x 50 px of uint16, 1 page") as error:
+    for other, said in ((noise(40, 51), "40 x 51 px"), (pixels.astype(np.uint8), "uint8"),
+                        (noise(2, 40, 50), "2 page")):
+        with pytest.raises(ValueError, match=f"wrong size.*{said}.*expected 40 x 50 px of uint16, "
+                                             f"1 page") as error:
             images.decode_tiff(tiff_bytes(other), out)
         assert not isinstance(error.value, images.Damaged)
-    for body in (b"", b"<html>", body[:100], body[:-1]):
+    for damaged in (b"", b"<html>", body[:100], body[:-1]):
         with pytest.raises(images.Damaged, match="damaged or no TIFF|truncated TIFF"):
-            images.decode_tiff(body, out)
+            images.decode_tiff(damaged, out)
 
 
 def tiff_bytes(pixels, **options):
@@ -617,19 +675,21 @@ def tiff_bytes(pixels, **options):
     return file.getvalue()
 
 
-# ------------------------------------------------------------------------------------------------ intensities
+# -------------------------------------------------------------------------------------- intensities
 
 def test_to_rgb():
     pixels = noise(3, 4, 5)
     assert images.to_rgb(pixels) is pixels
     np.testing.assert_array_equal(images.to_rgb(pixels[:1]), pixels[[0, 0, 0]])
-    np.testing.assert_array_equal(images.to_rgb(pixels[:2]), np.stack([pixels[0], pixels[1], 0 * pixels[0]]))
+    np.testing.assert_array_equal(images.to_rgb(pixels[:2]),
+                                  np.stack([pixels[0], pixels[1], 0 * pixels[0]]))
     with pytest.raises(ValueError, match="channels=1,2"):
         images.to_rgb(noise(4, 4, 5))
 
 
 @settings(max_examples=60, deadline=None)
-@given(hnp.arrays(st.sampled_from(["u1", "u2", "i2", "f2", "i4", "u4", "f4", "i8", "u8", "f8", ">u2", ">f4"]),
+@given(hnp.arrays(st.sampled_from(["u1", "u2", "i2", "f2", "i4", "u4", "f4", "i8", "u8", "f8",
+                                   ">u2", ">f4"]),
                   st.tuples(st.integers(1, 2), st.integers(1, 6), st.integers(1, 6))),
        st.sampled_from([(1.0, 99.8), (0.0, 100.0), (50.0, 50.0), (12.5, 33.3)]))
 def test_percentiles_are_those_of_numpy(pixels, limits):
@@ -645,7 +705,8 @@ def test_percentiles_are_those_of_numpy(pixels, limits):
 @pytest.mark.parametrize("dtype", ["u1", "u2", "f4", "i4"])
 def test_percentiles_of_a_file_in_bands(tmp_path, dtype, monkeypatch):
     pixels = noise(2, 130, 101, dtype=dtype)
-    tifffile.imwrite(tmp_path / "x.tif", pixels, tile=(32, 32), compression="zlib", metadata={"axes": "CYX"},
+    tifffile.imwrite(tmp_path / "x.tif", pixels, tile=(32, 32), compression="zlib",
+                     metadata={"axes": "CYX"},
                      photometric="minisblack")
     monkeypatch.setattr(images, "COUNTED", 1500)
     with open_image(tmp_path / "x.tif") as source:
@@ -673,7 +734,7 @@ def test_normalise_keeps_small_steps_on_a_large_offset():
     np.testing.assert_allclose(got, steps / 11, atol=1e-7)
 
 
-# ------------------------------------------------------------------------------------------------- real files
+# --------------------------------------------------------------------------------------- real files
 
 def test_real_images(shared):
     """Multi-channel fields are read as channels."""
@@ -686,7 +747,8 @@ def test_real_images(shared):
 
 
 def test_few_cells_on_black_are_not_clipped_away():
-    """1 in 1,000 pixels is not black: percentiles 1 and 99.8 are both 0, the limits reach to the brightest."""
+    """1 in 1,000 pixels is not black: percentiles 1 and 99.8 are both 0, the limits reach to the
+    brightest."""
     pixels = np.zeros((1, 100, 100), np.uint16)
     pixels[0, :2, :5] = 700
     assert images.percentiles(pixels).tolist() == [[0, 700]]
@@ -715,8 +777,10 @@ def test_labels_from_png_and_npy_and_what_are_no_labels(tmp_path):
     np.save(tmp_path / "x.npy", labels)
     for name in ("x.png", "x.npy"):
         np.testing.assert_array_equal(read_labels(tmp_path / name), labels)
-    for wrong, expected in ((labels.astype(float), "save it as uint16"), (labels - 5, "0 to 2147483647"),
-                            (labels + 2 ** 31, "0 to 2147483647"), (np.stack([labels] * 3), "one channel")):
+    for wrong, expected in ((labels.astype(float), "save it as uint16"),
+                            (labels - 5, "0 to 2147483647"),
+                            (labels + 2 ** 31, "0 to 2147483647"),
+                            (np.stack([labels] * 3), "one channel")):
         np.save(tmp_path / "x.npy", wrong)
         with pytest.raises(ValueError) as error:
             read_labels(tmp_path / "x.npy")
@@ -729,7 +793,8 @@ def test_labels_from_png_and_npy_and_what_are_no_labels(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["x.npy", "x.png"]
 
 
-@pytest.mark.parametrize("size, block", [((700, 900), 300), ((512, 512), 256), ((1025, 513), 400), ((3, 5), 2)])
+@pytest.mark.parametrize("size, block", [((700, 900), 300), ((512, 512), 256), ((1025, 513), 400),
+                                         ((3, 5), 2)])
 def test_labels_that_come_in_parts_round_trip(tmp_path, size, block):
     expected, path = noise(*size, dtype=np.uint32) // 2, tmp_path / "x.tif"
     writer = images.LabelWriter(path, size, pixel_size=0.5)
@@ -742,7 +807,12 @@ def test_labels_that_come_in_parts_round_trip(tmp_path, size, block):
     assert read_image(path).pixel_size == pytest.approx(0.5) and os.listdir(tmp_path) == ["x.tif"]
     with tifffile.TiffFile(path) as tif:
         page = tif.pages[0]
-        assert not tif.is_bigtiff and page.tile == (512, 512) and page.dtype == np.uint32 and page.compression > 1
+        assert (
+            not tif.is_bigtiff
+            and page.tile == (512, 512)
+            and page.dtype == np.uint32
+            and page.compression > 1
+        )
 
 
 def test_one_part_is_a_plain_file(tmp_path):
@@ -759,7 +829,10 @@ def test_only_large_files_in_parts_are_bigtiff(tmp_path, monkeypatch):
     """Many programs read no BigTIFF."""
     monkeypatch.setattr("images.CLASSIC", 4 * 100 * 100)
     for side in (100, 101):
-        expected, writer = noise(side, side, dtype=np.uint32) // 2, images.LabelWriter(tmp_path / "x.tif", (side, side))
+        expected, writer = (
+            noise(side, side, dtype=np.uint32) // 2,
+            images.LabelWriter(tmp_path / "x.tif", (side, side)),
+        )
         for rows in (slice(0, 50), slice(50, side)):
             writer.add((rows, slice(0, side)), expected[rows])
         writer.close()

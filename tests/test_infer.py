@@ -1,4 +1,7 @@
-"""infer.py as a user meets it: files in, files out, one line for every mistake. Uses weights that ship."""
+"""infer.py as a user meets it: files in, files out, one line for every mistake.
+
+Uses weights that ship.
+"""
 import csv
 import dataclasses
 import functools
@@ -43,12 +46,14 @@ def broad():
 def write(path, field, *names, **options):
     pixels = np.stack([field.pixels[field.channels.index(name)] for name in names])
     tifffile.imwrite(path, pixels if len(names) > 1 else pixels[0], imagej=True,
-                     metadata={"axes": "CYX", "Labels": list(names)} if len(names) > 1 else None, **options)
+                     metadata={"axes": "CYX", "Labels": list(names)} if len(names) > 1 else None,
+                     **options)
     return path
 
 
 def run(*arguments, cwd=None):
-    done = subprocess.run([sys.executable, str(ROOT / "infer.py"), *map(str, arguments)], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, str(ROOT / "infer.py"), *map(str, arguments)],
+                          capture_output=True, text=True,
                           cwd=cwd)
     return done.returncode, done.stdout, done.stderr
 
@@ -63,7 +68,8 @@ def test_all_results_of_one_image(tmp_path, field):
     out = tmp_path / "out"
     config = Config(out=str(out), channels=("ER",), geojson=True, rois=True, distance=True)
     assert infer.main(config, [str(image)]) == 0
-    assert sorted(p.name for p in out.iterdir()) == ["a.geojson", "a_cells.csv", "a_distance.tif", "a_labels.tif",
+    assert sorted(p.name for p in out.iterdir()) == ["a.geojson", "a_cells.csv", "a_distance.tif",
+                                                     "a_labels.tif",
                                                      "a_overlay.png", "a_rois.zip", "summary.csv"]
     labels = tifffile.imread(out / "a_labels.tif")
     assert labels.shape == (240, 300) and labels.dtype == np.uint16 and labels.max() > 5
@@ -89,13 +95,16 @@ def test_it_finds_the_cells_of_a_field_it_never_saw(field, tmp_path):
 
 def surface(geometry) -> float:
     """Area of GeoJSON polygons by the shoelace formula; holes turn the other way."""
-    parts = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
+    parts = (
+        geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
+    )
     rings = [np.array(ring) for part in parts for ring in part]
     return sum((r[:-1, 0] * r[1:, 1] - r[1:, 0] * r[:-1, 1]).sum() / 2 for r in rings)
 
 
 def test_large_images_go_block_by_block_with_the_same_result(tmp_path, broad, monkeypatch):
-    """Cells are whole whatever they are measured with: near= is about neighbours, not about what a block sees."""
+    """Cells are whole whatever they are measured with: near= is about neighbours, not about what a
+    block sees."""
     image = write(tmp_path / "a.tif", broad, "ER")
     outs = tmp_path / "one", tmp_path / "many"
     more = dict(geojson=True, rois=True, distance=True, near=1)
@@ -109,15 +118,18 @@ def test_large_images_go_block_by_block_with_the_same_result(tmp_path, broad, mo
     assert len(tables[0]) == len(tables[1]) == one.max() == many.max()
     areas = [sorted(int(row["area_px"]) for row in table) for table in tables]
     assert areas[0] == areas[1]
-    places = [sorted((row["centroid_y_px"], row["centroid_x_px"], row["touches_border"]) for row in table) for table in tables]
+    places = [sorted((row["centroid_y_px"], row["centroid_x_px"], row["touches_border"])
+                     for row in table) for table in tables]
     assert places[0] == places[1]
-    for out, labels in zip(outs, (one, many)):                               # every outline is its cell's own
+    for out, labels in zip(outs, (one, many)):  # every outline is its cell's own
         features = json.loads((out / "a.geojson").read_text())["features"]
-        area = {int(feature["properties"]["name"]): surface(feature["geometry"]) for feature in features}
+        area = {int(feature["properties"]["name"]): surface(feature["geometry"])
+                for feature in features}
         assert area == {i: (labels == i).sum() for i in range(1, labels.max() + 1)}
         names = zipfile.ZipFile(out / "a_rois.zip").namelist()
         assert sorted(names) == [f"{i:04d}.roi" for i in range(1, labels.max() + 1)]
-    np.testing.assert_allclose(*(tifffile.imread(out / "a_distance.tif") for out in outs), atol=2e-3)      # kept as float16
+    np.testing.assert_allclose(*(tifffile.imread(out / "a_distance.tif") for out in outs),
+                               atol=2e-3)      # kept as float16
 
 
 def test_pictures_of_large_images_are_reduced(tmp_path, broad, monkeypatch):
@@ -128,9 +140,11 @@ def test_pictures_of_large_images_are_reduced(tmp_path, broad, monkeypatch):
     for block in (64, 2048):
         out = tmp_path / str(block)
         infer.main(Config(out=str(out), block=block), [str(image)])
-        pictures.append(np.ptp(imread(out / "a_overlay.png").astype(int), axis=2) > 10)      # where it is coloured
-    assert pictures[0].shape[0] * 2 == pictures[0].shape[1] and pictures[0].any()                # 48 x 96, enlarged to be seen
-    assert (pictures[0] == pictures[1]).mean() > 0.999                           # other ids, other colours, same lines
+        # where it is coloured
+        pictures.append(np.ptp(imread(out / "a_overlay.png").astype(int), axis=2) > 10)
+    # 48 x 96, enlarged to be seen
+    assert pictures[0].shape[0] * 2 == pictures[0].shape[1] and pictures[0].any()
+    assert (pictures[0] == pictures[1]).mean() > 0.999  # other ids, other colours, same lines
 
 
 def test_results_are_kept_unless_overwritten(tmp_path, field, capsys):
@@ -154,47 +168,64 @@ def test_one_bad_file_among_many(tmp_path, field):
     assert code == 1 and "2 images" in out
     assert err.count("warning: ") == 1 and "b.tif" in err
     assert err.strip().splitlines()[-1].startswith("error: 1 of 3 images could not be done:")
-    assert (tmp_path / "out" / "a_labels.tif").exists() and (tmp_path / "out" / "c_labels.tif").exists()
+    assert (tmp_path / "out" / "a_labels.tif").exists() and (tmp_path / "out"
+                                                             / "c_labels.tif").exists()
     assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith((".", "b"))]
 
 
 def test_folders_globs_and_patterns(tmp_path):
-    for name in ("p1/x_w1.tif", "p1/x_w2.tif", "p2/deep/x_w1.png", "p1/x_w1_labels.tif", "p1/notes.txt", "p1/x_overlay.png"):
+    for name in ("p1/x_w1.tif", "p1/x_w2.tif", "p2/deep/x_w1.png", "p1/x_w1_labels.tif",
+                 "p1/notes.txt", "p1/x_overlay.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found = infer.find_images([str(tmp_path)], Config())
     assert list(found.values()) == ["p1_x_w1", "p1_x_w2", "p2_deep_x_w1"]
-    assert list(infer.find_images([str(tmp_path)], Config(pattern="*_w1.*")).values()) == ["p1_x_w1", "p2_deep_x_w1"]
-    assert list(infer.find_images([str(tmp_path / "p1" / "*_w?.tif")], Config()).values()) == ["x_w1", "x_w2"]
+    assert list(infer.find_images([str(tmp_path)],
+                                  Config(pattern="*_w1.*")).values()) == ["p1_x_w1", "p2_deep_x_w1"]
+    assert list(infer.find_images([str(tmp_path / "p1" / "*_w?.tif")],
+                                  Config()).values()) == ["x_w1", "x_w2"]
     with pytest.raises(ValueError, match="would both write x_w1_labels.tif"):
-        infer.find_images([str(tmp_path / "p1/x_w1.tif"), str(tmp_path / "p2/deep/x_w1.png")], Config())
+        infer.find_images([str(tmp_path / "p1/x_w1.tif"), str(tmp_path / "p2/deep/x_w1.png")],
+                          Config())
     for wrong in (["gone"], [str(tmp_path / "*.jpg")], [str(tmp_path / "*/*_labels.tif")]):
         with pytest.raises(FileNotFoundError):
             infer.find_images(wrong, Config())
 
 
 def test_what_is_no_image_of_a_folder_is_left_out_and_nothing_else(tmp_path):
-    """Results and labels beside their images, and what a Mac leaves; a stain called nuclei is an image."""
-    for name in ("a.tif", "a_labels.tif", "a_cp_masks.tif", "b_nuclei.tif", "b_actin.btf", "._a.tif", ".cache/c.png", "sub/a_masks.png",
+    """Results and labels beside their images, and what a Mac leaves; a stain called nuclei is an
+    image."""
+    for name in ("a.tif", "a_labels.tif", "a_cp_masks.tif", "b_nuclei.tif", "b_actin.btf",
+                 "._a.tif", ".cache/c.png", "sub/a_masks.png",
                  "a_cells.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert sorted(infer.find_images([str(tmp_path)], Config()).values()) == ["a", "b_actin", "b_nuclei"]
-    assert sorted(infer.find_images([str(tmp_path / "*")], Config()).values()) == ["a", "b_actin", "b_nuclei"]
-    assert list(infer.find_images([str(tmp_path)], Config(pattern="*_masks.*")).values()) == ["a_cp_masks", "sub_a_masks"]
-    named = [str(tmp_path / name) for name in ("a.tif", "a_labels.tif", "b_nuclei.tif")]      # as a shell gives them
+    assert sorted(infer.find_images([str(tmp_path)], Config()).values()) == ["a", "b_actin",
+                                                                             "b_nuclei"]
+    assert sorted(infer.find_images([str(tmp_path / "*")], Config()).values()) == ["a", "b_actin",
+                                                                                   "b_nuclei"]
+    assert list(infer.find_images([str(tmp_path)],
+                                  Config(pattern="*_masks.*")).values()) == ["a_cp_masks",
+                                                                             "sub_a_masks"]
+    # as a shell gives them
+    named = [str(tmp_path / name) for name in ("a.tif", "a_labels.tif", "b_nuclei.tif")]
     assert list(infer.find_images(named, Config()).values()) == ["a", "b_nuclei"]
-    assert list(infer.find_images(named[1:2], Config()).values()) == ["a_labels"]             # asked for by name
+    # asked for by name
+    assert list(infer.find_images(named[1:2], Config()).values()) == ["a_labels"]
 
 
 def test_channels_keep_their_numbers(tmp_path, field):
-    tifffile.imwrite(tmp_path / "a.tif", field.pixels[:3], photometric="minisblack", metadata={"axes": "CYX"})
+    tifffile.imwrite(tmp_path / "a.tif", field.pixels[:3], photometric="minisblack",
+                     metadata={"axes": "CYX"})
     infer.main(Config(out=str(tmp_path / "out"), channels=("3", "1")), [str(tmp_path / "a.tif")])
     table, whole = rows(tmp_path / "out/a_cells.csv"), data.read_image(tmp_path / "a.tif").pixels
-    assert {"intensity_mean_3", "intensity_mean_1"} <= table[0].keys() and "intensity_mean_2" not in table[0]
+    assert {"intensity_mean_3",
+            "intensity_mean_1"} <= table[0].keys() and "intensity_mean_2" not in table[0]
     labels = data.read_labels(tmp_path / "out/a_labels.tif")
     for number in (1, 3):
-        assert float(table[0][f"intensity_mean_{number}"]) == pytest.approx(whole[number - 1][labels == int(table[0]["id"])].mean(), rel=1e-4)
+        assert float(table[0][f"intensity_mean_{number}"]) == pytest.approx(
+            whole[number - 1][labels == int(table[0]["id"])].mean(), rel=1e-4
+        )
 
 
 def test_a_summary_saved_by_another_program(tmp_path, field):
@@ -203,7 +234,8 @@ def test_a_summary_saved_by_another_program(tmp_path, field):
     infer.main(Config(out=str(out)), [str(tmp_path / "a.tif")])
     plain = (out / "summary.csv").read_text(encoding="utf-8")
     write(tmp_path / "b.tif", field, "RNA")
-    (out / "summary.csv").write_text(plain, encoding="utf-8-sig")            # with the mark that Excel puts first
+    # with the mark that Excel puts first
+    (out / "summary.csv").write_text(plain, encoding="utf-8-sig")
     infer.main(Config(out=str(out)), [str(tmp_path / "b.tif")])
     assert [row["image"] for row in rows(out / "summary.csv")] == ["a", "b"]
     (out / "summary.csv").write_text(plain.replace(",", ";"), encoding="utf-8")
@@ -212,7 +244,8 @@ def test_a_summary_saved_by_another_program(tmp_path, field):
 
 
 def test_diameter_in_px_and_micrometres():
-    assert infer.parse_diameter("40", None, None) == 40 and infer.parse_diameter("12um", 0.5, None) == 24
+    assert infer.parse_diameter("40", None, None) == 40 and infer.parse_diameter("12um", 0.5,
+                                                                                 None) == 24
     assert infer.parse_diameter("12 µm", 0.5, None) == 24
     with pytest.raises(ValueError, match="does not say how large a pixel is"):
         infer.parse_diameter("12um", None, "a.tif")
@@ -221,29 +254,37 @@ def test_diameter_in_px_and_micrometres():
 
 
 @pytest.mark.parametrize("diameter, scale", [(None, 1.0), ("20", 1.2)])
-def test_the_summary_tells_at_which_scale_the_network_saw_the_image(tmp_path, field, diameter, scale):
-    """The labels are segment()'s, and the scale in the summary is the one at which the network saw the image."""
+def test_the_summary_tells_at_which_scale_the_network_saw_the_image(tmp_path, field, diameter,
+                                                                    scale):
+    """The labels are segment()'s, and the scale in the summary is the one at which the network saw
+    the image."""
     image = write(tmp_path / "a.tif", field, "ER")
     net = model.load(ROOT / "final_models/demo_synthetic.pt")
     net.settings = dataclasses.replace(net.settings, diameter=24.0)
     model.save(net, tmp_path / "net.pt")
-    infer.main(infer.Config(out=str(tmp_path), weights=str(tmp_path / "net.pt"), diameter=diameter), [str(image)])
-    expected = segment.segment(tifffile.imread(image), net.ready("cpu"), diameter=diameter and float(diameter))
-    assert expected.max() > 3 and np.array_equal(data.read_labels(tmp_path / "a_labels.tif"), expected)
+    infer.main(infer.Config(out=str(tmp_path), weights=str(tmp_path / "net.pt"), diameter=diameter),
+               [str(image)])
+    expected = segment.segment(tifffile.imread(image), net.ready("cpu"),
+                               diameter=diameter and float(diameter))
+    assert expected.max() > 3 and np.array_equal(data.read_labels(tmp_path / "a_labels.tif"),
+                                                 expected)
     assert float(rows(tmp_path / "summary.csv")[0]["scale"]) == scale
 
 
 def test_enlarged_cells_are_found_with_diameter(tmp_path, field):
     """Cells three times as wide as in training: told so, the network finds them all the same."""
     agp = field.pixels[field.channels.index("ER")][:120, :150]
-    large, truth = np.kron(agp, np.ones((3, 3), np.uint16)), np.kron(field.labels[:120, :150], np.ones((3, 3), int))
+    large, truth = np.kron(agp, np.ones((3, 3), np.uint16)), np.kron(field.labels[:120, :150],
+                                                                     np.ones((3, 3), int))
     tifffile.imwrite(tmp_path / "a.tif", large)
     area = np.bincount(truth.ravel())[1:]
     diameter = 2 * np.sqrt(np.median(area[area > 0]) / np.pi)
     infer.main(Config(out=str(tmp_path), diameter=f"{diameter:.0f}"), [str(tmp_path / "a.tif")])
-    assert metrics.average_precision(truth, data.read_labels(tmp_path / "a_labels.tif"), [0.5])[0] > 0.45    # .64
+    assert metrics.average_precision(truth, data.read_labels(tmp_path / "a_labels.tif"),
+                                     [0.5])[0] > 0.45    # .64
     with pytest.raises(ValueError, match="cannot tell how large cells are"):
-        infer.main(Config(out=str(tmp_path), diameter="auto", overwrite=True), [str(tmp_path / "a.tif")])
+        infer.main(Config(out=str(tmp_path), diameter="auto", overwrite=True),
+                   [str(tmp_path / "a.tif")])
 
 
 def constant(tmp_path):
@@ -254,7 +295,8 @@ def test_a_constant_image_has_no_cells(tmp_path):
     constant(tmp_path)
     code, out, err = run(tmp_path / "x.tif", f"out={tmp_path / 'out'}")
     assert code == 0 and tifffile.imread(tmp_path / "out/x_labels.tif").max() == 0
-    assert rows(tmp_path / "out/x_cells.csv") == [] and rows(tmp_path / "out/summary.csv")[0]["cells"] == "0"
+    assert rows(tmp_path / "out/x_cells.csv") == [] and rows(tmp_path
+                                                             / "out/summary.csv")[0]["cells"] == "0"
 
 
 def test_every_mistake_is_one_line(tmp_path, monkeypatch, capsys):
@@ -267,36 +309,51 @@ def test_every_mistake_is_one_line(tmp_path, monkeypatch, capsys):
     constant(tmp_path)
     (tmp_path / "empty.tif").touch()
     (tmp_path / "text.tif").write_text("this is no image\n" * 50)
-    tifffile.imwrite(tmp_path / "whole.tif", np.random.default_rng(0).integers(0, 999, (300, 300)).astype(np.uint16))
+    tifffile.imwrite(tmp_path / "whole.tif",
+                     np.random.default_rng(0).integers(0, 999, (300, 300)).astype(np.uint16))
     (tmp_path / "cut.tif").write_bytes((tmp_path / "whole.tif").read_bytes()[:50000])
-    tifffile.imwrite(tmp_path / "stack.tif", np.zeros((25, 40, 40), np.uint16), imagej=True, metadata={"axes": "ZYX"})
+    tifffile.imwrite(tmp_path / "stack.tif", np.zeros((25, 40, 40), np.uint16), imagej=True,
+                     metadata={"axes": "ZYX"})
     broken = np.ones((40, 40), np.float32)
     broken[3, 4] = np.nan
     tifffile.imwrite(tmp_path / "nan.tif", broken)
-    tifffile.imwrite(tmp_path / "five.tif", np.zeros((5, 40, 40), np.uint16), imagej=True, metadata={"axes": "CYX"})
+    tifffile.imwrite(tmp_path / "five.tif", np.zeros((5, 40, 40), np.uint16), imagej=True,
+                     metadata={"axes": "CYX"})
     (tmp_path / "a file").touch()
     (tmp_path / "none.pt").write_text("no weights")
     good = tmp_path / "x.tif"
     for arguments, said in [
             (["empty.tif"], "empty"), (["text.tif"], "text.tif"), (["cut.tif"], "cut.tif"),
             (["stack.tif"], "plane=1..25"), (["nan.tif"], "NaN"), (["five.tif"], "channels="),
-            (["gone"], "gone: no such file or folder"), ([good, "out=a file/x"], "cannot write there"),
-            ([good, "weights=none.pt"], "none.pt: not a file of PyTorch weights"), ([good, "weights=ssl_tiny"], "a backbone without decoder"),
-            (["weights=text.tif", good], "text.tif: not a file of PyTorch weights"), ([good, "weights=gone"], "no weights at"), ([good, "peak=2"], "peak=2: expected"),
-            ([good, "peka=0.3"], "unknown key 'peka', did you mean 'peak'?"), ([""], "an empty file name"),
+            (["gone"], "gone: no such file or folder"),
+            ([good, "out=a file/x"], "cannot write there"),
+            ([good, "weights=none.pt"], "none.pt: not a file of PyTorch weights"),
+            ([good, "weights=ssl_tiny"], "a backbone without decoder"),
+            (["weights=text.tif", good], "text.tif: not a file of PyTorch weights"),
+            ([good, "weights=gone"], "no weights at"), ([good, "peak=2"], "peak=2: expected"),
+            ([good, "peka=0.3"], "unknown key 'peka', did you mean 'peak'?"),
+            ([""], "an empty file name"),
             ([good, "near=nan"], "near=nan: expected"), ([good, "near=-1"], "near=-1: expected"),
-            ([good, "diameter=0.5"], "would be enlarged"), ([good, "diameter=9000"], "would be reduced"), ([good, "block=0"], "block=0: expected a whole number, 1 or more"),
-            ([good, "overlap=500"], "overlap=500: expected"), ([good, "fill=0.99"], "expected 0 <= fill <= peak"),
+            ([good, "diameter=0.5"], "would be enlarged"),
+            ([good, "diameter=9000"], "would be reduced"),
+            ([good, "block=0"], "block=0: expected a whole number, 1 or more"),
+            ([good, "overlap=500"], "overlap=500: expected"),
+            ([good, "fill=0.99"], "expected 0 <= fill <= peak"),
             ([good, "plane=2"], "has no axis Z"), ([good, "border=cut"], "expected keep or drop"),
-            ([good, "tile=60"], "tile=60: expected a multiple of the patch"), ([good, "channels=DNA"], "no channel 'DNA'"),
-            ([good, "channels=3"], "no channel '3'"), ([good, "diameter=12um"], "does not say how large a pixel is")]:
-        code, out, err = run_here(*arguments, *(["out=o"] if not any("out=" in str(a) for a in arguments) else []),
-                                  *(["weights=demo_synthetic"] if not any("weights=" in str(a) for a in arguments) else []))
+            ([good, "tile=60"], "tile=60: expected a multiple of the patch"),
+            ([good, "channels=DNA"], "no channel 'DNA'"),
+            ([good, "channels=3"], "no channel '3'"), ([good, "diameter=12um"],
+                                                       "does not say how large a pixel is")]:
+        code, out, err = run_here(*arguments, *(["out=o"] if not any("out=" in str(a)
+                                                                     for a in arguments) else []),
+                                  *(["weights=demo_synthetic"]
+                                    if not any("weights=" in str(a) for a in arguments) else []))
         last = err.strip().splitlines()
         assert code == 1 and last[-1].startswith("error: ") and said in err, (arguments, err)
         assert "Traceback" not in err and len(last) <= 2, err
     assert not (tmp_path / "o").exists()
-    code, out, err = run("cut.tif", "weights=demo_synthetic", cwd=tmp_path)                          # once as a process of its own
+    # once as a process of its own
+    code, out, err = run("cut.tif", "weights=demo_synthetic", cwd=tmp_path)
     assert code == 1 and err.startswith("error: cut.tif: ") and err.count("\n") == 1 and not out
 
 
@@ -324,13 +381,15 @@ def test_export(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model.save(test_model.onnx_net(), tmp_path / "small.pt")
     assert "opset=18" in run("export", "--help")[1]
-    for wrong, said in (("out=x.pt", "ends in .onnx"), ("opset=3", "18 to 23"), ("weights=gone", "no weights at"),
+    for wrong, said in (("out=x.pt", "ends in .onnx"), ("opset=3", "18 to 23"),
+                        ("weights=gone", "no weights at"),
                         ("image.tif", "unexpected image.tif")):
         code, _, err = export(wrong)
         assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and said in err, err
     if importlib.util.find_spec("onnxruntime"):
         code, out, err = export("weights=small.pt", "out=x.onnx")
         assert code == 0 and "of PyTorch" in out and err == "", err
-        for wrong, said in (("out=no/x.onnx", "error: no: no such folder"), ("tile=33", "tile=33: expected a multiple of the patch")):
+        for wrong, said in (("out=no/x.onnx", "error: no: no such folder"),
+                            ("tile=33", "tile=33: expected a multiple of the patch")):
             code, _, err = export("weights=small.pt", wrong)
             assert code == 1 and said in err and err.count("\n") == 1, err

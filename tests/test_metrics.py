@@ -1,4 +1,5 @@
-"""metrics.py against what one can work out on paper, slow oracles, invariants, and three other programs."""
+"""metrics.py against what one can work out on paper, slow oracles, invariants, and three other
+programs."""
 import doctest
 import inspect
 import itertools
@@ -31,7 +32,8 @@ def image(*boxes, shape=(20, 40)):
 
 
 def random_pair(rng, size=32):
-    """Boxes, and the same moved a little, one merged or lost, one split, one new; row 0 is background."""
+    """Boxes, and the same moved a little, one merged or lost, one split, one new; row 0 is
+    background."""
     truth = np.zeros((size, size), np.uint16)
     for i in range(1, rng.integers(3, 12)):
         (top, left), (height, width) = rng.integers(1, size - 6, 2), rng.integers(3, 12, 2)
@@ -55,7 +57,7 @@ def same(a, b, tolerance=1e-12):
         assert a[name] == pytest.approx(b[name], abs=tolerance, nan_ok=True), name
 
 
-# ------------------------------------------------------------------------------------------- on paper
+# ----------------------------------------------------------------------------------------- on paper
 
 def test_docstrings_run_and_every_public_function_has_one():
     result = doctest.testmod(metrics)
@@ -70,7 +72,8 @@ def test_shifted_square():
     for name in ("PQ", "SQ", "AJI", "MMA", "SEG"):
         assert result[name] == pytest.approx(2 / 3)
     assert result["DSB"] == pytest.approx(0.4)  # found at .5, .55, .6, .65
-    assert (result["AP@0.65"], result["AP@0.7"], result["DET"], result["error_rate"]) == (1, 0, 1, 0)
+    assert (result["AP@0.65"], result["AP@0.7"], result["DET"], result["error_rate"]) == (1, 0, 1,
+                                                                                          0)
 
 
 def test_shifted_disc():
@@ -78,12 +81,14 @@ def test_shifted_disc():
     r, d = 60, 40
     y, x = np.mgrid[-80:81, -80:121]
     lens = 2 * r**2 * math.acos(d / (2 * r)) - d / 2 * math.sqrt(4 * r**2 - d**2)
-    iou = match((y**2 + x**2 <= r**2).astype(int), (y**2 + (x - d)**2 <= r**2).astype(int), 0.1).ious
+    iou = match((y**2 + x**2 <= r**2).astype(int), (y**2 + (x - d)**2 <= r**2).astype(int),
+                0.1).ious
     assert iou == pytest.approx([lens / (2 * math.pi * r**2 - lens)], rel=5e-3)
 
 
 def test_split_in_two_halves():
-    """Each half has IoU exactly 1/2: one pair at 0.5; neither covers more than half: no SEG, no DET."""
+    """Each half has IoU exactly 1/2: one pair at 0.5; neither covers more than half: no SEG, no
+    DET."""
     result = scores(image((0, 0, 10, 10)), image((0, 0, 10, 5), (0, 5, 10, 5)))
     assert (result["TP"], result["FP"], result["FN"]) == (1, 1, 0)
     assert (result["AP@0.5"], result["AP@0.55"]) == (0.5, 0)
@@ -94,32 +99,41 @@ def test_split_in_two_halves():
 
 def test_split_seven_to_three():
     result = scores(image((0, 0, 10, 10)), image((0, 0, 10, 7), (0, 7, 10, 3)))
-    assert result["SEG"] == pytest.approx(0.7) and result["DET"] == pytest.approx(0.9)  # one FP of weight 1
-    assert result["OP_CSB"] == pytest.approx(0.8) and result["error_rate"] == 1 and result["count_error"] == 1
+    # one FP of weight 1
+    assert result["SEG"] == pytest.approx(0.7) and result["DET"] == pytest.approx(0.9)
+    assert (
+        result["OP_CSB"] == pytest.approx(0.8)
+        and result["error_rate"] == 1
+        and result["count_error"] == 1
+    )
 
 
 def test_three_merged():
     """One prediction over three cells of 40, 30 and 30 px: two splits of weight 5 out of 3 x 10."""
     truth, pred = image((0, 0, 10, 4), (0, 4, 10, 3), (0, 7, 10, 3)), image((0, 0, 10, 10))
     result = scores(truth, pred)
-    assert result["SEG"] == pytest.approx((0.4 + 0.3 + 0.3) / 3) and result["DET"] == pytest.approx(2 / 3)
+    assert result["SEG"] == pytest.approx((0.4 + 0.3 + 0.3)
+                                          / 3) and result["DET"] == pytest.approx(2 / 3)
     assert (result["TP"], result["FN"], result["AP@0.5"]) == (0, 3, 0)
     assert result["AJI"] == pytest.approx(40 / (100 + 60)) and result["MMA"] == pytest.approx(0.4)
 
 
 def test_pairing_takes_the_optimum_not_the_best_pair_first():
-    """R1 = [0, 10), R2 = [10, 14), S1 = [3, 13), S2 = [0, 3): IoU 7/13, and 3/10 + 3/11 is more than that."""
+    """R1 = [0, 10), R2 = [10, 14), S1 = [3, 13), S2 = [0, 3): IoU 7/13, and 3/10 + 3/11 is more
+    than that."""
     truth = image((0, 0, 1, 10), (0, 10, 1, 4), shape=(1, 14))
     pred = image((0, 3, 1, 10), (0, 0, 1, 3), shape=(1, 14))
     assert match(truth, pred, 0.5).pairs.tolist() == [[1, 1]]
     found = match(truth, pred, 0.25)
-    assert found.pairs.tolist() == [[1, 2], [2, 1]] and found.ious == pytest.approx([3 / 10, 3 / 11])
+    assert found.pairs.tolist() == [[1, 2], [2, 1]] and found.ious == pytest.approx([3 / 10,
+                                                                                     3 / 11])
     assert metrics.aji(truth, pred) == pytest.approx(6 / (27 - 6))  # both pairs: 6 px of 14 + 13
     assert scores(truth, pred)["MMA"] == pytest.approx(7 / 14)  # the one pair of 7 px
 
 
 def test_equal_iou_goes_to_the_larger_overlap():
-    """S1 = [0, 30), R = [20, 50), S2 = [30, 120): IoU 10/50 and 20/100, which no order of ids may decide."""
+    """S1 = [0, 30), R = [20, 50), S2 = [30, 120): IoU 10/50 and 20/100, which no order of ids may
+    decide."""
     truth = image((0, 20, 1, 30), shape=(1, 120))
     pred = image((0, 0, 1, 30), (0, 30, 1, 90), shape=(1, 120))
     for labels in (pred, np.array([0, 2, 1])[pred]):
@@ -130,17 +144,21 @@ def test_seg_and_det_are_pooled_over_frames():
     """1 of 1 cells in one frame and 0 of 3 in the other: 1/4, not the mean of 1 and 0."""
     truths = [image((0, 0, 4, 4)), image((0, 0, 4, 4), (8, 8, 4, 4), (14, 0, 4, 4))]
     preds = [truths[0], np.zeros_like(truths[1])]
-    assert metrics.seg(truths, preds) == metrics.det(truths, preds) == metrics.op_csb(truths, preds) == 0.25
+    assert metrics.seg(truths, preds) == metrics.det(truths, preds) == metrics.op_csb(truths,
+                                                                                      preds) == 0.25
     assert metrics.seg(map(overlap, truths, preds)) == 0.25
-    assert metrics.seg(truths[0], truths[0]) == metrics.seg(overlap(truths[0], truths[0])) == 1  # one frame
+    # one frame
+    assert metrics.seg(truths[0], truths[0]) == metrics.seg(overlap(truths[0], truths[0])) == 1
 
 
 def test_det_false_positives_never_cost_more_than_everything():
     """20 false positives of weight 1 against one truth of weight 10, found."""
     truth = image((0, 0, 2, 2))
-    pred = image((0, 0, 2, 2), *[(4 + 4 * (i // 10), 4 * (i % 10), 2, 2) for i in range(20)], shape=(20, 40))
+    pred = image((0, 0, 2, 2), *[(4 + 4 * (i // 10), 4 * (i % 10), 2, 2) for i in range(20)],
+                 shape=(20, 40))
     assert metrics.det([truth], [pred]) == 0
-    assert metrics.det([truth] * 10, [truth] * 9 + [pred]) == pytest.approx(0.8)  # pooled: 20 of 100
+    # pooled: 20 of 100
+    assert metrics.det([truth] * 10, [truth] * 9 + [pred]) == pytest.approx(0.8)
 
 
 def test_average_precision_of_a_set_is_reported_twice():
@@ -158,8 +176,12 @@ def test_empty_sides():
         assert tuple(metrics.panoptic_quality(truth, pred)) == (value,) * 3
         assert match(truth, pred).rates == (value,) * 4
         assert all(np.isnan(result[name]) != (truth is one) for name in PER_TRUTH + ["error_rate"])
-    assert scores(one, none)["SEG"] == scores(one, none)["DET"] == 0 and scores(one, none)["error_rate"] == 1
-    assert all(np.isnan(score([none], [one])) for score in (metrics.seg, metrics.det, metrics.op_csb))
+    assert (
+        scores(one, none)["SEG"] == scores(one, none)["DET"] == 0
+        and scores(one, none)["error_rate"] == 1
+    )
+    assert all(np.isnan(score([none], [one])) for score in (metrics.seg, metrics.det,
+                                                            metrics.op_csb))
     assert metrics.seg([none, one], [one, one]) == 1  # a frame without truth leaves the set defined
     result = set_scores([overlap(none, one), overlap(one, one)])
     assert result.mean["SEG"] == 1 and result.mean_interval["SEG"] == (1, 1)
@@ -168,7 +190,8 @@ def test_empty_sides():
     assert scores(np.zeros((0, 5), int), np.zeros((0, 5), int))["F1"] == 1  # no pixel at all
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", ">u2", "int32", "uint32", "uint64", "int64"])
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", ">u2", "int32", "uint32", "uint64",
+                                   "int64"])
 def test_types_of_labels(dtype):
     truth, pred = random_pair(np.random.default_rng(1))
     same(scores(truth.astype(dtype), pred), scores(truth, pred))
@@ -212,7 +235,7 @@ def test_errors_say_what_was_expected():
         metrics.bootstrap([1, 2], level=95)
 
 
-# ---------------------------------------------------------------------------------------- slow oracles
+# ------------------------------------------------------------------------------------- slow oracles
 
 def by_hand(truth, pred):
     """IoU and shared pixels of every pair, one mask at a time: (R, S) each."""
@@ -222,7 +245,8 @@ def by_hand(truth, pred):
 
 
 def best_pairing(value):
-    """The lexicographically largest sum of (R, S, V) over every one-to-one pairing of rows and columns."""
+    """The lexicographically largest sum of (R, S, V) over every one-to-one pairing of rows and
+    columns."""
     if value.shape[0] > value.shape[1]:
         value = value.transpose(1, 0, 2)
     rows = range(value.shape[0])
@@ -233,7 +257,8 @@ def best_pairing(value):
 @pytest.mark.parametrize("seed", range(40))
 def test_tiny_images_against_every_permutation(seed):
     rng = np.random.default_rng(seed)
-    truth, pred = np.sort(rng.integers(0, 5, (2, 3, 12)), axis=2)  # stripes: every cell meets several
+    # stripes: every cell meets several
+    truth, pred = np.sort(rng.integers(0, 5, (2, 3, 12)), axis=2)
     truth[0, 0], pred[0, 0] = 4, 4                                   # neither side empty
     iou, shared = by_hand(truth, pred)
     for threshold in (0.05, 0.2, 0.3, 0.5, 0.7):
@@ -257,10 +282,12 @@ def test_tangled_tables_against_a_dense_assignment(seed, ties):
     rng = np.random.default_rng(seed)
     shared = np.where(rng.random((60, 80)) < 0.08, rng.integers(1, 4 if ties else 200, (60, 80)), 0)
     rows, cols = np.nonzero(shared)
-    truth_areas, pred_areas = (np.full(n, 1000) if ties else rng.integers(900, 1100, n) for n in shared.shape)
+    truth_areas, pred_areas = (np.full(n, 1000) if ties else rng.integers(900, 1100, n)
+                               for n in shared.shape)
     truth_ids, pred_ids = np.arange(1, 61), np.arange(1, 81)
     table = Overlap(truth_ids, pred_ids, truth_areas, pred_areas, rows, cols, shared[rows, cols])
-    iou, areas = shared / (truth_areas[:, None] + pred_areas - shared), truth_areas.sum() + pred_areas.sum()
+    iou, areas = shared / (truth_areas[:, None] + pred_areas
+                           - shared), truth_areas.sum() + pred_areas.sum()
     result, most = scores(table), shared[linear_sum_assignment(-shared)].sum()
     assert result["MMA"] == pytest.approx(most / (areas - shared.sum()))
     paired = shared[linear_sum_assignment(-iou)].sum()
@@ -269,7 +296,9 @@ def test_tangled_tables_against_a_dense_assignment(seed, ties):
         above = iou >= threshold
         best = linear_sum_assignment(-1 * above * (100 + iou))
         found = match(table, threshold=threshold)
-        assert found.tp == above[best].sum() and found.ious.sum() == pytest.approx((iou * above)[best].sum())
+        assert found.tp == above[best].sum() and found.ious.sum() == pytest.approx(
+            (iou * above)[best].sum()
+        )
 
 
 def test_table_against_one_mask_at_a_time():
@@ -283,7 +312,8 @@ def test_table_against_one_mask_at_a_time():
 
 
 def test_a_hundred_thousand_cells_stay_sparse():
-    """3 x 3 px cells, moved by a pixel, ids up to 2^60: IoU 6/12 each; a dense table would take 80 GB."""
+    """3 x 3 px cells, moved by a pixel, ids up to 2^60: IoU 6/12 each; a dense table would take 80
+    GB."""
     side = 317
     grid = np.kron(np.arange(1, side**2 + 1).reshape(side, side), np.ones((3, 3), int))
     ids = np.random.default_rng(0).choice(2**60, side**2 + 1, replace=False)
@@ -294,17 +324,20 @@ def test_a_hundred_thousand_cells_stay_sparse():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert result["n_true"] == side**2 and result["TP"] == side**2 and result["AP@0.55"] == 0
-    assert result["PQ"] == pytest.approx(0.5) and result["SEG"] == pytest.approx(0.5) and peak < 500e6
+    assert (
+        result["PQ"] == pytest.approx(0.5) and result["SEG"] == pytest.approx(0.5) and peak < 500e6
+    )
 
 
-# ------------------------------------------------------------------------------------------ invariants
+# --------------------------------------------------------------------------------------- invariants
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(LABELS, LABELS, st.permutations(range(1, 5)), st.permutations([3, 40, 5000, 2**40]))
 def test_relabelling_changes_nothing(truth, pred, dense, gaps):
     same(scores(np.array([0, *dense])[truth], np.array([0, *gaps])[pred]), scores(truth, pred))
     for threshold in (0.1, 0.4):
-        before, after = match(truth, pred, threshold), match(np.array([0, *gaps])[truth], pred, threshold)
+        before, after = match(truth, pred, threshold), match(np.array([0, *gaps])[truth], pred,
+                                                             threshold)
         assert before[:3] == after[:3] and before.ious.sum() == pytest.approx(after.ious.sum())
 
 
@@ -339,7 +372,8 @@ def test_single_functions_agree_with_all_scores():
         assert metrics.aji(*pair) == result["AJI"]
         assert metrics.average_precision(*pair).mean() == pytest.approx(result["DSB"])
         assert metrics.average_precision(*pair, thresholds=0.3) == result["AP@0.3"]
-        assert match(*pair).rates == (result["AP@0.5"], result["precision"], result["recall"], result["F1"])
+        assert match(*pair).rates == (result["AP@0.5"], result["precision"], result["recall"],
+                                      result["F1"])
 
 
 def test_a_threshold_is_reached_exactly():
@@ -354,7 +388,8 @@ def test_pooling_is_laying_the_images_side_by_side():
     rng = np.random.default_rng(6)
     pairs = [random_pair(rng) for _ in range(8)]
     result = set_scores((overlap(*pair) for pair in pairs), thresholds=[0.3])
-    truth, pred = (np.hstack([np.where(labels, labels + 100 * i, 0) for i, labels in enumerate(side)])
+    truth, pred = (np.hstack([np.where(labels, labels + 100 * i, 0)
+                              for i, labels in enumerate(side)])
                    for side in zip(*pairs))
     together = scores(truth, pred, [0.3])
     del together["DSB"], together["count_error"]
@@ -362,7 +397,8 @@ def test_pooling_is_laying_the_images_side_by_side():
     for one, pair in zip(result.images, pairs):
         same(one, scores(*pair, [0.3]))
     same(result.mean, {name: np.mean([one[name] for one in result.images]) for name in result.mean})
-    for values, intervals in ((result.mean, result.mean_interval), (result.pooled, result.pooled_interval)):
+    for values, intervals in ((result.mean, result.mean_interval),
+                              (result.pooled, result.pooled_interval)):
         assert all(intervals[name][0] <= values[name] <= intervals[name][1] for name in values)
     f1 = np.array([[2 * one["TP"], one["n_true"] + one["n_pred"]] for one in result.images])
     ratio = metrics.bootstrap(f1, lambda drawn, axis: np.divide(*drawn.sum(axis).T), n=4000)
@@ -373,7 +409,8 @@ def test_pooling_is_laying_the_images_side_by_side():
 
 
 def test_runs_are_averaged_and_drawn_together():
-    """Equal runs are one run, with its interval; of unlike ones scores are the means, an image without cells included."""
+    """Equal runs are one run, with its interval; of unlike ones scores are the means, an image
+    without cells included."""
     rng = np.random.default_rng(7)
     pairs = [random_pair(rng) for _ in range(6)] + [(np.zeros((9, 9), int), np.zeros((9, 9), int))]
     good = [overlap(truth, truth) for truth, _ in pairs]
@@ -392,15 +429,17 @@ def test_runs_are_averaged_and_drawn_together():
         metrics.run_scores([good, poor[1:]])
 
 
-# ------------------------------------------------------------------------------------------- bootstrap
+# ---------------------------------------------------------------------------------------- bootstrap
 
 def test_bootstrap_of_a_mean_is_its_standard_error():
     values = np.random.default_rng(0).normal(0.7, 0.1, 400)
     low, high = metrics.bootstrap(values, n=4000)
     half = 1.96 * values.std() / 20
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half),
+                                        abs=0.1 * half)
     assert metrics.bootstrap(values, n=4000, level=0.5)[1] < high
-    assert metrics.bootstrap(values) == metrics.bootstrap(values) != metrics.bootstrap(values, seed=1)
+    assert metrics.bootstrap(values) == metrics.bootstrap(values) != metrics.bootstrap(values,
+                                                                                       seed=1)
 
 
 def test_bootstrap_leaves_undefined_images_out():
@@ -420,7 +459,7 @@ def test_bootstrap_draws_n_times_in_blocks_that_fit():
     assert seen == [(2, 2**21), (2, 2**21), (1, 2**21)]
 
 
-# ------------------------------------------------------------------------------- three other programs
+# ----------------------------------------------------------------------------- three other programs
 
 def peer(module):
     return pytest.importorskip(module, reason=f"needs {module}, see tests/requirements-peers.txt")
@@ -439,11 +478,14 @@ def test_agrees_with_stardist():
             same_rates = theirs.accuracy, theirs.precision, theirs.recall, theirs.f1
             assert ours.rates == pytest.approx(same_rates, abs=1e-9)
             if threshold == 0.5:
-                assert metrics.panoptic_quality(table).pq == pytest.approx(theirs.panoptic_quality, abs=1e-6)
-    # Below 0.5 it settles equal numbers of pairs by IoU summed over all pairs, also those that do not count:
+                assert metrics.panoptic_quality(table).pq == pytest.approx(theirs.panoptic_quality,
+                                                                           abs=1e-6)
+    # Below 0.5 it settles equal numbers of pairs by IoU summed over all pairs, also those that do
+    # not count:
     # its counts are ours, but which pairs they are may differ, and so may its PQ there.
     none, one = image(), image((0, 0, 4, 4))
-    assert matching(none, none).f1 == 0 and match(none, none).rates.f1 == 1  # it has no rule for no cells
+    # it has no rule for no cells
+    assert matching(none, none).f1 == 0 and match(none, none).rates.f1 == 1
     assert matching(one, none).f1 == match(one, none).rates.f1 == 0
 
 
@@ -454,7 +496,8 @@ def test_stardist_pools_as_we_do():
     result = set_scores(overlap(*pair) for pair in pairs)
     theirs = stardist.matching_dataset(*zip(*pairs), thresh=0.5, show_progress=False)
     assert [result.pooled[name] for name in ("TP", "FP", "FN")] == [theirs.tp, theirs.fp, theirs.fn]
-    for name, value in (("AP@0.5", theirs.accuracy), ("F1", theirs.f1), ("precision", theirs.precision)):
+    for name, value in (("AP@0.5", theirs.accuracy), ("F1", theirs.f1),
+                        ("precision", theirs.precision)):
         assert result.pooled[name] == pytest.approx(value, abs=1e-9)
     assert result.pooled["PQ"] == pytest.approx(theirs.panoptic_quality, abs=1e-6)
     theirs = stardist.matching_dataset(*zip(*pairs), thresh=0.5, by_image=True, show_progress=False)
@@ -462,7 +505,8 @@ def test_stardist_pools_as_we_do():
 
 
 def test_agrees_with_cellpose():
-    """100 pairs at ten thresholds: equal counts, equal AP in its float32, PQ from its IoU to 1e-9."""
+    """100 pairs at ten thresholds: equal counts, equal AP in its float32, PQ from its IoU to 1e-9.
+    """
     cellpose = peer("cellpose.metrics")
     rng, thresholds = np.random.default_rng(12), list(metrics.THRESHOLDS)
     for _ in range(100):
@@ -477,14 +521,16 @@ def test_agrees_with_cellpose():
         iou, _ = cellpose.mask_ious(truth, pred)
         pq = iou[iou >= 0.5].sum() / (tp[0] + fp[0] / 2 + fn[0] / 2)
         assert metrics.panoptic_quality(table).pq == pytest.approx(pq, abs=1e-9)
-    with np.errstate(invalid="ignore"):  # 0 / 0: it does not define the empty image, which counts 1 here
+    # 0 / 0: it does not define the empty image, which counts 1 here
+    with np.errstate(invalid="ignore"):
         assert np.isnan(cellpose.average_precision(image(), image(), [0.5])[0]).all()
     assert scores(image(), image())["AP@0.5"] == 1
 
 
 def test_agrees_with_ctcmetrics(tmp_path):
-    """SEG and DET of 25 sets of 1 to 9 frames, pooled. It reads files, takes the smallest label for the
-    background and fails on a set without truth, NaN here: every frame has a background pixel and a cell.
+    """SEG and DET of 25 sets of 1 to 9 frames, pooled. It reads files, takes the smallest label for
+    the background and fails on a set without truth, NaN here: every frame has a background pixel
+    and a cell.
     """
     theirs = peer("ctc_metrics.metrics")
     graph = peer("ctc_metrics.utils.representations")
@@ -496,8 +542,10 @@ def test_agrees_with_ctcmetrics(tmp_path):
             tifffile.imwrite(tmp_path / "truth.tif", truth)
             tifffile.imwrite(tmp_path / "pred.tif", pred)
             frames.append(graph.match(str(tmp_path / "truth.tif"), str(tmp_path / "pred.tif")))
-        truth_ids, pred_ids, truth_found, pred_found, ious = (list(column) for column in zip(*frames))
-        counts = graph.count_acyclic_graph_correction_operations(None, None, truth_ids, pred_ids, truth_found,
+        truth_ids, pred_ids, truth_found, pred_found, ious = (list(column)
+                                                              for column in zip(*frames))
+        counts = graph.count_acyclic_graph_correction_operations(None, None, truth_ids, pred_ids,
+                                                                 truth_found,
                                                                  pred_found)
         truths, preds = zip(*pairs)
         seg, det = theirs.seg(truth_ids, ious), theirs.det(**counts)

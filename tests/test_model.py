@@ -16,7 +16,8 @@ from model import DINOCell, ViT
 
 def small_vit(**options):
     torch.manual_seed(0)
-    return ViT(**{**dict(dim=48, depth=4, heads=2, patch=8, registers=2, layerscale=0.1), **options})
+    return ViT(**{**dict(dim=48, depth=4, heads=2, patch=8, registers=2, layerscale=0.1),
+                  **options})
 
 
 def small_net(**options):
@@ -27,7 +28,7 @@ def relative_error(got, expected):
     return ((got - expected).abs().max() / expected.abs().max()).item()
 
 
-# ------------------------------------------------------------------------------- the official network
+# ----------------------------------------------------------------------------- the official network
 
 @pytest.mark.parametrize("file,limit", [("official", 1e-5), ("hugging face", 2e-3)])
 def test_reproduces_dinov3(shared, tmp_path, file, limit):
@@ -47,34 +48,41 @@ def test_reproduces_dinov3(shared, tmp_path, file, limit):
             masked = vit(image, mask)
             assert relative_error(masked.cls, case["masked_cls"]) < limit
             assert relative_error(masked.patches, case["masked_patches"]) < limit
-            for block, expected in zip(vit.features(image, tuple(range(vit.depth))), case["blocks"]):
+            for block, expected in zip(vit.features(image, tuple(range(vit.depth))),
+                                       case["blocks"]):
                 assert relative_error(block.mT, expected.flatten(2)) < limit
 
 
 def test_training_checkpoint_is_the_teachers_backbone(shared, tmp_path):
     weights = torch.load(shared / "fixtures/dinov3_small.pt", weights_only=True)["state_dict"]
     torch.save(weights, tmp_path / "flat.pth")
-    nested = {"backbone." + k: v for k, v in weights.items()} | {"dino_head.mlp.0.weight": torch.zeros(3)}
+    nested = {"backbone." + k: v
+              for k, v in weights.items()} | {"dino_head.mlp.0.weight": torch.zeros(3)}
     torch.save({"teacher": nested, "iteration": 7}, tmp_path / "training.pth")
-    a, b = model.load_backbone(tmp_path / "flat.pth"), model.load_backbone(tmp_path / "training.pth")
+    a, b = model.load_backbone(tmp_path / "flat.pth"), model.load_backbone(tmp_path
+                                                                           / "training.pth")
     assert all(torch.equal(a.state_dict()[k], v) for k, v in b.state_dict().items())
 
 
 def test_uninitialised_bias_mask_does_no_harm(shared, tmp_path):
     weights = torch.load(shared / "fixtures/dinov3_small.pt", weights_only=True)["state_dict"]
     torch.save(weights, tmp_path / "a.pth")
-    torch.save({k: torch.full_like(v, math.nan) if k.endswith("bias_mask") else v for k, v in weights.items()},
+    torch.save({k: torch.full_like(v, math.nan) if k.endswith("bias_mask") else v
+                for k, v in weights.items()},
                tmp_path / "b.pth")
     x = torch.rand(1, 3, 32, 32)
-    assert torch.equal(model.load_backbone(tmp_path / "a.pth")(x).cls, model.load_backbone(tmp_path / "b.pth")(x).cls)
+    assert torch.equal(model.load_backbone(tmp_path / "a.pth")(x).cls,
+                       model.load_backbone(tmp_path / "b.pth")(x).cls)
 
 
 # ------------------------------------------------------------------------------------ patch 16 -> 8
 
 def test_patch_8_answers_as_patch_16_on_the_image_enlarged(shared, tmp_path):
-    """Enlarge an image patch by patch: patch-16 features of it equal patch-8 features of the image itself.
+    """Enlarge an image patch by patch: patch-16 features of it equal patch-8 features of the image
+    itself.
 
-    A kernel that is resized (bicubic) or cut out instead answers something else: how far off stands below.
+    A kernel that is resized (bicubic) or cut out instead answers something else: how far off stands
+    below.
     """
     weights = torch.load(shared / "fixtures/dinov3_small.pt", weights_only=True)["state_dict"]
     torch.save(weights, tmp_path / "dinov3.pth")
@@ -90,7 +98,8 @@ def test_patch_8_answers_as_patch_16_on_the_image_enlarged(shared, tmp_path):
         assert relative_error(got.cls, expected.cls) < 1e-5
         kernel, embedded = p16.patch_embed.weight, p16.patch_embed(large)
         bias = p16.patch_embed.bias.view(1, -1, 1, 1)
-        bicubic = F.conv2d(image, F.interpolate(kernel, size=(8, 8), mode="bicubic"), stride=8) + bias
+        bicubic = F.conv2d(image, F.interpolate(kernel, size=(8, 8), mode="bicubic"),
+                           stride=8) + bias
         sliced = F.conv2d(image, kernel[:, :, 4:12, 4:12], stride=8) + bias
         ours = p8.patch_embed(image)
 
@@ -103,7 +112,8 @@ def test_patch_8_answers_as_patch_16_on_the_image_enlarged(shared, tmp_path):
 
 
 def test_a_smooth_kernel_resized_is_weaker_by_four():
-    """Closed form: on a constant image 256 ones answer 256; resized to 64 ones they would answer 64."""
+    """Closed form: on a constant image 256 ones answer 256; resized to 64 ones they would answer
+    64."""
     kernel = torch.ones(1, 3, 16, 16)
     assert torch.allclose(model.shrink_patch(kernel, 8).sum((2, 3)), torch.tensor(256.0))
     with pytest.raises(ValueError, match="smaller"):
@@ -141,7 +151,8 @@ def test_wrong_weights_are_named(tmp_path, shared):
         assert "w.pth" in str(error.value) and "\n" not in str(error.value)
         return str(error.value)
 
-    assert "missing: blocks.1.norm1.weight" in said({k: v for k, v in weights.items() if k != "blocks.1.norm1.weight"})
+    assert "missing: blocks.1.norm1.weight" in said({k: v for k, v in weights.items()
+                                                     if k != "blocks.1.norm1.weight"})
     assert "surplus: extra" in said(weights | {"extra": torch.zeros(1)})
     assert "norm.weight (5,) instead of (128,)" in said(weights | {"norm.weight": torch.zeros(5)})
     assert "no vision transformer" in said({"a": torch.zeros(1)})
@@ -150,7 +161,9 @@ def test_wrong_weights_are_named(tmp_path, shared):
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(ValueError, match="text.pt: not a file of PyTorch weights"):
         model.load(tmp_path / "text.pt")
-    (tmp_path / "cut.safetensors").write_bytes((shared / "fixtures/dinov3_small_hf.safetensors").read_bytes()[:9000])
+    (tmp_path / "cut.safetensors").write_bytes(
+        (shared / "fixtures/dinov3_small_hf.safetensors").read_bytes()[:9000]
+    )
     with pytest.raises(ValueError, match="cut.safetensors"):
         model.load_backbone(tmp_path / "cut.safetensors")
     with pytest.raises(FileNotFoundError, match="no weights at .*gone.pt; train with train_seg.py"):
@@ -167,16 +180,19 @@ def test_default_is_s8_with_the_parameters_the_readme_states():
         net = DINOCell()
     backbone = sum(p.numel() for p in net.backbone.parameters())
     assert net.taps == (2, 5, 8, 11)
-    D = 384                                       # per block qkv 3, proj 1, ffn 8 matrices and 14 vectors of D
+    D = 384  # per block qkv 3, proj 1, ffn 8 matrices and 14 vectors of D
     assert backbone == 12 * (12 * D * D + 14 * D) + (3 * 64 * D + D) + (1 + 4 + 1 + 2) * D
     assert 21.3e6 < backbone < 21.5e6
 
 
 def test_stem_sees_the_image_at_every_level_and_none_without():
-    """A gradient reaches every level; one level less is exactly as many parameters less; 0 leaves tokens alone."""
+    """A gradient reaches every level; one level less is exactly as many parameters less; 0 leaves
+    tokens alone."""
     nets = [DINOCell(ViT(16, 4, 2), (16, 8, 8), 8, stem=stem) for stem in range(4)]
     counts = [sum(p.numel() for p in net.parameters()) for net in nets]
-    level = lambda a, b: 9 * a * b + 9 * b * b + 4 * b                       # two convolutions, two norms
+
+    def level(a: int, b: int) -> int:  # two convolutions, two norms
+        return 9 * a * b + 9 * b * b + 4 * b
     assert np.diff(counts).tolist() == [level(3, 8), level(8, 8), level(8, 16)]
     torch.manual_seed(0)
     for net in nets:
@@ -187,7 +203,8 @@ def test_stem_sees_the_image_at_every_level_and_none_without():
 
 
 def test_a_plain_unet_in_place_of_the_transformer(tmp_path):
-    """It trains, is saved and loaded like the other, and what it says moves with the image (a ViT's does not exactly)."""
+    """It trains, is saved and loaded like the other, and what it says moves with the image (a ViT's
+    does not exactly)."""
     torch.manual_seed(0)
     net = DINOCell(model.ConvNet(16, 4), (16, 8, 8), 8, stem=3).eval()
     model.save(net, tmp_path / "unet.pt")
@@ -201,18 +218,20 @@ def test_a_plain_unet_in_place_of_the_transformer(tmp_path):
 
 
 def test_a_head_that_answers_for_two_by_two_pixels(tmp_path):
-    """last=0: a stage less, the same size of answer, every level of the stem learns, and each pixel of four has its own weights."""
+    """last=0: a stage less, the same size of answer, every level of the stem learns, and each pixel
+    of four has its own weights."""
     torch.manual_seed(0)
     net = DINOCell(ViT(16, 3, 2), (16, 8), last=0, stem=2)
     x = torch.rand(2, 3, 32, 48)
     net(x).sum().backward()
-    assert net(x).shape == (2, 1, 32, 48) and all(p.grad is not None and p.grad.any() for p in net.decoder.parameters())
+    assert net(x).shape == (2, 1, 32, 48) and all(p.grad is not None and p.grad.any()
+                                                  for p in net.decoder.parameters())
     model.save(net, tmp_path / "net.pt")
     assert torch.equal(model.load(tmp_path / "net.pt")(x), net.eval()(x))
     assert sum(row[1] for row in model.cost(net, 32)) == sum(p.numel() for p in net.parameters())
     before = net(x)
     with torch.no_grad():
-        net.decoder.head.bias[1] += 1                                        # of the upper right one
+        net.decoder.head.bias[1] += 1  # of the upper right one
     changed = net(x) != before
     assert changed[..., ::2, 1::2].all() and changed.sum() == changed[..., ::2, 1::2].numel()
     with pytest.raises(ValueError, match="give 2 widths with last=0"):
@@ -220,7 +239,8 @@ def test_a_head_that_answers_for_two_by_two_pixels(tmp_path):
 
 
 def test_ready_is_the_same_network_in_the_type_of_the_hardware(monkeypatch):
-    """In bfloat16, of which this processor may know nothing, maps differ by rounding alone; elsewhere by nothing."""
+    """In bfloat16, of which this processor may know nothing, maps differ by rounding alone;
+    elsewhere by nothing."""
     torch.manual_seed(0)
     net, x = small_net().eval(), torch.rand(2, 3, 32, 40)
     with torch.inference_mode():
@@ -239,7 +259,8 @@ def test_attention_by_products_has_the_gradient_of_attention():
     parts = [torch.randn(2, 3, 17, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     weight = torch.randn(2, 3, 17, 8, dtype=torch.float64)
     found = []
-    for attend in (model.AttentionByProducts.apply, torch.nn.functional.scaled_dot_product_attention):
+    for attend in (model.AttentionByProducts.apply,
+                   torch.nn.functional.scaled_dot_product_attention):
         out = attend(*parts)
         found.append((out, *torch.autograd.grad((out * weight).sum(), parts)))
     for ours, theirs in zip(*found):
@@ -253,7 +274,8 @@ def test_decoder_costs_less_than_the_backbone():
     assert sum(r[1] for r in rows) == sum(p.numel() for p in DINOCell().parameters())
     assert decoder / total < 0.40
     tokens, D = 28 * 28 + 5, 384
-    blocks = 12 * (2 * tokens * 12 * D * D + 4 * tokens * tokens * D)          # products by hand, 2 FLOPs each
+    # products by hand, 2 FLOPs each
+    blocks = 12 * (2 * tokens * 12 * D * D + 4 * tokens * tokens * D)
     assert math.isclose(next(r[2] for r in rows if "blocks" in r[0]), blocks, rel_tol=1e-6)
 
 
@@ -269,7 +291,7 @@ def test_other_sides_are_refused():
 
 
 def test_an_image_does_not_depend_on_its_batch():
-    net = small_net()                                     # in training mode: no batch statistics anywhere
+    net = small_net()  # in training mode: no batch statistics anywhere
     x = torch.rand(3, 3, 32, 32)
     assert torch.allclose(net(x)[:1], net(x[:1]), atol=1e-6)
 
@@ -302,13 +324,15 @@ def test_compiled_network_gives_the_same():
 
 
 def test_rope_sees_relative_places_only():
-    """The product of a rotated query and key depends on the difference of their places, not on the places."""
+    """The product of a rotated query and key depends on the difference of their places, not on the
+    places."""
     vit = ViT(dim=64, depth=1, heads=1)
     cos, sin = model.rope_table(vit.periods, 6, 6, 0)
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 64)
-    q, k = (model.rotate(part.expand(-1, 36, -1, -1), cos, sin)[0, :, 0] for part in (q, k))         # (36, 64)
-    product = (q @ k.mT).view(6, 6, 6, 6)                     # row, column of the query; row, column of the key
+    # (36, 64)
+    q, k = (model.rotate(part.expand(-1, 36, -1, -1), cos, sin)[0, :, 0] for part in (q, k))
+    product = (q @ k.mT).view(6, 6, 6, 6)  # row, column of the query; row, column of the key
     assert torch.allclose(product[:5, :5, 0, 0], product[1:, 1:, 1, 1], atol=1e-4)
     assert not torch.allclose(product[0, 0, 0, 1], product[0, 0, 1, 0], atol=1e-3)
 
@@ -337,9 +361,10 @@ def test_a_size_head_is_kept_and_each_token_counts_by_its_own_word(tmp_path):
         assert [v.item() for v in head(tokens)] == pytest.approx([3, -1])
 
 
-# ------------------------------------------------------------------------------------------------- ONNX
+# --------------------------------------------------------------------------------------------- ONNX
 
-needs_onnx = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))),
+needs_onnx = pytest.mark.skipif(not all(map(importlib.util.find_spec,
+                                            ("onnx", "onnxscript", "onnxruntime"))),
                                 reason="pip install onnx onnxscript onnxruntime")
 
 
@@ -347,7 +372,8 @@ def onnx_net() -> model.DINOCell:
     """A network whose distances differ from pixel to pixel and from image to image, in a second."""
     torch.manual_seed(0)
     vit = model.ViT(dim=32, depth=4, heads=2, registers=2, layerscale=0.5)
-    net = model.DINOCell(vit, (16, 8, 8), 8, model.Settings(tile=32, peak=0.4, diameter=21.0, low=2.0)).eval()
+    net = model.DINOCell(vit, (16, 8, 8), 8, model.Settings(tile=32, peak=0.4, diameter=21.0,
+                                                            low=2.0)).eval()
     torch.nn.init.normal_(net.decoder.head.weight)
     return net
 
@@ -362,9 +388,11 @@ def test_onnx_runtime_gives_what_pytorch_gives(tmp_path, half, tile, opset):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     given, = session.get_inputs()
     side = tile or 32
-    assert given.name == "image" and given.shape[1:] == [3, side, side] and isinstance(given.shape[0], str)
+    assert given.name == "image" and given.shape[1:] == [3, side,
+                                                         side] and isinstance(given.shape[0], str)
     settings = json.loads(session.get_modelmeta().custom_metadata_map["dinocell"])
-    assert (settings["tile"], settings["peak"], settings["diameter"], settings["low"]) == (side, 0.4, 21.0, 2.0)
+    assert (settings["tile"], settings["peak"], settings["diameter"],
+            settings["low"]) == (side, 0.4, 21.0, 2.0)
     for batch in (1, 2, 5):
         x = torch.rand(batch, 3, side, side)
         with torch.inference_mode():
@@ -377,7 +405,8 @@ def test_onnx_runtime_gives_what_pytorch_gives(tmp_path, half, tile, opset):
 
 @needs_onnx
 def test_the_weights_that_ship_can_be_exported(tmp_path):
-    assert model.to_onnx(model.load(ROOT / "final_models/dinocell_tiny.pt"), tmp_path / "x.onnx") <= 1e-4
+    assert model.to_onnx(model.load(ROOT / "final_models/dinocell_tiny.pt"),
+                         tmp_path / "x.onnx") <= 1e-4
 
 
 @needs_onnx
@@ -390,5 +419,6 @@ def test_a_file_that_differs_does_not_appear(tmp_path, monkeypatch):
 
 def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="needs onnx and onnxscript; pip install onnx onnxscript onnxruntime"):
+    with pytest.raises(ValueError,
+                       match="needs onnx and onnxscript; pip install onnx onnxscript onnxruntime"):
         model.to_onnx(onnx_net(), tmp_path / "x.onnx")

@@ -22,12 +22,14 @@ def test_no_name_stands_in_two_rooms():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 rooms[node.name].add(path.stem)
-    assert {name: sorted(found) for name, found in rooms.items() if len(found) > 1 and name not in ("Config", "main")} == {}
+    assert {name: sorted(found) for name, found in rooms.items() if len(found) > 1
+            and name not in ("Config", "main")} == {}
 
 
 def test_house_rules():
     """The words that the house bans: each hides a mistake or runs somebody else's code."""
-    banned = ["strict=" + "False", "except " + "Exception", "except" + ":", "weights_only=" + "False",
+    banned = ["strict=" + "False", "except " + "Exception", "except" + ":",
+              "weights_only=" + "False",
               "allow_pickle=" + "True", "yaml." + "load(", "TO" + "DO"]
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
         text = path.read_text(encoding="utf-8")

@@ -41,14 +41,16 @@ def write(tmp_path, text):
 
 def test_yaml_and_overrides_and_back(tmp_path):
     path = write(tmp_path, "steps: 10\nlr: 3e-4\ndata:\n  channels: [3]\n")
-    config = runs.load_config(Demo, path, ["data.root=/x", "cap=4", "flip=true", "name=7", "steps=1e3"])
+    config = runs.load_config(Demo, path, ["data.root=/x", "cap=4", "flip=true", "name=7",
+                                           "steps=1e3"])
     assert config == Demo(1000, 3e-4, "auto", 4.0, True, "7", Inner("/x", (3,)))
     assert isinstance(config.lr, float) and isinstance(config.steps, int)
     assert runs.load_config(Demo, write(tmp_path, runs.to_yaml(config))) == config
 
 
 def test_lists_and_null_on_the_command_line():
-    config = runs.load_config(Demo, None, ["steps=1", "data.channels=4,5", "cap=null", "device=cpu"])
+    config = runs.load_config(Demo, None, ["steps=1", "data.channels=4,5", "cap=null",
+                                           "device=cpu"])
     assert config.data.channels == (4, 5) and config.cap is None and config.device == "cpu"
 
 
@@ -93,45 +95,59 @@ def test_missing_file(tmp_path):
 def test_what_exists_is_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b.tif").touch()
-    assert runs.split_arguments(["a=b.tif", "img.tif", "out=x", "data.root=y"]) == (["a=b.tif", "img.tif"],
-                                                                                  ["out=x", "data.root=y"])
+    assert runs.split_arguments(["a=b.tif", "img.tif", "out=x", "data.root=y"]) == (
+        ["a=b.tif", "img.tif"],
+        ["out=x", "data.root=y"],
+    )
 
 
 def test_describe_lists_every_key_with_its_comment():
     text = runs.describe(Demo)
-    assert "steps=..." in text and "optimiser steps" in text and "device=auto" in text and "flip=false" in text
+    assert (
+        "steps=..." in text
+        and "optimiser steps" in text
+        and "device=auto" in text
+        and "flip=false" in text
+    )
 
 
 def test_script_ends_in_one_line_and_a_code(tmp_path):
     script = tmp_path / "s.py"
     script.write_text(
         f"'''Says hello.'''\nimport sys; sys.path.insert(0, {str(ROOT)!r})\nimport runs\n"
-        "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass C:\n    n: int = 1   # times\n"
-        "def main(config, files):\n    if config.n == 3: open('no/such/file')\n    print('hello', config.n, files)\n"
+        "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass C:\n    n: int = 1   # "
+        "times\n"
+        "def main(config, files):\n    if config.n == 3: open('no/such/file')\n    print('hello', "
+        "config.n, files)\n"
         "runs.script(__doc__, C, main)\n")
 
     def run(*arguments):
-        done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, cwd=tmp_path)
+        done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True,
+                              text=True, cwd=tmp_path)
         return done.returncode, done.stdout, done.stderr
 
     assert run("a.tif", "n=2") == (0, "hello 2 ['a.tif']\n", "")
     code, out, err = run("m=2")
     assert code == 1 and out == "" and err == "error: m=2: unknown key 'm'; known keys: n\n"
     assert run("n=3")[2] == "error: no/such/file: No such file or directory\n"
-    assert run("--fast")[2].startswith("error: unknown option --fast; options are written key=value")
+    assert run("--fast")[2].startswith(
+        "error: unknown option --fast; options are written key=value"
+    )
     code, out, err = run("--help")
     assert code == 0 and "Says hello." in out and "n=1" in out and "times" in out
 
 
 def test_help_into_a_closed_pipe_is_no_traceback():
     """python infer.py --help | head"""
-    script = subprocess.Popen([sys.executable, ROOT / "infer.py", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    script = subprocess.Popen([sys.executable, ROOT / "infer.py", "--help"], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE)
     script.stdout.close()
     assert script.stderr.read() == b"" and script.wait() == 0
 
 
 def test_a_signal_too_late_for_one_run_reaches_who_listens_to_all(tmp_path):
-    """A run hears signals until it is closed; then those hear them who did before, of one that came meanwhile too."""
+    """A run hears signals until it is closed; then those hear them who did before, of one that came
+    meanwhile too."""
     @dataclass(frozen=True)
     class Few:
         experiment: str = "few"
@@ -148,7 +164,7 @@ def test_a_signal_too_late_for_one_run_reaches_who_listens_to_all(tmp_path):
         signal.raise_signal(signal.SIGTERM)
         assert len(heard) == 3
         runs.Run(Few()).close()
-        assert len(heard) == 3                                               # none came: none is told
+        assert len(heard) == 3  # none came: none is told
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -163,7 +179,8 @@ def test_a_signal_before_the_run_and_one_while_work_is_shared_stop_it(tmp_path):
         assert run.each(lambda x: 2 * x, [1, 2, 3]) == [2, 4, 6]
         done = []
         with pytest.raises(runs.Stopped):
-            run.each(lambda x: done.append(x) or (x == 2 and signal.raise_signal(signal.SIGUSR1)), [1, 2, 3])
+            run.each(lambda x: done.append(x) or (x == 2 and signal.raise_signal(signal.SIGUSR1)),
+                     [1, 2, 3])
         assert done == [1, 2] and run.exit_code() == runs.REQUEUE
         run.close()
         assert heard == [signal.SIGUSR1]
@@ -182,8 +199,15 @@ def test_memory_that_a_gpu_lacks_is_one_line_and_other_errors_are_not_hidden(cap
 
     def fail(error):
         raise error
-    assert runs.guarded(lambda: fail(OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"))) == 1
-    assert capsys.readouterr().err == "error: out of GPU memory; give a smaller batch= or smaller crops or tiles\n"
+
+    assert (
+        runs.guarded(lambda: fail(OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")))
+        == 1
+    )
+    assert (
+        capsys.readouterr().err
+        == "error: out of GPU memory; give a smaller batch= or smaller crops or tiles\n"
+    )
     with pytest.raises(RuntimeError):
         runs.guarded(lambda: fail(RuntimeError("a bug")))
 
@@ -204,7 +228,8 @@ def test_a_process_of_a_group_leaves_with_its_code_and_what_was_to_be_done(tmp_p
 sys.path.insert(0, {str(ROOT)!r})
 import torch, runs
 atexit.register(print, "told")
-torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/meet", rank=0, world_size=1)
+torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/meet",
+                                     rank=0, world_size=1)
 threading.Thread(target=time.sleep, args=(60,)).start()
 runs.leave(runs.REQUEUE)
 """)
@@ -212,10 +237,11 @@ runs.leave(runs.REQUEUE)
     assert (done.returncode, done.stdout) == (runs.REQUEUE, "told\n"), done.stderr
 
 
-# ------------------------------------------------------------------------------------------------ threads
+# ------------------------------------------------------------------------------------------ threads
 
 def test_cores_are_those_that_this_process_may_use(tmp_path, monkeypatch):
-    """The least of affinity, Slurm's word and the quotas of the process's control group and of those above it."""
+    """The least of affinity, Slurm's word and the quotas of the process's control group and of
+    those above it."""
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     monkeypatch.setattr(runs.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     process, root = tmp_path / "cgroup", tmp_path / "fs"
@@ -239,17 +265,20 @@ def test_cores_are_those_that_this_process_may_use(tmp_path, monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
 def test_scripts_take_the_threads_of_their_cores():
     core = min(os.sched_getaffinity(0))
-    code = f"import os; os.sched_setaffinity(0, {{{core}}}); import runs, torch; print(torch.get_num_threads(), os.environ['GOMP_SPINCOUNT'])"
+    code = (f"import os; os.sched_setaffinity(0, {{{core}}}); import runs, torch; "
+            "print(torch.get_num_threads(), os.environ['GOMP_SPINCOUNT'])")
     bare = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=bare, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=bare, capture_output=True,
+                          text=True)
     assert done.stdout.split() == ["1", "1000"], done.stderr
 
 
-# ------------------------------------------------------------------------------ imports, bounds, files, tables
+# ------------------------------------------------------------------- imports, bounds, files, tables
 
 def test_lazy_modules_run_at_their_first_use(tmp_path):
     (tmp_path / "slow.py").write_text("print('ran')\nVALUE = 3\n")
-    code = ("import runs\nwith runs.lazy():\n    import slow\nprint('first', runs.is_loaded('slow'))\n"
+    code = ("import runs\nwith runs.lazy():\n    import slow\nprint('first', "
+            "runs.is_loaded('slow'))\n"
             "print(slow.VALUE, runs.is_loaded('slow'))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
@@ -266,21 +295,27 @@ class Bounded:
 
 
 @pytest.mark.parametrize("given, expected", [
-    ("steps=0", "steps=0: expected a whole number, 1 or more"), ("steps=x", "expected a whole number, 1 or more"),
-    ("share=1.5", "expected a number, from 0 to 1 or null"), ("lr=0", "lr=0: expected a number, above 0"),
+    ("steps=0", "steps=0: expected a whole number, 1 or more"),
+    ("steps=x", "expected a whole number, 1 or more"),
+    ("share=1.5", "expected a number, from 0 to 1 or null"),
+    ("lr=0", "lr=0: expected a number, above 0"),
     ("lr=nan", "above 0"), ("lr=inf", "above 0")])
 def test_bounds_stand_in_the_type(given, expected):
     with pytest.raises(ValueError, match=expected):
         runs.load_config(Bounded, overrides=[given])
     assert runs.load_config(Bounded, overrides=["share=1", "steps=1"]) == Bounded(1, 1.0)
-    assert "of a run (1 or more)" in runs.describe(Bounded) and "(from 0 to 1)" in runs.describe(Bounded)
+    assert "of a run (1 or more)" in runs.describe(Bounded) and "(from 0 to 1)" in runs.describe(
+        Bounded
+    )
 
 
 @pytest.mark.parametrize("suffix", ["tsv", "csv"])
 def test_tables_come_back(tmp_path, suffix):
     path = tmp_path / "made" / f"table.{suffix}"
-    runs.write_table(path, [{"name": "a, b", "x": 1 / 3}, {"name": "c", "y": None, "x": float("nan")}], first=["y"])
-    assert runs.read_table(path, ["name"]) == [{"y": "", "name": "a, b", "x": "0.3333333333"}, {"y": "", "name": "c", "x": ""}]
+    runs.write_table(path, [{"name": "a, b", "x": 1 / 3},
+                            {"name": "c", "y": None, "x": float("nan")}], first=["y"])
+    assert runs.read_table(path, ["name"]) == [{"y": "", "name": "a, b", "x": "0.3333333333"},
+                                               {"y": "", "name": "c", "x": ""}]
     with pytest.raises(ValueError, match="no columns 'nam', expected one; did you mean 'name'"):
         runs.read_table(path, ["nam"])
 
@@ -297,13 +332,15 @@ def test_what_fails_leaves_the_file_as_it_was(tmp_path):
 
 
 def test_lazy_modules_are_left_alone_by_who_looks_at_all(tmp_path):
-    """As inspect does while torch is loading: what it looks at must not run another half of the program."""
+    """As inspect does while torch is loading: what it looks at must not run another half of the
+    program."""
     (tmp_path / "slow.py").write_text("print('ran')\nVALUE = 3\n")
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").write_text("print('package')\n")
     (tmp_path / "package" / "part.py").write_text("VALUE = 4\n")
     code = ("import inspect, sys, runs\nwith runs.lazy():\n    import slow, package\n"
-            "inspect.getmodule(inspect.currentframe())\nprint('quiet')\nimport package.part\nprint(package.part.VALUE)")
+            "inspect.getmodule(inspect.currentframe())\nprint('quiet')\nimport "
+            "package.part\nprint(package.part.VALUE)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     assert done.stdout.split() == ["quiet", "package", "4"]

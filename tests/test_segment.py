@@ -1,4 +1,5 @@
-"""segment.py with a network that passes its input on: then tiles, blending, scale and blocks must not show at all."""
+"""segment.py with a network that passes its input on: then tiles, blending, scale and blocks must
+not show at all."""
 import dataclasses
 from collections import Counter
 from contextlib import nullcontext
@@ -52,7 +53,8 @@ def cones(seed, height, width, count, radius=8.0):
 def same_cells(a, b):
     """Equal up to the numbers of the cells."""
     table = metrics.overlap(a, b)
-    return len(table.counts) == len(table.truth_ids) == len(table.pred_ids) and bool((table.ious == 1).all())
+    return len(table.counts) == len(table.truth_ids) == len(table.pred_ids) and bool((table.ious
+                                                                                      == 1).all())
 
 
 def whole(image):
@@ -68,7 +70,9 @@ def test_tiles_do_not_show(shape):
     image = cones(0, *shape, count=1 + shape[0] * shape[1] // 300)
     net = PassOn()
     np.testing.assert_allclose(segment.distances(image, net, limits=UNIT), image, atol=1e-5)
-    assert len({size[1:] for size in net.sizes}) == 1 and {size[2] for size in net.sizes} <= set(range(64, 103, 8))
+    assert len({size[1:] for size in net.sizes}) == 1 and {size[2] for size in net.sizes} <= set(
+        range(64, 103, 8)
+    )
     labels = segment.segment(image, net, limits=UNIT)
     assert labels.shape == shape and labels.dtype == np.int32
     assert same_cells(labels, whole(image))
@@ -88,12 +92,15 @@ def test_every_cell_is_new_once_and_whole_in_that_view():
     whole = segment.segment(image, PassOn(), limits=UNIT)
     area = np.bincount(whole.ravel())
     met = {}
-    for block in segment.blocks(segment.as_source(image), segment.plan_for(image, PassOn(), limits=UNIT, block=100, halo=40)):
+    for block in segment.blocks(segment.as_source(image),
+                                segment.plan_for(image, PassOn(), limits=UNIT, block=100, halo=40)):
         for local in block.new:
             assert block.ids[local] not in met
             met[block.ids[local]] = (block.local == local).sum()
-        assert block.distance.shape == block.labels.shape == (block.core[0].stop - block.core[0].start,
-                                                              block.core[1].stop - block.core[1].start)
+        assert block.distance.shape == block.labels.shape == (block.core[0].stop
+                                                              - block.core[0].start,
+                                                              block.core[1].stop
+                                                              - block.core[1].start)
     assert sorted(met) == list(range(1, whole.max() + 1))
     assert sorted(met.values()) == sorted(area[1:])
 
@@ -138,7 +145,8 @@ def test_reflection_continues_an_axis():
     assert segment._reflect(3, 8).tolist() == [0, 1, 2, 1, 0, 1, 2, 1]
     assert segment._reflect(1, 3).tolist() == [0, 0, 0]
     for n in (2, 5, 9):
-        np.testing.assert_array_equal(segment._reflect(n, 30), np.pad(np.arange(n), (0, 30 - n), "reflect"))
+        np.testing.assert_array_equal(segment._reflect(n, 30),
+                                      np.pad(np.arange(n), (0, 30 - n), "reflect"))
 
 
 def test_flat_tiles_are_not_shown_to_the_network():
@@ -147,7 +155,8 @@ def test_flat_tiles_are_not_shown_to_the_network():
     net = PassOn()
     segment.segment(image, net, limits=UNIT, overlap=0)
     assert sum(size[0] * n for size, n in net.sizes.items()) == 1
-    assert segment.segment(np.full((50, 40), 7, np.uint16), net).sum() == 0           # a constant image: no cells
+    # a constant image: no cells
+    assert segment.segment(np.full((50, 40), 7, np.uint16), net).sum() == 0
 
 
 def test_border_cells_are_dropped_when_asked():
@@ -157,7 +166,8 @@ def test_border_cells_are_dropped_when_asked():
     edge = np.unique(np.concatenate((full[0], full[-1], full[:, 0], full[:, -1])))
     expected = np.where(np.isin(full, edge), 0, full)
     assert same_cells(kept, expected) and kept.max() < full.max()
-    assert same_cells(kept, segment.segment(image, PassOn(), limits=UNIT, border="drop", block=90, halo=40))
+    assert same_cells(kept, segment.segment(image, PassOn(), limits=UNIT, border="drop", block=90,
+                                            halo=40))
 
 
 def test_min_area_is_counted_in_px_of_the_image():
@@ -181,13 +191,17 @@ def test_zoom_follows_the_diameter():
 
 
 def test_lengths_of_a_setting_are_px_of_the_network():
-    """What the watershed was tuned to in training is what it does with an image that is reduced; min_area is of the image."""
+    """What the watershed was tuned to in training is what it does with an image that is reduced;
+    min_area is of the image."""
     net, image = PassOn(diameter=10.0), cones(3, 200, 180, 40, 20.0)
     setting = watershed.Setting(peak=0.6, fill=0.15, min_area=30, depth=0.1, smooth=1.0, shape=0.04)
     expected = watershed.without_holes(torch.from_numpy(
-        watershed.flood(segment.distances(image, net, limits=UNIT, zoom=0.5), setting, 0.5))).numpy()
-    found = segment.segment(image, net, limits=UNIT, zoom=0.5, **{**setting._asdict(), "min_area": 120})
-    assert 5 < found.max() and same_cells(expected, found) and np.bincount(found.ravel())[1:].min() >= 120
+        watershed.flood(segment.distances(image, net, limits=UNIT, zoom=0.5), setting,
+                        0.5))).numpy()
+    found = segment.segment(image, net, limits=UNIT, zoom=0.5,
+                            **{**setting._asdict(), "min_area": 120})
+    assert 5 < found.max() and same_cells(expected,
+                                          found) and np.bincount(found.ravel())[1:].min() >= 120
     net.settings = dataclasses.replace(net.settings, **setting._asdict())
     assert same_cells(found, segment.segment(image, net, limits=UNIT, diameter=20.0))
     assert not same_cells(found, segment.segment(image, net, limits=UNIT, zoom=0.5, smooth=0.0))
@@ -197,8 +211,11 @@ def test_a_plan_says_what_the_image_gets():
     net, image = PassOn(diameter=16.0), cones(3, 300, 260, 60)
     plan = segment.plan_for(image, net, diameter=32, peak=0.7, min_area=40)
     assert (plan.zoom, plan.diameter, plan.near, plan.border) == (0.5, 32, 32, "keep")
-    assert plan.setting == net.settings.setting._replace(peak=0.7, min_area=10) and plan.limits.shape == (1, 2)
-    assert plan.halo == 256 and segment.plan_for(image, net, near=100).halo == 400 and plan.block == 2048
+    assert plan.setting == net.settings.setting._replace(
+        peak=0.7, min_area=10
+    ) and plan.limits.shape == (1, 2)
+    assert plan.halo == 256 and segment.plan_for(image, net,
+                                                 near=100).halo == 400 and plan.block == 2048
     assert segment.plan_for(image, net, zoom=4.0).block == 512, "enlarged, blocks keep their memory"
 
 
@@ -209,7 +226,9 @@ def test_cells_smaller_than_a_pixel_leave_no_gap_in_the_numbers():
     block, = segment.blocks(segment.as_source(image), plan)
     fine = segment.segment(image, net, limits=UNIT, peak=0.5, fill=0.5, min_area=0)
     assert 100 < block.labels.max() < 900 and fine.max() > 100
-    assert np.array_equal(np.unique(block.labels), np.arange(block.labels.max() + 1)) and len(block.new) == block.labels.max()
+    assert np.array_equal(np.unique(block.labels),
+                          np.arange(block.labels.max()
+                                    + 1)) and len(block.new) == block.labels.max()
 
 
 def test_memory_runs_out_and_the_batch_shrinks():
@@ -221,14 +240,16 @@ def test_memory_runs_out_and_the_batch_shrinks():
 
     image = cones(7, 64, 600, 60)
     net = Small()
-    np.testing.assert_allclose(segment.distances(image, net, limits=UNIT, batch=16), image, atol=1e-5)
+    np.testing.assert_allclose(segment.distances(image, net, limits=UNIT, batch=16), image,
+                               atol=1e-5)
     assert max(size[0] for size in net.sizes) == 2
 
 
 def test_wrong_values_are_named():
     image = np.zeros((9, 9), np.float32)
     for options, said in [(dict(tile=60), "tile=60: expected a multiple of the patch, 8"),
-                          (dict(overlap=40), "overlap=40"), (dict(peak=2), "peak=2"), (dict(fill=0.6), "fill=0.6")]:
+                          (dict(overlap=40), "overlap=40"), (dict(peak=2), "peak=2"),
+                          (dict(fill=0.6), "fill=0.6")]:
         with pytest.raises(ValueError, match=said):
             segment.segment(image, PassOn(), **options)
     for bad in (np.zeros((2, 3, 4, 5)), np.zeros(4), np.array([["a"]]), np.zeros((0, 5))):
@@ -241,7 +262,8 @@ def test_wrong_values_are_named():
 def test_progress_and_clock():
     seen, clock = [], Counter()
     source = segment.as_source(cones(8, 200, 100, 20))
-    list(segment.blocks(source, segment.plan_for(source, PassOn(), limits=UNIT), clock, seen.append))
+    list(segment.blocks(source, segment.plan_for(source, PassOn(), limits=UNIT), clock,
+                        seen.append))
     assert seen == sorted(seen) and seen[-1] == 1
     assert set(clock) == {"read", "network", "watershed"} and min(clock.values()) > 0
 

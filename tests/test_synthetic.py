@@ -1,4 +1,5 @@
-"""synthetic.py: the truth is sound, pictures are what they claim, nothing but the cells ties channels."""
+"""synthetic.py: the truth is sound, pictures are what they claim, nothing but the cells ties
+channels."""
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,8 @@ def test_another_seed_another_field():
         assert (one != other).mean() > 0.9
 
 
-@pytest.mark.parametrize("size, shape", [(32, (32, 32)), ((33, 70), (33, 70)), ([130, 64], (130, 64))])
+@pytest.mark.parametrize("size, shape", [(32, (32, 32)), ((33, 70), (33, 70)),
+                                         ([130, 64], (130, 64))])
 def test_sizes_types_and_names(size, shape):
     drawn = synthetic.field(0, size, 6, 24)
     assert drawn.pixels.shape == (8, *shape) and drawn.pixels.dtype == np.uint16
@@ -80,8 +82,9 @@ def test_a_cell_cut_in_two_by_the_edge_keeps_its_larger_piece():
                       [5, 0, 0, 5, 5],
                       [2, 0, 7, 2, 2]])
     labels, number = synthetic.largest_pieces(grown, smallest=2)
-    assert len(np.unique(labels)) == 3 and labels.max() == 2                   # 7 shows a single pixel
-    np.testing.assert_array_equal(number[labels], [[0, 0, 0, 5, 5], [0, 0, 0, 5, 5], [0, 0, 0, 2, 2]])
+    assert len(np.unique(labels)) == 3 and labels.max() == 2  # 7 shows a single pixel
+    np.testing.assert_array_equal(number[labels], [[0, 0, 0, 5, 5], [0, 0, 0, 5, 5],
+                                                   [0, 0, 0, 2, 2]])
 
 
 def test_nearly_all_cells_asked_for_are_there_when_there_is_room(fields):
@@ -119,7 +122,8 @@ def test_nuclei_lie_inside_their_cells(fields):
         area, whole = (np.bincount(a.ravel(), minlength=n + 1)[1:] for a in (f.nuclei, f.labels))
         assert 0.08 < np.median(area / whole) < 0.5
         at_edge = np.r_[f.labels[0], f.labels[-1], f.labels[:, 0], f.labels[:, -1]]
-        assert np.isin(np.flatnonzero(area == 0) + 1, at_edge).all()           # only the edge hides a nucleus
+        # only the edge hides a nucleus
+        assert np.isin(np.flatnonzero(area == 0) + 1, at_edge).all()
         cells, nuclei = cells + n, nuclei + (area > 0).sum()
     assert nuclei > 0.95 * cells
 
@@ -152,12 +156,14 @@ def test_fluorescence_is_brighter_and_brightfield_darker_in_cells(fields):
 
 
 def test_halos_flip_with_the_focus(fields):
-    """Just outside a cell one plane brightens and the other darkens against the ground further out."""
+    """Just outside a cell one plane brightens and the other darkens against the ground further out.
+    """
     rings = []
     for f in fields:
         away = ndimage.distance_transform_edt(f.labels == 0)
         halo, ground = (away > 0) & (away < 3), (away > 8) & (away < 20)
-        rings.append([c[halo].mean() / c[ground].mean() - 1 for c in f.pixels[PLANES].astype(float)])
+        rings.append([c[halo].mean() / c[ground].mean() - 1
+                      for c in f.pixels[PLANES].astype(float)])
     high, low, _ = np.mean(rings, 0)
     assert high > low + 0.005
 
@@ -178,7 +184,8 @@ def test_ground_of_two_channels_is_uncorrelated_over_many_fields():
     smooth, fine, levels = [], [], []
     for seed in range(64):
         c = synthetic.field(seed, 64, 0).pixels.astype(float)
-        c = np.clip(c, *np.percentile(c, [1, 99], axis=(1, 2), keepdims=True))  # hot pixels would set r alone
+        # hot pixels would set r alone
+        c = np.clip(c, *np.percentile(c, [1, 99], axis=(1, 2), keepdims=True))
         blurred = np.stack([ndimage.gaussian_filter(x, 6) for x in c])
         smooth.append(np.corrcoef(blurred.reshape(8, -1)))
         fine.append(np.corrcoef((c - blurred).reshape(8, -1)))
@@ -191,8 +198,10 @@ def test_ground_of_two_channels_is_uncorrelated_over_many_fields():
 
 
 def test_a_cell_is_recognised_in_another_channel(fields):
-    """A cell bright for its field in one stain is bright in every other, and dark in brightfield."""
-    brightness = np.concatenate([[means(standard(c), f.labels) for c in f.pixels] for f in fields], 1)
+    """A cell bright for its field in one stain is bright in every other, and dark in brightfield.
+    """
+    brightness = np.concatenate([[means(standard(c), f.labels) for c in f.pixels] for f in fields],
+                                1)
     r = np.corrcoef(brightness)
     stains = r[STAINS, STAINS][np.triu_indices(5, 1)]
     assert stains.min() > 0.2 and stains.mean() > 0.4
@@ -208,8 +217,10 @@ def test_no_cells_is_ground_alone():
     assert all(a.std() > 2 * b.std() for a, b in zip(full.pixels[STAINS], f.pixels[STAINS]))
 
 
-@pytest.mark.parametrize("arguments, word", [(dict(size=31), "size=31"), (dict(size=(64, 8)), "size=8"),
-                                             (dict(cells=-1), "cells=-1"), (dict(diameter=3), "diameter=3"),
+@pytest.mark.parametrize("arguments, word", [(dict(size=31), "size=31"),
+                                             (dict(size=(64, 8)), "size=8"),
+                                             (dict(cells=-1), "cells=-1"),
+                                             (dict(diameter=3), "diameter=3"),
                                              (dict(seed=-2), "seed=-2"),
                                              (dict(diameter=float("nan")), "diameter=nan"),
                                              (dict(diameter=float("inf")), "diameter=inf")])
@@ -220,32 +231,45 @@ def test_impossible_arguments_are_named(arguments, word):
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     script = Path(synthetic.__file__)
-    return subprocess.run([sys.executable, script, *arguments], cwd=cwd, capture_output=True, text=True,
+    return subprocess.run([sys.executable, script, *arguments], cwd=cwd, capture_output=True,
+                          text=True,
                           timeout=60)
 
 
 def test_command_writes_what_field_draws(tmp_path):
-    done = command("out=drawn", "n=2", "size=40x64", "cells=4", "diameter=20", "seed=7", cwd=tmp_path)
+    done = command("out=drawn", "n=2", "size=40x64", "cells=4", "diameter=20", "seed=7",
+                   cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "drawn"
-    assert sorted(p.name for p in folder.iterdir()) == ["field_7.tif", "field_7_cells.tif", "field_8.tif",
+    assert sorted(p.name for p in folder.iterdir()) == ["field_7.tif", "field_7_cells.tif",
+                                                        "field_8.tif",
                                                         "field_8_cells.tif"]
     drawn = synthetic.field(8, (40, 64), 4, 20)
     with tifffile.TiffFile(folder / "field_8.tif") as tiff:
         np.testing.assert_array_equal(tiff.asarray(), drawn.pixels)
-        assert tiff.series[0].axes == "CYX" and tuple(tiff.imagej_metadata["Labels"]) == drawn.channels
+        assert (
+            tiff.series[0].axes == "CYX" and tuple(tiff.imagej_metadata["Labels"]) == drawn.channels
+        )
         per_um = np.divide(*tiff.pages[0].tags["XResolution"].value)
         assert 1 / per_um == pytest.approx(drawn.pixel_size, rel=1e-5)
     np.testing.assert_array_equal(tifffile.imread(folder / "field_8_cells.tif"), drawn.labels)
 
 
-@pytest.mark.parametrize("arguments, words", [((), "key 'out' is missing"), (("out=a", "sise=5"), "did you mean 'size'"),
-                                              (("out=a", "n=0"), "n=0: expected"), (("out=a", "size=9"), "size=9"),
-                                              (("out=a", "size=64x64x3"), "size=480x640"), (("out=a", "b"), "such as out=b")])
+@pytest.mark.parametrize("arguments, words", [((), "key 'out' is missing"),
+                                              (("out=a", "sise=5"), "did you mean 'size'"),
+                                              (("out=a", "n=0"), "n=0: expected"),
+                                              (("out=a", "size=9"), "size=9"),
+                                              (("out=a", "size=64x64x3"), "size=480x640"),
+                                              (("out=a", "b"), "such as out=b")])
 def test_command_says_a_mistake_in_one_line(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         runs.script(synthetic.__doc__, synthetic.Config, synthetic.main, list(arguments))
     said = capsys.readouterr()
-    assert end.value.code == 1 and said.out == "" and said.err.startswith("error: ") and words in said.err
+    assert (
+        end.value.code == 1
+        and said.out == ""
+        and said.err.startswith("error: ")
+        and words in said.err
+    )
     assert said.err.count("\n") == 1 and not list(tmp_path.rglob("*.tif*"))

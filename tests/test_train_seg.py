@@ -1,4 +1,5 @@
-"""train_seg.py end to end at toy size: resuming, signals, ranks, what it writes and what it refuses."""
+"""train_seg.py end to end at toy size: resuming, signals, ranks, what it writes and what it
+refuses."""
 import json
 import os
 import signal
@@ -21,7 +22,8 @@ import segment
 import train_seg
 
 TOY = dict(network=dict(dim=16, depth=4, heads=2, registers=1, widths=[8, 8, 4], last=4),
-           data=dict(fields=5, field_size=80, field_cells=4, diameter=24), crop=32, batch=4, steps=12, lr=1e-3, warmup=2,
+           data=dict(fields=5, field_size=80, field_cells=4, diameter=24), crop=32, batch=4,
+           steps=12, lr=1e-3, warmup=2,
            ema=0.8, val_every=6, log_every=3, save_every=3, device="cpu", precision="float32")
 
 
@@ -32,8 +34,10 @@ def toy(folder, **changes):
 
 
 def command(*arguments, torchrun=0):
-    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={torchrun}", "--master_addr=127.0.0.1",
-             "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"] if torchrun else [sys.executable]
+    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={torchrun}",
+             "--master_addr=127.0.0.1",
+             "--master_port=0", "--rdzv_backend=c10d",
+             "--rdzv_endpoint=127.0.0.1:0"] if torchrun else [sys.executable]
     return [*start, str(ROOT / "train_seg.py"), *map(str, arguments)]
 
 
@@ -41,7 +45,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run(*arguments, **options):
-    return subprocess.run(command(*arguments, **options), capture_output=True, text=True, env=ENVIRONMENT)
+    return subprocess.run(command(*arguments, **options), capture_output=True, text=True,
+                          env=ENVIRONMENT)
 
 
 def weights(folder):
@@ -68,21 +73,31 @@ def test_a_run_leaves_what_it_promises(whole):
     assert kept == ["best.pt", "step_00000009.pt", "step_00000012.pt"]
     net = model.load(whole / "final_models/seg.pt")
     best = max((line for line in log if "score" in line), key=lambda line: line["score"])
-    assert net.settings.tile == 32 and net.settings.cap == 4.0 and net.settings.diameter == pytest.approx(24, abs=1)
+    assert (
+        net.settings.tile == 32
+        and net.settings.cap == 4.0
+        and net.settings.diameter == pytest.approx(24, abs=1)
+    )
     assert net.settings.peak == best["val_peak"] and net.settings.fill == best["val_fill"]
     story = net.settings.provenance
     assert len(story["images"]["train"]) == 8 and len(story["images"]["validation"]) == 2
     assert story["scores"]["score"] == pytest.approx(best["score"], rel=1e-4)
 
 
-@pytest.mark.parametrize("number,code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, runs.REQUEUE),
+@pytest.mark.parametrize("number,code", [(signal.SIGKILL, -signal.SIGKILL),
+                                         (signal.SIGTERM, runs.REQUEUE),
                                          (signal.SIGUSR1, runs.REQUEUE)])
 def test_stopped_and_started_again_it_reaches_the_same_weights(whole, tmp_path, number, code):
     path = toy(tmp_path)
-    process = subprocess.Popen(command(path), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(path), env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
     checkpoints = tmp_path / "runs/seg/checkpoints/seg"
     deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("step_*.pt")) and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not list(checkpoints.glob("step_*.pt"))
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.005)
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
@@ -98,7 +113,8 @@ def test_stopped_and_started_again_it_reaches_the_same_weights(whole, tmp_path, 
 def test_a_signal_while_it_validates_is_heard(tmp_path, monkeypatch):
     """Nothing is exported, and the next start goes on from the last checkpoint to its end."""
     import segment
-    config = runs.load_config(train_seg.Config, toy(tmp_path, steps=4, warmup=1, val_every=4, save_every=2))
+    config = runs.load_config(train_seg.Config, toy(tmp_path, steps=4, warmup=1, val_every=4,
+                                                    save_every=2))
     asked, look = [], segment.distances
 
     def interrupted(*arguments, **options):
@@ -109,12 +125,15 @@ def test_a_signal_while_it_validates_is_heard(tmp_path, monkeypatch):
         patched.setattr(segment, "distances", interrupted)
         assert train_seg.train_network(config, 0, 1, "cpu") == runs.REQUEUE and len(asked) == 1
     assert not (tmp_path / "final_models").exists()
-    assert [p.name for p in (tmp_path / "runs/seg/checkpoints/seg").iterdir()] == ["step_00000002.pt"]
-    assert train_seg.train_network(config, 0, 1, "cpu") == 0 and (tmp_path / "final_models/seg.pt").exists()
+    assert [p.name for p in (tmp_path
+                             / "runs/seg/checkpoints/seg").iterdir()] == ["step_00000002.pt"]
+    assert train_seg.train_network(config, 0, 1, "cpu") == 0 and (tmp_path
+                                                                  / "final_models/seg.pt").exists()
 
 
 def test_a_cycle_can_be_added_to_a_run_that_is_done(tmp_path):
-    """The same weights as two cycles from the start, and the learning rate of the first once more."""
+    """The same weights as two cycles from the start, and the learning rate of the first once more.
+    """
     shape = dict(steps=4, val_every=100, log_every=1, save_every=100)
     for name, ways in dict(once=["cycles=2"], later=["cycles=1", "cycles=2"]).items():
         (tmp_path / name).mkdir()
@@ -122,33 +141,43 @@ def test_a_cycle_can_be_added_to_a_run_that_is_done(tmp_path):
             done = run(toy(tmp_path / name, **shape), cycles)
             assert done.returncode == 0, done.stderr
     assert "cycles: 1 -> 2" in done.stderr and "going on from step 4" in done.stderr
-    log = [json.loads(line) for line in (tmp_path / "once/runs/seg/log.jsonl").read_text().splitlines()]
+    log = [json.loads(line)
+           for line in (tmp_path / "once/runs/seg/log.jsonl").read_text().splitlines()]
     rates = [line["lr"] for line in log if "lr" in line]
     assert len(rates) == 8 and rates[:4] == rates[4:] and rates[3] < 0.01 * rates[1]
-    assert [line["step"] for line in log if "score" in line] == [4, 8]       # the end of each may be the last
-    once, later = ((torch.load(tmp_path / name / "runs/seg/checkpoints/seg/step_00000008.pt", weights_only=True)["net"])
+    # the end of each may be the last
+    assert [line["step"] for line in log if "score" in line] == [4, 8]
+    once, later = ((torch.load(tmp_path / name / "runs/seg/checkpoints/seg/step_00000008.pt",
+                               weights_only=True)["net"])
                    for name in ("once", "later"))
     assert all(torch.equal(value, later[name]) for name, value in once.items())
 
 
 def test_two_processes_train_as_one(tmp_path):
-    """Weights after 20 steps. No even ground, in crops without cells or where a change clips it to black: there every
-    feature lies exactly on the kink of a ReLU, where the rounding of a sum decides which side counts, otherwise on each
-    processor. And an eps that keeps Adam from dividing gradients that are nothing but rounding by themselves."""
+    """Weights after 20 steps. No even ground, in crops without cells or where a change clips it to
+    black: there every feature lies exactly on the kink of a ReLU, where the rounding of a sum
+    decides which side counts, otherwise on each processor. And an eps that keeps Adam from dividing
+    gradients that are nothing but rounding by themselves."""
     uneven = dict(negative=0, dim=0, drop=0, brightness=0, contrast=0, noise=1)
     nets, norms, scores = [], [], []
     for processes in (0, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        done = run(toy(folder, steps=20, val_every=10, save_every=20, log_every=1, eps=1e-6, augment=uneven),
+        done = run(toy(folder, steps=20, val_every=10, save_every=20, log_every=1, eps=1e-6,
+                       augment=uneven),
                    torchrun=processes)
         assert done.returncode == 0, done.stderr
-        nets.append(torch.load(folder / "runs/seg/checkpoints/seg/step_00000020.pt", weights_only=True)["net"])
+        nets.append(torch.load(folder / "runs/seg/checkpoints/seg/step_00000020.pt",
+                               weights_only=True)["net"])
         log = [*map(json.loads, (folder / "runs/seg/log.jsonl").read_text().splitlines())]
         norms.append([(line["gradient"], line["loss"]) for line in log if "gradient" in line])
         scores.append([line["val_SEG"] for line in log if "score" in line])
     assert len(norms[0]) == 20 and norms[1] == [pytest.approx(pair, rel=1e-4) for pair in norms[0]]
-    assert len(set(scores[0])) == 2 and min(scores[0]) > 0.3 and scores[1] == pytest.approx(scores[0], abs=0.02)
+    assert (
+        len(set(scores[0])) == 2
+        and min(scores[0]) > 0.3
+        and scores[1] == pytest.approx(scores[0], abs=0.02)
+    )
     one, two = nets
     apart = sum((two[name] - value).square().sum() for name, value in one.items()).sqrt()
     assert apart < 1e-5 * sum(value.square().sum() for value in one.values()).sqrt()
@@ -164,27 +193,38 @@ def test_check_says_what_would_happen_and_writes_nothing(tmp_path):
 
 def test_another_configuration_does_not_go_on_in_the_same_folder(whole):
     done = run(whole / "toy.yaml", "lr=2e-3")
-    assert done.returncode == 1 and "lr: 0.001 -> 0.002" in done.stderr and "new experiment=" in done.stderr
+    assert (
+        done.returncode == 1
+        and "lr: 0.001 -> 0.002" in done.stderr
+        and "new experiment=" in done.stderr
+    )
     done = run(whole / "toy.yaml", "log_every=1")
     assert done.returncode == 0 and "log_every: 3 -> 1" in done.stderr
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     done = run(toy(tmp_path), "lr=1e30", "clip=1e30", "warmup=0", "steps=30")
-    assert done.returncode == 1 and "the loss is nan at step" in done.stderr and "last good checkpoint" in done.stderr
+    assert (
+        done.returncode == 1
+        and "the loss is nan at step" in done.stderr
+        and "last good checkpoint" in done.stderr
+    )
 
 
 def test_edges_and_seams_count_more_when_asked():
-    """Closed form, k = 8: a pixel at distance 1/4 counts 1 + 8 * 3/4 = 7 times, ground within 2 px of a cell 9 times,
-    the middle of a cell and far ground once; pixels within 2 px of two cells 10 times more with a seam weight of 10."""
+    """Closed form, k = 8: a pixel at distance 1/4 counts 1 + 8 * 3/4 = 7 times, ground within 2 px
+    of a cell 9 times, the middle of a cell and far ground once; pixels within 2 px of two cells 10
+    times more with a seam weight of 10."""
     target = torch.tensor([0.0, 0.0, 0.0, 0.25, 1.0]).view(1, 1, 1, 5)
     labels = torch.tensor([0, 0, 0, 5, 5]).view(1, 1, 5)
     predicted = target + torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]).view(1, 1, 1, 5)
     squares = torch.tensor([0.01, 0.04, 0.09, 0.16, 0.25])
     for edge, weights in ((0, [1, 1, 1, 1, 1]), (8, [1, 9, 9, 7, 1])):
         expected = (squares * torch.tensor(weights)).mean().item()
-        assert model.distance_loss(predicted, target, labels, edge).item() == pytest.approx(expected)
-        assert model.distance_loss(predicted, target, labels, edge, 10).item() == pytest.approx(expected)     # one cell: no seam
+        assert model.distance_loss(predicted, target, labels,
+                                   edge).item() == pytest.approx(expected)
+        assert model.distance_loss(predicted, target, labels, edge,
+                                   10).item() == pytest.approx(expected)     # one cell: no seam
     two = torch.tensor([7, 0, 0, 5, 5]).view(1, 1, 5)
     expected = (squares * torch.tensor([1, 11, 11, 1, 1])).mean().item()
     assert model.distance_loss(predicted, target, two, 0, 10).item() == pytest.approx(expected)
@@ -195,21 +235,29 @@ def test_it_starts_from_weights(whole, tmp_path):
     config = runs.load_config(train_seg.Config, toy(tmp_path), [f"init={path}", "train_blocks=1"])
     net = train_seg.build_network(config)
     assert torch.equal(net.backbone.norm.weight, model.load(path).backbone.norm.weight)
-    learns = {name.split(".")[1] for name, p in net.backbone.blocks.named_parameters(prefix="blocks") if p.requires_grad}
+    learns = {name.split(".")[1]
+              for name, p in net.backbone.blocks.named_parameters(prefix="blocks")
+              if p.requires_grad}
     assert learns == {"3"} and not net.backbone.patch_embed.weight.requires_grad
     assert all(p.requires_grad for p in net.decoder.parameters())
-    groups = train_seg.segmentation_optimiser(net, runs.load_config(train_seg.Config, toy(tmp_path), ["layer_decay=0.5"]), "cpu").param_groups
+    groups = train_seg.segmentation_optimiser(net, runs.load_config(train_seg.Config, toy(tmp_path),
+                                                                    ["layer_decay=0.5"]),
+                                              "cpu").param_groups
     assert {group["scale"] for group in groups} >= {1.0, 0.5}
     listed = [id(p) for group in groups for p in group["params"]]
     assert len(listed) == len(set(listed)) == sum(p.requires_grad for p in net.parameters())
-    old, new = model.load(path), train_seg.build_network(runs.load_config(train_seg.Config, toy(tmp_path), [
-        f"init={path}", "new_decoder=true", "network.widths=[8, 8]", "network.last=0", "network.stem=2"]))
-    assert torch.equal(new.backbone.blocks[0].fc1.weight, old.backbone.blocks[0].fc1.weight) and new.decoder.grain == 2
+    old, new = model.load(path), train_seg.build_network(runs.load_config(train_seg.Config,
+                                                                          toy(tmp_path), [
+        f"init={path}", "new_decoder=true", "network.widths=[8, 8]", "network.last=0",
+        "network.stem=2"]))
+    assert torch.equal(new.backbone.blocks[0].fc1.weight,
+                       old.backbone.blocks[0].fc1.weight) and new.decoder.grain == 2
 
 
 def test_steps_may_change_until_a_constant_rate_falls(tmp_path):
     labelled_folder(tmp_path / "cells", 4)
-    path = toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"], share=0.3), steps=20, warmup=2, schedule="constant", save_every=2,
+    path = toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"], share=0.3), steps=20,
+               warmup=2, schedule="constant", save_every=2,
                val_every=40)
 
     def begun(*changes):
@@ -217,43 +265,60 @@ def test_steps_may_change_until_a_constant_rate_falls(tmp_path):
     run = begun()
     run.save(12)
     run.close()
-    begun("steps=30").close()                                                # 12 lies before the last fifth of both
+    begun("steps=30").close()  # 12 lies before the last fifth of both
     with pytest.raises(ValueError, match="begun with another configuration .*steps: 30 -> 20, lr"):
         begun("lr=1e-5")
     run = begun()
     run.save(18)
     run.close()
-    with pytest.raises(ValueError, match="steps=40: .*step_00000018.pt lies in the last fifth of 20 steps"):
+    with pytest.raises(ValueError,
+                       match="steps=40: .*step_00000018.pt lies in the last fifth of 20 steps"):
         begun("steps=40")
 
 
 def test_images_to_validate_on_are_scaled_as_those_to_train_on(tmp_path):
     """data.diameter: settings are chosen on cells as wide as the network learns them."""
     labelled_folder(tmp_path / "cells", 6)
-    chosen = data.TrainingData(root=str(tmp_path), sets=(data.TrainingSet("cells"),), share=0.3, diameter=18.0, fields=3, field_size=96, field_cells=5)
+    chosen = data.TrainingData(root=str(tmp_path), sets=(data.TrainingSet("cells"),), share=0.3,
+                               diameter=18.0, fields=3, field_size=96, field_cells=5)
     train, validation, _ = augment.load_resident(chosen, 0, "cpu", 4.0)
-    assert train.diameter == pytest.approx(18) and {entry.set for entry in validation} == {"cells", "synthetic"}
+    assert train.diameter == pytest.approx(18) and {entry.set for entry in validation} == {
+        "cells",
+        "synthetic",
+    }
     for entry in validation:
         area = np.bincount(entry.labels.ravel())[1:]
-        assert entry.zoom * np.sqrt(4 / np.pi * np.median(area[area > 0])) == pytest.approx(18), entry.name
+        assert entry.zoom * np.sqrt(4 / np.pi
+                                    * np.median(area[area > 0])) == pytest.approx(18), entry.name
     assert data.median_diameter(np.zeros((9, 9), int)) == 0
 
 
 def test_muon_learns_the_inner_layers_and_goes_on(tmp_path):
-    """Not those that meet pixels or answer, nor vectors; a run that is stopped reaches the same weights."""
+    """Not those that meet pixels or answer, nor vectors; a run that is stopped reaches the same
+    weights."""
     config = runs.load_config(train_seg.Config, toy(tmp_path), ["optimiser=muon"])
     net = train_seg.build_network(config)
-    optimiser, names = train_seg.segmentation_optimiser(net, config, "cpu"), {id(p): name for name, p in net.named_parameters()}
-    inner = {names[id(p)] for group in optimiser.param_groups if group["matrix"] for p in group["params"]}
-    assert isinstance(optimiser, optim.Muon) and {"backbone.blocks.0.fc1.weight", "decoder.ups.0.weight"} <= inner, sorted(inner)
-    assert not [name for name in inner if "bias" in name or "norm" in name or "patch_embed" in name or "head" in name or "token" in name]
-    assert isinstance(train_seg.segmentation_optimiser(net, runs.load_config(train_seg.Config, toy(tmp_path)), "cpu"), torch.optim.AdamW)
+    optimiser, names = (
+        train_seg.segmentation_optimiser(net, config, "cpu"),
+        {id(p): name for name, p in net.named_parameters()},
+    )
+    inner = {names[id(p)] for group in optimiser.param_groups if group["matrix"]
+             for p in group["params"]}
+    assert isinstance(optimiser, optim.Muon) and {"backbone.blocks.0.fc1.weight",
+                                                  "decoder.ups.0.weight"} <= inner, sorted(inner)
+    assert not [name for name in inner if "bias" in name or "norm" in name or "patch_embed" in name
+                or "head" in name or "token" in name]
+    assert isinstance(train_seg.segmentation_optimiser(net, runs.load_config(train_seg.Config,
+                                                                             toy(tmp_path)), "cpu"),
+                      torch.optim.AdamW)
     for precision, products in (("float32", torch.float32), ("bf16", torch.bfloat16)):
-        asked = runs.load_config(train_seg.Config, toy(tmp_path), ["optimiser=muon", f"precision={precision}"])
+        asked = runs.load_config(train_seg.Config, toy(tmp_path),
+                                 ["optimiser=muon", f"precision={precision}"])
         assert train_seg.segmentation_optimiser(net, asked, "cpu").products == products
     found = []
     for place, more in (("once", []), ("twice", ["cycles=1"])):
-        path = toy(tmp_path, output_base_dir=str(tmp_path / place), optimiser="muon", steps=4, val_every=4, warmup=1, cycles=2)
+        path = toy(tmp_path, output_base_dir=str(tmp_path / place), optimiser="muon", steps=4,
+                   val_every=4, warmup=1, cycles=2)
         assert not more or run(path, *more).returncode == 0
         assert run(path).returncode == 0
         found.append(weights(tmp_path / place))
@@ -261,54 +326,72 @@ def test_muon_learns_the_inner_layers_and_goes_on(tmp_path):
 
 
 def test_the_size_head_learns_how_wide_cells_are(tmp_path):
-    """It tells small cells from large ones, nothing else of the network changes, what is learnt is not learnt again, and images are
-    segmented at the scale that it asks for."""
+    """It tells small cells from large ones, nothing else of the network changes, what is learnt is
+    not learnt again, and images are segmented at the scale that it asks for."""
     labelled_folder(tmp_path / "cells", 6)
-    path = toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"], share=0.3, diameter=16), steps=4, val_every=4, batch=16,
+    path = toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"], share=0.3, diameter=16),
+               steps=4, val_every=4, batch=16,
                crop=64, init=str(ROOT / "final_models/demo_synthetic.pt"), lr=1e-5)
     assert train_seg.main(runs.load_config(train_seg.Config, path), []) == 0
     plain = model.load(tmp_path / "final_models/seg.pt")
     for _ in range(2):
-        assert train_seg.main(runs.load_config(train_seg.Config, path, ["size_steps=150", "experiment=sized"]), []) == 0
-    assert [line["step"] for line in runs.history(tmp_path / "runs/sized/log.jsonl") if "size_loss" in line] == list(range(7, 155, 3))
+        assert train_seg.main(runs.load_config(train_seg.Config, path,
+                                               ["size_steps=150", "experiment=sized"]), []) == 0
+    assert [
+        line["step"]
+        for line in runs.history(tmp_path / "runs/sized/log.jsonl")
+        if "size_loss" in line
+    ] == list(range(7, 155, 3))
     net = model.load(tmp_path / "final_models/sized.pt")
-    assert plain.size is None and all(torch.equal(a, b) for a, b in zip(plain.decoder.parameters(), net.decoder.parameters()))
+    assert plain.size is None and all(torch.equal(a, b) for a, b in zip(plain.decoder.parameters(),
+                                                                        net.decoder.parameters()))
     pixels = torch.from_numpy(data.network_input(data.examples(tmp_path / "cells")[0]))
-    seen = [torch.nn.functional.interpolate(pixels[None], scale_factor=zoom, mode="bilinear", antialias=True)[0].numpy() for zoom in (0.3, 3.0)]
-    small, large = (segment.seen_diameter(segment.as_source(image), net, segment.UNIT, looks=1) for image in seen)
+    seen = [torch.nn.functional.interpolate(pixels[None], scale_factor=zoom, mode="bilinear",
+                                            antialias=True)[0].numpy() for zoom in (0.3, 3.0)]
+    small, large = (segment.seen_diameter(segment.as_source(image), net, segment.UNIT, looks=1)
+                    for image in seen)
     assert 2 < small < 0.8 * large < 200, (small, large)
     wide = segment.seen_diameter(segment.as_source(seen[1]), net, segment.UNIT)
-    found = [segment.segment(seen[1], net, limits=segment.UNIT, diameter=diameter) for diameter in (None, wide)]
+    found = [segment.segment(seen[1], net, limits=segment.UNIT, diameter=diameter)
+             for diameter in (None, wide)]
     assert np.array_equal(*found)
 
 
 def test_few_held_out_images_are_filled_up_for_settings_alone(tmp_path):
     labelled_folder(tmp_path / "cells", 14)
     for share, held in ((0.2, 3), (0.6, 8)):
-        config = data.TrainingData(root=str(tmp_path), sets=(data.TrainingSet("cells"),), share=share, fields=3)
+        config = data.TrainingData(root=str(tmp_path), sets=(data.TrainingSet("cells"),),
+                                   share=share, fields=3)
         train, entries, hashes = augment.load_resident(config, 0, "cpu", 4.0)
         own = [entry for entry in entries if entry.set == "cells"]
         assert sum(e.held for e in own) == held and len(own) == 8
-        assert all(e.held and e.zoom == 1 for e in entries if e.set == "synthetic") and len(train) == 14 - held + 4
-        assert {e.name for e in own if e.held} <= set(hashes["validation"]) and len(hashes["validation"]) == held + 2
+        assert all(e.held and e.zoom == 1 for e in entries
+                   if e.set == "synthetic") and len(train) == 14 - held + 4
+        assert {e.name for e in own
+                if e.held} <= set(hashes["validation"]) and len(hashes["validation"]) == held + 2
         assert {e.name for e in own if not e.held} < set(hashes["train"])
 
 
 def test_parts_can_be_left_out(tmp_path):
-    """The keys of configs/ablation.yaml: other weights are trained than those of the whole network."""
+    """The keys of configs/ablation.yaml: other weights are trained than those of the whole network.
+    """
     def built(*changes):
-        return train_seg.build_network(runs.load_config(train_seg.Config, toy(tmp_path), list(changes)))
-    assert isinstance(built("network.arch=unet").backbone, model.ConvNet) and len(built().decoder.stem) == 1
+        return train_seg.build_network(runs.load_config(train_seg.Config, toy(tmp_path),
+                                                        list(changes)))
+    assert isinstance(built("network.arch=unet").backbone,
+                      model.ConvNet) and len(built().decoder.stem) == 1
     assert len(built("network.stem=0").decoder.stem) == 0 and built("cap=null").settings.cap is None
 
 
 def test_few_images_are_among_more(tmp_path):
-    """data.limit takes images by lot: nested budgets, another lot for each seed, the same ones held out."""
+    """data.limit takes images by lot: nested budgets, another lot for each seed, the same ones held
+    out."""
     labelled_folder(tmp_path / "cells", 12)
     lots = {}
     for limit in (2, 5, None):
         for seed in (0, 1):
-            config = data.TrainingData(root=str(tmp_path), sets=(data.TrainingSet("cells"),), share=0.3, limit=limit)
+            config = data.TrainingData(root=str(tmp_path), sets=(data.TrainingSet("cells"),),
+                                       share=0.3, limit=limit)
             kept, held = data.divide(data.examples_of(config, config.sets[0]), config, seed)
             lots[limit, seed] = {e.name for e in kept}
             assert len(held) == 4 and not lots[limit, seed] & {e.name for e in held}
@@ -317,13 +400,20 @@ def test_few_images_are_among_more(tmp_path):
 
 
 @pytest.mark.parametrize("changes,said", [
-    (["data.sets=[{path: a, weight: 0}]"], "expected a number, above 0"), (["data.diameter=-4"], "data.diameter=-4: expected a number, above 0"),
-    (["data.fields=0"], "no data: give data.sets"), (["crop=30"], "crop=30: expected a multiple of the patch"),
-    (["augment.flpi=1"], "unknown key 'flpi', did you mean 'flip'?"), (["init=gone.pt"], "no weights at gone.pt"),
-    (["warmup=12"], "warmup=12: expected fewer than steps=12"), (["cap=0"], "cap=0: expected a number, above 0 or null"),
-    (["clip=0"], "clip=0: expected a number, above 0"), (["lr=0"], "lr=0: expected a number, above 0"), (["crop=0"], "crop=0: expected a multiple"),
-    (["steps=.inf"], "steps=.inf: expected a whole number"), (["network.heads=0"], "heads=0: the head width"),
-    (["cycles=2", "patience=3"], "cycles=2: expected patience=null"), (["wandb=on"], "pip install wandb"),
+    (["data.sets=[{path: a, weight: 0}]"], "expected a number, above 0"),
+    (["data.diameter=-4"], "data.diameter=-4: expected a number, above 0"),
+    (["data.fields=0"], "no data: give data.sets"), (["crop=30"],
+                                                     "crop=30: expected a multiple of the patch"),
+    (["augment.flpi=1"], "unknown key 'flpi', did you mean 'flip'?"),
+    (["init=gone.pt"], "no weights at gone.pt"),
+    (["warmup=12"], "warmup=12: expected fewer than steps=12"),
+    (["cap=0"], "cap=0: expected a number, above 0 or null"),
+    (["clip=0"], "clip=0: expected a number, above 0"),
+    (["lr=0"], "lr=0: expected a number, above 0"), (["crop=0"], "crop=0: expected a multiple"),
+    (["steps=.inf"], "steps=.inf: expected a whole number"),
+    (["network.heads=0"], "heads=0: the head width"),
+    (["cycles=2", "patience=3"], "cycles=2: expected patience=null"),
+    (["wandb=on"], "pip install wandb"),
     (["data.fields=1"], "no images to")])
 def test_mistakes_are_one_line(tmp_path, changes, said):
     done = run(toy(tmp_path), *changes)
@@ -339,7 +429,8 @@ def labelled_folder(folder, images):
     folder.mkdir()
     for number in range(images):
         drawn = synthetic.field(number, 96, 5, 24)
-        tifffile.imwrite(folder / f"im{number}.tif", drawn.pixels[1:3], photometric="minisblack", metadata={"axes": "CYX"})
+        tifffile.imwrite(folder / f"im{number}.tif", drawn.pixels[1:3], photometric="minisblack",
+                         metadata={"axes": "CYX"})
         data.write_labels(folder / f"im{number}_masks.tif", drawn.labels)
     return folder
 
@@ -352,41 +443,55 @@ def write(kind, value):
     with open("sent.jsonl", "a") as file: file.write(json.dumps([kind, value]) + chr(10))
 class Image:
     def __init__(self, rgb): self.shape = rgb.shape
-def log(values, step): write("log", {k: list(v.shape) if isinstance(v, Image) else v for k, v in values.items()} | {"step": step})
+def log(values, step):
+    plain = {k: list(v.shape) if isinstance(v, Image) else v for k, v in values.items()}
+    write("log", plain | {"step": step})
 def init(**options):
     assert not set(options["id"]) & set("/:;,#?'")
     write("init", {k: options[k] for k in ("mode", "name", "resume")})
     return types.SimpleNamespace(log=log, finish=lambda: write("end", {}))
 """)
-    done = subprocess.run(command(toy(tmp_path), "wandb=on", "steps=6", "experiment=a/seg"), capture_output=True, text=True, cwd=tmp_path,
+    done = subprocess.run(command(toy(tmp_path), "wandb=on", "steps=6", "experiment=a/seg"),
+                          capture_output=True, text=True, cwd=tmp_path,
                           env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     (_, begun), *sent, end = map(json.loads, (tmp_path / "sent.jsonl").read_text().splitlines())
     assert begun == {"mode": "online", "name": "a/seg", "resume": "allow"} and end[0] == "end"
     names = {name for _, values in sent for name in values}
-    assert names >= {"loss", "lr", "weight_decay", "gradient", "images_per_s", "data_share", "score", "val_AP@0.5"}
-    pictures = [values for _, values in sent if any(name.startswith("validation_") for name in values)]
+    assert names >= {"loss", "lr", "weight_decay", "gradient", "images_per_s", "data_share",
+                     "score", "val_AP@0.5"}
+    pictures = [values for _, values in sent if any(name.startswith("validation_")
+                                                    for name in values)]
     assert any(isinstance(shape, list) and shape[2] == 3 for shape in pictures[0].values())
 
 
 def test_an_augmented_set_is_not_moved_again(tmp_path):
-    """Crops of a folder that augment.py wrote come out as they lie there; mixed with others it is refused."""
+    """Crops of a folder that augment.py wrote come out as they lie there; mixed with others it is
+    refused."""
     import augment
     cells = labelled_folder(tmp_path / "cells", 3)
     made = tmp_path / "made"
     augment.main(augment.Config((str(cells),), str(made), 2, 32), [])
     alone = data.TrainingData(sets=(data.TrainingSet(str(made)),))
-    assert data.was_augmented(alone) and not data.was_augmented(data.TrainingData(sets=(data.TrainingSet(str(cells)),)))
+    assert data.was_augmented(alone) and not data.was_augmented(
+        data.TrainingData(sets=(data.TrainingSet(str(cells)),))
+    )
     with pytest.raises(ValueError, match="some were written by augment.py and some were not"):
-        data.was_augmented(data.TrainingData(sets=(data.TrainingSet(str(made)), data.TrainingSet(str(cells)))))
+        data.was_augmented(data.TrainingData(sets=(data.TrainingSet(str(made)),
+                                                   data.TrainingSet(str(cells)))))
     done = run(toy(tmp_path, data=str(made), steps=6, warmup=1))
     assert done.returncode == 0, done.stderr
     still = augment.Augment().still()
-    assert still.flip == still.rotate == still.elastic == still.quarter == 0 and still.scale == (1, 1)
+    assert still.flip == still.rotate == still.elastic == still.quarter == 0 and still.scale == (
+        1,
+        1,
+    )
 
 
-@pytest.mark.parametrize("name", ["seg", "seg_s8_a100", "seg_s8_a40", "seg_s8_a100_uncapped", "budget", "dinocell_tiny", "dinocell_s8",
-                                  "ablation", "seg_laptop", "if_generic", "if_hybrid", "if_marker", "if_marker_only", "channel"])
+@pytest.mark.parametrize("name", ["seg", "seg_s8_a100", "seg_s8_a40", "seg_s8_a100_uncapped",
+                                  "budget", "dinocell_tiny", "dinocell_s8",
+                                  "ablation", "seg_laptop", "if_generic", "if_hybrid", "if_marker",
+                                  "if_marker_only", "channel"])
 def test_shipped_configurations_are_whole(name):
     """Every key is known and every combination allowed; the network they describe can be built."""
     config = runs.load_config(train_seg.Config, ROOT / "configs" / f"{name}.yaml")

@@ -168,7 +168,8 @@ def test_two_processes_train_to_the_weights_of_one(inside, tmp_path):
     for part in ("student", "teacher"):
         a, b = (torch.cat([v.flatten() for v in state[part].values()]) for state in (one, two))
         assert ((a - b).norm() / a.norm()).item() < 1e-5
-    before = train_ssl.build_student(runs.load_config(train_ssl.Config, tmp_path / "toy.yaml"))[0].state_dict()
+    before = train_ssl.build_student(runs.load_config(train_ssl.Config,
+                                                      tmp_path / "toy.yaml"))[0].state_dict()
     moved, length = (torch.cat([(x - y).flatten() for x, y in pairs]).norm() for pairs in (
         [(one["student"][name], value) for name, value in before.items()],
         [(value, 0) for value in before.values()]))

@@ -1,4 +1,5 @@
-"""watershed.py against SciPy, scikit-image and every setting by hand, and against its own promises."""
+"""watershed.py against SciPy, scikit-image and every setting by hand, and against its own promises.
+"""
 import itertools
 
 import numpy as np
@@ -19,8 +20,8 @@ from watershed import (
     components,
     distance_map,
     flood,
+    gaussian,
     inwards,
-    smoothed,
     tune,
     watershed,
     without_holes,
@@ -34,7 +35,8 @@ def oracle(d, peak=PEAK, fill=FILL):
 
 
 def discs(seed, size, cells):
-    """Discs in random places, some touching: the distance to their edge, divided by its largest value."""
+    """Discs in random places, some touching: the distance to their edge, divided by its largest
+    value."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size]
     d = np.zeros((size, size))
@@ -79,16 +81,18 @@ def check_promises(d, labels, peak=PEAK, fill=FILL, markers=None):
     mask = d > fill
     islands, _ = ndimage.label(mask)
     assert labels.max(initial=0) == count
-    np.testing.assert_array_equal(labels[markers > 0], markers[markers > 0])                 # one marker, its own
+    np.testing.assert_array_equal(labels[markers > 0], markers[markers > 0])  # one marker, its own
     reachable = np.isin(islands, np.unique(islands[markers > 0])) & mask
-    np.testing.assert_array_equal(labels > 0, reachable)                                     # all that is connected
-    best = reconstruction(np.where(markers > 0, d, 0), np.where(mask, d, 0), footprint=ndimage.generate_binary_structure(2, 1))
+    np.testing.assert_array_equal(labels > 0, reachable)  # all that is connected
+    best = reconstruction(np.where(markers > 0, d, 0), np.where(mask, d, 0),
+                          footprint=ndimage.generate_binary_structure(2, 1))
     for k in range(1, count + 1):
         region = labels == k
         assert ndimage.label(region)[1] == 1, f"region {k} is in pieces"
         own = reconstruction(np.where(markers == k, d, 0), np.where(region, d, 0),
                              footprint=ndimage.generate_binary_structure(2, 1))
-        np.testing.assert_array_equal(own[region], best[region])          # highest lowest point from any marker
+        # highest lowest point from any marker
+        np.testing.assert_array_equal(own[region], best[region])
 
 
 @pytest.mark.parametrize("name", MAPS)
@@ -112,7 +116,8 @@ def test_agrees_with_scikit_image(name, least):
 
 
 def test_same_pixels_and_cells_on_flat_ground():
-    for name in ("discs in 6 levels", "capped in 5 levels", "salt in 4 levels", "smooth noise in 8 levels"):
+    for name in ("discs in 6 levels", "capped in 5 levels", "salt in 4 levels",
+                 "smooth noise in 8 levels"):
         for seed in range(15):
             d = MAPS[name](seed)
             ours, theirs = watershed(d), oracle(d)
@@ -121,7 +126,8 @@ def test_same_pixels_and_cells_on_flat_ground():
 
 
 def test_flat_ground_between_two_cells_is_shared_in_the_middle():
-    """A plateau nine px wide between two markers: each side takes its nearest four, the middle either."""
+    """A plateau nine px wide between two markers: each side takes its nearest four, the middle
+    either."""
     d = np.full((5, 11), 0.3, np.float32)
     d[:, 0] = d[:, -1] = 1
     labels = watershed(d)
@@ -129,7 +135,8 @@ def test_flat_ground_between_two_cells_is_shared_in_the_middle():
 
 
 def test_basin_without_marker_joins_over_its_highest_saddle():
-    """Heights in a row: marker A, saddle .10, hill .4, saddle .2, marker B: the hill belongs to B."""
+    """Heights in a row: marker A, saddle .10, hill .4, saddle .2, marker B: the hill belongs to B.
+    """
     d = np.array([[0.9, 0.10, 0.4, 0.2, 0.9]], np.float32)
     np.testing.assert_array_equal(watershed(d), [[1, 1, 2, 2, 2]])
 
@@ -157,8 +164,9 @@ def test_small_and_empty_and_full_maps():
     np.testing.assert_array_equal(watershed(np.full((1, 1), 0.5, np.float32)), [[1]])
     np.testing.assert_array_equal(watershed(np.full((1, 1), 0.3, np.float32)), [[0]])
     assert watershed(np.zeros((0, 4), np.float32)).shape == (0, 4)
-    board = np.indices((20, 20)).sum(0) % 2                                   # one-pixel cells, none 4-connected
-    np.testing.assert_array_equal(watershed(board.astype(np.float32)), oracle(board.astype(np.float32)))
+    board = np.indices((20, 20)).sum(0) % 2  # one-pixel cells, none 4-connected
+    np.testing.assert_array_equal(watershed(board.astype(np.float32)),
+                                  oracle(board.astype(np.float32)))
 
 
 def test_cells_do_not_wrap_around_the_border():
@@ -177,24 +185,31 @@ def test_min_area_drops_and_renumbers():
 
 
 def standing_out(d, depth, peak=PEAK, fill=FILL):
-    """Markers by h-maxima: summits above peak from which every way to higher ground goes down by depth or more."""
-    cross, e = ndimage.generate_binary_structure(2, 1), np.where(d > np.float32(fill), d, -1).astype(np.float64)
+    """Markers by h-maxima: summits above peak from which every way to higher ground goes down by
+    depth or more."""
+    cross, e = ndimage.generate_binary_structure(2, 1), np.where(d > np.float32(fill), d,
+                                                                 -1).astype(np.float64)
     flooded = reconstruction(e - depth, e, footprint=cross)
-    tops, n = ndimage.label(flooded - reconstruction(flooded - 1e-9, flooded, footprint=cross) > 5e-10)
-    high = np.append(False, ndimage.maximum(d, tops, np.arange(1, n + 1)) > peak) if n else np.zeros(1, bool)
+    tops, n = ndimage.label(flooded - reconstruction(flooded - 1e-9, flooded, footprint=cross)
+                            > 5e-10)
+    high = np.append(False, ndimage.maximum(d, tops, np.arange(1, n + 1))
+                     > peak) if n else np.zeros(1, bool)
     return ndimage.label(high[tops])[0]
 
 
 @pytest.mark.parametrize("name", MAPS)
 def test_with_a_depth_every_cell_is_a_summit_that_stands_out(name):
-    """One h-maximum in each cell, all of the mask that hangs together with one, in one piece, and over saddles that
-    are the highest; depths lie between the levels of the quantised maps, where rounding would decide."""
+    """One h-maximum in each cell, all of the mask that hangs together with one, in one piece, and
+    over saddles that are the highest; depths lie between the levels of the quantised maps, where
+    rounding would decide."""
     for seed in range(6):
         d = MAPS[name](seed)
         for depth in (0.013, 0.07, 0.29):
             markers, labels = standing_out(d, depth), watershed(d, PEAK, FILL, 0, depth)
             pairs = np.unique(np.stack((markers, labels))[:, markers > 0], axis=1)
-            assert len(set(pairs[0])) == len(set(pairs[1])) == pairs.shape[1] == labels.max(initial=0)   # one to one
+            assert (
+                len(set(pairs[0])) == len(set(pairs[1])) == pairs.shape[1] == labels.max(initial=0)
+            )  # one to one
             check_promises(d, labels, markers=np.where(markers > 0, labels, 0))
 
 
@@ -234,9 +249,12 @@ def test_wrong_input_is_named():
     good = np.zeros((4, 4), np.float32)
     bad = good.copy()
     bad[1, 2] = np.nan
-    for call, said in [(lambda: watershed(bad), "NaN"), (lambda: watershed(good, peak=0.1, fill=0.2), "fill=0.2, peak=0.1"),
-                       (lambda: watershed(good, shape=-1), "shape=-1: expected 0 or more"), (lambda: watershed(good, reach=0), "reach=0: expected 1"),
-                       (lambda: watershed(good[0]), r"\(4,\)"), (lambda: watershed(good.astype(int)), "floats")]:
+    for call, said in [(lambda: watershed(bad), "NaN"),
+                       (lambda: watershed(good, peak=0.1, fill=0.2), "fill=0.2, peak=0.1"),
+                       (lambda: watershed(good, shape=-1), "shape=-1: expected 0 or more"),
+                       (lambda: watershed(good, reach=0), "reach=0: expected 1"),
+                       (lambda: watershed(good[0]), r"\(4,\)"),
+                       (lambda: watershed(good.astype(int)), "floats")]:
         with pytest.raises(ValueError, match=said):
             call()
 
@@ -260,12 +278,14 @@ def test_components_are_scipys():
 
 @pytest.mark.parametrize("sigma", [0.7, 2.5])
 def test_smoothing_is_scipys(sigma):
-    """The same filter, and the same cells as of a map that was smoothed before."""
+    """The same filter, and the same cells as of a map that was gaussian before."""
     distance = np.random.default_rng(0).random((37, 52)).astype(np.float32)
-    wanted = ndimage.gaussian_filter(distance, sigma, mode="nearest", truncate=np.ceil(3 * sigma) / sigma)
-    np.testing.assert_allclose(smoothed(torch.from_numpy(distance), sigma), wanted, atol=1e-5)
+    wanted = ndimage.gaussian_filter(distance, sigma, mode="nearest",
+                                     truncate=np.ceil(3 * sigma) / sigma)
+    np.testing.assert_allclose(gaussian(torch.from_numpy(distance), sigma), wanted, atol=1e-5)
     found = watershed(distance, 0.55, 0.45, smooth=sigma)
-    np.testing.assert_array_equal(found, watershed(smoothed(torch.from_numpy(distance), sigma), 0.55, 0.45))
+    np.testing.assert_array_equal(found, watershed(gaussian(torch.from_numpy(distance), sigma),
+                                                   0.55, 0.45))
     assert found.max() > 1
 
 
@@ -273,8 +293,11 @@ def test_smoothing_is_scipys(sigma):
 def test_how_far_inside_is_scipys(share):
     """Beyond the border nothing ends: the image goes on set there."""
     high = np.random.default_rng(0).random((70, 90)) < share
-    wanted = ndimage.distance_transform_edt(np.pad(high, REACH, constant_values=True))[REACH:-REACH, REACH:-REACH]
-    np.testing.assert_allclose(inwards(torch.from_numpy(high), REACH), wanted.clip(max=REACH), rtol=1e-6)
+    wanted = ndimage.distance_transform_edt(np.pad(high, REACH, constant_values=True))[
+        REACH:-REACH, REACH:-REACH
+    ]
+    np.testing.assert_allclose(inwards(torch.from_numpy(high), REACH), wanted.clip(max=REACH),
+                               rtol=1e-6)
     for value in (True, False):
         assert (inwards(torch.full((3, 2), value), REACH) == REACH * value).all()
 
@@ -289,18 +312,22 @@ def test_a_shape_parts_cells_at_their_neck():
     assert parted.max() == 2 and np.array_equal(parted > 0, d > 0)           # nothing is lost
     for number, disc in enumerate(discs, 1):
         assert (parted[disc] == number).mean() > 0.95
-    assert watershed(np.where(discs[0], 0.9, 0).astype(np.float32), 0.5, 0.1, depth=0.3, shape=0.1).max() == 1
-    np.testing.assert_array_equal(watershed(d.astype(np.float64), 0.5, 0.1, depth=0.3, shape=0.1), parted)
+    assert watershed(np.where(discs[0], 0.9, 0).astype(np.float32), 0.5, 0.1, depth=0.3,
+                     shape=0.1).max() == 1
+    np.testing.assert_array_equal(watershed(d.astype(np.float64), 0.5, 0.1, depth=0.3, shape=0.1),
+                                  parted)
 
 
 @pytest.mark.parametrize("apart", [18, 20, 24])
 def test_shape_is_the_same_at_every_scale(apart):
-    """An image k times as large, shape / k and k times the reach: the same neck parts the same cells."""
+    """An image k times as large, shape / k and k times the reach: the same neck parts the same
+    cells."""
     def cells(times: int) -> list[int]:
         y, x = np.mgrid[:44 * times, :70 * times] / times
         discs = [np.hypot(y - 22, x - at) < 14 for at in (20, 20 + apart)]
         d = np.where(discs[0] | discs[1], 0.9, 0).astype(np.float32)
-        return [watershed(d, 0.5, 0.1, depth=depth, shape=0.1 / times, reach=REACH * times).max() for depth in (0.05, 0.15, 2)]
+        return [watershed(d, 0.5, 0.1, depth=depth, shape=0.1 / times, reach=REACH * times).max()
+                for depth in (0.05, 0.15, 2)]
     assert cells(1) == cells(2) == cells(4) == [2, 2, 1]
 
 
@@ -309,7 +336,8 @@ def test_ground_that_one_cell_encloses_is_the_cells():
     filled = 0
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        labels = (rng.integers(1, 3, (19, 27)) * (rng.random((19, 27)) < rng.choice([0.6, 0.75, 0.9]))).astype(np.int32)
+        labels = (rng.integers(1, 3, (19, 27)) * (rng.random((19, 27))
+                                                  < rng.choice([0.6, 0.75, 0.9]))).astype(np.int32)
         ground, parts = ndimage.label(np.pad(labels, 1) == 0)
         expected = np.pad(labels, 1)
         for part in range(1, parts + 1):
@@ -326,12 +354,12 @@ def test_ground_that_one_cell_encloses_is_the_cells():
 def test_what_two_cells_enclose_or_the_edge_cuts_stays_ground():
     labels = np.zeros((7, 16), np.int32)
     labels[:5, :5] = 1
-    labels[1:4, 1:4] = 0                                                     # a ring at the corner: filled
+    labels[1:4, 1:4] = 0  # a ring at the corner: filled
     labels[1:6, 6:11] = 2
     labels[2:5, 7:10] = 0
-    labels[3, 8] = 3                                                         # a cell in a ring: the ground between them stays
+    labels[3, 8] = 3  # a cell in a ring: the ground between them stays
     labels[:4, 12:] = 4
-    labels[:3, 13:15] = 0                                                    # open to the edge: stays
+    labels[:3, 13:15] = 0  # open to the edge: stays
     found = without_holes(torch.from_numpy(labels)).numpy()
     assert (found[:5, :5] == 1).all()
     labels[:5, :5] = 1
@@ -340,10 +368,11 @@ def test_what_two_cells_enclose_or_the_edge_cuts_stays_ground():
     assert torch.equal(without_holes(empty), empty)
 
 
-# ----------------------------------------------------------------------------------------------- distance map
+# ------------------------------------------------------------------------------------- distance map
 
 def alone(labels, cap=None):
-    """The definition: each cell by itself, everything else is outside, the border of the image is no edge."""
+    """The definition: each cell by itself, everything else is outside, the border of the image is
+    no edge."""
     out = np.zeros(labels.shape)
     for i in np.unique(labels[labels > 0]):
         own = labels == i
@@ -371,8 +400,9 @@ def test_distance_map_of_any_small_labels(labels):
 def test_distance_map_of_blobs_that_touch_wrap_and_come_in_pieces(seed):
     rng = np.random.default_rng(seed)
     smooth = ndimage.gaussian_filter(rng.random((90, 110)), 4)
-    labels = np.digitize(smooth, np.quantile(smooth, [0.2, 0.4, 0.6, 0.8]))  # rings, holes, many pieces
-    labels[rng.random(labels.shape) > 0.998] = 9                             # holes and cells of one pixel
+    # rings, holes, many pieces
+    labels = np.digitize(smooth, np.quantile(smooth, [0.2, 0.4, 0.6, 0.8]))
+    labels[rng.random(labels.shape) > 0.998] = 9  # holes and cells of one pixel
     check_distances(labels)
 
 
@@ -382,9 +412,9 @@ def test_distance_map_of_large_cells():
     labels[np.hypot(y - 150, x - 150) < 140] = 3
     labels[np.hypot(y - 160, x - 330) < 120] = 8                             # touches the first
     labels[100:110, 100:105] = 5
-    labels[:, 400:] = 6                                                           # cut by the border
+    labels[:, 400:] = 6  # cut by the border
     check_distances(labels)
-    check_distances(np.where(x < 200, 1, 2))                                                # two cells, no background
+    check_distances(np.where(x < 200, 1, 2))  # two cells, no background
 
 
 def test_distance_map_closed_forms():
@@ -393,10 +423,13 @@ def test_distance_map_closed_forms():
     assert distance_map(np.zeros((0, 7), int)).shape == (0, 7)
     bar = np.zeros((1, 9), int)
     bar[0, 2:7] = 4
-    np.testing.assert_allclose(distance_map(bar)[0], [0, 0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3, 0, 0], atol=1e-7)
-    np.testing.assert_allclose(distance_map(bar, cap=2)[0], [0, 0, 1 / 2, 1, 1, 1, 1 / 2, 0, 0], atol=1e-7)
+    np.testing.assert_allclose(distance_map(bar)[0], [0, 0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3, 0, 0],
+                               atol=1e-7)
+    np.testing.assert_allclose(distance_map(bar, cap=2)[0], [0, 0, 1 / 2, 1, 1, 1, 1 / 2, 0, 0],
+                               atol=1e-7)
     pair = np.array([[1, 1, 2, 2]])
-    np.testing.assert_allclose(distance_map(pair)[0], [1, 1 / 2, 1 / 2, 1])       # the other cell is an edge
+    # the other cell is an edge
+    np.testing.assert_allclose(distance_map(pair)[0], [1, 1 / 2, 1 / 2, 1])
 
 
 def test_distance_map_ignores_names_and_turns_with_the_image():
@@ -418,12 +451,14 @@ def test_distance_map_refuses():
 
 
 def test_distance_map_of_real_cells(shared):
-    labels = read_image(min((shared / "data/phase_usiigaci/train").glob("*_cells.png"))).pixels[0, 200:450, 200:450]
+    labels = read_image(min((shared / "data/phase_usiigaci/train").glob("*_cells.png"))).pixels[
+        0, 200:450, 200:450
+    ]
     assert len(np.unique(labels)) > 5
     check_distances(labels, caps=(None, 4))
 
 
-# ------------------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 
 def mean_score(maps, truths):
     return lambda setting: float(np.mean([metrics.average_precision(truth, flood(d, setting)).mean()
@@ -433,20 +468,25 @@ def mean_score(maps, truths):
 def squares(pitch, side, count=4):
     """(count * pitch)² px with squares of `side` px, one in each `pitch`."""
     y, x = np.mgrid[:count * pitch, :count * pitch]
-    return ((y % pitch < side) & (x % pitch < side)) * (1 + y // pitch * count + x // pitch).astype(np.int32)
+    return ((y % pitch < side) & (x % pitch < side)) * (1 + y // pitch * count
+                                                        + x // pitch).astype(np.int32)
 
 
 def test_tune_finds_the_best_setting():
     """Against every setting tried by hand."""
     rng = np.random.default_rng(0)
     truths = [squares(16, side) for side in (9, 12, 14)]
-    maps = [np.clip(distance_map(t, 4) + rng.normal(0, 0.15, t.shape), 0, 1).astype(np.float32) for t in truths]
-    score, grid = mean_score(maps, truths), dict(peak=(0.4, 0.6, 0.8), fill=(0.2, 0.5, 0.7), depth=(0,), smooth=(0,), shape=(0,))
+    maps = [np.clip(distance_map(t, 4) + rng.normal(0, 0.15, t.shape), 0, 1).astype(np.float32)
+            for t in truths]
+    score, grid = mean_score(maps, truths), dict(peak=(0.4, 0.6, 0.8), fill=(0.2, 0.5, 0.7),
+                                                 depth=(0,), smooth=(0,), shape=(0,))
     known = {(peak, fill, area): score(Setting(peak, fill, area)) for peak, fill, area in
              itertools.product(grid["peak"], grid["fill"], (0, 12, 2000)) if fill <= peak}
     best = tune(score, **grid, min_area=(0, 12, 2000))
     assert len(set(known.values())) > 5 and score(best) == max(known.values())
-    assert best.min_area == 12 and score(best) > score(best._replace(min_area=0)), "noise makes crumbs; 2000 px is too much"
+    assert best.min_area == 12 and score(best) > score(best._replace(min_area=0)), (
+        "noise makes crumbs; 2000 px is too much"
+    )
     with pytest.raises(ValueError, match="no pair"):
         tune(score, peak=(0.1,), fill=(0.2,))
 
@@ -455,25 +495,33 @@ def test_tune_finds_depth_and_shape():
     """Valleys that end above every peak; pairs of discs that the map does not part at all."""
     truth = squares(10, 10)                                                  # they touch
     soft = np.maximum(distance_map(truth, 4), 0.75).astype(np.float32)
-    score, grid = mean_score([soft], [truth]), dict(peak=(0.4, 0.6), fill=(0.2,), smooth=(0,), shape=(0,), min_area=(0,))
+    score, grid = mean_score([soft], [truth]), dict(peak=(0.4, 0.6), fill=(0.2,), smooth=(0,),
+                                                    shape=(0,), min_area=(0,))
     assert tune(score, **grid, depth=(0.0, 0.1)).depth == 0.1
     y, x = np.mgrid[:40, :70]
     truths, maps = [], []
     for at in (42, 43, 44):
         pair = [np.hypot(y - 20, x - centre) < 14 for centre in (20, at)]
-        truths.append(np.where(pair[0] & (x < (20 + at) / 2), 1, np.where(pair[1], 2, 0)).astype(np.int32))
+        truths.append(np.where(pair[0] & (x < (20 + at) / 2), 1,
+                               np.where(pair[1], 2, 0)).astype(np.int32))
         maps.append(np.where(truths[-1] > 0, 0.9, 0).astype(np.float32))
-    score, grid = mean_score(maps, truths), dict(peak=(0.5,), fill=(0.2,), smooth=(0,), min_area=(0,), depth=(0, 0.1, 0.2))
+    score, grid = mean_score(maps, truths), dict(peak=(0.5,), fill=(0.2,), smooth=(0,),
+                                                 min_area=(0,), depth=(0, 0.1, 0.2))
     assert tune(score, **grid, shape=(0, 0.1)).shape == 0.1
-    assert score(tune(score, **grid, shape=(0, 0.1))) > 0.8 > 0.2 > score(tune(score, **grid, shape=(0,)))
+    assert score(tune(score, **grid, shape=(0, 0.1))) > 0.8 > 0.2 > score(tune(score, **grid,
+                                                                               shape=(0,)))
 
 
-@pytest.mark.parametrize("height, expected", [(0.6, (0.4, 0.2, 20, 0.2, 1.0, 0.05)), (0.4, (0.3, 0.1, 0, 0.0, 0.0, 0.0))])
+@pytest.mark.parametrize("height, expected", [(0.6, (0.4, 0.2, 20, 0.2, 1.0, 0.05)),
+                                              (0.4, (0.3, 0.1, 0, 0.0, 0.0, 0.0))])
 def test_the_higher_of_two_hills_is_found_from_either_start(height, expected):
-    """One hill at the first values and one at the middle ones: every path between them goes down first."""
+    """One hill at the first values and one at the middle ones: every path between them goes down
+    first."""
     hills = {(0.3, 0.1, 0, 0.0, 0.0, 0.0): 0.5, (0.4, 0.2, 20, 0.2, 1.0, 0.05): height}
-    best = tune(lambda setting: max(top - 0.05 * sum(a != b for a, b in zip(setting, hill)) for hill, top in hills.items()),
-                peak=(0.3, 0.4, 0.5), fill=(0.1, 0.2, 0.3), min_area=(0, 20, 40), depth=(0.0, 0.2, 0.4),
+    best = tune(lambda setting: max(top - 0.05 * sum(a != b for a, b in zip(setting, hill))
+                                    for hill, top in hills.items()),
+                peak=(0.3, 0.4, 0.5), fill=(0.1, 0.2, 0.3), min_area=(0, 20, 40),
+                depth=(0.0, 0.2, 0.4),
                 smooth=(0.0, 1.0, 2.0), shape=(0.0, 0.05, 0.1))
     assert best == expected
 

@@ -1,4 +1,7 @@
-"""The weights that ship: what infer.py uses when nobody says which. Noise is no cell, faint cells are cells."""
+"""The weights that ship: what infer.py uses when nobody says which.
+
+Noise is no cell, faint cells are cells.
+"""
 import re
 
 import numpy as np
@@ -28,17 +31,25 @@ def net(name):
 
 
 def test_files_are_small_and_say_where_they_come_from():
-    readers = {"DINOCell": model.load, "Instructed": instruct_net.load_instructed, "ViT": model.load_backbone}
+    readers = {"DINOCell": model.load, "Instructed": instruct_net.load_instructed,
+               "ViT": model.load_backbone}
     shipped = re.findall(r"^\| `(\w+\.pt)` \|", (MODELS / "README.md").read_text(), re.MULTILINE)
-    assert {"dinocell_s8.pt", "dinocell_tiny.pt", "instruct_tiny.pt", "demo_synthetic.pt"} <= set(shipped)
+    assert {"dinocell_s8.pt", "dinocell_tiny.pt", "instruct_tiny.pt",
+            "demo_synthetic.pt"} <= set(shipped)
     for path in (MODELS / name for name in shipped):          # beside them may lie a user's own
         weights = readers[kind := model.kind(path)](path)
-        assert path.stat().st_size < {"dinocell_s8.pt": 90e6, "ssl_s8.pt": 90e6}.get(path.name, 12e6)
+        assert path.stat().st_size < {"dinocell_s8.pt": 90e6, "ssl_s8.pt": 90e6}.get(path.name,
+                                                                                     12e6)
         assert all(p.isfinite().all() for p in weights.state_dict().values())
         told = torch.load(path, weights_only=True)["settings"]["provenance"]
         assert told["config"] and told["commit"] and told["scores"], path.name
-        assert not [line for line in told["config"].splitlines() if ": /" in line], "a place on the machine that trained it"
-        assert kind == "ViT" or 0 < weights.settings.fill <= weights.settings.peak < 1 and weights.settings.diameter > 0
+        assert not [line for line in told["config"].splitlines()
+                    if ": /" in line], "a place on the machine that trained it"
+        assert (
+            kind == "ViT"
+            or 0 < weights.settings.fill <= weights.settings.peak < 1
+            and weights.settings.diameter > 0
+        )
     assert infer.find_weights("tiny", MODELS).name == "dinocell_tiny.pt"
     assert infer.find_weights("default", MODELS).name == "dinocell_s8.pt"
 
@@ -62,15 +73,19 @@ def discs(side: int) -> np.ndarray:
     return (rows % 40 - 20) ** 2 + (columns % 40 - 20) ** 2 < 100
 
 
-# The aim is less than one false cell in a megapixel, 2 of each kind; 0, 0, 1 and 1, 1, 3 were counted. Other processors round
+# The aim is less than one false cell in a megapixel, 2 of each kind; 0, 0, 1 and 1, 1, 3 were
+# counted. Other processors round
 # otherwise, so that the bounds leave some room; better weights should lower them.
-FALSE_CELLS = dict(s8=dict(poisson=1, gaussian=1, smoothed=2), tiny=dict(poisson=2, gaussian=2, smoothed=5))
+FALSE_CELLS = dict(s8=dict(poisson=1, gaussian=1, smoothed=2),
+                   tiny=dict(poisson=2, gaussian=2, smoothed=5))
 
 
 @pytest.mark.parametrize("kind", FALSE_CELLS["s8"])
 def test_noise_is_no_cell(net, name, kind):
-    """25 seeds, .64 megapixels of each kind; and the network is not blind: discs on such noise are cells."""
-    assert 12 <= segment.segment((noise(kind, 0).astype(int) + 20000 * discs(160)).clip(0, 65535).astype(np.uint16), net).max() <= 20
+    """25 seeds, .64 megapixels of each kind; and the network is not blind: discs on such noise are
+    cells."""
+    assert 12 <= segment.segment((noise(kind, 0).astype(int) + 20000
+                                  * discs(160)).clip(0, 65535).astype(np.uint16), net).max() <= 20
     found = sum(int(segment.segment(noise(kind, seed), net).max()) for seed in range(25))
     assert found <= FALSE_CELLS[name][kind]
 
@@ -78,10 +93,13 @@ def test_noise_is_no_cell(net, name, kind):
 def test_empty_ground_has_no_cells(net):
     hot = np.full((512, 512), 100, np.uint16)
     hot[::97, ::89] = 4000                                    # single hot pixels
-    for what, ground in dict(black=np.zeros((512, 512), np.uint16), white=np.full((512, 512), 65535, np.uint16),
+    for what, ground in dict(black=np.zeros((512, 512), np.uint16),
+                             white=np.full((512, 512), 65535, np.uint16),
                              hot=hot).items():
         assert segment.segment(ground, net).max() == 0, what
-        assert what == "white" or 150 <= segment.segment((ground + 1500 * discs(512)).astype(np.uint16), net).max() <= 190, what
+        assert what == "white" or 150 <= segment.segment((ground + 1500
+                                                          * discs(512)).astype(np.uint16),
+                                                         net).max() <= 190, what
 
 
 def test_uneven_light_has_hardly_any(net):
@@ -91,7 +109,8 @@ def test_uneven_light_has_hardly_any(net):
     vignette = (1000 * (1 - ((rows - 256) ** 2 + (columns - 256) ** 2) / 3e5)).astype(np.uint16)
     for what, ground in dict(slope=slope, vignette=vignette).items():
         assert segment.segment(ground, net).max() <= 1, what
-        assert 150 <= segment.segment((ground + 1500 * discs(512)).astype(np.uint16), net).max() <= 190, "no network that sees nothing"
+        assert 150 <= segment.segment((ground + 1500 * discs(512)).astype(np.uint16),
+                                      net).max() <= 190, "no network that sees nothing"
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +119,8 @@ def nuclei():
 
 
 def test_faint_cells_are_found(net, nuclei):
-    """At 2 % of the intensity, with the shot noise that a camera with 10,000 electrons at full scale then has."""
+    """At 2 % of the intensity, with the shot noise that a camera with 10,000 electrons at full
+    scale then has."""
     bright = segment.segment(nuclei.astype(np.uint8), net)
     assert bright.max() > 80
     faint = np.random.default_rng(0).poisson(nuclei / 255 * 10_000 * 0.02).astype(np.uint16)
@@ -108,7 +128,8 @@ def test_faint_cells_are_found(net, nuclei):
     assert metrics.set_scores([table]).pooled["F1"] > 0.9
 
 
-@pytest.mark.parametrize("file, diameter, least", [("nuclei_fluorescence", None, 80), ("he_tile", None, 20), ("cells_phase", 60, 18)])
+@pytest.mark.parametrize("file, diameter, least", [("nuclei_fluorescence", None, 80),
+                                                   ("he_tile", None, 20), ("cells_phase", 60, 18)])
 def test_demo_images_give_cells(net, file, diameter, least):
     image = imread(ROOT / f"demo/{file}.png")
     image = np.moveaxis(image, -1, 0) if image.ndim == 3 else image
@@ -116,7 +137,8 @@ def test_demo_images_give_cells(net, file, diameter, least):
 
 
 def test_halves_and_wholes_agree(net, nuclei):
-    """float16 in the file costs nothing: float32 of the same numbers, and a transposed image, give the same cells."""
+    """float16 in the file costs nothing: float32 of the same numbers, and a transposed image, give
+    the same cells."""
     labels = segment.segment(nuclei.astype(np.uint8), net)
     turned = segment.segment(np.ascontiguousarray(nuclei.astype(np.uint8).T), net).T
     assert metrics.average_precision(labels, np.ascontiguousarray(turned))[0] > 0.8

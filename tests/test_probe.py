@@ -74,8 +74,8 @@ def test_channels(tmp_path, feature):
     assert content["margin"] == pytest.approx(content["consistency"] - content["control"])
     cosine, attention = table(folder / "cosine.tsv"), table(folder / "attention.tsv")
     assert [row["channel"] for row in cosine] == ["DNA", "ER", "copy"]
-    assert cosine[0]["copy"] == attention[0]["copy"] == "1.0000" and float(attention[0]["ER"]) < 0.9
-    assert table(folder / "retrieval.tsv")[2]["DNA"] == "1.0000"
+    assert cosine[0]["copy"] == attention[0]["copy"] == "1" and float(attention[0]["ER"]) < 0.9
+    assert table(folder / "retrieval.tsv")[2]["DNA"] == "1"
     for name in ("channels", "attention", "heads", "pca"):
         pixels = data.read_image(folder / f"{name}.png").pixels
         assert pixels.shape[0] == 3 and len(np.unique(pixels)) > 20
@@ -266,7 +266,7 @@ def test_a_log_that_a_crash_cut_is_read_all_the_same(tmp_path):
     (tmp_path / "log.jsonl").write_text(
         '{"step": 0, "retrieval": 0.25}\n{"step": 5, "retr\n{"step": 9, "retrieval": 0.5}\n'
     )
-    assert [row[1:5] for row in probe.rows_of(tmp_path)] == [
+    assert [row[1:5] for row in probe.run_rows(tmp_path)] == [
         ["single", "3", "0", "0.250"],
         ["single", "3", "9", "0.500"],
     ]

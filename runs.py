@@ -323,7 +323,7 @@ def _fitted(value: Any, typed: str | None, hint: Any, key: str, origin: str) -> 
     raise _Misfit
 
 
-def _whole(value: Any, typed: str | None) -> int:
+def _whole_number(value: Any, typed: str | None) -> int:
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE]\+?\d+", value):
         value = float(value)  # 1e4 is text to PyYAML
     if type(value) not in (int, float) or not math.isfinite(value) or value != int(value):
@@ -358,7 +358,7 @@ def _section(value: Any, typed: str | None) -> dict:
     return _ungiven(value)
 
 
-PLAIN = {int: _whole, float: _number, str: _text, bool: _truth, dict: _section}
+PLAIN = {int: _whole_number, float: _number, str: _text, bool: _truth, dict: _section}
 
 
 def _name(hint: Any) -> str:

@@ -934,40 +934,59 @@ def outline(pixels: np.ndarray, labels: np.ndarray, right: np.ndarray, square: S
 
 # -------------------------------------------------------------------------------- bench as Markdown
 
+class Footnotes:
+    """Notes that stand under a table in place of its cells, numbered over all tables of a text."""
+
+    def __init__(self):
+        self.notes: list[str] = []
+        self.printed = 0                    # of these, the first so many stand under a table
+
+    def mark(self, name: str, *notes: str) -> str:
+        """A name, with the number of its note."""
+        note = joined(*notes)
+        if not note:
+            return name
+        if note not in self.notes:
+            self.notes.append(note)
+        return f"{name} ({self.notes.index(note) + 1})"
+
+    def under(self, table: str) -> str:
+        """A table, and under it the notes that are new in it."""
+        new = [f"({i}) {note}." for i, note in enumerate(self.notes, 1) if i > self.printed]
+        self.printed = len(self.notes)
+        return table + (f"\n{' '.join(new)}\n" if new else "")
+
+
 def bench_markdown(sets: Sequence[LabelledSet], rows: Sequence[TableRow], results: BenchResults,
                    columns: Sequence[str], made: str, compared: Sequence[dict] = ()
                    ) -> tuple[str, str]:
-    """One short table of all sets; and that with a table of each set.
+    """One short table of all sets; and that with all columns of every model behind it.
 
-    compared : rows of differences(), for a table behind the short one.
+    compared : rows of differences(), for a table between the two.
     """
     ran = [row.name for row in rows if any(row.name in there for there in results.values())]
-    lines = []
+    lines, notes = [], Footnotes()
     for dataset in sets:
         there = [results[dataset.name].get(name) for name in ran]
         n = max((len(result.names) for result in there if result), default=0)
-        lines.append((with_notes(dataset.name, dataset.note), str(n), *map(brief_scores, there)))
+        lines.append((notes.mark(dataset.name, dataset.note), str(n), *map(brief_scores, there)))
     brief = (f"{' / '.join(BRIEF).replace('/ AP@', '/ ')}, mean over the images of each set.\n\n"
-             + report.markdown(("set", "images", *ran), lines))
+             + notes.under(report.markdown(("set", "images", *ran), lines)))
     if missing := [row.name for row in rows if row.name not in ran]:
         brief += f"\nNot run: {', '.join(missing)}.\n"
-    parts = [made + "\n", brief, *([difference_table(compared)] if compared else [])]
-    for dataset in sets:
-        parts += set_markdown(dataset, rows, results[dataset.name], columns)
-    return brief, "\n".join(parts)
+    lines = [(dataset.name, *scores_of(row, results[dataset.name].get(row.name), columns, notes))
+             for dataset in sets for row in rows]
+    whole = notes.under(report.markdown(("set", "model", "images", *columns), lines, words=2))
+    return brief, "\n".join([made + "\n", brief,
+                             *([difference_table(compared)] if compared else []), whole])
 
 
-def set_markdown(dataset: LabelledSet, rows: Sequence[TableRow], there: dict[str, Result],
-                 columns: Sequence[str]) -> list[str]:
-    parts = [f"**{dataset.name}**" + (f": {dataset.note}" if dataset.note else "") + "\n"]
-    lines = []
-    for row in rows:
-        result = there.get(row.name)
-        cells = [score_cell(result, score) for score in columns]
-        texts = [f"{cell.text} [{cell.small}]" if cell.small else cell.text for cell in cells]
-        lines.append((with_notes(row.name, row.note, result.note if result else ""),
-                      image_count(result), *texts))
-    return [*parts, report.markdown(("model", "images", *columns), lines)]
+def scores_of(row: TableRow, result: Result | None, columns: Sequence[str], notes: Footnotes
+              ) -> list[str]:
+    """Cells of a model on a set: its name, images, and scores with their intervals."""
+    cells = [score_cell(result, score) for score in columns]
+    return [notes.mark(row.name, row.note, result.note if result else ""), image_count(result),
+            *(f"{cell.text} [{cell.small}]" if cell.small else cell.text for cell in cells)]
 
 
 def difference_table(compared: Sequence[dict]) -> str:
@@ -988,7 +1007,3 @@ def difference_table(compared: Sequence[dict]) -> str:
 
 def brief_scores(result: Result | None) -> str:
     return " / ".join(shown(result.scores.mean[name], 3) for name in BRIEF) if result else "not run"
-
-
-def with_notes(name: str, *notes: str) -> str:
-    return f"{name} ({joined(*notes)})" if any(notes) else name

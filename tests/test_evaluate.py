@@ -356,9 +356,11 @@ def test_document(tmp_path, capsys):
     assert run("bench", tmp_path, **config) == 0
     text = document.read_text()
     assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "old" not in text
-    assert "**discs**: never trained on" in text and "| b (no GPU yet) | not run | - |" in text
-    assert "| a | 2 | 1.000 | 1.000 |" in text
-    assert "| discs (never trained on) | 2 | 1.000 / 1.000 / 1.000 |" in text
+    assert "| discs (1) | 2 | 1.000 / 1.000 / 1.000 |" in text
+    assert "\n(1) never trained on.\n" in text
+    assert "| discs | a | 2 | 1.000 | 1.000 |" in text
+    number = re.search(r"\| discs \| b \((\d)\) \| not run \| - \|", text)[1]
+    assert f"({number}) no GPU yet." in text and text.count("never trained on") == 1
     assert text.split("-->\n")[1].startswith((tmp_path / "runs/evaluate/table.md").read_text())
     assert run("bench", tmp_path, **config) == 0 and document.read_text() == text
 
@@ -383,7 +385,7 @@ def test_seeds_stand_as_one_and_label_efficiency_is_drawn(tmp_path, capsys):
              for k in (0, 1)]
     mean, text = np.mean(means), (folder / "table.md").read_text()
     assert means[0] != means[1] and float(rows[0]["AP@0.5"]) == pytest.approx(mean)
-    assert f"| one (toys; 2 seeds) | 11 | {mean:.3f} [" in text and "one_0" not in text
+    assert f"| discs | one (1) | 11 | {mean:.3f} [" in text and "one_0" not in text
     assert f"| discs | none | -{mean:.3f} [" in text
     assert "| set | model | against one | against none |" in text
     delta = {(row["model"], row["against"]): float(row["difference"])

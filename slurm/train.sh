@@ -45,7 +45,7 @@ import runs
 def say() -> int:
     files, overrides = runs.split_arguments(sys.argv[2:])
     given = next((name for name in files if name.endswith((".yaml", ".yml"))), None)
-    config = runs.load(importlib.import_module(Path(sys.argv[1]).stem).Config, given, overrides)
+    config = runs.load_config(importlib.import_module(Path(sys.argv[1]).stem).Config, given, overrides)
     print(Path(config.output_base_dir) / "runs" / config.experiment / "logs")
     return 0
 

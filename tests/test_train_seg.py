@@ -1,11 +1,14 @@
 """train_seg.py end to end at toy size: resuming, signals, ranks, what it writes and what it
 refuses."""
+import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,9 +47,29 @@ def command(*arguments, torchrun=0):
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def run(*arguments, **options):
-    return subprocess.run(command(*arguments, **options), capture_output=True, text=True,
-                          env=ENVIRONMENT)
+def run(*arguments, torchrun=0):
+    """The script as a command: in this process, unless torchrun is asked for."""
+    if torchrun:
+        return subprocess.run(command(*arguments, torchrun=torchrun), capture_output=True,
+                              text=True, env=ENVIRONMENT)
+    out, err, state = io.StringIO(), io.StringIO(), torch.get_rng_state()
+    try:
+        with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+              pytest.raises(SystemExit) as end):
+            runs.script(train_seg.__doc__, train_seg.Config, train_seg.main,
+                        list(map(str, arguments)))
+    finally:
+        torch.set_rng_state(state)
+    return SimpleNamespace(returncode=end.value.code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Started scripts and this process add up in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def weights(folder):

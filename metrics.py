@@ -6,14 +6,13 @@
     metrics.set_scores(tables).pooled["SEG"]          # of a set: per image, mean, pooled, intervals
 
 A label image holds integers from 0, the background; ids may have gaps. R is a true cell, S a
-predicted one, IoU = |R & S| / |R | S|. The table lists only pairs that touch, so that no matrix of
-cells x cells is ever made.
+predicted one, IoU = |R & S| / |R | S|. The table lists only pairs that touch.
 
-Edge rules. With neither truth nor prediction AP, precision, recall, F1, PQ, SQ, RQ, AJI, MMA and
-DSB are 1, with one of the two only 0. SEG, DET, OP_CSB and error_rate are NaN without true cells.
+With neither truth nor prediction AP, precision, recall, F1, PQ, SQ, RQ, AJI, MMA and DSB are 1,
+with one of the two 0. SEG, DET, OP_CSB and error_rate are NaN without true cells.
 """
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,12 +21,13 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
 THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # IoU, of the DSB score
 COUNTS = ("n_true", "n_pred", "TP", "FP", "FN", "count_error")        # scores in whole numbers
+RESAMPLES = 1000                                                      # of images, for intervals
 
 
 # ------------------------------------------------------------------------------- table of overlaps
 
 class Overlap(NamedTuple):
-    """Overlaps of two label images: R true cells, S predicted cells, P pairs that share a pixel."""
+    """R true cells, S predicted cells, P pairs that share a pixel."""
     truth_ids: NDArray    # (R,) labels of the truth, ascending
     pred_ids: NDArray     # (S,) labels of the prediction, ascending
     truth_areas: NDArray  # (R,) px
@@ -48,8 +48,6 @@ Labels = ArrayLike | Overlap  # the first of two label images, or the table of b
 def overlap(truth: ArrayLike, pred: ArrayLike) -> Overlap:
     """Count the pixels that each true cell shares with each predicted cell, in one pass.
 
-    truth, pred : label images of one shape and of any integer type, ids up to 2^63 - 1.
-
     >>> table = overlap([[7, 7, 0], [0, 9, 9]], [[4, 0, 0], [0, 4, 4]])
     >>> table.truth_ids.tolist(), table.pred_areas.tolist(), table.counts.tolist()
     ([7, 9], [3], [1, 2])
@@ -60,10 +58,9 @@ def overlap(truth: ArrayLike, pred: ArrayLike) -> Overlap:
                          "expected the same shape")
     for side, labels in (("truth", truth), ("prediction", pred)):
         if labels.dtype.kind not in "iu":
-            raise ValueError(f"{side} has type {labels.dtype}, "
-                             "expected a label image of integers")
+            raise ValueError(f"{side} has type {labels.dtype}, expected integers")
     truth, pred = truth.ravel(), pred.ravel()
-    # Neighbours in a row mostly carry the same two labels: runs are counted, times their length.
+    # Neighbours in a row mostly carry the same two labels: count runs, times their length.
     starts = np.ones(truth.size, bool)
     np.not_equal(truth[1:], truth[:-1], out=starts[1:])
     starts[1:] |= pred[1:] != pred[:-1]
@@ -85,7 +82,7 @@ def _compact(labels: NDArray, side: str) -> tuple[NDArray, NDArray]:
     if (labels < 0).any():
         raise ValueError(f"{side} has the label {given[labels < 0][0]}, "
                          "expected labels from 0 to 2^63 - 1")
-    if labels.max(initial=0) > labels.size:  # wide gaps: sort ids, for a table of all is too large
+    if labels.max(initial=0) > labels.size:  # wide gaps: a table of all ids would be too large
         ids, index = np.unique(np.append(labels, 0), return_inverse=True)
         return ids, index[:-1]
     present = np.zeros(labels.max(initial=0) + 1, bool)
@@ -104,10 +101,10 @@ def _table(truth: Labels, pred: ArrayLike | None) -> Overlap:
 # ---------------------------------------------------------------------------------- pairs of cells
 
 class Rates(NamedTuple):
-    average_precision: float  # each a number, or an array over thresholds or images
-    precision: float
-    recall: float
-    f1: float
+    average_precision: Any  # each a float, or an array over thresholds or images
+    precision: Any
+    recall: Any
+    f1: Any
 
 
 class Match(NamedTuple):
@@ -126,8 +123,7 @@ class Match(NamedTuple):
 def match(truth: Labels, pred: ArrayLike | None = None, threshold: float = 0.5) -> Match:
     """Pair cells one to one with IoU >= threshold, in (0, 1].
 
-    Above 0.5 the pairs are unique; at or below, most pairs are made, and of those the ones of the
-    largest summed IoU.
+    Above 0.5 the pairs are unique; at or below, as many pairs as can be, of the largest summed IoU.
 
     >>> match([[1, 1, 1, 0, 2, 2]], [[5, 5, 0, 0, 0, 8]], threshold=0.6).pairs.tolist()
     [[1, 5]]
@@ -163,7 +159,7 @@ def _assign(rows: NDArray, cols: NDArray, weights: NDArray) -> NDArray:
         col_ids, c = np.unique(cols[edges], return_inverse=True)
         spare = np.arange(len(row_ids))
         ends = np.array([np.append(r, spare), np.append(c, len(col_ids) + spare)], np.int32)
-        # Each row takes one edge: adding 1 to each changes nothing, but then no edge weighs 0.
+        # Each row takes one edge: 1 more for each changes nothing, but then no edge weighs 0.
         graph = coo_array((np.append(1 + weights[edges], np.ones(len(spare))), tuple(ends))).tocsr()
         _, partner = min_weight_full_bipartite_matching(graph, maximize=True)
         chosen.append(edges[partner[r] == c])
@@ -171,7 +167,7 @@ def _assign(rows: NDArray, cols: NDArray, weights: NDArray) -> NDArray:
 
 
 def _rival(ends: NDArray, weights: NDArray) -> NDArray:
-    """The weight of the heaviest other edge at the same end of each edge, 0 where there is none."""
+    """Weight of the heaviest other edge at the same end of each edge, 0 where there is none."""
     best, second = np.zeros((2, ends.max(initial=0) + 1))
     np.maximum.at(best, ends, weights)
     top = weights == best[ends]
@@ -180,12 +176,12 @@ def _rival(ends: NDArray, weights: NDArray) -> NDArray:
     return np.where(alone, second[ends], best[ends])
 
 
-# ----------------------------------------- sums that add up over images, scores as their ratios
+# --------------------------------------------------------------------- scores as ratios of sums
 
 def _sums(table: Overlap, thresholds: tuple[float, ...]) -> NDArray:
-    """Sums (9 + thresholds,) whose ratios are the scores; the first threshold is 0.5.
+    """Sums (9 + thresholds,) whose ratios are the scores, and which add up over images.
 
-    Pooling is adding.
+    The first threshold is 0.5.
     """
     rows, cols, counts, ious = table.rows, table.cols, table.counts, table.ious
     n_true, n_pred = len(table.truth_ids), len(table.pred_ids)
@@ -226,7 +222,7 @@ def _ratios(sums: NDArray, thresholds: tuple[float, ...]) -> dict[str, NDArray]:
 def rates(tp: ArrayLike, fp: ArrayLike, fn: ArrayLike) -> Rates:
     """AP = tp / (tp + fp + fn), precision, recall and F1 from counts, element by element.
 
-    1 where all three counts are 0, otherwise 0 where a rate would divide by 0.
+    Without any count they are 1; otherwise 0 where a rate would divide by 0.
 
     >>> rates([6, 0, 0], [2, 3, 0], [0, 0, 0]).average_precision.tolist()
     [0.75, 0.0, 1.0]
@@ -247,7 +243,7 @@ def _ratio(part: NDArray, whole: NDArray, otherwise: ArrayLike) -> NDArray:
 
 def scores(truth: Labels, pred: ArrayLike | None = None,
            thresholds: Iterable[float] = ()) -> dict[str, float]:
-    """Every score of one image, as plain floats, counts as ints.
+    """Every score of one image.
 
     AP@0.5 ... AP@0.95 and AP@t of further `thresholds`; at 0.5 precision, recall, F1, TP, FP, FN,
     PQ, SQ, RQ, error_rate = (FP + FN) / n_true; n_true, n_pred, count_error = |n_pred - n_true|;
@@ -270,25 +266,23 @@ class SetScores(NamedTuple):
     pooled_interval: dict[str, tuple[float, float]]
 
 
-def set_scores(tables: Iterable[Overlap], thresholds: Iterable[float] = (), n: int = 1000,
-               seed: int = 0, level: float = 0.95) -> SetScores:
-    """Every score of a set: image by image, their mean, pooled, and bootstrap intervals of both.
+def set_scores(tables: Iterable[Overlap], thresholds: Iterable[float] = ()) -> SetScores:
+    """Every score of a set: image by image, their mean, pooled, and 95 % intervals of both.
 
     SEG, DET and OP_CSB of a set are the pooled ones by definition; DSB and count_error are means
-    over images and not among the pooled; AP is reported both ways. Options as in `bootstrap`.
+    over images and not among the pooled; AP is reported both ways.
 
     >>> both = set_scores([overlap([[1, 2]], [[1, 2]]), overlap([[1, 0]], [[0, 0]])])
     >>> both.mean["AP@0.5"], round(both.pooled["AP@0.5"], 3), both.mean_interval["AP@0.5"]
     (0.5, 0.667, (0.0, 1.0))
     """
-    return run_scores([tables], thresholds, n, seed, level)
+    return run_scores([tables], thresholds)
 
 
-def run_scores(runs: Iterable[Iterable[Overlap]], thresholds: Iterable[float] = (), n: int = 1000,
-               seed: int = 0, level: float = 0.95) -> SetScores:
-    """set_scores of several runs on the same images, such as seeds: scores are means over runs.
+def run_scores(runs: Iterable[Iterable[Overlap]], thresholds: Iterable[float] = ()) -> SetScores:
+    """Scores of several runs on the same images, such as seeds: means over runs.
 
-    Intervals are over images: a resample that draws one draws what every run made of it.
+    Intervals are over images: a resample draws an image with what every run made of it.
 
     >>> right, half = overlap([[1, 2]], [[1, 2]]), overlap([[1, 2]], [[1, 0]])
     >>> run_scores([[right, half], [half, half]]).mean["AP@0.5"]
@@ -312,26 +306,23 @@ def run_scores(runs: Iterable[Iterable[Overlap]], thresholds: Iterable[float] = 
     defined = {name: column[~np.isnan(column)] for name, column in columns.items()}
     mean = {name: float(column.mean()) if len(column) else np.nan
             for name, column in defined.items()}
-    mean_interval = {name: bootstrap(column, n=n, seed=seed, level=level)
-                     for name, column in columns.items()}
+    mean_interval = {name: bootstrap(column) for name, column in columns.items()}
     # How often a resample draws an image, times its sums: all resamples of all scores at once.
     share = np.full(len(images), 1 / len(images))
-    drawn = np.random.default_rng(seed).multinomial(len(images), share, n)      # (n, images)
+    drawn = np.random.default_rng(0).multinomial(len(images), share, RESAMPLES)  # (n, images)
     pooled, resampled = _plain(over_runs(sums.sum(1))), over_runs(drawn @ sums)
     for name in ("DSB", "count_error"):
         del pooled[name]
     return SetScores(images, mean, pooled, mean_interval,
-                     {name: _interval(resampled[name], level) for name in pooled})
+                     {name: _interval(resampled[name]) for name in pooled})
 
 
-def bootstrap(values: ArrayLike, statistic: Callable = np.mean, n: int = 1000, seed: int = 0,
+def bootstrap(values: ArrayLike, statistic: Callable = np.mean, n: int = RESAMPLES, seed: int = 0,
               level: float = 0.95) -> tuple[float, float]:
     """Percentile bootstrap interval of a statistic over images (Efron, 1979): (low, high).
 
-    values : (images,) or (images, ...), a score or a paired difference of each; with a NaN it is
-        left out. NaN comes back where none is left.
+    values : (images,) or (images, ...); an image with a NaN is left out.
     statistic : callable(resampled, axis=1), from (n, images, ...) to (n,).
-    n, seed, level : number of resamples, seed of the draw, coverage in (0, 1).
 
     >>> bootstrap([0.5, 0.5, 0.5])
     (0.5, 0.5)
@@ -350,7 +341,7 @@ def bootstrap(values: ArrayLike, statistic: Callable = np.mean, n: int = 1000, s
     return _interval(np.concatenate(resampled), level)
 
 
-def _interval(resampled: NDArray, level: float) -> tuple[float, float]:
+def _interval(resampled: NDArray, level: float = 0.95) -> tuple[float, float]:
     if not 0 < level < 1:
         raise ValueError(f"level is {level}, expected a coverage in (0, 1)")
     resampled = resampled[~np.isnan(resampled)]
@@ -360,7 +351,7 @@ def _interval(resampled: NDArray, level: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _plain(values: dict[str, NDArray]) -> dict[str, float]:
+def _plain(values: dict[str, Any]) -> dict[str, float]:
     return {name: round(float(value)) if name in COUNTS else float(value)
             for name, value in values.items()}
 
@@ -374,7 +365,7 @@ def _with_standard(thresholds: Iterable[float]) -> tuple[float, ...]:
 
 def average_precision(truth: Labels, pred: ArrayLike | None = None,
                       thresholds: ArrayLike = THRESHOLDS) -> NDArray:
-    """AP(t) = tp / (tp + fp + fn) of one image at each threshold; a float for a single one.
+    """AP(t) = tp / (tp + fp + fn) of one image at each threshold, or at a single one.
 
     >>> average_precision([[1, 1, 1, 1, 2]], [[1, 1, 1, 0, 2]], [0.5, 0.75, 0.8]).round(3).tolist()
     [1.0, 1.0, 0.333]
@@ -413,9 +404,8 @@ def aji(truth: Labels, pred: ArrayLike | None = None) -> float:
 def seg(truths: Iterable, preds: Iterable | None = None) -> float:
     """SEG of the Cell Tracking Challenge, over all true cells of all frames.
 
-    The mean IoU with the prediction that covers more than half of the cell, 0 where there is none;
-    NaN without true cells. truths, preds : label images of the frames, or overlap tables and None;
-    a single image or table is a set of one frame.
+    The mean IoU with the prediction that covers more than half of the cell, 0 where there is none.
+    truths, preds : label images of the frames, or overlap tables and None; or a single frame.
 
     >>> seg([[[1, 1, 1, 1]], [[1, 1, 0, 2]]], [[[9, 9, 9, 0]], [[4, 0, 0, 2]]])  # 3/4, half: 0, 1
     0.5833333333333334
@@ -426,8 +416,8 @@ def seg(truths: Iterable, preds: Iterable | None = None) -> float:
 def det(truths: Iterable, preds: Iterable | None = None) -> float:
     """DET of the Cell Tracking Challenge: 1 - min(AOGM-D, 10 R) / 10 R over all frames.
 
-    AOGM-D = 5 NS + 10 FN + 1 FP (Matula et al., 2015); a prediction that detects k > 1 true cells
-    adds k - 1 to NS.
+    AOGM-D = 5 NS + 10 FN + 1 FP (Matula et al., 2015); NS grows by k - 1 where one prediction
+    detects k true cells.
 
     >>> det([[[1, 1, 2, 2]]], [[[7, 7, 7, 7]]])  # merged: one split is missing, 1 - 5 / 20
     0.75
@@ -452,7 +442,6 @@ def _frames(truths: Iterable, preds: Iterable | None) -> dict[str, float]:
     if len(truths) != len(preds):
         raise ValueError(f"{len(truths)} frames of truth, {len(preds)} of prediction, "
                          "expected as many")
-    total = np.zeros(9 + len(THRESHOLDS))
-    for truth, pred in zip(truths, preds):
-        total += _sums(_table(truth, pred), THRESHOLDS)
+    total = sum((_sums(_table(truth, pred), THRESHOLDS) for truth, pred in zip(truths, preds)),
+                np.zeros(9 + len(THRESHOLDS)))
     return _plain(_ratios(total, THRESHOLDS))

@@ -466,10 +466,10 @@ def peer(module):
 
 
 def test_agrees_with_stardist():
-    """100 pairs, exact counts at every threshold. It keeps IoU as float32: PQ agrees to that."""
+    """40 pairs, exact counts at every threshold. It keeps IoU as float32: PQ agrees to that."""
     matching = peer("stardist.matching").matching
     rng, thresholds = np.random.default_rng(10), (0.1, 0.3, 0.5, 0.65, 0.8, 0.95)
-    for _ in range(100):
+    for _ in range(40):
         truth, pred = random_pair(rng)
         table = overlap(truth, pred)
         for threshold, theirs in zip(thresholds, matching(truth, pred, thresholds)):
@@ -505,11 +505,11 @@ def test_stardist_pools_as_we_do():
 
 
 def test_agrees_with_cellpose():
-    """100 pairs at ten thresholds: equal counts, equal AP in its float32, PQ from its IoU to 1e-9.
+    """40 pairs at ten thresholds: equal counts, equal AP in its float32, PQ from its IoU to 1e-9.
     """
     cellpose = peer("cellpose.metrics")
     rng, thresholds = np.random.default_rng(12), list(metrics.THRESHOLDS)
-    for _ in range(100):
+    for _ in range(40):
         truth, pred = random_pair(rng)
         # It takes the largest label for the number of cells: ids without gaps.
         truth, pred = (np.searchsorted(np.unique(labels), labels) for labels in (truth, pred))
@@ -528,14 +528,14 @@ def test_agrees_with_cellpose():
 
 
 def test_agrees_with_ctcmetrics(tmp_path):
-    """SEG and DET of 25 sets of 1 to 9 frames, pooled. It reads files, takes the smallest label for
+    """SEG and DET of 10 sets of 1 to 9 frames, pooled. It reads files, takes the smallest label for
     the background and fails on a set without truth, NaN here: every frame has a background pixel
     and a cell.
     """
     theirs = peer("ctc_metrics.metrics")
     graph = peer("ctc_metrics.utils.representations")
     rng = np.random.default_rng(13)
-    for _ in range(25):
+    for _ in range(10):
         pairs = [random_pair(rng) for _ in range(rng.integers(1, 10))]
         frames = []
         for truth, pred in pairs:

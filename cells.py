@@ -11,8 +11,7 @@ GeoJSON and ROIs run along pixel edges: the corner of the first pixel is (0, 0),
 `origin` is the (y, x) of the first pixel in the whole image, for callers that go block by block.
 
 Nearly every measurement is a sum over runs, the stretches of one cell in one row: a few dozen to a
-cell instead of hundreds of pixels. n cells, R runs, sorted by cell, then row, then column. Pictures
-are passes over whole arrays of flags; ids are looked up only where a line is drawn.
+cell instead of hundreds of pixels. n cells, R runs, sorted by cell, then row, then column.
 """
 from __future__ import annotations
 
@@ -55,12 +54,11 @@ BAND = 1 << 20                   # bytes of a PNG that are deflated together, on
 # --------------------------------------------------------------------------------------------- runs
 
 class Runs(NamedTuple):
-    """Stretches of cells in rows, sorted by cell; `right` is one past the last pixel."""
-    ids: np.ndarray                      # (n,) the labels' own numbers, ascending
+    ids: np.ndarray                      # (n,) labels, ascending
     cell: np.ndarray                     # (R,) index into ids
     y: np.ndarray                        # (R,)
     left: np.ndarray                     # (R,)
-    right: np.ndarray                    # (R,)
+    right: np.ndarray                    # (R,) one past the last pixel
     first: np.ndarray                    # (n,) where each cell's runs begin
 
 
@@ -109,9 +107,9 @@ def cell_boxes(r: Runs) -> np.ndarray:
 # --------------------------------------------------------------------------------------- neighbours
 
 def cell_borders(framed: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Border crossings per cell along rows, columns, both diagonals (4, n), and touching pairs.
+    """Count border crossings in four directions (4, n); list touching pairs (T, 2).
 
-    Pairs (T, 2), counted from 0, each once: cells that share a pixel's edge or corner.
+    Cells are counted from 0; they touch if they share a pixel's edge or corner.
     """
     flat, S = framed.ravel(), framed.shape[1]
     entries, touching = [], []
@@ -156,10 +154,9 @@ def near_runs(r: Runs, a: np.ndarray, b: np.ndarray, distance: float) -> np.ndar
 
 
 def near_pairs(r: Runs, distance: float) -> np.ndarray:
-    """Pairs of cells (P, 2), counted from 0, each once, at most `distance` px apart.
+    """Pairs of cells (P, 2), counted from 0, at most `distance` px apart, edge to edge.
 
-    The gap is measured between pixel edges: 0 for cells that touch, 1 with one pixel of background
-    between them. How far cells reach in 16 directions, and which corners do, settles most pairs.
+    How far cells reach in 16 directions, and which corners do, settles most pairs.
     """
     n = len(r.ids)
     reach = np.empty((16, n))  # of each cell in each direction
@@ -190,10 +187,10 @@ def near_pairs(r: Runs, distance: float) -> np.ndarray:
 def convex_area(r: Runs) -> np.ndarray:
     """Pixels (n,) whose centre lies in the convex hull of the midpoints of the cell's pixel edges.
 
-    That is scikit-image's convex_image, counted exactly without drawing. The left side of the hull
-    and the mirrored right side are chains of (y, x) from top to bottom, 2n in all; points inside
-    leave until none is left. The midpoints put a diamond of half a pixel around every centre, which
-    moves a side of w columns over h rows outwards by max(1, |w| / h) / 2 in every row.
+    scikit-image's convex_image, counted without drawing. The left side of the hull and the mirrored
+    right side are chains of (y, x) from top to bottom, 2n in all, without the points inside. The
+    midpoints put a diamond of half a pixel around every centre, which moves a side of w columns
+    over h rows outwards by max(1, |w| / h) / 2 in every row.
     """
     n, H = len(r.ids), r.y.max(initial=0) + 1
     begin = np.flatnonzero(np.diff(r.cell * H + r.y, prepend=-1))  # a cell's first run in each row
@@ -230,7 +227,7 @@ def intensities(r: Runs, image: np.ndarray, channels: list[str] | None) -> dict[
     run, pixel = index_pairs(row + r.left, row + r.right)  # sorted by cell
     begin = np.searchsorted(r.cell[run], np.arange(len(r.ids)))
     size = np.diff(begin, append=len(pixel))
-    columns = {}
+    columns: dict[str, np.ndarray] = {}
     for name, channel in zip(names, image):
         values = channel.ravel()[pixel]
         low, high = np.minimum.reduceat(values, begin), np.maximum.reduceat(values, begin)
@@ -247,26 +244,26 @@ def cell_table(labels: np.ndarray, image: np.ndarray | None = None, *,
                near: float | None = None, ids: np.ndarray | None = None,
                origin: tuple[int, int] = (0, 0), edges: Edges = (True, True, True, True)
                ) -> dict[str, np.ndarray]:
-    """Measurements, one row per cell, ascending id; columns in the order in which they are written.
+    """Measurements, one row per cell, ascending id; columns in the order of the file.
 
     labels : (H, W) integers, 0 is background; ids may have gaps.
     image : (C, H, W); mean, min, max and sd (of the population) are in its own units.
     channels : C names for the columns; 1, 2, ... without.
-    pixel_size : µm per px; adds the lengths and areas in µm.
+    pixel_size : µm per px; adds lengths and areas in µm.
     near : px, for neighbours_near; by default the median equivalent diameter of the cells in
         `labels`. Give a number where images or blocks are compared.
     ids : rows wanted; the other cells still count as neighbours.
     origin : (y, x) of the first pixel, added to centroids and boxes.
-    edges : which sides of `labels` are sides of the image, for touches_border.
+    edges : sides of `labels` that are sides of the image, for touches_border.
 
     Area, centroid, box, axes, eccentricity, orientation_rad (of the major axis against a column, in
-    [-pi/2, pi/2], counter-clockwise), extent, equivalent diameter: as skimage.measure.regionprops.
+    [-pi/2, pi/2], counter-clockwise), extent, solidity, equivalent diameter are those of
+    skimage.measure.regionprops.
     perimeter_px: Crofton's formula with four directions, as skimage.measure.perimeter_crofton:
     right for discs, for long straight sides from -5 % (rows, columns, diagonals) to +3 %.
     circularity: 4 pi area / perimeter², 1 for a disc; cells below some 30 px can exceed 1.
-    solidity: area / pixels of the convex hull, as regionprops; 1 for a convex cell.
     neighbours_touching: cells that share a pixel's edge or corner; neighbours_near: cells whose
-    outline comes as near as near_px to this one's, edge to edge, those that touch included.
+    outline comes as near as near_px to this one's, those that touch included.
     """
     r, framed = row_runs(labels)
     n = len(r.ids)
@@ -349,9 +346,9 @@ def write_csv(path: str | Path, columns: dict[str, np.ndarray]) -> None:
 def polygons(labels: np.ndarray, origin: tuple[int, int] = (0, 0)) -> dict[int, Polygons]:
     """Exact outlines along pixel edges by ascending id: {id: [[outer ring, hole, ...], ...]}.
 
-    A ring is (K, 2) int64, x y, first point = last point, corners only; outer rings turn clockwise
-    on the screen, holes the other way. Parts of a cell that share only a pixel's corner are two
-    polygons. No ring meets itself, so that the polygons are valid in GEOS and JTS too.
+    A ring is (K, 2) int64, x y, corners only, first point = last point; outer rings turn clockwise
+    on the screen, holes the other way. Parts that share only a pixel's corner are two polygons. No
+    ring meets itself, as GEOS and JTS demand.
     """
     piece = label(labels, connectivity=1)  # (H, W) 4-connected parts, 1..P
     H, W = piece.shape
@@ -363,8 +360,8 @@ def polygons(labels: np.ndarray, origin: tuple[int, int] = (0, 0)) -> dict[int, 
         rim[step:] |= change
         rim[:-step] |= change
     p = np.flatnonzero(rim & (flat > 0))
-    own, y, x = flat[p], p // S - 1, p % S - 1
-    same = {step: flat[p + step] == own for step in (-1, 1, -S, S, -S - 1, -S + 1, S - 1, S + 1)}
+    part, y, x = flat[p], p // S - 1, p % S - 1
+    same = {step: flat[p + step] == part for step in (-1, 1, -S, S, -S - 1, -S + 1, S - 1, S + 1)}
     places, signs = [], []  # every corner belongs to one pixel
     for sy, sx in ((-1, -1), (-1, 1), (1, 1), (1, -1)):
         places.append(np.flatnonzero(~same[sy * S] & ~same[sx]))  # convex
@@ -372,14 +369,14 @@ def polygons(labels: np.ndarray, origin: tuple[int, int] = (0, 0)) -> dict[int, 
         signs += [(sy, sx, 1), (sy, sx, -1)]
     at = np.concatenate(places)
     sy, sx, turn = np.repeat(signs, list(map(len, places)), axis=0).T
-    own, ids = own[at].astype(np.int64), labels[y[at], x[at]]
+    part, ids = part[at].astype(np.int64), labels[y[at], x[at]]
     y, x = y[at] + (sy > 0), x[at] + (sx > 0)
 
     # Corners in a row pair up to horizontal sides, corners in a column to vertical ones. Of two
     # corners in one place the one whose side lies to the left, or above, comes first.
-    row = (own * (H + 1) + y) * (W + 1) + x
+    row = (part * (H + 1) + y) * (W + 1) + x
     along = partners(row * 2 + (sx * turn < 0))
-    down = partners(((own * (W + 1) + x) * (H + 1) + y) * 2 + (sy * turn < 0))
+    down = partners(((part * (W + 1) + x) * (H + 1) + y) * 2 + (sy * turn < 0))
     onward = np.where(sy * sx * turn > 0, along, down)  # clockwise: the cell is on the right
     ring, _ = cycles(onward)
     order = np.argsort(row, kind="stable")
@@ -393,18 +390,16 @@ def polygons(labels: np.ndarray, origin: tuple[int, int] = (0, 0)) -> dict[int, 
     rings = np.split(np.stack((x + origin[1], y + origin[0]), 1)[order], begin[1:])
     first = order[begin]
     found: dict[int, Polygons] = {}
-    for k in np.lexsort((area, own[first], ids[first])):  # holes right after their outer ring
-        closed = np.concatenate((rings[k], rings[k][:1]))
+    for k in np.lexsort((area, part[first], ids[first])):  # holes right after their outer ring
         parts = found.setdefault(int(ids[first[k]]), [])
         if area[k] < 0:
-            parts.append([closed])
-        else:
-            parts[-1].append(closed)
+            parts.append([])
+        parts[-1].append(np.concatenate((rings[k], rings[k][:1])))
     return found
 
 
 def partners(key: np.ndarray) -> np.ndarray:
-    """Partner of each element: sorted by key the first has the second, the third the fourth ..."""
+    """Partner of each element: by key the first has the second, the third the fourth ..."""
     order = np.argsort(key, kind="stable")
     partner = np.empty_like(order)
     partner[order[0::2]], partner[order[1::2]] = order[1::2], order[0::2]
@@ -412,7 +407,7 @@ def partners(key: np.ndarray) -> np.ndarray:
 
 
 def cycles(onward: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cycle of each element of a permutation, by its least member; an order that walks them."""
+    """Cycles of a permutation: each element's, by its least member; an order that walks them."""
     themselves = np.arange(len(onward))
     cycle, jump = themselves, onward
     while True:  # pointer doubling
@@ -435,11 +430,12 @@ def write_geojson(path: str | Path, cells: Cells, columns: dict[str, np.ndarray]
                   origin: tuple[int, int] = (0, 0)) -> None:
     """Write a GeoJSON FeatureCollection that QuPath opens: one detection per cell, in px, y down.
 
-    QuPath takes UUIDs only as ids, so the cell's own number is the detection's name.
-    cells : labels, or (id, polygons) one after the other; the file is written as they come.
-    columns : of cell_table; they become QuPath's measurements, finite numbers alone.
+    QuPath takes UUIDs only as ids, so the cell's number is the detection's name.
+    cells : labels, or (id, polygons), written as they come.
+    columns : of cell_table; finite numbers become QuPath's measurements.
     """
-    names = [name for name in columns or {} if name != "id"]
+    columns = columns or {}
+    names = [name for name in columns if name != "id"]
     values = zip(*(columns[name].tolist() for name in names))
     row = dict(zip(columns["id"].tolist(), values)) if names else {}
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -469,11 +465,10 @@ def write_rois(path: str | Path, cells: Cells, origin: tuple[int, int] = (0, 0))
 
 
 def imagej_roi(name: str, parts: Polygons) -> bytes:
-    """One ImageJ ROI, exact in every case.
+    """One ImageJ ROI, big-endian as in ij.io.RoiDecoder.
 
     A cell of one ring is a traced ROI, whose coordinates have 16 bit. With holes, several parts, or
     beyond pixel 32,767 it is a composite ROI: a path in float32, exact up to 16 million.
-    Layout: ImageJ's ij.io.RoiDecoder; everything is big-endian.
     """
     rings = [ring[:-1] for part in parts for ring in part]  # ImageJ closes them itself
     points = np.concatenate(rings)
@@ -496,45 +491,41 @@ def imagej_roi(name: str, parts: Polygons) -> bytes:
 # ----------------------------------------------------------------------------------------- pictures
 
 def overlay(image: np.ndarray, labels: np.ndarray, max_side: int = 4096) -> np.ndarray:
-    """The image with outlined cells, (h, w, 3) uint8, for a screen or a paper.
+    """The image (C, H, W) with outlined cells, (h, w, 3) uint8, for a screen or a paper.
 
-    image : (C, H, W). Bright 8-bit RGB stays as it is; otherwise each channel is stretched between
-        its percentiles 1 and 99.8: one is gray, two are green and magenta, more have other hues.
-    labels : (H, W)
-    max_side : px; larger images are reduced by a whole number.
-
-    Images of 1000 px and less are enlarged by a whole number, up to 8, with smooth lines. A line
-    runs inside its cell, with a thin shadow outside. Cells near each other differ in colour.
+    Bright 8-bit RGB stays as it is; otherwise each channel is stretched between its percentiles 1
+    and 99.8: one is gray, two are green and magenta, more have other hues. Images larger than
+    max_side px are reduced by a whole number; those of 1000 px and less are enlarged, up to 8
+    times, with smooth lines. A line runs inside its cell, with a thin shadow outside. Cells near
+    each other differ in colour.
     """
     check_labels(labels, "overlay", np.iinfo(np.int64).max)
     step = -(-max(image.shape[1:]) // max_side)
     if step > 1:
         image, labels = reduced(image, labels, step)
-    if labels.max(initial=0) > labels.size:  # ids with wide gaps: counted anew
+    if labels.max(initial=0) > labels.size:  # ids with wide gaps
         ids = np.unique(labels[labels > 0])
         labels = np.where(labels > 0, np.searchsorted(ids, labels) + 1, 0)
     rgb, count = displayed(image), int(labels.max(initial=0))
     hexes = ON_BRIGHT if np.median(rgb[::4, ::4]) >= 128 else ON_DARK
-    rim = np.count_nonzero(outlines(labels))
-    width = 2 * np.count_nonzero(labels) / max(rim, 1)  # px, about half of a round cell's
+    rim = int(np.count_nonzero(outlines(labels)))
+    radius = 2 * np.count_nonzero(labels) / max(rim, 1)  # px, about that of a round cell
     colours = np.array([list(bytes.fromhex(colour)) for colour in hexes], np.uint8)
-    pairs = close_pairs(labels, max(round(width / 2), 2))
+    pairs = close_pairs(labels, max(round(radius / 2), 2))
     colours = colours[colour_numbers(pairs, count, len(hexes))]  # (n, 3)
-    side = max(labels.shape)
+    side = int(max(labels.shape))
     zoom = 1 if side > SMALL else min(2 * round(SMALL / side), 16)
     if zoom > 1:  # labels twice as fine as the picture
         H, W = labels.shape
-        rgb = np.asarray(Image.fromarray(rgb).resize((zoom * W // 2, zoom * H // 2), Image.BICUBIC))
+        size = zoom * W // 2, zoom * H // 2
+        rgb = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC))
         labels = enlarged(labels, zoom)
-    thick = max(1, min(round(zoom * side / 600), round(zoom * width / 6)))
+    thick = max(1, min(round(zoom * side / 600), round(zoom * radius / 6)))
     return draw_outlines(rgb, labels, colours, thick)
 
 
 def reduced(image: np.ndarray, labels: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image and labels at 1 / step of their size, rounded up: area means and nearest pixels.
-
-    Blocks whose sides are multiples of step give what the whole image gives.
-    """
+    """Image and labels at 1 / step of their size, rounded up: area means and nearest pixels."""
     if step == 1:
         return image, labels
     H, W = labels.shape
@@ -570,7 +561,7 @@ def displayed(image: np.ndarray) -> np.ndarray:
 
 
 def close_pairs(labels: np.ndarray, reach: int) -> np.ndarray:
-    """Pairs of cells (P, 2), counted from 0, that touch or, roughly, come within `reach` px."""
+    """Pairs of cells (P, 2), counted from 0, that touch or roughly come within `reach` px."""
     step = max(1, reach // 2)
     thin, count, found = labels[::step, ::step], int(labels.max(initial=0)), []
     around = (0, 1), (0, 2), (1, -1), (1, 0), (1, 1), (2, 0)
@@ -585,7 +576,7 @@ def close_pairs(labels: np.ndarray, reach: int) -> np.ndarray:
 
 
 def colour_numbers(pairs: np.ndarray, n: int, colours: int) -> np.ndarray:
-    """A colour (n,) for each cell, other than those of its neighbours as far as colours reach."""
+    """A colour (n,) for each cell, other than its neighbours' as far as colours suffice."""
     rng = np.random.default_rng(0)
     chosen = np.arange(n) % colours
     a, b = pairs.T
@@ -601,7 +592,7 @@ def colour_numbers(pairs: np.ndarray, n: int, colours: int) -> np.ndarray:
 
 
 def outlines(labels: np.ndarray) -> np.ndarray:
-    """(H, W) bool: pixels of a cell that share an edge with another label, not with the image's."""
+    """(H, W) bool: pixels of a cell that share an edge with another label."""
     rim = np.zeros(labels.shape, bool)
     below, beside = labels[1:] != labels[:-1], labels[:, 1:] != labels[:, :-1]
     rim[1:] |= below
@@ -613,22 +604,22 @@ def outlines(labels: np.ndarray) -> np.ndarray:
 
 def grown(mask: np.ndarray, radius: float) -> np.ndarray:
     """(H, W) bool: pixels within `radius` px of the mask, by a disc row by row."""
-    disc, wide = np.zeros_like(mask), mask.copy()
+    disc, row = np.zeros_like(mask), mask.copy()
     H = len(mask)
     for dx in range(int(radius) + 1):
         if dx:
-            wide[:, dx:] |= mask[:, :-dx]
-            wide[:, :-dx] |= mask[:, dx:]
+            row[:, dx:] |= mask[:, :-dx]
+            row[:, :-dx] |= mask[:, dx:]
         for dy in range(min(int(radius) + 1, H)):
             if int(math.sqrt(radius ** 2 - dy ** 2)) == dx:
-                disc[dy:] |= wide[:H - dy]
-                disc[:H - dy] |= wide[dy:]
+                disc[dy:] |= row[:H - dy]
+                disc[:H - dy] |= row[dy:]
     return disc
 
 
 def draw_outlines(rgb: np.ndarray, labels: np.ndarray, colours: np.ndarray, thick: int
                   ) -> np.ndarray:
-    """A copy of rgb (H, W, 3) with a line `thick` px wide inside each cell 1..n and a shadow.
+    """Copy of rgb (H, W, 3) with a line `thick` px wide inside each cell 1..n and a shadow.
 
     labels : (H, W), or k times finer for smooth lines; thick is in their px.
     """
@@ -653,8 +644,8 @@ def draw_outlines(rgb: np.ndarray, labels: np.ndarray, colours: np.ndarray, thic
 def enlarged(labels: np.ndarray, zoom: int) -> np.ndarray:
     """Labels zoom times as large, with smooth borders.
 
-    Every new pixel takes the label that weighs most among the 3 x 3 old ones, weighted by the
-    quadratic B-spline: as if every cell's mask were interpolated by itself.
+    Every new pixel takes the label of most weight among the 3 x 3 old ones, by the quadratic
+    B-spline: as if every cell's mask were interpolated by itself.
     """
     H, W = labels.shape
     large = np.repeat(np.repeat(labels, zoom, 0), zoom, 1)  # (H zoom, W zoom)
@@ -669,9 +660,9 @@ def enlarged(labels: np.ndarray, zoom: int) -> np.ndarray:
         old = window[i, j].reshape(-1, 9)  # (P, 9)
         most = np.zeros((len(old), zoom ** 2), np.float32)
         winner = np.zeros(most.shape, labels.dtype)
-        for one in old.T[..., None]:  # (P, 1)
-            votes = (old == one).astype(np.float32) @ weight  # (P, zoom^2)
-            np.copyto(winner, one, where=votes > most)
+        for candidate in old.T[..., None]:  # (P, 1)
+            votes = (old == candidate).astype(np.float32) @ weight  # (P, zoom^2)
+            np.copyto(winner, candidate, where=votes > most)
             np.maximum(most, votes, out=most)
         block[i, :, j] = winner.reshape(-1, zoom, zoom)
     return large
@@ -680,8 +671,8 @@ def enlarged(labels: np.ndarray, zoom: int) -> np.ndarray:
 def write_picture(path: str | Path, rgb: np.ndarray) -> None:
     """Write (H, W, 3) or (H, W) uint8 as PNG, deflated in bands on all cores.
 
-    Unfiltered at level 1: filters save nothing here, and Pillow spends half its time on them. The
-    bytes do not depend on the number of cores.
+    Unfiltered at level 1: filters save nothing here, and take Pillow half its time. The bytes do
+    not depend on the number of cores.
     """
     if rgb.dtype != np.uint8 or rgb.shape[2:] not in ((), (3,)) or 0 in rgb.shape:
         raise ValueError(f"{path}: {rgb.shape} {rgb.dtype}, expected (H, W, 3) or (H, W) uint8")
@@ -694,7 +685,7 @@ def write_picture(path: str | Path, rgb: np.ndarray) -> None:
     def deflate(k: int) -> bytes:
         squeeze = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS)
         end = zlib.Z_FINISH if k + 1 == len(bands) else zlib.Z_FULL_FLUSH
-        return squeeze.compress(bands[k]) + squeeze.flush(end)
+        return squeeze.compress(bands[k].data) + squeeze.flush(end)
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         check = struct.pack(">I", zlib.crc32(content, zlib.crc32(kind)))
@@ -702,7 +693,7 @@ def write_picture(path: str | Path, rgb: np.ndarray) -> None:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         body = b"".join(pool.map(deflate, range(len(bands))))
-    stream = b"\x78\x01" + body + struct.pack(">I", zlib.adler32(rows))  # zlib's frame
+    stream = b"\x78\x01" + body + struct.pack(">I", zlib.adler32(rows.data))  # zlib's frame
     header = struct.pack(">2I5B", W, H, 8, 2 if rgb.ndim == 3 else 0, 0, 0, 0)
     with replacing(path) as temporary:
         temporary.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", stream)

@@ -10,15 +10,16 @@
     rho, p = redrawn(ratios[m], outcome, (), found)   # the same for redrawn tiles: how stable it is
     q = false_discovery(p)                            # over the last axis
 
-Letters: M models, K outcomes, k covariates, D donors, n those of them that have every value,
-N tiles of all donors, B redraws or resamples.
+M models, K outcomes, k covariates, D donors, n donors with every value, N tiles of all donors,
+B redraws or resamples.
 
-Every rho may be a partial one: of what is left of both ranks after a linear regression on the ranks
-of k covariates z. A column of 0 and 1 for a level of a category serves as a covariate: its ranks
-are the column itself but for origin and scale.
+Every rho may be partial: of what is left of both ranks after a linear regression on the ranks of k
+covariates z. A column of 0 and 1 for a level of a category serves as a covariate: its ranks are the
+column itself but for origin and scale.
 """
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -30,6 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy import ndarray as Array
+from numpy.typing import ArrayLike
 from scipy import stats
 
 import data
@@ -56,8 +58,8 @@ def find_tiles(root: str | Path, pattern: str, nuclei: str = "0", marker: str = 
                donor: str | None = None) -> tuple[list[TilePair], dict[str, str], int]:
     """Tiles by name; names of unusable ones, and why; the number of all other files.
 
-    pattern : regular expression for the names of .tif and .tiff files. Its group `channel` is the
-        channel; names that differ in nothing else are one tile.
+    pattern : regular expression for the names of .tif and .tiff files. Names that differ in its
+        group `channel` alone are one tile.
     donor : regular expression with one group, for a tile's name; None: as in donor_7.
     """
     root, expression, others = Path(root), data.regex("pattern", pattern), 0
@@ -87,8 +89,8 @@ def find_tiles(root: str | Path, pattern: str, nuclei: str = "0", marker: str = 
                 if (count := len(images[channel])) != 1:
                     names = ", ".join(file.name for file in images[channel])
                     raise ValueError(f"{count or 'no'} images of the {what} {names}".strip())
-            files = images[nuclei][0], images[marker][0]
-            tiles.append(TilePair(name, data.donor_of(name, donor), files))
+            pair = images[nuclei][0], images[marker][0]
+            tiles.append(TilePair(name, data.donor_of(name, donor), pair))
         except ValueError as error:
             unusable[name] = str(error)
     if not tiles:
@@ -122,19 +124,17 @@ def marker_of_cells(labels: Array, marker: Array, percentile: float | None = Non
 
 def read_lines(path: Path) -> list[dict]:
     """Lines of a shard, without one that is being written or that a crash cut."""
-    found = []
+    lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return found
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
 
 
 def lines_by_tile(folder: str | Path, key: str) -> dict[str, dict]:
-    """{tile: its line} of all shards; a line with `why` says why there are no cells.
+    """{tile: its line} of all shards; `why` in a line says why there are no cells.
 
-    Lines of another key were made with other weights or settings. A tile done in one shard is done.
+    Lines of another key were made with other weights or settings.
     """
     found: dict[str, dict] = {}
     for path in sorted(Path(folder).glob("*.jsonl")):
@@ -144,22 +144,23 @@ def lines_by_tile(folder: str | Path, key: str) -> dict[str, dict]:
     return found
 
 
-def marker_threshold(lines: Iterable[dict], how: str, value: float | None = None,
+def marker_threshold(lines: Iterable[dict], how: str, value: float = math.nan,
                      controls: Sequence[str] = ()) -> float:
-    """The marker intensity above which a cell is positive, from the lines of tiles that are done.
+    """Marker intensity above which a cell is positive, from the lines of tiles that are done.
 
     how : fixed (`value`), otsu (over all cells) or controls (percentile CONTROLS of their cells).
     """
-    parts, dtypes = defaultdict(list), {}
+    parts = defaultdict(list)
+    dtypes: dict[str, str] = {}
     for line in lines:
         parts[line["donor"]].append(line["intensity"])
         dtypes.setdefault(line["dtype"], line["tile"])
     if len(dtypes) > 1:
-        said = ", ".join(f"{dtype} ({tile})" for dtype, tile in dtypes.items())
-        raise ValueError(f"tiles have pixels of {said}: no one threshold fits both; export them "
+        both = ", ".join(f"{dtype} ({tile})" for dtype, tile in dtypes.items())
+        raise ValueError(f"tiles have pixels of {both}: no one threshold fits both; export them "
                          "alike")
     if how == "fixed":
-        return float(value)
+        return value
     if how == "controls":
         if absent := [donor for donor in controls if donor not in parts]:
             raise ValueError(f"controls={absent[0]}: no tiles of it; donors are "
@@ -179,7 +180,7 @@ def marker_threshold(lines: Iterable[dict], how: str, value: float | None = None
 def otsu(values: Array) -> float:
     """Otsu's threshold (1979) of the values, not of a histogram: half-way between both classes.
 
-    It makes the variance between them, n_low n_high (mean_high - mean_low)², as large as it can be.
+    It maximises the variance between them, n_low n_high (mean_high - mean_low)².
     """
     x = np.sort(np.asarray(values, float))
     total, below = np.cumsum(x), np.flatnonzero(x[1:] > x[:-1]) + 1  # sizes of the lower class
@@ -207,7 +208,7 @@ class Counts(NamedTuple):
 
 def read_counts(paths: Sequence[Path], controls: Sequence[str] = (), min_tiles: int = 1,
                 min_cells: int = 1) -> Counts:
-    """Counts of tiles, a table for each model; a donor with too little in any is flagged."""
+    """Counts from a table for each model; a donor with too little in any is flagged."""
     advice = "run `downstream.py merge` first"
     tables = [{row["tile"]: row for row in runs.read_table(
         path, ("donor", "tile", "cells", "positive"), advice)} for path in paths]
@@ -225,7 +226,6 @@ def read_counts(paths: Sequence[Path], controls: Sequence[str] = (), min_tiles: 
 
 
 class Donors(NamedTuple):
-    """The table of outcomes."""
     names: list[str]
     outcomes: Array              # (K, D), NaN where missing
     covariates: Array            # (k, D); of a category 0 and 1 for each level but the first
@@ -233,7 +233,7 @@ class Donors(NamedTuple):
 
 def read_donors(path: str | Path, outcomes: Sequence[str], covariates: Sequence[str] = (),
                 categories: Sequence[str] = ()) -> Donors:
-    """Outcomes and covariates from a table with a column `donor`; the words are its columns."""
+    """Outcomes and covariates from a table with a column `donor` and these columns."""
     rows = runs.read_table(path, ("donor", *outcomes, *covariates, *categories),
                            "give outcomes=, a table with a row for each donor")
     line_of: dict[str, int] = {}
@@ -252,10 +252,9 @@ def read_donors(path: str | Path, outcomes: Sequence[str], covariates: Sequence[
 
     extra = [numbers(column) for column in covariates]
     for column in categories:
-        words = [row[column] for row in rows]
-        levels = sorted({word for word in words if word.lower() not in UNNAMED})
-        extra += [[math.nan if word.lower() in UNNAMED else float(word == level) for word in words]
-                  for level in levels[1:]]
+        words = ["" if row[column].lower() in UNNAMED else row[column] for row in rows]
+        extra += [[float(word == level) if word else math.nan for word in words]
+                  for level in sorted({*words} - {""})[1:]]
     return Donors(list(line_of), np.array([numbers(column) for column in outcomes]),
                   np.reshape(extra, (len(extra), len(rows))))
 
@@ -273,16 +272,16 @@ def number_in(text: str, where: str) -> float:
 
 # -------------------------------------------------------------------------------------- correlation
 
-def centred_ranks(x: Array, z: Array = ()) -> Array:
+def centred_ranks(x: Array, z: ArrayLike = ()) -> Array:
     """Ranks of x (..., n) less their mean, and less what ranks of z (..., k, n) explain of them."""
-    r = stats.rankdata(x, axis=-1) - (x.shape[-1] + 1) / 2
+    z, r = np.asarray(z), stats.rankdata(x, axis=-1) - (x.shape[-1] + 1) / 2
     return residual(r, centred_ranks(z)) if np.size(z) else r
 
 
 def residual(r: Array, z: Array) -> Array:
-    """What is left (..., n) of centred r after least squares on centred z (..., k, n).
+    """Residuals (..., n) of centred r after least squares on centred z (..., k, n).
 
-    Covariates may depend on each other, as sex and clinic do where one clinic sees only women.
+    Covariates may depend on each other, as sex and clinic where one clinic sees only women.
     """
     length = np.sqrt((z * z).sum(-1, keepdims=True))
     z = z / np.where(length > 0, length, 1)
@@ -300,28 +299,28 @@ def correlation(a: Array, b: Array) -> Array:
     return np.clip(np.divide((a * b).sum(-1), size, out=found, where=size > 0), -1, 1)
 
 
-def spearman(x: Array, y: Array, z: Array = ()) -> Array:
+def spearman(x: Array, y: Array, z: ArrayLike = ()) -> Array:
     """Spearman's rho (...) of x and y (..., n), ties with average ranks; partial, given z.
 
-    NaN where x or y is all equal, or is explained by z (..., k, n) wholly.
+    NaN where x or y is all equal, or wholly explained by z (..., k, n).
     """
     return correlation(centred_ranks(x, z), centred_ranks(y, z))
 
 
-def null_rhos(x: Array, y: Array, z: Array = (), orders: int = 9999, seed: int = 0) -> Array:
+def null_rhos(x: Array, y: Array, z: ArrayLike = (), orders: int = 9999, seed: int = 0) -> Array:
     """|rho| under the null hypothesis, ascending: y (n,) in other orders against x (n,).
 
     All n! orders up to EXACT donors, else the given one and `orders` random ones. With covariates
     the residuals of y's ranks are reordered and regressed on z again (Freedman & Lane, 1983).
     """
-    n, a, b = len(x), centred_ranks(x, z), centred_ranks(y, z)
-    if n <= EXACT and not np.size(z):
+    z, n, a, b = np.asarray(z), len(x), centred_ranks(x, z), centred_ranks(y, z)
+    if n <= EXACT and not z.size:
         order = np.array(list(itertools.permutations(range(n))))
     else:
         order = np.argsort(np.random.default_rng(seed).random((orders + 1, n)), 1)
         order[0] = np.arange(n)
     b = b[order]  # (orders, n)
-    return np.sort(np.abs(correlation(a, residual(b, centred_ranks(z)) if np.size(z) else b)))
+    return np.sort(np.abs(correlation(a, residual(b, centred_ranks(z)) if z.size else b)))
 
 
 def p_value(rho: Array | float, n: Array | int, k: int = 0, null: Array | None = None) -> Array:
@@ -341,8 +340,8 @@ def interval(rho: Array | float, n: Array | int, k: int = 0) -> tuple[Array, Arr
     """Interval for the population's rho: Fisher's transform, with a variance that holds for ranks.
 
     tanh(atanh rho ± z sqrt((1 + rho² / 2) / (n - 3 - k))), Bonett & Wright (2000, Psychometrika
-    65:23-28); Fisher's own 1 / (n - 3) is for Pearson's r of normal data and covers too seldom.
-    Each covariate costs a donor. NaN for n - k <= 3 and for |rho| = 1: the variance is unknown.
+    65:23-28); Fisher's 1 / (n - 3) is for Pearson's r of normal data and covers too seldom. NaN for
+    n - k <= 3 and for |rho| = 1: the variance is unknown.
     """
     rho, left = np.asarray(rho, float), np.asarray(n, float) - 3 - k
     centre = np.arctanh(np.where((left > 0) & (np.abs(rho) < 1), rho, np.nan))
@@ -380,8 +379,11 @@ def complete(*rows: Array) -> Array:
     return values[:, ~np.isnan(values).any(0)]
 
 
-def association(x: Array, y: Array, z: Array = (), seed: int = 0) -> Association:
-    """A ratio x (D,) with an outcome y (D,), given covariates z (k, D); NaN where missing."""
+def association(x: Array, y: Array, z: Iterable[Array] = (), seed: int = 0) -> Association:
+    """Association of a ratio x (D,) and an outcome y (D,), given covariates z (k, D).
+
+    Values may be missing: NaN.
+    """
     values = complete(x, y, *z)
     x, y, z = values[0], values[1], values[2:]
     n, k = len(x), int(np.linalg.matrix_rank(centred_ranks(z))) if z.size else 0
@@ -401,7 +403,7 @@ def association(x: Array, y: Array, z: Array = (), seed: int = 0) -> Association
 
 
 def redrawn(x: Array, y: Array, z: Array, whole: Association) -> tuple[Array, Array]:
-    """rho and p (B,) of each row of x (B, D), as `whole` has them of all tiles; NaN without."""
+    """rho and p (B,) of each row of x (B, D), as `whole` has them of all tiles."""
     rho, fixed = np.full(len(x), np.nan), np.stack([y, *z])  # (1 + k, D)
     if whole.left_out:
         return rho, rho
@@ -415,13 +417,12 @@ def redrawn(x: Array, y: Array, z: Array, whole: Association) -> tuple[Array, Ar
     return rho, p_value(rho, have.sum(1), whole.covariates, whole.null)
 
 
-def difference(first: Array, second: Array, y: Array, z: Array = (), resamples: int = 1000,
-               seed: int = 0) -> tuple[int, float, float, float]:
-    """The number of donors, their rho(second, y) - rho(first, y), and its interval.
+def difference(first: Array, second: Array, y: Array, z: Iterable[Array] = (),
+               resamples: int = 1000, seed: int = 0) -> tuple[int, float, float, float]:
+    """Number of donors, rho(second, y) - rho(first, y), and its interval; (D,) each, z (k, D).
 
-    The two correlations depend on each other: they share y and the donors. The interval is the
-    percentile bootstrap of donors with all their values, which keeps that dependence (Efron, 1979).
-    first, second, y : (D,); z : (k, D).
+    Both correlations share y and the donors: the percentile bootstrap of donors with all their
+    values keeps that dependence (Efron, 1979).
     """
     values = complete(first, second, y, *z).T  # (n, 3 + k)
 
@@ -440,7 +441,7 @@ def ratio_interval(positive: Array, cells: Array, resamples: int = 1000, seed: i
                    ) -> tuple[float, float]:
     """Interval for a donor's Σ positive / Σ cells from resampling its tiles (N,).
 
-    Too narrow for few tiles: bench/simulate_cohorts.py measures how often it covers at 5, 20, 100.
+    Too narrow for few tiles: bench/simulate_cohorts.py measures its coverage at 5, 20, 100.
     """
     if len(cells) < 2:
         return math.nan, math.nan
@@ -455,8 +456,8 @@ def redrawn_ratios(positive: Array, cells: Array, donor: Array, share: float, re
                    seed: int = 0) -> Array:
     """Ratios (M, B, D) from a share of each donor's tiles, drawn without putting back.
 
-    positive, cells : (M, N), of the same tiles for every model, which thus see the same draw.
-    donor : (N,) 0..D-1, whose tile it is. NaN where the drawn tiles have no cell.
+    positive, cells : (M, N); every model sees the same draw. donor : (N,) 0..D-1.
+    NaN where the drawn tiles have no cell.
     """
     rng, D = np.random.default_rng(seed), int(donor.max(initial=-1)) + 1
     counts = np.stack([positive, cells]).astype(float)  # (2, M, N)

@@ -29,7 +29,6 @@ import re
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -163,7 +162,6 @@ def folder_of(model: StudyModel, config: Config) -> Path:
 
 
 def lines_of(model: StudyModel, config: Config) -> dict[str, dict]:
-    """{tile: its line} of a model, of all shards."""
     return cohort.lines_by_tile(folder_of(model, config) / "shards", settings_digest(model, config))
 
 
@@ -185,8 +183,10 @@ def infer_tiles(config: Config) -> int:
             if todo and stop:
                 print("stopped; the same command goes on from here", file=sys.stderr)
                 return runs.REQUEUE
+            if not todo:
+                continue
             try:
-                pixels = cohort.read_tile(tile) if todo else None
+                pixels = cohort.read_tile(tile)
             except (ValueError, OSError) as error:             # of this tile alone
                 why = " ".join(runs.sentence(error).split())
                 tqdm.tqdm.write(f"warning: {why}", file=sys.stderr)
@@ -238,7 +238,7 @@ class Shard:
 
 
 def settings_digest(model: StudyModel, config: Config) -> str:
-    """Name what a line depends on besides the tile: the content of the weights, and settings."""
+    """Digest of what a line depends on besides the tile: content of the weights, settings."""
     names = ("diameter", "border", "percentile", "tiles", "pattern", "nuclei", "marker")
     settings = {**asdict(model), "name": None, "weights": weights_digest(model),
                 **{name: getattr(config, name) for name in names}}
@@ -256,7 +256,7 @@ def weights_digest(model: StudyModel) -> str:
 # ------------------------------------------------------------------------------------ merge, ratios
 
 def merge_shards(config: Config) -> int:
-    """Count the cells of all tiles, now that a threshold over the cohort can be taken."""
+    """Count the cells of all tiles, by a threshold over the cohort."""
     tiles, unusable, _ = cohort.find_tiles(*config.tile_files)
     found = []
     for model in config.models:
@@ -273,7 +273,7 @@ def merge_shards(config: Config) -> int:
         if not done:
             raise ValueError(f"model '{model.name}': all {len(skipped)} tiles were skipped; the "
                              f"first: {next(iter(skipped.values()))}")
-        cut = cohort.marker_threshold(done, config.threshold, config.value, config.controls)
+        cut = cohort.marker_threshold(done, config.threshold, config.value or 0.0, config.controls)
         sha256 = weights_digest(model)
         rows = [{"donor": line["donor"], "tile": line["tile"], "cells": len(line["intensity"]),
                  "positive": sum(value > cut for value in line["intensity"]),
@@ -299,7 +299,7 @@ def rule(config: Config) -> str:
 
 
 def write_ratios(config: Config) -> int:
-    """Write sum of positive cells over sum of cells of each donor: not the mean of its tiles."""
+    """Write positive cells / cells of each donor: not the mean of its tiles."""
     counts, rows = cohort.read_counts(*config.tile_counts), []
     for model, cells, positive in zip(config.models, counts.cells, counts.positive):
         for d, donor in enumerate(counts.donors):
@@ -334,8 +334,8 @@ def write_associations(config: Config) -> int:
         for name, flag in zip(counts.donors, counts.flags)}
     runs.write_table(out / "e5_donors.tsv",
                      [{"donor": name, "status": status[name]} for name in sorted(status)])
-    said = [f"{count} {what}" for what, count in Counter(status.values()).most_common()]
-    print(f"{len(status)} donors: {', '.join(said)}")
+    parts = [f"{count} {what}" for what, count in Counter(status.values()).most_common()]
+    print(f"{len(status)} donors: {', '.join(parts)}")
 
     used = [d for d, name in enumerate(counts.donors) if status[name] == "used"]
     row_of = [donors.names.index(counts.donors[d]) for d in used]
@@ -344,17 +344,17 @@ def write_associations(config: Config) -> int:
     redrawn = cohort.redrawn_ratios(counts.positive, counts.cells, counts.donor, config.share,
                                     config.resamples, seed)[..., used]                  # (M, B, D)
     whole = [[cohort.association(x, y, z, seed) for y in outcomes] for x in ratio]       # M times K
-    rho, p = np.array([[cohort.redrawn(x, y, z, one) for y, one in zip(outcomes, row)]
+    rho, p = np.array([[cohort.redrawn(x, y, z, found) for y, found in zip(outcomes, row)]
                        for x, row in zip(redrawn, whole)]).transpose(2, 3, 0, 1)   # (B, M, K) each
-    q_whole = cohort.false_discovery(np.array([[one.p for one in row] for row in whole]))  # (M, K)
+    q_whole = cohort.false_discovery(np.array([[each.p for each in row] for row in whole]))
     q = cohort.false_discovery(p)
     found, stable, changes = [], [], []
     for m, i in np.ndindex(len(names), len(outcomes)):
-        one, outcome = whole[m][i], config.columns[i]
-        row = {"model": names[m], "outcome": outcome, "q": q_whole[m, i], **one._asdict()}
+        outcome, result = config.columns[i], whole[m][i]._asdict()
+        row = {"model": names[m], "outcome": outcome, "q": q_whole[m, i], **result}
         found.append({name: row[name] for name in SPEARMAN})
         stable.append({**{name: row[name] for name in SPEARMAN[:4]},
-                       **stability(one.rho, rho[:, m, i], q[:, m, i])})
+                       **stability(row["rho"], rho[:, m, i], q[:, m, i])})
         if m:
             n, *change = cohort.difference(ratio[0], ratio[m], outcomes[i], z, config.resamples,
                                            seed)
@@ -372,7 +372,7 @@ def write_associations(config: Config) -> int:
 
 
 def stability(rho: float, redrawn: np.ndarray, q: np.ndarray) -> dict[str, Any]:
-    """Summary of one association over redraws (B,) of the tiles."""
+    """Summary of an association over redraws (B,) of the tiles."""
     have = ~np.isnan(redrawn)
     if have.sum() < 2:
         return {"redraws": int(have.sum())} | dict.fromkeys(STABILITY[1:], math.nan)
@@ -433,7 +433,7 @@ def write_report(config: Config) -> int:
 
 
 def read_rows(config: Config, name: str) -> list[dict[str, Any]]:
-    """Rows of a table of ratios or associate, by outcome; NaN where there is no number."""
+    """Rows of a table of an earlier step, by outcome; NaN where there is no number."""
     path = Path(config.out) / name
     rows = [{name: text if name in WORDS else float(text or "nan") for name, text in row.items()}
             for row in runs.read_table(path, advice="run `downstream.py associate` first")]
@@ -446,7 +446,7 @@ def read_rows(config: Config, name: str) -> list[dict[str, Any]]:
 
 
 def table_of(rows: list[dict[str, Any]], *columns: str) -> str:
-    """These columns of read_rows for the page, those of INTERVALS with their interval below."""
+    """Columns of read_rows for the page, those of INTERVALS with their interval below."""
     def cell(row: dict[str, Any], name: str) -> str | report.Cell:
         if name in WORDS:
             return row[name] or "-"
@@ -472,8 +472,9 @@ def percent(value: float) -> str:
 
 
 def used_tables(config: Config) -> list[str]:
-    """Tables of tiles and donors, and of what was left out."""
-    rows, why = [], {}
+    """Tables of tiles, donors, and skipped tiles."""
+    rows = []
+    why: dict[str, str] = {}
     for model in config.models:
         counts, skipped = (runs.read_table(folder_of(model, config) / name, (), "run merge first")
                            for name in ("tile_counts.tsv", "skipped.tsv"))
@@ -528,11 +529,12 @@ def experiments_table(config: Config, found: list[dict], stable: list[dict]) -> 
                 where = f"{path}, line {number}: {column}"
                 values[row["model"]].append(cohort.number_in(row[column], where))
             for name, each in values.items():
-                columns[f"{experiment.name} {column}"][name] = short(defined_mean(each))
+                columns[f"{experiment.name} {column}"][name] = short(report.mean_defined(each))
     for model in config.models:
         mine = [row for row in found if row["model"] == model.name and not math.isnan(row["rho"])]
         rho = float(np.median([abs(row["rho"]) for row in mine])) if mine else math.nan
-        same = defined_mean(row["same_sign"] for row in stable if row["model"] == model.name)
+        same = report.mean_defined(row["same_sign"] for row in stable
+                                   if row["model"] == model.name)
         few = sum(row["q"] < 0.05 for row in mine)
         columns["E5 |rho|"][model.name] = short(rho)
         columns["E5 same sign"][model.name] = percent(same)
@@ -540,12 +542,6 @@ def experiments_table(config: Config, found: list[dict], stable: list[dict]) -> 
     names = dict.fromkeys(name for column in columns.values() for name in column)
     return report.html_table(("model", *columns), [
         (name, *(column.get(name, "-") for column in columns.values())) for name in names])
-
-
-def defined_mean(values: Iterable[float]) -> float:
-    """Mean of those that are not NaN."""
-    have = [value for value in values if not math.isnan(value)]
-    return sum(have) / len(have) if have else math.nan
 
 
 # -------------------------------------------------------------------------------------------- check

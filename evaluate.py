@@ -16,12 +16,12 @@
     channels   channels.json, cosine.tsv, retrieval.tsv, attention.tsv, channels.png,
                attention.png, heads.png, pca.png
 
-The same command goes on where it was stopped, and makes anew what has changed in the content of
-weights or images, or in an option. Every table begins with the best ceiling, so that nobody blames
-a network for it. Scores of a set are means over its images; SEG, DET, OP_CSB, F1 and counts are of
-the cells of all images together. Differences are paired, image by image. Intervals are 95 %
-bootstraps over images, from ten on. `weights` with a * is the mean of the files that fit (seeds);
-files that were trained on different numbers of images become rows, and a curve on the page.
+The same command goes on where it was stopped, and makes anew what has changed: content of weights
+or images, options. Every table begins with the best ceiling, the limit of any network. Scores of a
+set are means over its images; SEG, DET, OP_CSB, F1 and counts are of the cells of all images.
+Differences are paired, image by image. Intervals are 95 % bootstraps over images, from ten on.
+`weights` with a * is the mean of the files that fit (seeds); files trained on different numbers of
+images become rows, and a curve on the page.
 """
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ import re
 import shlex
 import sys
 import typing
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, is_dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import measure
 import probe
@@ -91,7 +92,7 @@ def bench(config: Bench) -> None:
                  ((config.markdown, ""), (config.summary, " in short")) if path]
     for path, name in documents:
         report.between(path, name)
-    rows = [row for model in config.models              # all are looked up before one is run
+    rows = [row for model in config.models              # all files are found before one is run
             for row in measure.rows_of(model, sets, config.device, config.batch)]
     measure.check_distinct("row", [row.name for row in rows])
     if unknown := set(config.against) - {row.name for row in rows}:
@@ -126,17 +127,17 @@ def bench(config: Bench) -> None:
 
 
 def ceiling_rows(config: Bench, sets: list[LabelledSet], folder: Path) -> Iterator[TableRow]:
-    """The row of the encoding, on each set with the setting that serves it best."""
+    """Row of the encoding, on each set with its best setting."""
     if config.ceiling.cap:
         best = {dataset.name: measure.encoding_rows(dataset, config.ceiling, config.score,
                                                     folder)[0] for dataset in sets}
         yield TableRow(CEILING, "of the encoding",
-                  {name: (measure.EncodedLabels(row),) for name, row in best.items()})
+                       {name: (measure.EncodedLabels(row),) for name, row in best.items()})
 
 
 def compare_rows(config: Bench, sets: list[LabelledSet], rows: list[TableRow],
-                results: measure.BenchResults) -> list[dict]:
-    """Every row against those asked for, or against the first model that ran."""
+                 results: measure.BenchResults) -> list[dict]:
+    """Differences of every row from those in `against`, or from the first model that ran."""
     for name in set(config.against).difference(*results.values()):
         print(f"against: {name} was not run; nothing is compared with it", file=sys.stderr)
     compared = []
@@ -150,7 +151,7 @@ def compare_rows(config: Bench, sets: list[LabelledSet], rows: list[TableRow],
 
 
 def made_by(config: Bench) -> str:
-    """The command, the machine and the versions, without which numbers mean little."""
+    """Command, machine and versions."""
     about = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
     cpu = re.search(r"model name\s*: (.*)", about)
     machine = cpu[1] if cpu else platform.processor() or platform.machine()
@@ -174,7 +175,6 @@ class Gating:
     min_area: tuple[runs.Whole, ...] = (0, 20, 50, 100)  # px, smaller cells are dropped
     windows: tuple[tuple[float, ...], ...] = ((0, 100), (2, 98), (5, 95))  # percentiles to keep
     marker: str = "1"                       # channel of the file, whose mean over a cell counts
-    over: Literal["set", "image"] = "set"   # percentiles among the cells of the set, or of an image
     border: tuple[Literal["keep", "drop", "both"], ...] = ("keep", "drop", "both")  # both: true too
     ceiling: Encoding = field(default_factory=Encoding)  # as in bench
     score: str = "DSB"                      # what best means for the ceiling
@@ -201,18 +201,16 @@ def gating(config: Gating) -> None:
     for dataset in sets:
         images = predictions[dataset.name]
         rows += measure.ceiling_row(dataset, config.ceiling, config.score, folder, what=CEILING)
-        raw, _ = measure.gate(images, config.over, 0, (0, 100), "keep")
+        raw, _ = measure.gate(images, 0, (0, 100), "keep")
         rows.append({"set": dataset.name, "what": "raw", "n": len(images), "min_area": 0,
                      "window": "q0-100", "border": "keep", "removed": 0,
                      **measure.score_columns(raw.scores)})
         for min_area, window, border in product(config.min_area, config.windows, config.border):
-            result, removed = measure.gate(images, config.over, min_area, window, border)
-            change = {}
-            for line in measure.differences(dataset, raw, result):
-                if line["image"] == "mean":
-                    name = f"{line['score']}_change"
-                    change |= {name: line["difference"], f"{name}_low": line["low"],
-                               f"{name}_high": line["high"]}
+            result, removed = measure.gate(images, min_area, window, border)
+            change = {f"{line['score']}_change{end}": line[value]
+                      for line in measure.differences(dataset, raw, result)
+                      if line["image"] == "mean" for end, value in
+                      (("", "difference"), ("_low", "low"), ("_high", "high"))}
             rows.append({"set": dataset.name, "what": "gated", "n": len(images),
                          "min_area": min_area, "window": "q{:g}-{:g}".format(*window),
                          "border": border, "removed": removed,
@@ -235,10 +233,10 @@ class Sweep:
     root: str = "."                         # folder that the sets are in
     peak: tuple[runs.Distance | None, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # null: as in weights
     fill: tuple[runs.Distance | None, ...] = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)  # null: the same
-    depth: tuple[runs.NotNegative | None, ...] = (None,)  # null: the weights' own
-    smooth: tuple[runs.NotNegative | None, ...] = (None,)  # px of the network; null: the same
-    shape: tuple[runs.NotNegative | None, ...] = (None,)  # per px of the network; null: the same
-    min_area: tuple[runs.Whole | None, ...] = (None,)  # px; null: the weights' own
+    depth: tuple[runs.NotNegative | None, ...] = (None,)  # the same
+    smooth: tuple[runs.NotNegative | None, ...] = (None,)  # the same, px of the network
+    shape: tuple[runs.NotNegative | None, ...] = (None,)  # the same, per px of the network
+    min_area: tuple[runs.Whole | None, ...] = (None,)  # the same, px
     tile: tuple[runs.Count | None, ...] = (None,)  # px; null: as trained
     overlap: tuple[runs.Whole | None, ...] = (None,)  # px; null: a cell's diameter
     scale: tuple[runs.Positive, ...] = (1.0,)  # network px per image px, on top of the diameter
@@ -281,15 +279,14 @@ def sweep(config: Sweep) -> None:
     shared, selected, compared = measure.best_setting(rows, settings, config.score), [], []
     for dataset in test:
         choices = {"shared": shared, "weights": {}}
-        if own := [row for row in rows if row["set"] == dataset.name]:
-            choices["own"] = measure.best_setting(own, settings, config.score)
+        if its := [row for row in rows if row["set"] == dataset.name]:
+            choices["own"] = measure.best_setting(its, settings, config.score)
         selected += measure.ceiling_row(dataset, config.ceiling, config.score, folder / "test",
                                         choice=CEILING)
         results = {}
         for choice, setting in choices.items():
             source = network.with_options(**setting)
-            result = measure.measure_model(choice, dataset, source,
-                                           folder / choice / dataset.name)
+            result = measure.measure_model(choice, dataset, source, folder / choice / dataset.name)
             results[choice] = result
             selected.append({"set": dataset.name, "choice": choice, "n": len(result.names),
                              **source.options, "seconds": result.seconds,
@@ -305,7 +302,7 @@ def sweep(config: Sweep) -> None:
 
 def sweep_rows(dataset: LabelledSet, network: measure.NetworkLabels, settings: list[dict],
                folder: Path) -> list[dict]:
-    """Mean scores of a set with each setting; images that were done before are read."""
+    """Mean scores of a set with each setting, of images that are done from their files."""
     images = []
     for item in dataset.items("sweep"):
         key = dict(weights=network.digest, image=item.digest, truth=runs.digest(item.truth),
@@ -313,13 +310,13 @@ def sweep_rows(dataset: LabelledSet, network: measure.NetworkLabels, settings: l
         images.append(measure.cached(folder / f"{item.name}.json", key, partial(
             measure.sweep_image, item, dataset, network, settings)))
     return [{"set": dataset.name, "choice": "-", "n": len(images), **setting,
-             **{name: measure.mean_defined(image[k][name] for image in images)
+             **{name: report.mean_defined(image[k][name] for image in images)
                 for name in COMPARED}} for k, setting in enumerate(settings)]
 
 
 def check_apart(validation: list[LabelledSet], test: list[LabelledSet]) -> None:
-    """Refuse an image that is on both sides, whatever its name: what chose must not report."""
-    def contents(example) -> list[str]:     # by its cells it is known in another channel, too
+    """Refuse an image that is on both sides, whatever its name."""
+    def contents(example) -> list[str]:     # its cells show it in another channel, too
         pixels, truth = example.image().pixels, example.labels()
         return [runs.digest(pixels), *([runs.digest(truth)] if truth.any() else [])]
 
@@ -371,12 +368,13 @@ def channels(config: probe.Channels) -> None:
 
 # ----------------------------------------------------------------------------------------- command
 
-VERBS = {"bench": (Bench, bench), "gating": (Gating, gating), "sweep": (Sweep, sweep),
-         "ceiling": (Ceiling, ceiling), "channels": (probe.Channels, channels)}
+VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "bench": (Bench, bench), "gating": (Gating, gating), "sweep": (Sweep, sweep),
+    "ceiling": (Ceiling, ceiling), "channels": (probe.Channels, channels)}
 
 
 def main(arguments: list[str]) -> int:
-    """The first word chooses; the rest is a configuration and key=value, as everywhere."""
+    """The first word is the verb, the rest a configuration and key=value."""
     verb, *rest = arguments or ["--help"]
     if verb in ("--help", "-h"):
         print(__doc__.strip())
@@ -390,15 +388,16 @@ def main(arguments: list[str]) -> int:
         VERBS[verb][1](config)
 
     runs.script(usage(verb) if {"--help", "-h"} & set(rest) else "", VERBS[verb][0], run, rest)
+    return 0
 
 
 def usage(verb: str) -> str:
-    """What a verb does, and the keys of its sections."""
+    """Help on a verb and the keys of its sections."""
     cls, function = VERBS[verb]
-    sections: dict[type, list[str]] = {}
+    sections: dict[Any, list[str]] = defaultdict(list)
     for name, hint in typing.get_type_hints(cls).items():
         for part in filter(is_dataclass, (hint, *typing.get_args(hint))):
-            sections.setdefault(part, []).append(name)
+            sections[part].append(name)
     keys = "".join(f"\n\nKeys in {' and '.join(names)}:\n{runs.describe(part)}"
                    for part, names in sections.items())
     return f"python evaluate.py {verb} CONFIG.yaml [key=value ...]\n\n{function.__doc__}{keys}"

@@ -5,8 +5,8 @@
     result = measure_model("tiny", nuclei, network, folder)      # NAME_pred.tif, metrics.json
     result.scores.mean["AP@0.5"], intervals(result.scores), differences(nuclei, first, result)
 
-Beside every file that is written lies what it was made from: the hashes of weights and image, and
-every option. As long as these are the same it is read, not made again.
+Beside every prediction lies what it was made from: hashes of weights and image, and every option.
+As long as these are the same it is read, not made again.
 """
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import math
 import re
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -29,7 +29,7 @@ import numpy as np
 
 import report
 import runs
-from report import shown
+from report import mean_defined, shown
 
 with runs.lazy():                       # evaluate.py --help does not wait for these
     import torch
@@ -45,9 +45,9 @@ with runs.lazy():                       # evaluate.py --help does not wait for t
 ENOUGH = 10                             # images, for an interval
 POOLED = ("precision", "recall", "F1", "TP", "FP", "FN", "n_true", "n_pred", "SEG", "DET", "OP_CSB",
           "error_rate")
-PAGE_SCORES = ("AP@0.5", "AP@0.75", "AP@0.9", "F1", "PQ", "AJI", "SEG", "DET", "OP_CSB")
-COMPARED = (*PAGE_SCORES, "DSB", "MMA")           # between models
 BRIEF = ("AP@0.5", "AP@0.75", "AP@0.9")           # in the short table
+PAGE_SCORES = (*BRIEF, "F1", "PQ", "AJI", "SEG", "DET", "OP_CSB")
+COMPARED = (*PAGE_SCORES, "DSB", "MMA")           # between models
 CEILING = "ceiling"                               # name of the row of the encoding
 LABEL_SUFFIXES = (".tif", ".tiff", ".npy", ".png")
 LABEL_ENDS = re.compile(r"_(pred|labels?|cp_masks|masks?|nuclei|cells)$")
@@ -62,12 +62,12 @@ class Model:
     labels: str | None = None               # or a folder of label images, or SET/ in it
     note: str = ""                          # printed beside the name; why, if it was not run
     optional: bool = False                  # missing files make a row "not run", and no error
-    peak: runs.Distance | None = None       # thresholds of the watershed; null: the weights' own
-    fill: runs.Distance | None = None       # null: the weights' own
-    depth: runs.NotNegative | None = None   # null: the weights' own
-    smooth: runs.NotNegative | None = None  # px of the network; null: the weights' own
-    shape: runs.NotNegative | None = None   # per px of the network; null: the weights' own
-    min_area: runs.Whole | None = None      # px; null: the weights' own
+    peak: runs.Distance | None = None       # thresholds of the watershed; null: as in the weights
+    fill: runs.Distance | None = None       # the same
+    depth: runs.NotNegative | None = None   # the same
+    smooth: runs.NotNegative | None = None  # the same, px of the network
+    shape: runs.NotNegative | None = None   # the same, per px of the network
+    min_area: runs.Whole | None = None      # the same, px
     tile: runs.Count | None = None          # px; null: as trained
     overlap: runs.Whole | None = None       # px; null: a cell's diameter
     scale: runs.Positive = 1.0              # network px per image px, on top of the set's diameter
@@ -119,11 +119,11 @@ class Encoding:
 
 
 def threshold_grid(grid: Any) -> list[dict]:
-    """Each combination of the six thresholds that a configuration lists, with fill <= peak."""
+    """Combinations of the six thresholds that a configuration lists, with fill <= peak."""
     names = ("peak", "fill", "depth", "smooth", "shape", "min_area")
-    if empty := [name for name in names if not getattr(grid, name)]:
-        raise ValueError(f"{empty[0]}: expected one value or more")
     lists = [getattr(grid, name) for name in names]
+    if empty := [name for name, values in zip(names, lists) if not values]:
+        raise ValueError(f"{empty[0]}: expected one value or more")
     found = [dict(zip(names, values)) for values in product(*lists)
              if None in values[:2] or values[1] <= values[0]]
     if not found:
@@ -159,7 +159,7 @@ class Item(NamedTuple):
 
 
 class LabelledSet:
-    """The images of a DataSet; each is read when it is needed."""
+    """Images of a DataSet; each is read when it is needed."""
 
     def __init__(self, config: DataSet, root: str):
         self.config, self.name, self.note = config, config.name, config.note
@@ -170,10 +170,9 @@ class LabelledSet:
             self.examples = self._where(*config.where.split("=", 1))
         self.examples = self.examples[:config.limit]
         check_distinct(f"image in set {self.name}", [safe_name(e.name) for e in self.examples])
-        self.groups = self._groups() if config.group else {}      # image -> its group
+        self.groups = self._groups(config.group) if config.group else {}   # image -> its group
 
     def items(self, what: str) -> Iterator[Item]:
-        """One image after the other, with a bar."""
         for example in progress(self.examples, f"{what} on {self.name}"):
             name, pixels = f"{self.name}/{example.name}", example.image().pixels
             truth = example.labels()
@@ -187,27 +186,30 @@ class LabelledSet:
     def _where(self, column: str, pattern: str) -> list:
         values, fits = self._column(column), self._expression("where", pattern).search
         if unlisted := [e.name for e in self.examples if safe_name(e.name) not in values]:
-            raise ValueError(f"{self.root / self.config.manifest}: no row for {unlisted[0]} of set "
-                             f"'{self.name}', so that {self.config.where} cannot be decided")
+            raise ValueError(f"{self._manifest}: no row for {unlisted[0]} of set '{self.name}', "
+                             f"which {self.config.where} needs")
         found = [e for e in self.examples if fits(values[safe_name(e.name)])]
         if not found:
             raise ValueError(f"set '{self.name}': no image with {self.config.where}; it has "
                              f"{', '.join(sorted(set(values.values())))}")
         return found
 
-    def _groups(self) -> dict[str, str]:
+    def _groups(self, group: str) -> dict[str, str]:
         """Image -> its group: a column of the manifest, or what is found in the name."""
         if self.config.manifest:
-            groups = self._column(self.config.group)
+            groups = self._column(group)
         else:
-            pattern = self._expression("group", self.config.group,
-                                       "; to mean a column, give its manifest")
+            pattern = self._expression("group", group, "; to mean a column, give its manifest")
             hits = {safe_name(e.name): pattern.search(e.name) for e in self.examples}
             groups = {name: hit[1 if pattern.groups else 0] for name, hit in hits.items() if hit}
         if not groups:
-            raise ValueError(f"set '{self.name}': group '{self.config.group}' fits none of its "
+            raise ValueError(f"set '{self.name}': group '{group}' fits none of its "
                              f"{len(self.examples)} images, such as {self.examples[0].name}")
         return groups
+
+    @property
+    def _manifest(self) -> Path:
+        return self.root / str(self.config.manifest)
 
     def _expression(self, key: str, text: str, advice: str = "") -> re.Pattern:
         try:
@@ -221,26 +223,24 @@ class LabelledSet:
 
         A row names an image by the end of its path, with or without suffix, or by its stem alone.
         """
-        path = self.root / self.config.manifest
-        rows = runs.read_table(path, [column], f"it is the manifest of set '{self.name}'")
+        rows = runs.read_table(self._manifest, [column], f"it is the manifest of set '{self.name}'")
         names = list(rows[0]) if rows else []
         image = next((name for name in ("image", "file", "filename", "name", *names)
                       if name in names), "")
-        by_name: dict[str, list[dict]] = {}
-        by_stem: dict[str, list[dict]] = {}
+        by_name, by_stem = defaultdict(list), defaultdict(list)
         for row in rows:
-            by_name.setdefault(row[image], []).append(row)
-            by_stem.setdefault(Path(row[image]).stem, []).append(row)
+            by_name[row[image]].append(row)
+            by_stem[Path(row[image]).stem].append(row)
         values = {}
         for example in self.examples:
             files = [Path(example.name), *map(Path, example.files)]
             ends = sorted({end for file in files for end in ends_of(file)}, key=len, reverse=True)
             stems = dict.fromkeys([files[0].name, *(file.stem for file in files[1:])])
             fits = next((by_name[end] for end in ends if "/" in end and end in by_name), None) or [
-                row for stem in stems for row in by_stem.get(stem, ())]
+                row for stem in stems if stem in by_stem for row in by_stem[stem]]
             if len({row[column] for row in fits}) > 1:
-                raise ValueError(f"{path}: {len(fits)} rows may be that of {example.name} "
-                                 f"({runs.listed([row[image] for row in fits], 3)}) and differ in "
+                raise ValueError(f"{self._manifest}: {len(fits)} rows may be that of {example.name}"
+                                 f" ({runs.listed([row[image] for row in fits], 3)}) and differ in "
                                  f"'{column}'; write names with their folders")
             if fits:
                 values[safe_name(example.name)] = fits[0][column] or "-"
@@ -258,14 +258,14 @@ def progress(things: Iterable, what: str) -> Iterable:
 
 
 def safe_name(name: str) -> str:
-    """A name that comes from data, as a file name that reaches no other folder."""
+    """A name from data as a file name that reaches no other folder."""
     return re.sub(r"[^\w.+-]", "_", name).lstrip(".") or "_"
 
 
-# ------------------------------------------------------------------------------ what is done before
+# ---------------------------------------------------------------------------- records on the disk
 
 def cached(path: Path, key: dict, make: Callable[[], Any]) -> Any:
-    """Return what make() gives, from the JSON file if that was written for the same key."""
+    """Result of make(), from the JSON file if that was written for the same key."""
     record, key = load_record(path), json.loads(json.dumps(key))
     if record["key"] == key:
         return record["value"]
@@ -277,7 +277,7 @@ def cached(path: Path, key: dict, make: Callable[[], Any]) -> Any:
 
 def load_or_predict(path: Path, key: dict, predict: Callable, overwrite: bool
                     ) -> tuple[np.ndarray, float | None]:
-    """Labels and the seconds they took, from NAME_pred.tif if NAME_pred.json has the same key."""
+    """Labels and their seconds, from NAME_pred.tif if NAME_pred.json has the same key."""
     record, key = path.with_suffix(".json"), json.loads(json.dumps(key))
     before = load_record(record)
     if before["key"] == key and path.exists() and not overwrite:
@@ -290,7 +290,7 @@ def load_or_predict(path: Path, key: dict, predict: Callable, overwrite: bool
 
 
 def load_record(path: Path) -> dict:
-    """A record with its key; one that is missing or damaged fits no key."""
+    """A record with its key; a missing or damaged one fits no key."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
@@ -299,7 +299,7 @@ def load_record(path: Path) -> dict:
 
 
 def without_nan(value: Any) -> Any:
-    """For JSON, which knows no NaN: null."""
+    """null for NaN, which JSON does not know."""
     if isinstance(value, dict):
         return {key: without_nan(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -307,10 +307,10 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# --------------------------------------------------------------------------- where labels come from
+# ------------------------------------------------------------------------------ sources of labels
 
 class NetworkLabels:
-    """Labels by weights of this project; a file that is none is noticed at once."""
+    """Labels by weights of this project, which are read at once."""
     note = ""
 
     def __init__(self, path: str | Path, device: str = "auto", batch: int | None = None, **options):
@@ -328,7 +328,7 @@ class NetworkLabels:
         return networks.load(self.path).ready(runs.pick_device(self.device))
 
     def with_options(self, **options) -> NetworkLabels:
-        """The same network, read once, with other options."""
+        """The same network with other options."""
         other = copy.copy(self)
         other.net, other.options = self.net, {**self.options, **options}
         return other
@@ -354,25 +354,23 @@ def segment_item(item: Item, dataset: LabelledSet, net, scale: float, **wanted) 
 
 
 class PeerLabels:
-    """Label images that any other program wrote, found by the stem of their names."""
+    """Label images of any other program, found by the stems of their names."""
     note, images = "", 0
 
-    def __init__(self, model: Model, dataset: LabelledSet):
-        folder = Path(model.labels)
+    def __init__(self, folder: Path, dataset: LabelledSet):
         folder = folder / dataset.name if (folder / dataset.name).is_dir() else folder
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder; expected label images of "
-                                    f"'{model.name}'")
+            raise FileNotFoundError(f"{folder}: no such folder; expected label images")
         examples = [example.name for example in dataset.examples]
         tails = Counter(name.rpartition("/")[2] for name in examples)
         names = {safe_name(tail): safe_name(name) for name in examples
                  for tail in (name, name.rpartition("/")[2]) if tail == name or tails[tail] == 1}
-        candidates: dict[str, list[Path]] = {}
+        candidates = defaultdict(list)
         for path in sorted(folder.rglob("*")):
             if path.suffix.lower() in LABEL_SUFFIXES:
                 stem = safe_name(path.relative_to(folder).with_suffix("").as_posix())
                 if name := names.get(stem) or names.get(LABEL_ENDS.sub("", stem)):
-                    candidates.setdefault(name, []).append(path)
+                    candidates[name].append(path)
         self.files: dict[str, Path] = {}
         for name, paths in candidates.items():              # beside x_masks.tif, x.tif is the image
             paths = [path for path in paths if LABEL_ENDS.search(path.stem)] or paths
@@ -388,7 +386,7 @@ class PeerLabels:
 
     def key(self, item: Item, dataset: LabelledSet) -> dict | None:
         file = self.files.get(item.name)
-        return file and dict(labels=runs.digest(file))
+        return dict(labels=runs.digest(file)) if file else None
 
     def labels(self, item: Item, dataset: LabelledSet) -> tuple[np.ndarray, None]:
         file = self.files[item.name]
@@ -396,7 +394,7 @@ class PeerLabels:
 
 
 class EncodedLabels:
-    """The truth, made a distance map and found again in it: a row of encoding_rows()."""
+    """True labels, made a distance map and found again in it: a row of encoding_rows()."""
     images = 0
 
     def __init__(self, row: dict):
@@ -413,7 +411,6 @@ class EncodedLabels:
 
 
 def of_same_size(labels: np.ndarray, item: Item, where: Path) -> np.ndarray:
-    """The labels, if they are as large as the image."""
     if labels.shape != item.truth.shape:
         raise ValueError(f"{where}: labels of {labels.shape} px, the image {item.name} has "
                          f"{item.truth.shape}; expected the same size")
@@ -433,37 +430,37 @@ class TableRow(NamedTuple):
 
 def rows_of(model: Model, sets: Sequence[LabelledSet], device: str,
             batch: int | None) -> list[TableRow]:
-    """The row of a model; several, where its weights differ in the number of training images.
+    """Row of a model; several, where its weights differ in the number of training images.
 
-    Files that are missing are an error, or `optional` a row without sources.
+    Missing files are an error, or with `optional` a row without sources.
     """
-    row, sources = TableRow(model.name, model.note, {}), {}
+    sources: dict[str, tuple] = {}
     try:
         if model.weights:
-            return network_rows(model, [dataset.name for dataset in sets], device, batch)
+            return network_rows(model, model.weights, [each.name for each in sets], device, batch)
         if model.labels:
             for dataset in sets:
-                sources[dataset.name] = (PeerLabels(model, dataset),)
+                sources[dataset.name] = (PeerLabels(Path(model.labels), dataset),)
     except FileNotFoundError as error:
         if not model.optional:
             raise
         print(f"{model.name}: not run; {error}", file=sys.stderr)
-    return [row._replace(sources=sources)]
+    return [TableRow(model.name, model.note, sources)]
 
 
-def network_rows(model: Model, sets: Sequence[str], device: str,
+def network_rows(model: Model, weights: str, sets: Sequence[str], device: str,
                  batch: int | None) -> list[TableRow]:
     options = {name: getattr(model, name)
                for name in (*watershed.Setting._fields, "tile", "overlap", "scale")}
-    several = any(letter in model.weights for letter in "*?[")
-    paths = sorted(glob(model.weights, recursive=True)) if several else [model.weights]
+    several = any(letter in weights for letter in "*?[")
+    paths = sorted(glob(weights, recursive=True)) if several else [weights]
     if not paths:
-        raise FileNotFoundError(f"no weights fit {model.weights}, of model '{model.name}'")
+        raise FileNotFoundError(f"no weights fit {weights}, of model '{model.name}'")
     check_distinct("file of weights", [Path(path).stem for path in paths])
-    trained_on: dict[int, list[NetworkLabels]] = {}
+    trained_on = defaultdict(list)
     for path in paths:
         network = NetworkLabels(path, device, batch, **options)
-        trained_on.setdefault(network.images, []).append(network)
+        trained_on[network.images].append(network)
     if len(trained_on) == 1:
         (images, seeds), = trained_on.items()
         return [TableRow(model.name, model.note, dict.fromkeys(sets, tuple(seeds)), images)]
@@ -501,8 +498,9 @@ def measure_row(row: TableRow, dataset: LabelledSet, folder: Path, overwrite: bo
 def measure_model(model: str, dataset: LabelledSet,
                   source: NetworkLabels | PeerLabels | EncodedLabels, folder: Path,
                   overwrite: bool = False) -> Result:
-    """Predict every image, unless that was done before, and score it; writes metrics.json too."""
-    names, tables, missing, seconds = [], [], [], []
+    """Predict every image, unless that was done before, score it, write metrics.json."""
+    names, tables, missing = [], [], []
+    seconds: list[Any] = []                 # a float of each, or None of each
     folder.mkdir(parents=True, exist_ok=True)
     for item in dataset.items(model):
         key = source.key(item, dataset)
@@ -528,7 +526,7 @@ def measure_model(model: str, dataset: LabelledSet,
 
 
 def mean_of_seeds(name: str, seeds: Sequence[Result]) -> Result:
-    """The mean of several seeds on the same images."""
+    """Mean of several seeds on the same images."""
     scores = metrics.run_scores([seed.tables for seed in seeds])
     return seeds[0]._replace(model=name, note=f"{len(seeds)} seeds", tables=[], scores=scores,
                              seconds=None, seeds=tuple(seeds))
@@ -537,12 +535,12 @@ def mean_of_seeds(name: str, seeds: Sequence[Result]) -> Result:
 # ------------------------------------------------------------------------------------------ numbers
 
 def headline(scores) -> dict[str, float]:
-    """One number for each score: the mean over images, or for those in POOLED that of all cells."""
+    """Each score, a mean over images, or for those in POOLED of all cells."""
     return {name: (scores.pooled if name in POOLED else scores.mean)[name] for name in scores.mean}
 
 
 def intervals(scores) -> dict[str, tuple[float, float]]:
-    """95 % bootstrap over images of each score in headline(); empty below ENOUGH images."""
+    """95 % intervals of headline(); none below ENOUGH images."""
     if len(scores.images) < ENOUGH:
         return {}
     found = {name: (scores.pooled_interval if name in POOLED else scores.mean_interval)[name]
@@ -552,9 +550,10 @@ def intervals(scores) -> dict[str, tuple[float, float]]:
 
 def score_columns(scores) -> dict[str, Any]:
     """Every score, each with its interval behind it."""
-    between, columns = intervals(scores), {}
+    ends = intervals(scores)
+    columns: dict[str, Any] = {}
     for name, value in headline(scores).items():
-        low, high = between.get(name, (None, None))
+        low, high = ends.get(name, (None, None))
         columns |= {name: value, f"{name}_low": low, f"{name}_high": high}
     return columns
 
@@ -579,7 +578,7 @@ def differences(dataset: LabelledSet, first: Result, other: Result) -> list[dict
 
 
 def group_rows(dataset: LabelledSet, results: Iterable[Result]) -> list[dict]:
-    """Scores of each group of images, model below model; images without a group stand under '-'."""
+    """Scores of each group of images; images without a group stand under '-'."""
     rows, groups = [], dataset.groups
     names = {groups.get(safe_name(example.name), "-") for example in dataset.examples}
     for group, result in product(sorted(names) if groups else (), results):
@@ -593,26 +592,25 @@ def group_rows(dataset: LabelledSet, results: Iterable[Result]) -> list[dict]:
 
 def model_rows(dataset: LabelledSet, rows: Sequence[TableRow],
                results: dict[str, Result]) -> list[dict]:
-    """The models on a set, seeds below their mean."""
-    found = []
+    """Models on a set, seeds below their mean."""
+    lines: list[dict] = []
     for row in rows:
-        result = results.get(row.name)
+        result, first = results.get(row.name), {"set": dataset.name, "model": row.name}
         if result is None:
-            found.append({"set": dataset.name, "model": row.name, "note": row.note, "n": "not run"})
+            lines.append({**first, "note": row.note, "n": "not run"})
             continue
-        for number, one in enumerate((result, *result.seeds)):
-            found.append({"set": dataset.name, "model": row.name,
-                          "seed": one.model if number else None, "note": joined(row.note, one.note),
-                          "trained_on": row.images or None, "n": len(one.names),
-                          "missing": len(one.missing), "seconds": one.seconds,
-                          **score_columns(one.scores)})
-    return found
+        for number, seed in enumerate((result, *result.seeds)):
+            lines.append({**first, "seed": seed.model if number else None,
+                          "note": joined(row.note, seed.note), "trained_on": row.images or None,
+                          "n": len(seed.names), "missing": len(seed.missing),
+                          "seconds": seed.seconds, **score_columns(seed.scores)})
+    return lines
 
 
 # ----------------------------------------------------------------------- ceiling, sweep of settings
 
 def encoding_rows(dataset: LabelledSet, grid: Encoding, score: str, folder: Path) -> list[dict]:
-    """True labels, made distance maps and found again: a row of scores per setting, best first."""
+    """Scores of true labels after distance map and watershed: a row per setting, best first."""
     settings = [{"cap": cap, **chosen} for cap, chosen in product(grid.cap, threshold_grid(grid))]
 
     def measure() -> list[dict]:
@@ -620,11 +618,11 @@ def encoding_rows(dataset: LabelledSet, grid: Encoding, score: str, folder: Path
         for example in progress(dataset.examples, f"{CEILING} of {dataset.name}"):
             truth = example.labels()
             maps = {cap: watershed.distance_map(truth, cap) for cap in grid.cap}
-            for own, chosen in zip(tables, settings):
+            for found, chosen in zip(tables, settings):
                 setting = watershed.Setting(**{k: v for k, v in chosen.items() if k != "cap"})
-                own.append(metrics.overlap(truth, watershed.flood(maps[chosen["cap"]], setting)))
-        rows = [{**chosen, "n": len(own), **score_columns(metrics.set_scores(own))}
-                for chosen, own in zip(settings, tables)]
+                found.append(metrics.overlap(truth, watershed.flood(maps[chosen["cap"]], setting)))
+        rows = [{**chosen, "n": len(found), **score_columns(metrics.set_scores(found))}
+                for chosen, found in zip(settings, tables)]
         return without_nan(sorted(rows, key=lambda row: -row[score]))
 
     key = dict(settings=settings, score=score,
@@ -635,21 +633,17 @@ def encoding_rows(dataset: LabelledSet, grid: Encoding, score: str, folder: Path
 
 def ceiling_row(dataset: LabelledSet, grid: Encoding, score: str, folder: Path, **first: str
                 ) -> list[dict]:
-    """The best row of the encoding, to stand before the rows of a set; none without cap."""
-    if not grid.cap:
-        return []
-    best = encoding_rows(dataset, grid, score, folder)[0]
-    return [{"set": best["set"], **first, "n": best["n"], **best}]
+    """Best row of the encoding, to stand before the rows of a set; none without cap."""
+    rows = encoding_rows(dataset, grid, score, folder)[:1] if grid.cap else []
+    return [{"set": best["set"], **first, "n": best["n"], **best} for best in rows]
 
 
 def sweep_image(item: Item, dataset: LabelledSet, network: NetworkLabels,
                 settings: Sequence[dict]) -> list[dict]:
     """Scores of an image with each setting; the network runs once per tile, overlap and scale."""
-    views: dict[tuple, ReplayedNetwork] = {}
-    rows = []
+    nets, rows = defaultdict(lambda: ReplayedNetwork(network.net)), []
     for setting in settings:
-        view = setting["tile"], setting["overlap"], setting["scale"]
-        net = views.setdefault(view, ReplayedNetwork(network.net))
+        net = nets[setting["tile"], setting["overlap"], setting["scale"]]
         net.at = 0
         labels = segment_item(item, dataset, net, batch=network.batch, **setting)
         scores = metrics.scores(item.truth, labels)
@@ -674,19 +668,14 @@ class ReplayedNetwork:
 
 
 def best_setting(rows: Sequence[dict], settings: Sequence[dict], score: str) -> dict:
-    """The setting with the highest score, a mean over the sets in rows; of equal ones the first."""
+    """Setting with the highest score, a mean over the sets in rows; of equal ones the first."""
     def mean(setting: dict) -> float:
         value = mean_defined(row[score] for row in rows if setting.items() <= row.items())
         return -math.inf if math.isnan(value) else value
     return max(settings, key=mean)
 
 
-def mean_defined(values: Iterable[float]) -> float:
-    defined = [value for value in values if not math.isnan(value)]
-    return sum(defined) / len(defined) if defined else math.nan
-
-
-# ------------------------------------------------------------ gating: cells left out of predictions
+# ------------------------------------------------------------------------------------------- gating
 
 class Prediction(NamedTuple):
     name: str
@@ -711,31 +700,31 @@ def read_prediction(item: Item, folder: Path) -> Prediction:
 
 
 def at_edge(labels: np.ndarray) -> np.ndarray:
-    """Ids that the edge of the image cuts."""
+    """Ids of cells that the edge of the image cuts."""
     return np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
 
 
-def gate(predictions: Sequence[Prediction], over: str, min_area: int, window: tuple[float, ...],
-         border: str) -> tuple[Result, int]:
-    """The scores without small cells, those outside the window of marker intensity, or cut ones.
+def gate(predictions: Sequence[Prediction], min_area: int, window: tuple[float, ...], border: str
+         ) -> tuple[Result, int]:
+    """Scores without small cells, cells outside the window of marker intensity, or cut cells.
 
-    over : set or image, among whose cells the percentiles of the window are. border : keep, drop
-    predicted cells at the edge, or both predicted and true ones. And how many cells are removed.
+    Returns also the number of cells removed.
+    window : percentiles of the marker in all cells of the set.
+    border : keep, drop predicted cells at the edge, or both predicted and true ones.
     """
-    pooled, tables, removed = np.concatenate([one.marker for one in predictions]), [], 0
-    for one in predictions:
-        among = one.marker if over == "image" else pooled
-        low, high = np.percentile(among, window) if len(among) else (0, 0)
-        keep = (one.table.pred_areas >= min_area) & (one.marker >= low) & (one.marker <= high)
-        keep &= (border == "keep") | ~one.cut
-        removed += np.count_nonzero(~keep)
-        tables.append(erase(one.table, keep, (border != "both") | ~one.cut_true))
-    names = [one.name for one in predictions]
+    pooled, tables, removed = np.concatenate([image.marker for image in predictions]), [], 0
+    low, high = np.percentile(pooled, window) if len(pooled) else (0, 0)
+    for _, table, marker, cut, cut_true in predictions:
+        keep = (table.pred_areas >= min_area) & (marker >= low) & (marker <= high)
+        keep &= (border == "keep") | ~cut
+        removed += int(np.count_nonzero(~keep))
+        tables.append(erase(table, keep, (border != "both") | ~cut_true))
+    names = [image.name for image in predictions]
     return Result("gated", "", Path(), names, tables, metrics.set_scores(tables), [], None), removed
 
 
 def erase(table, keep: np.ndarray, keep_true: np.ndarray):
-    """The table of overlaps without cells; keep (S,), keep_true (R,) or one for all."""
+    """Table of overlaps without some cells; keep (S,), keep_true (R,) or one for all."""
     keep_true = np.broadcast_to(keep_true, table.truth_ids.shape)
     pairs = keep_true[table.rows] & keep[table.cols]
     return metrics.Overlap(
@@ -754,10 +743,11 @@ def bench_page(title: str, sets: Sequence[LabelledSet], rows: Sequence[TableRow]
                results: BenchResults, models: int, made: str) -> str:
     """An overview, then for each set a table, charts, and pictures of the first `models` models."""
     styles = report.styles([row.name for row in rows], CEILING)
-    cells = [[report.Cell(dataset.name, dataset.note), str(len(dataset.examples)),
-              *(score_cell(results[dataset.name].get(row.name), "AP@0.5") for row in rows)]
-             for dataset in sets]
-    overview = report.html_table(["set", "images", *(row.name for row in rows)], cells)
+    lines: list[list[report.Cell | str]] = [
+        [report.Cell(dataset.name, dataset.note), str(len(dataset.examples)),
+         *(score_cell(results[dataset.name].get(row.name), "AP@0.5") for row in rows)]
+        for dataset in sets]
+    overview = report.html_table(["set", "images", *(row.name for row in rows)], lines)
     sections = [report.section("AP@0.5", "Mean over the images of each set.", overview)]
     if any(row.curve for row in rows):
         sections.append(efficiency_section(sets, rows, results))
@@ -786,7 +776,7 @@ def score_cell(result: Result | None, name: str, best: float | None = None) -> r
 def score_table(rows: Sequence[TableRow], there: dict[str, Result]) -> str:
     models = [headline(result.scores) for name, result in there.items() if name != CEILING]
     best = {name: max((model[name] for model in models), default=None) for name in PAGE_SCORES}
-    lines = []
+    lines: list[list[report.Cell | str]] = []
     for row in rows:
         result = there.get(row.name)
         cells = (score_cell(result, score, None if row.name == CEILING else best[score])
@@ -811,11 +801,11 @@ def efficiency_section(sets: Sequence[LabelledSet], rows: Sequence[TableRow],
     charts, rows = [], [row for row in rows if row.images]
     styles = report.styles(dict.fromkeys(row.curve or row.name for row in rows))
     for dataset in sets:
-        points: dict[str, list] = {}
+        points: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for row in rows:
             if result := results[dataset.name].get(row.name):
-                points.setdefault(row.curve or row.name, []).extend(
-                    (row.images, seed.scores.mean["AP@0.5"]) for seed in result.runs)
+                points[row.curve or row.name] += [(row.images, seed.scores.mean["AP@0.5"])
+                                                  for seed in result.runs]
         charts.append(report.titled(dataset.name, report.dots(
             points, styles, "training images", "AP@0.5", log=True, means=True)))
     return report.section(
@@ -838,16 +828,16 @@ def found_by_size(there: dict[str, Result]) -> dict[str, list[tuple[float, float
     """Share of true cells found at IoU 0.5, in up to eight classes of size with equal counts."""
     tables = {model: [table for run in result.runs for table in run.tables]
               for model, result in there.items()}
-    sizes = {model: np.concatenate([2 * np.sqrt(table.truth_areas / np.pi) for table in own])
-             for model, own in tables.items()}                           # px
+    sizes = {model: np.concatenate([2 * np.sqrt(table.truth_areas / np.pi) for table in each])
+             for model, each in tables.items()}                          # px
     every = max(sizes.values(), key=len, default=np.empty(0))
     if not len(every):
         return {}
     classes = min(8, max(1, len(every) // 10))
     edges = np.unique(np.quantile(every, np.linspace(0, 1, 1 + classes)))
     curves = {}
-    for model, own in tables.items():
-        hit = np.concatenate([np.isin(t.truth_ids, metrics.match(t).pairs[:, 0]) for t in own])
+    for model, each in tables.items():
+        hit = np.concatenate([np.isin(t.truth_ids, metrics.match(t).pairs[:, 0]) for t in each])
         size = np.searchsorted(edges[1:-1], sizes[model], side="right")
         curves[model] = [(float(np.median(sizes[model][size == k])), float(hit[size == k].mean()))
                          for k in np.unique(size)]
@@ -860,7 +850,7 @@ RIGHT, WRONG = (0, 160, 255), (255, 130, 0)          # colours of outlines
 
 
 def example_strips(dataset: LabelledSet, results: Sequence[Result]) -> Iterator[tuple[str, list]]:
-    """Title and panels of the first model's best, median and worst image: truth, predictions."""
+    """Title and panels (truth, predictions) of the first model's best, median and worst image."""
     if not results:
         return
     results = [result.runs[0] for result in results]
@@ -889,7 +879,7 @@ def example_strips(dataset: LabelledSet, results: Sequence[Result]) -> Iterator[
 
 
 class Square(NamedTuple):
-    """A part of an image, to be shown."""
+    """Part of an image, to be shown."""
     top: int
     left: int
     px: int                                 # its side
@@ -898,15 +888,14 @@ class Square(NamedTuple):
 
 
 def crowded_square(truth: np.ndarray, side: int = 512, least: int = 14) -> Square:
-    """The square with most cells: reduced while these keep `least` px, then cut to `side` px."""
-    areas = np.unique(truth[truth > 0], return_counts=True)[1]
-    diameter = 2 * math.sqrt(np.median(areas) / math.pi) if len(areas) else side
+    """The square with most cells: reduced while cells keep `least` px, then cut to `side` px."""
+    diameter = data.median_diameter(truth) or side
     step = max(1, min(-(-max(truth.shape) // side), int(diameter / least)))
     px = side * step
     tops, lefts = ([*range(0, max(1, n - px), px // 4), max(0, n - px)] for n in truth.shape)
 
     def content(at: tuple[int, int]) -> int:
-        return np.count_nonzero(truth[at[0]:at[0] + px, at[1]:at[1] + px])
+        return int(np.count_nonzero(truth[at[0]:at[0] + px, at[1]:at[1] + px]))
 
     zoom = max(1, side // max(truth.shape))
     thick = 1 if diameter * zoom / step < 24 else 2
@@ -937,7 +926,7 @@ def outline(pixels: np.ndarray, labels: np.ndarray, right: np.ndarray, square: S
 class Footnotes:
     """Notes that stand under a table in place of its cells, numbered over all tables of a text."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.notes: list[str] = []
         self.printed = 0                    # of these, the first so many stand under a table
 
@@ -962,14 +951,16 @@ def bench_markdown(sets: Sequence[LabelledSet], rows: Sequence[TableRow], result
                    ) -> tuple[str, str]:
     """One short table of all sets; and that with all columns of every model behind it.
 
-    compared : rows of differences(), for a table between the two.
+    compared : rows of differences(), for a table between them.
     """
     ran = [row.name for row in rows if any(row.name in there for there in results.values())]
     lines, notes = [], Footnotes()
     for dataset in sets:
         there = [results[dataset.name].get(name) for name in ran]
         n = max((len(result.names) for result in there if result), default=0)
-        lines.append((notes.mark(dataset.name, dataset.note), str(n), *map(brief_scores, there)))
+        lines.append((notes.mark(dataset.name, dataset.note), str(n), *(
+            " / ".join(shown(result.scores.mean[name], 3) for name in BRIEF)
+            if result else "not run" for result in there)))
     brief = (f"{' / '.join(BRIEF).replace('/ AP@', '/ ')}, mean over the images of each set.\n\n"
              + notes.under(report.markdown(("set", "images", *ran), lines)))
     if missing := [row.name for row in rows if row.name not in ran]:
@@ -983,7 +974,7 @@ def bench_markdown(sets: Sequence[LabelledSet], rows: Sequence[TableRow], result
 
 def scores_of(row: TableRow, result: Result | None, columns: Sequence[str], notes: Footnotes
               ) -> list[str]:
-    """Cells of a model on a set: its name, images, and scores with their intervals."""
+    """Cells of a model on a set: name, images, scores with their intervals."""
     cells = [score_cell(result, score) for score in columns]
     return [notes.mark(row.name, row.note, result.note if result else ""), image_count(result),
             *(f"{cell.text} [{cell.small}]" if cell.small else cell.text for cell in cells)]
@@ -1003,7 +994,3 @@ def difference_table(compared: Sequence[dict]) -> str:
     columns = ("set", "model", *(f"against {first}" for first in firsts))
     return (f"Difference in {BRIEF[0]}, image by image.\n\n"
             + report.markdown(columns, lines, words=2))
-
-
-def brief_scores(result: Result | None) -> str:
-    return " / ".join(shown(result.scores.mean[name], 3) for name in BRIEF) if result else "not run"

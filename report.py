@@ -9,15 +9,14 @@
     report.mosaic("maps.png", rows of (h, w, 3) uint8 pictures, row names, column names)
 
 A chart is a string `<svg ...>`; each series has one colour and one marker in every chart. The page
-is one file without a script: it holds its pictures itself, and its own Content-Security-Policy
-forbids it to fetch anything, so that it looks the same in ten years, offline.
+is one file that holds its pictures; its Content-Security-Policy forbids scripts and fetching.
 """
 from __future__ import annotations
 
 import base64
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +27,10 @@ import runs
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5195", "#8c6d1f", "#56a3d9", "#e69f00")
 MARKERS = ("circle", "square", "triangle", "diamond")   # lines differ in black and white too
+CORNERS: dict[str, list[tuple[float, float]]] = {
+    "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+    "triangle": [(0, -1.2), (1.15, 0.8), (-1.15, 0.8)],
+    "diamond": [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)], "": []}
 WIDTH, HEIGHT = 520, 300                # px, of a chart
 MANY = 60                               # points of a line; from here on they have no markers
 
@@ -54,17 +57,13 @@ def marker(style: Style, x: float, y: float, r: float = 3.6) -> str:
     """The marker of a style, centred at x, y."""
     if style.marker == "circle":
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r}"/>'
-    corners = {"square": [(-1, -1), (1, -1), (1, 1), (-1, 1)], "": [],
-               "triangle": [(0, -1.2), (1.15, 0.8), (-1.15, 0.8)],
-               "diamond": [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)]}[style.marker]
-    points = " ".join(f"{x + r * dx:.1f},{y + r * dy:.1f}" for dx, dy in corners)
-    return f'<polygon points="{points}"/>' if corners else ""
+    points = " ".join(f"{x + r * dx:.1f},{y + r * dy:.1f}" for dx, dy in CORNERS[style.marker])
+    return f'<polygon points="{points}"/>' if points else ""
 
 
 def stroke(style: Style) -> str:
     dashes = "" if style.marker else ' stroke-dasharray="6 4"'
-    return (f'fill="none" stroke="{style.colour}" stroke-width="2" stroke-linejoin="round"'
-            f'{dashes}')
+    return f'fill="none" stroke="{style.colour}" stroke-width="2" stroke-linejoin="round"{dashes}'
 
 
 def legend(styles: dict[str, Style]) -> str:
@@ -78,7 +77,7 @@ def legend(styles: dict[str, Style]) -> str:
 # ---------------------------------------------------------------------------------- charts as SVG
 
 class Frame:
-    """The axes of a chart: `across` and `up` turn values into px, `parts` holds what is drawn."""
+    """Axes of a chart: `across` and `up` turn values into px, `parts` holds what is drawn."""
 
     def __init__(self, x: Iterable[float], y: Iterable[float], x_label: str, y_label: str = "", *,
                  rows: Sequence[str] = (), log: bool = False, width: int = WIDTH,
@@ -134,14 +133,14 @@ class Frame:
 
 
 def with_room(values: Iterable[float]) -> tuple[float, float]:
-    """The smallest and the largest finite value, with a little room around them."""
+    """The smallest and the largest finite value, with room around them."""
     finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     room = 0.04 * (max(finite) - min(finite)) or 0.5
     return min(finite) - room, max(finite) + room
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers from low to high, about `count` of them."""
+    """About `count` round numbers from low to high."""
     rough = (high - low) / count
     unit = 10.0 ** math.floor(math.log10(rough))
     step = unit * min((1, 2, 5, 10), key=lambda m: abs(m * unit - rough))
@@ -155,12 +154,9 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [m * 10.0**e for e in decades for m in (1, 2, 3, 5) if low <= m * 10.0**e <= high]
 
 
-def line_chart(series: dict[str, Points], styles: dict[str, Style], x_label: str, y_label: str,
+def line_chart(series: Mapping[str, Points], styles: dict[str, Style], x_label: str, y_label: str,
                log: bool = False, share: bool = True) -> str:
-    """Lines over x; NaN interrupts a line.
-
-    log : x is logarithmic. share : y goes from 0 to 1, whatever the values.
-    """
+    """Lines over x; NaN interrupts a line. share: y goes from 0 to 1, whatever the values."""
     points = [point for each in series.values() for point in each if math.isfinite(point[1])]
     frame = Frame([x for x, _ in points] or [1.0], (0, 1) if share else [y for _, y in points],
                   x_label, y_label, log=log)
@@ -180,12 +176,12 @@ def line_chart(series: dict[str, Points], styles: dict[str, Style], x_label: str
     return frame.svg()
 
 
-def dots(series: dict[str, Points], styles: dict[str, Style], x_label: str, y_label: str,
+def dots(series: Mapping[str, Points], styles: dict[str, Style], x_label: str, y_label: str,
          log: bool = False, means: bool = False) -> str:
-    """Points of each series; means: and a line through their mean at each x."""
+    """Points of each series; means: a line through their mean at each x."""
     points = [point for each in series.values() for point in each]
     frame = Frame([x for x, _ in points], [y for _, y in points], x_label, y_label, log=log)
-    for name, each in series.items():       # lines of no length with round ends: few bytes
+    for name, each in series.items():       # lines without length, with round ends: few bytes
         path = "".join(f"M{frame.across(x)} {frame.up(y)}h.01"
                        for x, y in each if math.isfinite(x + y))
         frame.parts.append(
@@ -208,7 +204,7 @@ class Interval(NamedTuple):
 
 
 def forest(intervals: Sequence[Interval], styles: dict[str, Style], label: str) -> str:
-    """Values with their intervals: a row for each name, a line for each series; 0 is marked."""
+    """Values with intervals: a row for each name, a line for each series; 0 is marked."""
     rows, series = list(dict.fromkeys(each.row for each in intervals)), list(styles)
     ends = [end for each in intervals for end in (each.low, each.value, each.high)]
     frame = Frame([0, *ends], (), label, rows=rows, width=1120,
@@ -232,9 +228,9 @@ def forest(intervals: Sequence[Interval], styles: dict[str, Style], label: str) 
     return frame.svg()
 
 
-def histogram(series: dict[str, Sequence[float]], marked: dict[str, float],
+def histogram(series: Mapping[str, Sequence[float]], marked: dict[str, float],
               styles: dict[str, Style], x_label: str, y_label: str, bins: int = 40) -> str:
-    """How often values occur, in the same bins for all series; dashed: the marked value of each."""
+    """Counts of values, in the same bins for all series; dashed: the marked value of each."""
     values = {name: [value for value in each if math.isfinite(value)]
               for name, each in series.items()}
     pooled = [*(value for each in values.values() for value in each), *marked.values()]
@@ -254,8 +250,8 @@ def histogram(series: dict[str, Sequence[float]], marked: dict[str, float],
     return frame.svg()
 
 
-def write_curves(path: str | Path, series: dict[str, Points]) -> None:
-    """Write a file of SVG with a chart for each series that has points, two in a row."""
+def write_curves(path: str | Path, series: Mapping[str, Points]) -> None:
+    """Write an SVG file with a chart for each series that has points, two in a row."""
     charts = [line_chart({name: points}, styles([name]), f"step; last {points[-1][1]:.4g}", name,
                          share=False) for name, points in series.items() if points]
     placed = "".join(f'<g transform="translate({i % 2 * WIDTH} {i // 2 * HEIGHT})">{chart}</g>'
@@ -333,6 +329,12 @@ def shown(value: Any, digits: int = 4) -> str:
     return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
+def mean_defined(values: Iterable[float]) -> float:
+    """Mean of values that are not NaN."""
+    defined = [value for value in values if not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else math.nan
+
+
 def print_table(rows: Sequence[dict], columns: Iterable[str]) -> None:
     columns = list(columns)
     cells = [columns, *([shown(row.get(name), 3) for name in columns] for row in rows)]
@@ -350,7 +352,7 @@ def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]], words: int =
 
 
 def between(path: Path, name: str) -> tuple[str, str]:
-    """A document up to the line `<!-- begin NAME -->`, and from `<!-- end NAME -->` on."""
+    """A document up to `<!-- begin NAME -->`, and from `<!-- end NAME -->` on."""
     begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
     whole = path.read_text(encoding="utf-8") if path.exists() else begin + end + "\n"
     before, found, rest = whole.partition(begin)
@@ -361,7 +363,7 @@ def between(path: Path, name: str) -> tuple[str, str]:
 
 
 def put_between(path: Path, name: str, text: str) -> None:
-    """Replace what a document has between these lines; a missing document is made."""
+    """Replace the text between these lines; a missing document is made."""
     before, after = between(path, name)
     runs.write_text(path, before + text + after)
 
@@ -390,7 +392,7 @@ def html_table(columns: Sequence[str], rows: Iterable[Sequence[Cell | str]], wor
 
 
 def picture(pixels: np.ndarray, caption: str) -> str:
-    """A figure that holds its own PNG; pixels (h, w, 3) uint8. In 256 colours it takes a third."""
+    """A figure that holds its PNG, in 256 colours (a third of the bytes); (h, w, 3) uint8."""
     from PIL import Image
     file = io.BytesIO()
     image = Image.fromarray(pixels).quantize(256, dither=Image.Dither.NONE)
@@ -402,7 +404,6 @@ def picture(pixels: np.ndarray, caption: str) -> str:
 
 
 def strip(title: str, figures: Iterable[str]) -> str:
-    """Pictures side by side under a line of text."""
     return (f'<div class="strip"><h3>{escape(title)}</h3><div class="row">{"".join(figures)}</div>'
             "</div>")
 

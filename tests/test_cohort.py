@@ -325,27 +325,27 @@ def test_it_is_fast():
 
 
 def test_intervals_hold_the_population_rho():
-    """300 cohorts in place of 1,000: 95 % within four standard errors."""
-    found = simulate_cohorts.coverage(300, seed=1, huge=100_000, rhos=(0.0, 0.7))
+    """200 cohorts in place of 1,000: 95 % within four standard errors."""
+    found = simulate_cohorts.coverage(200, seed=1, huge=100_000, rhos=(0.0, 0.7))
     for (rho, _), (truth, ours, _) in found.items():
-        assert 0.9 < ours.value < 1 and abs(ours.value - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 300)
+        assert 0.9 < ours.value < 1 and abs(ours.value - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 200)
         # tile noise takes something away
         assert abs(truth) < 0.01 if rho == 0 else 0.6 < truth < rho
-    plain, truth, held = simulate_cohorts.partial_coverage(300, seed=1, huge=100_000)
-    assert truth < plain - 0.1 and abs(held.value - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 300)
+    plain, truth, held = simulate_cohorts.partial_coverage(200, seed=1, huge=100_000)
+    assert truth < plain - 0.1 and abs(held.value - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 200)
 
 
 def test_false_discoveries_stay_under_q():
     for associated in (0, 4):
-        rate, error, found = simulate_cohorts.discoveries(400, seed=2, associated=associated)
+        rate, error, found = simulate_cohorts.discoveries(200, seed=2, associated=associated)
         assert rate <= 0.05 + 2 * error
         assert found is None or found.value > 0.9
 
 
 def test_more_tiles_more_power_and_better_intervals():
-    found = simulate_cohorts.power(300, seed=3, tiles=(1, 5, 50))
+    found = simulate_cohorts.power(200, seed=3, tiles=(1, 5, 50))
     (weak, first), (_, second), (strong, third) = found.values()
     assert first.value < second.value < third.value and strong > weak + 0.05
-    found = simulate_cohorts.ratio_coverage(200, seed=4, tiles=(5, 60))
+    found = simulate_cohorts.ratio_coverage(100, seed=4, tiles=(5, 60))
     (few, wide), (many, narrow) = found.values()
     assert few.value < 0.9 < many.value and narrow < 0.4 * wide

@@ -104,7 +104,7 @@ def test_peers_of_nested_sets(tmp_path):
         path = tmp_path / "peer" / f"{name}.tif"
         path.parent.mkdir(parents=True, exist_ok=True)
         data.write_labels(path, np.ones((64, 64), np.uint8))
-    files = measure.PeerLabels(measure.Model("m", labels=str(tmp_path / "peer")), nested).files
+    files = measure.PeerLabels(tmp_path / "peer", nested).files
     found = {name: path.relative_to(tmp_path / "peer").as_posix() for name, path in files.items()}
     assert found == {"p_0": "p/0.tif", "q_1": "q/1.tif", "q_2": "2.tif"}
 
@@ -189,10 +189,9 @@ def test_the_encoding_knows_all_thresholds(tmp_path):
         assert row["AP@0.9"] == pytest.approx(metrics.set_scores(tables).mean["AP@0.9"])
 
 
-@pytest.mark.parametrize("over,window,border",
-                         [("image", (10, 80), "keep"), ("set", (10, 80), "drop"),
-                                                ("image", (0, 100), "both")])
-def test_gating_removes_exactly_what_it_says(tmp_path, over, window, border):
+@pytest.mark.parametrize("window,border", [((10, 80), "keep"), ((10, 80), "drop"),
+                                           ((0, 100), "both")])
+def test_gating_removes_exactly_what_it_says(tmp_path, window, border):
     """The scores after the cells have been erased from the label images, cell by cell."""
     folder = a_set(tmp_path / "set", range(4))
     peer(tmp_path / "peer", folder, eroded)
@@ -201,14 +200,14 @@ def test_gating_removes_exactly_what_it_says(tmp_path, over, window, border):
     items = list(dataset(tmp_path, name="discs", path="set").items("test"))
     result, removed = measure.gate([measure.read_prediction(item, tmp_path / "peer")
                                     for item in items],
-                                   over, 60, window, border)
+                                   60, window, border)
     preds = [eroded(item.truth, number) for number, item in enumerate(items)]
     ids = [[i for i in np.unique(pred) if i] for pred in preds]
     means = [[item.pixels[0][pred == i].mean() for i in own] for item, pred,
              own in zip(items, preds, ids)]
     tables, gone = [], 0
     for item, pred, own, bright in zip(items, preds, ids, means):
-        low, high = np.percentile(bright if over == "image" else np.concatenate(means), window)
+        low, high = np.percentile(np.concatenate(means), window)
         rim = np.ones_like(pred, bool)
         rim[1:-1, 1:-1] = False
         lost = {i for i, mean in zip(own, bright) if (pred == i).sum() < 60

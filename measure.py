@@ -641,7 +641,8 @@ def ceiling_row(dataset: LabelledSet, grid: Encoding, score: str, folder: Path, 
 def sweep_image(item: Item, dataset: LabelledSet, network: NetworkLabels,
                 settings: Sequence[dict]) -> list[dict]:
     """Scores of an image with each setting; the network runs once per tile, overlap and scale."""
-    nets, rows = defaultdict(lambda: ReplayedNetwork(network.net)), []
+    nets: dict[tuple, Any] = defaultdict(lambda: ReplayedNetwork(network.net))
+    rows = []
     for setting in settings:
         net = nets[setting["tile"], setting["overlap"], setting["scale"]]
         net.at = 0

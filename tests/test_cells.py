@@ -50,6 +50,7 @@ def assert_as_regionprops(labels: np.ndarray, image: np.ndarray) -> None:
     assert np.abs(ours["orientation_rad"]).max() <= np.pi / 2
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("seed", range(3))
 def test_table_equals_regionprops(seed):
     """Independent reference: all columns of geometry and intensity."""
@@ -80,6 +81,7 @@ def test_discs_are_round_at_every_size_and_ellipses_are_less():
     assert disc > oval + 0.1 > rod + 0.2
 
 
+@pytest.mark.smoke
 def test_straight_shapes_in_closed_form():
     labels = np.zeros((40, 60), np.uint8)
     labels[2:12, 3:13] = 3  # a square
@@ -102,6 +104,7 @@ def test_straight_shapes_in_closed_form():
     assert t["perimeter_px"][0] == pytest.approx(np.pi / 4 * (crossings / steps).sum())
 
 
+@pytest.mark.smoke
 def test_intensities_keep_the_units_and_the_precision():
     """Closed form: a small spread on a large value survives, in each type."""
     labels = np.repeat([[1, 1, 0, 4, 4, 4]], 4, 0)
@@ -293,6 +296,7 @@ def test_polygon_of_a_ring_that_closes_over_a_corner():
     assert {tuple(p) for p in outer} == {(20, 10), (23, 10), (23, 12), (22, 12), (22, 13), (20, 13)}
 
 
+@pytest.mark.smoke
 def test_geojson_draws_the_labels_again(tmp_path):
     """Round trip, with what QuPath needs: UUIDs, detections, finite measurements."""
     labels, origin = noise(6), (100, 70000)
@@ -322,6 +326,7 @@ def test_geojson_draws_the_labels_again(tmp_path):
     assert json.loads((tmp_path / "a.geojson").read_text())["features"] == []
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("origin, composite", [((0, 0), None), ((50, 32700), None),
                                                ((70000, 40000), True)])
 @pytest.mark.parametrize("labels", [blobs(7, (60, 80), 1.2) * 1000, noise(8, (20, 30))])
@@ -344,6 +349,7 @@ def test_rois_draw_the_labels_again(labels, origin, composite, tmp_path):
 
 # ----------------------------------------------------------------------------------------- pictures
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("labels", PATTERNS)
 def test_outlines_are_inner_boundaries(labels):
     expected = find_boundaries(labels, mode="inner", connectivity=1)
@@ -436,6 +442,7 @@ def test_enlarged_keeps_areas_and_rounds_stairs():
     assert np.count_nonzero((large > 0) != ideal) < 0.75 * np.count_nonzero((plain > 0) != ideal)
 
 
+@pytest.mark.smoke
 def test_png_reads_back(tmp_path):
     rgb = np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8)
     banded = rgb.repeat(40, 0).repeat(30, 1)

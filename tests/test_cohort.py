@@ -44,6 +44,7 @@ def touch(folder, *names):
             (folder / name).write_text("")
 
 
+@pytest.mark.smoke
 def test_tiles_are_pairs(tmp_path):
     touch(tmp_path, "donor_1/s2b0c0x7-9.tif", "donor_1/s2b0c1x7-9.tif", "donor_2/a_b0c0.tiff",
           "donor_2/a_b0c1.TIF", "donor_2/only_b0c0.tif", "donor_2/alone_b0c1.tif",
@@ -92,6 +93,7 @@ def test_files_of_a_tile_must_fit(tmp_path):
             cohort.read_tile(tile)
 
 
+@pytest.mark.smoke
 def test_thresholds():
     rng = np.random.default_rng(8)
     lines = [{"donor": name, "tile": f"{name}{i}", "dtype": "uint16",
@@ -147,6 +149,7 @@ def test_outcome_tables_as_people_write_them(tmp_path):
 
 # --------------------------------------------------------------------------------------- statistics
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("n,levels", [(30, 6), (200, 6), (200, 100000), (500, 3)])
 def test_spearman_is_scipys(n, levels):
     rng = np.random.default_rng((n, levels))
@@ -159,6 +162,7 @@ def test_spearman_is_scipys(n, levels):
         assert abs(cohort.p_value(found[i], n) - expected.pvalue) < 1e-12
 
 
+@pytest.mark.smoke
 def test_false_discovery_is_scipys_also_in_rows_and_around_what_is_missing():
     p = np.random.default_rng(0).random((5, 4, 12)) ** 3
     p[0, 0, :3] = p[0, 0, 3]  # ties
@@ -170,6 +174,7 @@ def test_false_discovery_is_scipys_also_in_rows_and_around_what_is_missing():
     assert np.isnan(cohort.false_discovery(np.full(3, np.nan))).all()
 
 
+@pytest.mark.smoke
 def test_interval_is_bonetts_and_wrights():
     """By hand: rho 0.5 of 103 donors: atanh 0.5 ± 1.959964 sqrt(1.125 / 100)."""
     low, high = cohort.interval(0.5, 103)
@@ -204,6 +209,7 @@ def test_p_from_random_orders_agrees_with_students_where_both_serve():
     assert cohort.association(np.arange(29.0), np.arange(29.0)).p == 1 / 10000  # never 0
 
 
+@pytest.mark.smoke
 def test_partial_spearman_is_the_inverse_of_the_rank_correlations():
     rng = np.random.default_rng(1)
     z = rng.normal(size=(2, 80))

@@ -99,6 +99,7 @@ def whole(study, tmp_path_factory):
 
 # --------------------------------------------------------------------------------------- end to end
 
+@pytest.mark.smoke
 def test_check_prints_and_writes_nothing(study, tmp_path, capsys):
     assert command(configured(study, tmp_path), "--check") == 0
     said = capsys.readouterr().out
@@ -304,6 +305,7 @@ def test_left_out_donors_and_covariates(study, whole, tmp_path):
 
 # ----------------------------------------------------------------------------------------- mistakes
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("changes,said", [
     ({"shard": "5/4"}, "shard=5/4: expected i/n"),
     ({"shard": "1/4"}, "shard=1/4 is for infer"),

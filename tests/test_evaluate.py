@@ -194,6 +194,7 @@ def entry_of(name, labels):
     return dict(name=name, labels=str(labels))
 
 
+@pytest.mark.smoke
 def test_few_images_are_listed_one_by_one(tmp_path):
     place = a_set(tmp_path / "set", range(3))
     models = [entry_of("all", peer(tmp_path / "a", place, lambda labels, n: labels)),
@@ -445,6 +446,7 @@ def test_ceiling_of_real_sets(shared, tmp_path):
 
 # ------------------------------------------------------------------------------------------- gating
 
+@pytest.mark.smoke
 def test_gating(tmp_path):
     """A row for the ceiling, the raw prediction and each setting; raw is what bench measured."""
     place = a_set(tmp_path / "set", range(3))
@@ -578,6 +580,7 @@ def test_sweep_keeps_validation_and_test_apart(tmp_path, capsys):
 
 # ----------------------------------------------------------------------------------------- mistakes
 
+@pytest.mark.smoke
 def test_mistakes_are_one_line(tmp_path, capsys):
     place = a_set(tmp_path / "set", range(2))
     (tmp_path / "empty").mkdir()
@@ -644,6 +647,7 @@ def test_results_stay_in_runs(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name,cls", [
     ("evaluate", evaluate.Bench), ("results", evaluate.Bench), ("results_ablation", evaluate.Bench),
     ("results_budget", evaluate.Bench), ("laptop", evaluate.Bench), ("livecell", evaluate.Bench),

@@ -24,6 +24,7 @@ def fails(message, **config):
 
 # ---------------------------------------------------------------------------------- images of a set
 
+@pytest.mark.smoke
 def test_groups_of_a_manifest(tmp_path):
     """Rows are found by folder and name; the same stem in another folder is another image."""
     a_set(tmp_path / "here", range(3))
@@ -85,6 +86,7 @@ def test_where_leaves_images_out(tmp_path):
     fails("m.csv: not a table of text", **here, where="gt=human")
 
 
+@pytest.mark.smoke
 def test_names_from_data_reach_no_other_folder():
     for name in ("../x", "/etc/x", "a/b", ".hidden", "a\\b", "..", ""):
         safe = measure.safe_name(name)
@@ -145,6 +147,7 @@ def test_rows_of_seeds_and_of_numbers_of_images(tmp_path):
         rows("b_*.pt")
 
 
+@pytest.mark.smoke
 def test_the_mean_of_seeds():
     """Scores are means over seeds; groups and curves count what every seed made of an image."""
     truth = discs(0)[1]
@@ -159,6 +162,7 @@ def test_the_mean_of_seeds():
 
 # ------------------------------------------------------------------------------- thresholds, gating
 
+@pytest.mark.smoke
 def test_thresholds_are_every_pair_that_can_be():
     grid = measure.Encoding(peak=(0.4, 0.9), fill=(0.1, 0.5), depth=(0.0, 0.1))
     found = measure.threshold_grid(grid)

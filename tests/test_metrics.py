@@ -59,6 +59,7 @@ def same(a, b, tolerance=1e-12):
 
 # ----------------------------------------------------------------------------------------- on paper
 
+@pytest.mark.smoke
 def test_docstrings_run_and_every_public_function_has_one():
     result = doctest.testmod(metrics)
     public = [f for name, f in inspect.getmembers(metrics, inspect.isfunction) if name[0] != "_"]
@@ -66,6 +67,7 @@ def test_docstrings_run_and_every_public_function_has_one():
     assert result.failed == 0 and len(public) >= 13 and all(">>>" in f.__doc__ for f in public)
 
 
+@pytest.mark.smoke
 def test_shifted_square():
     """10 x 10 moved by 2: 80 shared of 120."""
     result = scores(image((2, 2, 10, 10)), image((2, 4, 10, 10)))
@@ -97,6 +99,7 @@ def test_split_in_two_halves():
     assert result["DET"] == 0  # min(10 FN + 2 FP, 10) / 10
 
 
+@pytest.mark.smoke
 def test_split_seven_to_three():
     result = scores(image((0, 0, 10, 10)), image((0, 0, 10, 7), (0, 7, 10, 3)))
     # one FP of weight 1
@@ -108,6 +111,7 @@ def test_split_seven_to_three():
     )
 
 
+@pytest.mark.smoke
 def test_three_merged():
     """One prediction over three cells of 40, 30 and 30 px: two splits of weight 5 out of 3 x 10."""
     truth, pred = image((0, 0, 10, 4), (0, 4, 10, 3), (0, 7, 10, 3)), image((0, 0, 10, 10))
@@ -140,6 +144,7 @@ def test_equal_iou_goes_to_the_larger_overlap():
         assert metrics.aji(truth, labels) == pytest.approx(20 / (30 + 120 - 20))
 
 
+@pytest.mark.smoke
 def test_seg_and_det_are_pooled_over_frames():
     """1 of 1 cells in one frame and 0 of 3 in the other: 1/4, not the mean of 1 and 0."""
     truths = [image((0, 0, 4, 4)), image((0, 0, 4, 4), (8, 8, 4, 4), (14, 0, 4, 4))]
@@ -168,6 +173,7 @@ def test_average_precision_of_a_set_is_reported_twice():
     assert result.mean["count_error"] == 1.5 and not {"DSB", "count_error"} & result.pooled.keys()
 
 
+@pytest.mark.smoke
 def test_empty_sides():
     none, one = image(), image((0, 0, 4, 4))
     for truth, pred, value in ((none, none, 1), (one, none, 0), (none, one, 0)):
@@ -211,6 +217,7 @@ def test_no_background_at_all():
     assert scores(truth, 3 - truth)["PQ"] == 1 and scores(truth, np.ones_like(truth))["SEG"] == 0.5
 
 
+@pytest.mark.smoke
 def test_errors_say_what_was_expected():
     labels = image((0, 0, 4, 4))
     for bad, words in (((labels, labels[:5]), r"\(20, 40\).*\(5, 40\)"),
@@ -275,6 +282,7 @@ def test_tiny_images_against_every_permutation(seed):
     assert scores(truth, pred)["MMA"] == pytest.approx(summed / ((truth > 0) | (pred > 0)).sum())
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("seed", range(6))
 def test_tangled_tables_against_a_dense_assignment(seed, ties):
@@ -384,6 +392,7 @@ def test_a_threshold_is_reached_exactly():
     assert result["AP@0.6"] == 1 and result == scores(truth, pred)
 
 
+@pytest.mark.smoke
 def test_pooling_is_laying_the_images_side_by_side():
     rng = np.random.default_rng(6)
     pairs = [random_pair(rng) for _ in range(8)]

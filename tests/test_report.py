@@ -116,6 +116,7 @@ def test_page_in_a_browser(tmp_path):
 
 # --------------------------------------------------------------------------------------------- page
 
+@pytest.mark.smoke
 def test_page_is_whole_and_holds_everything():
     """Every tag is closed, text is escaped, and nothing refers to another file."""
     class Tags(HTMLParser):
@@ -161,6 +162,7 @@ def lines(svg):
             for line in parsed(svg).iter("polyline") if line.get("class") is None]
 
 
+@pytest.mark.smoke
 def test_lines_have_their_points_where_the_axes_say():
     """y = 0 and 1 lie on grid lines, x in proportion, on a logarithmic axis in ratio."""
     points, styles = {"a": [(10, 0), (20, 1), (40, 0.5)]}, report.styles(["a"])
@@ -240,6 +242,7 @@ def test_curves_in_a_file(tmp_path):
 
 # ----------------------------------------------------------------------------------------- Markdown
 
+@pytest.mark.smoke
 def test_markdown_and_its_place(tmp_path):
     text = report.markdown(["a", "b"], [["x|y", "1"]])
     assert text == "| a | b |\n| --- | --: |\n| x\\|y | 1 |\n"

@@ -205,8 +205,7 @@ class Shard:
 
     def __init__(self, model: StudyModel, config: Config):
         self.model, self.config, self.key = model, config, settings_digest(model, config)
-        lines = lines_of(model, config)
-        self.done = {name for name, line in lines.items() if "why" not in line}
+        self.done = {name for name, line in lines_of(model, config).items() if "why" not in line}
         part = f"{config.shard.replace('/', '_of_')}.jsonl"
         self.path = folder_of(model, config) / "shards" / part
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -374,12 +373,12 @@ def write_associations(config: Config) -> int:
 def stability(rho: float, redrawn: np.ndarray, q: np.ndarray) -> dict[str, Any]:
     """Summary of an association over redraws (B,) of the tiles."""
     have = ~np.isnan(redrawn)
-    if have.sum() < 2:
-        return {"redraws": int(have.sum())} | dict.fromkeys(STABILITY[1:], math.nan)
-    found = redrawn[have]
-    quantiles = np.quantile(found, (0.025, 0.25, 0.5, 0.75, 0.975))
-    return dict(zip(STABILITY, (len(found), found.std(ddof=1), *quantiles,
-                                np.mean(np.sign(found) == np.sign(rho)), np.mean(q[have] < 0.05))))
+    values, n = redrawn[have], int(have.sum())
+    if n < 2:
+        return dict.fromkeys(STABILITY, math.nan) | {"redraws": n}
+    quantiles = np.quantile(values, (0.025, 0.25, 0.5, 0.75, 0.975))
+    return dict(zip(STABILITY, (n, values.std(ddof=1), *quantiles,
+                                np.mean(np.sign(values) == np.sign(rho)), np.mean(q[have] < 0.05))))
 
 
 # ------------------------------------------------------------------------------------------- report
@@ -387,8 +386,7 @@ def stability(rho: float, redrawn: np.ndarray, q: np.ndarray) -> dict[str, Any]:
 def write_report(config: Config) -> int:
     """Write the page, from the tables of the other steps."""
     looks = report.styles(model.name for model in config.models)
-    legend = report.legend(looks)
-    found = read_rows(config, "e5_spearman.tsv")
+    legend, found = report.legend(looks), read_rows(config, "e5_spearman.tsv")
     stable = read_rows(config, "e5_bootstrap_stability.tsv")
     forest = report.forest([report.Interval(
         row["outcome"], row["model"], row["rho"], row["low"], row["high"], row["q"] < 0.05,
@@ -439,7 +437,7 @@ def read_rows(config: Config, name: str) -> list[dict[str, Any]]:
             for row in runs.read_table(path, advice="run `downstream.py associate` first")]
     if rows and "outcome" in rows[0]:
         if unknown := {row["outcome"] for row in rows} ^ set(config.columns):
-            raise ValueError(f"{path}: {sorted(unknown)[0]} is an outcome of the table or the "
+            raise ValueError(f"{path}: {min(unknown)} is an outcome of the table or the "
                              "configuration alone; run associate again")
         rows.sort(key=lambda row: config.columns.index(row["outcome"]))
     return rows
@@ -533,11 +531,10 @@ def experiments_table(config: Config, found: list[dict], stable: list[dict]) -> 
     for model in config.models:
         mine = [row for row in found if row["model"] == model.name and not math.isnan(row["rho"])]
         rho = float(np.median([abs(row["rho"]) for row in mine])) if mine else math.nan
-        same = report.mean_defined(row["same_sign"] for row in stable
-                                   if row["model"] == model.name)
+        same = (row["same_sign"] for row in stable if row["model"] == model.name)
         few = sum(row["q"] < 0.05 for row in mine)
         columns["E5 |rho|"][model.name] = short(rho)
-        columns["E5 same sign"][model.name] = percent(same)
+        columns["E5 same sign"][model.name] = percent(report.mean_defined(same))
         columns["E5 q < 0.05"][model.name] = f"{few} of {len(mine)}"
     names = dict.fromkeys(name for column in columns.values() for name in column)
     return report.html_table(("model", *columns), [

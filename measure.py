@@ -601,7 +601,7 @@ def model_rows(dataset: LabelledSet, rows: Sequence[TableRow],
             continue
         for number, seed in enumerate((result, *result.seeds)):
             lines.append({**first, "seed": seed.model if number else None,
-                          "note": joined(row.note, seed.note), "trained_on": row.images or None,
+                          "note": notes_of(row, seed), "trained_on": row.images or None,
                           "n": len(seed.names), "missing": len(seed.missing),
                           "seconds": seed.seconds, **score_columns(seed.scores)})
     return lines
@@ -782,18 +782,18 @@ def score_table(rows: Sequence[TableRow], there: dict[str, Result]) -> str:
         result = there.get(row.name)
         cells = (score_cell(result, score, None if row.name == CEILING else best[score])
                  for score in PAGE_SCORES)
-        note = joined(row.note, result.note if result else "")
+        note = notes_of(row, result)
         lines.append([report.Cell(row.name, note), image_count(result), *cells,
                       shown(result and result.seconds, 1)])
     return report.html_table(["model", "images", *PAGE_SCORES, "seconds"], lines)
 
 
+def notes_of(row: TableRow, result: Result | None) -> str:
+    return "; ".join(filter(None, (row.note, result.note if result else "")))
+
+
 def image_count(result: Result | None) -> str:
     return str(len(result.names)) if result else "not run"
-
-
-def joined(*notes: str) -> str:
-    return "; ".join(filter(None, notes))
 
 
 def efficiency_section(sets: Sequence[LabelledSet], rows: Sequence[TableRow],
@@ -931,9 +931,8 @@ class Footnotes:
         self.notes: list[str] = []
         self.printed = 0                    # of these, the first so many stand under a table
 
-    def mark(self, name: str, *notes: str) -> str:
+    def mark(self, name: str, note: str) -> str:
         """A name, with the number of its note."""
-        note = joined(*notes)
         if not note:
             return name
         if note not in self.notes:
@@ -977,7 +976,7 @@ def scores_of(row: TableRow, result: Result | None, columns: Sequence[str], note
               ) -> list[str]:
     """Cells of a model on a set: name, images, scores with their intervals."""
     cells = [score_cell(result, score) for score in columns]
-    return [notes.mark(row.name, row.note, result.note if result else ""), image_count(result),
+    return [notes.mark(row.name, notes_of(row, result)), image_count(result),
             *(f"{cell.text} [{cell.small}]" if cell.small else cell.text for cell in cells)]
 
 

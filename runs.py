@@ -1,8 +1,6 @@
-"""Configurations (frozen dataclass <-> YAML <-> `key=value`), how a script starts and fails, and
-the run folder.
+"""Configurations (frozen dataclass <-> YAML <-> `key=value`), scripts, run folders.
 
-A script declares one frozen dataclass, every field with a default where one is sane and a comment
-with unit and reason (`--help` prints them), and ends with
+A script declares one frozen dataclass, whose comments `--help` prints, and ends with
 
     if __name__ == "__main__":
         runs.script(__doc__, Config, main)        # python SCRIPT.py [CONFIG.yaml] [key=value ...]
@@ -56,15 +54,14 @@ Config = TypeVar("Config")
 # ------------------------------------------------------------------------------------------ threads
 
 def cores(cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> int:
-    """Cores that this process may use, which may be fewer than the machine has: its affinity, the
-    quota of its control groups (containers), and what Slurm gave the task, whichever is least."""
-    found = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-             or 1]
+    """Cores of this process: the least of its affinity, the quota of its control groups
+    (containers) and what Slurm gave the task."""
+    counts = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+              else os.cpu_count() or 1]
     slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
     if slurm.isdigit():
-        found.append(int(slurm))
-    # no Linux, or a quota written as nobody knows it
-    with contextlib.suppress(OSError, ValueError):
+        counts.append(int(slurm))
+    with contextlib.suppress(OSError, ValueError):             # no Linux, or an unknown format
         for line in process.read_text().splitlines():
             _, controllers, place = line.split(":", 2)         # version 2 names no controllers
             if controllers and "cpu" not in controllers.split(","):
@@ -80,23 +77,21 @@ def cores(cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/se
                     quota, period = ((group / f"cpu.cfs_{name}_us").read_text()
                                      for name in ("quota", "period"))
                 if quota != "max" and int(quota) > 0:
-                    found.append(math.ceil(int(quota) / int(period)))
-    return max(1, min(found))
+                    counts.append(math.ceil(int(quota) / int(period)))
+    return max(1, min(counts))
 
 
-# Before PyTorch is loaded, which reads these once. Threads that wait spin for some milliseconds by
-# default, which takes the
-# core from those that they wait for where other processes run: five times slower. A tenth of a
-# millisecond costs nothing.
-for _name, _value in (("OMP_NUM_THREADS", cores()), ("GOMP_SPINCOUNT", 1000), ("KMP_BLOCKTIME", 1)):
-    os.environ.setdefault(_name, str(_value))
+# PyTorch reads these once, when it is loaded. Threads that wait spin for milliseconds by default
+# and keep the core from those that they wait for: five times slower beside other processes.
+for _key, _value in (("OMP_NUM_THREADS", cores()), ("GOMP_SPINCOUNT", 1000), ("KMP_BLOCKTIME", 1)):
+    os.environ.setdefault(_key, str(_value))
 
 
 # ------------------------------------------------------------------------------------------ imports
 
 class _LazyModule(types.ModuleType):
-    """A module that runs when something in it is asked for: not what every module has (inspect
-    looks at __file__ of all)."""
+    """A module that runs at its first use; __file__ and the like, which inspect asks of all
+    modules, are none."""
     lock = threading.RLock()
 
     def __getattr__(self, name: str) -> Any:
@@ -110,7 +105,7 @@ class _LazyModule(types.ModuleType):
                 if spec.submodule_search_locations is not None:
                     self.__path__ = spec.submodule_search_locations
                 spec.loader.exec_module(self)
-                self.__class__ = types.ModuleType
+                self.__class__ = types.ModuleType  # type: ignore[assignment]  # now a usual one
         return types.ModuleType.__getattribute__(self, name)
 
 
@@ -143,11 +138,9 @@ class _LazyFinder:
 
 @contextlib.contextmanager
 def lazy() -> Iterator[None]:
-    """Modules that are imported in this block run at their first use, so that --help does not wait
-    for torch.
+    """Let modules imported in this block run at their first use, so that --help is quick.
 
-    Whole packages, as in `import torch`: `from torch import Tensor` and `import torch.nn` would run
-    it at once.
+    Whole packages only: `from torch import Tensor` and `import torch.nn` would run torch at once.
     """
     sys.meta_path.insert(0, _LazyFinder)
     try:
@@ -157,14 +150,14 @@ def lazy() -> Iterator[None]:
 
 
 def is_loaded(name: str) -> bool:
-    """Whether a module has run: one that lazy() put off has not."""
+    """Whether a module has run."""
     return type(sys.modules.get(name)) is types.ModuleType
 
 
 # ------------------------------------------------------------------------------------------- bounds
 
 class Bound(NamedTuple):
-    """What a number must keep to, for Annotated: the text goes into errors and --help."""
+    """Limits of a number, for Annotated; errors and --help print the text."""
     text: str
     holds: Callable[[float], bool]
 
@@ -189,17 +182,15 @@ Count = Annotated[int, at_least(1)]
 Whole = Annotated[int, at_least(0)]
 Positive = Annotated[float, above(0)]
 NotNegative = Annotated[float, at_least(0)]
-Share = Annotated[float, within(0, 1)]           # a share, or a probability
-# of a pixel to the cell's edge, as the network predicts it
-Distance = Annotated[float, from_to_below(0, 1)]
+Share = Annotated[float, within(0, 1)]           # or a probability
+Distance = Annotated[float, from_to_below(0, 1)]          # to the cell's edge, as predicted
 
 
 # ------------------------------------------------------------------------------------------ reading
 
 def load_config(cls: type[Config], path: str | Path | None = None,
-                overrides: list[str] = ()) -> Config:
-    """A configuration from a YAML file (or defaults alone), then `key=value`; `a.b=1` reaches into
-    section a."""
+                overrides: Sequence[str] = ()) -> Config:
+    """A configuration from a YAML file or defaults, then `key=value`; `a.b=1` is b of section a."""
     values: dict[str, Any] = {}
     origin = "command line"
     if path is not None:
@@ -211,9 +202,9 @@ def load_config(cls: type[Config], path: str | Path | None = None,
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             where = getattr(error, "problem_mark", None)
-            raise ValueError(f"{path}: not valid YAML" + (f" in line {where.line + 1}" if where
-                                                          else "")
-                             + f": {getattr(error, 'problem', None) or error}") from None
+            line = f" in line {where.line + 1}" if where else ""
+            raise ValueError(f"{path}: not valid YAML{line}: "
+                             f"{getattr(error, 'problem', None) or error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path}: got a {type(values).__name__}, expected lines `key: value`")
     for text in overrides:
@@ -234,17 +225,16 @@ def load_config(cls: type[Config], path: str | Path | None = None,
 
 
 class _Given:
-    """A value that came as key=value: errors name the argument, and fields of text take it as it
-    was typed."""
+    """A value of key=value: errors name the argument, fields of text take it as it was typed."""
 
     def __init__(self, value: Any, text: str):
         self.value, self.text = value, text
 
 
 def from_dict(cls: type[Config], values: dict[str, Any], origin: str, prefix: str = "") -> Config:
-    """Validate wholly: unknown keys, missing keys and types before anything is touched."""
+    """A dataclass from a dictionary; an unknown or missing key or a wrong type is an error."""
     hints = typing.get_type_hints(cls, include_extras=True)
-    known = {f.name: f for f in dataclasses.fields(cls)}
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # a dataclass
     result = {}
     for key, value in values.items():
         source = value.text if isinstance(value, _Given) else origin
@@ -256,7 +246,7 @@ def from_dict(cls: type[Config], values: dict[str, Any], origin: str, prefix: st
     for name, f in known.items():
         if name not in result and f.default is f.default_factory is dataclasses.MISSING:
             raise ValueError(f"{origin}: key '{prefix}{name}' is missing; give {prefix}{name}: "
-                             f"{_name(hints[name])}")
+                             f"{_type_name(hints[name])}")
     try:
         return cls(**result)
     except ValueError as error:  # the dataclass's own check of combinations
@@ -264,7 +254,7 @@ def from_dict(cls: type[Config], values: dict[str, Any], origin: str, prefix: st
 
 
 def _ungiven(value: Any) -> Any:
-    """Without the texts of arguments, however deep in a free section."""
+    """Without the texts of arguments, in a free section of any depth."""
     if isinstance(value, dict):
         return {k: _ungiven(v) for k, v in value.items()}
     return value.value if isinstance(value, _Given) else value
@@ -275,27 +265,24 @@ class _Misfit(Exception):
 
 
 def _convert(value: Any, hint: Any, key: str, origin: str) -> Any:
-    """YAML's value as the field's type, or an error that names both."""
+    """A value of YAML as the field's type, or an error that names both."""
     typed = value.text.partition("=")[2] if isinstance(value, _Given) else None
     value = value.value if isinstance(value, _Given) else value
     if dataclasses.is_dataclass(hint):
         if isinstance(value, (str, list)):  # `data: folder` for `data: {sets: folder}`, say
             value = {dataclasses.fields(hint)[0].name: value}
         if isinstance(value, dict):
-            return from_dict(hint, value, origin, key + ".")
+            return from_dict(typing.cast(type, hint), value, origin, key + ".")
         raise ValueError(f"{origin}: {key} is {value!r}, expected a section with keys")
     try:
         return _fitted(value, typed, hint, key, origin)
     except _Misfit:
         raise ValueError(f"{origin}: " + f"{key} is {value!r}, " * (typed is None)
-                         + f"expected {_name(hint)}") from None
+                         + f"expected {_type_name(hint)}") from None
 
 
 def _fitted(value: Any, typed: str | None, hint: Any, key: str, origin: str) -> Any:
-    """The value as a type that holds others: a union, a list, a number with bounds, or a plain one.
-
-    typed : the text behind key=, where there is one.
-    """
+    """The value as the type; typed : the text behind key=, if there is one."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if kind is Annotated:
         number = _fitted(value, typed, inner[0], key, origin)
@@ -361,27 +348,28 @@ def _section(value: Any, typed: str | None) -> dict:
 PLAIN = {int: _whole_number, float: _number, str: _text, bool: _truth, dict: _section}
 
 
-def _name(hint: Any) -> str:
-    """A type as a person says it."""
+def _type_name(hint: Any) -> str:
+    """A type in plain words."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if kind is Annotated:
-        return ", ".join([_name(inner[0]), *(bound.text for bound in inner[1:])])
+        return ", ".join([_type_name(inner[0]), *(bound.text for bound in inner[1:])])
     if kind in (typing.Union, types.UnionType):
-        return " or ".join("null" if h is type(None) else _name(h) for h in inner)
+        return " or ".join("null" if h is type(None) else _type_name(h) for h in inner)
     if kind is typing.Literal:
         return " or ".join(map(str, inner))
     if kind is tuple:
-        return f"a list of {_name(inner[0])}"
+        return f"a list of {_type_name(inner[0])}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text",
-            dict: "a section"}.get(
-        hint, getattr(hint, "__name__", str(hint)))
+            dict: "a section"}.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 # ------------------------------------------------------------------------------------------ writing
 
 def to_yaml(config: Any, shared: bool = False) -> str:
-    """The resolved configuration; load_config() gives the same dataclass back. shared: to be given
-    to others, inside weights: of places on this machine no more than the last folder or file."""
+    """A configuration as YAML, which load_config() reads back.
+
+    shared : for others, inside weights: of paths on this machine only the last part.
+    """
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items()}
@@ -392,8 +380,9 @@ def to_yaml(config: Any, shared: bool = False) -> str:
 
 
 def key_comments(cls: type) -> dict[str, str]:
-    """What is said of each key, behind it or in the lines above it, in the class and its bases."""
-    comments, above = {}, []
+    """Comments of the keys, behind them or above them, of a class and its bases."""
+    comments: dict[str, str] = {}
+    above: list[str] = []
     for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
         for line in inspect.getsource(base).splitlines():
             key = re.match(r"    (\w+):[^#]*(?:# ?(.*))?$", line)
@@ -404,29 +393,26 @@ def key_comments(cls: type) -> dict[str, str]:
 
 
 def describe(cls: type, prefix: str = "", given: Any = None) -> str:
-    """The keys of a configuration with their defaults and comments, read from its source, for
-    --help."""
-    comments = key_comments(cls)
-    hints, lines = typing.get_type_hints(cls, include_extras=True), []
+    """The keys of a configuration with defaults and comments from its source, for --help."""
+    comments, lines = key_comments(cls), []
+    hints: dict[str, Any] = typing.get_type_hints(cls, include_extras=True)
     for f in dataclasses.fields(cls):
-        hint, text = hints[f.name], "..."
-        # which alone may not be whole
-        if given is None and f.default_factory is hint and dataclasses.is_dataclass(hint):
-            lines.append(describe(hint, f"{prefix}{f.name}."))
+        hint, default = hints[f.name], "..."
+        nested = dataclasses.is_dataclass(hint)
+        if given is None and f.default_factory is hint and nested:  # alone it may be incomplete
+            lines.append(describe(typing.cast(type, hint), f"{prefix}{f.name}."))
             continue
-        if f.default_factory is not dataclasses.MISSING or f.default is not dataclasses.MISSING:
-            default = f.default_factory() if f.default is dataclasses.MISSING else f.default
-            default = default if given is None else getattr(given, f.name)
-            text = (
-                "null"
-                if default is None
-                else str(default).lower()
-                if isinstance(default, bool)
-                else default
-            )
-        if dataclasses.is_dataclass(hint):
+        if given is not None:
+            default = getattr(given, f.name)
+        elif f.default is not dataclasses.MISSING:
+            default = f.default
+        elif f.default_factory is not dataclasses.MISSING:
+            default = f.default_factory()
+        if nested:
             lines.append(describe(hint, f"{prefix}{f.name}.", default))
             continue
+        text = ("null" if default is None else str(default).lower() if isinstance(default, bool)
+                else default)
         bounds = {bound.text for part in (hint, *typing.get_args(hint))
                   if typing.get_origin(part) is Annotated
                   for bound in typing.get_args(part)[1:]}
@@ -438,11 +424,9 @@ def describe(cls: type, prefix: str = "", given: Any = None) -> str:
 # ------------------------------------------------------------------------------------------ scripts
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """(files and folders, key=value overrides).
-
-    What exists as a file is a file, whatever its name.
-    """
-    files, overrides = [], []
+    """(files and folders, key=value overrides); a file that exists may have any name."""
+    files: list[str] = []
+    overrides: list[str] = []
     for argument in arguments:
         given = re.match(r"[A-Za-z_][\w.]*=", argument) and not os.path.exists(argument)
         (overrides if given else files).append(argument)
@@ -453,23 +437,19 @@ def script(doc: str, cls: type, main: Callable[..., int | None],
            arguments: list[str] | None = None) -> None:
     """Run main(config, files) as a command: --help, key=value, errors of one line, exit code.
 
-    A first file that ends in .yaml or .yml is the configuration; the other files go to main. A main
-    with a parameter `check` is called with check=True for --check: it says what it would do, and
-    stops.
+    A first file .yaml or .yml is the configuration; the others go to main. A main with a parameter
+    `check` takes --check: it prints a plan and stops.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
 
     def run() -> int:
-        if "--help" in arguments or "-h" in arguments:
+        if {"--help", "-h"} & set(arguments):
             print(f"{doc.strip()}\n\nKeys, as key=value or in YAML:\n{describe(cls)}", flush=True)
             return 0
         files, overrides = split_arguments(arguments)
-        flags = (
-            {"check": True}
-            if "--check" in files and "check" in inspect.signature(main).parameters
-            else {}
-        )
-        files = [a for a in files if not (flags and a == "--check")]
+        flags = {}
+        if "--check" in files and "check" in inspect.signature(main).parameters:
+            flags, files = {"check": True}, [a for a in files if a != "--check"]
         if unknown := [a for a in files if a.startswith("--")]:
             raise ValueError(f"unknown option {unknown[0]}; options are written key=value, --help "
                              f"lists them")
@@ -480,23 +460,23 @@ def script(doc: str, cls: type, main: Callable[..., int | None],
 
 
 def leave(code: int) -> None:
-    """End this process. In a group, not by way of the interpreter's teardown: gloo's threads may
-    still hold tensors then, and now and then abort a run that was already done (PyTorch's issue
-    190489)."""
+    """End this process; in a group without the interpreter's teardown, in which gloo's threads may
+    abort a run that is done (PyTorch's issue 190489)."""
     group = sys.modules["torch"].distributed if is_loaded("torch") else None
     if group and group.is_available() and group.is_initialized():
         atexit._run_exitfuncs()
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
 class Stopped(Exception):
-    """Of Run.each: a signal came while the work was shared out."""
+    """A signal came while processes shared work, or while fields were waited for."""
 
 
 class Heard(list):
-    """The signals that came, as their handler."""
+    """A handler that collects signals."""
 
     def __call__(self, number: int, frame) -> None:
         self.append(number)
@@ -504,8 +484,7 @@ class Heard(list):
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that fills when the machine is to be given back: SIGTERM, or SIGUSR1, Slurm's word
-    that time is nearly up."""
+    """A list that fills when the machine is to be given back, with SIGTERM or Slurm's SIGUSR1."""
     caught = Heard()
     before = {each: signal.signal(each, caught)
               for each in {signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}}
@@ -525,7 +504,7 @@ def part_of(shard: str) -> tuple[int, int]:
 
 
 def guarded(run: Callable[[], int]) -> int:
-    """Exit code of run(); a user's mistake becomes one line on stderr, Ctrl-C a word."""
+    """Exit code of run(); a user's mistake becomes one line on stderr."""
     try:
         return run()
     except KeyboardInterrupt:
@@ -539,8 +518,7 @@ def guarded(run: Callable[[], int]) -> int:
             raise
         print("error: " + " ".join(sentence(error).split()), file=sys.stderr)
         return 1
-    except RuntimeError as error:
-        # torch's, of the GPU
+    except RuntimeError as error:                             # torch's, of the GPU
         if type(error).__name__ != "OutOfMemoryError" or os.environ.get("DINOCELL_DEBUG"):
             raise
         print("error: out of GPU memory; give a smaller batch= or smaller crops or tiles",
@@ -558,27 +536,17 @@ def sentence(error: Exception) -> str:
 # --------------------------------------------------------------------------------------- run folder
 
 REQUEUE = 85  # exit code: saved, not finished; slurm/train.sh queues the job again
-# What a run may go on with although it was begun otherwise: what changes no result, and cycles, for
-# a longer one.
+# Keys that may change when a run goes on: they change no result; cycles makes it longer.
 FREE = ("output_base_dir", "data.root", "device", "log_every", "save_every", "keep", "wandb",
-        "compile", "data.signed",
-        "data.cache", "data.cache_gb", "data.threads")
-LONGER = ("cycles",)
+        "compile", "data.signed", "data.cache", "data.cache_gb", "data.threads", "cycles")
 
 
 class Run:
-    """The folder of one experiment; in a group of processes (torchrun) only the first writes into
-    it."""
+    """The folder of one experiment; of a group of processes only the first writes into it."""
 
     def __init__(self, config: Any, rank: int = 0, world: int = 1, device: str = "cpu"):
-        self.config, self.rank, self.world, self.device, self.stopping = (
-            config,
-            rank,
-            world,
-            device,
-            False,
-        )
-        self.signal = None
+        self.config, self.rank, self.world, self.device = config, rank, world, device
+        self.signal: int | None = None
         self.folder = Path(config.output_base_dir) / "runs" / config.experiment
         self.checkpoints = self.folder / "checkpoints" / config.checkpoint_name
         self.wandb = None
@@ -593,8 +561,8 @@ class Run:
         self.before = {number: signal.signal(number, self._stop)
                        for number in {signal.SIGTERM, signal.SIGINT,
                                       getattr(signal, "SIGUSR1", signal.SIGTERM)}}
-        # while data were loaded
-        self.stopping = isinstance(heard := self.before[signal.SIGTERM], Heard) and bool(heard)
+        heard = self.before[signal.SIGTERM]
+        self.stopping = isinstance(heard, Heard) and bool(heard)       # while data were loaded
 
     def _stop(self, number: int, frame) -> None:
         if self.stopping and number == signal.SIGINT:         # a second Ctrl-C means now
@@ -602,19 +570,16 @@ class Run:
         self.stopping, self.signal = True, number
 
     def close(self) -> None:
-        """Signals go to who heard them before, one that came too late to stop this run as well."""
+        """Restore the previous handlers of signals, and pass on a signal that came."""
         if self.wandb is not None:
-            self.wandb.finish()  # else the next run of this process would go into this one's curves
+            self.wandb.finish()              # else the next run of this process would go on with it
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if callable(handler := self.before.get(self.signal)):
+        if self.signal and callable(handler := self.before.get(self.signal)):
             handler(self.signal, None)
 
     def should_stop(self, step: int) -> bool:
-        """Whether a signal came.
-
-        Processes of a group must stop after the same step, so they ask each other, on log steps.
-        """
+        """Whether a signal came; the processes of a group ask each other, on log steps."""
         if self.world == 1:
             return self.stopping
         if step % self.config.log_every:
@@ -625,8 +590,7 @@ class Run:
         return bool(flag)
 
     def each(self, function: Callable[[Any], Any], items: Sequence) -> list:
-        """shared_out between the processes of this run; Stopped in all of them once a signal came
-        to one."""
+        """shared_out() in this run; Stopped in all processes after a signal to one."""
         found = shared_out(lambda item: None if self.stopping else function(item), items, self.rank,
                            self.world)
         if any(shared_out(lambda _: self.stopping, range(self.world), self.rank, self.world)):
@@ -634,33 +598,32 @@ class Run:
         return found
 
     def _check_same_run(self) -> None:
-        """A folder goes on with the configuration it was begun with; places and habits may change,
-        and are named."""
+        """Refuse another configuration in the same folder; changes of FREE keys are printed."""
         before = self.folder / "config.yaml"
         if not before.exists() or not any(self.checkpoints.glob("step_*.pt")):
             return
         old, new = (lasting(flatten(yaml.safe_load(text)))
                     for text in (before.read_text(encoding="utf-8"), to_yaml(self.config)))
         changed = {k: (old.get(k), new.get(k)) for k in {**old, **new} if old.get(k) != new.get(k)}
-        said = ", ".join(f"{k}: {a} -> {b}" for k, (a, b) in changed.items())
-        free, newest = FREE + LONGER, self.newest()
+        text = ", ".join(f"{k}: {a} -> {b}" for k, (a, b) in changed.items())
+        free, newest = FREE, self.newest()
         if "steps" in changed and getattr(self.config, "schedule", "") == "constant":
             from optim import DECAY  # imports torch, which no --help waits for
-            free += ("steps",)
-            if newest and int(newest.stem[5:]) > (1 - DECAY) * min(changed["steps"]):
+            free, least = (*FREE, "steps"), min(old["steps"], new["steps"])
+            if newest and int(newest.stem[5:]) > (1 - DECAY) * least:
                 raise ValueError(f"steps={self.config.steps}: {newest} lies in the last fifth of "
-                                 f"{min(changed['steps'])} steps, where lr "
-                                 "falls; steps may only change before that")
+                                 f"{least} steps, where lr falls; steps may only change before "
+                                 "that")
         if any(k not in free for k in changed):
-            raise ValueError(f"{self.folder} was begun with another configuration ({said}); "
+            raise ValueError(f"{self.folder} was begun with another configuration ({text}); "
                              "give a new experiment= name, or remove the folder to begin anew")
         if changed and self.rank == 0:
-            print(f"going on in {self.folder} with {said}", file=sys.stderr)
+            print(f"going on in {self.folder} with {text}", file=sys.stderr)
 
     # ------------------------------------------------------------------------------------------ log
 
     def log(self, step: int, **values: Any) -> None:
-        """One JSON line in log.jsonl and the same, shorter, on the screen."""
+        """Write one JSON line to log.jsonl, and the same, shorter, to the screen."""
         if self.rank:
             return
         line = {"step": step, "time": round(time.perf_counter() - self.began, 1), **values}
@@ -674,7 +637,7 @@ class Run:
             self.wandb.log(values, step=step)
 
     def log_picture(self, step: int, name: str, rgb) -> None:
-        """A picture (h, w, 3) uint8 for wandb; on disk the scripts keep their own."""
+        """Send a picture (h, w, 3) uint8 to wandb."""
         if self.wandb:
             import wandb
             self.wandb.log({name: wandb.Image(rgb)}, step=step)
@@ -686,9 +649,8 @@ class Run:
         if not math.isfinite(loss):
             good = self.newest()
             raise ValueError(f"{self.folder}: the loss is {loss} at step {step}; last good "
-                             f"checkpoint: "
-                             f"{good or 'none'}. Lower lr, or look at the data with `python "
-                             f"data.py check`")
+                             f"checkpoint: {good or 'none'}. Lower lr, or look at the data with "
+                             "`python data.py check`")
 
     # ---------------------------------------------------------------------------------- checkpoints
 
@@ -696,16 +658,16 @@ class Run:
         return max(self.checkpoints.glob("step_*.pt"), default=None, key=lambda p: int(p.stem[5:]))
 
     def save(self, step: int, is_best: bool = False, **state: Any) -> None:
-        """Everything that the next start needs, with every random state; whole or not at all."""
+        """Write a checkpoint with every random state, whole or not at all."""
         if self.rank:
             return
         import numpy as np
         import torch
-        name, *numpy_state = np.random.get_state()
+        name, keys, *more = np.random.get_state(legacy=True)
         state |= dict(step=step, config=to_yaml(self.config), torch=torch.get_rng_state(),
                       cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
                       python=list(random.getstate()[1]),
-                      numpy=[name, numpy_state[0].tolist(), *numpy_state[1:]])
+                      numpy=[name, np.asarray(keys).tolist(), *more])
         path = self.checkpoints / f"step_{step:08d}.pt"
         with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
@@ -714,14 +676,14 @@ class Run:
         if is_best:
             with replacing(self.checkpoints / "best.pt") as copy:
                 try:
-                    os.link(path, copy)                       # the same bytes under a second name
-                except OSError:                               # of a file system that knows none
+                    os.link(path, copy)
+                except OSError:                               # a file system without links
                     shutil.copyfile(path, copy)
         for old in sorted(self.checkpoints.glob("step_*.pt"))[:-self.config.keep]:
             old.unlink()
 
     def resume(self) -> dict | None:
-        """The newest checkpoint with its random states put back, or None for a fresh start."""
+        """The newest checkpoint, its random states restored; None for a fresh start."""
         path = self.newest()
         if path is None:
             return None
@@ -739,7 +701,7 @@ class Run:
         return state
 
     def exit_code(self) -> int:
-        """After a stop: Slurm's signals ask to be queued again, Ctrl-C does not."""
+        """Exit code after a stop: Slurm's signals ask to be queued again, Ctrl-C does not."""
         return 130 if self.signal == signal.SIGINT else REQUEUE
 
 
@@ -750,8 +712,7 @@ def export_path(config: Any) -> Path:
 
 
 def history(log: Path) -> list[dict]:
-    """The lines of a log.jsonl; one cut by a crash is passed over, and of a step logged twice the
-    later counts."""
+    """Lines of a log.jsonl, but for one cut by a crash; of a step logged twice the later one."""
     lines: dict[tuple, dict] = {}
     for text in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
         try:
@@ -764,16 +725,15 @@ def history(log: Path) -> list[dict]:
 
 def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
     """{'data': {'root': x}} -> {'data.root': x}"""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value,
-                                                                dict) else {f"{prefix}{key}": value}
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
 
 
 def lasting(values: dict[str, Any]) -> dict[str, Any]:
-    """What a run must go on with: paths into output_base_dir without it, for the whole folder may
-    have moved."""
+    """Values to compare when a run goes on: paths below output_base_dir, which may have moved."""
     base = f"{Path(values.get('output_base_dir') or '.')}/"
     return {k: v.removeprefix(base) if isinstance(v, str) else v for k, v in values.items()}
 
@@ -782,8 +742,7 @@ def lasting(values: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside the file, renamed when all is written and gone when anything fails.
-    """
+    """A temporary path beside the file, renamed at the end and removed after a failure."""
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder; create it before writing "
@@ -804,10 +763,9 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_table(path: str | Path, rows: Sequence[dict], first: Iterable[str] = (),
                 digits: int = 10) -> None:
-    """Write rows as CSV or, by the name of the file, as TSV: the columns `first`, then all others
-    that a row has.
+    """Write rows as CSV or, to a file .tsv, as TSV: columns `first`, then all others of the rows.
 
-    Numbers have up to `digits` digits; what is missing, None or NaN is an empty cell.
+    Numbers have up to `digits` digits; a missing value, None or NaN is an empty cell.
     """
     def text(value: Any) -> str:
         if value is None or value != value:
@@ -825,8 +783,7 @@ def write_table(path: str | Path, rows: Sequence[dict], first: Iterable[str] = (
 
 def read_table(path: str | Path, needed: Iterable[str] = (),
                advice: str = "") -> list[dict[str, str]]:
-    """Rows of a table with tabs or commas, without blanks around the words; each column `needed`
-    stands there once."""
+    """Rows of a table with tabs or commas, stripped; it must have each column `needed` once."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table" + f"; {advice}" * bool(advice))
@@ -836,9 +793,8 @@ def read_table(path: str | Path, needed: Iterable[str] = (),
         rows = [[word.strip() for word in row] for row in csv.reader(text.splitlines(),
                                                                      delimiter=delimiter)]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}: not a table of text ({error}); save it as CSV or TSV in UTF-8"
-        ) from None
+        raise ValueError(f"{path}: not a table of text ({error}); save it as CSV or TSV in UTF-8"
+                         ) from None
     while rows and not any(rows[-1]):  # blank lines, or empty cells below the table
         rows.pop()
     names = rows[0] if rows else []
@@ -856,16 +812,13 @@ def read_table(path: str | Path, needed: Iterable[str] = (),
 
 
 def listed(names: Sequence[str], count: int = 5) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count
-                                       else "")
+    """The first names and the number of others."""
+    rest = len(names) - count
+    return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def digest(*parts: Any) -> str:
-    """SHA-256 of files (Path), arrays and texts, one after the other.
-
-    Names sorted by it stand in a random order that lasts.
-    """
+    """SHA-256 of files (Path), arrays and texts; names sorted by it are in a fixed random order."""
     whole = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
@@ -892,7 +845,7 @@ def start_wandb(config: Any, folder: Path):
 # ----------------------------------------------------------------------------------- devices, ranks
 
 def pick_device(name: str) -> str:
-    """'auto' -> the GPU if there is one; asking for one that is not there is a mistake."""
+    """'auto' -> the GPU if there is one; a missing one that was asked for is an error."""
     import torch
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda: PyTorch finds no CUDA device here; use device=cpu or auto")
@@ -900,7 +853,7 @@ def pick_device(name: str) -> str:
 
 
 def join_group(device: str) -> tuple[int, int, str]:
-    """(rank, number of processes, device): alone, or one of those that torchrun started."""
+    """(rank, number of processes, device) of this process, alone or started by torchrun."""
     import torch
     device = pick_device(device)
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -925,7 +878,7 @@ def commit() -> str:
 
 
 def provenance(config: Any, step: int, **more: Any) -> dict:
-    """What weights say of themselves; no place on the machine that trained them is in it."""
+    """Origin of weights: configuration, step, version; without paths of this machine."""
     import torch
     return dict(config=to_yaml(config, shared=True), step=step, commit=commit(),
                 torch=str(torch.__version__), **more)
@@ -933,8 +886,7 @@ def provenance(config: Any, step: int, **more: Any) -> dict:
 
 def shared_out(function: Callable[[Any], Any], items: Sequence, rank: int = 0,
                world: int = 1) -> list:
-    """[function(item) for item in items]: each process of a group does its share, and all get all
-    of it."""
+    """[function(item) for item in items]: each process of a group does its share, all get all."""
     mine = [function(item) for item in items[rank::world]]
     if world == 1:
         return mine
@@ -945,7 +897,7 @@ def shared_out(function: Callable[[Any], Any], items: Sequence, rank: int = 0,
 
 
 def mean_over_ranks(value, world: int) -> float:
-    """Mean of a scalar tensor over all processes: each sees its share of the batch."""
+    """Mean of a scalar tensor over all processes."""
     if world > 1:
         import torch
         value = value.clone()

@@ -5,10 +5,9 @@
     channels, fields = held_out(config, seed)               # to measure on; never in the pool
     channels, makers = local_fields(config, seed)      # of folders and drawn: held out, then others
 
-`FieldData` is the section `data` of train_ssl.py's configuration. An index is tab-separated text,
-gzipped: `#root`, a tab and an s3:// address or folder; a line of column names (batch, plate,
-measurement, row, column, field, bytes, folder, then the channels); a line for each field with its
-files in folder below root. make_index() makes it from a listing or from load_data tables.
+`FieldData` is the section `data` of train_ssl.py's configuration. An index is gzipped text with
+tabs: `#root` and an s3:// address or folder; the names of columns (COLUMNS, then the channels); a
+line for each field. make_index() makes it from a listing or from load_data tables.
 """
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ import sys
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -85,7 +84,7 @@ class FieldData:
 
 
 def held_out(config: FieldData, seed: int) -> tuple[tuple[str, ...], Iterator[Pixels]]:
-    """Names of the channels, and the fields to measure on."""
+    """Channels and the fields to measure on."""
     if config.index:
         _, index = split_index(config, seed)
         return index_channels(index, config.channels), _streamed(config, index, seed)
@@ -94,7 +93,7 @@ def held_out(config: FieldData, seed: int) -> tuple[tuple[str, ...], Iterator[Pi
 
 
 def extent(config: FieldData, seed: int) -> tuple[int, tuple[str, ...], tuple[int, int]]:
-    """Fields to train on, channels, px of a field; of an index JUMP's, for nothing is fetched."""
+    """Number of fields to train on, channels, (H, W); of an index JUMP's, nothing is fetched."""
     if config.index:
         train, _ = split_index(config, seed)
         return len(train), index_channels(train, config.channels), (1080, 1080)
@@ -112,7 +111,7 @@ class IndexedField(NamedTuple):
     column: int
     field: int
     bytes: int                                          # of all channels together; 0: not known
-    files: dict[str, str]                               # channel: name below root; those there are
+    files: dict[str, str]                               # channel: name below root
 
 
 class Index:
@@ -138,7 +137,7 @@ class Index:
 
     @functools.cached_property
     def plates(self) -> list[str]:
-        """The plate of each field, whichever batch or measurement."""
+        """The plate of each field."""
         return [sys.intern(line.split(b"\t", 2)[1].decode()) for line in self.lines]
 
     @functools.cached_property
@@ -151,7 +150,8 @@ class Index:
 
     def plate_sizes(self) -> Iterator[tuple[str, str, int, int]]:
         """batch, plate, fields, bytes of each plate."""
-        fields, sizes = Counter(), Counter()
+        fields: Counter[tuple[bytes, bytes]] = Counter()
+        sizes: Counter[tuple[bytes, bytes]] = Counter()
         for line in self.lines:
             batch, plate, _, _, _, _, size, _ = line.split(b"\t", 7)
             fields[batch, plate] += 1
@@ -196,20 +196,21 @@ def with_slash(root: str) -> str:
 
 def split_index(config: FieldData, seed: int) -> tuple[Index, Index]:
     """The index to train on and the one held out."""
+    assert config.index
     return hold_out_plates(Index.load(config.index, config.root), config.held_share, seed)
 
 
 def hold_out_plates(index: Index, share: float, seed: int = 0) -> tuple[Index, Index]:
     """(to train on, held out): whole plates, in all batches and measurements.
 
-    The cells of a plate are the same. The plates held out are drawn by name and seed, so that their
-    share of the fields comes near `share`: at least one and never all.
+    Plates are drawn by name and seed until their fields come near `share`: one or more, never all.
     """
     sizes = Counter(index.plates)
     if not 0 < share < 1 or len(sizes) < 2:
         raise ValueError(f"{share:g} of {len(sizes)} plates to hold out: expected a share above 0 "
                          "and below 1, and two plates or more")
-    held, total, wanted = set(), 0, share * len(index)
+    held: set[str] = set()
+    total, wanted = 0, share * len(index)
     for plate in sorted(sizes, key=lambda name: runs.digest(f"{seed}/{name}"))[:-1]:
         if not held or abs(total + sizes[plate] - wanted) < abs(total - wanted):
             held.add(plate)
@@ -243,7 +244,7 @@ class FieldReader:
 
     def find_size(self, index: Index, channel: str) -> tuple[int, int]:
         """(H, W) of the first field of those that can be had; all ranks ask the same ones."""
-        reasons = Counter()
+        reasons: Counter[str] = Counter()
         for number in np.linspace(0, len(index) - 1, 8).astype(int):
             name = index[number].files.get(channel)
             try:
@@ -266,12 +267,12 @@ class FieldReader:
 
     def _body(self, name: str, **how: bool) -> bytes:
         body = self.store.read(name, self.largest, **how)
-        self.store.patience = math.inf
+        self.store.patience = math.inf                  # the server answered: from now on wait
         return body
 
 
 def _streamed(config: FieldData, index: Index, seed: int) -> Iterator[Pixels]:
-    """The first data.held fields of an index, in the order of a lot, that can be had."""
+    """The first data.held fields of an index that can be read, in random order."""
     reader, channels = FieldReader(index.root, config), index_channels(index, config.channels)
     found = 0
     with closing(reader.store):
@@ -305,11 +306,11 @@ class FoundField(NamedTuple):
 
 def make_index(source: str, channels: Sequence[str] | None = None, signed: bool = False,
                journal: str | Path | None = None) -> tuple[Index, Counter]:
-    """The fields below an s3:// address or folder, and what was counted on the way.
+    """The fields below an s3:// address or folder, and counts of files.
 
     A source with `load_data` in its name is read by its tables, others by the names of files.
-    channels : of which a field must have a file; all that occur by default.
-    journal : file that keeps finished folders; a second call goes on from it.
+    channels : that a field must have; by default all that occur.
+    journal : file of finished folders, from which a second call goes on.
     """
     if not s3.is_remote(source):
         source = str(Path(source).resolve())
@@ -336,10 +337,12 @@ def make_index(source: str, channels: Sequence[str] | None = None, signed: bool 
 
 def _visit_all(visit: Callable, stop: Callable, first: str, what: str, journal: str | Path | None
                ) -> tuple[list[FoundField], Counter]:
-    """All rows below `first`: threads visit folders, each finished one is a line of the journal."""
+    """All rows below `first`; each folder that a thread finished is a line of the journal."""
     from tqdm import tqdm
     done = {} if journal is None else _read_journal(Path(journal), what)
-    rows, counts, waiting, running = [], Counter(), [first], {}
+    rows, waiting = [], [first]
+    counts: Counter[str] = Counter()
+    running: dict[Future, str] = {}
     with (tqdm(unit=" keys", unit_scale=True, file=sys.stderr, delay=1, leave=False) as bar,
           open(journal or os.devnull, "a", encoding="utf-8") as log,
           ThreadPoolExecutor(CONNECTIONS) as threads):
@@ -347,23 +350,23 @@ def _visit_all(visit: Callable, stop: Callable, first: str, what: str, journal: 
             log.write(json.dumps({"what": what}) + "\n")
         try:
             while waiting or running:
-                found = []
+                visited = []
                 while waiting:
-                    place = waiting.pop()
-                    if place in done:
-                        found.append(done.pop(place))
+                    folder = waiting.pop()
+                    if folder in done:
+                        visited.append(done.pop(folder))
                     else:
-                        running[threads.submit(visit, place)] = place
-                finished = () if found else wait(running, return_when=FIRST_COMPLETED)[0]
-                for future in finished:
-                    found.append({"place": running.pop(future), **future.result()})
-                    log.write(json.dumps(found[-1]) + "\n")
-                    log.flush()
-                for one in found:
-                    rows += [FoundField(*values) for values in one["rows"]]
-                    counts.update(one["counts"])
-                    waiting += one["places"]
-                    bar.update(one["counts"]["keys"])
+                        running[threads.submit(visit, folder)] = folder
+                if not visited:
+                    for future in wait(running, return_when=FIRST_COMPLETED)[0]:
+                        visited.append({"place": running.pop(future), **future.result()})
+                        log.write(json.dumps(visited[-1]) + "\n")
+                        log.flush()
+                for result in visited:
+                    rows += [FoundField(*values) for values in result["rows"]]
+                    counts.update(result["counts"])
+                    waiting += result["places"]
+                    bar.update(result["counts"]["keys"])
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
             stop()
@@ -386,7 +389,9 @@ def _read_journal(path: Path, what: str) -> dict[str, dict]:
 
 def _visit_files(store, root: str, place: str) -> dict:
     """Fields of one folder, by the names of its files."""
-    counts, fields, places = Counter(), defaultdict(dict), set()
+    counts: Counter[str] = Counter()
+    fields: dict[tuple, dict[str, tuple[str, int]]] = defaultdict(dict)
+    places: set[str] = set()
     batch, plate, measurement = _acquisition(root + place)
     for folders, files in store.pages(place):
         places.update(f"{place}{folder}/" for folder in folders if folder.isprintable())
@@ -435,7 +440,7 @@ def _visit_tables(store, root: str, place: str) -> dict:
 
 
 def _table_rows(body: bytes, where: str) -> Iterator[tuple]:
-    """Its files have addresses, or paths on the machine that wrote it."""
+    """Rows of a load_data table, with addresses or paths on the machine that wrote it."""
     try:
         text = (gzip.decompress(body) if where.endswith(".gz") else body).decode("utf-8-sig")
     except (EOFError, zlib.error, UnicodeDecodeError, gzip.BadGzipFile) as error:
@@ -443,7 +448,7 @@ def _table_rows(body: bytes, where: str) -> Iterator[tuple]:
     table = csv.DictReader(io.StringIO(text, newline=""))
     labels = [re.sub(r"^(URL|FileName)_Orig", "", column) for column in table.fieldnames or ()
               if re.match(r"(URL|FileName)_Orig", column)]
-    if not labels or "Metadata_Plate" not in table.fieldnames:
+    if not labels or "Metadata_Plate" not in (table.fieldnames or ()):
         raise ValueError(f"{where}: no columns Metadata_Plate and FileName_Orig... or URL_Orig...; "
                          "no load_data table")
     for number, line in enumerate(table, 2):
@@ -463,7 +468,7 @@ def _table_rows(body: bytes, where: str) -> Iterator[tuple]:
 
 
 def _address(line: dict, label: str) -> str:
-    """s3://bucket/key or a path, of one channel in a line of load_data; empty if there is none."""
+    """s3://bucket/key or a path of a channel in a line of load_data, or nothing."""
     url = line.get(f"URL_Orig{label}") or ""
     if not url:
         path, name = (line.get(f"{key}Name_Orig{label}") or "" for key in ("Path", "File"))
@@ -484,14 +489,14 @@ def _site(line: dict) -> tuple[int, int, int]:
 
 
 def _common_folder(folders: Iterable[str]) -> str:
-    """The folder that all of them are in, with a slash at its end; empty if there is none."""
+    """The folder above all, with a slash at its end, or nothing."""
     parts = os.path.commonprefix([folder.rstrip("/").split("/") for folder in folders])
     return "/".join(parts) + "/" if parts else ""
 
 
 def _index_of(rows: list[FoundField], root: str, channels: Sequence[str] | None, counts: Counter
               ) -> Index:
-    """Sorted lines; counts incomplete fields, what they miss, and fields that occur twice."""
+    """An index of sorted rows; counts incomplete and repeated fields, and missing channels."""
     labels = {label for row in rows for label in row.files}
     known = [name for name in JUMP_CHANNELS if name in labels]
     chosen = tuple(channels or [*known, *sorted(labels - set(known))])
@@ -520,7 +525,7 @@ def _index_of(rows: list[FoundField], root: str, channels: Sequence[str] | None,
 
 def local_fields(config: FieldData, seed: int
                  ) -> tuple[tuple[str, ...], list[Callable[[], Pixels]]]:
-    """Names of the channels, and functions that give a field each: first those held out."""
+    """Channels and a function for each field, first for those held out."""
     return (_mixed if config.square else _drawn if config.fields else _whole)(config, seed)
 
 
@@ -561,12 +566,12 @@ def _whole(config: FieldData, seed: int):
 
 
 def _mixed(config: FieldData, seed: int):
-    """Unlike images as fields of one size, with as many channels as those of the first folder have.
+    """Fields of one size from unlike images, with the number of channels of the first folder.
 
-    They are cut into squares that cover them; a smaller image goes on mirrored. Of more channels
-    some are taken, by lot; of fewer each is taken again: with views across channels such a field
-    then teaches what DINO teaches without. Whole images of the first folder, by lot, are held out.
+    Squares cover an image; a smaller one is mirrored. Of more channels some are drawn, fewer are
+    repeated. Random whole images of the first folder are held out.
     """
+    assert config.square
     home, *others = [_images_of(config, folder) for folder in config.folders]
     channels, (C, *_), order = _by_lot(home, config, seed)
     side, read = config.square, functools.lru_cache(maxsize=1)(_pixels)  # squares follow each other
@@ -582,7 +587,7 @@ def _mixed(config: FieldData, seed: int):
     def fit(name: str, pixels: np.ndarray) -> Pixels:                 # (c, h, w) -> (C, side, side)
         c, h, w = pixels.shape
         rng = np.random.default_rng(int(runs.digest(f"{seed}/{name}")[:16], 16))
-        rows = np.resize(rng.permutation(c) if c > C else np.arange(c), C)
+        rows: np.ndarray = np.resize(rng.permutation(c) if c > C else np.arange(c), C)
         return name, np.pad(pixels[rows], ((0, 0), (0, side - h), (0, side - w)), "symmetric"), None
 
     def square(path: Path, used: tuple[str, ...], y: int, x: int) -> Pixels:
@@ -603,7 +608,7 @@ def _mixed(config: FieldData, seed: int):
 
 
 def _images_of(config: FieldData, folder: str) -> list[Path]:
-    """Images below a folder, but for labels and what programs write beside them."""
+    """Images below a folder, without labels and what programs write beside them."""
     root = Path(config.root or "", folder)
     others = (*filter(None, data.ENDS), *data.BYPRODUCTS)
     found = [path for path in images.image_files(root)
@@ -614,11 +619,11 @@ def _images_of(config: FieldData, folder: str) -> list[Path]:
     if not found:
         raise ValueError(f"data.folders: {root}: no images"
                          + (f" with '{config.match}' in their path" if config.match else ""))
-    return sorted(found, key=lambda path: (path.parent.parts, path.name))   # lots follow this order
+    return sorted(found, key=lambda path: (path.parent.parts, path.name))   # before the draw
 
 
 def _by_lot(found: list[Path], config: FieldData, seed: int):
-    """Names of the channels and the shape of the first image, and all in the order of a lot."""
+    """Channels and shape of the first image, and all images in random order."""
     if len(found) <= config.held:
         raise ValueError(f"data.folders={', '.join(config.folders)}: {len(found)} images, expected "
                          f"more than data.held={config.held}")

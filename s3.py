@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import runs
 
@@ -69,17 +69,12 @@ def is_remote(address: object) -> bool:
 
 def open_store(root: str, connections: int = 16, signed: bool = False, cache: Cache | None = None
                ) -> Folder | Bucket:
-    """The store at s3://bucket/prefix or in a folder.
-
-    signed : with the user's credentials. cache : for what comes from S3.
-    """
+    """The store at s3://bucket/prefix or in a folder; signed : with the user's credentials."""
     if not is_remote(root):
         if "://" in root:
             raise ValueError(f"{root}: expected s3://bucket/prefix or a folder; AWS_ENDPOINT_URL "
                              "in the environment names another server")
         return Folder(root)
-    if not root.removeprefix("s3://").strip("/"):
-        raise ValueError(f"{root}: names no bucket, expected s3://bucket/prefix")
     return Bucket(root, connections, signed, cache)
 
 
@@ -96,7 +91,9 @@ class Folder:
     is_remote = False
 
     def __init__(self, root: str):
-        self.root, self.counts = Path(root), Counter()
+        self.root, self.patience = Path(root), 0.0       # a disk answers at once
+        self.counts: Counter[str] = Counter()
+        self.notice: Callable[[str], None] = print       # but there are no notices
         if not self.root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; give one with images, or an s3:// "
                                     "address")
@@ -132,16 +129,18 @@ class Folder:
 class Bucket:
     """A store on S3.
 
-    A try that fails (no connection, reset, cut off, too slow, 5xx, 429) is made again after a wait
+    A try that fails (no connection, reset, cut off, too slow, 5xx, 429) is repeated after a wait
     that doubles. Failures count against an object only if the server answered others meanwhile:
     while nothing answers, threads wait, until `patience` ends.
     """
 
     is_remote = True
 
-    def __init__(self, root: str, connections: int, signed: bool, cache: Cache | None):
+    def __init__(self, root: str, connections: int, signed: bool, cache: Cache | None = None):
+        if not root.removeprefix("s3://").strip("/"):
+            raise ValueError(f"{root}: names no bucket, expected s3://bucket/prefix")
         self.root, self.patience, self.cache = root, PATIENCE, cache
-        self.counts = Counter()                          # bytes, retries, cache_hits
+        self.counts: Counter[str] = Counter()            # bytes, retries, cache_hits
         self.bucket, _, prefix = root.removeprefix("s3://").partition("/")
         self.prefix = prefix.rstrip("/") + "/" if prefix.strip("/") else ""
         access = {} if signed else {"signature_version": botocore.UNSIGNED}
@@ -155,16 +154,14 @@ class Bucket:
         self.server = self.client.meta.endpoint_url
         self.address = root if "amazonaws.com" in self.server else self.server + root
         self._lock, self._stop = threading.Lock(), threading.Event()
-        self._answers, self._good = 0, None              # whole answers so far; the last good key
+        self._answers = 0                                # whole ones so far
+        self._good: str | None = None                    # the last good key
         self._heard = time.monotonic()                   # last sign of life
         self._silent_since: float | None = None          # of an outage that was announced
-
-    def notice(self, text: str) -> None:
-        """Tell a person."""
-        print(text, file=sys.stderr)
+        self.notice: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
 
     def read(self, name: str, largest: float = math.inf, fresh: bool = False) -> bytes:
-        """The bytes of an object of at most `largest` bytes; fresh: not those in the cache."""
+        """The bytes of an object of at most `largest`; fresh: not from the cache."""
         key, address = self.prefix + name, self.address + name
         if self.cache and fresh:
             self.cache.drop(address)
@@ -187,7 +184,7 @@ class Bucket:
             self.counts.update(more)
 
     def _get(self, key: str, seconds: float, largest: float = math.inf, **part: str) -> bytes:
-        """The body of an object, in the pieces that come: a drip of bytes meets the time limit."""
+        """The body of an object, piece by piece, so that a drip of bytes meets the time limit."""
         end = time.monotonic() + seconds
         response = self.client.get_object(Bucket=self.bucket, Key=key, **part)
         self._heard = time.monotonic()
@@ -206,7 +203,7 @@ class Bucket:
         return bytes(body)
 
     def write(self, name: str, file: str | Path) -> None:
-        """Store the bytes of a file as object `name`, which appears whole or not at all."""
+        """Upload a file as object `name`."""
         def put(seconds: float) -> None:
             with open(file, "rb") as body:
                 self.client.put_object(Bucket=self.bucket, Key=self.prefix + name, Body=body)
@@ -217,12 +214,15 @@ class Bucket:
                           f"from {self.server}") from None
 
     def pages(self, folder: str, deep: bool = False) -> Iterator[Page]:
-        """deep: no folders, but all files below, with the folders in their names."""
+        """deep: all files below, with their folders in the names."""
         where, begin = self.prefix + folder, len(self.prefix + folder)
-        more = {} if deep else {"Delimiter": "/"}
-        while more is not None:
-            def ask(seconds: float, more: dict = more) -> dict:
-                return self.client.list_objects_v2(Bucket=self.bucket, Prefix=where, **more)
+        more: dict[str, Any] = {} if deep else {"Delimiter": "/"}
+
+        def ask(seconds: float) -> dict:
+            return self.client.list_objects_v2(Bucket=self.bucket, Prefix=where, **more)
+
+        page: dict[str, Any] = {"IsTruncated": True}
+        while page["IsTruncated"]:
             try:
                 page = self._retried(ask)
             except Absent as error:
@@ -232,11 +232,10 @@ class Bucket:
             yield ([folder[begin:].rstrip("/") for folder in folders],
                    [(entry["Key"][begin:], entry["Size"]) for entry in page.get("Contents", ())
                     if entry["Key"] != where])
-            more = {**more, "ContinuationToken": page.get("NextContinuationToken")}
-            more = more if page["IsTruncated"] else None
+            more["ContinuationToken"] = page.get("NextContinuationToken")
 
     def _retried(self, once: Callable[[float], Answer]) -> Answer:
-        """What once(seconds) answers: tried until it does, is given up, or patience ends."""
+        """The answer of once(seconds), tried until it comes, is given up, or patience ends."""
         known, begun = botocore.exceptions, time.monotonic()
         answers, failures, counted, slow = self._answers, 0, 0, 0
         while not self._stop.is_set():
@@ -272,8 +271,8 @@ class Bucket:
             self._stop.wait(min(LONGEST, 0.1 * 2 ** min(failures, 10)) * random.uniform(0.5, 1))
         raise Closed
 
-    def _refusal(self, error: Exception) -> str:
-        """The status of an answer that another try may mend; Absent if none would."""
+    def _refusal(self, error: Any) -> str:
+        """The status of an answer that another try may mend; else Absent."""
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         code = str(error.response.get("Error", {}).get("Code", ""))
         reason = str(status) if code in ("", str(status)) else f"{status} {code}"
@@ -283,7 +282,7 @@ class Bucket:
         return reason
 
     def _alive(self) -> bool:
-        """Whether the server gives what it gave before."""
+        """Whether the server still gives the last good object."""
         known = botocore.exceptions
         try:
             return bool(self._good and self._get(self._good, TIME_LIMIT, Range="bytes=0-0"))
@@ -307,7 +306,7 @@ class Bucket:
         self.notice(f"{self.root} has not answered for {quiet:.0f} s ({reason})")
 
     def outage(self) -> float:
-        """Seconds that an announced outage has lasted, else 0."""
+        """Seconds since an announced outage began, else 0."""
         since = self._silent_since
         return 0.0 if since is None else time.monotonic() - since
 
@@ -324,10 +323,9 @@ class Bucket:
 # ------------------------------------------------------------------------------------------ cache
 
 class Cache:
-    """Bodies on disk by the hash of their address, at most `limit` bytes.
+    """Bodies on disk by the hash of their address, at most `limit` bytes; the least used go.
 
-    The least recently used goes first. A lock file, which also holds the number of bytes, makes
-    processes take turns.
+    A lock file, which holds the number of bytes, makes processes take turns.
     """
 
     def __init__(self, folder: str | Path, limit: float):
@@ -370,21 +368,21 @@ class Cache:
             beside.unlink(missing_ok=True)
 
     def drop(self, address: str) -> None:
-        """Forget a damaged body; its bytes are counted until the next clearing."""
+        """Remove a damaged body; its bytes count until the next clearing."""
         self.path(address).unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> int:
-        """Remove what is unused for longest until a tenth is free; the number of bytes left."""
-        found, total, wanted = [], 0, max(0, min(0.9 * self.limit, self.limit - size))
+        """Remove the least recently used until a tenth is free; the bytes left."""
+        files, total, wanted = [], 0, max(0, min(0.9 * self.limit, self.limit - size))
         for path in self.folder.glob("??/*"):
             with suppress(FileNotFoundError):
                 status = path.stat()
                 if not path.name.endswith(".part"):
-                    found.append((status.st_mtime_ns, status.st_size, path))
+                    files.append((status.st_mtime_ns, status.st_size, path))
                     total += status.st_size
                 elif status.st_mtime < time.time() - 3600:             # its process was killed
                     path.unlink()
-        for _, length, path in sorted(found):
+        for _, length, path in sorted(files):
             if total <= wanted:
                 break
             path.unlink(missing_ok=True)
@@ -395,17 +393,17 @@ class Cache:
 # -------------------------------------------------------------------- images here, results there
 
 def files_below(address: str, signed: bool = False) -> dict[str, str]:
-    """Address -> name below, of all objects in the folder or bucket `address`."""
-    with closing(open_store(address, 1, signed)) as store:
+    """Address -> name below, of all objects below s3://..."""
+    with closing(Bucket(address, 1, signed)) as store:
         return {f"{address.rstrip('/')}/{name}": name
                 for _, files in store.pages("", deep=True) for name, _ in files}
 
 
 def download(addresses: Sequence[Path | str], signed: bool = False
              ) -> Iterator[tuple[Path | str, Path | OSError]]:
-    """Each address with a file on this machine, or the reason why there is none.
+    """Each address with a file on this machine or an error; the next is fetched meanwhile.
 
-    The next file comes while this one is used; files from S3 are gone after their turn.
+    Files from S3 are removed after their turn.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dinocell-")))
@@ -413,12 +411,12 @@ def download(addresses: Sequence[Path | str], signed: bool = False
         stores: dict[str, Bucket] = {}
 
         def fetch(number: int) -> Path | OSError:
-            address = addresses[number]
+            address = str(addresses[number])
             if not is_remote(address):
                 return Path(address)
             bucket, _, name = address.removeprefix("s3://").partition("/")
             if bucket not in stores:
-                stores[bucket] = open_store(f"s3://{bucket}", 2, signed)
+                stores[bucket] = Bucket(f"s3://{bucket}", 2, signed)
                 stack.callback(stores[bucket].close)
             try:
                 body = stores[bucket].read(name)
@@ -429,7 +427,7 @@ def download(addresses: Sequence[Path | str], signed: bool = False
             file.write_bytes(body)
             return file
 
-        coming = ahead.submit(fetch, 0) if addresses else None
+        coming = ahead.submit(fetch, 0)
         for number, address in enumerate(addresses):
             file = coming.result()
             if number + 1 < len(addresses):
@@ -449,14 +447,11 @@ class OutputFolder:
         return all((self.folder / name).exists() for name in names)
 
     def deliver(self) -> None:
-        """Say that what was written is finished."""
+        """Say that the files are finished."""
 
 
 class OutputBucket(OutputFolder):
-    """A folder on this machine whose files deliver() takes to S3.
-
-    Files that grow, such as a table, stay here and are uploaded now and then.
-    """
+    """A folder on this machine; deliver() uploads its files, those that grow now and then."""
 
     def __init__(self, folder: Path, store: Bucket, growing: Sequence[str]):
         super().__init__(folder)
@@ -486,9 +481,9 @@ class OutputBucket(OutputFolder):
 
 @contextmanager
 def open_output(address: str, growing: Sequence[str] = ()) -> Iterator[OutputBucket]:
-    """The folder for results at s3://...; tables are uploaded even after an interruption."""
+    """The folder for results at s3://...; tables are uploaded after an interruption, too."""
     with (tempfile.TemporaryDirectory(prefix="dinocell-") as folder,
-          closing(open_store(address, 4, signed=True)) as store):
+          closing(Bucket(address, 4, signed=True)) as store):
         output = OutputBucket(Path(folder), store, growing)
         try:
             yield output

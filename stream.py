@@ -92,15 +92,15 @@ class Pool:
 
 
 class ResidentPool(Pool):
-    """A pool filled once with (name, (C, H, W) uint16), equal on all ranks.
-
-    sample() depends on nothing but seed, step and the batch over all ranks.
-    """
+    """A pool filled once with (name, (C, H, W) uint16), equal on all ranks; sample() depends on
+    seed, step and the batch over all ranks alone."""
 
     def __init__(self, arrays: Iterable[tuple[str, np.ndarray]], channels: Sequence[str],
                  device: str | torch.device, rank: int = 0, world: int = 1, seed: int = 0):
         self.rank, self.world, self.seed = check_ranks(rank, world, seed)
-        self.channels, self.names, pixels, limits = tuple(channels), [], [], []
+        self.channels, self.names = tuple(channels), []
+        pixels: list[torch.Tensor] = []
+        limits = []
         for name, array in arrays:
             expected = (len(self.channels), *(pixels[0].shape[1:] if pixels else array.shape[1:]))
             if array.ndim != 3 or array.shape != expected or array.dtype != np.uint16:
@@ -143,9 +143,9 @@ class Job:
     row: int                            # of the index
     name: str
     files: list[str]                    # a name for each channel; empty where the index has none
-    visit: bool                     # it is the pass's turn; else a resident of a checkpoint returns
+    visit: bool                         # of the pass; else a resident of a checkpoint returns
     uses: int                           # crops that a resident had given
-    slot: int                           # where it will be
+    slot: int                           # its place
     planes: np.ndarray               # (C, H, W) uint16: the slot's memory, or pinned beside the GPU
     limits: np.ndarray                  # (C, 2) float32
     waiting: int                        # channels still to come
@@ -156,19 +156,17 @@ class Job:
 class FieldPool(Pool):
     """N decoded fields on the device, replaced one by one in the background.
 
-    There are some more slots than N if not all fields fit: new ones come into these, and when all
-    their channels are there, the slot of the most used field is free for the next. An empty slot
-    has the name None.
+    If not all fields fit there are some slots more than N, which are empty (name None): a new field
+    comes into one, and when its channels are complete it frees the slot of the most used field that
+    is not in the current batch.
 
-    config : `pool` is N, fewer if the shard has no more; `least` crops that a field gives before it
-        may go, so that downloads wait for slow training.
-    bad_fields : table to which fields are added that could not be had.
+    config : `pool` is N; `least` crops that a field gives before it may go: downloads wait for them
+    bad_fields : table of the fields that could not be had.
 
     Every pass visits each field of this rank's shard once, in an order of seed, pass and rank.
-    Threads start with the first sample(), so restore() comes before it. sample() waits until half
-    of the N fields are there, or a batch. The most used field goes first, never one of the current
-    batch. On a GPU all work on a batch must have been queued on the current stream before the next
-    sample(). No answer at the start is an error; later outages are waited for.
+    restore() comes before the first sample(), which starts the threads. sample() waits for half of
+    the N fields, or a batch. On a GPU queue all work on a batch on the current stream before the
+    next sample(). No answer at the start is an error; later outages are waited for.
     """
 
     def __init__(self, index: fields.Index, config: fields.FieldData, device: str | torch.device,
@@ -184,7 +182,8 @@ class FieldPool(Pool):
         self._floor = self._fields // 2
         self._threads = config.threads
         self._limit = 2 * math.ceil(config.threads / len(self.channels)) + 2   # fields on their way
-        self._bad_file, self.bad = bad_fields, {}                  # name: reason
+        self._bad_file = bad_fields
+        self.bad: dict[str, str] = {}                              # name: reason
         self._slot_of: dict[int, int] = {}                       # row: slot of those that are ready
         self._reader = fields.FieldReader(index.root, config)
         self._store, self._store.notice = self._reader.store, self._notice
@@ -216,7 +215,9 @@ class FieldPool(Pool):
         self._waited = 0.0                                    # seconds that sample() did not answer
         self.stopped: Callable[[], bool] = lambda: False           # asked while sample() waits
         self._last = time.monotonic(), 0, 0                        # of stats(): when, fields, bytes
-        self._closing, self._error, self._workers = False, None, []
+        self._closing = False
+        self._error: Exception | None = None                       # goes to sample()
+        self._workers: list[threading.Thread] = []
 
     def _notice(self, text: str) -> None:
         print(f"{text}; {len(self._slot_of)} fields are here", file=sys.stderr)
@@ -286,7 +287,7 @@ class FieldPool(Pool):
     # ------------------------------------------------------------------------------ background
 
     def _work(self) -> None:
-        """Fetch files until the pool is closed; an error goes to sample()."""
+        """Fetch files until the pool is closed."""
         problem: Exception | None = RuntimeError("a download thread failed; its traceback is above")
         try:
             while (task := self._next()) is not None:
@@ -302,7 +303,7 @@ class FieldPool(Pool):
                 self._changed.notify_all()
 
     def _next(self) -> Callable[[], None] | None:
-        """Which file to fetch now; waits while there is none."""
+        """The next file to fetch; waits while there is none."""
         with self._changed:
             while not self._closing and self._error is None:
                 if not self._tasks:
@@ -375,7 +376,7 @@ class FieldPool(Pool):
             self._changed.notify_all()
 
     def _send(self, job: Job) -> None:
-        """Put limits into the slot, and pixels too if they are not there already."""
+        """Put limits into the slot, on a GPU pixels too."""
         limits = torch.from_numpy(job.limits)
         if not self.pixels.is_cuda:
             self.limits[job.slot] = limits
@@ -388,7 +389,7 @@ class FieldPool(Pool):
             self._stream.record_event().synchronize()           # this thread waits, the GPU goes on
 
     def _settle(self) -> None:
-        """Let complete fields take part; for each the most used one goes, of several the oldest."""
+        """Make complete fields available; for each the most used goes, of several the oldest."""
         while self._complete:
             if self._ready.sum() >= self._fields:
                 may = self._ready & ~self._drawn & (self._uses >= self._least)
@@ -451,7 +452,7 @@ class FieldPool(Pool):
     # -------------------------------------------------------------------- checkpoint, log, end
 
     def state(self) -> dict:
-        """For the checkpoint: what this rank visited in the pass, and residents."""
+        """State for the checkpoint: fields visited in the pass, and residents."""
         with self._changed:
             here = np.flatnonzero(self._ready)
             rows = [*self._rows[here].tolist(), *(row for row, _ in self._refill)]
@@ -466,11 +467,11 @@ class FieldPool(Pool):
                     "uses": torch.tensor(uses, dtype=torch.int64), "bytes": self._bytes()}
 
     def restore(self, state: dict | Sequence[dict]) -> None:
-        """Go on in the pass; residents are fetched again.
+        """Go on in the pass, from the states of all ranks if their number changed.
 
-        With the states of all ranks, the number of ranks may change.
+        Residents are fetched again.
         """
-        states = [state] if isinstance(state, dict) else sorted(state, key=lambda one: one["rank"])
+        states = [state] if isinstance(state, dict) else sorted(state, key=lambda s: s["rank"])
         if self._workers:
             raise ValueError("restore() after sample(): expected before the first one")
         for one in states:
@@ -543,12 +544,12 @@ class FieldPool(Pool):
 
 
 def shard(fields: int, seed: int, rank: int, world: int) -> np.ndarray:
-    """The rows of the index that are this rank's: disjoint, together all, by lot."""
+    """This rank's share of the rows of the index, by chance."""
     return np.random.default_rng((seed, 0)).permutation(fields)[rank::world]
 
 
 def add_line(path: Path, *cells: str) -> None:
-    """Add a line to bad_fields.tsv; processes may share it: a short line is written at once."""
+    """Add a line to bad_fields.tsv in one write, since processes may share it."""
     line = "\t".join(" ".join(cell.split()) for cell in cells) + "\n"
     with open(path, "ab", buffering=0) as file:
         head = "" if file.tell() else "name\tfile\treason\n"

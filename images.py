@@ -12,12 +12,11 @@
 Reads TIFF (ImageJ, OME, BigTIFF, tiled, 1 to 64 bits, float), PNG, JPEG and .npy, in the file's own
 dtype and native byte order. Channels, planes and time points are counted from 1, as ImageJ does.
 
-What the axes of a file mean is taken from the file and never guessed. C and samples (RGB) are
-channels. Z and T must be chosen where they are longer than 1. Pages that no metadata explains are
-an error, unless plane= says that they are a stack or channels= that they are channels. A 3-D .npy
-is (C, H, W), or (H, W, C) if only its last axis is 4 or less. Alpha is dropped with a notice. A
-palette becomes RGB, but ImageJ's lookup tables only colour the screen: there the stored values
-stay. MinIsWhite is not inverted, EXIF's orientation is not applied: pixels as stored.
+Axes are read from the file and never guessed. C and samples (RGB) are channels. Z and T longer than
+1 must be chosen. Pages without metadata are an error, unless plane= says that they are a stack or
+channels= that they are channels. A 3-D .npy is (C, H, W), or (H, W, C) if only its last axis is 4
+or less. Alpha is dropped with a notice. A palette becomes RGB, unless ImageJ wrote it, whose lookup
+tables only colour the screen. MinIsWhite and EXIF's orientation are not applied: pixels as stored.
 """
 from __future__ import annotations
 
@@ -60,7 +59,7 @@ COUNTED = 1 << 22                       # pixels of a channel that percentiles()
 CALIBRATED = 20.0             # µm; a larger pixel in resolution tags is a printer's: 1200 dpi is 21
 MICROMETRES = {**dict.fromkeys(("µm", "μm", "\\u00b5m", "um", "micron", "microns"), 1.0),
                "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25400.0, "in": 25400.0}
-# What decoders let out when bytes are wrong or missing.
+# errors of decoders when bytes are wrong or missing
 DAMAGE = (tokenize.TokenError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError,
           AssertionError, AttributeError, OSError, SyntaxError, ImportError, struct.error,
           zlib.error, lzma.LZMAError, tifffile.TiffFileError)
@@ -76,14 +75,14 @@ Selector = Callable[[str, Sequence[int]], tuple[str, tuple[int | slice, ...]]]  
 
 
 class Image(NamedTuple):
-    """What read_image returns."""
+    """An image, from read_image."""
     pixels: np.ndarray                                             # (C, H, W) in the file's dtype
     channels: tuple[str, ...] | None                               # names
     pixel_size: float | None                                       # µm
 
 
 class Damaged(ValueError):
-    """Bytes that are no whole image, perhaps because of how they came."""
+    """Bytes that are no whole image; fetched again they may be."""
 
 
 # ---------------------------------------------------------------------------------------- folders
@@ -126,7 +125,7 @@ def read_image(path: str | Path, channels: Channels = None, plane: int | None = 
 
 
 def told(path: str | Path, notice: str) -> str | None:
-    """The text of a notice for the 1st, 10th, 100th ... file that has it, else None."""
+    """The text of a notice for the 1st, 10th, 100th ... file with it, else None."""
     TOLD[notice] += 1
     count = TOLD[notice]
     if count != 10 ** (len(str(count)) - 1):
@@ -139,7 +138,7 @@ def open_image(path: str | Path, channels: Channels = None, plane: int | None = 
     """Open an image without decoding it (PNG and JPEG are decoded now and kept).
 
     channels : numbers from 1 or names in any case, in the order wanted; None for all.
-    plane, time : which of a stack's Z planes and time points, from 1.
+    plane, time : of a stack, from 1.
     """
     path = Path(path)
     with open(path, "rb") as file:                       # the system says if missing, a folder, ...
@@ -167,7 +166,7 @@ class Source:
     def __init__(self, path: Path, channels: Channels, read: Read,
                  shape: tuple[int, int, int], dtype: np.dtype, names: Sequence[str] | None = None,
                  pixel_size: float | None = None, notices: Sequence[str] = (), alpha: bool = False):
-        """shape counts all channels that read() gives; the last one of them may be alpha."""
+        """shape counts all channels of read(), of which the last may be alpha."""
         if 0 in shape or dtype.kind not in "buif" or dtype.itemsize > 8:
             raise ValueError(f"{path}: pixels of {dtype}, (C, H, W) = {shape}; expected at least "
                              "one pixel, integers or floats of at most 64 bits")
@@ -210,7 +209,7 @@ class Source:
 
 def _pick_channels(path: Path, channels: Channels, count: int,
                    names: Sequence[str]) -> list[int]:
-    """Channel numbers from 0 for what the user wrote."""
+    """Channel numbers from 0."""
     if channels is None:
         return list(range(count))
     known, picked = [name.lower() for name in names], []
@@ -234,7 +233,7 @@ def _pick_channels(path: Path, channels: Channels, count: int,
 
 def _select(path: Path, plane: int | None, time: int | None, by_channel: bool,
            axes: str, shape: Sequence[int]) -> tuple[str, tuple[int | slice, ...]]:
-    """The axes to keep, of C, S(amples), Y, X, and an index of the user's plane in all others."""
+    """The axes C, S(amples), Y, X of an array, and the index that selects the plane wanted."""
     letters, index, missing = list(axes), [], []
     unknown = [i for i, a in enumerate(axes) if a not in "CSYXZT" and shape[i] > 1]
     if len(unknown) == 1 and plane is not None and "Z" not in axes:
@@ -265,7 +264,7 @@ def _select(path: Path, plane: int | None, time: int | None, by_channel: bool,
 
 @contextmanager
 def decoding(path: Path, codec: str = "") -> Iterator[None]:
-    """Damage and missing codecs as one line; around calls of the decoders and nothing else."""
+    """Report damage and missing codecs in one line."""
     try:
         yield
     except DAMAGE as error:
@@ -315,15 +314,15 @@ def _open_png_jpeg(path: Path, select: Selector, files: ExitStack) -> dict[str, 
     return _from_arrays([array], "YXC"[:array.ndim], alpha=array.shape[2:] in ((2,), (4,)))
 
 
-def _sixteen_bits(path: Path, image: PIL.Image.Image) -> np.ndarray:
-    """(H, W) or (H, W, C) uint16 of a 16-bit PNG; of colours Pillow alone keeps the high byte.
+def _sixteen_bits(path: Path, image: Any) -> np.ndarray:
+    """(H, W) or (H, W, C) uint16 of a 16-bit PNG; of colours Pillow keeps the high byte only.
 
-    So it decodes twice, told that samples are big-endian, as they are, then that they are
-    little-endian, so that it keeps the low byte. Gray with alpha is unpacked as four of 8 bits.
+    Decoded again as little-endian, which is wrong, it keeps the low byte. Gray with alpha is
+    unpacked as four samples of 8 bits.
     """
     def unpacked(raw: str) -> np.ndarray:
         with PIL.Image.open(path) as again:
-            again.tile = [(*tile[:3], raw) for tile in again.tile]
+            again.tile = [tile._replace(args=raw) for tile in again.tile]
             return np.asarray(again).astype(np.uint16)
 
     if image.mode.startswith("I"):
@@ -341,7 +340,8 @@ def _open_tiff(path: Path, select: Selector, files: ExitStack) -> dict[str, Any]
         tif = files.enter_context(tifffile.TiffFile(path, _multifile=False))   # opens no other file
         series = tif.series[0]
         axes, shape, dtype, offset = series.axes, series.shape, series.dtype, series.dataoffset
-        page, pages = series.keyframe, series.pages
+        page: Any = series.keyframe
+        pages: Any = series.pages
         inner, more = page.axes, _tiff_metadata(tif, page)
     lead = shape[:-len(inner)]
     if "S" in inner and "S" not in axes and axes[-3:].replace("C", "S") == inner:
@@ -356,7 +356,7 @@ def _open_tiff(path: Path, select: Selector, files: ExitStack) -> dict[str, Any]
     stored_as = dtype.newbyteorder(tif.byteorder)
     if offset is not None:                                 # one run of bytes; pages may be unlisted
         _check_extent(path, offset + math.prod(shape) * dtype.itemsize)
-        stored = _from_arrays([np.memmap(path, stored_as, "r", offset, shape)[where]], kept)
+        stored: Any = _from_arrays([np.memmap(path, stored_as, "r", offset, shape)[where]], kept)
     else:
         chosen = np.arange(len(pages)).reshape(lead)[where[:len(lead)]]
         with decoding(path):
@@ -368,9 +368,8 @@ def _open_tiff(path: Path, select: Selector, files: ExitStack) -> dict[str, Any]
             maps = [np.memmap(path, stored_as, "r", start, page.shape) for start in offsets]
             stored = _from_arrays(maps, inner)
         else:
-            stored = dict(read=_Segments(path, pages), dtype=dtype,
-                          shape=(len(pages) * page.samplesperpixel, page.imagelength,
-                                 page.imagewidth))
+            shape = len(pages) * page.samplesperpixel, page.imagelength, page.imagewidth
+            stored = dict(read=_Segments(path, pages), dtype=dtype, shape=shape)
     if page.photometric == tifffile.PHOTOMETRIC.PALETTE and not tif.is_imagej:
         colours = page.colormap                                    # (3, 2 ** bits) uint16
         if not (colours % 257).any() or not (colours % 256).any():
@@ -382,15 +381,15 @@ def _open_tiff(path: Path, select: Selector, files: ExitStack) -> dict[str, Any]
 
 
 def _tiff_metadata(tif: tifffile.TiffFile, page: Any) -> dict[str, Any]:
-    """Channel names, pixel size in µm and notices, from OME, else ImageJ, else resolution tags."""
+    """Channel names, pixel size and notices, from OME, else ImageJ, else resolution tags."""
     sizes, largest, notices = [], math.inf, []
     pixels = None                                                  # of the first image
     if tif.is_ome:
         with suppress(ElementTree.ParseError):
-            pixels = ElementTree.fromstring(tif.ome_metadata).find(".//{*}Pixels")
+            pixels = ElementTree.fromstring(tif.ome_metadata or "").find(".//{*}Pixels")
     if pixels is not None:
         names = [channel.get("Name") for channel in pixels.iterfind("{*}Channel")]
-        if tif.series[0].kind != "ome":        # one file of a set: whose planes it has is not known
+        if tif.series[0].kind != "ome":        # one file of a set: its channels are not known
             names = None
         for key in ("PhysicalSizeX", "PhysicalSizeY"):
             unit = MICROMETRES.get(pixels.get(key + "Unit", "µm").lower(), 0)
@@ -426,7 +425,7 @@ def _check_extent(path: Path, end: int) -> None:
 
 
 class _Segments:
-    """Reads the tiles or strips of TIFF pages that overlap a region; keeps the last ones."""
+    """Reader of the tiles or strips of TIFF pages, with a cache of the last ones."""
 
     def __init__(self, path: Path, pages: list[Any]):
         self.path, self.pages = path, pages
@@ -454,7 +453,7 @@ class _Segments:
         S = self.key.samplesperpixel
         h, w = rows.stop - rows.start, columns.stop - columns.start
         out = np.empty((len(channels), h, w), self.key.dtype)
-        # Two bands of a walk share a row of tiles: it must fit, whatever its size.
+        # two bands of a walk share a row of tiles, which must fit
         limit = max(CACHE, len(channels) * self.h * self.key.imagewidth * out.itemsize)
         for page in dict.fromkeys(i // S for i in channels):
             samples = {k: i % S for k, i in enumerate(channels) if i // S == page}
@@ -544,9 +543,8 @@ def to_rgb(pixels: np.ndarray) -> np.ndarray:
 def percentiles(image: Source | np.ndarray, low: float = 1.0, high: float = 99.8) -> np.ndarray:
     """The low and high percentile of each channel over the whole image, (C, 2) float64.
 
-    Exactly numpy.percentile. Integers of 8 and 16 bits are counted in bands of the image; of other
-    types all pixels are in memory at once. Where the two are equal, as in a black image with few
-    cells, the high one is the channel's largest value.
+    As numpy.percentile, but integers of 8 and 16 bits are counted band by band. Where the two are
+    equal, as in a black image with few cells, the high one is the channel's largest value.
     """
     pixels = math.prod(image.shape[1:])
     at = np.array([low, high]) / 100 * (pixels - 1)                # ranks, between two values
@@ -579,7 +577,7 @@ def _ranked_by_sorting(image: Source | np.ndarray, ranks: Sequence[int]) -> np.n
 
 
 def _bands(image: Source | np.ndarray) -> Iterator[np.ndarray]:
-    """Some rows after the other, (C, h, W)."""
+    """Bands of rows, (C, h, W)."""
     _, H, W = image.shape
     rows = max(1, COUNTED // W)
     for y in range(0, H, rows):
@@ -588,10 +586,10 @@ def _bands(image: Source | np.ndarray) -> Iterator[np.ndarray]:
 
 
 def sampled_limits(pixels: np.ndarray) -> np.ndarray:
-    """Percentiles 1 and 99.8 of each channel, (C, 2) float32, for images that come in a stream.
+    """Percentiles 1 and 99.8 of each channel, (C, 2) float32, for a stream of images.
 
-    Exact up to 512 x 512 px. Of larger images every k-th row and column is looked at, since all of
-    them would take longer than to decode; ranks are off by about 0.04 % then.
+    Exact up to 512 x 512 px; of larger images from every k-th row and column, which puts ranks off
+    by about 0.04 %: all would take longer than decoding.
     """
     step = max(1, math.isqrt((pixels[0].size - 1) // SAMPLED))
     return percentiles(pixels[:, ::step, ::step]).astype(np.float32)
@@ -600,8 +598,8 @@ def sampled_limits(pixels: np.ndarray) -> np.ndarray:
 def normalise(pixels: np.ndarray, limits: np.ndarray) -> np.ndarray:
     """(x - low) / (high - low) per channel, clipped to [0, 1], float32; 0 where low = high.
 
-    Clipped since a hot pixel or a speck of dirt lies far above the high percentile and would rule
-    what the network sees around it. pixels : (C, H, W); limits : (C, 2), as from percentiles().
+    Clipped, since a hot pixel or a speck of dirt would rule what the network sees around it.
+    pixels : (C, H, W); limits : (C, 2).
     """
     low, high = np.asarray(limits, np.float64).T[..., None, None]  # (C, 1, 1) each
     scale = np.divide(1, high - low, out=np.zeros_like(low), where=high > low)
@@ -614,10 +612,7 @@ def normalise(pixels: np.ndarray, limits: np.ndarray) -> np.ndarray:
 # --------------------------------------------------------------------------------- writing, labels
 
 def write_image(path: Path, image: Image) -> None:
-    """Compressed TIFF; OME, with channel names and pixel size, if that knows the type.
-
-    Always equal bytes.
-    """
+    """Write a compressed TIFF, the same bytes always; an OME one if OME knows the type."""
     ome: dict[str, Any] = {"UUID": uuid.uuid5(uuid.NAMESPACE_URL, path.name).urn}
     if image.channels:
         ome["Channel"] = {"Name": list(image.channels)}
@@ -626,25 +621,23 @@ def write_image(path: Path, image: Image) -> None:
     known = image.pixels.dtype.str[1:] in ("u1", "u2", "u4", "i1", "i2", "i4", "f4", "f8")
     with replacing(path) as temporary:
         tifffile.imwrite(temporary, image.pixels, photometric="minisblack", compression="zlib",
-                         ome=known,
-                         metadata={"axes": "CYX", **(ome if known else {})})
+                         ome=known, metadata={"axes": "CYX", **(ome if known else {})})
 
 
 def read_labels(path: str | Path) -> np.ndarray:
-    """(H, W) int32 label image from TIFF, PNG or .npy."""
+    """(H, W) int32 labels from TIFF, PNG or .npy."""
     with open_image(path) as source:
         if source.shape[0] != 1 or source.dtype.kind == "f":
             raise ValueError(f"{path}: {source.shape[0]} channels of {source.dtype}, expected "
-                             f"labels: one "
-                             f"channel of integers; give each cell a whole number and save it as "
-                             f"uint16")
+                             "labels: one channel of integers; give each cell a whole number and "
+                             "save it as uint16")
         labels = source.region(0, source.shape[1], 0, source.shape[2])[0]
     check_labels(labels, path, np.iinfo(np.int32).max)
     return labels.astype(np.int32)
 
 
 def write_labels(path: str | Path, labels: np.ndarray, pixel_size: float | None = None) -> None:
-    """Compressed TIFF, uint16, uint32 if ids pass 65,535; pixel_size in µm."""
+    """Write a compressed TIFF of uint16, or uint32 if ids pass 65,535; pixel_size in µm."""
     check_labels(labels, path, np.iinfo(np.uint32).max)
     dtype = np.uint16 if labels.max(initial=0) < 1 << 16 else np.uint32
     with replacing(path) as temporary:
@@ -654,15 +647,15 @@ def write_labels(path: str | Path, labels: np.ndarray, pixel_size: float | None 
 class LabelWriter:
     """A label image (H, W) written while its parts come, left to right and top to bottom.
 
-    One part that is the whole image becomes a plain TIFF, several a tiled one of uint32, a BigTIFF
-    where it is large. In memory lies a band of parts. The file appears when it is closed.
+    A single part becomes a plain TIFF, several a tiled one of uint32. A band of parts lies in
+    memory. The file appears when it is closed.
     """
 
     def __init__(self, path: str | Path, size: tuple[int, int], pixel_size: float | None = None):
         self.path, self.size, self.pixel_size = Path(path), size, pixel_size
         self.whole: np.ndarray | None = None                       # the only part
         self.band = np.zeros((0, size[1]), np.uint32)  # rows that are not compressed yet
-        # compressed tiles, one after the other; close() closes it
+        # compressed tiles, until close()
         self.spool = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
         self.lengths: list[int] = []                               # their bytes
 
@@ -673,17 +666,15 @@ class LabelWriter:
             self.whole = labels
             return
         if columns.start == 0:
-            self.band = np.concatenate((self.band, np.zeros((rows.stop - rows.start, W),
-                                                            np.uint32)))
+            self.band = np.pad(self.band, ((0, rows.stop - rows.start), (0, 0)))
         self.band[len(self.band) - (rows.stop - rows.start):, columns] = labels
         if columns.stop == W:
             while len(self.band) >= LABEL_TILE or (len(self.band) and rows.stop == H):
                 for x in range(0, W, LABEL_TILE):
                     part = self.band[:LABEL_TILE, x:x + LABEL_TILE]
                     padded = np.pad(part, [(0, LABEL_TILE - n) for n in part.shape])
-                    self.lengths.append(
-                        self.spool.write(zlib.compress(padded.astype("<u4").tobytes(), 3))
-                    )
+                    tile = zlib.compress(padded.astype("<u4").tobytes(), 3)
+                    self.lengths.append(self.spool.write(tile))
                 self.band = self.band[LABEL_TILE:]
 
     def close(self) -> None:
@@ -691,10 +682,8 @@ class LabelWriter:
         if self.whole is not None:
             self.spool.close()
             return write_labels(self.path, self.whole, self.pixel_size)
-        (H, W), expected = (
-            self.size,
-            -(-self.size[0] // LABEL_TILE) * -(-self.size[1] // LABEL_TILE),
-        )
+        H, W = self.size
+        expected = math.ceil(H / LABEL_TILE) * math.ceil(W / LABEL_TILE)
         if len(self.lengths) != expected:
             raise ValueError(f"{self.path}: {len(self.lengths)} tiles of labels, expected "
                              f"{expected} for {H} x {W} px")
@@ -707,10 +696,12 @@ class LabelWriter:
 
 
 def _label_options(pixel_size: float | None) -> dict[str, Any]:
-    calibration = dict(resolution=(1e4 / pixel_size,) * 2,
-                       resolutionunit="CENTIMETER") if pixel_size else {}
-    fast = {"level": 3}  # a third less would take three times as long
-    return dict(compression="zlib", compressionargs=fast, photometric="minisblack", **calibration)
+    options: dict[str, Any] = dict(
+        compression="zlib", photometric="minisblack",
+        compressionargs={"level": 3})  # a third less would take three times as long
+    if pixel_size:
+        options |= dict(resolution=(1e4 / pixel_size,) * 2, resolutionunit="CENTIMETER")
+    return options
 
 
 def check_labels(labels: np.ndarray, where: str | Path, largest: int) -> None:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,9 +54,9 @@ GEOMETRY = ("scale", "on_cell", "flip", "quarter", "rotate", "elastic", "elastic
 
 
 def light_of(changes: dict | None = None) -> Augment:
-    """What happens to the intensities of crops, from the section `augment` of a configuration.
+    """Changes of intensity of crops, from the section `augment` of a configuration.
 
-    Geometry, colour and empty fields of augment.py have no part here: naming them is an error.
+    Keys of geometry, colour and empty fields are an error here.
     """
     if wrong := [key for key in changes or {} if key in GEOMETRY]:
         known = [f.name for f in fields(Augment) if f.name not in GEOMETRY]
@@ -66,14 +66,14 @@ def light_of(changes: dict | None = None) -> Augment:
 
 
 class Stains(NamedTuple):
-    """How many channels a pool has, and which of them are of each kind."""
+    """The number of channels of a pool, and those of each kind."""
     number: int
     fluorescence: tuple[int, ...]
     brightfield: tuple[int, ...]
 
 
 def stains_of(channels: Sequence[str], brightfield: Sequence[str]) -> Stains:
-    """Sort channels by name, in any case; whatever is not brightfield is fluorescence."""
+    """Sort channels by name, in any case; all others are fluorescence."""
     names = {name.lower() for name in brightfield}
     bright = tuple(i for i, name in enumerate(channels) if name.lower() in names)
     fluorescence = tuple(i for i in range(len(channels)) if i not in bright)
@@ -84,11 +84,10 @@ def stains_of(channels: Sequence[str], brightfield: Sequence[str]) -> Stains:
 
 
 def channel_weights(config, stain: Draws, crop: Draws, kinds: Stains) -> np.ndarray:
-    """How much of each channel each view shows: (V, B, C), rows sum to 1.
+    """The share of each channel in each view: (V, B, C), rows sum to 1.
 
     stain : draws of the B samples for their global views. In a training all are equal, so that
-        Sinkhorn-Knopp and KoLeo, which compare the fields of a step, cannot tell them by their
-        stain.
+        Sinkhorn-Knopp and KoLeo cannot tell the fields of a step by their stain.
     crop : draws of the V B crops.
     """
     B, V, C = len(stain.key), 2 + config.locals, kinds.number
@@ -132,8 +131,8 @@ def place_views(config, field: Draws, crop: Draws, extent: tuple[int, int]
     """Lay the views of each sample into one neighbourhood, and that into a field of `extent` px.
 
     The second global view shares at least `overlap` with the first; every local view lies within
-    one of the two. What does not fit into the field hangs over on both sides alike, where pixels
-    are mirrored. Returns centre (V, B, 2), y and x in px of the field, and matrix (V, B, 2, 2):
+    one of the two. What exceeds the field hangs over on both sides alike, where pixels are
+    mirrored. Returns centre (V, B, 2), y and x in px of the field, and matrix (V, B, 2, 2):
     field px = matrix @ (px of the view from its middle) + centre.
     """
     B, V = len(field.key), 2 + config.locals
@@ -253,9 +252,8 @@ def block_masks(seed: int, numbers: np.ndarray, h: int, w: int,
                 ratio: tuple[float, ...] = (0.1, 0.5)) -> np.ndarray:
     """Patches to hide from the student: (2, B, h w) bool, for both global views of the samples.
 
-    One of the two views, by chance, keeps all its patches: half of the crops are masked. In the
-    other a share of the patches, drawn evenly from `ratio`, is hidden in blocks; as many as that
-    exactly. A sample's mask depends on (seed, its number) alone.
+    One of the two, by chance, is not masked. In the other a share of patches, drawn evenly from
+    `ratio`, is hidden in blocks, exactly. A sample's mask depends on (seed, its number) alone.
     """
     masks = np.zeros((2, len(numbers), h, w), bool)
     for b, number in enumerate(numbers):
@@ -282,9 +280,8 @@ def block_masks(seed: int, numbers: np.ndarray, h: int, w: int,
 
 # ------------------------------------------------------------------------------------------ losses
 #
-# Each is a mean over this process's share of the batch, in float32. Whatever looks across the batch
-# (Sinkhorn-Knopp, KoLeo) looks across all processes of the group, so that n processes with a share
-# each learn what one with the whole batch learns.
+# Each is a mean over this process's share of the batch, in float32. Sinkhorn-Knopp and KoLeo look
+# across all processes of the group, so that n processes learn what one with the whole batch learns.
 
 def in_group() -> bool:
     """Whether this process is one of several."""
@@ -310,27 +307,28 @@ def _log_sum_of_ranks(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sinkhorn(parts: Callable[[], Iterable[Tensor]], iterations: int = 3) -> Tensor:
-    """What to add to the logits so that softmax uses all prototypes equally: (K,) float32.
+    """The summand of logits with which softmax uses all prototypes equally: (K,) float32.
 
     parts : called once per iteration, gives the logits / temperature (m, K) of all samples of this
-        process, part by part; they need never lie in memory together. Sums run over the samples of
-        all processes.
+        process, part by part. Sums run over the samples of all processes.
 
     Scaling exp(logits) alternately, the columns (prototypes) to equal sums and the rows (samples)
     to 1, leaves a_k exp(l_ik) b_i; the last rows' step makes that softmax_k(l_ik + log a_k), so
-    that log a is all one must keep. The numbers of samples and prototypes, which the textbook
-    divides by, are factors common to all a_k: they cancel.
+    that log a is enough. The numbers of samples and prototypes, by which the textbook divides, are
+    common to all a_k and cancel.
     """
-    log_a = None
+    log_a: Tensor | None = None
     for _ in range(iterations):
-        total = None
+        total: Tensor | None = None
         for logits in parts():
             logits = logits.float()
             if log_a is not None:
                 logits = logits - (logits + log_a).logsumexp(1, keepdim=True)    # (m, K) times b_i
             part = logits.logsumexp(0)                                           # (K,)
             total = part if total is None else torch.logaddexp(total, part)
+        assert total is not None
         log_a = -_log_sum_of_ranks(total)
+    assert log_a is not None
     return log_a
 
 
@@ -344,8 +342,7 @@ def dino_loss(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """Cross-entropy of every view of the student against the teacher's two, none against itself.
 
     student : (V, B, K) logits, the two global views first; targets : (2, B, K). The mean is over
-    all 2 + 2 (V - 2) pairs, so that eight local views weigh as 16 terms against the 2 of the global
-    ones.
+    all 2 + 2 (V - 2) pairs: eight local views have 16 terms, the global ones 2.
     """
     log_p = (student.float() / temperature).log_softmax(-1)
     crossed = (targets.flip(0) * log_p[:2]).sum()
@@ -359,12 +356,11 @@ def ibot_loss(student: Tensor, teacher: Tensor, weight: Tensor, crops: int,
               teacher_temperature: float, chunk: int = 4096) -> Tensor:
     """Cross-entropy on the masked patches, as the teacher sees them unmasked.
 
-    student, teacher : (M, b) what the heads make of the masked patches.
+    student, teacher : (M, b) outputs of the heads for the masked patches.
     weight : (M,) 1 / masked patches in the crop.
     crops : global crops of this process, masked or not.
-    chunk : rows of the logits (M, K) that exist at a time. For the gradient they are computed
-        again, a matrix product each, instead of kept: 15,000 patches at batch 64 times 8,192
-        prototypes would be 0.5 GB each time, at 65,536 prototypes 4 GB.
+    chunk : rows of the logits (M, K) that exist at a time; the backward pass computes them again.
+        15,000 patches at batch 64 times 8,192 prototypes would be 0.5 GB, 4 GB at 65,536.
     """
     def cross_entropy(z: Tensor, target: Tensor, w: Tensor) -> Tensor:
         with torch.no_grad():
@@ -402,9 +398,8 @@ def koleo_loss(x: Tensor) -> Tensor:
 class Prototypes(nn.Linear):
     """K logits of unit vectors; no bias. They begin at length 1: the first logits are cosines.
 
-    unit : they are kept at length 1. A head that may shrink its prototypes can make all its answers
-        alike, which small batches and short training from scratch lead it to; DINOv3, with batches
-        in the thousands, lets them be.
+    unit : keep them at length 1. A head that may shrink its prototypes can make all its answers
+        alike, as happens with small batches and short training from scratch.
     """
 
     def __init__(self, bottleneck: int, count: int, unit: bool = False):
@@ -427,7 +422,8 @@ class Head(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden),
                                  nn.GELU(), nn.Linear(hidden, bottleneck))
         self.prototypes = Prototypes(bottleneck, prototypes, unit)
-        for layer in self.mlp[::2]:
+        linear: list[Any] = list(self.mlp)[::2]
+        for layer in linear:
             nn.init.trunc_normal_(layer.weight, std=layer.in_features ** -0.5)
             nn.init.zeros_(layer.bias)
 
@@ -436,10 +432,10 @@ class Head(nn.Module):
 
 
 class PackedViT(nn.Module):
-    """A backbone that takes crops of several sizes in one pass, and computes nothing for padding.
+    """A backbone that takes crops of several sizes in one pass, without padding.
 
-    The tokens of all crops lie end to end: norms and MLPs, which see one token at a time, run over
-    all of them at once; only attention, which must not look from crop to crop, goes size by size.
+    Norms and MLPs, which see one token at a time, run over the tokens of all crops at once;
+    attention, which must not look from crop to crop, goes size by size.
     """
 
     def __init__(self, vit: ViT):
@@ -449,7 +445,8 @@ class PackedViT(nn.Module):
     def forward(self, crops: list[Tensor], mask: Tensor | None = None, jitter: Tensor | None = None
                 ) -> list[Tokens]:
         """crops : (B_i, 3, H_i, W_i); mask : (B_0, N_0), of the first; jitter : (depth, sizes)."""
-        vit, plain = self.vit, 1 + self.vit.registers
+        vit: Any = self.vit
+        plain = 1 + vit.registers
         grids = [(x.shape[2] // vit.patch, x.shape[3] // vit.patch) for x in crops]
         tokens = [vit.embed(x, mask if i == 0 else None) for i, x in enumerate(crops)]
         shapes = [t.shape for t in tokens]                                   # (B_i, T_i, D) each
@@ -470,11 +467,11 @@ class PackedViT(nn.Module):
 
 
 class Batch(NamedTuple):
-    """What one step is computed from, all on one device."""
+    """Input of one step, on one device."""
     large: Tensor                       # (2 B, 3, S, S), first views, then second ones
     small: Tensor                       # (L B, 3, s, s)
     mask: Tensor                        # (2 B, N) bool, hidden from the student
-    index: Tensor                       # (M,) flat, where the mask is true; made on the host
+    masked: Tensor                      # (M,) flat, where the mask is true; made on the host
     weight: Tensor                      # (M,) 1 / masked patches of the same crop
     jitter: Tensor                      # (depth, 2) factors on the coordinates of both sizes
 
@@ -482,7 +479,7 @@ class Batch(NamedTuple):
 class Learner(nn.Module):
     """A backbone with a head for class tokens and one for patches.
 
-    The student's forward does a whole step's loss, the teacher's part included, so that
+    forward computes a whole step's loss, the teacher's part included, so that
     DistributedDataParallel sees one call.
     """
 
@@ -498,16 +495,16 @@ class Learner(nn.Module):
 
     def forward(self, teacher: Learner, batch: Batch, temperature: float, weights
                 ) -> dict[str, Tensor]:
-        """Losses of this process's fields, and what tells whether all is well.
+        """Losses of this process's fields and signs of collapse.
 
-        temperature : of the teacher; weights : has those of `ibot` and `koleo`, DINO's is 1.
+        temperature : of the teacher; weights : those of `ibot` and `koleo`, DINO's is 1.
         """
         B = len(batch.large) // 2
         with torch.no_grad():
             seen, = teacher.encoder([batch.large])
             logits = teacher.dino.prototypes(teacher.dino(seen.cls)).float()         # (2 B, K)
             logits = logits / temperature
-            hidden = teacher.ibot(seen.patches.flatten(0, 1)[batch.index])           # (M, b)
+            hidden = teacher.ibot(seen.patches.flatten(0, 1)[batch.masked])           # (M, b)
         # View by view: balanced together, each could keep to its own prototypes and never agree.
         targets = torch.cat([balanced_targets(part) for part in logits.chunk(2)])
         crops = [batch.large] + [batch.small] * (len(batch.small) > 0)
@@ -515,7 +512,7 @@ class Learner(nn.Module):
         cls = torch.cat([large.cls] + [tokens.cls for tokens in small])              # (V B, D)
         student = self.dino.prototypes(self.dino(cls)).unflatten(0, (-1, B))         # (V, B, K)
         dino = dino_loss(student, targets.unflatten(0, (2, B)), self.temperature)
-        guessed = self.ibot(large.patches.flatten(0, 1)[batch.index])                # (M, b)
+        guessed = self.ibot(large.patches.flatten(0, 1)[batch.masked])                # (M, b)
         ibot = ibot_loss(guessed, hidden, batch.weight, 2 * B, self.ibot.prototypes,
                          teacher.ibot.prototypes, self.temperature, temperature, self.chunk)
         koleo = sum(koleo_loss(part) for part in large.cls.chunk(2))
@@ -530,16 +527,15 @@ class Learner(nn.Module):
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher = momentum * teacher + (1 - momentum) * student, parameter by parameter."""
-    mine, theirs = list(teacher.parameters()), [p.detach() for p in student.parameters()]
-    torch._foreach_lerp_(mine, theirs, 1 - momentum)
+    before, new = ([p.detach() for p in net.parameters()] for net in (teacher, student))
+    torch._foreach_lerp_(before, new, 1 - momentum)
 
 
 def step_flops(learner: Learner, size: int, local_size: int, local_views: int) -> float:
     """Operations of one field's step: student forward and backward, teacher forward.
 
-    A multiplication and an addition are two; a backward pass is two forward ones. Linear layers,
-    patch embedding and attention are counted; heads on class tokens too, but not iBOT's, whose work
-    depends on the masks (a hundredth of the whole).
+    A multiplication and an addition are two; a backward pass is two forward ones. Heads on class
+    tokens are counted, iBOT's, a hundredth of the whole, are not.
     """
     vit = learner.encoder.vit
     D, P = vit.dim, vit.patch

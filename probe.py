@@ -30,7 +30,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import yaml
@@ -64,7 +64,7 @@ AtLeastTwo = Annotated[int, runs.at_least(2)]
 # ---------------------------------------------------------------------------------------- one field
 
 class Look(NamedTuple):
-    """What a backbone makes of each channel of a field, shown by itself."""
+    """Features of each channel of a field, shown by itself."""
     cls: np.ndarray                     # (C, D) class tokens
     patches: np.ndarray                 # (C, N, D)
     attention: np.ndarray               # (C, heads, h, w), see with_attention
@@ -88,14 +88,14 @@ def look_at(vit, field) -> Look:
 
 
 def with_attention(vit, x):
-    """The backbone's tokens, and how the last class token shares its attention (B, heads, h, w).
+    """Tokens, and the attention of the last class token to patches: (B, heads, h, w).
 
-    What goes to the class and register tokens themselves is left out: a map sums to less than 1.
+    The share of class and register tokens is left out: a map sums to less than 1.
     """
     inputs, attention, training = [], vit.blocks[-1].attn, vit.training
     hook = attention.register_forward_pre_hook(lambda module, given: inputs.append(given))
     vit.eval()
-    # Compiled code would pass the hook by. Dynamo takes seconds to import; without it none is.
+    # Compiled code skips the hook; without dynamo, seconds to import, nothing is compiled.
     compiled = "torch._dynamo" in sys.modules
     plainly = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     try:
@@ -144,9 +144,8 @@ class ChannelConsistency(NamedTuple):
 def channel_consistency(features) -> ChannelConsistency:
     """Compare features (F, C, D) of F fields in C channels each: are those of a field alike?
 
-    A collapsed network scores 1 on consistency alone: read it beside its control. Consistency,
-    control and retrieval are means over the pairs of different channels. A tie with another field
-    is not a find.
+    Means over the pairs of different channels. A collapsed network has consistency 1, but control
+    1, too. A tie with another field is no hit.
     """
     x = np.asarray(features, float)
     if x.ndim != 3 or min(x.shape[:2]) < 2:
@@ -164,7 +163,7 @@ def channel_consistency(features) -> ChannelConsistency:
         cosine = x[:, i] @ x[:, j].T                                    # (F, F) query, searched
         own = cosine.diagonal().copy()
         np.fill_diagonal(cosine, -2)                                    # below any cosine
-        retrieval[i, j] = (own > cosine.max(1) + 1e-12).mean()          # rounding makes no find
+        retrieval[i, j] = (own > cosine.max(1) + 1e-12).mean()          # rounding is no hit
     pairs = ~np.eye(C, dtype=bool)
     consistency, control = same[pairs].mean() / F, across[pairs].mean() / (F * (F - 1))
     return ChannelConsistency(float(consistency), float(control), float(consistency - control),
@@ -173,9 +172,9 @@ def channel_consistency(features) -> ChannelConsistency:
 
 def compare(features: Sequence[np.ndarray], maps: Sequence[np.ndarray]
             ) -> tuple[dict[str, float], ChannelConsistency, ChannelConsistency]:
-    """Compare F fields by features (C, D) and attention maps (C, h, w): numbers, and all of both.
+    """Compare F fields by features (C, D) and attention maps (C, h, w): numbers, details of both.
 
-    The cosines of maps are Pearson's correlations: a brighter map of the same shape is the same.
+    Maps are compared by Pearson's correlation, whatever their brightness.
     """
     flat = np.reshape(maps, (*np.shape(maps)[:2], -1)).astype(float)    # (F, C, N)
     found = channel_consistency(features)
@@ -250,11 +249,12 @@ class Channels:
 
 
 def compare_channels(config: Channels, make_folder: Callable[[Channels], Path]) -> None:
-    """Look at each channel of each field, and write numbers, tables and pictures of how they agree.
+    """Write numbers, tables and pictures of how the channels of fields agree.
 
     make_folder : makes the folder for the results, once all fields could be read.
     """
-    vit, features, maps, shown = backbone_of(config), [], [], []
+    vit, features, maps = backbone_of(config), [], []
+    shown: list[tuple[str, np.ndarray, Look]] = []
     for name, known, pixels in comparable(fields_of(config)):
         channels = known                                                # of all fields
         look = look_at(vit, data.normalise(pixels, data.percentiles(pixels)))
@@ -303,7 +303,7 @@ def fields_of(config: Channels) -> Iterator[tuple[str, list[str], np.ndarray]]:
 
 
 def comparable(fields: Iterable[tuple]) -> Iterator[tuple]:
-    """The same fields, while all have the same channels and each channel shows something."""
+    """The same fields; other channels or an empty channel are an error."""
     first, count = None, 0
     for name, channels, pixels in fields:
         first, count = first or channels, count + 1
@@ -381,7 +381,7 @@ class Windows(NamedTuple):
 
 
 def held_windows(config) -> Windows:
-    """The windows that a configuration of train_ssl.py holds out."""
+    """The windows held out by a configuration of train_ssl.py."""
     channels, held = fields.held_out(config.data, config.seed)
     return cut_windows(held, config.measure.window, config.measure.windows, channels)
 
@@ -401,7 +401,7 @@ def cut_windows(fields: Iterable[tuple[str, np.ndarray, np.ndarray | None]], win
             (f"{name} {y},{x}", field[:, y:y + window, x:x + window], limits,
              None if truth is None else truth[y:y + window, x:x + window]) for y, x in corners])
     turns = itertools.zip_longest(*by_field)
-    chosen = [one for turn in turns for one in turn if one is not None][:count]
+    chosen = [window for turn in turns for window in turn if window is not None][:count]
     if len(chosen) < 2:
         raise ValueError(f"{len(chosen)} windows of held-out fields, expected two or more; give a "
                          "larger data.held")
@@ -411,7 +411,7 @@ def cut_windows(fields: Iterable[tuple[str, np.ndarray, np.ndarray | None]], win
 
 
 def resampled(windows: Windows, size: int) -> np.ndarray:
-    """Each channel of each window as the network is shown it: (F, C, S, S) in [0, 1]."""
+    """Channels of windows as the network sees them: (F, C, S, S) in [0, 1]."""
     F, C, w, _ = windows.pixels.shape
     pixels = torch.from_numpy(windows.pixels.view(np.int16))
     limits, slots, one = torch.from_numpy(windows.limits), torch.arange(F), np.eye(C)
@@ -421,10 +421,9 @@ def resampled(windows: Windows, size: int) -> np.ndarray:
 
 
 def without_cells(windows: Windows, size: int, spread: float = 1 / 16) -> np.ndarray:
-    """resampled() with the cells masked out, and some px around them: (F, C, S, S) in [0, 1].
+    """resampled() without the cells and some px around them: (F, C, S, S) in [0, 1].
 
-    What is left, blurred by `spread` of the side, fills the gaps; a window without any background
-    is its mean.
+    The blurred background fills the gaps; a window without any becomes its mean.
     """
     if windows.labels is None:
         raise ValueError("the background alone needs the outlines of cells, which these fields do "
@@ -457,29 +456,28 @@ def look_at_all(vit, shown: np.ndarray, keep: int = 0) -> tuple[np.ndarray, np.n
 
 def measure_backbone(vit, windows: Windows, size: int, keep: int = 2
                      ) -> tuple[dict[str, float], list[Look]]:
-    """All that says without labels whether the backbone is good, and looks of the first windows."""
+    """All numbers that need no labels, and looks of the first windows."""
     vectors, maps, looks = look_at_all(vit, resampled(windows, size), keep)
     flat = torch.from_numpy(vectors).flatten(0, 1)                      # (F C, D)
-    return {**compare(vectors, maps.mean(2))[0], "feature_std": ssl_.feature_std(flat),
+    return {**compare(list(vectors), list(maps.mean(2)))[0], "feature_std": ssl_.feature_std(flat),
             "effective_rank": ssl_.effective_rank(flat),
             "attention_entropy": attention_entropy(maps)}, looks
 
 
 def leaks(vit, windows: Windows, size: int) -> dict[str, float]:
-    """Retrieval from the background alone, by the network and by the pixels: the controls."""
+    """Retrieval from the background alone, by the network and by pixels."""
     shown = without_cells(windows, size)
     pixels = shown[:, :, ::8, ::8].reshape(*shown.shape[:2], -1)
     pixels = pixels - pixels.mean(2, keepdims=True) + 1e-9              # a flat one has a direction
-    found = channel_consistency(look_at_all(vit, shown)[0]), channel_consistency(pixels)
-    return {"background_retrieval": found[0].retrieval, "background_pixels": found[1].retrieval}
+    return {"background_retrieval": channel_consistency(look_at_all(vit, shown)[0]).retrieval,
+            "background_pixels": channel_consistency(pixels).retrieval}
 
 
 def train_probe(vit, train, validation: list, steps: int = 200, crop: int = 96, batch: int = 8,
                 seed: int = 0) -> dict[str, float]:
-    """Train a small decoder on the frozen backbone for a minute: AP on the validation images.
+    """AP on validation images (data.Labelled) of a small decoder, trained for a minute.
 
-    train : augment.Resident; validation : data.Labelled list. The backbone and the random state
-    stay as they are.
+    The backbone and the random state stay as they are. train : augment.Resident.
     """
     device, stages = vit.cls_token.device, int(math.log2(vit.patch))
     with torch.random.fork_rng(devices=[]):
@@ -502,24 +500,25 @@ def train_probe(vit, train, validation: list, steps: int = 200, crop: int = 96, 
         optimiser.zero_grad(set_to_none=True)
     net.eval()
     aps = []
-    for entry in validation:
-        distance = segment.distances(entry.pixels, net, limits=segment.UNIT)
+    for image in validation:
+        distance = segment.distances(image.pixels, net, limits=segment.UNIT)
         labels = watershed.watershed(distance, 0.47, 0.2)
-        aps.append(metrics.average_precision(entry.labels, labels, (0.5, 0.75)))
+        aps.append(metrics.average_precision(image.labels, labels, (0.5, 0.75)))
     half, three_quarters = np.mean(aps, 0)
     return {"probe_AP@0.5": float(half), "probe_AP@0.75": float(three_quarters)}
 
 
 class Looker:
-    """Measures the teacher within train_ssl.py, keeps its weights, and draws what it sees."""
+    """Measures the teacher within train_ssl.py, writes its weights and pictures."""
 
     def __init__(self, config, run: runs.Run, export: Path):
         self.config, self.run, self.export = config, run, export
-        self.windows = held_windows(config) if run.rank == 0 else None
-        self.labelled = None                # images for the decoder, drawn when first needed
+        if run.rank == 0:
+            self.windows = held_windows(config)
+        self.labelled: Any = None           # images for the decoder, drawn when first needed
 
     def look(self, vit, step: int) -> None:
-        """Log numbers, write the weights and pictures. The first and last look say what leaks."""
+        """Log numbers, write weights and pictures; leaks at the first and the last step."""
         if self.run.rank:
             return
         settings, size, end = self.config.measure, self.config.views.size, self.config.steps
@@ -528,7 +527,8 @@ class Looker:
             numbers |= leaks(vit, self.windows, size)
         if settings.probe_every and (step % settings.probe_every == 0 or step == end):
             self.labelled = self.labelled or self.labelled_images(str(vit.cls_token.device))
-            numbers |= train_probe(vit, *self.labelled, settings.probe_steps, size,
+            train, validation = self.labelled
+            numbers |= train_probe(vit, train, validation, settings.probe_steps, size,
                                    seed=self.config.seed)
         self.run.log(step, windows=len(self.windows.names), **numbers)
         if step:
@@ -545,16 +545,19 @@ class Looker:
         return augment.load_resident(given, self.config.seed, device, 4.0)[:2]
 
     def draw(self, step: int, looks: list[Look]) -> None:
-        """Draw the curves so far, and the first windows: where heads look, colours of patches."""
-        folder = self.run.folder / "images"
-        names, pixels, limits = (part[:len(looks)] for part in self.windows[:3])
-        few = Windows(names, pixels, limits, None, self.windows.channels)
+        """Draw the curves, and attention and components of the first windows."""
+        folder, windows, n = self.run.folder / "images", self.windows, len(looks)
+        few = Windows(windows.names[:n], windows.pixels[:n], windows.limits[:n], None,
+                      windows.channels)
         shown = resampled(few, self.config.views.size)
-        for path in write_pictures(folder / f"{step:08d}", few.names, shown, looks, few.channels):
+        pictures = write_pictures(folder / f"{step:08d}", few.names, list(shown), looks,
+                                  few.channels)
+        for path in pictures:
             if self.run.wandb:
                 self.run.log_picture(step, path.stem, skimage.io.imread(path))
-        curves = {name: [] for name in ("loss", "retrieval", "margin", "kl", "usage",
-                                        "effective_rank", "attention_entropy", "probe_AP@0.5")}
+        curves: dict[str, Any] = {name: [] for name in (
+            "loss", "retrieval", "margin", "kl", "usage", "effective_rank", "attention_entropy",
+            "probe_AP@0.5")}
         for line in self.run.history():
             for name, points in curves.items():     # the rank of windows, not that of batches
                 batches = name in ("loss", "kl", "usage")
@@ -570,7 +573,7 @@ LOGGED = ("retrieval", "margin", "consistency", "control", "background_retrieval
 
 
 def run_rows(folder: Path) -> list[list[str]]:
-    """What a run measured before its first step, which is the random network, and at its end."""
+    """Rows of the table: numbers of a run before its first step and at its end."""
     log = folder / "log.jsonl"
     if not log.is_file():
         raise FileNotFoundError(f"no {log}; expected the folder of a run of train_ssl.py")

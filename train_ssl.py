@@ -1,12 +1,9 @@
 """Pretrain a backbone without labels: python train_ssl.py configs/ssl.yaml [key=value ...]
 
-A student network sees two large and several small views of a field, each through another stain. It
-learns to say of them what a teacher, the running mean of the student, says of the large ones
-(DINO), also of patches that are hidden from it (iBOT), while features are kept apart (KoLeo):
-ssl_.py. The fields lie on the training device (stream.FieldPool), each step cuts its own views
-there. Started again with the same configuration it goes on from the last checkpoint. --check
-validates the configuration, prints the table of memory and time, and stops. With files of weights
-after the configuration it trains nothing, but measures these backbones on the fields held out.
+The method (DINO, iBOT, KoLeo) is in ssl_.py; the fields lie on the training device (stream.py).
+Started again with the same configuration it goes on from the last checkpoint. --check validates
+the configuration, prints a table of memory and time, and stops. With files of weights after the
+configuration it measures these backbones on the fields held out and trains nothing.
 `torchrun --nproc_per_node=4 train_ssl.py configs/ssl.yaml` shares the batch out between four GPUs,
 with the same result.
 
@@ -23,7 +20,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -103,7 +100,7 @@ class Config:
     export_path: str | None = None          # weights; null: final_models/<experiment>.pt
     output_base_dir: str = "."              # where runs/ and final_models/ are made
     init: str | None = None                 # backbone to go on from, DINOv3's or ours
-    # with init: patch, jitter, heads alone
+    # with init only patch, jitter and heads
     network: BackboneShape = field(default_factory=BackboneShape)
     data: fields.FieldData = field(default_factory=fields.FieldData)
     views: Views = field(default_factory=Views)         # what is cut from fields
@@ -169,7 +166,7 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
     run = runs.Run(config, rank, world, device)
     state, start = run.resume(), 0
     pool = stream.open_pool(config.data, config.batch, config.seed, device, rank, world,
-                         run.folder / "bad_fields.tsv")
+                            run.folder / "bad_fields.tsv")
     kinds = ssl_.stains_of(pool.channels, config.data.brightfield)
     optimiser = student_optimiser(student, config)
     usage = torch.zeros(config.network.prototypes, device=device)
@@ -186,7 +183,8 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
     share = slice(rank * config.batch // world, (rank + 1) * config.batch // world)
     autocast = autocast_of(config, device)
 
-    pool.stopped = lambda: run.stopping
+    if isinstance(pool, stream.FieldPool):
+        pool.stopped = lambda: run.stopping
     looker = probe.Looker(config, run, runs.export_path(config))
     with pool:
         if start == 0:
@@ -200,7 +198,7 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
                 with since.cutting:
                     slots = pool.sample(config.batch // world, step)
                     batch = make_batch(config, pool, slots, sample, step, light, kinds)
-            except runs.Stopped:                    # the pool was being filled: no step was made
+            except runs.Stopped:                    # while the pool was being filled
                 print(f"stopped at step {step}, waiting for fields; the same command goes on from "
                       "there", file=sys.stderr)
                 return run.exit_code()
@@ -245,7 +243,7 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
 
 
 def set_rates(optimiser, rates: dict[str, float], frozen: bool) -> None:
-    """Give the groups their learning rate and weight decay; prototypes may be frozen."""
+    """Set learning rates and weight decay; prototypes may be frozen."""
     for group in optimiser.param_groups:
         group["lr"] = 0.0 if frozen and group["prototypes"] else rates["lr"] * group["scale"]
         group["weight_decay"] = rates["weight_decay"] if group["decays"] else 0.0
@@ -253,6 +251,7 @@ def set_rates(optimiser, rates: dict[str, float], frozen: bool) -> None:
 
 def schedules(config: Config, step: int) -> dict[str, float]:
     """Everything that changes with the step."""
+    assert config.lr                                                         # main() sets it
     steps, end, decay = config.steps, config.lr_end / config.lr, config.weight_decay
     return dict(lr=config.lr * optim.cosine(step, steps, 1.0, end, config.warmup),
                 weight_decay=optim.cosine(step, steps, decay, config.weight_decay_end),
@@ -263,7 +262,7 @@ def schedules(config: Config, step: int) -> dict[str, float]:
 # ----------------------------------------------------------------------------------------- network
 
 def build_student(config: Config):
-    """Student and teacher, alike at the start."""
+    """Student and teacher, equal at the start."""
     shape, std = config.network, config.network.init_std
     if config.init is None:
         vit = model.ViT(shape.dim, shape.depth, shape.heads, shape.patch, shape.registers,
@@ -286,7 +285,7 @@ def student_optimiser(student, config: Config):
         scale = config.layer_decay ** above * (config.patch_lr if "patch_embed" in name else 1.0)
         return dict(scale=scale, decays=optim.decays(name, parameter),
                     prototypes="prototypes" in name)
-    groups = optim.parameter_groups(student, config.lr, traits)
+    groups = optim.parameter_groups(student, config.lr or 0.0, traits)       # set at each step
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=config.eps, fused=True)
 
 
@@ -322,7 +321,8 @@ class Stopwatch:
     """Seconds inside `with`, added up: on a GPU by its own clock, without waiting for it."""
 
     def __init__(self, device: str):
-        self.on_gpu, self.spent = "cuda" in device, []
+        self.on_gpu = "cuda" in device
+        self.spent: list[tuple] = []
 
     def _now(self):
         if not self.on_gpu:
@@ -338,7 +338,7 @@ class Stopwatch:
         self.spent.append((self.begun, self._now()))
 
     def seconds(self) -> float:
-        """To be asked after something has waited for the GPU."""
+        """The sum; call after a wait for the GPU."""
         return sum(a.elapsed_time(b) / 1e3 if self.on_gpu else b - a for a, b in self.spent)
 
 
@@ -346,11 +346,12 @@ class Since:
     """Sums and times since the last line of the log."""
 
     def __init__(self, device: str, step: int):
-        self.step, self.sums, self.cutting = step, {}, Stopwatch(device)
+        self.step, self.cutting = step, Stopwatch(device)
+        self.sums: dict[str, Any] = {}
         self.clock = time.perf_counter()
 
     def add(self, found: dict) -> None:
-        """Add the scalars among what a step found."""
+        """Add the scalars of a step."""
         for name, value in found.items():
             if value.ndim == 0:
                 self.sums[name] = self.sums.get(name, 0) + value.detach()
@@ -362,7 +363,7 @@ class Since:
 
     @contextlib.contextmanager
     def paused(self):
-        """Leave out the time inside: the rate is that of training."""
+        """Leave out the time inside."""
         before = time.perf_counter()
         yield
         self.clock += time.perf_counter() - before
@@ -377,16 +378,15 @@ class Since:
                     data_share=self.cutting.seconds() / took, **memory)
 
 
-# Collapse: below these shares of the prototypes, and of the effective rank, that could be reached,
-# or above this share of the largest entropy of the teacher's targets.
+# Collapse: below these shares of the prototypes and the effective rank that could be reached, or
+# above this share of the largest entropy of the teacher's targets.
 USAGE, RANK, EVEN = 0.02, 0.02, 0.995
 
 
 def warn_of_collapse(config: Config, run: runs.Run, step: int, health: dict, shape) -> None:
-    """Warn on the screen and in the log: a collapsed network trains on, and its loss looks fine.
+    """Warn on the screen and in the log: the loss of a collapsed network looks fine.
 
-    Features become all alike, or, which balancing cannot prevent either, the targets fade until
-    they say nothing. shape : of the class tokens that the rank was taken from.
+    Features become all alike, or targets become even. shape : of the class tokens of the rank.
     """
     share = health["teacher_entropy"] / math.log(config.network.prototypes)
     if share > EVEN and step > config.warmup:
@@ -402,7 +402,7 @@ def warn_of_collapse(config: Config, run: runs.Run, step: int, health: dict, sha
 
 
 def measure_weights(config: Config, files: list[str], device: str) -> int:
-    """Measure backbones from files on the fields that this configuration holds out."""
+    """Measure backbones from files on the fields held out."""
     windows = probe.held_windows(config)
     for path in files:
         vit = model.load_backbone(path, config.network.patch).eval().to(device)
@@ -428,8 +428,12 @@ def print_ssl_plan(config: Config, student, teacher, light, device: str) -> int:
     kinds = ssl_.stains_of(channels, config.data.brightfield)
     optimiser, autocast = student_optimiser(student, config), autocast_of(config, device)
     kept, times = [], []                                      # bytes, (seconds, of them cutting)
-    counting = torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.append(tensor.nbytes) or tensor, lambda tensor: tensor)
+
+    def count_bytes(tensor):
+        kept.append(tensor.nbytes)
+        return tensor
+
+    counting = torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda tensor: tensor)
     compiled = config.compile and on_gpu                      # on a CPU it would take minutes
     for step in range(3 + compiled):                          # the first counts, a second compiles
         if step == 1 and compiled:

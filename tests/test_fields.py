@@ -211,6 +211,7 @@ def test_a_large_index_is_small_and_quick(tmp_path):
     assert n == 37_807 and seconds < 0.7 and mib < 50
 
 
+@pytest.mark.smoke
 def test_hold_out_whole_plates():
     """A plate is on one side with all its measurements and batches; the share is kept."""
     lines = [f"b{p % 2}\tP{p % 10}\tm{p}\t1\t1\t{f}\t0\tx/\tf{f}".encode() for p in range(20)
@@ -231,6 +232,7 @@ def test_hold_out_whole_plates():
         fields.hold_out_plates(index.select([0, 1]), 0.5)
 
 
+@pytest.mark.smoke
 def test_wrong_indexes(tmp_path, capsys):
     for arguments, message in (
             ((), "expected index SOURCE"), (("stats", tmp_path / "none.gz"), "no such index"),
@@ -286,6 +288,7 @@ def made(config, seed=0):
     return [make() for make in fields.local_fields(config, seed)[1]]
 
 
+@pytest.mark.smoke
 def test_unlike_images_become_fields_of_one_size(folders):
     config = fields.FieldData(**folders, square=32, fields=2, field_size=64, field_cells=8,
                               field_diameter=20)

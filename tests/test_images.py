@@ -73,6 +73,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["u1", "u2", "i2", "u4", "f4", "f8"])
 def test_tiff_layouts_give_back_regions(tmp_path, layout, dtype):
@@ -150,6 +151,7 @@ STACKS = {"imagej": dict(imagej=True), "ome": dict(ome=True), "shaped": {},
           "tiles": dict(tile=(16, 16), compression="zlib")}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", STACKS)
 def test_stacks_must_be_chosen_from(tmp_path, kind):
     stack = noise(3, 5, 2, 40, 50)                                        # T, Z, C, Y, X
@@ -498,6 +500,7 @@ def png(pixels: np.ndarray, colour_type: int) -> bytes:
             + chunk(b"IDAT", zlib.compress(out)) + chunk(b"IEND", b""))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("samples, colour_type", [(1, 0), (3, 2), (2, 4), (4, 6)])
 def test_png_of_16_bits_is_not_cut_to_8(tmp_path, samples, colour_type):
     pixels = noise(37, 23, samples)
@@ -687,6 +690,7 @@ def test_to_rgb():
         images.to_rgb(noise(4, 4, 5))
 
 
+@pytest.mark.smoke
 @settings(max_examples=60, deadline=None)
 @given(hnp.arrays(st.sampled_from(["u1", "u2", "i2", "f2", "i4", "u4", "f4", "i8", "u8", "f8",
                                    ">u2", ">f4"]),
@@ -715,6 +719,7 @@ def test_percentiles_of_a_file_in_bands(tmp_path, dtype, monkeypatch):
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", ["u1", "u2", "i4", "f2", "f4", "f8"])
 def test_normalise(dtype):
     pixels = noise(2, 30, 40, dtype=dtype)
@@ -757,6 +762,7 @@ def test_few_cells_on_black_are_not_clipped_away():
 
 # ------------------------------------------------------------------------------------------- labels
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("top, dtype", [(0, np.uint16), (65535, np.uint16), (65536, np.uint32),
                                         (2 ** 31 - 1, np.uint32)])
 def test_labels_round_trip(tmp_path, top, dtype):
@@ -793,6 +799,7 @@ def test_labels_from_png_and_npy_and_what_are_no_labels(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["x.npy", "x.png"]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("size, block", [((700, 900), 300), ((512, 512), 256), ((1025, 513), 400),
                                          ((3, 5), 2)])
 def test_labels_that_come_in_parts_round_trip(tmp_path, size, block):

@@ -124,6 +124,7 @@ def test_a_look_leaves_the_network_as_it_was():
     np.testing.assert_allclose(plain.feature("patches"), plain.patches.mean(1))
 
 
+@pytest.mark.smoke
 def test_attention_is_compared_as_correlation():
     """Pearson's correlation, so that a brighter map of the same shape is the same map."""
     rng = np.random.default_rng(0)
@@ -141,6 +142,7 @@ def test_attention_is_compared_as_correlation():
     assert numbers["margin"] == pytest.approx(numbers["consistency"] - numbers["control"])
 
 
+@pytest.mark.smoke
 def test_components_are_principal_and_shared():
     """Red is the first component over all channels, as SVD has it; equal tokens, equal colours."""
     rng = np.random.default_rng(0)
@@ -192,6 +194,7 @@ def test_channels_of_a_collapsed_network():
     assert result.retrieval == 0
 
 
+@pytest.mark.smoke
 def test_channels_against_loops():
     rng = np.random.default_rng(1)
     # noise + what the channels share

@@ -39,6 +39,7 @@ def write(tmp_path, text):
     return path
 
 
+@pytest.mark.smoke
 def test_yaml_and_overrides_and_back(tmp_path):
     path = write(tmp_path, "steps: 10\nlr: 3e-4\ndata:\n  channels: [3]\n")
     config = runs.load_config(Demo, path, ["data.root=/x", "cap=4", "flip=true", "name=7",
@@ -64,6 +65,7 @@ def test_a_free_section_takes_values_at_any_depth(tmp_path):
     assert "init: x.pt" in runs.to_yaml(config)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("text,overrides,said", [
     ("stpes: 3", [], "c.yaml: unknown key 'stpes', did you mean 'steps'?"),
     ("steps: 3\ndata: {rot: 1}", [], "c.yaml: unknown key 'data.rot', did you mean 'root'?"),
@@ -294,6 +296,7 @@ class Bounded:
     lr: runs.Positive = 0.1
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("given, expected", [
     ("steps=0", "steps=0: expected a whole number, 1 or more"),
     ("steps=x", "expected a whole number, 1 or more"),
@@ -309,6 +312,7 @@ def test_bounds_stand_in_the_type(given, expected):
     )
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("suffix", ["tsv", "csv"])
 def test_tables_come_back(tmp_path, suffix):
     path = tmp_path / "made" / f"table.{suffix}"
@@ -320,6 +324,7 @@ def test_tables_come_back(tmp_path, suffix):
         runs.read_table(path, ["nam"])
 
 
+@pytest.mark.smoke
 def test_what_fails_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "a.txt"
     runs.write_text(path, "before")

@@ -67,6 +67,7 @@ def test_no_network_and_no_bucket_are_one_line(server, monkeypatch):
 
 # ------------------------------------------------------------------------------------------- cache
 
+@pytest.mark.smoke
 def test_cache_stays_within_its_limit_least_recently_used_out_first(tmp_path):
     cache = s3.Cache(tmp_path / "c", 1000)
     for i in range(9):
@@ -81,6 +82,7 @@ def test_cache_stays_within_its_limit_least_recently_used_out_first(tmp_path):
     assert cache.get("huge") is None and cache.get("k0")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("address",
                          ["../../etc/passwd", "/etc/passwd", "a\0b", "x" * 5000, "é\udc80\n\t",
                           "CON", ".."])

@@ -53,6 +53,7 @@ def slow_sinkhorn(logits, iterations):
     return (Q * B).T
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("scale", [1.0, 25.0])
 def test_sinkhorn_is_the_papers(scale):
     logits = torch.randn(40, 13, generator=torch.Generator().manual_seed(0)) * scale
@@ -82,6 +83,7 @@ def test_sinkhorn_does_not_depend_on_parts():
 
 # ------------------------------------------------------------------------------------------- losses
 
+@pytest.mark.smoke
 def test_dino_loss_is_the_mean_over_pairs():
     torch.manual_seed(0)
     student, targets = torch.randn(5, 6, 7), torch.randn(2, 6, 7).softmax(-1)
@@ -160,6 +162,7 @@ def test_unit_prototypes_give_cosines_and_cannot_shrink():
     assert (unit.weight.grad * unit.weight).sum(1).abs().max() < 1e-6
 
 
+@pytest.mark.smoke
 def test_koleo_of_known_points():
     x = torch.tensor([[3.0, 0.0], [-0.5, 0.0]])  # opposite: 2 apart, whatever their length
     assert math.isclose(ssl_.koleo_loss(x).item(), -math.log(2), rel_tol=1e-6)
@@ -217,6 +220,7 @@ def test_losses_fall_when_the_student_follows():
 
 # ------------------------------------------------------------------------------------ masks, health
 
+@pytest.mark.smoke
 def test_masks():
     numbers = np.arange(200)
     masks = ssl_.block_masks(3, numbers, 14, 10, (0.1, 0.5))               # (2, B, N)
@@ -247,6 +251,7 @@ def test_measures_of_health():
 
 # ------------------------------------------------------------------------------------------ encoder
 
+@pytest.mark.smoke
 def test_packed_is_one_by_one():
     vit = small_vit()
     encoder, batch = ssl_.PackedViT(vit), small_batch()
@@ -328,12 +333,14 @@ def ramp(H, W):
     return pixels, torch.tensor([0.0, 60000.0]).expand(2, 2, 2)
 
 
+@pytest.mark.smoke
 def test_stains():
     assert KINDS == (4, (0, 1, 2), (3,))
     with pytest.raises(ValueError, match="all are brightfield"):
         ssl_.stains_of(("LowZBF",), ("lowzbf",))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("strategy", ["average", "single", "pairs", "average_single", "all"])
 def test_strategies(strategy):
     config = train_ssl.Views(strategy=strategy, locals=6)

@@ -99,6 +99,7 @@ def arrays(n=12):
     return [(f"f{i}", np.stack([picture(9, i, c) for c in (1, 5)])) for i in range(n)]
 
 
+@pytest.mark.smoke
 def test_resident_two_ranks_equal_one():
     """The batch of all ranks is the same, its parts disjoint; only seed and step decide."""
     one = stream.ResidentPool(arrays(), ("Mito", "DNA"), "cpu", seed=3)

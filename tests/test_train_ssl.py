@@ -2,6 +2,7 @@
 import math
 import re
 import signal
+import socket
 import subprocess
 import sys
 
@@ -36,10 +37,17 @@ def toy(folder, **changes):
     return path
 
 
-def torchrun(*arguments):
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-            "--master_addr=127.0.0.1", "--master_port=0", "--rdzv_backend=c10d",
-            "--rdzv_endpoint=127.0.0.1:0", str(ROOT / "train_ssl.py"), *map(str, arguments)]
+def two_processes(path):
+    """Both exit codes and stderrs, in the environment that torchrun and slurm/train.sh set."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = dict(ENVIRONMENT, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    started = [subprocess.Popen([sys.executable, ROOT / "train_ssl.py", path], text=True,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                env=dict(group, RANK=rank, LOCAL_RANK=rank)) for rank in "01"]
+    errors = [process.communicate(timeout=300)[1] for process in started]
+    return [process.returncode for process in started], errors
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +170,8 @@ def test_two_processes_train_to_the_weights_of_one(inside, tmp_path):
         return toy(tmp_path, steps=12, experiment=name, eps=1e-4, log_every=6, save_every=12,
                    measure=dict(every=12))
     assert inside(path("one")) == 0
-    done = subprocess.run(torchrun(path("two")), capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
+    codes, errors = two_processes(path("two"))
+    assert codes == [0, 0], errors
     one, two = (checkpoint(tmp_path, name) for name in ("one", "two"))
     for part in ("student", "teacher"):
         a, b = (torch.cat([v.flatten() for v in state[part].values()]) for state in (one, two))
@@ -245,6 +253,7 @@ def test_refusals_in_one_line(inside, tmp_path, capsys, changes, said):
     assert error.startswith("error: ") and said in error
 
 
+@pytest.mark.smoke
 def test_collapse_is_said(tmp_path):
     config = runs.load_config(train_ssl.Config, toy(tmp_path))
     said = []
@@ -273,6 +282,7 @@ def test_first_weights(tmp_path):
         assert torch.equal(a, b) and not b.requires_grad
 
 
+@pytest.mark.smoke
 def test_parameter_groups(tmp_path):
     config = runs.load_config(train_ssl.Config, toy(tmp_path, layer_decay=0.5, patch_lr=0.1))
     student, _ = train_ssl.build_student(config)

@@ -1,14 +1,13 @@
 """Optimisers: Muon, the groups of parameters that learn alike, and the schedules of their rates.
 
     groups = parameter_groups(net, lr, traits)         # traits(name, parameter): a dict
-    optimiser = Muon(groups, lr)                       # its own are groups with matrix=True
+    optimiser = Muon(groups, lr)                       # groups with matrix=True; AdamW: the others
     lr * cosine(step, steps, 1.0, 0.01, warmup)
 
-Muon makes all directions of a layer learn equally fast. A gradient points mostly in a few
-directions, which AdamW, number by number, follows; Muon (Jordan et al., 2024) first makes the
-matrix of the momentum nearly orthogonal, with a polynomial that brings all singular values near 1.
-Biases, norms, tokens, the patch embedding and the head are left to AdamW. Updates are as large as
-AdamW's would be (Liu et al., 2025), so that one learning rate and one weight decay serve both.
+Muon (Jordan et al., 2024) makes all directions of a layer learn equally fast: a gradient points
+mostly in a few directions, so the matrix of the momentum is first made nearly orthogonal, by
+polynomials that bring its singular values near 1. Updates are as large as AdamW's (Liu et al.,
+2025): one learning rate and one weight decay serve both.
 """
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 # ---------------------------------------------------------------------------------------- schedules
 
-DECAY = 0.2             # of all steps, at the end: there the constant schedule falls
+DECAY = 0.2             # share of the steps, the last ones, in which constant() falls
 
 
 def cosine(step: int, steps: int, start: float, end: float, warmup: int = 0) -> float:
@@ -34,7 +33,7 @@ def cosine(step: int, steps: int, start: float, end: float, warmup: int = 0) -> 
 def constant(step: int, steps: int, end: float, warmup: int = 0) -> float:
     """Rise from 0 to 1 in `warmup` steps, stay, and fall in a line to `end` over the last fifth.
 
-    The number of steps need not be known before the fall begins (Hägele et al., 2024).
+    The number of steps may be chosen when the fall begins (Hägele et al., 2024).
     """
     fall = max(1, round(DECAY * steps))
     falling = end + (1 - end) * (steps - 1 - step) / fall
@@ -42,7 +41,7 @@ def constant(step: int, steps: int, end: float, warmup: int = 0) -> float:
 
 
 def linear(step: int, steps: int, start: float, end: float) -> float:
-    """Go in a line from `start` at step 0 to `end` at step `steps`, and stay there."""
+    """Go straight from `start` at step 0 to `end` at step `steps`, and stay."""
     return start + (end - start) * min(1.0, step / steps) if steps else end
 
 
@@ -50,9 +49,9 @@ def linear(step: int, steps: int, start: float, end: float) -> float:
 
 def parameter_groups(net: nn.Module, lr: float, traits: Callable[[str, nn.Parameter], dict]
                      ) -> list[dict]:
-    """Group the parameters that learn: those of equal traits together, in the order of their first.
+    """Group the parameters that learn by equal traits, in the order of the first of each.
 
-    traits : (name, parameter) -> values that an optimiser or a schedule reads from the group.
+    traits : (name, parameter) -> values of the group that an optimiser or a schedule reads.
     """
     groups: dict[tuple, dict] = {}
     for name, parameter in net.named_parameters():
@@ -69,9 +68,9 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 def blocks_above(name: str, vit: str, depth: int) -> int:
-    """Blocks from a parameter of a ViT to the ViT's end, its own included; 0 above the ViT.
+    """Blocks from a parameter to the end of the ViT, its block included; 0 above the ViT.
 
-    vit : the prefix of the names of the ViT's parameters.
+    vit : prefix of the names of the ViT's parameters.
     """
     if not name.startswith(vit):
         return 0
@@ -81,10 +80,9 @@ def blocks_above(name: str, vit: str, depth: int) -> int:
 
 # --------------------------------------------------------------------------------------------- Muon
 
-# a x + b x^3 + c x^5, one after the other: each comes closest to 1 on the interval to which the one
-# before takes singular values between .003 and 1 (a linear programme; Amsel et al., 2025). After
-# the last they are between .80 and 1.20, those of .001 at .29. Jordan's, one polynomial five times,
-# leaves .68 to 1.20 and takes a quarter longer.
+# a x + b x^3 + c x^5, one after the other: each is closest to 1 where the one before takes singular
+# values of .003 to 1 (a linear programme; Amsel et al., 2025). They end between .80 and 1.20, those
+# of .001 at .29. Jordan's polynomial, five times, leaves .68 to 1.20 and takes a quarter longer.
 POLYNOMIALS = ((8.3837, -24.7659, 18.3571), (4.0434, -3.0114, 0.5695), (3.5056, -2.6267, 0.5257),
                (2.4901, -1.8343, 0.4368))
 SIZE = 0.2              # root mean square of AdamW's updates, in learning rates
@@ -93,8 +91,8 @@ SIZE = 0.2              # root mean square of AdamW's updates, in learning rates
 class Muon(torch.optim.Optimizer):
     """Muon for groups with matrix=True, their parameters as (out, rest); AdamW for the others.
 
-    products : type that matrices are multiplied in; bfloat16, where the device has it, takes a
-        third of the time.
+    products : type that matrices are multiplied in; bfloat16 takes a third of the time where the
+        device has it.
     """
 
     def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95,
@@ -105,7 +103,7 @@ class Muon(torch.optim.Optimizer):
                                       weight_decay=weight_decay, matrix=False))
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:   # type: ignore[override]  # takes no closure
         by_shape: dict[tuple, list] = {}            # made orthogonal together
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -125,8 +123,8 @@ class Muon(torch.optim.Optimizer):
                 parameter.sub_(change.view_as(parameter), alpha=lr * size)
 
     def _nesterov(self, params: list[Tensor], group: dict) -> tuple[Tensor, ...]:
-        """Nesterov's momentum: where the next step's gradient will lie."""
-        gradients = [p.grad for p in params]
+        """Nesterov's momentum: the gradient, one step of momentum ahead."""
+        gradients = [p.grad for p in params if p.grad is not None]
         momentum = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
         torch._foreach_lerp_(momentum, gradients, 1 - group["momentum"])
         return torch._foreach_lerp(gradients, momentum, group["momentum"])
@@ -134,7 +132,8 @@ class Muon(torch.optim.Optimizer):
     def _adamw(self, params: list[Tensor], group: dict) -> tuple[Tensor, ...]:
         """AdamW's changes, in learning rates."""
         first, second = group["betas"]
-        states, gradients = [self.state[p] for p in params], [p.grad for p in params]
+        states = [self.state[p] for p in params]
+        gradients = [p.grad for p in params if p.grad is not None]
         for state, parameter in zip(states, params, strict=True):
             if not state:
                 state.update(step=0, mean=torch.zeros_like(parameter),
@@ -152,10 +151,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """(k, n, m) with the same singular vectors and singular values near 1.
-
-    Singular values below a thousandth of the norm stay smaller.
-    """
+    """(k, n, m) with the same singular vectors; singular values above .001 norms come near 1."""
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if tall else matrix                       # the smaller product
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-12)     # 1.01: bfloat16 may round up

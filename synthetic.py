@@ -1,20 +1,16 @@
-"""Synthetic Cell Painting fields with their truth: the same cells in 5 stains and 3 brightfield
-planes.
+"""Synthetic Cell Painting fields with labels: the same cells in 5 stains, 3 brightfield planes.
 
-    drawn = synthetic.field(seed=0, size=512, cells=60)       # .pixels (8, H, W), .labels, .nuclei,
-                                                              ...
+    drawn = synthetic.field(seed=0, size=512, cells=60)       # .pixels (8, H, W), .labels, .nuclei
     python synthetic.py out=DIR [n=10] [size=512] [cells=60] [diameter=56] [seed=0]
 
 The command writes the fields seed, seed + 1, ... as DIR/field_SEED.tif (ImageJ TIFF, CYX, channels
-named) and their labels beside them as DIR/field_SEED_cells.tif.
+named), with labels in DIR/field_SEED_cells.tif.
 
-A population of cells is drawn first: size, outline, nucleus, polarity, grain, how much of each
-stain a cell takes up. The cells are placed in clumps and grow until they touch; then every channel
-stains these *same* cells, so that a cell seen in one channel is recognisable in another. All else
-(texture, blur, uneven light, gain, offset, haze, debris, noise, hot pixels) comes for each channel
-from a random stream of its own: nothing but the cells ties channels together. The same arguments
-give the same field, in whatever order fields are drawn, up to the last digit of the platform's exp
-and cos.
+A population of cells is drawn first: outline, nucleus, polarity, grain, uptake of each stain. Cells
+are placed in clumps and grow until they touch; then every channel stains these *same* cells.
+Texture, blur, light, gain, haze, debris and noise of each channel have a random stream of their
+own: nothing but the cells ties channels together. The same arguments give the same field, in any
+order of calls, up to the last digit of the platform's exp and cos.
 
 Letters: n cells, M pixels inside cells, A directions. Lengths are in px.
 """
@@ -35,11 +31,10 @@ from skimage.segmentation import watershed
 
 import runs
 
-# JUMP's ch1 to ch8
-CHANNELS = ("Mito", "AGP", "RNA", "ER", "DNA", "HighZBF", "LowZBF", "Brightfield")
-FOCUS = (3.0, -3.0, 1.0)  # px off the cells, of the last three
-PIXEL_SIZE = 0.598                                                     # µm, JUMP's
-A = 360  # directions an outline is tabulated in
+CHANNELS = ("Mito", "AGP", "RNA", "ER", "DNA", "HighZBF", "LowZBF", "Brightfield")  # as in JUMP
+FOCUS = (3.0, -3.0, 1.0)      # px off the cells, of the last three
+PIXEL_SIZE = 0.598            # µm, as in JUMP
+A = 360                       # directions of a tabulated outline
 TAU = 2 * np.pi
 
 
@@ -56,13 +51,10 @@ def field(seed: int, size: int | tuple[int, int] = 512, cells: int = 60,
     """Draw one field.
 
     size : H = W or (H, W), at least 32 px.
-    cells : how many to place; 0 draws mere background. Centres fall on the field and on a margin of
-        a
-        quarter diameter, so that the edge cuts cells as under a microscope. A cell that finds no
-        room, or shows fewer than (diameter / 6)² px, is left out: the field holds at most `cells`.
-        A cell whose nucleus lies beyond the edge has none in `nuclei`.
-    diameter : of a disc as large as the average cell that has room, 8 to 1000 px; crowded cells are
-        smaller.
+    cells : at most so many; 0 draws background alone. Centres fall on the field and a margin of a
+        quarter diameter: the edge cuts cells, some lose their nucleus. A cell without room, or
+        with fewer than (diameter / 6)² px in the field, is left out.
+    diameter : of a disc as large as the average cell that has room, 8 to 1000 px.
     """
     H, W = size if isinstance(size, (tuple, list)) else (size, size)
     for name, value, least, most in (("size", min(H, W), 32, 10 ** 5), ("cells", cells, 0, 10 ** 6),
@@ -70,68 +62,65 @@ def field(seed: int, size: int | tuple[int, int] = 512, cells: int = 60,
         if not least <= value <= most:
             raise ValueError(f"{name}={value}: expected {least} to {most}")
     streams = np.random.SeedSequence(seed).spawn(1 + len(CHANNELS))
-    born, *streams = map(np.random.default_rng, streams)  # the cells' stream, the channels'
+    born, *rngs = map(np.random.default_rng, streams)         # of the cells, of each channel
     population = populate(born, cells, diameter)
     centre = place(born, (H, W), population, margin=diameter / 4)
     labels, owner, edge = grow((H, W), population, centre, int(diameter / 2), (diameter / 6) ** 2)
     inside = look_inside(born, population, centre, labels, owner, edge)
     nuclei = np.where(spread_out(inside.deep, inside, (H, W)) > 0, labels, 0)
     pixels = np.empty((len(CHANNELS), H, W), np.uint16)
-    for k, rng in enumerate(streams):
-        draw, which = (fluorescence, k) if k < len(STAINS) else (brightfield,
-                                                                 FOCUS[k - len(STAINS)])
-        pixels[k] = draw(rng, population, inside, (H, W), which)
+    for k, rng in enumerate(rngs):
+        pixels[k] = fluorescence(rng, population, inside, (H, W), k) if k < len(STAINS) else \
+            brightfield(rng, population, inside, (H, W), FOCUS[k - len(STAINS)])
     return Field(pixels, labels, nuclei, CHANNELS, PIXEL_SIZE)
 
 
 # ---------------------------------------------------------------------------------------- the cells
 
 class Population(NamedTuple):
-    """What makes a cell this cell in every channel."""
-    unit: float  # px that a px of a cell of 56 px takes: organelles scale with the cells
+    """Properties that a cell has in every channel."""
+    unit: float                   # diameter / 56: organelles scale with the cells
     radius: Array                 # (n,) of a disc of the cell's area, if it has room
     outline: Array                # (n, A) centre to edge, if it has room
     nucleus: Array                # (n, A) centre to nuclear envelope
     axis: Array                   # (n,) rad, direction of the long axis and of the fibres
-    grain: Array                  # (n,) coarseness of all its textures
-    load: Array                   # (n,) its brightness in every channel
-    amount: Array                 # (n, 5) of each stain, on top of that
+    grain: Array                  # (n,) coarseness of all textures
+    load: Array                   # (n,) brightness in every channel
+    amount: Array                 # (n, 5) of each stain, times the load
     spread: Array                 # (n,) nuclear radii over which the cytoplasm thins out
     ramp: Array                   # (n,) px over which it rises at the edge
-    mitotic: Array  # (n,) 1: rounded up, chromosomes condensed, no envelope, no nucleoli
+    mitotic: Array                # (n,) 1: round, chromosomes condensed, no envelope or nucleoli
     nucleoli: Array               # (n, 4, 3) y and x from the centre, radius; radius 0: none
     golgi: Array                  # (n, 9, 3) the same, stacks on one side of the nucleus
 
 
 class Inside(NamedTuple):
-    """The pixels inside cells, as vectors (M,)."""
+    """Pixels inside cells, as vectors (M,)."""
     where: Array                  # flat index into the field
     cell: Array                   # row of the population
     y: Array                      # from the cell's centre
     x: Array
-    edge: Array                   # px to the cell's own edge
+    edge: Array                   # px to the cell's edge
     deep: Array                   # px below the nuclear envelope, negative outside the nucleus
     nucleus: Array                # 1 inside, 0 outside, soft by a pixel; 0 in mitosis
     far: Array                    # nuclear radii away from the envelope, 0 inside
     thick: Array                  # height of the cell over the glass, 1 around the nucleus
-    nucleoli: Array               # 1 inside, 0 outside
-    vesicles: Array               # droplets, 0 to 1: no stain enters them, light shows them
+    nucleoli: Array = np.zeros(0)     # 1 inside, 0 outside; these two are drawn from the rest
+    vesicles: Array = np.zeros(0)     # droplets, 0 to 1: no stain enters them, light shows them
 
 
 def populate(rng: Generator, n: int, diameter: float) -> Population:
-    """Draw cells, each with a look of its own: most spread and cornered, a few rounded up in
-    mitosis."""
+    """Draw cells: most spread and cornered, a few rounded up in mitosis."""
     mitotic = (rng.random(n) < 0.05).astype(float)
-    calm = 1 - 0.85 * mitotic[:, None]  # a mitotic cell is nearly round
+    calm = 1 - 0.85 * mitotic[:, None]               # a mitotic cell is nearly round
     unit = diameter / 56
     radius = diameter / 2 * np.exp(rng.normal(-0.02, 0.28, n)) * (1 - 0.42 * mitotic)
     axis = rng.uniform(0, TAU, n)
     turn = np.arange(A) * (TAU / A) - axis[:, None]  # (n, A) rad from the long axis
 
     outline = ellipse(turn, 1 + calm * rng.gamma(1.6, 0.38, (n, 1)))
-    # the nucleus lies off the middle
-    outline *= 1 + calm * rng.uniform(0, 0.3, (n, 1)) * np.cos(turn)
-    for _ in range(5):  # corners, blunt or drawn out to a tail
+    outline *= 1 + calm * rng.uniform(0, 0.3, (n, 1)) * np.cos(turn)       # nucleus off the middle
+    for _ in range(5):                               # corners, blunt or drawn out to a tail
         height = calm * rng.uniform(0, 0.7, (n, 1)) * (rng.random((n, 1)) < 0.5)
         sharp = np.exp(rng.uniform(np.log(5), np.log(60), (n, 1)))
         outline *= 1 + height * np.exp(sharp * (np.cos(turn - rng.uniform(0, TAU, (n, 1))) - 1))
@@ -144,8 +133,6 @@ def populate(rng: Generator, n: int, diameter: float) -> Population:
     nucleus = ellipse(turn - rng.normal(0, 0.35, (n, 1)), ratio)
     nucleus *= np.exp(0.05 * wobble(rng, turn, range(2, 6))) * size[:, None]
 
-    def spots(angle: Array, distance: Array, r: Array) -> Array:
-        return np.stack([distance * np.sin(angle), distance * np.cos(angle), r], -1)  # (n, K, 3)
     size = size[:, None]
     shown = (np.arange(4) < rng.integers(1, 5, (n, 1))) & (mitotic[:, None] == 0)
     nucleoli = spots(rng.uniform(0, TAU, (n, 4)), size * rng.uniform(0.1, 0.6, (n, 4)),
@@ -162,8 +149,13 @@ def populate(rng: Generator, n: int, diameter: float) -> Population:
                       ramp=unit * rng.uniform(1.5, 5, n) * (1 + mitotic))
 
 
+def spots(angle: Array, distance: Array, radius: Array) -> Array:
+    """(n, K, 3): y, x, radius."""
+    return np.stack([distance * np.sin(angle), distance * np.cos(angle), radius], -1)
+
+
 def ellipse(turn: Array, ratio: Array) -> Array:
-    """Radius of an ellipse of area pi, at the angle turn from its long axis."""
+    """Radius of an ellipse of area pi, at the angle `turn` from its long axis."""
     return 1 / np.sqrt(np.cos(turn) ** 2 / ratio + np.sin(turn) ** 2 * ratio)
 
 
@@ -176,22 +168,20 @@ def wobble(rng: Generator, turn: Array, waves: range) -> Array:
 
 
 def place(rng: Generator, shape: tuple[int, int], cells: Population, margin: float) -> Array:
-    """Centres (n, 2), many of them beside an earlier cell, for clumps; NaN where no room was found.
-    """
+    """Centres (n, 2), many beside an earlier cell; NaN without room."""
     centre = np.full((len(cells.radius), 2), np.nan)
     reach = cells.nucleus.max(1)
     clumped = rng.uniform(0.3, 0.9)
     low, high = -margin, np.add(shape, margin)
     for i, r in enumerate(cells.radius):
-        # nuclei keep apart
-        room = np.maximum(reach[:i] + reach[i] + 2, 0.45 * (cells.radius[:i] + r))
+        room = np.maximum(reach[:i] + reach[i] + 2, 0.45 * (cells.radius[:i] + r))  # no overlap
         for _ in range(30):
             spot = rng.uniform(low, high)
             if i and rng.random() < clumped:
                 j, angle = rng.integers(i), rng.uniform(0, TAU)
                 apart = rng.uniform(0.6, 1.15) * (cells.radius[j] + r)
                 spot = centre[j] + apart * np.array([np.sin(angle), np.cos(angle)])
-            within = ((low <= spot) & (spot <= high)).all()  # false beside a cell not placed: NaN
+            within = ((low <= spot) & (spot <= high)).all()      # false beside a NaN
             if within and not (np.hypot(*(centre[:i] - spot).T) < room).any():
                 centre[i] = spot
                 break
@@ -200,11 +190,10 @@ def place(rng: Generator, shape: tuple[int, int], cells: Population, margin: flo
 
 def grow(shape: tuple[int, int], cells: Population, centre: Array, pad: int, smallest: float
          ) -> tuple[Array, Array, Array]:
-    """Cells spread from their nuclei until they meet their outlines or a neighbour.
+    """Spread cells from their nuclei to their outlines or a neighbour, on a field padded by `pad`.
 
-    Drawn on a field padded by `pad`: the edge of the field is none for the cells it cuts. Returns
-    labels (H, W), the row of the population behind each label (the first is unused), px to the
-    cell's edge (H, W).
+    Returns labels (H, W), the row of the population behind each label (the first is unused), px to
+    the cell's edge (H, W).
     """
     level = np.ones([side + 2 * pad for side in shape], np.float32)    # 0 at nuclei, 1 at outlines
     seeds = np.zeros(level.shape, np.int32)
@@ -214,11 +203,11 @@ def grow(shape: tuple[int, int], cells: Population, centre: Array, pad: int, sma
         np.minimum(level[window], rho / cells.outline[i][angle], out=level[window])
         seeds[window][rho < cells.nucleus[i][angle]] = i + 1
     level[seeds > 0] = 0
-    grown = watershed(level, seeds, mask=level < 1)  # every cell one 4-connected piece
+    grown = watershed(level, seeds, mask=level < 1)                    # 4-connected cells
     inner = grown > 0
-    for one, next_ in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
-        inner[one] &= grown[one] == grown[next_]
-        inner[next_] &= grown[one] == grown[next_]
+    for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        inner[a] &= grown[a] == grown[b]
+        inner[b] &= grown[a] == grown[b]
     edge = ndimage.distance_transform_edt(inner) + 0.5
     crop = tuple(slice(pad, pad + side) for side in shape)
     labels, number = largest_pieces(grown[crop], smallest)
@@ -227,7 +216,7 @@ def grow(shape: tuple[int, int], cells: Population, centre: Array, pad: int, sma
 
 def around(at: Array, reach: float,
            shape: tuple[int, int]) -> tuple[tuple[slice, slice], Array, Array]:
-    """The part of an image within reach of a point, and its pixels' y and x from there."""
+    """Window of an image within reach of a point; y and x of its pixels from there."""
     first = [max(int(v - reach), 0) for v in at]
     last = [min(max(int(v + reach) + 2, 0), side) for v, side in zip(at, shape)]
     y, x = (np.arange(a, b) - v for a, b, v in zip(first, last, at))
@@ -235,13 +224,12 @@ def around(at: Array, reach: float,
 
 
 def polar(y: Array, x: Array) -> tuple[Array, Array]:
-    """Distance, and direction as an index into the tabulated ones."""
+    """Distance, and direction as an index into the A of an outline."""
     return np.hypot(y, x), (np.arctan2(y, x) * (A / TAU)).astype(np.int32) % A
 
 
 def largest_pieces(grown: Array, smallest: float) -> tuple[Array, Array]:
-    """Of each cell that the edge cut up its largest piece, renumbered 1..n; and the old number of
-    each."""
+    """The largest piece of each cell that the edge cut up, as 1..n; and their old numbers."""
     piece = label(grown, connectivity=1)
     area = np.bincount(piece.ravel())
     area[0] = 0
@@ -249,7 +237,7 @@ def largest_pieces(grown: Array, smallest: float) -> tuple[Array, Array]:
     old[piece] = grown
     largest = np.zeros(grown.max() + 1, np.int64)
     by_area = np.argsort(area, kind="stable")
-    largest[old[by_area]] = by_area                                    # the last one written stays
+    largest[old[by_area]] = by_area                                    # the last write stays
     kept = np.sort(largest[(largest > 0) & (area[largest] >= smallest)])
     new = np.zeros(len(area), np.int32)
     new[kept] = np.arange(1, len(kept) + 1)
@@ -257,9 +245,8 @@ def largest_pieces(grown: Array, smallest: float) -> tuple[Array, Array]:
 
 
 def look_inside(rng: Generator, cells: Population, centre: Array, labels: Array, owner: Array,
-                edge: Array
-                ) -> Inside:
-    """Where every pixel lies within its cell, and what all channels see there."""
+                edge: Array) -> Inside:
+    """Position of every pixel in its cell, and the structures that all channels show there."""
     where = np.flatnonzero(labels)
     cell, edge = owner[labels.flat[where]], edge.flat[where].astype(np.float32)
     y, x = (np.unravel_index(where, labels.shape) - centre[cell].T).astype(np.float32)
@@ -269,20 +256,19 @@ def look_inside(rng: Generator, cells: Population, centre: Array, labels: Array,
     thick = 0.22 + 0.78 * np.exp(-(far / cells.spread[cell]) ** 1.4)
     thick *= 1 - np.exp(-edge / cells.ramp[cell])
     nucleus = np.clip(deep + 0.5, 0, 1) * (1 - cells.mitotic[cell])
-    p = Inside(where, cell, y, x, edge, deep, nucleus, far, thick, None, None)
+    p = Inside(where, cell, y, x, edge, deep, nucleus, far, thick)
     crowd = rng.uniform(-2.7, -0.8, len(cells.radius))[cell] - 0.9 * far    # some cells are full
-    return p._replace(nucleoli=blobs(cells.nucleoli, p, 2),
-                      vesicles=np.clip((texture(rng, cells, p, 1.3) + crowd) * 2, 0, 1)
-                      * (1 - nucleus))
+    droplets = np.clip((texture(rng, cells, p, 1.3) + crowd) * 2, 0, 1)
+    return p._replace(nucleoli=blobs(cells.nucleoli, p, 2), vesicles=droplets * (1 - nucleus))
 
 
 # ------------------------------------------------------------------------------ textures and stains
 
 def texture(rng: Generator, cells: Population, p: Inside, size: float, stretch: float = 1) -> Array:
-    """Smooth noise (M,) of mean 0 and variance 1, drawn in each cell's own frame.
+    """Smooth noise (M,) of mean 0 and variance 1 in each cell's frame.
 
-    Its grain is `size` px times the cell's own, and `stretch` times longer along the cell's axis.
-    The cells take it from different places of one tile that wraps around.
+    Its grain is `size` px times the cell's, and `stretch` times longer along the cell's axis. Cells
+    take it from different places of a tile that wraps around.
     """
     side, sigma = 256, 4
     tile = rng.standard_normal((side, side), np.float32)
@@ -298,13 +284,12 @@ def texture(rng: Generator, cells: Population, p: Inside, size: float, stretch: 
 
 
 def threads(noise: Array, width: float) -> Array:
-    """Thin winding lines, 0 to 1: where noise crosses zero."""
+    """Winding lines, 0 to 1: where noise crosses zero."""
     return np.exp(-(noise / width) ** 2)
 
 
 def blobs(spots: Array, p: Inside, sharp: float) -> Array:
-    """Round spots (M,), 0 to 1, from (n, K, 3) of the population; sharp 1 is a Gaussian, more has a
-    rim."""
+    """Round spots (n, K, 3) as pixels (M,), 0 to 1; sharp 1 is a Gaussian, more has a rim."""
     value = np.zeros(len(p.cell), np.float32)
     for y, x, r in spots.astype(np.float32).transpose(1, 2, 0):
         near = ((p.y - y[p.cell]) ** 2 + (p.x - x[p.cell]) ** 2) / np.maximum(r, 0.1)[p.cell] ** 2
@@ -317,13 +302,12 @@ def mitochondria(rng: Generator, cells: Population, p: Inside) -> Array:
     patches = np.clip(0.8 + 0.7 * texture(rng, cells, p, 3.5), 0, 2)
     worms = threads(texture(rng, cells, p, 1.6, 1.7), 0.5) * patches
     reach = np.exp(-(p.far / (1.4 * cells.spread[p.cell])) ** 1.5)
-    return p.thick * (0.05 + 0.2 * reach + worms * reach) * (1 - 0.85
-                                                             * p.nucleus) * (1 - p.vesicles)
+    absent = (1 - 0.85 * p.nucleus) * (1 - p.vesicles)
+    return p.thick * (0.05 + 0.2 * reach + worms * reach) * absent
 
 
 def actin_golgi_membrane(rng: Generator, cells: Population, p: Inside) -> Array:
-    """Stress fibres along the cell's axis, a bright ruffled rim, specks, and the Golgi beside the
-    nucleus."""
+    """Stress fibres along the axis, a bright ruffled rim, specks, the Golgi beside the nucleus."""
     bundles = np.clip(0.4 + 0.6 * texture(rng, cells, p, 7), 0, 1.5)
     fibres = threads(texture(rng, cells, p, 1.7, 9), 0.4) * bundles
     ruffles = np.clip(0.45 + 0.45 * texture(rng, cells, p, 5), 0.05, 2)
@@ -336,14 +320,14 @@ def actin_golgi_membrane(rng: Generator, cells: Population, p: Inside) -> Array:
 
 
 def rna(rng: Generator, cells: Population, p: Inside) -> Array:
-    """Bright nucleoli in a dimmer nucleus, and a grainy cytoplasm that is brightest around it."""
+    """Bright nucleoli in a dimmer nucleus; a grainy cytoplasm, brightest around it."""
     cytoplasm = p.thick * (1 + 0.1 * texture(rng, cells, p, 2.5) + 0.08 * texture(rng, cells, p, 8))
-    return cytoplasm * (1 - 0.45 * p.nucleus) * (1 - 0.6
-                                                 * p.vesicles) + 0.75 * p.nucleoli * p.nucleus
+    cytoplasm *= 1 - 0.45 * p.nucleus
+    return cytoplasm * (1 - 0.6 * p.vesicles) + 0.75 * p.nucleoli * p.nucleus
 
 
 def endoplasmic_reticulum(rng: Generator, cells: Population, p: Inside) -> Array:
-    """A net around the nucleus that thins out towards the edge, and the nuclear envelope."""
+    """A net that thins out from the nucleus to the edge, and the nuclear envelope."""
     net = threads(texture(rng, cells, p, 2), 0.7) * (1 + 0.3 * texture(rng, cells, p, 6))
     reach = np.exp(-p.far / (1.5 * cells.spread[p.cell]))
     envelope = np.exp(-((p.deep + 0.5) / (1.2 * cells.unit)) ** 2) * (1 - cells.mitotic[p.cell])
@@ -366,7 +350,7 @@ STAINS = (mitochondria, actin_golgi_membrane, rna, endoplasmic_reticulum, dna)
 
 def fluorescence(rng: Generator, cells: Population, p: Inside, shape: tuple[int, int],
                  stain: int) -> Array:
-    """One stain through optics of its own: blur, haze, uneven light, gain and offset."""
+    """A stain through optics of its own: blur, haze, uneven light, gain and offset."""
     value = STAINS[stain](rng, cells, p) * cells.load[p.cell] * cells.amount[p.cell, stain]
     image = spread_out(value, p, shape) + 0.6 * debris(rng, shape)
     image = ndimage.gaussian_filter(image, rng.uniform(0.6, 1.3))
@@ -380,9 +364,8 @@ def brightfield(rng: Generator, cells: Population, p: Inside, shape: tuple[int, 
                 focus: float) -> Array:
     """Light through the cells, `focus` px off their plane.
 
-    Cells absorb a little: in every plane they are darker than the background. They also bend light:
-    off focus the intensity follows the curvature of the optical path (transport of intensity), and
-    the halos of rims, nuclei and droplets flip with the sign of the focus.
+    Cells absorb a little, and bend light: off focus the intensity follows the curvature of the
+    optical path (transport of intensity); halos flip with the sign of the focus.
     """
     load = np.sqrt(cells.load[p.cell])
     path = p.thick * (1 + 0.08 * texture(rng, cells, p, 1.8)) + 0.12 * np.clip(p.deep, 0, 3)
@@ -408,8 +391,7 @@ def spread_out(values: Array, p: Inside, shape: tuple[int, int]) -> Array:
 
 
 def uneven(rng: Generator, shape: tuple[int, int], waves: int) -> Array:
-    """A smooth surface (H, W) in -1..1: cosines of up to `waves` half periods, the finer the
-    smaller."""
+    """Smooth surface (H, W) in -1..1: cosines of up to `waves` half periods, finer ones smaller."""
     order = np.add.outer(np.arange(waves + 1), np.arange(waves + 1)).astype(np.float32)
     height = rng.standard_normal(order.shape, np.float32) * (order > 0) / np.maximum(order, 1)
     surface = fft.idctn(height, s=shape)                               # zeros for the finer waves
@@ -417,10 +399,9 @@ def uneven(rng: Generator, shape: tuple[int, int], waves: int) -> Array:
 
 
 def debris(rng: Generator, shape: tuple[int, int]) -> Array:
-    """What lies in one channel's light: specks, some far out of focus, now and then a clump of
-    grains."""
+    """Specks in a channel's light, some far out of focus, now and then a clump of grains."""
     image = np.zeros(shape, np.float32)
-    grains = []  # (y, x), radius, height
+    grains = []                                                        # (y, x), radius, height
     for _ in range(rng.poisson(3e-5 * image.size)):
         r = rng.uniform(0.7, 2) if rng.random() < 0.7 else rng.uniform(3, 9)
         grains.append((rng.uniform(0, shape), r, rng.uniform(0.2, 1.2) / max(r - 1, 1)))
@@ -436,10 +417,9 @@ def debris(rng: Generator, shape: tuple[int, int]) -> Array:
 
 
 def camera(rng: Generator, counts: Array, gain: float) -> Array:
-    """Counts -> what the camera stores, uint16, with noise and hot pixels; gain in counts per
-    electron.
+    """Counts as uint16 with noise and hot pixels; gain in counts per electron.
 
-    Shot noise is drawn as Gaussian: close to Poisson at these counts, and faster.
+    Shot noise is Gaussian: close to Poisson at these counts, and faster.
     """
     spread = np.sqrt(gain * np.maximum(counts, 0) + rng.uniform(3, 15) ** 2)
     counts = counts + spread * rng.standard_normal(counts.shape, np.float32)
@@ -452,10 +432,10 @@ def camera(rng: Generator, counts: Array, gain: float) -> Array:
 
 @dataclass(frozen=True)
 class Config:
-    out: str                                # folder for the fields and their labels
+    out: str                                # folder for fields and labels
     n: runs.Count = 10                      # how many
     size: str = "512"                       # px, one number or HEIGHTxWIDTH
-    cells: Annotated[int, runs.within(0, 65535)] = 60    # in each field, at most
+    cells: Annotated[int, runs.within(0, 65535)] = 60    # at most, in each field
     diameter: float = 56                    # px, of the average cell
     seed: int = 0                           # of the first field; the next has the next number
 
@@ -469,16 +449,15 @@ def main(config: Config, files: list[str]) -> int:
         raise ValueError(f"size={config.size}: expected whole numbers, size=512 or size=480x640")
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
-    form = {"photometric": "minisblack", "imagej": True,
-            "resolution": (1 / PIXEL_SIZE, 1 / PIXEL_SIZE)}
-    named = {"axes": "CYX", "Labels": list(CHANNELS), "unit": "um", "mode": "grayscale"}
+    named = {"axes": "CYX", "Labels": list(CHANNELS), "mode": "grayscale"}
     for k in range(config.seed, config.seed + config.n):
         drawn = field(k, (int(sides[1]), int(sides[2] or sides[1])), config.cells, config.diameter)
-        labels = drawn.labels.astype(np.uint16)
-        for name, image, metadata in ((f"field_{k}_cells.tif", labels, {"unit": "um"}),
-                                      (f"field_{k}.tif", drawn.pixels, named)):
-            with runs.replacing(folder / name) as temporary:
-                tifffile.imwrite(temporary, image, metadata=metadata, **form)
+        for name, image, more in ((f"field_{k}_cells", drawn.labels.astype(np.uint16), {}),
+                                  (f"field_{k}", drawn.pixels, named)):
+            with runs.replacing(folder / f"{name}.tif") as temporary:
+                tifffile.imwrite(temporary, image, photometric="minisblack", imagej=True,
+                                 resolution=(1 / PIXEL_SIZE, 1 / PIXEL_SIZE),
+                                 metadata={"unit": "um", **more})
     return 0
 
 

@@ -101,7 +101,7 @@ class Config:
     def __post_init__(self):
         if self.peak is not None and self.fill is not None and self.fill > self.peak:
             raise ValueError(f"fill={self.fill:g} is above peak={self.peak:g}: cells would end "
-                             f"above their markers")
+                             "above their markers")
         parse_diameter(self.diameter, 1.0, None)
         runs.part_of(self.shard)
 
@@ -118,8 +118,8 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
     table = "summary.csv" if parts == 1 else f"summary_{part}_of_{parts}.csv"
     weights = find_weights(config.weights, root / "final_models")
     if check:
-        print(f"{len(mine)} of {len(found)} images, the first {next(iter(mine))}\n"
-              f"weights {weights}\nresults into {config.out}")
+        print(f"{len(mine)} of {len(found)} images, the first {next(iter(mine))}\nweights "
+              f"{weights}\nresults into {config.out}")
         return 0
     if not s3.is_remote(config.out):
         new = not Path(config.out).exists()
@@ -142,8 +142,8 @@ def segment_all(found: dict[Path | str, str], shelf: s3.OutputFolder, table: str
     if todo:
         net = model.load(weights).ready(runs.pick_device(config.device))
         if config.diameter == "auto" and net.size is None:
-            raise ValueError(f"diameter=auto: {weights.name} cannot tell how large cells are; "
-                             "give px (40) or µm (12um)")
+            raise ValueError(f"diameter=auto: {weights.name} cannot tell how large cells are; give "
+                             "px (40) or µm (12um)")
         if net.mean.device.type == "cpu" and config.weights == "default":
             say("no GPU: weights=tiny is three times as fast, and hardly less accurate")
         start = time.perf_counter()
@@ -216,9 +216,8 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, progress
         C = source.shape[0]
         if C > 3:
             raise ValueError(f"{path}: has {C} channels "
-                             f"({', '.join(source.channels or map(str, range(1, C + 1)))}); "
-                             "choose what the network sees, up to three, with channels=1,2 or by "
-                             "name")
+                             f"({', '.join(source.channels or map(str, range(1, C + 1)))}); choose "
+                             "what the network sees, up to three, with channels=1,2 or by name")
         with segment.timed(clock, "read"):
             limits = images.percentiles(source, net.settings.low, net.settings.high)
         for notice in source.notices:                          # now, for all pixels have been seen
@@ -320,7 +319,7 @@ def parse_diameter(text: str | None, pixel_size: float | None, path: Path | None
         return float(match[1])
     if pixel_size is None:
         raise ValueError(f"{path}: diameter={text} is in µm, but the file does not say how large a "
-                         f"pixel is; give px")
+                         "pixel is; give px")
     return float(match[1]) / pixel_size
 
 
@@ -360,8 +359,8 @@ def find_images(arguments: list[str], config: Config) -> dict[Path | str, str]:
     owner: dict[str, Path | str] = {}
     for image, name in found.items():
         if name in owner:
-            raise ValueError(f"{owner[name]} and {image} would both write {name}_labels.tif; "
-                             "run them one after the other with different out=")
+            raise ValueError(f"{owner[name]} and {image} would both write {name}_labels.tif; run "
+                             "them one after the other with different out=")
         owner[name] = image
     return found
 
@@ -428,7 +427,7 @@ def find_weights(name: str, folder: Path) -> Path:
         if path.exists():
             return path
     raise FileNotFoundError(f"no weights at {choices[0]}; train with train_seg.py or pass "
-                            f"weights=FILE")
+                            "weights=FILE")
 
 
 def prepare(out: Path) -> Path:
@@ -482,7 +481,7 @@ def export(config: Export, files: list[str]) -> int:
     """
     if files:
         raise ValueError(f"export: unexpected {files[0]}; the file to write is out=FILE.onnx, "
-                         f"--help lists the keys")
+                         "--help lists the keys")
     weights = find_weights(config.weights, Path(__file__).resolve().parent / "final_models")
     error = model.to_onnx(model.load(weights), config.out, config.tile, config.opset, config.half)
     checked = (

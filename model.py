@@ -1,13 +1,10 @@
 """The network: a ViT with 2-D RoPE and registers (DINOv3's architecture), a U-Net decoder, weights
 in and out.
 
-    python model.py [size=224] [weights=FILE]     table of parameters and FLOPs per part, and one
-                                                  timed forward pass
+    python model.py [size=224] [weights=FILE]     parameters and FLOPs per part, one timed pass
 
-    vit = ViT()                                   S/8: 384 wide, 12 blocks, 6 heads, patch 8, 4
-                                                  registers
-    vit = load_backbone("dinov3_vits16.pth")      DINOv3 (official or Hugging Face), patch 16 turned
-                                                  into 8
+    vit = ViT()                                   S/8: 384 wide, 12 blocks, 6 heads, patch 8
+    vit = load_backbone("dinov3_vits16.pth")      DINOv3 (official or Hugging Face), patch 16 -> 8
     net = DINOCell(vit)                           (B, 3, H, W) in [0, 1] -> (B, 1, H, W) distance to
                                                   the cell's edge
     save(net, "final_models/x.pt"); net = load("final_models/x.pt")
@@ -23,19 +20,21 @@ import json
 import logging
 import math
 import pickle
+import re
 import struct
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runs import replacing
+import runs
 from watershed import Setting
 
 FORMAT = "dinocell-2"      # first entry of every file that save() writes
@@ -43,7 +42,7 @@ OLD_FORMAT = "dinocell-1"  # still read
 
 
 class Tokens(NamedTuple):
-    """What the backbone says about an image, after the final norm."""
+    """The backbone's tokens of an image, after the final norm."""
     cls: Tensor            # (B, D)
     registers: Tensor      # (B, R, D)
     patches: Tensor        # (B, N, D), row-major
@@ -59,25 +58,22 @@ def rope_periods(head: int) -> Tensor:
 
 def rope_table(periods: Tensor, h: int, w: int, plain: int,
                scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-    """cos and sin per token, (T, head), float32: patches turn by their place, the `plain` first
-    tokens do not.
+    """cos and sin per token, (T, head), float32; the `plain` first tokens have no place.
 
-    Coordinates are the centres of the patches in [-1, 1], each axis by its own extent: what the
-    network sees of a position is where it lies in the image, so that the patch size and the crop
-    size may change.
+    Coordinates are the centres of the patches in [-1, 1], each axis by its own extent, so that the
+    patch size and the crop size may change.
     """
     y = (torch.arange(h, device=periods.device) + 0.5) / h * 2 - 1
     x = (torch.arange(w, device=periods.device) + 0.5) / w * 2 - 1
     yx = torch.cartesian_prod(y, x) * scale                                  # (N, 2)
     angle = 2 * math.pi * yx[:, :, None] / periods.float()                   # (N, 2, head/4)
-    angle = angle.flatten(1).repeat(1, 2)  # (N, head): rows, columns, again
-    angle = F.pad(angle, (0, 0, plain, 0))  # (T, head): angle 0 turns nothing
+    angle = angle.flatten(1).repeat(1, 2)                    # (N, head): rows, columns, again
+    angle = F.pad(angle, (0, 0, plain, 0))                   # (T, head): angle 0 turns nothing
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x cos + rotate_half(x) sin, in the type of x: x (B, T, heads, head); cos, sin (T, head),
-    float32."""
+    """x cos + rotate_half(x) sin: x (B, T, heads, head); cos, sin (T, head), float32."""
     half = x.shape[-1] // 2
     sin = torch.cat((-sin[:, :half], sin[:, half:]), -1).to(x.dtype)[:, None]  # (T, 1, head)
     swapped = torch.cat((x[..., half:], x[..., :half]), -1)
@@ -85,22 +81,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class AttentionByProducts(torch.autograd.Function):
-    """Attention whose gradient is five matrix products. In bfloat16 on a CPU these take two thirds
-    of the time of the backward pass of scaled_dot_product_attention, which saves a tenth of a
-    training step.
+    """Attention whose gradient is five matrix products: in bfloat16 on a CPU two thirds of the time
+    of the backward pass of scaled_dot_product_attention.
 
     With P = softmax(s Q K') and dO the gradient of the output: dV = P' dO, dS = P * (dO V' -
     rowsum(dO * O)), dQ = s dS K, dK = s dS' Q (Dao et al., 2022, appendix B.4).
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, heads, T, head) each
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, heads, T, head) each
         out = F.scaled_dot_product_attention(q, k, v)
         ctx.save_for_backward(q, k, v, out)
         return out
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         B, scale = len(gradient), gradient.shape[-1] ** -0.5
         # (B heads, T, head)
         q, k, v, out, gradient = (t.flatten(0, 1) for t in (*ctx.saved_tensors, gradient))
@@ -113,10 +108,7 @@ class AttentionByProducts(torch.autograd.Function):
 
 
 class Attention(nn.Module):
-    """Self-attention with RoPE.
-
-    Queries and values have a bias, keys none (softmax would hardly see it).
-    """
+    """Self-attention with RoPE. Keys have no bias, which softmax would hardly see."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -127,8 +119,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], scale: Tensor) -> Tensor:
-        """scale (D,), LayerScale: it multiplies the rows of the last matrix, which are fewer than
-        the tokens."""
+        """scale (D,), LayerScale: it multiplies the last matrix, which is smaller than x."""
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         # (B, T, 3 heads, head)
         qkv = F.linear(x, self.qkv.weight, bias).unflatten(2, (3 * self.heads, -1))
@@ -142,8 +133,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm transformer block, both branches scaled by a learned factor per feature
-    (LayerScale)."""
+    """Pre-norm transformer block; LayerScale on both branches."""
 
     def __init__(self, dim: int, heads: int, layerscale: float):
         super().__init__()
@@ -167,21 +157,20 @@ class TransformerBlock(nn.Module):
 class ViT(nn.Module):
     """Vision transformer as DINOv3 builds it; every size is free.
 
-    layerscale : start value of LayerScale; 1e-5 is DINOv3's, for long training. Short training from
-        scratch
-        starts faster near 0.1.
-    rope_jitter : in training, coordinates are multiplied by a log-uniform factor in [1/j, j], drawn
-        anew at every
-        block (DINOv3: 2), so that the size of the crop cannot be read off them. 1 turns it off.
+    layerscale : start of LayerScale; DINOv3's 1e-5 is for long training, short training from
+        scratch starts faster near 0.1.
+    rope_jitter : in training each block multiplies coordinates by a log-uniform factor in [1/j, j]
+        (DINOv3: 2), so that the size of the crop cannot be read off them. 1 turns it off.
     """
 
+    periods: Tensor
+
     def __init__(self, dim: int = 384, depth: int = 12, heads: int = 6, patch: int = 8,
-                 registers: int = 4,
-                 layerscale: float = 1e-5, rope_jitter: float = 1.0):
+                 registers: int = 4, layerscale: float = 1e-5, rope_jitter: float = 1.0):
         super().__init__()
         if heads < 1 or dim % heads or (dim // heads) % 4:
             raise ValueError(f"dim={dim}, heads={heads}: the head width dim / heads must be a "
-                             f"multiple of 4 for RoPE")
+                             "multiple of 4 for RoPE")
         self.architecture = dict(dim=dim, depth=depth, heads=heads, patch=patch,
                                  registers=registers)
         self.dim, self.depth, self.patch, self.registers = dim, depth, patch, registers
@@ -203,18 +192,16 @@ class ViT(nn.Module):
         B, _, H, W = x.shape
         if H % self.patch or W % self.patch:
             raise ValueError(f"image of {H} x {W} px: both sides must be multiples of the patch "
-                             f"({self.patch} px); "
-                             "segment.segment pads for you")
+                             f"({self.patch} px); segment.segment pads for you")
         x = self.patch_embed(x).flatten(2).mT                                # (B, N, D)
-        if mask is not None:  # mask (B, N), True: hidden
+        if mask is not None:                             # (B, N), True: hidden
             x = torch.where(mask[:, :, None], self.mask_token.to(x.dtype), x)
         first = torch.cat((self.cls_token[None], self.register_tokens)).to(x.dtype)
         return torch.cat((first.expand(B, -1, -1), x), 1)                    # (B, T, D)
 
     def _run(self, x: Tensor, mask: Tensor | None,
              taps: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
-        """All tokens after the last block, before the norm, and the patch tokens after the blocks
-        named in taps."""
+        """All tokens before the final norm, and the patch tokens after the blocks in taps."""
         h, w = x.shape[2] // self.patch, x.shape[3] // self.patch
         plain = 1 + self.registers
         x, seen = self.embed(x, mask), []
@@ -234,41 +221,36 @@ class ViT(nn.Module):
 
     def features(self, x: Tensor, taps: tuple[int, ...],
                  mask: Tensor | None = None) -> list[Tensor]:
-        """Patch tokens (B, N, D) after the blocks whose numbers are in taps (ascending), before any
-        norm."""
+        """Patch tokens (B, N, D) after the blocks whose numbers are in taps, before any norm."""
         return self._run(x, mask, taps)[1]
 
 
 # ------------------------------------------------------------------------------------- convolutions
 
 def convolutions(width: int, inputs: int | None = None) -> nn.Sequential:
-    """Twice 3 x 3 convolution, GroupNorm, ReLU.
-
-    GroupNorm looks at one image alone: batch and ranks change nothing.
-    """
-    def one(c: int) -> list[nn.Module]:
-        return [nn.Conv2d(c, width, 3, padding=1, bias=False),
-                nn.GroupNorm(math.gcd(8, width), width), nn.ReLU(inplace=True)]
-    return nn.Sequential(*one(inputs or width), *one(width))
+    """Twice 3 x 3 convolution, GroupNorm, ReLU: no image depends on its batch."""
+    layers: list[nn.Module] = []
+    for c in (inputs or width, width):
+        layers += [nn.Conv2d(c, width, 3, padding=1, bias=False),
+                   nn.GroupNorm(math.gcd(8, width), width), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
 
 
 class ConvNet(nn.Module):
-    """Convolutions where the transformer was: with them DINOCell is a plain U-Net, to compare with.
-    """
+    """Convolutions in place of the transformer: a plain U-Net, to compare with."""
 
     def __init__(self, dim: int, depth: int, patch: int = 8):
         super().__init__()
         self.architecture = dict(kind="ConvNet", dim=dim, depth=depth, patch=patch)
         self.dim, self.depth, self.patch = dim, depth, patch
-        # patch 8: dim/4, dim/2, dim
-        widths = [dim * 2 ** (k + 1) // patch for k in range(patch.bit_length() - 1)]
+        widths = [dim * 2 ** (k + 1) // patch               # patch 8: dim/4, dim/2, dim
+                  for k in range(patch.bit_length() - 1)]
         self.patch_embed = nn.Sequential(*(nn.Sequential(nn.AvgPool2d(2), convolutions(b, a))
                                            for a, b in zip([3, *widths], widths)))
         self.blocks = nn.ModuleList(convolutions(dim) for _ in range(depth))
 
     def features(self, x: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
-        """(B, N, D) after the blocks whose numbers are in taps (ascending), as ViT.features gives
-        them."""
+        """(B, N, D) after the blocks whose numbers are in taps, as ViT.features."""
         x, seen = self.patch_embed(x), []                                    # (B, D, h, w)
         for i, block in enumerate(self.blocks):
             x = x + block(x)
@@ -283,25 +265,23 @@ class Decoder(nn.Module):
     """U-Net decoder on the token grids of equally spaced blocks, down to one distance per pixel.
 
     Each stage doubles the grid by a transposed convolution and adds the next shallower block as
-    skip. The skip is projected to the stage's width while it is still a token grid, and enlarged
-    afterwards: at full size a 384-wide skip would cost more than the backbone. A stem sees the
-    pixels themselves, in `stem` sizes from the last stage's down by halves, and joins where the
-    decoder has come to the same size: tokens alone cannot say where inside its 8 px an edge lies,
-    and convolutions learn edges from few images.
+    skip, projected to the stage's width while it is a token grid: at full size a 384-wide skip
+    would cost more than the backbone. A stem sees the pixels themselves, in `stem` sizes from the
+    last stage's down by halves, and joins where the decoder has the same size: tokens alone cannot
+    say where inside its 8 px an edge lies.
 
     last = 0: the stages end at half the size of the image, the stem sees 2 x 2 px as twelve
-    channels, and the head answers for 2 x 2 px at once. Convolutions at full size took three
+    channels, and the head answers for 2 x 2 px at once; convolutions at full size took three
     quarters of the decoder's time. Otherwise one more stage, `last` wide, stays at full size.
     """
 
     def __init__(self, dim: int, patch: int, widths: tuple[int, ...], last: int, stem: int):
         super().__init__()
-        self.grain = 1 if last else 2  # px along a side of what the head answers for
+        self.grain = 1 if last else 2                # px, side of what the head answers for
         if 2 ** len(widths) * self.grain != patch:
             raise ValueError(f"decoder widths {widths}: {len(widths)} stages enlarge "
-                             f"{2 ** len(widths)} times, the patch "
-                             f"is {patch} px; give {(patch // self.grain).bit_length() - 1} widths "
-                             f"with last={last}")
+                             f"{2 ** len(widths)} times, the patch is {patch} px; give "
+                             f"{(patch // self.grain).bit_length() - 1} widths with last={last}")
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(len(widths) + 1))
         self.skips = nn.ModuleList(nn.Linear(dim, width) for width in widths)
         self.ups = nn.ModuleList(nn.ConvTranspose2d(c, width, 2, 2)
@@ -309,33 +289,33 @@ class Decoder(nn.Module):
         self.stages = nn.ModuleList(convolutions(width) for width in widths)
         if not 0 <= stem <= len(widths):
             raise ValueError(f"stem={stem}: expected 0 to {len(widths)} levels, one for each size "
-                             f"that the decoder has")
+                             "that the decoder has")
         # as wide as what they join
         across = (*([last] if last else []), *reversed(widths[:-1] if last else widths))[:stem]
-        self.stem = nn.ModuleList(convolutions(b, a) for a, b in zip((3 * self.grain ** 2, *across),
-                                                                     across))
+        self.stem = nn.ModuleList(convolutions(b, a)
+                                  for a, b in zip((3 * self.grain ** 2, *across), across))
         if last:
             self.narrow = nn.Conv2d(widths[-1], last, 1)
             self.refine = convolutions(last)
         self.head = nn.Conv2d(last or widths[-1], self.grain ** 2, 1)
 
     def forward(self, image: Tensor, taps: list[Tensor], h: int, w: int) -> Tensor:
-        """image (B, 3, H, W), taps: (B, N, D) from shallow to deep -> (B, 1, H, W) before the
-        sigmoid."""
+        """Logits (B, 1, H, W) of an image (B, 3, H, W) and taps (B, N, D), shallow to deep."""
         def grid(tokens: Tensor) -> Tensor:
             return tokens.mT.unflatten(2, (h, w))                            # (B, c, h, w)
 
-        seen, x = [], F.pixel_unshuffle(image, self.grain)  # (B, 3 grain^2, H / grain, W / grain)
+        seen: list[Tensor] = []
+        x = F.pixel_unshuffle(image, self.grain)         # (B, 3 grain^2, H / grain, W / grain)
         for level in self.stem:
             x = level(F.avg_pool2d(x, 2) if seen else x)
-            seen.append(x)  # (B, width, H / 2^k, W / 2^k)
+            seen.append(x)                               # (B, width, H / 2^k, W / 2^k)
         *shallow, deepest = [norm(tap) for norm, tap in zip(self.norms, taps)]
         x = grid(deepest)                                                    # (B, D, h, w)
         for i, (up, project, stage) in enumerate(zip(self.ups, self.skips, self.stages)):
             skip = grid(project(shallow[-1 - i]))
             skip = F.interpolate(skip, scale_factor=2 ** (i + 1), mode="bilinear")
-            x = up(x) + skip  # (B, width, 2^(i+1) h, 2^(i+1) w)
-            k = len(self.stages) - 1 - i  # halvings from the last size to this one
+            x = up(x) + skip                             # (B, width, 2^(i+1) h, 2^(i+1) w)
+            k = len(self.stages) - 1 - i                 # halvings from the last size to this one
             x = stage(x + seen[k] if (k or self.grain > 1) and k < len(seen) else x)
         if self.grain == 1:
             x = self.narrow(x)                                               # (B, last, H, W)
@@ -344,10 +324,10 @@ class Decoder(nn.Module):
 
 
 class SizeHead(nn.Module):
-    """How wide the cells of an image are, from the tokens of the last block.
+    """Diameter of the cells of an image, from the tokens of the last block.
 
-    Each token makes a guess at the logarithm of the median diameter, at how far off it may be, and
-    at how much it counts: those on cells know, those on background do not.
+    Each token guesses the logarithm of the median diameter, how far off it may be, and how much it
+    counts: tokens on cells know, those on background do not.
     """
 
     def __init__(self, dim: int, hidden: int = 128):
@@ -357,10 +337,9 @@ class SizeHead(nn.Module):
         self.fc2 = nn.Linear(hidden, 3)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, D) -> log of px, log of the scale of a Laplace distribution around it, (B,) each.
-        """
-        # (B, N) each
-        guess, spread, weight = self.fc2(F.gelu(self.fc1(self.norm(tokens)))).float().unbind(2)
+        """(B, N, D) -> log of px, log of the scale of a Laplace distribution around it, (B,)."""
+        logits = self.fc2(F.gelu(self.fc1(self.norm(tokens)))).float()
+        guess, spread, weight = logits.unbind(2)                             # (B, N) each
         share = weight.softmax(1)
         return (share * guess).sum(1), (share * spread).sum(1)
 
@@ -369,7 +348,7 @@ class SizeHead(nn.Module):
 
 @dataclass
 class Settings:
-    """What inference must know beside the tensors; kept in the weights file."""
+    """What inference needs beside the tensors; kept in the weights file."""
     tile: int = 256                   # px, side of the training crops and so of the tiles
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)   # subtracted from inputs in [0, 1]; DINOv3's
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -392,8 +371,10 @@ class Settings:
 
 
 class DINOCell(nn.Module):
-    """Image in [0, 1] -> per pixel the distance to the edge of its cell, 0 outside cells, 1 deep
-    inside."""
+    """Image in [0, 1] -> distance to the cell's edge, 0 on background, 1 deep inside a cell."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, backbone: ViT | ConvNet | None = None,
                  widths: tuple[int, ...] = (256, 128, 64), last: int = 32,
@@ -411,7 +392,7 @@ class DINOCell(nn.Module):
         self.architecture = dict(backbone=vit.architecture, widths=tuple(widths), last=last,
                                  stem=stem)
         self.decoder = Decoder(vit.dim, vit.patch, tuple(widths), last, stem)
-        self.size: SizeHead | None = None                                    # give_size() makes one
+        self.size: SizeHead | None = None                # add_size_head() makes one
         self.register_buffer("mean", torch.tensor(self.settings.mean).view(1, 3, 1, 1),
                              persistent=False)
         self.register_buffer("std", torch.tensor(self.settings.std).view(1, 3, 1, 1),
@@ -426,24 +407,24 @@ class DINOCell(nn.Module):
         h, w = x.shape[2] // self.backbone.patch, x.shape[3] // self.backbone.patch
         return self.decoder(x, taps, h, w).float().sigmoid()                 # (B, 1, H, W)
 
-    def give_size(self) -> None:
-        """A new head that says how wide cells are."""
+    def add_size_head(self) -> None:
         self.size = SizeHead(self.backbone.dim).to(self.mean.device)
         self.architecture["size"] = True
 
-    def widths(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) in [0, 1] -> what the size head says of each."""
+    def log_diameters(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) in [0, 1] -> the size head's answer for each image."""
+        assert self.size is not None
         with self.autocast():
             last, = self.backbone.features(self.standardised(x), self.taps[-1:])
             return self.size(last.to(self.dtype))
 
     def standardised(self, x: Tensor) -> Tensor:
-        """What the backbone sees of an image (B, 3, H, W) in [0, 1]."""
+        """The backbone's input, of an image (B, 3, H, W) in [0, 1]."""
         return ((x - self.mean) / self.std).to(self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights: float32, or bfloat16 after ready()."""
+        """Type of the weights: float32, or bfloat16 after ready()."""
         return self.decoder.head.weight.dtype
 
     def autocast(self) -> torch.autocast:
@@ -453,31 +434,31 @@ class DINOCell(nn.Module):
                               and self.dtype == torch.float32)
 
     def ready(self, device: str) -> DINOCell:
-        """This network itself, ready for inference on a device: where that computes in bfloat16 its
-        weights are bfloat16, which spares the conversions of autocast, and its convolutions see
-        channels last. No longer to be trained or saved."""
+        """Make this network ready for inference on a device, no longer to be trained or saved.
+
+        Where the device computes in bfloat16 the weights are bfloat16, which spares autocast's
+        conversions, and convolutions see channels last.
+        """
         self.to(device).eval().requires_grad_(False)
         if has_bf16(device):
             for parameter in self.parameters():
                 parameter.data = parameter.data.bfloat16()
-            self.to(memory_format=torch.channels_last)
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as documented
         return self
 
 
 # --------------------------------------------------------------------------------------------- loss
 
-NEAR_EDGE = 2       # px from a cell that are near it
+NEAR_EDGE = 2       # px around a cell that count as its edge
 
 
 def distance_loss(predicted: Tensor, target: Tensor, labels: Tensor, edge_weight: float = 0.0,
                   seam_weight: float = 0.0) -> Tensor:
-    """Mean squared error of distances (B, 1, S, S), each pixel weighed; labels (B, S, S), 0 is
-    background.
+    """Mean squared error of distances (B, 1, S, S), weighed; labels (B, S, S), 0 is background.
 
-    Near an edge, on both sides of it, by 1 + edge_weight (1 - distance): with the cell's side alone
-    the network would rather draw cells too large than too small. And seam_weight more where two
-    cells are near: touching cells are parted by a valley of few pixels that else hardly shows in
-    the mean.
+    Pixels near an edge, on both sides, count 1 + edge_weight (1 - distance): with the cell's side
+    alone the network would rather draw cells too large. Pixels near two cells count seam_weight
+    more: the valley between touching cells is so narrow that it hardly shows in the mean.
     """
     square = (predicted - target).square()
     if not edge_weight and not seam_weight:
@@ -485,8 +466,8 @@ def distance_loss(predicted: Tensor, target: Tensor, labels: Tensor, edge_weight
     number = labels[:, None].to(target.dtype)                                # (B, 1, S, S)
     highest, lowest = (F.max_pool2d(v, 2 * NEAR_EDGE + 1, 1, NEAR_EDGE)
                        for v in (number, -number.masked_fill(number == 0, torch.inf)))
-    # of one cell or more, of two or more
-    near, seam = highest > 0, (highest > 0) & (highest != -lowest)
+    near = highest > 0                                       # of one cell or more
+    seam = near & (highest != -lowest)                       # of two or more
     return (square * (1 + edge_weight * (1 - target) * near + seam_weight * seam)).mean()
 
 
@@ -494,10 +475,9 @@ def distance_loss(predicted: Tensor, target: Tensor, labels: Tensor, edge_weight
 
 def save(model: DINOCell | ViT, path: str | Path, half: bool = False,
          provenance: dict | None = None) -> None:
-    """Write architecture, settings and tensors; half=True stores float16. The file appears whole or
-    not at all.
+    """Write architecture, settings and tensors, whole or not at all; half=True stores float16.
 
-    A backbone has no settings of its own: what it was trained on comes with `provenance`.
+    A backbone has no settings: what it was trained on comes with `provenance`.
     """
     path = Path(path)
     tensors = {k: v.detach().cpu() for k, v in model.state_dict().items()}
@@ -509,7 +489,7 @@ def save(model: DINOCell | ViT, path: str | Path, half: bool = False,
                    else {"provenance": provenance or {}},
                    state_dict=tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with runs.replacing(path) as temporary:
         torch.save(content, temporary)
 
 
@@ -519,24 +499,21 @@ def load(path: str | Path) -> DINOCell:
     """A network written by save(), in float32, on the CPU, ready for inference."""
     content = _read_file(path)
     if not _is_ours(content) or content["kind"] != "DINOCell":
-        what = {
-            "ViT": "a backbone without decoder (model.load_backbone reads it)",
-            "Instructed": "weights that answer instructions (python instruct.py ask reads them)",
-        }
+        what = {"ViT": "a backbone without decoder (model.load_backbone reads it)",
+                "Instructed": "weights that answer instructions (instruct.py ask reads them)"}
         raise ValueError(f"{path}: {what.get(str(content.get('kind')), 'no DINOCell file')}; "
-                         f"expected weights exported by "
-                         "train_seg.py")
+                         f"expected weights exported by train_seg.py")
     shape, settings = content["architecture"], settings_of(content, path)
     if heads := shape.get("decoders"):
         print(f"{path}: weights of the format before, with decoders for {', '.join(heads)}; the "
-              f"one for all is used", file=sys.stderr)
+              "one for all is used", file=sys.stderr)
         content["state_dict"] = {k: v for k, v in content["state_dict"].items()
                                  if not k.startswith("decoders.")}
     with torch.device("meta"):
         net = DINOCell(built(shape["backbone"]), tuple(shape["widths"]), shape["last"], settings,
                        shape["stem"])
         if shape.get("size"):
-            net.give_size()
+            net.add_size_head()
     net.to_empty(device="cpu")
     net.mean.copy_(torch.tensor(net.settings.mean).view(1, 3, 1, 1))
     net.std.copy_(torch.tensor(net.settings.std).view(1, 3, 1, 1))
@@ -549,27 +526,25 @@ def _is_ours(content: dict) -> bool:
 
 
 def settings_of(content: dict, path: str | Path) -> Settings:
-    """The settings in a weights file; those of the format before that are gone are passed over."""
+    """Settings of a weights file; those that OLD_FORMAT alone had are passed over."""
     gone = ("kinds", "zoom", "pixel_size") if content["format"] == OLD_FORMAT else ()
     given = {k: v for k, v in content["settings"].items() if k not in gone}
     if surplus := given.keys() - {f.name for f in fields(Settings)}:
         raise ValueError(f"{path}: unknown settings {sorted(surplus)}; the file is newer than this "
-                         f"code: update it")
+                         "code: update it")
     return Settings(**given)
 
 
 def built(shape: dict) -> ViT | ConvNet:
-    """A backbone as a file's architecture describes it, untrained."""
+    """An untrained backbone of a file's architecture."""
     shape = dict(shape)
     return {"ViT": ViT, "ConvNet": ConvNet}[shape.pop("kind", "ViT")](**shape)
 
 
 def load_backbone(path: str | Path, patch: int = 8, **options) -> ViT:
-    """A backbone from DINOv3's official file, a training checkpoint of it, the Hugging Face file,
-    or our own.
+    """Backbone of DINOv3's official file, its training checkpoint, the Hugging Face file, or ours.
 
-    A kernel of larger patches is turned into `patch` by shrink_patch. `options` go to ViT
-    (rope_jitter).
+    A kernel of larger patches goes through shrink_patch. `options` go to ViT (rope_jitter).
     """
     content = _read_file(path)
     if _is_ours(content):
@@ -582,8 +557,8 @@ def load_backbone(path: str | Path, patch: int = 8, **options) -> ViT:
     depth = 1 + max((int(k.split(".")[1]) for k in tensors if k.startswith("blocks.")), default=-1)
     if kernel is None or depth == 0 or "register_tokens" not in tensors:
         raise ValueError(f"{path}: no vision transformer with registers in it (its first keys: "
-                         f"{_some(content)}); "
-                         "expected a DINOv3 checkpoint or a file of this project")
+                         f"{_some(content)}); expected a DINOv3 checkpoint or a file of this "
+                         f"project")
     dim = kernel.shape[0]
     if "periods" not in tensors:       # Hugging Face files have none, and there heads are 64 wide
         tensors["periods"] = rope_periods(64)
@@ -596,12 +571,10 @@ def load_backbone(path: str | Path, patch: int = 8, **options) -> ViT:
 
 
 def shrink_patch(kernel: Tensor, patch: int) -> Tensor:
-    """Kernel (D, 3, P, P) -> (D, 3, p, p), p < P, that answers on a patch as the old one on the
-    patch enlarged.
+    """Kernel (D, 3, P, P) -> (D, 3, p, p), p < P: it answers as the old one on enlarged patches.
 
-    With U the matrix of the enlargement of one patch (bicubic, patch by patch), <x, U'w> = <Ux, w>:
-    the transpose does it exactly. Resizing the kernel instead is off by a factor of about four in
-    gain.
+    With U the matrix of the (bicubic) enlargement of one patch, <x, U'w> = <Ux, w>: the transpose
+    does it exactly. Resizing the kernel instead is off by a factor of about four in gain.
     """
     old = kernel.shape[-1]
     if patch > old:
@@ -614,98 +587,91 @@ def shrink_patch(kernel: Tensor, patch: int) -> Tensor:
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """The format by hand: 8 bytes of length, a JSON header, raw little-endian tensors."""
+    """Tensors of a file: 8 bytes of length, a JSON header, raw little-endian numbers."""
     types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-             "BF16": torch.bfloat16,
-             "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+             "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8,
+             "BOOL": torch.bool}
     raw = Path(path).read_bytes()
     try:
         size = struct.unpack("<Q", raw[:8])[0]
         header = json.loads(raw[8:8 + size])
         body = memoryview(bytearray(raw[8 + size:]))
-        return {name: torch.frombuffer(body[slice(*entry["data_offsets"])],
-                                       dtype=types[entry["dtype"]])
-                .view(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        return {name: torch.frombuffer(body[slice(*tensor["data_offsets"])],
+                                       dtype=types[tensor["dtype"]]).view(tensor["shape"])
+                for name, tensor in header.items() if name != "__metadata__"}
     except (struct.error, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: not a whole .safetensors file ({error}); download it again"
-        ) from None
+        raise ValueError(f"{path}: not a whole .safetensors file ({error}); download it again"
+                         ) from None
 
 
 def _read_file(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; train with train_seg.py or pass "
-                                f"weights=FILE")
+                                "weights=FILE")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, AttributeError,
-            LookupError,
-            # what it makes of bytes that are something else
-            AssertionError, struct.error) as error:
+            LookupError, AssertionError, struct.error) as error:  # of bytes that are something else
         raise ValueError(f"{path}: not a file of PyTorch weights, or damaged "
-                         f"({type(error).__name__}); expected what "
-                         "train_seg.py or train_ssl.py exported, or a DINOv3 checkpoint") from None
+                         f"({type(error).__name__}); expected what train_seg.py or train_ssl.py "
+                         "exported, or a DINOv3 checkpoint") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dictionary of "
-                         f"weights")
+                         "weights")
     return content
 
 
 def kind(path: str | Path) -> str:
-    """What a file of weights holds: "DINOCell" (with decoder), or "ViT"."""
+    """Kind of network in a file of weights: "DINOCell" (with decoder), "ViT" or "Instructed"."""
     content = _read_file(path)
     return content["kind"] if _is_ours(content) else "ViT"
 
 
 def has_bf16(device: str) -> bool:
-    """Whether the hardware computes in bfloat16 itself; elsewhere it would only be slower."""
+    """Tell whether the hardware computes in bfloat16 itself; elsewhere it is only slower."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
-def _some(names, count: int = 4) -> str:
+def _some(names: Iterable[str], count: int = 4) -> str:
     names = sorted(map(str, names))
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count
-                                       else "")
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+DINOV3_NAMES = [                    # official or Hugging Face's name -> ours, in this order
+    (r"^(model\.)?layer\.", "blocks."),
+    (r"(embeddings\.patch_embeddings|patch_embed\.proj)\.", "patch_embed."),
+    (r"embeddings\.", ""),
+    (r"storage_tokens", "register_tokens"),
+    (r"rope_embed\.periods", "periods"),
+    (r"(layer_scale|ls)([12])\.(lambda1|gamma)", r"scale\2"),
+    (r"mlp\.up_proj", "fc1"),
+    (r"mlp\.down_proj", "fc2"),
+    (r"mlp\.", ""),
+    (r"attention\.o_proj", "attn.proj"),
+    (r"attention\.([qv])_proj\.bias", r"attn.\1_bias"),
+]
 
 
 def _from_dinov3(content: dict, path: str | Path) -> dict[str, Tensor]:
-    """Official or Hugging Face names -> ours.
-
-    What has no counterpart keeps its name, and _fill names it.
-    """
-    # a training checkpoint: heads are not ours to load
-    if isinstance(content.get("teacher"), dict):
+    """Rename official or Hugging Face tensors; what has no counterpart is named by _fill."""
+    if isinstance(content.get("teacher"), dict):     # a training checkpoint: heads are not ours
         content = {k[9:]: v for k, v in content["teacher"].items() if k.startswith("backbone.")}
-    hugging_face = "embeddings.cls_token" in content
-    rename = [("model.layer.", "layer."), ("layer.", "blocks."),
-              ("embeddings.patch_embeddings.", "patch_embed."),
-              ("embeddings.", ""), ("layer_scale1.lambda1", "scale1"),
-              ("layer_scale2.lambda1", "scale2"),
-              ("mlp.up_proj", "fc1"), ("mlp.down_proj", "fc2"), ("attention.o_proj", "attn.proj"),
-              ("attention.q_proj.bias", "attn.q_bias"), ("attention.v_proj.bias", "attn.v_bias"),
-              ] if hugging_face else [
-              ("storage_tokens", "register_tokens"), ("patch_embed.proj.", "patch_embed."),
-              ("rope_embed.periods", "periods"), ("ls1.gamma", "scale1"), ("ls2.gamma", "scale2"),
-              ("mlp.", "")]
     ours = {}
     for name, tensor in content.items():
-        for old, new in rename:
-            name = (
-                name.replace(old, new)
-                if not old.startswith(("layer.", "model.")) or name.startswith(old)
-                else name
-            )
+        for old, new in DINOV3_NAMES:
+            name = re.sub(old, new, name)
         ours[name] = tensor
     for name in ("cls_token", "mask_token", "register_tokens"):  # (1, 1, D), (1, D), (1, R, D)
         if name in ours:
-            width = ours[name].shape[-1]
-            ours[name] = ours[name].reshape((-1, width) if name == "register_tokens" else width)
-    # its middle third is masked to zero
+            dim = ours[name].shape[-1]
+            ours[name] = ours[name].reshape((-1, dim) if name == "register_tokens" else dim)
+    # the middle third of the bias is masked to zero
     for name in [n for n in ours if n.endswith("attn.qkv.bias")]:
         stem = name.removesuffix("qkv.bias")
         ours[stem + "q_bias"], _, ours[stem + "v_bias"] = ours.pop(name).chunk(3)
@@ -721,8 +687,7 @@ def _from_dinov3(content: dict, path: str | Path) -> dict[str, Tensor]:
 
 
 def _fill(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
-    """load_state_dict with an error a person can act on, and with float16 files read into float32.
-    """
+    """Load tensors, float16 ones as float32, with an error that a person can act on."""
     wanted = module.state_dict()
     missing, surplus = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
     wrong = [f"{k} {tuple(tensors[k].shape)} instead of {tuple(v.shape)}" for k, v in wanted.items()
@@ -744,12 +709,11 @@ def to_onnx(net: DINOCell, path: str | Path, tile: int | None = None, opset: int
     """Write the network as one ONNX file; the largest difference from PyTorch, or None without
     onnxruntime.
 
-    image     (batch, 3, tile, tile) float32 in [0, 1], any batch, as images.normalise and
-              images.to_rgb make it
-    distance  (batch, 1, tile, tile) float32 in [0, 1], what watershed.watershed takes
+    image     (batch, 3, tile, tile) float32 in [0, 1], of images.normalise and images.to_rgb
+    distance  (batch, 1, tile, tile) float32 in [0, 1], for watershed.watershed
 
     Subtracting the mean is part of the network; tiling, blending and the watershed are not
-    (segment.py). The settings that these need are JSON in the file's metadata under "dinocell".
+    (segment.py). Their settings are JSON in the file's metadata under "dinocell".
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
@@ -773,14 +737,13 @@ def to_onnx(net: DINOCell, path: str | Path, tile: int | None = None, opset: int
             return self.net(image.half() if half else image)
 
     images = torch.rand(3, 3, tile, tile, generator=torch.Generator().manual_seed(0))
-    with replacing(path) as temporary, warnings.catch_warnings():
+    with runs.replacing(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's, about its own insides
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(Whole(), (images,), None, input_names=["image"],
-                                    output_names=["distance"],
-                                    dynamic_shapes=({0: torch.export.Dim("batch")},),
-                                    opset_version=opset,
-                                    dynamo=True, verbose=False)
+                                    output_names=["distance"], opset_version=opset, dynamo=True,
+                                    dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False)
+        assert program is not None
         proto = program.model_proto
         onnx.helper.set_model_props(proto,
                                     {"dinocell": json.dumps(asdict(net.settings) | {"tile": tile})})
@@ -797,25 +760,23 @@ def to_onnx(net: DINOCell, path: str | Path, tile: int | None = None, opset: int
         limit = HALF if half else EXACT
         if not error <= limit:
             raise ValueError(f"{path}: differs from PyTorch by {error:.1e}, expected {limit:.0e} "
-                             f"at most; "
-                             f"not written, try another opset= or half=false")
+                             f"at most; not written, try another opset= or half=false")
         return float(error)
 
 
 # -------------------------------------------------------------------------------------------- table
 
 def cost(net: DINOCell, size: int) -> list[tuple[str, int, float]]:
-    """(part, parameters, FLOPs of one image of size x size); a multiplication and an addition are
-    two FLOPs."""
+    """Rows (part, parameters, FLOPs of an image of size²); a multiply-add is two FLOPs."""
     from torch.utils.flop_counter import FlopCounterMode
     parts = {"backbone: patch embedding": ["backbone.patch_embed"],
              f"backbone: {net.backbone.depth} blocks": ["backbone.blocks"],
              "decoder: skips": ["decoder.norms", "decoder.skips"],
              "decoder: transposed convolutions": ["decoder.ups"],
              "decoder: stages": ["decoder.stages"],
-             "decoder: last stage, stem, head": [f"decoder.{n}"
-                                                 for n in ("narrow", "stem", "refine", "head")
-                                                 if hasattr(net.decoder, n)]}
+             "decoder: last stage, stem, head": [
+                 f"decoder.{name}" for name in ("narrow", "stem", "refine", "head")
+                 if hasattr(net.decoder, name)]}
     ghost = copy.deepcopy(net).to("meta")  # shapes only: any size in no time
     with (
         FlopCounterMode(display=False) as counter,
@@ -839,21 +800,23 @@ def cost(net: DINOCell, size: int) -> list[tuple[str, int, float]]:
     return rows
 
 
-def main(arguments: list[str]) -> None:
-    if "--help" in arguments or "-h" in arguments:
-        return print(__doc__.strip())
-    options = dict(argument.partition("=")[::2] for argument in arguments)
-    if unknown := options.keys() - {"size", "weights"}:
-        raise ValueError(f"unknown key '{min(unknown)}'; known keys: size, weights")
-    net = load(options["weights"]) if "weights" in options else DINOCell().eval()
-    size, patch = options.get("size", "224"), net.backbone.patch
-    if not size.isdigit() or int(size) % patch or not int(size):
+@dataclass(frozen=True)
+class Config:
+    size: runs.Count = 224          # px, side of the image
+    weights: str | None = None      # file; null: the default network, untrained
+
+
+def main(config: Config, files: list[str]) -> None:
+    if files:
+        raise ValueError(f"{files[0]}: model.py takes key=value alone; --help lists the keys")
+    net = load(config.weights) if config.weights else DINOCell().eval()
+    size, patch = config.size, net.backbone.patch
+    if size % patch:
         raise ValueError(f"size={size}: expected a multiple of the patch, {patch} px")
-    size = int(size)
     rows = cost(net, size)
     parameters, flops = sum(row[1] for row in rows), sum(row[2] for row in rows)
     print(f"{'part':40}{'parameters':>12}{f'GFLOPs at {size} px':>20}{'share':>8}")
-    for label, count, work in rows + [("total", parameters, flops)]:
+    for label, count, work in [*rows, ("total", parameters, flops)]:
         print(f"{label:40}{count:12,d}{work / 1e9:20.2f}{work / flops:8.1%}")
     x = torch.rand(1, 3, size, size)
     with torch.inference_mode():
@@ -861,12 +824,8 @@ def main(arguments: list[str]) -> None:
         start = time.perf_counter()
         y = net(x)
     print(f"forward {tuple(x.shape)} -> {tuple(y.shape)} in {time.perf_counter() - start:.3f} s on "
-          f"the CPU, "
-          f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+          f"the CPU, torch {torch.__version__}, {torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as problem:
-        sys.exit(f"error: {problem}")
+    runs.script(__doc__, Config, main)

@@ -45,7 +45,7 @@ UNIT = np.array([[0.0, 1.0]] * 3)      # limits of an image (3, H, W) that is no
 # --------------------------------------------------------------------------------------------- plan
 
 class Plan(NamedTuple):
-    """What an image gets."""
+    """Network, thresholds, scale and tiles of an image."""
     net: DINOCell
     setting: Setting                # thresholds of the watershed, lengths in px of the network
     zoom: float                     # px of the network for each px of the image
@@ -65,23 +65,20 @@ def plan_for(image, net: DINOCell, *, diameter: float | None = None, zoom: float
              batch: int | None = None, block: int = 2048, halo: int | None = None,
              near: float | None = None,
              border: Literal["keep", "drop"] = "keep", **thresholds: float | None) -> Plan:
-    """Decide what an image gets. What is None is chosen here.
+    """Decide what an image gets; None: chosen here.
 
     Parameters
     ----------
-    diameter : px, of the cells in the image, which is scaled so that they are as large as the
-        network knows them. None:
-        what the network's size head sees; without one the image stays as it is.
+    diameter : px, of the cells in the image, which is scaled so that they have the size the network
+        knows. None: as the network's size head sees them; without one the image is not scaled.
     zoom : px of the network for each px of the image, in place of a diameter.
     limits : (C, 2) intensities that become 0 and 1; None: percentiles of the whole image.
     tile : px; None: the size of the training crops, or somewhat more if that fits the image better.
-    overlap : px that tiles share; None: the diameter of a cell, so that each lies whole in some
-        tile.
+    overlap : px that tiles share; None: a cell's diameter, so that each lies whole in some tile.
     block : px, side of a block; images that are not much larger are one block.
-    near : px; None: the diameter of a cell.
+    near : px; None: a cell's diameter.
     thresholds : peak, fill, depth, smooth, shape of watershed.Setting, and min_area in px of the
-        image; None: those in
-        the weights.
+        image; None: those in the weights.
     """
     source = as_source(image)
     if limits is None:
@@ -93,19 +90,17 @@ def plan_for(image, net: DINOCell, *, diameter: float | None = None, zoom: float
         zoom = 1.0 if diameter is None else zoom_for(diameter, net)
     if (min_area := thresholds.get("min_area")) is not None:
         thresholds["min_area"] = min_area * zoom**2
-    wide = (net.settings.diameter or UNKNOWN) / zoom
-    near = wide if near is None else near
+    seen = (net.settings.diameter or UNKNOWN) / zoom
+    near = seen if near is None else near
     side, shared = tile_side(net, tile, overlap, scaled(source.shape[1:], zoom))
-    return Plan(net, net.settings.setting.changed(**thresholds), zoom, limits, wide, near, side,
-                shared,
-                batch or (32 if net.mean.device.type == "cuda" else 4),
+    return Plan(net, net.settings.setting.changed(**thresholds), zoom, limits, seen, near, side,
+                shared, batch or (32 if net.mean.device.type == "cuda" else 4),
                 max(1, int(block / max(zoom, 1))),
-                halo or max(HALO, math.ceil(4 * max(near, wide))), border)
+                halo or max(HALO, math.ceil(4 * max(near, seen))), border)
 
 
 def zoom_for(diameter: float, net: DINOCell) -> float:
-    """Px of the network for each px of the image, so that cells of that diameter (px) look as large
-    as in training."""
+    """Zoom at which cells of that diameter (px) look as large as in training."""
     typical = net.settings.diameter
     if typical is None:
         raise ValueError("diameter: these weights do not say how large their training cells were; "
@@ -115,12 +110,12 @@ def zoom_for(diameter: float, net: DINOCell) -> float:
     zoom = typical / diameter
     if zoom > 10:
         raise ValueError(f"diameter={diameter:g}: the image would be enlarged {zoom:.0f} times, "
-                         f"for these weights know "
-                         f"cells of {typical:.3g} px; expected {typical / 10:.2g} px or more")
+                         f"for these weights know cells of {typical:.3g} px; expected "
+                         f"{typical / 10:.2g} px or more")
     if zoom < 1 / 32:
         raise ValueError(f"diameter={diameter:g}: the image would be reduced {1 / zoom:.0f} times, "
-                         f"for these weights know "
-                         f"cells of {typical:.3g} px; expected {32 * typical:.3g} px or less")
+                         f"for these weights know cells of {typical:.3g} px; expected "
+                         f"{32 * typical:.3g} px or less")
     # under 5 %: resampling would cost more than it brings
     return 1.0 if abs(math.log(zoom)) < 0.05 else zoom
 
@@ -129,13 +124,13 @@ def zoom_for(diameter: float, net: DINOCell) -> float:
 def seen_diameter(source, net: DINOCell, limits: np.ndarray, looks: int = 2) -> float:
     """Median diameter (px) of the cells of an image, as the size head sees it.
 
-    It looks at a few tiles as they are, then at tiles with the zoom that this suggests. Tiles count
-    by how sure it is.
+    It looks at a few tiles as they are, then at the zoom that this suggests; sure ones count more.
     """
     typical, zoom = net.settings.diameter, 1.0
+    assert typical is not None                               # known where there is a size head
     for _ in range(looks):
         tiles = sample_tiles(source, limits, scaled(source.shape[1:], zoom), net.settings.tile)
-        guess, spread = net.widths(tiles.to(net.mean.device))
+        guess, spread = net.log_diameters(tiles.to(net.mean.device))
         weight = torch.exp(-2 * spread)
         diameter = math.exp(float((guess * weight).sum() / weight.sum())) / zoom
         zoom = min(max(typical / diameter, 1 / 32), 8.0)
@@ -152,20 +147,21 @@ def tile_side(net: DINOCell, tile: int | None, overlap: int | None,
               size: tuple[int, int]) -> tuple[int, int]:
     """Side of the tiles and what neighbours share, px.
 
-    The side is the one given, or, from the training crops' to GROWN times that, the one whose tiles
-    cover an image of that size with the fewest pixels. They share what is given, or a cell's
-    diameter, from an eighth to half the side.
+    The side is `tile`, or, from the training crops' to GROWN times that, the one whose tiles cover
+    the image with the fewest pixels. They share `overlap`, or a cell's diameter, from an eighth to
+    half the side.
     """
     patch, least = net.backbone.patch, tile or net.settings.tile
     if least % patch:
         raise ValueError(f"tile={tile}: expected a multiple of the patch, {patch} px")
-    shared = min(max(least // 8, round(net.settings.diameter or 0)),
-                 least // 2) if overlap is None else overlap
+    shared = overlap
+    if shared is None:
+        shared = min(max(least // 8, round(net.settings.diameter or 0)), least // 2)
     if not 0 <= shared <= least // 2:
         raise ValueError(f"overlap={overlap}: expected 0 to half the tile, {least // 2} px")
     sides = [least] if tile else range(least, int(GROWN * least) + 1, patch)
-    covered = {side: len(tile_starts(size[0], side, shared))
-               * len(tile_starts(size[1], side, shared)) * side**2 for side in sides}
+    covered = {side: math.prod(len(tile_starts(length, side, shared)) * side for length in size)
+               for side in sides}
     return min(covered, key=covered.__getitem__), shared
 
 
@@ -173,15 +169,12 @@ def tile_side(net: DINOCell, tile: int | None, overlap: int | None,
 
 @dataclass(frozen=True)
 class Block:
-    """One part of the answer.
+    """Part of the labels; cells that are new here lie whole in its view, if the halo fits them."""
 
-    Cells that are new in a block lie whole within its view, if they fit the halo.
-    """
     core: tuple[slice, slice]      # rows and columns of the image that this block answers for
     view: tuple[slice, slice]      # the same with the margin
     local: np.ndarray              # (view) int32: every cell in view, numbered 1..n here
-    # (n + 1,) int32: local number -> id in the whole image; 0: does not reach the core
-    ids: np.ndarray
+    ids: np.ndarray                # (n + 1,) int32: local number -> id; 0: does not reach the core
     new: np.ndarray                # local numbers of the cells first met here
     labels: np.ndarray             # (core) int32, ids of the whole image
     distance: np.ndarray           # (core) float32 in [0, 1]
@@ -189,30 +182,30 @@ class Block:
     @property
     def inner(self) -> tuple[slice, slice]:
         """The core within the view."""
-        return tuple(slice(c.start - v.start, c.stop - v.start)
-                     for c, v in zip(self.core, self.view))
+        rows, columns = (slice(core.start - view.start, core.stop - view.start)
+                         for core, view in zip(self.core, self.view))
+        return rows, columns
 
 
 def segment(image, net: DINOCell, **wanted) -> np.ndarray:
-    """Cells of an image: (H, W) int32, 0 background, 1..n. `wanted` are the keywords of plan_for().
-    """
-    source, labels = as_source(image), None
+    """Cells of an image: (H, W) int32, 0 background, 1..n; `wanted` are keywords of plan_for()."""
+    source = as_source(image)
+    labels = np.zeros(source.shape[1:], np.int32)
     for block in blocks(source, plan_for(source, net, **wanted)):
-        if block.labels.shape == source.shape[1:]:
+        if block.labels.shape == labels.shape:
             return block.labels
-        labels = np.zeros(source.shape[1:], np.int32) if labels is None else labels
         labels[block.core] = block.labels
     return labels
 
 
 def distances(image, net: DINOCell, **wanted) -> np.ndarray:
-    """What the network predicts, before the watershed: (H, W) float32 in [0, 1]."""
+    """The network's answer, before the watershed: (H, W) float32 in [0, 1]."""
     source = as_source(image)
-    plan, whole = plan_for(source, net, **wanted), tuple(slice(0, length)
-                                                         for length in source.shape[1:])
+    plan, size = plan_for(source, net, **wanted), source.shape[1:]
     rows = torch.cat(list(_distances(source, plan, Counter(), None)))                    # (h, w)
-    scales = tuple(n / length for n, length in zip(rows.shape, source.shape[1:]))
-    return _enlarge(rows, tuple(slice(0, n) for n in rows.shape), whole, scales).cpu().numpy()
+    scales = tuple(n / length for n, length in zip(rows.shape, size))
+    grid, whole = ([slice(0, n) for n in shape] for shape in (rows.shape, size))
+    return _enlarge(rows, grid, whole, scales).cpu().numpy()
 
 
 def blocks(source, plan: Plan, clock: Counter | None = None,
@@ -229,16 +222,18 @@ def blocks(source, plan: Plan, clock: Counter | None = None,
         block = max(H, W)
     h, w = scaled((H, W), plan.zoom)
     rows = _distances(source, plan, clock, progress)
-    held, first = [], 0  # rows of distances at hand, and the number of the first
-    known = np.zeros((0, W), np.int32)  # final labels of the last `halo` rows above the block
+    held: Tensor | None = None                               # rows of distances at hand
+    first = 0                                                # number of the first
+    known = np.zeros((0, W), np.int32)           # final labels of the last `halo` rows above
     count = 0
     for top in range(0, H, block):
         bottom = min(top + block, H)
         view_y = slice(max(0, top - halo), min(H, bottom + halo))
         net_y = _span(view_y, h / H, h)
-        while first + sum(map(len, held)) < net_y.stop:
-            held.append(next(rows))
-        held = [torch.cat(held)[net_y.start - first:]]
+        parts = [] if held is None else [held]
+        while first + sum(len(part) for part in parts) < net_y.stop:
+            parts.append(next(rows))
+        held = torch.cat(parts)[net_y.start - first:]
         first = net_y.start
         known = np.concatenate((known[len(known) - (top - view_y.start):],
                                 np.zeros((bottom - top, W), np.int32)))
@@ -246,7 +241,7 @@ def blocks(source, plan: Plan, clock: Counter | None = None,
             right = min(left + block, W)
             view_x = slice(max(0, left - halo), min(W, right + halo))
             net_x = _span(view_x, w / W, w)
-            distance = held[0][:net_y.stop - first, net_x]
+            distance = held[:net_y.stop - first, net_x]
             with timed(clock, "watershed"):
                 inner = (slice(top - view_y.start, bottom - view_y.start),
                          slice(left - view_x.start, right - view_x.start))
@@ -254,8 +249,7 @@ def blocks(source, plan: Plan, clock: Counter | None = None,
                 if h > H or w > W:  # the network sees more pixels than the image has
                     local = without_holes(flood(distance, plan.setting))
                     local = _nearest(local, (net_y, net_x), (view_y, view_x), (h / H, w / W))
-                    # cells smaller than a pixel of the image are none
-                    local = drop_small(local, 1, int(local.max()))
+                    local = drop_small(local, 1, int(local.max()))  # of less than a pixel
                 else:
                     local = without_holes(flood(whole, plan.setting, plan.zoom))
                 local, whole = local.cpu().numpy(), whole[inner].cpu().numpy()
@@ -271,8 +265,7 @@ def blocks(source, plan: Plan, clock: Counter | None = None,
 
 
 def _identify(local: np.ndarray, inner: tuple[slice, slice], known: np.ndarray, count: int):
-    """Ids for the cells of a view: the id that most of the cell already has in blocks before, else
-    the next free one.
+    """Ids for the cells of a view: what most of the cell has in blocks before, or a new one.
 
     known (rows above the core and of it, columns of the view): final labels, 0 where not yet known.
     """
@@ -288,7 +281,7 @@ def _identify(local: np.ndarray, inner: tuple[slice, slice], known: np.ndarray, 
     decided = (slice(0, rows.start), slice(None)), (rows, slice(0, columns.start))
     before, mine = (np.concatenate([labels[part].ravel() for part in decided])
                     for labels in (known, local))
-    total = np.bincount(mine, minlength=n + 1)  # px of each cell on ground already decided
+    total = np.bincount(mine, minlength=n + 1)               # px of each cell that are decided
     both = (before > 0) & (mine > 0)
     if both.any():
         pairs, px = np.unique(mine[both].astype(np.int64) << 32 | before[both], return_counts=True)
@@ -303,7 +296,7 @@ def _identify(local: np.ndarray, inner: tuple[slice, slice], known: np.ndarray, 
 
 
 def _drop_cut(local: np.ndarray, view: tuple[slice, slice], size: tuple[int, int]) -> np.ndarray:
-    """Without the cells that touch the edge of the image; the rest is numbered 1..n again."""
+    """Drop cells that touch the edge of the image and number the others 1..n."""
     keep = np.ones(int(local.max(initial=0)) + 1, bool)
     for axis, (part, length) in enumerate(zip(view, size)):
         if part.start == 0:
@@ -324,18 +317,16 @@ def _distances(source, plan: Plan, clock: Counter, progress) -> Iterator[Tensor]
     ys, xs = tile_starts(h, tile, overlap), tile_starts(w, tile, overlap)
     window = _window(tile, overlap).to(device)                               # (tile,)
     square = window[:, None] * window                                        # (tile, tile)
-    wide = max(w, tile)
-    across = torch.zeros(wide, device=device)  # sum of the windows over a column
+    full = max(w, tile)
+    across = torch.zeros(full, device=device)                # sum of the windows over a column
     for x in xs:
         across[x:x + tile] += window
-    sums, weights = torch.zeros(tile, wide, device=device), torch.zeros(tile, device=device)
+    sums, weights = torch.zeros(tile, full, device=device), torch.zeros(tile, device=device)
     for i, y in enumerate(ys):
         with timed(clock, "read"):
-            # (3, rows, w)
             strip = _scaled_rows(source, plan.limits, size, slice(y, min(y + tile, h))).to(device)
-            if strip.shape[1:] != (tile, wide):
-                # (3, tile, wide)
-                strip = strip[:, _reflect(strip.shape[1], tile)][:, :, _reflect(w, wide)]
+            if strip.shape[1:] != (tile, full):              # (3, rows, w) -> (3, tile, full)
+                strip = strip[:, _reflect(strip.shape[1], tile)][:, :, _reflect(w, full)]
         tiles = run(strip, xs, tile)  # one (tile, tile) per x
         for x, distance in zip(xs, tiles):
             sums[:, x:x + tile].addcmul_(square, distance)
@@ -344,37 +335,33 @@ def _distances(source, plan: Plan, clock: Counter, progress) -> Iterator[Tensor]
         if progress:
             progress((i + 1) / len(ys))
         yield (sums[:done] / (weights[:done, None] * across))[:, :w]
-        sums = torch.cat((sums[done:], torch.zeros(done, wide, device=device)))[:tile]
+        sums = torch.cat((sums[done:], torch.zeros(done, full, device=device)))[:tile]
         weights = torch.cat((weights[done:], torch.zeros(done, device=device)))[:tile]
 
 
 class _Runner:
-    """The network on the tiles of a strip, in batches; out of GPU memory, it halves the batch and
-    goes on."""
+    """The network on the tiles of a strip, in batches that are halved when GPU memory is full."""
 
     def __init__(self, net: DINOCell, batch: int, clock: Counter):
         self.net, self.batch, self.clock = net, batch, clock
 
     def __call__(self, strip: Tensor, xs: list[int], tile: int) -> list[Tensor]:
         tiles = [strip[:, :, x:x + tile] for x in xs]
-        # 0: nothing to see, no cells, no work
-        spread = torch.stack([t.amax() - t.amin() for t in tiles]).tolist()
+        spread = torch.stack([t.amax() - t.amin() for t in tiles]).tolist()  # 0: nothing to see
         todo = [t for t, seen in zip(tiles, spread) if seen]
         with timed(self.clock, "network"):
-            found, at = [], 0
-            while at < len(todo):
+            answers: list[Tensor] = []
+            while len(answers) < len(todo):
                 try:
-                    found += self._forward(torch.stack(todo[at:at + self.batch]))
-                    at += self.batch
+                    answers += self._forward(torch.stack(todo[len(answers):][:self.batch]))
                 except torch.cuda.OutOfMemoryError:
                     if self.batch == 1:
                         raise ValueError(f"out of GPU memory with one tile of {tile} px; use "
-                                         f"device=cpu or a "
-                                         "smaller tile=") from None
+                                         f"device=cpu or a smaller tile=") from None
                     self.batch //= 2
                     torch.cuda.empty_cache()
-        found = iter(found)
-        return [next(found) if seen else torch.zeros(tile, tile, device=strip.device)
+        rest = iter(answers)
+        return [next(rest) if seen else torch.zeros(tile, tile, device=strip.device)
                 for seen in spread]
 
     @torch.inference_mode()
@@ -384,22 +371,21 @@ class _Runner:
 
 
 def sample_tiles(source, limits: np.ndarray, size: tuple[int, int], tile: int) -> Tensor:
-    """Tiles (1 to 5, 3, tile, tile) from the corners and the middle of an image that is scaled to
-    `size`."""
-    (h, w), found = size, []
+    """Tiles (1 to 5, 3, tile, tile) from corners and middle of an image scaled to `size`."""
+    (h, w), tiles = size, []
     bottom, right = max(0, h - tile), max(0, w - tile)
     places = sorted({(0, 0), (0, right), (bottom // 2, right // 2), (bottom, 0), (bottom, right)})
     for y, row in groupby(places, key=itemgetter(0)):
         strip = _scaled_rows(source, limits, size, slice(y, min(y + tile, h)))
-        for part in (strip[:, :, x:x + tile] for _, x in row):
-            found.append(part[:, _reflect(part.shape[1], tile)][:, :, _reflect(part.shape[2],
-                                                                               tile)])
-    return torch.stack(found)
+        strip = strip[:, _reflect(strip.shape[1], tile)]
+        for _, x in row:
+            part = strip[:, :, x:x + tile]
+            tiles.append(part[:, :, _reflect(part.shape[2], tile)])
+    return torch.stack(tiles)
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin along an axis: evenly spread, sharing at least `overlap` px; the last ends
-    with the image."""
+    """Begins of tiles along an axis, evenly spread, at least `overlap` px in common."""
     if length <= tile:
         return [0]
     n = math.ceil((length - overlap) / (tile - overlap))
@@ -407,15 +393,13 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def _window(tile: int, overlap: int) -> Tensor:
-    """Weight of a tile's pixels along an axis: 1 in the middle, a smooth slope over the overlap,
-    never 0."""
+    """Weight of a tile's pixels along an axis: a smooth slope over the overlap, never 0."""
     edge = torch.arange(tile).minimum(torch.arange(tile).flip(0)) + 0.5
     return (0.5 - 0.5 * torch.cos(math.pi * (edge / max(overlap, 1)).clamp(max=1))).clamp(min=1e-4)
 
 
 def _reflect(length: int, wanted: int) -> Tensor:
-    """Indices that continue an axis by reflection to `wanted` px: 0 1 2 1 0 1 ... for a length of
-    3."""
+    """Indices that continue an axis by reflection: 0 1 2 1 0 1 ... for a length of 3."""
     i = torch.arange(wanted)
     if length == 1:
         return torch.zeros_like(i)
@@ -430,8 +414,8 @@ def _scaled_rows(source, limits, size, rows: slice) -> Tensor:
     C, H, W = source.shape
     h, w = size
     if (h, w) == (H, W):
-        return torch.from_numpy(images.to_rgb(images.normalise(source.region(rows.start, rows.stop,
-                                                                             0, W), limits)))
+        pixels = images.normalise(source.region(rows.start, rows.stop, 0, W), limits)
+        return torch.from_numpy(images.to_rgb(pixels))
     y, weight_y = _taps(rows.start, rows.stop, h / H, H)
     x, weight_x = _taps(0, w, w / W, W)
     top = int(y.min())
@@ -441,11 +425,10 @@ def _scaled_rows(source, limits, size, rows: slice) -> Tensor:
 
 
 def _taps(start: int, stop: int, scale: float, length: int) -> tuple[Tensor, Tensor]:
-    """Pixels start..stop of an axis scaled from `length` px: which old pixels each looks at, and
-    with what weight.
+    """Old pixels (n, K) that pixels start..stop of an axis scaled from `length` px are made of, and
+    their weights.
 
-    A triangle of the width of the coarser grid: bilinear when enlarging, an average without
-    aliasing when reducing.
+    A triangle as broad as the coarser grid: bilinear when enlarging, an average when reducing.
     """
     radius = max(1.0, 1 / scale)
     centre = (torch.arange(start, stop, dtype=torch.float64) + 0.5) / scale - 0.5
@@ -458,9 +441,9 @@ def _taps(start: int, stop: int, scale: float, length: int) -> tuple[Tensor, Ten
 def _resample(x: Tensor, axis: int, index: Tensor, weight: Tensor) -> Tensor:
     shape = [1] * x.ndim
     shape[axis] = -1
-    return sum(x.index_select(axis, index[:, k].to(x.device))
-               * weight[:, k].to(x.device).view(shape)
-               for k in range(index.shape[1]))
+    return sum((x.index_select(axis, index[:, k].to(x.device))
+                * weight[:, k].to(x.device).view(shape) for k in range(index.shape[1])),
+               start=x.new_zeros(()))
 
 
 def _span(part: slice, scale: float, length: int) -> slice:
@@ -493,12 +476,12 @@ def _nearest(labels: Tensor, net, view, scales) -> Tensor:
 # -------------------------------------------------------------------------------------------- small
 
 def as_source(image):
-    """An open images.Source as it is; an array (H, W) or (C, H, W) in its clothes."""
+    """An open images.Source, or an array (H, W) or (C, H, W) that answers like one."""
     return image if hasattr(image, "region") else _Array(np.asarray(image))
 
 
 class _Array:
-    """An array that answers as images.Source does."""
+    """An array with the methods of images.Source that segment() asks for."""
 
     def __init__(self, pixels: np.ndarray):
         if pixels.ndim == 2:
@@ -515,8 +498,7 @@ class _Array:
 
 
 class timed:
-    """Adds the seconds of a with block to clock[name]; waits for the GPU, so that its work is
-    counted where it belongs."""
+    """Add the seconds of a with block to clock[name], the GPU's work included."""
 
     def __init__(self, clock: Counter, name: str):
         self.clock, self.name = clock, name

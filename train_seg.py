@@ -117,7 +117,7 @@ class Config:
             raise ValueError(f"warmup={self.warmup}: expected fewer than steps={self.steps}")
         if self.cycles > 1 and self.patience is not None:
             raise ValueError(f"cycles={self.cycles}: expected patience=null, for it would end a "
-                             f"cycle before its lr has fallen")
+                             "cycle before its lr has fallen")
 
 
 def main(config: Config, files: list[str], check: bool = False) -> int:
@@ -309,7 +309,7 @@ def learn_size(config: Config, images, changes, run: runs.Run) -> bool:
         return True
     torch.manual_seed(config.seed)
     net.requires_grad_(False).to(run.device)
-    net.give_size()
+    net.add_size_head()
     # in the middle of what there is
     torch.nn.init.constant_(net.size.fc2.bias[0], np.log(images.diameter))
     changes = dataclasses.replace(changes, scale=(1 / SIZES, SIZES), paste=0.0, negative=0.1)
@@ -326,7 +326,7 @@ def learn_size(config: Config, images, changes, run: runs.Run) -> bool:
         none = draws.happens("negative") | (diameter == 0)
         diameter = np.where(none, images.diameter * draws.within("any size", (1 / SIZES, SIZES)),
                             diameter)
-        guess, spread = net.widths(x)
+        guess, spread = net.log_diameters(x)
         loss = ((guess - augment.send(np.log(diameter), run.device)).abs() / spread.exp()
                 + spread).mean()    # of Laplace's distribution
         optimiser.zero_grad()
@@ -474,8 +474,7 @@ def print_plan(config: Config, net, images, validation: list, device: str, chang
     print(runs.to_yaml(config))
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     print(f"{len(images)} training images, {sum(entry.held for entry in validation)} for "
-          f"validation; "
-          f"median cell {images.diameter or 0:.1f} px wide as the network sees it")
+          f"validation; median cell {images.diameter or 0:.1f} px wide as the network sees it")
     flops = 3 * config.batch * sum(row[2] for row in model.cost(net, config.crop))
     compiled = config.compile and "cuda" in device            # on a CPU it would take minutes
     trainer = Trainer(dataclasses.replace(config, compile=compiled), net, device)
@@ -493,11 +492,9 @@ def print_plan(config: Config, net, images, validation: list, device: str, chang
         times.append((time.perf_counter() - begin, prepared - begin))
     took, data = np.median(times[2:], 0)
     print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, "
-          f"{trainable / 1e6:.1f} M of them learn; "
-          f"{flops / 1e9:.0f} GFLOPs a step")
+          f"{trainable / 1e6:.1f} M of them learn; {flops / 1e9:.0f} GFLOPs a step")
     print(f"{took:.3f} s a step on {device}{', compiled' * compiled} ({data / took:.0%} of it "
-          f"crops and augmentation): "
-          f"{config.steps * config.cycles} steps take about "
+          f"crops and augmentation): {config.steps * config.cycles} steps take about "
           f"{config.steps * config.cycles * took / 3600:.1f} h, validation aside")
     if "cuda" in device:
         print(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory at most")

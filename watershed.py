@@ -64,7 +64,7 @@ def distance_map(labels: np.ndarray, cap: float | None = None) -> np.ndarray:
     """
     if labels.ndim != 2 or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
         raise ValueError(f"labels of shape {labels.shape}, {labels.dtype}: expected (H, W) "
-                         f"integers, 0 or more")
+                         "integers, 0 or more")
     if cap is not None and not 0 < cap < math.inf:
         raise ValueError(f"cap={cap}, expected a distance in px above 0, or None")
     target = np.zeros(labels.shape, np.float32)
@@ -148,7 +148,7 @@ def tune(score: Callable[[Setting], float], **grid: Sequence[float]) -> Setting:
 
     if min(values["fill"]) > max(values["peak"]):
         raise ValueError(f"peak={list(values['peak'])}, fill={list(values['fill'])}: no pair with "
-                         f"fill <= peak")
+                         "fill <= peak")
     begin = [Setting(**{name: pick(some) for name, some in values.items()})
              for pick in (lambda some: some[0], lambda some: some[(len(some) - 1) // 2])]
     begin = [one if one.fill <= one.peak
@@ -182,7 +182,7 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
                          reach).numpy()
     if distance.ndim != 2 or not distance.is_floating_point():
         raise ValueError(f"distance map of shape {tuple(distance.shape)}, {distance.dtype}: "
-                         f"expected (H, W) floats")
+                         "expected (H, W) floats")
     if not 0 <= fill <= peak:
         raise ValueError(f"fill={fill}, peak={peak}: expected 0 <= fill <= peak")
     if not (depth >= 0 and smooth >= 0 and shape >= 0):

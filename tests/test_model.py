@@ -349,11 +349,11 @@ def test_a_size_head_is_kept_and_each_token_counts_by_its_own_word(tmp_path):
     torch.manual_seed(0)
     net = small_net().eval()
     plain = net(torch.ones(1, 3, 32, 32) / 2)
-    net.give_size()
+    net.add_size_head()
     model.save(net, tmp_path / "net.pt")
     back, x = model.load(tmp_path / "net.pt"), torch.rand(2, 3, 32, 40)
     with torch.inference_mode():
-        assert all(torch.equal(a, b) for a, b in zip(net.widths(x), back.widths(x)))
+        assert all(torch.equal(a, b) for a, b in zip(net.log_diameters(x), back.log_diameters(x)))
         assert torch.equal(back(torch.ones(1, 3, 32, 32) / 2), plain)
         head, tokens = back.size, torch.randn(1, 5, back.backbone.dim)
         head.fc2.weight.zero_()

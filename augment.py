@@ -1,27 +1,21 @@
-"""Augmentation of labelled images, batched on their own device; `python augment.py` writes an
-augmented set.
+"""Augmentation of labelled images in batches, on the device that they lie on.
 
     python augment.py configs/augment.yaml [key=value ...]
 
-reads the images and labels in `data`, leaves them as they are, and writes `copies` augmented crops
-of each to output/images and output/labels (16-bit and label TIFF of the same name), with the
-configuration beside them. Crops that exist are kept, so that the same command goes on where it
-stopped.
+writes `copies` augmented crops of each image in `data` to output/images and output/labels (16-bit
+and label TIFF of the same name), with the configuration beside them. Existing crops are kept: the
+same command goes on where it stopped.
 
-In training the images lie on the device, and nothing is decoded, resized or drawn per pixel on the
-CPU:
+In training nothing is decoded, resized or drawn per pixel on the CPU:
 
-    resident = Resident(entries, groups, device)        # entries: (name, (3, H, W) in [0, 1],
-                                                        labels (H, W))
-    numbers = np.arange(B) + step * B                   # numbers that no other sample of the run
-                                                        has
-    x, target, labels = sample(resident, resident.draw(seed, numbers), numbers, Augment(), 256,
-    seed, cap=4)
+    resident = Resident(images, groups, device)  # name, pixels (3, H, W) in [0, 1], labels (H, W)
+    numbers = np.arange(B) + step * B            # each sample of a run has a number of its own
+    chosen = resident.draw(seed, numbers)
+    x, target, labels = sample(resident, chosen, numbers, Augment(), 256, seed, cap=4)
 
-Every random value is a hash of (seed, number of the sample, its name): a sample does not depend on
-its batch, on ranks, workers or on what was drawn before. The few values per sample are drawn on the
-host, so the host knows which samples an operation touches, and never waits for a GPU; noise per
-pixel is drawn on the device.
+Every random value is a hash of (seed, number of the sample, name of the value): a sample does not
+depend on its batch, on ranks or workers. The few values per sample are drawn on the host, which
+knows what each operation touches and never waits for a GPU; noise is drawn on the device.
 
 Letters: N images, B samples, k some of them, S side of a crop, C channels worked on: 1 for gray
 images, whose three channels are equal, noise included.
@@ -35,11 +29,11 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import runs
 
-with runs.lazy():                           # so that --help does not wait for torch
+with runs.lazy():
     import numpy as np
     import scipy
     import skimage
@@ -51,6 +45,7 @@ with runs.lazy():                           # so that --help does not wait for t
     import watershed
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
     from torch import Tensor
 
 Range = tuple[float, ...]                   # low, high
@@ -60,46 +55,45 @@ Range = tuple[float, ...]                   # low, high
 class Augment:
     """Probabilities, each with the range of its strength, even in the logarithm (brightness: even).
     """
-    scale: Range = (0.6, 1.67)  # factor on the size of cells, beyond the image's nominal scale
-    on_cell: float = 0.7  # probability that a crop lies around a cell; else anywhere
+    scale: Range = (0.6, 1.67)              # factor on the image's nominal scale
+    on_cell: float = 0.7                    # that a crop lies around a cell, not anywhere
     flip: float = 0.5                       # of a mirror image
-    quarter: float = 1.0  # of a turn by 0, 90, 180 or 270 degrees, which loses nothing
+    quarter: float = 1.0                    # of a turn by 0, 90, 180 or 270 degrees
     rotate: float = 0.5                     # of a turn by any angle instead
     elastic: float = 0.3                    # of elastic jitter
     elastic_px: Range = (0.5, 3.0)          # px of the crop, standard deviation of the displacement
-    negative: float = 0.04  # of noise, texture or even ground, without cells, for the image
+    negative: float = 0.04                  # of noise, texture or even background without cells
     light: float = 0.3                      # of uneven light, a smooth field that multiplies
     light_range: Range = (0.05, 0.35)       # standard deviation of the field's logarithm
     paste: float = 0.0                      # of cells of another image of the set, laid over
-    halo: float = 0.0  # of bright or dark rims, as phase contrast has around cells
-    halo_px: Range = (2.0, 8.0)             # px of the crop, how wide the rim is
-    halo_range: Range = (0.3, 1.5)          # how strong it is, in contrasts of what it surrounds
+    halo: float = 0.0                       # of bright or dark rims, as in phase contrast
+    halo_px: Range = (2.0, 8.0)             # px of the crop, width of the rim
+    halo_range: Range = (0.3, 1.5)          # strength, in contrasts of what it surrounds
     coarse: float = 0.0                     # of fewer pixels: reduced, and enlarged again
-    coarse_range: Range = (0.4, 1.0)        # the factor
+    coarse_range: Range = (0.4, 1.0)        # factor
     blocks: float = 0.0                     # of JPEG compression
-    # its strength: multiples of the standard's tables (quality 50 is 1)
-    blocks_range: Range = (0.5, 6.0)
-    stain: float = 0.0  # of other dyes: another mixture of the optical densities (colour images)
-    stain_range: Range = (0.05, 0.3)        # how far the mixture is from none
+    blocks_range: Range = (0.5, 6.0)        # multiples of the standard's tables (quality 50: 1)
+    stain: float = 0.0                      # of optical densities mixed anew (colour images)
+    stain_range: Range = (0.05, 0.3)        # distance of the mixture from none
     tint: float = 0.0                       # of one dye on white, of any colour (gray images)
     blur: float = 0.2                       # of a Gaussian blur
-    blur_px: Range = (0.4, 2.0)             # px of the crop, its sigma
+    blur_px: Range = (0.4, 2.0)             # px of the crop, sigma
     noise: float = 0.3                      # of Gaussian noise
-    noise_range: Range = (0.005, 0.1)       # its sigma; the image is in [0, 1]
-    shot: float = 0.3  # of shot noise, which grows as the square root of intensity
+    noise_range: Range = (0.005, 0.1)       # sigma; the image is in [0, 1]
+    shot: float = 0.3                       # of shot noise
     shot_photons: Range = (20.0, 1000.0)    # photons at intensity 1
-    dim: float = 0.15  # of so short an exposure that photons count, normalised again
+    dim: float = 0.15                       # of a short exposure, photons counted, normalised again
     dim_photons: Range = (1.5, 60.0)        # photons at intensity 1
-    invert: float = 0.2  # of inverted polarity: dark cells on light become light on dark
+    invert: float = 0.2                     # of inverted polarity: dark on light, light on dark
     contrast: float = 0.4                   # of a stretch around the image's mean
-    contrast_range: Range = (0.5, 1.6)      # its factor
+    contrast_range: Range = (0.5, 1.6)      # factor
     brightness: float = 0.4                 # of an offset
     brightness_range: Range = (-0.15, 0.15)  # in intensity
     gamma: float = 0.3                      # of x ** gamma
-    gamma_range: Range = (0.6, 1.67)        # the exponent
+    gamma_range: Range = (0.6, 1.67)        # exponent
     shuffle: float = 0.2                    # of another order of the channels (colour images)
-    mix: float = 0.1  # of channels that are weighted means of all (colour images)
-    gray: float = 0.2                       # of one such mean in all three channels (colour images)
+    mix: float = 0.1                        # of weighted means of all channels (colour images)
+    gray: float = 0.2                       # of one such mean in all channels (colour images)
     drop: float = 0.05                      # of one or two black channels
 
     def __post_init__(self):
@@ -113,22 +107,21 @@ class Augment:
                 raise ValueError(f"{f.name}={list(value)}: expected numbers above 0")
 
     def still(self) -> Augment:
-        """The same without moving anything, for sets that this script has written."""
+        """The same without moves, for sets that this script has written."""
         return replace(self, scale=(1.0, 1.0), on_cell=0.0, flip=0.0, quarter=0.0, rotate=0.0,
                        elastic=0.0)
 
 
 @dataclass(frozen=True)
 class Config:
-    data: tuple[str, ...]  # folders: NAME.tif and NAME_masks.tif, or images/ and labels/
+    data: tuple[str, ...]                   # folders in any layout that data.py reads
     output: str = "dat/augmented_training_data"    # folder for images/ and labels/
     copies: runs.Count = 4                  # crops of each image
-    size: runs.Count = 256                  # px, their side
+    size: runs.Count = 256                  # px, side of a crop
     seed: int = 0                           # of everything random
-    # px, an image's median cell is scaled to this; null: as it is
-    diameter: runs.Positive | None = None
-    overwrite: bool = False                 # make crops anew that exist
-    augment: Augment = field(default_factory=lambda: Augment(invert=0.0, negative=0.0))  
+    diameter: runs.Positive | None = None   # px, of an image's median cell; null: as it is
+    overwrite: bool = False                 # make existing crops anew
+    augment: Augment = field(default_factory=lambda: Augment(invert=0.0, negative=0.0))
 
     def __post_init__(self):
         if not self.data or Path(self.output) in map(Path, self.data):
@@ -138,13 +131,12 @@ class Config:
 
 # ------------------------------------------------------------------------------------ random values
 
-GOLDEN, FIRST, SECOND = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9,
-                                                 0x94D049BB133111EB))
+GOLDEN, FIRST, SECOND = (
+    c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
-def scramble(z):
-    """splitmix64 (Steele et al., 2014), int64 arrays or tensors: products wrap, masks make shifts
-    logical."""
+def scramble(z: Any) -> Any:
+    """splitmix64 (Steele et al., 2014) of an int64 array or tensor; masks make shifts logical."""
     z = z + GOLDEN
     z = (z ^ (z >> 30 & (1 << 34) - 1)) * FIRST
     z = (z ^ (z >> 27 & (1 << 37) - 1)) * SECOND
@@ -158,14 +150,13 @@ def hashed(text: str) -> int:
 
 
 class Draws:
-    """The random values of B samples, on the host, with the probabilities and ranges that they
-    follow."""
+    """Random values of B samples, on the host; config: their probabilities and ranges."""
 
-    def __init__(self, key: np.ndarray, config=None):
+    def __init__(self, key: np.ndarray, config: Any = None):
         self.key, self.config = key, config                                  # (B,) int64
 
     @classmethod
-    def of(cls, seed: int, numbers: np.ndarray, config=None) -> Draws:
+    def of(cls, seed: int, numbers: ArrayLike, config: Any = None) -> Draws:
         return cls(scramble(scramble(np.array([seed], np.int64)) ^ np.asarray(numbers, np.int64)),
                    config)
 
@@ -173,8 +164,7 @@ class Draws:
         return Draws(self.key[rows], self.config)
 
     def streams(self, name: str, channels: int = 1, length: int = 0) -> np.ndarray:
-        """(B, channels) int64 where sequences of hashes begin: the i-th is scramble(stream + i
-        GOLDEN)."""
+        """(B, channels) int64, starts of sequences: hash i is scramble(start + i GOLDEN)."""
         return scramble(self.key ^ hashed(name))[:, None] + GOLDEN * (length * np.arange(channels))
 
     def uniform(self, name: str, *shape: int) -> np.ndarray:
@@ -186,28 +176,25 @@ class Draws:
         return self.uniform(f"{name} happens") < getattr(self.config, name)  # (B,) bool
 
     def within(self, name: str, limits: tuple[float, ...] | None = None) -> np.ndarray:
-        """(B,) in a range of the configuration; factors and widths are in (1, 2) as often as in (2,
-        4)."""
+        """(B,) in a range; what is positive lies in (1, 2) as often as in (2, 4)."""
         (low, high), u = limits or getattr(self.config, name), self.uniform(name)
         return low * (high / low) ** u if low > 0 else low + (high - low) * u
 
     def knots(self, name: str, strength: str, channels: int, n: int) -> np.ndarray:
-        """(B, channels, n, n) normal values for smooth(), each sample with its own standard
-        deviation."""
-        return scipy.special.ndtri(self.uniform(name, channels, n,
-                                                n)) * self.within(strength)[:, None, None, None]
+        """(B, channels, n, n) normal values for smooth(), their deviation drawn for each sample."""
+        values = scipy.special.ndtri(self.uniform(name, channels, n, n))
+        return values * self.within(strength)[:, None, None, None]
 
 
 @functools.lru_cache
 def quantiles(device: torch.device) -> Tensor:
     """65,536 equally likely values of the normal distribution."""
-    return torch.from_numpy(scipy.special.ndtri((np.arange(65536) + 0.5)
-                                                / 65536)).float().to(device)
+    values = scipy.special.ndtri((np.arange(65536) + 0.5) / 65536)
+    return torch.from_numpy(values).float().to(device)
 
 
 def normal_noise(streams: Tensor, size: int) -> Tensor:
-    """Standard normal values (k, C, S, S) for streams (k, C), on their device; 16 bits of a hash
-    give one."""
+    """Standard normal values (k, C, S, S) for streams (k, C); each takes 16 bits of a hash."""
     steps = GOLDEN * torch.arange(-(-size ** 2 // 4), device=streams.device)
     bits = scramble(streams[:, :, None] + steps).view(torch.int16)[..., :size ** 2]
     values = quantiles(streams.device).index_select(0, bits.flatten().int() + 32768)
@@ -222,45 +209,39 @@ LEVELS = 4              # the image; a half, a quarter, an eighth of its side
 class Resident:
     """N images of any size and their labels, on one device.
 
-    entries : (name, pixels (3, H, W) floats in [0, 1], labels (H, W) integers) each; may be a
-        generator.
-    groups : one name per image; draw() takes every group equally often, or as often as `weights`
-        says (by
-        name, relative to each other; 1 where it is silent). None: all images are one group.
-    cap : px; None keeps the uncapped distance maps as well, which sample(cap=None) needs.
-    diameter : px, to which an image's median cell is scaled before the random factor. None: left as
-        it is.
+    images : (name, pixels (3, H, W) in [0, 1], integer labels (H, W)) each; may be a generator.
+    groups : a name per image; draw() takes every group equally often, or as often as `weights`
+        says. None: all images are one group.
+    cap : px; None keeps the uncapped distance maps, which sample(cap=None) needs.
+    diameter : px, of an image's median cell before the random factor. None: as it is.
 
-    A pixel is one 64-bit word: three channels and the uncapped distance, 16 bits each, so that a
-    camera's 16 bits survive and one gather brings all. Images of all sizes lie end to end, each
-    with its reductions by 2, 4 and 8: a crop that shrinks samples the nearest of these, since
-    bilinear sampling of the full image would skip pixels and turn fine texture into grain. 14.6
-    bytes a pixel in all.
+    A pixel is one 64-bit word: three channels and the uncapped distance, 16 bits each; one gather
+    brings all. Images lie end to end, each with its reductions by 2, 4 and 8: a crop that shrinks
+    samples the nearest of these, for bilinear sampling of the full image would skip pixels and turn
+    fine texture into grain. 14.6 bytes a pixel in all.
     """
 
-    def __init__(self, entries: Iterable[tuple[str, np.ndarray, np.ndarray]],
-                 groups: list[str] | None = None,
-                 device: str | torch.device = "cpu", cap: float | None = 4.0,
-                 diameter: float | None = None,
+    def __init__(self, images: Iterable[tuple[str, np.ndarray, np.ndarray]],
+                 groups: list[str] | None = None, device: str | torch.device = "cpu",
+                 cap: float | None = 4.0, diameter: float | None = None,
                  weights: dict[str, float] | None = None):
-        words, labels, depths, centres, rows = [], [], [], [], []
-        for name, pixels, truth in entries:
+        words: list[np.ndarray] = []
+        labels, depths, centres, rows = [], [], [], []
+        for name, pixels, truth in images:
             if pixels.shape != (3, *truth.shape) or truth.dtype.kind not in "iu" or truth.size == 0:
                 raise ValueError(f"{name}: pixels {pixels.shape}, labels {truth.shape} "
-                                 f"{truth.dtype}; "
-                                 "expected (3, H, W) and integers (H, W)")
-            if not (pixels.min() >= 0 and pixels.max() <= 1):
-                raise ValueError(f"{name}: values {pixels.min():g} to {pixels.max():g}; expected 0 "
-                                 f"to 1")
-            ids = np.unique(np.append(truth, 0))                             # ground first
+                                 f"{truth.dtype}; expected (3, H, W) and integers (H, W)")
+            low, high = pixels.min(), pixels.max()
+            if not (low >= 0 and high <= 1):
+                raise ValueError(f"{name}: values {low:g} to {high:g}; expected 0 to 1")
+            ids = np.unique(np.append(truth, 0))                             # background first
             truth = np.searchsorted(ids, truth).astype(np.int32)             # 0..n
-            wide, centre, depth = measure(truth, len(ids))
-            far = watershed.distance_map(truth) if cap is None else np.zeros(truth.shape,
-                                                                             np.float32)
+            median, centre, depth = measure(truth, len(ids))
+            far = np.zeros(truth.shape, np.float32) if cap is not None else \
+                watershed.distance_map(truth)
             levels = pyramid(np.concatenate((pixels, far[None])))
-            rows.append((wide, pixels.mean(), (pixels == pixels[0]).all(), pixels.any((1, 2)),
-                         len(ids) - 1,
-                         [level.shape[:2] for level in levels]))
+            rows.append((median, pixels.mean(), (pixels == pixels[0]).all(), pixels.any((1, 2)),
+                         len(ids) - 1, [level.shape[:2] for level in levels]))
             words += [np.round(v * 65535 - 32768).astype(np.int16).view(np.int64).ravel()
                       for v in levels]
             labels.append(truth.ravel())
@@ -268,21 +249,19 @@ class Resident:
             depths.append(depth)
         if not rows:
             raise ValueError("no images to augment")
-        widths, self.mean, self.gray, self.alive, self.cells, self.shape = map(np.array, zip(*rows))
-        # (N,) intensity, (N,) channels are equal, (N, 3) channel is not black, (N,) count, (N,
-        # LEVELS, 2) px
+        # (N,) px, (N,) intensity, (N,) channels are equal, (N, 3) channel is not black, (N,) cells,
+        # (N, LEVELS, 2) px
+        diameters, self.mean, self.gray, self.alive, self.cells, self.shape = (
+            np.array(column) for column in zip(*rows))
         self.word, self.label, self.cell = (
-            offsets(words).reshape(-1, LEVELS),
-            offsets(labels),
-            offsets(depths),
-        )
-        self.centre = np.concatenate(centres)  # (cells, 2) y, x px, ground first
+            offsets(words).reshape(-1, LEVELS), offsets(labels), offsets(depths))
+        self.centre = np.concatenate(centres)                    # (cells, 2) px, background first
         self.scale = np.ones(len(rows))                                      # (N,) nominal
+        seen = diameters > 0
         if diameter is not None:
-            self.scale[widths > 0] = diameter / widths[widths > 0]
-        self.width = widths * self.scale  # (N,) px, a median cell at nominal scale; 0: none
-        seen = self.width[widths > 0]
-        self.diameter = float(np.median(seen)) if len(seen) else None  # px, a median cell in crops
+            self.scale[seen] = diameter / diameters[seen]
+        self.diameters = diameters * self.scale      # (N,) px, median cell at nominal scale, or 0
+        self.diameter = float(np.median(self.diameters[seen])) if seen.any() else None   # of all
         self.words, self.labels, self.depth = (torch.from_numpy(np.concatenate(parts)).to(device)
                                                for parts in (words, labels, depths))
         # (groups,), (N,)
@@ -291,17 +270,15 @@ class Resident:
         self.cap = cap
 
     def weigh(self, weights: dict[str, float]) -> None:
-        """How often images of each group are drawn, by its name; 1 where this is silent, never
-        where it says 0."""
+        """Set how often images of each group are drawn: {name: weight}, 1 without, 0 for never."""
         share = np.cumsum([weights.get(str(name), 1.0) for name in self.groups])
-        self.share = share / share[-1]  # (groups,) up to each of them
+        self.share = share / share[-1]                                       # (groups,) cumulative
 
     def __len__(self) -> int:
         return len(self.scale)
 
     def draw(self, seed: int, numbers: np.ndarray) -> np.ndarray:
-        """(B,) which image each sample shows: the group by its weight, every image of it equally
-        often."""
+        """(B,) image of each sample: a group by its weight, every image of it equally often."""
         draws = Draws.of(seed, numbers)
         return self.member(np.searchsorted(self.share, draws.uniform("group")),
                            draws.uniform("image"))
@@ -314,23 +291,22 @@ class Resident:
 
 
 def load_resident(config: data.TrainingData, seed: int, device: str, cap: float | None):
-    """Resident training images; images to validate on; content hashes {train, validation: {name:
-    hash}}."""
+    """Resident training images; validation images; {train, validation: {name: content hash}}."""
     train, validation = data.training_images(config, seed)
     hashes = {part: {image.name: hashlib.sha256(image.pixels.tobytes()
                                                 + image.labels.tobytes()).hexdigest()[:16]
                      for image in images if image.held}
               for part, images in (("train", train), ("validation", validation))}
     groups = [image.set for image in train]
-    train.reverse()  # each image goes as soon as it is packed: they are large together
+    train.reverse()                        # pop() frees each image once it is packed
     resident = Resident((train.pop()[:3] for _ in groups), groups, device, cap, config.diameter,
                         {chosen.name: chosen.weight for chosen in config.sets})
     return resident, validation, hashes
 
 
 def measure(labels: np.ndarray, n: int) -> tuple[float, np.ndarray, np.ndarray]:
-    """Of labels 0..n-1: median diameter (px, of discs of that area; 0 without cells), centres (n,
-    2), and largest distances to the own edge (n,), to half a px."""
+    """Of labels 0..n-1: median diameter (px, 0 without cells), centres (n, 2) and depths (n,):
+    largest distances to the own edge, to half a px."""
     flat = labels.ravel()
     area = np.bincount(flat, minlength=n)
     sums = [np.bincount(flat, at.ravel(), minlength=n) for at in np.indices(labels.shape)]
@@ -338,20 +314,16 @@ def measure(labels: np.ndarray, n: int) -> tuple[float, np.ndarray, np.ndarray]:
     for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
         edge[a] |= labels[a] != labels[b]
         edge[b] |= labels[a] != labels[b]
-    away = (
-        scipy.ndimage.distance_transform_edt(~edge)
-        if edge.any()
-        else np.full(edge.shape, np.hypot(*edge.shape))
-    )
+    away = (scipy.ndimage.distance_transform_edt(~edge) if edge.any()
+            else np.full(edge.shape, math.hypot(*edge.shape)))
     depth = np.zeros(n, np.float32)
     np.maximum.at(depth, flat, 1 + away.ravel().astype(np.float32))
     return data.disc_diameter(area[1:]), np.stack(sums, 1) / np.maximum(area, 1)[:, None], depth
 
 
 def pyramid(planes: np.ndarray) -> list[np.ndarray]:
-    """(4, H, W) -> (H, W, 4), (H/2, W/2, 4), ...: means of 2 x 2 px, an odd last row or column
-    twice."""
-    levels = [np.ascontiguousarray(planes.transpose(1, 2, 0), np.float32)]
+    """(4, H, W) -> (H, W, 4), (H/2, W/2, 4), ...: means of 2 x 2 px, edges repeated."""
+    levels: list[np.ndarray] = [np.ascontiguousarray(planes.transpose(1, 2, 0), np.float32)]
     while len(levels) < LEVELS:
         v = np.pad(levels[-1], [(0, n % 2) for n in levels[-1].shape], "edge")
         levels.append((v[::2, ::2] + v[1::2, ::2] + v[::2, 1::2] + v[1::2, 1::2]) / 4)
@@ -359,7 +331,7 @@ def pyramid(planes: np.ndarray) -> list[np.ndarray]:
 
 
 def offsets(parts: list[np.ndarray]) -> np.ndarray:
-    """Where each part begins when they lie end to end."""
+    """Starts of parts that lie end to end."""
     return np.cumsum([0] + [len(part) for part in parts[:-1]])
 
 
@@ -367,8 +339,7 @@ def offsets(parts: list[np.ndarray]) -> np.ndarray:
 
 @contextmanager
 def one_thread():
-    """sample() is many small operations, on a CPU a hundredth of the network's time; more threads
-    than one would wait for each other at each of them, for seconds where the machine is busy."""
+    """Run many small operations on one thread: several would wait for each other at each."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -378,19 +349,17 @@ def one_thread():
 
 
 @one_thread()
-def sample(resident: Resident, images: np.ndarray, numbers: np.ndarray, config: Augment, size: int,
-           seed: int,
-           cap: float | None = 4.0) -> tuple[Tensor, Tensor, Tensor]:
+def sample(resident: Resident, images: ArrayLike, numbers: ArrayLike, config: Augment, size: int,
+           seed: int, cap: float | None = 4.0) -> tuple[Tensor, Tensor, Tensor]:
     """Augmented crops of `images` (B,), as the samples `numbers` (B,) of the run.
 
     Returns x (B, 3, S, S) in [0, 1], target (B, 1, S, S) distances in [0, 1], labels (B, S, S)
-    int32 with numbers 1..n of each image. Beyond its border an image is mirrored, and so are its
-    labels.
+    int32, 1..n of each image. Images and labels are mirrored beyond their borders.
     """
     if cap is None and resident.cap is not None:
         raise ValueError("cap=null needs the uncapped distances: make Resident(..., cap=None)")
-    images, draws, device = np.asarray(images), Draws.of(seed, numbers,
-                                                         config), resident.words.device
+    images, draws = np.asarray(images), Draws.of(seed, numbers, config)
+    device = resident.words.device
     scale, y, x = coordinates(resident, images, draws, size)
     level = np.clip(np.round(-np.log2(scale)), 0, LEVELS - 1).astype(int)
     negative = draws.happens("negative")
@@ -398,8 +367,9 @@ def sample(resident: Resident, images: np.ndarray, numbers: np.ndarray, config: 
     far = y.new_empty(len(images), 1, size, size)
     labels = nearest(resident, images, y, x) * send(~negative, device)[:, None, None]
     depth = depths(resident, images, scale)                                  # (B, K)
-    over = paste(resident, images, draws, size, negative, labels,
-                 depth) if cap is not None and config.paste else None
+    over = None
+    if cap is not None and config.paste:
+        over = paste(resident, images, draws, size, negative, labels, depth)
     if over:
         labels, depth = over.labels, over.depth
     for C in (1, 3):
@@ -423,14 +393,12 @@ def sample(resident: Resident, images: np.ndarray, numbers: np.ndarray, config: 
 
 
 def depths(resident: Resident, images: np.ndarray, scale: np.ndarray) -> Tensor:
-    """(B, K) px of the crop: the largest distance to its edge in each cell of the images, ground
-    first."""
+    """(B, K) px of the crop: the depth of each cell of the images, background first."""
     device = resident.words.device
-    cell = send(resident.cell[images],
-                device)[:, None] + torch.arange(int(resident.cells[images].max()) + 1,
-                                                device=device)
-    return resident.depth.take(cell.clamp(max=len(resident.depth) - 1)) * send(scale,
-                                                                               device)[:, None]
+    numbers = torch.arange(int(resident.cells[images].max()) + 1, device=device)
+    cell = (send(resident.cell[images], device)[:, None] + numbers).clamp(
+        max=len(resident.depth) - 1)
+    return resident.depth.take(cell) * send(scale, device)[:, None]
 
 
 def send(array: np.ndarray, device: torch.device) -> Tensor:
@@ -446,8 +414,7 @@ def each(values: np.ndarray, like: Tensor) -> Tensor:
 
 def touch(x: Tensor, draws: Draws, which: np.ndarray,
           change: Callable[[Tensor, Draws], Tensor]) -> Tensor:
-    """x, with change(x[rows], draws.at(rows)) written over those rows where `which` (B,) is true.
-    """
+    """x, with change(x[rows], draws.at(rows)) written over the rows where `which` (B,) is true."""
     rows = np.flatnonzero(which)
     if len(rows):
         index = send(rows, x.device)
@@ -466,47 +433,38 @@ class Pasted(NamedTuple):
 
 
 def paste(resident: Resident, images: np.ndarray, draws: Draws, size: int, negative: np.ndarray,
-          labels: Tensor,
-          depth: Tensor) -> Pasted | None:
-    """About half of the cells of another image of the same set, over the crops labels (B, S, S);
-    None where none are.
+          labels: Tensor, depth: Tensor) -> Pasted | None:
+    """About half of the cells of another image of the same set over crops; None without any.
 
-    They bring their surroundings along over two pixels; under them cells lose what is covered.
+    They bring their surroundings along over two pixels; cells under them lose what is covered.
     """
-    device, other = resident.words.device, resident.member(resident.group[images],
-                                                           draws.uniform("paste image"))
+    device = resident.words.device
+    other = resident.member(resident.group[images], draws.uniform("paste image"))
     rows = np.flatnonzero(draws.happens("paste") & ~negative
                           & (resident.gray[other] == resident.gray[images]))
     if not len(rows):
         return None
-    # values of their own for place and turn
-    second = Draws(scramble(draws.key[rows]), draws.config)
-    scale, y, x = coordinates(resident, other[rows], second, size)
+    other, index = other[rows], send(rows, device)
+    second = Draws(scramble(draws.key[rows]), draws.config)                  # place and turn
+    scale, y, x = coordinates(resident, other, second, size)
     level = np.clip(np.round(-np.log2(scale)), 0, LEVELS - 1).astype(int)
-    theirs = nearest(resident, other[rows], y, x)                            # (k, S, S)
-    whole = depths(resident, other[rows], scale)                             # (k, K')
+    theirs = nearest(resident, other, y, x)                                  # (k, S, S)
+    whole = depths(resident, other, scale)                                   # (k, K')
     taken = second.uniform("taken", whole.shape[1]) < 0.5
     taken[:, 0] = False
     theirs = theirs * send(taken, device).gather(1, theirs.flatten(1).long()).view(theirs.shape)
-    # (k, 1) cells there are
-    index, own = send(rows, device), send(resident.cells[images[rows]], device)[:, None]
     mask = (theirs > 0)[:, None].float()
-    soft = torch.maximum(
-        mask,
-        torch.nn.functional.avg_pool2d(
-            torch.nn.functional.max_pool2d(mask, 3, 1, 1), 3, 1, 1, count_include_pad=False
-        ),
-    )
-    pixels, alpha = labels.new_zeros(len(images), 3, size, size,
-                                     dtype=y.dtype), labels.new_zeros(len(images), 1, size, size,
-                                                                      dtype=y.dtype)
-    pixels.index_copy_(0, index, bilinear(resident, other[rows], level, y, x, [0, 1, 2]))
-    alpha.index_copy_(0, index, soft)
-    both = labels.index_copy(0, index, torch.where(theirs > 0, theirs + own[:, :, None],
-                                                   labels[index]).to(labels.dtype))
-    depth = torch.nn.functional.pad(depth, (0, whole.shape[1]))  # theirs follow each image's own
-    places = own + torch.arange(1, whole.shape[1], device=device)
-    return Pasted(pixels, alpha, both,
+    F = torch.nn.functional
+    soft = F.avg_pool2d(F.max_pool2d(mask, 3, 1, 1), 3, 1, 1, count_include_pad=False)
+    pixels = y.new_zeros(len(images), 3, size, size)
+    alpha = y.new_zeros(len(images), 1, size, size)
+    pixels.index_copy_(0, index, bilinear(resident, other, level, y, x, [0, 1, 2]))
+    alpha.index_copy_(0, index, torch.maximum(mask, soft))
+    count = send(resident.cells[images[rows]], device)[:, None]              # (k, 1) cells below
+    both = torch.where(theirs > 0, theirs + count[:, :, None], labels[index]).to(labels.dtype)
+    depth = F.pad(depth, (0, whole.shape[1]))                                # theirs follow
+    places = count + torch.arange(1, whole.shape[1], device=device)
+    return Pasted(pixels, alpha, labels.index_copy(0, index, both),
                   depth.index_copy(0, index, depth[index].scatter(1, places, whole[:, 1:])))
 
 
@@ -514,25 +472,24 @@ def paste(resident: Resident, images: np.ndarray, draws: Draws, size: int, negat
 
 def coordinates(resident: Resident, images: np.ndarray, draws: Draws, size: int
                 ) -> tuple[np.ndarray, Tensor, Tensor]:
-    """scale (B,), px of crop per px of image; y, x (B, S, S), px, where each pixel looks in its
-    image."""
+    """scale (B,), px of crop per px of image; y, x (B, S, S), px of each crop pixel in the image.
+    """
     device, extent = resident.words.device, resident.shape[images, 0].astype(float)  # (B, 2) px
     scale = resident.scale[images] * factors(resident, images, draws, size)  # (B,)
     quarter = np.floor(4 * draws.uniform("quarter")) / 4 * draws.happens("quarter")
     turn = 2 * np.pi * np.where(draws.happens("rotate"), draws.uniform("angle"), quarter)
     mirror = np.where(draws.happens("flip"), -1, 1)
-    # quarters stay on the grid
-    cos, sin = (np.round(f(turn), 12) / scale for f in (np.cos, np.sin))
+    cos, sin = (np.round(f(turn), 12) / scale for f in (np.cos, np.sin))     # quarters: exact
     matrix = np.stack((cos, -sin * mirror, sin, cos * mirror), 1).reshape(-1, 2, 2)  # (B, 2, 2)
 
-    half = np.minimum(size / scale[:, None], extent) / 2  # keeps within large images
+    half = np.minimum(size / scale[:, None], extent) / 2                     # stay within
     centre = half + draws.uniform("centre", 2) * (extent - 2 * half)
     cell = resident.cell[images] + 1 + (draws.uniform("cell") * resident.cells[images]).astype(int)
     beside = (draws.uniform("beside", 2) - 0.5) * 0.8 * size / scale[:, None]
     beside += resident.centre[np.minimum(cell, len(resident.centre) - 1)] + 0.5
     on_cell = draws.happens("on_cell") & (resident.cells[images] > 0)
     centre = np.where(on_cell[:, None], np.clip(beside, half, extent - half), centre)  # (B, 2) px
-    centre = np.round(centre - size / 2) + (size - 1) / 2  # what is not turned is copied
+    centre = np.round(centre - size / 2) + (size - 1) / 2                    # on the grid
 
     at = send(np.arange(size) - (size - 1) / 2, device)                      # (S,)
     down, right = (send(matrix[:, :, i], device)[:, :, None] * at for i in (0, 1))  # (B, 2, S)
@@ -544,29 +501,31 @@ def coordinates(resident: Resident, images: np.ndarray, draws: Draws, size: int
         shift = smooth(send(np.einsum("kij,kjyx->kiyx", matrix[rows], knots), device), size)
         for i in (0, 1):
             yx[i].index_add_(0, send(rows, device), shift[:, i])
-    return scale, *(mirrored(yx[i], send(extent[:, i], device)[:, None, None]) for i in (0, 1))
+    y, x = (mirrored(yx[i], send(extent[:, i], device)[:, None, None]) for i in (0, 1))
+    return scale, y, x
 
 
 def factors(resident: Resident, images: np.ndarray, draws: Draws, size: int) -> np.ndarray:
-    """(B,) of each crop on its image's nominal scale."""
+    """(B,) on the nominal scale of each image, not so small that most of a crop is mirrored."""
     side = resident.scale[images] * resident.shape[images, 0].min(1)         # px
-    # else a kaleidoscope of mirrors
     return np.maximum(draws.within("scale"), np.minimum(1, 0.8 * size / side))
 
 
 def mirrored(c: Tensor, extent: Tensor) -> Tensor:
-    """Coordinates folded into 0..extent-1, as often as needed: ... 1 0 1 2 1 0 ... for an extent of
-    3."""
+    """Coordinates folded into 0..extent-1: ... 1 0 1 2 1 0 ... for an extent of 3."""
     c = torch.remainder(c, 2 * (extent - 1).clamp(min=1))
     return torch.minimum(c, (2 * (extent - 1) - c).clamp(min=0)).minimum(extent - 1)
 
 
 def smooth(knots: Tensor, size: int) -> Tensor:
-    """(k, C, n, n) -> (k, C, S, S): cubic, which is dear, up to a quarter of the size, linear from
-    there."""
+    """(k, C, n, n) -> (k, C, S, S): cubic, which is slow, up to a quarter of S, then linear."""
     quarter = max(knots.shape[-1], -(-size // 4))
-    knots = torch.nn.functional.interpolate(knots, size=(quarter, quarter), mode="bicubic")
-    return torch.nn.functional.interpolate(knots, size=(size, size), mode="bilinear")
+    knots = interpolated(knots, quarter, "bicubic")
+    return interpolated(knots, size, "bilinear")
+
+
+def interpolated(x: Tensor, side: int, mode: str, **more: Any) -> Tensor:
+    return torch.nn.functional.interpolate(x, size=(side, side), mode=mode, **more)
 
 
 def nearest(resident: Resident, images: np.ndarray, y: Tensor, x: Tensor) -> Tensor:
@@ -579,20 +538,18 @@ def nearest(resident: Resident, images: np.ndarray, y: Tensor, x: Tensor) -> Ten
 
 def bilinear(resident: Resident, images: np.ndarray, level: np.ndarray, y: Tensor, x: Tensor,
              planes: list[int]) -> Tensor:
-    """Planes of the words (k, C, S, S) in [0, 1], at y, x (k, S, S) of the full images, from levels
-    (k,)."""
+    """Planes of the words (k, C, S, S) in [0, 1] at y, x of the full images, from levels (k,)."""
     start, height, width, factor = (send(v, y.device)[:, None, None] for v in (
         resident.word[images, level], *resident.shape[images, level].T, 0.5 ** level))
     y = ((y + 0.5) * factor - 0.5).clamp(min=0).minimum(height - 1)
     x = ((x + 0.5) * factor - 0.5).clamp(min=0).minimum(width - 1)
     top, left = y.floor(), x.floor()
     corner = start + top.long() * width + left.long()
-    # the last row and column: none
-    below, beside = (top < height - 1) * width, (left < width - 1).long()
+    below, beside = (top < height - 1) * width, (left < width - 1).long()    # 0 at the border
 
     def look(index: Tensor) -> Tensor:
-        bits = resident.words.index_select(0, index.flatten()).view(torch.int16).view(*index.shape,
-                                                                                      4)
+        words = resident.words.index_select(0, index.flatten())
+        bits = words.view(torch.int16).view(*index.shape, 4)
         return torch.stack([bits[..., plane].float() for plane in planes], 1)  # (k, C, S, S)
 
     down, right = (y - top)[:, None], (x - left)[:, None]
@@ -605,15 +562,14 @@ def bilinear(resident: Resident, images: np.ndarray, level: np.ndarray, y: Tenso
 # ---------------------------------------------------------------------------------------- intensity
 
 def expose(x: Tensor, draws: Draws, mean: np.ndarray) -> Tensor:
-    """x (k, C, S, S) in [0, 1], written over, through light, optics, camera, display; mean (k,) of
-    images."""
+    """x (k, C, S, S) in [0, 1], in place, through light, optics, camera, display; mean (k,)."""
     x = touch(x, draws, draws.happens("halo"), halo)
     x = touch(x, draws, draws.happens("light"), light)
     x = touch(x, draws, draws.happens("blur"), blur)
     x = touch(x, draws, draws.happens("coarse"), coarse)
     x = touch(x, draws, draws.happens("noise") | draws.happens("shot"), grain).clamp_(0, 1)
     x = touch(x, draws, draws.happens("dim"), dim)
-    invert = draws.happens("invert")  # then contrast around the mean
+    invert = draws.happens("invert")                                         # then the contrast
     factor = np.where(draws.happens("contrast"), draws.within("contrast_range"), 1)
     offset = draws.within("brightness_range") * draws.happens("brightness")
     offset += invert * factor + np.where(invert, 1 - mean, mean) * (1 - factor)
@@ -623,41 +579,33 @@ def expose(x: Tensor, draws: Draws, mean: np.ndarray) -> Tensor:
 
 
 def halo(x: Tensor, draws: Draws) -> Tensor:
-    """Sharpen with a wide radius: beside bright places it gets darker, beside dark ones brighter.
-
-    The image is stretched afterwards.
-    """
-    wide = draws.within("halo_px")
-    # (k, C, S, S)
-    around = torch.stack([smooth_field(one, 2 * int(px) + 1) for one, px in zip(x, wide)])
+    """Sharpen with a large radius: darker beside bright places, brighter beside dark ones."""
+    radii = draws.within("halo_px").astype(int)
+    around = torch.cat([box_blur(crop, r) for crop, r in zip(x.split(1), radii)])
     return stretch(x + each(draws.within("halo_range"), x) * (x - around), least=0.1)
 
 
-def smooth_field(x: Tensor, side: int) -> Tensor:
-    """(C, S, S) averaged twice over squares of `side` px, edges repeated."""
-    half = min(side // 2, x.shape[-1] - 1)
+def box_blur(x: Tensor, radius: int) -> Tensor:
+    """(1, C, S, S) averaged twice over squares, edges repeated."""
+    F, radius = torch.nn.functional, min(radius, x.shape[-1] - 1)
     for _ in range(2):
-        x = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(x[None], (half,) * 4,
-                                                                   mode="replicate"), 2 * half + 1,
-                                           1)[0]
+        x = F.avg_pool2d(F.pad(x, (radius,) * 4, mode="replicate"), 2 * radius + 1, 1)
     return x
 
 
 def coarse(x: Tensor, draws: Draws) -> Tensor:
     size = x.shape[-1]
-    few = [torch.nn.functional.interpolate(one[None], size=(max(8, round(size * part)),) * 2,
-                                           mode="bilinear", antialias=True)
-           for one, part in zip(x, draws.within("coarse_range"))]
-    return torch.cat([torch.nn.functional.interpolate(one, size=(size, size), mode="bilinear")
-                      for one in few])
+    sides = [max(8, round(size * factor)) for factor in draws.within("coarse_range")]
+    small = [interpolated(crop, side, "bilinear", antialias=True)
+             for crop, side in zip(x.split(1), sides)]
+    return torch.cat([interpolated(crop, size, "bilinear") for crop in small])
 
 
 DARKEST = 0.05              # of the light passes at least: an optical density of 3
 
 
 def stain(x: Tensor, draws: Draws) -> Tensor:
-    """(k, 3, S, S) in colour: densities -log(x) mixed anew, so that dyes move apart and together
-    and change their hue; stretched as every image is."""
+    """(k, 3, S, S) in colour: densities -log(x) mixed anew, so that dyes change their hue."""
     strength = draws.within("stain_range")[:, None, None]
     matrix = np.eye(3) + strength * scipy.special.ndtri(draws.uniform("dyes", 3, 3))  # (k, 3, 3)
     density = -(x * (1 - DARKEST) + DARKEST).log()
@@ -666,9 +614,8 @@ def stain(x: Tensor, draws: Draws) -> Tensor:
 
 
 def tint(x: Tensor, draws: Draws) -> Tensor:
-    """(k, 3, S, S) gray: its brightness becomes the density of a dye on white, beside a
-    counterstain in patches."""
-    dye = 0.3 + 2.5 * draws.uniform("dye", 3) ** 1.5  # (k, 3) densities where it is brightest
+    """(k, 3, S, S) gray: brightness becomes the density of a dye on white, with a counterstain."""
+    dye = 0.3 + 2.5 * draws.uniform("dye", 3) ** 1.5             # (k, 3) densities at intensity 1
     beside = draws.uniform("counterstain", 3) ** 2
     density = x * each(dye, x) + background_texture(x[:, :1], draws) * each(beside, x)
     return stretch((-density).exp(), least=0.05)
@@ -676,38 +623,37 @@ def tint(x: Tensor, draws: Draws) -> Tensor:
 
 # ISO/IEC 10918-1, annex K: steps of the cosine coefficients of brightness and of colour
 BRIGHTNESS = ((16, 11, 10, 16, 24, 40, 51, 61), (12, 12, 14, 19, 26, 58, 60, 55),
-              (14, 13, 16, 24, 40, 57, 69, 56),
-              (14, 17, 22, 29, 51, 87, 80, 62), (18, 22, 37, 56, 68, 109, 103, 77),
-              (24, 35, 55, 64, 81, 104, 113, 92),
+              (14, 13, 16, 24, 40, 57, 69, 56), (14, 17, 22, 29, 51, 87, 80, 62),
+              (18, 22, 37, 56, 68, 109, 103, 77), (24, 35, 55, 64, 81, 104, 113, 92),
               (49, 64, 78, 87, 103, 121, 120, 101), (72, 92, 95, 98, 112, 100, 103, 99))
 COLOUR = ((17, 18, 24, 47), (18, 21, 26, 66), (24, 26, 56, 99), (47, 66, 99, 99))  # 99 elsewhere
-# ITU-T T.871
-YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))  # T.871
 
 
 @functools.lru_cache
 def jpeg(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The cosine transform of 8 px, the steps of three planes in [0, 1], the colour transform and
-    back."""
+    """Cosine transform of 8 px, steps of three planes in [0, 1], colour transform and its inverse.
+    """
     at = np.arange(8)
-    cosines = np.cos((2 * at + 1) * at[:, None] * np.pi / 16) * np.where(at[:, None], 0.5,
-                                                                         8 ** -0.5)
+    cosines = np.cos((2 * at + 1) * at[:, None] * np.pi / 16)
+    cosines *= np.where(at[:, None], 0.5, 8 ** -0.5)
     colour = np.full((8, 8), 99)
     colour[:4, :4] = COLOUR
     steps = np.stack((BRIGHTNESS, colour, colour)) / 255
-    return tuple(send(v, device) for v in (cosines, steps, np.array(YCBCR), np.linalg.inv(YCBCR)))
+    return (send(cosines, device), send(steps, device), send(np.array(YCBCR), device),
+            send(np.linalg.inv(YCBCR), device))
 
 
 def jpeg_blocks(x: Tensor, draws: Draws) -> Tensor:
-    """(k, C, S, S) as JPEG keeps it: squares of 8 px, their cosine coefficients rounded."""
+    """(k, C, S, S) with the cosine coefficients of squares of 8 px rounded, as in JPEG."""
     cosines, steps, into, back = jpeg(x.device)
     (C, size), pad = x.shape[1:3], -x.shape[-1] % 8
     planes = torch.nn.functional.pad(x, (0, pad, 0, pad), mode="replicate")
     if C == 3:
         planes = torch.einsum("ij,kjyx->kiyx", into, planes)
     squares = planes.unfold(2, 8, 8).unfold(3, 8, 8)  # (k, C, S/8, S/8, 8, 8)
-    step = steps[:C, None, None] * send(draws.within("blocks_range"), x.device).view(-1, 1, 1, 1, 1,
-                                                                                     1)
+    strength = send(draws.within("blocks_range"), x.device)
+    step = steps[:C, None, None] * strength.view(-1, 1, 1, 1, 1, 1)
     squares = cosines.T @ ((cosines @ squares @ cosines.T / step).round() * step) @ cosines
     planes = squares.transpose(3, 4).reshape(planes.shape)[..., :size, :size]
     return (torch.einsum("ij,kjyx->kiyx", back, planes) if C == 3 else planes).clamp(0, 1)
@@ -715,20 +661,21 @@ def jpeg_blocks(x: Tensor, draws: Draws) -> Tensor:
 
 def light(x: Tensor, draws: Draws) -> Tensor:
     knots = draws.knots("light", "light_range", 1, 4)
-    knots = np.exp(knots - knots.max((2, 3), keepdims=True))  # up to 1: nothing is overexposed
+    knots = np.exp(knots - knots.max((2, 3), keepdims=True))     # up to 1: no overexposure
     return (x * smooth(send(knots, x.device), x.shape[-1])).clamp(0, 1)
 
 
 def blur(x: Tensor, draws: Draws) -> Tensor:
-    """Separable Gaussian, edges repeated; cut at 3 times the largest sigma there is, for all alike.
-    """
+    """Separable Gaussian, edges repeated, cut at 3 of the largest sigmas for all alike."""
     radius = math.ceil(3 * draws.config.blur_px[1])
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1)
                              / draws.within("blur_px")[:, None]) ** 2)
     weights /= weights.sum(1, keepdims=True)                                 # (k, 2 radius + 1)
     for axis, pad in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
-        wide, size = torch.nn.functional.pad(x, pad, mode="replicate"), x.shape[axis]
-        x = sum(each(weights[:, i], x) * wide.narrow(axis, i, size) for i in range(2 * radius + 1))
+        padded, size = torch.nn.functional.pad(x, pad, mode="replicate"), x.shape[axis]
+        terms = (each(weights[:, i], x) * padded.narrow(axis, i, size)
+                 for i in range(2 * radius + 1))
+        x = functools.reduce(torch.add, terms)
     return x
 
 
@@ -745,21 +692,20 @@ def dim(x: Tensor, draws: Draws) -> Tensor:
 
 
 def gamma(x: Tensor, draws: Draws) -> Tensor:
-    """x ** gamma as exp(gamma log x): pow() rounds differently where a batch ends."""
+    """x ** gamma as exp(gamma log x): pow() rounds differently at the end of a batch."""
     return (x.clamp(min=1e-6).log() * each(draws.within("gamma_range"), x)).exp()
 
 
 def fresh(name: str, draws: Draws, like: Tensor) -> Tensor:
     """Standard normal noise (k, C, S, S)."""
-    return normal_noise(send(draws.streams(name, like.shape[1], like[0, 0].numel()), like.device),
-                        like.shape[-1])
+    streams = draws.streams(name, like.shape[1], like[0, 0].numel())
+    return normal_noise(send(streams, like.device), like.shape[-1])
 
 
 def stretch(x: Tensor, least: float) -> Tensor:
-    """Percentiles 1 and 99.8 of each channel (k, C, S, S), as every 16th pixel shows them, become 0
-    and 1.
+    """Percentiles 1 and 99.8 of each channel (k, C, S, S), of every 16th pixel, become 0 and 1.
 
-    least : the smallest span that is stretched, so that nothing does not become something.
+    least : smallest span between them, so that noise on an even image stays small.
     """
     few = x[:, :, ::4, ::4].flatten(2).sort(-1).values
     low, high = (few[..., round(q * (few.shape[-1] - 1)), None, None] for q in (0.01, 0.998))
@@ -770,20 +716,18 @@ SPREAD = (0.003, 0.3)       # standard deviation of texture
 
 
 def background_texture(x: Tensor, draws: Draws) -> Tensor:
-    """Fields without cells for x (k, C, S, S): noise and smooth structure of several widths on some
-    gray.
+    """Fields without cells like x (k, C, S, S): noise and smooth structure on some gray.
 
-    Half of them are the same in all channels: a gray image of noise must be nothing to a network of
-    stained tissue either.
+    Half of them are the same in all channels, for gray noise has no cells in tissue either.
     """
-    weights = draws.uniform("octaves", 6) ** 4  # one or two of them stand out
+    weights = draws.uniform("octaves", 6) ** 4                   # one or two stand out
     weights /= np.sqrt((weights ** 2).sum(1, keepdims=True))
     x = torch.zeros_like(x)
     size, spread = x.shape[-1], draws.within("spread", SPREAD)
-    for octave in range(6):  # knots every 1, 2, 4 ... 32 px
+    for octave in range(6):                                      # knots every 1, 2, 4 ... 32 px
         knots = fresh(f"octave {octave}", draws, x[..., ::2 ** octave, ::2 ** octave])
         if octave:
-            knots = torch.nn.functional.interpolate(knots, size=(size, size), mode="bicubic")
+            knots = interpolated(knots, size, "bicubic")
         x += each(weights[:, octave] * spread, x) * knots
     x = touch(x, draws, draws.uniform("one channel") < 0.5, lambda v, _: v[:, :1].expand_as(v))
     x = (x + each(draws.uniform("level"), x)).clamp(0, 1)
@@ -792,7 +736,7 @@ def background_texture(x: Tensor, draws: Draws) -> Tensor:
 
 
 def counted(x: Tensor, draws: Draws) -> Tensor:
-    """Texture as a camera shows it that tells only a few levels of it apart."""
+    """Texture rounded to a few levels, as a camera in little light shows it."""
     step = each(draws.within("spread", SPREAD) * draws.within("steps", (0.3, 4.0)), x)
     return ((x / step).round() * step).clamp(0, 1)
 
@@ -800,35 +744,33 @@ def counted(x: Tensor, draws: Draws) -> Tensor:
 def recolour(x: Tensor, draws: Draws, alive: np.ndarray) -> Tensor:
     """(k, C, S, S) -> (k, 3, S, S), every new channel a weighted mean of the old ones.
 
-    alive : (k, C), false for black channels, which stay black and would only darken means.
+    alive : (k, C), false for black channels, which stay black and count in no mean.
     """
     weights = draws.uniform("weights", 3, 3)[..., :x.shape[1]] * alive[:, None]
-    weights /= np.maximum(weights.sum(2, keepdims=True), 1e-9)  # (k, 3, C) what new takes of old
+    weights /= np.maximum(weights.sum(2, keepdims=True), 1e-9)   # (k, 3, C)
     order = np.argsort(draws.uniform("order", 3), 1)
     order = np.where(draws.happens("shuffle")[:, None], order, np.arange(3))
     matrix = np.eye(3)[order] * alive[:, None] if x.shape[1] == 3 else weights
     matrix = np.where(draws.happens("mix")[:, None, None], weights, matrix)
     matrix = np.where(draws.happens("gray")[:, None, None], weights[:, :1], matrix)
-    luck = draws.uniform("drop", 3) * matrix.any(2)  # the luckiest is never dropped
-    lucky = (luck > 0.5) & (luck > luck.min(1, keepdims=True)) | (
-        luck == luck.max(1, keepdims=True)
-    )
+    luck = draws.uniform("drop", 3) * matrix.any(2)              # the luckiest is never dropped
+    lucky = (luck > 0.5) & (luck > luck.min(1, keepdims=True))
+    lucky |= luck == luck.max(1, keepdims=True)
     matrix = matrix * (lucky | ~draws.happens("drop")[:, None])[:, :, None]
-    return sum(each(matrix[:, :, c], x) * x[:, c:c + 1] for c in range(x.shape[1]))
+    return functools.reduce(torch.add, (each(matrix[:, :, c], x) * x[:, c:c + 1]
+                                        for c in range(x.shape[1])))
 
 
 # ---------------------------------------------------------------------------------------- distances
 
 def capped(labels: Tensor, cap: float) -> Tensor:
-    """min(d, cap), (B, 1, S, S) px, with d from a pixel of a cell in labels (B, S, S) to the
-    nearest outside.
+    """min(d, cap), (B, 1, S, S) px, d from a pixel of a cell (B, S, S) to the nearest outside.
 
     Exact, in two passes over the distances k below the cap: in each column, to the nearest other
-    label; then along the row, k^2 + what the pixel k columns away says if it is of the same cell,
-    else k^2. The border of the crop is no edge.
+    label; then along the row, k^2, plus the value k columns away if it is of the same cell. The
+    border of the crop is no edge.
     """
-    reach = math.ceil(cap)
-    # for 2 reach^2
+    reach = math.ceil(cap)                                                   # kind holds 2 reach^2
     kind = torch.uint8 if reach <= 11 else torch.int16 if reach <= 127 else torch.int32
     column = torch.full_like(labels, reach ** 2, dtype=kind)
     for k in range(reach - 1, 0, -1):                                        # nearer ones overwrite
@@ -845,12 +787,10 @@ def capped(labels: Tensor, cap: float) -> Tensor:
 
 
 def per_cell(d: Tensor, labels: Tensor, whole: Tensor) -> Tensor:
-    """d (B, 1, S, S) over its maximum in each cell: with capped(), watershed.distance_map of these
-    labels.
+    """d (B, 1, S, S) over its maximum in each cell: of capped(), watershed.distance_map.
 
-    But cells that the crop cuts are divided by no less than their maximum in the whole image, whole
-    (B, K): else the rim of a large cell, all that is left of it, would pass for the heart of a
-    small one.
+    A cell that the crop cuts is divided by no less than its maximum in the whole image, whole
+    (B, K): else what is left of the rim of a large cell would look like the middle of a small one.
     """
     B, K = whole.shape
     cell = labels + K * torch.arange(B, device=labels.device)[:, None, None]  # (B, S, S)
@@ -864,7 +804,7 @@ def per_cell(d: Tensor, labels: Tensor, whole: Tensor) -> Tensor:
 
 # ----------------------------------------------------------------------------------- augmented sets
 
-PIECE = 5               # px, smaller pieces that cutting and turning leave of a cell are dropped
+PIECE = 5               # px, smaller pieces of cells that were cut or turned are dropped
 
 
 def main(config: Config, files: list[str]) -> None:
@@ -873,12 +813,12 @@ def main(config: Config, files: list[str]) -> None:
                          f"data={files[0]}")
     found = find_examples(config.data)
     output = Path(config.output)
-    record = output / "augmented.yaml"  # train_seg.py knows the folder by it
-    same = dict(data=("any",), output="", copies=1, overwrite=False)         # these change no crop
+    record = output / "augmented.yaml"                           # data.was_augmented looks for it
+    same: dict[str, Any] = dict(data=("any",), output="", copies=1, overwrite=False)  # change none
     if record.exists() and not config.overwrite and (
             replace(runs.load_config(type(config), record), **same) != replace(config, **same)):
         raise ValueError(f"{record}: its crops were made otherwise; give another output or "
-                         f"overwrite=true")
+                         "overwrite=true")
     for name in ("images", "labels"):
         (output / name).mkdir(parents=True, exist_ok=True)
     runs.write_text(record, runs.to_yaml(config))
@@ -891,15 +831,13 @@ def main(config: Config, files: list[str]) -> None:
             continue
         resident = Resident([(str(example.files[0]), data.network_input(example),
                               example.labels())], diameter=config.diameter)
-        for name in names:  # its name is its number: sets may grow later
+        for name in names:                                       # hashed, so that sets may grow
             x, _, labels = sample(resident, [0], [hashed(name)], config.augment, config.size,
                                   config.seed)
-            # what is cut or mirrored falls apart
-            pieces = skimage.measure.label(labels[0].numpy(), connectivity=1)
+            pieces = skimage.measure.label(labels[0].numpy(), connectivity=1)    # of cut cells
             keep = (np.bincount(pieces.ravel()) >= PIECE) & (np.arange(pieces.max() + 1) > 0)
             data.write_labels(output / "labels" / f"{name}.tif", (keep * keep.cumsum())[pieces])
-            # last: says that both are there
-            write_crop(output / "images" / f"{name}.tif", x[0].numpy())
+            write_crop(output / "images" / f"{name}.tif", x[0].numpy())      # last: both are there
         made += len(names)
     print(f"{output}: {made} crops made, {config.copies * len(found) - made} were there")
 
@@ -912,8 +850,7 @@ def find_examples(folders: Iterable[str]) -> dict[str, data.Example]:
             name = example.name.replace("/", "_")
             if name in found:
                 raise ValueError(f"{example.files[0]}: a second image named {name}, beside "
-                                 f"{found[name].files[0]}; "
-                                 "names must differ")
+                                 f"{found[name].files[0]}; names must differ")
             found[name] = example
     return found
 
@@ -924,8 +861,7 @@ def write_crop(path: Path, pixels: np.ndarray) -> None:
     gray = (pixels == pixels[0]).all()
     with runs.replacing(path) as temporary:
         tifffile.imwrite(temporary, pixels[0] if gray else pixels, photometric="minisblack",
-                         compression="zlib",
-                         metadata={"axes": "YX" if gray else "CYX"})
+                         compression="zlib", metadata={"axes": "YX" if gray else "CYX"})
 
 
 if __name__ == "__main__":

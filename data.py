@@ -1,47 +1,36 @@
-"""Labelled images: every layout they come in, groups that stay together, splits, what is trained
-and validated on.
+"""Labelled images: layouts of data sets, groups, splits, images for training and validation.
 
-    for example in examples("livecell"):       # .name, .image() -> Image, .labels() -> (H, W)
-                                               int32, .files
+    for example in examples("livecell"):       # .name, .files, .image(), .labels() (H, W) int32
     held = hold_out(examples("cells"), share=0.1, seed=0)
     train, validation = training_images(config.data, seed)
 
-    python data.py convert SRC DST             any layout below -> NAME.tif and NAME_masks.tif;
-                                               resumes
+    python data.py convert SRC DST             any layout -> NAME.tif and NAME_masks.tif; resumes
     python data.py split SRC by=donor fractions=0.6,0.2,0.2 [out=DIR]
                                                SRC/split.tsv; with out= DIR/split.tsv, and images
                                                converted in DIR/train, DIR/validation, DIR/test
     python data.py planes SRC DST [every=4]    stacks NAME.tif (Z, Y, X) with NAME_labels.tif ->
-                                               every fourth plane
-                                               with three cells or more, as `convert` writes images
-    python data.py check DIR [DIR ...]         counts, and what is wrong in and between them: exit
-                                               code 1
+                                               every fourth plane with three cells or more
+    python data.py check DIR [DIR ...]         counts and problems; exit code 1 with problems
 
-Layouts. A folder and all below it, except hidden and linked ones, are read by what lies in them:
+Layouts. A folder and all below it, except hidden and linked ones, are read by their content:
 
-    pairs      X.tif or X_img.tif with labels, the first there is of X_masks, X_mask, X_cp_masks,
-               X_seg,
-               X_labels, X_label, X_cells, X_nuclei (.tif .png .npy; X_seg.npy as Cellpose writes
-               it) and X.geojson (QuPath); labels=nuclei takes others. And images/X.tif with
-               labels/X.tif or masks/.
+    pairs      X.tif or X_img.tif with the first of X_masks, X_mask, X_cp_masks, X_seg, X_labels,
+               X_label, X_cells, X_nuclei (.tif .png .npy; X_seg.npy as Cellpose writes it) and
+               X.geojson (QuPath); labels=nuclei takes others. And images/X.tif with labels/X.tif
+               or masks/.
     tiles      pairs named alike but for ..b0c0.. and ..b0c1..: one image of channels DAPI and
-               marker; labels
-               have either name. Tiles that lack a channel which others in the folder have are left
-               out.
-    nuclei     ID/images with one image, ID/masks with a mask for each nucleus (Data Science Bowl
-               2018)
+               marker; labels have either name. Tiles that lack a channel of others are left out.
+    nuclei     ID/images with one image, ID/masks with a mask for each nucleus (DSB 2018)
     arrays     imgs.npy (N, H, W[, C]) and anns.npy (N, H, W), memory-mapped
-    COCO       NAME.json with polygons or RLE (LIVECell). Images are sought by file name: below the
-               folder
-               given; for a .json below its own, or the one that has annotations/. Listed again:
-               X_copy2.
+    COCO       NAME.json with polygons or RLE (LIVECell). Images are found by file name: below the
+               folder given; for a .json below its folder, or the one that has annotations/. An
+               image listed again: X_copy2.
     tracking   01/t000.tif with 01_GT/SEG/man_seg000.tif (Cell Tracking Challenge): frames with
-               labels alone;
-               01_ST where there is no 01_GT, or with labels=ST
+               labels; 01_ST where there is no 01_GT, or with labels=ST
 
 A name is the path below the folder given, without suffix, images/ and _img. Where outlines overlap
-the smaller cell lies on top. A pixel belongs to a polygon if its centre lies inside by the even-odd
-rule: what cells.polygons outlines comes back exactly.
+the smaller cell lies on top. A polygon has the pixels whose centre lies inside by the even-odd
+rule: outlines of cells.polygons come back exactly.
 """
 from __future__ import annotations
 
@@ -54,7 +43,7 @@ import sys
 import tokenize
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -91,40 +80,37 @@ with runs.lazy():
 
 # ---------------------------------------------------------------------------------- labelled images
 
-# first wins
+# of labels, by rank
 ENDS = ("_masks", "_mask", "_cp_masks", "_seg", "_labels", "_label", "_cells", "_nuclei", "")
 BYPRODUCTS = ("_types", "_overlay", "_distance", "_flows", "_cp_output", "_outlines", "dist_maps")
 IMAGES, LABELS = TIFF + PNG_JPEG + NPY, (*TIFF, ".png", *NPY, ".geojson")  # .jpg would blur ids
-TILE = re.compile(r"(?i)(?<![0-9a-f])((?:s\d+)?b\d+)c(\d+)(?![0-9a-f])")         # not in a hash
+TILE = re.compile(r"(?i)(?<![0-9a-f])((?:s\d+)?b\d+)c(\d+)(?![0-9a-f])")      # not in a hash
 
 
 @dataclass(frozen=True)
 class Example:
-    name: str                                                      # unique in its set
-    files: tuple[Path, ...]                                        # all that it is made from
+    name: str                                       # unique in its set
+    files: tuple[Path, ...]                         # the image first
     image: Callable[[], Image]
-    labels: Callable[[], np.ndarray]                               # (H, W) int32
+    labels: Callable[[], np.ndarray]                # (H, W) int32
 
 
 class Choice(NamedTuple):
-    channels: Channels                                             # of the images
-    labels: str | None  # such as nuclei or st; None: the first
+    channels: Channels                              # of the images
+    labels: str | None                              # such as nuclei or st; None: the first
 
 
 def examples(path: str | Path, channels: Channels = None, match: str | None = None,
-             labels: str | None = None
-             ) -> list[Example]:
-    """The labelled images of a folder or of a COCO .json, in natural order of their names.
+             labels: str | None = None) -> list[Example]:
+    """Labelled images of a folder or a COCO .json, in natural order of their names.
 
-    match : regular expression, only names in which it is found; labels : which, where an image has
-        several.
+    match : regular expression that is found in names; labels : which, where an image has several.
     """
     path, choice = Path(path), Choice(channels, labels and labels.lower())
     if path.is_dir():
         found = [example for folder, files in walk(path) for read in (_pairs, _arrays, _tracking)
                  for example in read(folder, files, choice)]
-        listed = [file for _, files in walk(path) for file in files
-                  if file.suffix.lower() == ".json"]
+        listed = [file for _, files in walk(path) for file in kept(files, [".json"])]
         root = images = path
     elif path.is_file() and path.suffix.lower() == ".json":
         found, listed, root = [], [path], path.with_suffix("")
@@ -132,26 +118,26 @@ def examples(path: str | Path, channels: Channels = None, match: str | None = No
         images = above[0].parent if above else path.parent
     else:
         raise FileNotFoundError(f"{path}: no such folder; expected one with labelled images, or a "
-                                f"COCO .json")
+                                "COCO .json")
     if listed:
-        places = defaultdict(list)                                 # images by file name
+        by_name: dict[str, list[Path]] = defaultdict(list)         # images
         for _, files in walk(images):
             for file in kept(files, IMAGES):
-                places[file.name].append(file)
-        found += [example for file in listed for example in _coco(file, places, choice)]
+                by_name[file.name].append(file)
+        found += [example for file in listed for example in _coco(file, by_name, choice)]
 
     found = [replace(example, name=_below(Path(example.name), root)) for example in found]
     for name, count in Counter(example.name for example in found).items():
         if count > 1:
-            files = ", ".join(str(example.files[-1]) for example in found if example.name == name)
-            raise ValueError(f"{path}: {count} images with labels are called {name} ({files}); "
-                             f"keep one")
+            alike = ", ".join(str(example.files[-1]) for example in found if example.name == name)
+            raise ValueError(f"{path}: {count} images with labels are called {name} ({alike}); "
+                             "keep one")
     if match is not None:
         found = [example for example in found if regex("match", match).search(example.name)]
     if not found:
-        raise ValueError(f"{path}: no labelled images" + (f" with '{match}' in their names" if match
-                                                          else "")
-                         + "; `python data.py --help` lists the layouts that are read")
+        named = f" with '{match}' in their names" if match else ""
+        raise ValueError(f"{path}: no labelled images{named}; `python data.py --help` lists the "
+                         "layouts that are read")
     return sorted(found, key=lambda example: natural_order(example.name))
 
 
@@ -161,15 +147,15 @@ def walk(root: Path) -> Iterator[tuple[Path, list[Path]]]:
         raise error
     for parent, below, files in os.walk(root, onerror=stop):
         below[:] = sorted(name for name in below if not name.startswith("."))
-        yield Path(parent), [Path(parent, name) for name in sorted(files)
-                             if not name.startswith(".")]
+        shown = [Path(parent, name) for name in sorted(files) if not name.startswith(".")]
+        yield Path(parent), shown
 
 
 def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     return kept(next(walk(folder))[1], suffixes) if folder.is_dir() else []
 
 
-def kept(files: list[Path], suffixes: Sequence[str]) -> list[Path]:
+def kept(files: list[Path], suffixes: Collection[str]) -> list[Path]:
     return [file for file in files if file.suffix.lower() in suffixes]
 
 
@@ -182,7 +168,7 @@ def stem_of(path: Path) -> str:
 
 
 def pair_key(stem: str) -> str:
-    """What an image, its labels and the other channels of its tile have in common."""
+    """Key that an image shares with its labels and the other channels of its tile."""
     return TILE.sub(r"\1", stem.removesuffix("_img"))
 
 
@@ -194,8 +180,7 @@ def regex(key: str, text: str) -> re.Pattern:
 
 
 # ------------------------------------------------------------------------------------------ layouts
-# Each is asked about every folder, _coco about every .json. Names here are paths; examples()
-# shortens them.
+# Each reads every folder, _coco every .json. Names are paths here; examples() shortens them.
 
 def _pairs(folder: Path, files: list[Path], choice: Choice) -> Iterator[Example]:
     yield from _matched(folder, kept(files, IMAGES), kept(files, LABELS), choice, apart=False)
@@ -212,37 +197,38 @@ def _pairs(folder: Path, files: list[Path], choice: Choice) -> Iterator[Example]
 
 def _matched(folder: Path, images: list[Path], labels: list[Path], choice: Choice, apart: bool
              ) -> Iterator[Example]:
-    """Images with their labels; apart: in another folder, where they may be named just as the
-    image."""
-    shots, truths = defaultdict(list), defaultdict(lambda: defaultdict(list))
+    """Images with their labels; apart: in another folder, where names may be the same."""
+    shots: dict[str, list[Path]] = defaultdict(list)
+    ranked: dict[str, list[tuple[int, Path]]] = defaultdict(list)  # labels of each image
     for file in images:
         shots[pair_key(stem_of(file))].append(file)
     for file in labels:
         for rank, end in enumerate(ENDS):
             key = pair_key(stem_of(file).removesuffix(end))
             if stem_of(file).endswith(end) and (end or apart or file.suffix.lower() == ".geojson") \
-                    and key in shots and file not in shots[key] and choice.labels in (None,
-                                                                                      end[1:]):
-                truths[key][rank].append(file)
+                    and key in shots and file not in shots[key] \
+                    and choice.labels in (None, end[1:]):
+                ranked[key].append((rank, file))
                 break
     # a_cells beside a_cells_masks is an image, not labels of a
-    labelled = {file for key in truths for file in shots[key]}
-    truths = {key: {rank: rest for rank, found in ranked.items()
-                    if (rest := [file for file in found if file not in labelled])}
-              for key, ranked in truths.items()}
+    labelled = {file for key in ranked for file in shots[key]}
     number = {file: int(found[2]) for file in images if (found := TILE.search(stem_of(file)))}
-    for key, ranked in ((key, ranked) for key, ranked in truths.items() if ranked):
-        shot, truth = sorted(shots[key], key=lambda file: number.get(file, 0)), ranked[min(ranked)]
+    for key, candidates in ranked.items():
+        candidates = [(rank, file) for rank, file in candidates if file not in labelled]
+        if not candidates:
+            continue
+        first = min(rank for rank, _ in candidates)
+        truth = [file for rank, file in candidates if rank == first]
+        shot = sorted(shots[key], key=lambda file: number.get(file, 0))
         numbers = sorted({number[file] for file in shot if file in number})
         if len(truth) > 1 or len(shot) != max(1, len(numbers)):
             names = ", ".join(file.name for file in (*shot, *truth))
             raise ValueError(f"{folder}: which belong together of {names}? Keep one image and its "
-                             f"labels")
+                             "labels")
         if numbers and len(numbers) < len(set(number.values())):
-            continue  # a tile without its marker: see `check`
-        image = partial(read_image, shot[0], choice.channels)
-        if len(shot) > 1:
-            image = partial(_joined, shot, numbers, choice.channels)
+            continue                                               # a tile without its marker
+        image = partial(read_image, shot[0], choice.channels) if len(shot) == 1 else \
+            partial(_joined, shot, numbers, choice.channels)
         yield Example(str(folder / stem_of(shot[0]).removesuffix("_img")), (*shot, *truth), image,
                       partial(_labels, truth[0], shot[0], choice.channels))
 
@@ -266,9 +252,8 @@ def _joined(paths: list[Path], numbers: list[int], channels: Channels) -> Image:
     for path, part in zip(paths, parts):
         if part.pixels.shape != (1, *first.shape[1:]) or part.pixels.dtype != first.dtype:
             raise ValueError(f"{path}: {part.pixels.dtype} of {part.pixels.shape}, but "
-                             f"{paths[0].name} has "
-                             f"{first.dtype} of {first.shape}; expected one channel of the same "
-                             f"size in each")
+                             f"{paths[0].name} has {first.dtype} of {first.shape}; expected one "
+                             "channel of the same size in each")
     names = [{0: "DAPI", 1: "marker"}.get(number, f"c{number}") for number in numbers]
     pixels = np.concatenate([part.pixels for part in parts])
     return _chosen(paths[0], pixels, channels, names, parts[0].pixel_size)
@@ -278,8 +263,7 @@ def _chosen(path: Path, pixels: np.ndarray, channels: Channels, names: Sequence[
             pixel_size: float | None = None) -> Image:
     """Channels of an array (C, H, W), with the checks that images in files pass."""
     source = Source(path, channels, lambda picked, rows, columns: pixels[picked, rows, columns],
-                    pixels.shape,
-                    pixels.dtype, names, pixel_size)
+                    pixels.shape, pixels.dtype, names, pixel_size)
     return Image(source.region(0, pixels.shape[1], 0, pixels.shape[2]), source.channels,
                  source.pixel_size)
 
@@ -289,9 +273,8 @@ def _arrays(folder: Path, files: list[Path], choice: Choice) -> Iterator[Example
     if set(paths) <= set(files):
         images, labels = (_array(path).shape for path in paths)
         if len(labels) != 3 or len(images) not in (3, 4) or images[:3] != labels:
-            raise ValueError(f"{folder}: imgs.npy of {images}, anns.npy of {labels}, expected (N, "
-                             f"H, W[, C]) "
-                             f"and (N, H, W)")
+            raise ValueError(f"{folder}: imgs.npy of {images}, anns.npy of {labels}, expected "
+                             "(N, H, W[, C]) and (N, H, W)")
         for i in range(labels[0]):
             image = partial(_array_image, paths[0], i, choice.channels)
             yield Example(str(folder / f"{i:04d}"), paths, image,
@@ -322,44 +305,42 @@ def _tracking(folder: Path, files: list[Path], choice: Choice) -> Iterator[Examp
             frame = re.fullmatch(r"man_seg_?(\d+)", path.stem)
             if not frame:
                 raise ValueError(f"{path}: expected man_segT.tif, T a frame; 3-D slices are not "
-                                 f"read")
+                                 "read")
             image = sequence / f"t{frame[1]}{path.suffix}"
             if not image.is_file():
                 raise FileNotFoundError(
-                    f"{path}: its frame {sequence.name}/{image.name} is missing"
-                )
+                    f"{path}: its frame {sequence.name}/{image.name} is missing")
             yield Example(str(sequence / image.stem), (image, path),
                           partial(read_image, image, choice.channels), partial(read_labels, path))
 
 
-def _coco(path: Path, places: dict[str, list[Path]], choice: Choice) -> Iterator[Example]:
-    """What the JSON says is only looked up among the names of files that are there: it leads
-    nowhere else."""
+def _coco(path: Path, by_name: dict[str, list[Path]], choice: Choice) -> Iterator[Example]:
+    """Names in the JSON are only looked up among files below the folder: they lead nowhere else."""
     listed = read_coco(path) or []
-    names = [PurePosixPath(entry.file_name.replace("\\", "/")) for entry in listed]
-    if missing := sorted({name.name for name in names} - places.keys()):
+    names = [PurePosixPath(item.file_name.replace("\\", "/")) for item in listed]
+    if missing := sorted({name.name for name in names} - by_name.keys()):
         raise FileNotFoundError(f"{path}: {len(missing)} of its images are missing, such as "
                                 f"{', '.join(missing[:3])}; put them below the folder given")
-    seen = Counter()
-    for entry, name in zip(listed, names):
-        alike = places[name.name]
+    seen: Counter[Path] = Counter()
+    for item, name in zip(listed, names):
+        alike = by_name[name.name]
         images = [file for file in alike if file.parts[-len(name.parts):] == name.parts] or alike
         if len(images) > 1:
             raise ValueError(f"{path}: {name} may be {images[0]} or {images[1]}; keep one")
-        seen[images[0]] += 1
-        again = f"_copy{seen[images[0]]}" if seen[images[0]] > 1 else ""
-        yield Example(str(path.with_suffix("") / (stem_of(images[0]) + again)), (images[0], path),
-                      partial(read_image, images[0], choice.channels),
-                      partial(_coco_labels, entry, images[0], choice.channels))
+        image, = images
+        seen[image] += 1
+        again = f"_copy{seen[image]}" if seen[image] > 1 else ""
+        yield Example(str(path.with_suffix("") / (stem_of(image) + again)), (image, path),
+                      partial(read_image, image, choice.channels),
+                      partial(_coco_labels, item, image, choice.channels))
 
 
-def _coco_labels(entry: Listed, image: Path, channels: Channels) -> np.ndarray:
-    return coco_labels(entry, _shape(image, channels))
+def _coco_labels(item: Listed, image: Path, channels: Channels) -> np.ndarray:
+    return coco_labels(item, _shape(image, channels))
 
 
 def unread(root: Path, found: list[Example]) -> list[str]:
-    """Images and labels below root without a partner; in tracking most frames have none, and may.
-    """
+    """Problems: images and labels below root without a partner, but for frames of tracking."""
     used = {file for example in found for file in example.files}
     keys = {file.with_name(pair_key(stem_of(file))) for file in used}
     lonely = []
@@ -372,13 +353,9 @@ def unread(root: Path, found: list[Example]) -> list[str]:
             ends = [end for end in ENDS if end and stem_of(file).endswith(end)]
             other = any(folder / pair_key(stem_of(file).removesuffix(end)) in keys for end in ends)
             if file not in used and not other and not stem_of(file).endswith(BYPRODUCTS):
-                kind = (
-                    "a tile that lacks a channel or labels"
-                    if TILE.search(file.stem)
-                    else "labels without image"
-                    if ends or file.suffix == ".geojson"
-                    else "an image without labels"
-                )
+                kind = ("a tile that lacks a channel or labels" if TILE.search(file.stem)
+                        else "labels without image" if ends or file.suffix == ".geojson"
+                        else "an image without labels")
                 lonely.append(f"{file}: {kind}")
     return lonely
 
@@ -386,7 +363,7 @@ def unread(root: Path, found: list[Example]) -> list[str]:
 # ------------------------------------------------------------------- label images of other programs
 
 LARGEST = np.iinfo(np.int32).max
-OBJECTS = {"PathCellObject": "cell", "PathDetectionObject": "detection"}  # as QuPath 0.2 says it
+OBJECTS = {"PathCellObject": "cell", "PathDetectionObject": "detection"}      # of QuPath 0.2
 
 
 def painted(shape: tuple[int, int], cells: Sequence[np.ndarray]) -> np.ndarray:
@@ -396,7 +373,7 @@ def painted(shape: tuple[int, int], cells: Sequence[np.ndarray]) -> np.ndarray:
         labels[cells[i]] = i + 1
     if lost := len(cells) - len(np.unique(labels[labels > 0])):
         warnings.warn(f"{lost} of {len(cells)} cells have no pixel of their own: smaller than one, "
-                      f"or covered by others", stacklevel=2)
+                      "or covered by others", stacklevel=2)
     return labels.reshape(shape)
 
 
@@ -406,41 +383,37 @@ def ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
 
 
 def polygon_pixels(rings: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    """Flat indices of the pixels whose centre lies inside an odd number of rings, (K, 2) x y in px.
-    """
+    """Flat indices of pixels with their centre in an odd number of rings, (K, 2) x y in px."""
     H, W = shape
-    a = np.concatenate(rings)  # (E, 2), each side leads from a to b
+    a = np.concatenate(rings)                                      # (E, 2), sides from a to b
     b = np.concatenate([np.roll(ring, -1, axis=0) for ring in rings])
-    down = (a[:, 1] < b[:, 1])[:, None]  # all from the top: neighbours round alike
+    down = (a[:, 1] < b[:, 1])[:, None]                            # so that neighbours round alike
     (x0, y0), (x1, y1) = np.where(down, a, b).T, np.where(down, b, a).T
     first, last = (np.ceil(y - 0.5).clip(0, H).astype(np.int64) for y in (y0, y1))
-    side = np.repeat(np.arange(len(a)), last - first)  # once for each row of centres it crosses
+    side = np.repeat(np.arange(len(a)), last - first)              # once for each row it crosses
     row = ranges(first, last - first)
     x = x0[side] + (row + 0.5 - y0[side]) * ((x1 - x0)[side] / (y1 - y0)[side])
-    column = np.ceil(x - 0.5).clip(0, W).astype(np.int64)  # the first with its centre on the right
-    order = np.lexsort((column, row))  # sides pair up in each row: in, out, in
+    column = np.ceil(x - 0.5).clip(0, W).astype(np.int64)          # the first on the right
+    order = np.lexsort((column, row))                              # in each row: in, out, in, out
     start, end = (row * W + column)[order].reshape(-1, 2).T
     return ranges(start, end - start)
 
 
 def cell_pixels(parts: Sequence[Sequence[np.ndarray]], shape: tuple[int, int],
                 where: str) -> np.ndarray:
-    """Flat indices of a cell of one or more polygons, each an outer ring and its holes."""
+    """Flat indices of a cell of polygons, each an outer ring and its holes."""
     points = np.concatenate([np.zeros((0, 2)), *(ring for part in parts for ring in part)])
     if not (np.abs(points) < LARGEST).all():                       # NaN too
         raise ValueError(f"{where}: a coordinate that is no pixel, NaN or beyond {LARGEST}")
     if len(points) and ((points.min(0) >= shape[::-1]).any() or (points.max(0) <= 0).any()):
         raise ValueError(f"{where}: at x {points[0, 0]:g}, y {points[0, 1]:g}, outside of the "
-                         f"image of "
-                         f"{shape[0]} x {shape[1]} px; was it drawn at another scale?")
-    pixels = [polygon_pixels(part, shape) for part in parts if part]
-    return pixels[0] if len(pixels) == 1 else np.unique(np.concatenate([np.zeros(0, np.int64),
-                                                                        *pixels]))
+                         f"image of {shape[0]} x {shape[1]} px; was it drawn at another scale?")
+    pixels = [np.zeros(0, np.int64), *(polygon_pixels(part, shape) for part in parts if part)]
+    return pixels[1] if len(pixels) == 2 else np.unique(np.concatenate(pixels))
 
 
 def rle_pixels(rle: dict, shape: tuple[int, int], where: str) -> np.ndarray:
-    """Flat indices of a COCO mask: runs down the columns, background first, as a list or packed
-    text."""
+    """Flat indices of a COCO mask: runs down the columns, background first; a list or text."""
     counts, (H, W) = rle.get("counts"), shape
     counts = unpacked(counts, where) if isinstance(counts, str) else counts
     if rle.get("size") != [H, W] or not isinstance(counts, list) \
@@ -453,13 +426,13 @@ def rle_pixels(rle: dict, shape: tuple[int, int], where: str) -> np.ndarray:
 
 
 def unpacked(text: str, where: str) -> list[int]:
-    """Numbers from COCO's packed RLE: groups of 5 bits, the lowest first, a character from "0" for
-    each.
+    """Numbers from COCO's packed RLE: groups of 5 bits, lowest first, characters from "0" on.
 
-    Bit 6 says that more groups follow, bit 5 of the last group is the sign. From the fourth on,
-    numbers are differences to the last but one.
+    Bit 6: more groups follow; bit 5 of the last group: the sign. From the fourth on, numbers are
+    differences to the last but one.
     """
-    numbers, number, shift = [], 0, 0
+    numbers: list[int] = []
+    number = shift = 0
     for group in (ord(character) - 48 for character in text):
         if not 0 <= group < 64 or shift > 60:
             raise ValueError(f"{where}: not an RLE as COCO packs it, {text[:20]!r}...")
@@ -475,18 +448,17 @@ def unpacked(text: str, where: str) -> list[int]:
 
 class Listed(NamedTuple):
     """An image of a COCO file."""
-    file_name: str  # as written there: not to be trusted
-    shape: tuple[int | None, int | None]                           # (H, W)
-    cells: list[Any]                                               # each a list of polygons or RLE
-    where: str                                                     # file and image, for errors
+    file_name: str                                  # as written there: not to be trusted
+    shape: tuple[int | None, int | None]            # (H, W)
+    cells: list[Any]                                # each a list of polygons or RLE
+    where: str                                      # file and image, for errors
 
 
 def read_coco(path: Path) -> list[Listed] | None:
-    """The images of a COCO file with their annotations, or None for JSON of another kind.
+    """Images of a COCO file with their annotations; None for JSON of another kind.
 
     Every annotation is a cell, iscrowd too, which exporters set on all RLE. Some files of LIVECell
-    have their annotations in a dictionary, and some images twice under two ids, for they were
-    annotated twice.
+    have annotations in a dictionary, and images twice under two ids, for two annotators.
     """
     parsed = _json(path, _annotation)
     if not isinstance(parsed, dict) or not {"images", "annotations"} <= parsed.keys():
@@ -503,12 +475,11 @@ def read_coco(path: Path) -> list[Listed] | None:
             raise ValueError(f"{path}: an annotation without image_id or segmentation: "
                              f"{str(entry)[:60]}")
         cells[entry[0]].append(entry[1])
-    if strangers := cells.keys() - {str(entry["id"]) for entry in images}:
+    if strangers := cells.keys() - {str(image["id"]) for image in images}:
         raise ValueError(f"{path}: annotations of image_id {min(strangers)}, which is not among "
-                         f"its images")
-    return [Listed(entry["file_name"], (entry.get("height"), entry.get("width")),
-                   cells[str(entry["id"])],
-                   f"{path}: {entry['file_name']}") for entry in images]
+                         "its images")
+    return [Listed(image["file_name"], (image.get("height"), image.get("width")),
+                   cells[str(image["id"])], f"{path}: {image['file_name']}") for image in images]
 
 
 def coco_labels(listed: Listed, shape: tuple[int, int]) -> np.ndarray:
@@ -524,12 +495,12 @@ def coco_labels(listed: Listed, shape: tuple[int, int]) -> np.ndarray:
             pixels.append(cell_pixels([[ring.reshape(-1, 2)] for ring in cell], shape, where))
         else:
             raise ValueError(f"{where}: expected polygons [x, y, x, y, ...] or RLE with counts and "
-                             f"size")
+                             "size")
     return painted(shape, pixels)
 
 
 def _annotation(entry: dict) -> Any:
-    """An annotation as (image id, segmentation), at once as arrays: lists would fill the memory."""
+    """An annotation as (image id, segmentation) in arrays, for lists would fill the memory."""
     if not {"image_id", "segmentation"} <= entry.keys():
         return entry
     cell = entry["segmentation"]
@@ -542,15 +513,13 @@ def _json(path: Path, hook: Callable[[dict], Any] | None = None) -> Any:
         return json.loads(path.read_bytes(), object_hook=hook)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{path}: no JSON that can be read ({error}); truncated? export it again"
-        ) from None
+            f"{path}: no JSON that can be read ({error}); truncated? export it again") from None
 
 
 # -------------------------------------------------------------------------- GeoJSON, masks in files
 
 def read_geojson(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """(H, W) int32 of QuPath's objects; beside cells or detections its annotations are only
-    regions."""
+    """(H, W) int32 of QuPath's objects; with cells or detections, annotations are only regions."""
     parsed = _json(path)
     features = parsed.get("features", [parsed]) if isinstance(parsed, dict) else parsed
     if not isinstance(features, list) or not all(isinstance(feature, dict) for feature in features):
@@ -562,12 +531,12 @@ def read_geojson(path: Path, shape: tuple[int, int]) -> np.ndarray:
     pixels = []
     for i, feature in enumerate(cells, 1):
         where, geometry = f"{path}: object {i}", feature.get("geometry") or {}
-        kind, parts = geometry.get("type"), geometry.get("coordinates")
+        kind = geometry.get("type")
+        parts: Any = geometry.get("coordinates")
         if kind not in ("Polygon", "MultiPolygon"):
             raise ValueError(f"{where} is a {kind}, expected Polygon or MultiPolygon; delete it in "
-                             f"QuPath")
-        try:
-            # a third number is a height
+                             "QuPath")
+        try:                                                       # a third number is a height
             parts = [[np.array(ring, np.float64)[:, :2] for ring in part]
                      for part in (parts if kind == "MultiPolygon" else [parts])]
         except (TypeError, ValueError, IndexError):
@@ -577,13 +546,14 @@ def read_geojson(path: Path, shape: tuple[int, int]) -> np.ndarray:
 
 
 def read_masks(paths: Sequence[Path]) -> np.ndarray:
-    """(H, W) int32 of masks in a file for each cell: what is not 0."""
-    cells, shape = [], None
+    """(H, W) int32 of masks, not 0 in the cell, in a file for each cell."""
+    cells: list[np.ndarray] = []
+    shape: Any = None
     for path in paths:
         pixels = read_image(path).pixels                           # (C, H, W)
         if len(paths) == 1 and (several := len(np.unique(pixels[0][pixels[0] > 0]))) > 1:
             raise ValueError(f"{path}: {several} values, expected a mask of one cell; labels of "
-                             f"many are named as their image")
+                             "many are named as their image")
         mask = pixels.any(axis=0)                                  # (H, W)
         if shape not in (None, mask.shape):
             raise ValueError(f"{path}: a mask of {mask.shape} px, but {paths[0].name} has {shape}")
@@ -595,8 +565,7 @@ def read_masks(paths: Sequence[Path]) -> np.ndarray:
 # ----------------------------------------------------------------------------------------- Cellpose
 
 def read_seg(path: Path) -> np.ndarray:
-    """(H, W) int32 of the masks in Cellpose's _seg.npy, a pickled dictionary, of which nothing is
-    run."""
+    """(H, W) int32 of the masks in Cellpose's _seg.npy, a pickled dictionary; runs nothing."""
     headers = {(1, 0): np.lib.format.read_array_header_1_0,
                (2, 0): np.lib.format.read_array_header_2_0}
     try:
@@ -606,17 +575,15 @@ def read_seg(path: Path) -> np.ndarray:
                 item = _Unpickler(file).load().state[4][0]["masks"]  # an array of one dictionary
                 _, shape, kind, fortran, content = item.state
                 kind = kind.state[1].replace("|", "") + kind.given[0]            # such as <u2
-                if isinstance(content, _Inert):  # protocol 2 writes bytes as latin-1 text
+                if isinstance(content, _Inert):                    # latin-1 text of protocol 2
                     content = content.given[0].encode("latin-1")
                 if not re.fullmatch("[<>]?[iuf][1248]", kind):
                     raise ValueError(f"masks of {kind}")
                 labels = np.frombuffer(content, kind).reshape(shape, order="F" if fortran else "C")
     except (pickle.UnpicklingError, EOFError, MemoryError, ValueError, TypeError, AttributeError,
-            LookupError,
-            OverflowError, SyntaxError, tokenize.TokenError) as error:
+            LookupError, OverflowError, SyntaxError, tokenize.TokenError) as error:
         raise ValueError(f"{path}: no _seg.npy with masks as Cellpose writes it ({error}); nothing "
-                         f"in it was "
-                         f"run; save the masks as TIFF") from None
+                         "in it was run; save the masks as TIFF") from None
     if not pickled:
         return read_labels(path)
     check_labels(labels, path, LARGEST)
@@ -624,7 +591,7 @@ def read_seg(path: Path) -> np.ndarray:
 
 
 class _Inert:
-    """Stands for whatever a pickle would build: keeps what it is given and does nothing."""
+    """Stands for every object of a pickle: keeps its arguments and does nothing."""
 
     def __init__(self, *given: Any):
         self.given = given
@@ -634,8 +601,7 @@ class _Inert:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Runs nothing: the few names that Cellpose's files hold become _Inert, any other name is
-    refused."""
+    """Runs nothing: the names in Cellpose's files become _Inert, any other is refused."""
 
     names = {"_reconstruct", "scalar", "ndarray", "dtype", "encode", "PosixPath", "WindowsPath"}
     modules = {"numpy", "numpy.core.multiarray", "numpy._core.multiarray", "_codecs", "pathlib",
@@ -650,7 +616,7 @@ class _Unpickler(pickle.Unpickler):
 # -------------------------------------------------------------------------------- groups and splits
 
 DONOR = r"(?i).*(?<![a-z])(?:donor|patient|subject|case)(?:[-_ ]|(?=\d))([a-z0-9]+)"
-MOMENT = re.compile(r"(?i)[-_. ]?\d+d\d+h\d+m.*")  # LIVECell's 01d04h00m_2: time and quarter
+MOMENT = re.compile(r"(?i)[-_. ]?\d+d\d+h\d+m.*")      # 01d04h00m_2 of LIVECell: time, quarter
 FRAME = re.compile(
     r"(?i)(?<![a-z0-9])(?:t|tp|time|frame|copy|crop|z|slice|plane|w|ch|channel)[-_]?\d+(?=xy|[^a-z0-9]|$)"
 )
@@ -661,13 +627,11 @@ FIELD = re.compile(
 
 
 def group_of(name: str) -> str:
-    """What must not be on two sides: a time-lapse, a stack, a well, a slide, copies of an image;
-    else the name itself.
+    """Name of the time-lapse, stack, well, slide or image copied, which must stay on one side.
 
     trpL_t09 -> trpL, 01/t012 -> 01, A172_Phase_C7_1_00d04h00m_2 -> A172_Phase_C7, nf1_F7_2 ->
     nf1_F7, jump_r01c01f03 -> jump_r01c01, slide3_b0c0x0 -> slide3, hela_copy007 -> hela. Bare
-    numbers say nothing: Usiigaci's set46 and set47 are unrelated, but set23, set37 and set40 one
-    place. Nor do DSB2018's hashes.
+    numbers and hashes stay: set46 and set47 of Usiigaci are unrelated.
     """
     tile = TILE.search(name)
     name = name[:tile.start()] if tile else name
@@ -676,23 +640,19 @@ def group_of(name: str) -> str:
 
 
 def donor_of(name: str, pattern: str | None = None) -> str:
-    """What the group of a regular expression finds; by default what follows the last donor,
-    patient, subject or case."""
+    """Match of the group in `pattern`; by default what follows donor, patient, subject or case."""
     expression = regex("pattern", pattern or DONOR)
     found = expression.search(name)
     if expression.groups != 1 or not found or not found[1]:
         raise ValueError(f"no donor in the name {name}; give pattern=REGEX with one group around "
-                         f"it, such as "
-                         f"'^([^_]+)_' for 1234_tile7")
+                         "it, such as '^([^_]+)_' for 1234_tile7")
     return found[1]
 
 
 def hold_out(examples: list[Example], share: float, seed: int) -> list[Example]:
-    """Whole groups (group_of) of about this share of the images, at least one, never all; by names
-    and seed.
+    """Whole groups (group_of) of about this share of the images, at least one, never all.
 
-    Images that are all of one group are cut once, the last held out: neighbours in time meet there
-    alone.
+    Of a single group the last images are held out: neighbours in time meet only there.
     """
     if share <= 0 or len(examples) < 2:
         return []
@@ -705,21 +665,18 @@ def hold_out(examples: list[Example], share: float, seed: int) -> list[Example]:
 
 def _divide(groups: dict[str, tuple[Any, int]], fractions: Sequence[float],
             seed: int) -> dict[str, int]:
-    """A side for each group of (stratum, images): large ones first, to where most is missing; none
-    empty."""
-    def order(group: str) -> tuple:
-        stratum, size = groups[group]
-        return stratum, -size, runs.digest(f"{seed}/{group}")
-
-    totals = Counter()
+    """A side, none empty, for each group {name: (stratum, images)}: large ones first, to the side
+    that lacks most."""
+    totals: Counter[Any] = Counter()
     for stratum, size in groups.values():
         totals[stratum] += size
     sides: dict[str, int] = {}
     missing = np.zeros(len(fractions))                             # images
-    for group in sorted(groups, key=order):
+    order = {group: (stratum, -size, runs.digest(f"{seed}/{group}"))
+             for group, (stratum, size) in groups.items()}
+    for group in sorted(groups, key=order.__getitem__):
         stratum, size = groups[group]
-        # the stratum's share, with its first group
-        missing += np.multiply(fractions, totals.pop(stratum, 0))
+        missing += np.multiply(fractions, totals.pop(stratum, 0))  # with its first group
         empty = [side for side in range(len(fractions)) if side not in sides.values()]
         free = empty if len(groups) - len(sides) <= len(empty) else range(len(fractions))
         sides[group] = max(free, key=lambda side: missing[side])
@@ -734,45 +691,40 @@ def network_input(example: Example) -> np.ndarray:
     pixels = example.image().pixels
     try:
         return to_rgb(normalise(pixels, percentiles(pixels)))
-    except ValueError as error:                                    # of a channel too many, say
+    except ValueError as error:                                    # such as too many channels
         raise ValueError(f"{example.files[0]}: {error}") from None
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    path: str  # folder or COCO .json in data.root; `- folder` alone will do
-    # of its images, numbers from 1 or names; null: as to_rgb takes them
-    channels: tuple[str, ...] | None = None
-    match: str | None = None                # regular expression: only images with it in their names
+    path: str                               # folder or COCO .json in data.root; `- folder` will do
+    channels: tuple[str, ...] | None = None  # numbers from 1 or names; null: as to_rgb takes them
+    match: str | None = None                # regular expression that is found in names of images
     labels: str | None = None               # which, where an image has several: cells, nuclei
-    weight: runs.Positive = 1.0             # how often its images are drawn, relative to other sets
+    weight: runs.Positive = 1.0             # how often images are drawn, relative to other sets
 
     @property
     def name(self) -> str:
-        """Its path, with what tells it from another set at the same place."""
+        """Its path, with the keys that choose images of it."""
         return " ".join([self.path, *(self.channels or ()),
                          *filter(None, (self.match, self.labels))])
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    sets: tuple[TrainingSet, ...] = ()  # labelled sets, drawn equally often but for their weights
-    root: str = "."  # folder that they are in; may change when a run goes on elsewhere
-    # sets to validate on; empty: a share of each set is held out
-    validation: tuple[TrainingSet, ...] = ()
-    # of each set that is held out then, in whole groups (group_of)
-    share: Annotated[float, runs.from_to_below(0, 1)] = 0.1
-    channels: tuple[str, ...] | None = None  # of the images of sets that do not choose themselves
-    # images used of each set, by lot: those of 10 are among those of 20
-    limit: runs.Count | None = None
-    # px, images are scaled so that median cells come out as wide; null: as is
-    diameter: runs.Positive | None = None
-    fields: int = 0  # synthetic fields to draw in addition (synthetic.py), a tenth to validate on
+    sets: tuple[TrainingSet, ...] = ()      # labelled sets, drawn equally often but for weights
+    root: str = "."                         # folder of the sets; may change for a resumed run
+    validation: tuple[TrainingSet, ...] = ()  # sets; empty: a share of each set is held out
+    share: Annotated[float, runs.from_to_below(0, 1)] = 0.1    # held out, in whole groups
+    channels: tuple[str, ...] | None = None  # of sets that choose none
+    limit: runs.Count | None = None         # images of each set, by lot; 20 include those of 10
+    diameter: runs.Positive | None = None   # px, scale median cells to it; null: as they are
+    fields: int = 0                         # synthetic fields in addition, a tenth to validate on
     # two of them a field
     field_channels: tuple[str, ...] = ("AGP", "ER", "RNA", "Brightfield", "HighZBF", "LowZBF")
     field_size: int = 384                   # px, their side
-    field_cells: int = 40  # cells in the fullest; each field draws its own number, down to a tenth
-    field_diameter: float = 56.0            # px, how wide these are
+    field_cells: int = 40                   # cells in the fullest field, a tenth in the emptiest
+    field_diameter: float = 56.0            # px, of their cells
 
     def __post_init__(self):
         if not self.sets and not self.fields:
@@ -780,50 +732,47 @@ class TrainingData:
                              "data.fields (synthetic fields)")
         if len({s.name for s in self.sets}) < len(self.sets):
             raise ValueError("data.sets names a set twice; give it once, with a weight")
-        if len(set(self.field_channels)
-               & set(synthetic.CHANNELS)) < max(2, len(self.field_channels)):
+        known = set(self.field_channels) & set(synthetic.CHANNELS)
+        if len(known) < max(2, len(self.field_channels)):
             raise ValueError(f"data.field_channels={list(self.field_channels)}: expected two or "
-                             f"more of "
-                             f"{', '.join(synthetic.CHANNELS)}")
+                             f"more of {', '.join(synthetic.CHANNELS)}")
 
 
-# images of a set: with fewer held out the watershed's setting is chosen on some that were trained
-# on as well
-FEW = 8
+FEW = 8         # images: sets with fewer held out choose thresholds on training images, too
 
 
 class Labelled(NamedTuple):
-    """One labelled image as the network is given it."""
+    """A labelled image as the network sees it."""
     name: str
     pixels: np.ndarray                      # (3, H, W) in [0, 1]
     labels: np.ndarray                      # (H, W)
-    set: str                                # the set that it is of
-    zoom: float = 1.0                       # px of the network for each of its px
-    # of an image to validate on: held out, or trained on and there for settings alone
-    held: bool = True
+    set: str                                # name of its set
+    zoom: float = 1.0                       # px of the network for each px
+    held: bool = True                       # false: trained on, validates settings alone
 
 
 def training_images(config: TrainingData, seed: int) -> tuple[list[Labelled], list[Labelled]]:
     """Images to train on, and to validate on.
 
-    Sets of which few images are held out are filled up with training images, `held` false: they
-    choose thresholds, but count in no score. Two images are too few to tune on.
+    Two images are too few to tune on: sets with few held out are filled up with training images,
+    `held` false, which choose thresholds but count in no score.
     """
-    train, validation = [], []
+    train: list[Labelled] = []
+    validation: list[Labelled] = []
     for chosen in config.sets:
         kept, held = divide(examples_of(config, chosen), config, seed)
-        train += [read_labelled(example, chosen.name) for example in kept]
+        own = [read_labelled(example, chosen.name) for example in kept]
+        train += own
         validation += [read_labelled(example, chosen.name) for example in held]
         if held:
-            lot = np.random.default_rng(0).permutation(len(kept))[:max(0, FEW - len(held))]
-            validation += [train[i - len(kept)]._replace(held=False) for i in lot]
+            lot = np.random.default_rng(0).permutation(len(own))[:max(0, FEW - len(held))]
+            validation += [own[i]._replace(held=False) for i in lot]
     for chosen in config.validation:
         validation += [read_labelled(example, chosen.name)
                        for example in examples_of(config, chosen)]
-    # fields to validate on
-    drawn = max(1, round(0.1 * config.fields)) if not config.validation else 0
+    held_fields = max(1, round(0.1 * config.fields)) if not config.validation else 0
     for number in range(config.fields):
-        (validation if number < drawn else train).extend(drawn_images(config, seed, number))
+        (validation if number < held_fields else train).extend(drawn_images(config, seed, number))
     if config.diameter:
         validation = [image._replace(zoom=config.diameter / diameter)
                       if (diameter := median_diameter(image.labels)) else image
@@ -835,16 +784,14 @@ def training_images(config: TrainingData, seed: int) -> tuple[list[Labelled], li
 
 
 def examples_of(config: TrainingData, chosen: TrainingSet) -> list[Example]:
-    """The labelled images of a training set."""
+    """Labelled images of a training set."""
     return examples(Path(config.root) / chosen.path, chosen.channels or config.channels,
                     chosen.match, chosen.labels)
 
 
-def divide(found: list, config: TrainingData, seed: int) -> tuple[list, list]:
-    """(to train on, held out).
-
-    What is held out is the same for every limit and seed; which are left is the seed's choice.
-    """
+def divide(found: list[Example], config: TrainingData, seed: int
+           ) -> tuple[list[Example], list[Example]]:
+    """(to train on, held out): the latter are the same for every limit and seed."""
     held = [] if config.validation else hold_out(found, config.share, 0)
     names = {example.name for example in held}
     kept = [example for example in found if example.name not in names]
@@ -870,14 +817,10 @@ def disc_diameter(areas: np.ndarray) -> float:
 
 
 def drawn_images(config: TrainingData, seed: int, number: int) -> list[Labelled]:
-    """Two channels of one drawn field: the network must not lean on one stain.
-
-    By default neither DNA, which shows nuclei, nor Mito, parts of the body: the edge of the cell is
-    not to be seen there.
-    """
-    count = round(config.field_cells * np.random.default_rng(seed * 100003
-                                                             + number).uniform(0.1, 1))
-    drawn = synthetic.field(seed * 100003 + number, config.field_size, count, config.field_diameter)
+    """Two channels of a synthetic field, by default of those that show the edges of cells."""
+    key = seed * 100003 + number
+    count = round(config.field_cells * np.random.default_rng(key).uniform(0.1, 1))
+    drawn = synthetic.field(key, config.field_size, count, config.field_diameter)
     found = []
     for name in np.random.default_rng((seed, number)).choice(config.field_channels, 2, False):
         pixels = drawn.pixels[drawn.channels.index(name)][None]
@@ -887,16 +830,11 @@ def drawn_images(config: TrainingData, seed: int, number: int) -> list[Labelled]
 
 
 def was_augmented(config: TrainingData) -> bool:
-    """Whether the sets were written by augment.py, which then has moved, turned and scaled their
-    cells already.
-
-    A mixture is refused: what one part needs would be done to the other twice.
-    """
+    """True for sets of augment.py, whose cells have been moved, turned and scaled already."""
     made = [(Path(config.root) / s.path / "augmented.yaml").is_file() for s in config.sets]
     if any(made) and (not all(made) or config.fields):
         raise ValueError("data.sets: some were written by augment.py and some were not; train on "
-                         "one kind, "
-                         "or write all of them with augment.py")
+                         "one kind, or write all of them with augment.py")
     return any(made)
 
 
@@ -904,39 +842,37 @@ def was_augmented(config: TrainingData) -> bool:
 
 @dataclass(frozen=True)
 class Config:
-    # of images, numbers from 1 or names; 2 of a tile: the marker
-    channels: tuple[str, ...] | None = None
-    match: str | None = None                # regular expression: only images with it in their names
-    labels: str | None = None  # which, where an image has several: masks, cells, nuclei, GT, ST
-    by: Literal["image", "group", "donor"] = "image"     # split: what stays together
+    channels: tuple[str, ...] | None = None  # numbers from 1 or names; 2 of a tile: the marker
+    match: str | None = None                # regular expression that is found in names of images
+    labels: str | None = None               # which, of several: masks, cells, nuclei, GT, ST
+    by: Literal["image", "group", "donor"] = "image"     # split: stays together
     fractions: tuple[float, ...] = (0.8, 0.2)            # split: of train, validation[, test]
-    stratify: Literal["dataset"] | None = None  # split: each folder in SRC in these fractions
-    pattern: str | None = None  # split: regular expression with one group, the donor in a name
+    stratify: Literal["dataset"] | None = None           # split: each folder in these fractions
+    pattern: str | None = None              # split: regular expression, its group the donor
     out: str | None = None                  # split: folder to convert the images to
     seed: int = 0                           # split
-    every: runs.Count = 4                    # planes: of so many, one
+    every: runs.Count = 4                   # planes: one of so many
 
     def __post_init__(self):
         total = round(sum(self.fractions), 6)
         if len(self.fractions) not in (2, 3) or min(self.fractions) <= 0 or total != 1:
             raise ValueError(f"fractions={self.fractions}: expected two or three above 0 that add "
-                             f"up to 1")
+                             "up to 1")
 
 
 def main(config: Config, paths: list[str]) -> int:
-    commands = {"convert": (convert, "SRC DST"), "split": (split, "SRC"),
-                "planes": (planes, "SRC DST"), "check": (check, "DIR ...")}
+    images, keys = ("channels", "match", "labels"), {field.name for field in fields(Config)}
+    commands: dict[str, tuple[Callable[..., int], str, Collection[str]]] = {
+        "convert": (convert, "SRC DST", images), "split": (split, "SRC", keys),
+        "planes": (planes, "SRC DST", ("every",)), "check": (check, "DIR ...", images)}
     command = paths.pop(0) if paths else "nothing"
     if command not in commands:
         raise ValueError(f"got {command}, expected {', '.join(commands)}; --help explains them")
-    run, expected = commands[command]
+    run, expected, used = commands[command]
     if not paths or "..." not in expected and len(paths) != len(expected.split()):
         raise ValueError(f"{command}: got {' '.join(paths) or 'no folder'}, expected {expected}")
     for field in fields(Config):
-        given = getattr(config, field.name) != field.default
-        used = {convert: ("channels", "match", "labels"), check: ("channels", "match", "labels"),
-                planes: ("every",)}
-        if given and field.name not in used.get(run, field.name):
+        if getattr(config, field.name) != field.default and field.name not in used:
             raise ValueError(f"{command} does not use {field.name}=; leave it out")
     return run(config, *paths)
 
@@ -953,10 +889,10 @@ def convert(config: Config, source: str, target: str) -> int:
 
 
 def _write(found: list[Example], source: str, target: Path, config: Config) -> int:
-    """NAME.tif and NAME_masks.tif, the image last: it says that both are there."""
+    """Write NAME.tif and NAME_masks.tif; the image last, so that it stands for both."""
     if target.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f"{target}: is in {source}, where it would be read as data; choose a "
-                         f"folder outside")
+                         "folder outside")
     chosen = {name: getattr(config, name) for name in ("channels", "match", "labels")}
     _claim(target / "converted.txt", f"from {Path(source).resolve()} with {chosen}\n")
     made = 0
@@ -976,52 +912,50 @@ def _write(found: list[Example], source: str, target: Path, config: Config) -> i
 
 
 def _claim(record: Path, text: str) -> None:
-    """Say how the files beside it are made: a folder is gone on with, but never mixed."""
+    """Record how the files of a folder are made, so that no other files are mixed in."""
     if record.exists() and record.read_text(encoding="utf-8") != text:
         raise ValueError(f"{record}: written for something else before; choose another folder, or "
-                         f"remove it "
-                         f"with all that was made beside it")
+                         "remove it with all that was made beside it")
     record.parent.mkdir(parents=True, exist_ok=True)
     runs.write_text(record, text)
 
 
 def unit_of(name: str, config: Config) -> str:
-    """What stays together when a set is split."""
+    """Unit that a split keeps together."""
     if config.by == "image":
         return re.sub(r"_copy\d+$", "", name)
     return donor_of(name, config.pattern) if config.by == "donor" else group_of(name)
 
 
 def split(config: Config, source: str) -> int:
-    found, sides = _examples_in(source, config), ("train", "validation",
-                                                  "test")[:len(config.fractions)]
-    rows, members = [], defaultdict(set)                           # members: data sets of a group
+    found = _examples_in(source, config)
+    sides = ("train", "validation", "test")[:len(config.fractions)]
+    rows, datasets = [], defaultdict(set)                          # datasets: of a group
     for name in (example.name for example in found):
         if config.stratify and "/" not in name:
             raise ValueError(f"{source}: stratify=dataset, but {name} lies in no folder of its own "
-                             f"there")
-        dataset = name.rpartition("/")[0].split("/")[0]
-        rows.append({"name": name, "split": "", "group": unit_of(name, config), "dataset": dataset})
-        members[rows[-1]["group"]].add(dataset if config.stratify else "")
+                             "there")
+        group, dataset = unit_of(name, config), name.rpartition("/")[0].split("/")[0]
+        rows.append({"name": name, "split": "", "group": group, "dataset": dataset})
+        datasets[group].add(dataset if config.stratify else "")
     sizes = Counter(row["group"] for row in rows)
     if len(sizes) < len(sides):
         raise ValueError(f"{source}: {len(sizes)} {config.by}s for {len(sides)} sides; give fewer "
-                         f"fractions")
-    side_of = _divide({group: (tuple(sorted(members[group])), size)
-                       for group, size in sizes.items()},
-                      config.fractions, config.seed)
+                         "fractions")
+    groups = {group: (tuple(sorted(datasets[group])), size) for group, size in sizes.items()}
+    side_of = _divide(groups, config.fractions, config.seed)
     for row in rows:
         row["split"] = sides[side_of[row["group"]]]
 
     table = Path(config.out or source) / "split.tsv"
-    _claim(table,
-           "".join("\t".join(line) + "\n" for line in [rows[0], *(row.values() for row in rows)]))
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    _claim(table, "".join("\t".join(line) + "\n" for line in lines))
     for side in sides:
         chosen = [example for example, row in zip(found, rows) if row["split"] == side]
         if config.out:
             _write(chosen, source, table.parent / side, config)
-        groups = {row["group"] for row in rows if row["split"] == side}
-        print(f"{side}: {len(chosen)} images, {len(groups)} {config.by}s")
+        units = {row["group"] for row in rows if row["split"] == side}
+        print(f"{side}: {len(chosen)} images, {len(units)} {config.by}s")
     print(table)
     return 0
 
@@ -1030,18 +964,16 @@ def planes(config: Config, source: str, target: str) -> int:
     made, found = 0, sorted(Path(source).rglob("*_labels.tif"))
     if not found:
         raise ValueError(f"{source}: no NAME_labels.tif in it or below; expected stacks NAME.tif "
-                         f"(Z, Y, X) with these beside them")
+                         "(Z, Y, X) with these beside them")
     _claim(Path(target) / "converted.txt",
            f"planes of {Path(source).resolve()}, every={config.every}\n")
     for labelled in found:
         name = labelled.name.removesuffix("_labels.tif")
-        stack, labels = (
-            tifffile.imread(labelled.with_name(f"{name}.tif")),
-            tifffile.imread(labelled),
-        )
+        stack = tifffile.imread(labelled.with_name(f"{name}.tif"))
+        labels = tifffile.imread(labelled)
         if stack.shape != labels.shape or stack.ndim != 3:
             raise ValueError(f"{labelled}: labels {labels.shape} for a stack {stack.shape}; "
-                             f"expected (Z, Y, X), the same of both")
+                             "expected (Z, Y, X), the same of both")
         for z in range(0, len(stack), config.every):
             ids, plane = np.unique(np.append(labels[z], 0), return_inverse=True)  # background first
             if len(ids) > 3:
@@ -1055,7 +987,8 @@ def planes(config: Config, source: str, target: str) -> int:
 
 
 def check(config: Config, *paths: str) -> int:
-    problems, images, cells = [], 0, 0
+    problems: list[str] = []
+    images = cells = 0
     seen = defaultdict(list)                                       # names of images, by content
     for path in paths:
         found = _examples_in(path, config)
@@ -1073,8 +1006,7 @@ def check(config: Config, *paths: str) -> int:
             seen[content].append(where)
             if pixels.shape[1:] != labels.shape:
                 problems.append(
-                    f"{where}: image of {pixels.shape[1:]} px, labels of {labels.shape}"
-                )
+                    f"{where}: image of {pixels.shape[1:]} px, labels of {labels.shape}")
             count, several = _pieces(labels)
             if several:
                 problems.append(f"{where}: {len(several)} of {count} cells in pieces, "
@@ -1083,13 +1015,12 @@ def check(config: Config, *paths: str) -> int:
     problems += [f"the same image: {', '.join(names)}" for names in seen.values() if len(names) > 1]
     for problem in problems:
         print(" ".join(problem.split()))
-    print(f"{images} images, {cells} cells: " + (f"{len(problems)} problems" if problems
-                                                 else "clean"))
+    print(f"{images} images, {cells} cells: {f'{len(problems)} problems' if problems else 'clean'}")
     return 1 if problems else 0
 
 
 def _pieces(labels: np.ndarray) -> tuple[int, list[int]]:
-    """The number of cells, and those of several pieces; what touches at a corner is one."""
+    """The number of cells, and those of several 8-connected pieces."""
     from skimage.measure import label
     pieces, first = np.unique(label(labels, connectivity=2), return_index=True)
     ids, counts = np.unique(labels.ravel()[first[pieces > 0]], return_counts=True)

@@ -322,7 +322,7 @@ def learn_size(config: Config, images, changes, run: runs.Run) -> bool:
                                                                            changes)
         x, _, _ = augment.sample(images, chosen, sample, changes, config.crop, config.seed,
                                  config.cap)
-        diameter = images.width[chosen] * augment.factors(images, chosen, draws, config.crop)
+        diameter = images.diameters[chosen] * augment.factors(images, chosen, draws, config.crop)
         none = draws.happens("negative") | (diameter == 0)
         diameter = np.where(none, images.diameter * draws.within("any size", (1 / SIZES, SIZES)),
                             diameter)

@@ -27,10 +27,10 @@ import json
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -162,8 +162,10 @@ def make_set(config: Config, files: list[str]) -> int:
     """Sources -> folders of one layout -> pairs. Made anew each time: seconds to minutes."""
     if not config.sources:
         raise ValueError("sources: none given; configs/instruct.yaml names some")
-    out, written = Path(config.data), Counter()
-    names, tissues, cells = set(), set(), Counter()
+    out = Path(config.data)
+    written: Counter[str] = Counter()
+    cells: Counter[str] = Counter()
+    names, tissues = set(), set()
     for number, source in enumerate(config.sources, 1):
         for tile in instruct_data.source_tiles(source):
             if tile.name in names:                             # two folders may each have a 1.png
@@ -265,8 +267,9 @@ class Crops:
                                     ("", *(tile.classes[i] for i in sorted(tile.classes)))],
                                    device=device)                            # in Resident's order
         self.batch, self.device = config.batch, device
-        self.options = dict(config=augment.Augment(**STAINED), size=config.crop, seed=config.seed,
-                            cap=cap)
+        changes: dict[str, Any] = STAINED
+        self.options: dict[str, Any] = dict(config=augment.Augment(**changes), size=config.crop,
+                                            seed=config.seed, cap=cap)
 
     def sample(self, step: int):
         """x (B, 3, S, S), distances (B, 1, S, S), labels (B, S, S), first (B,): `column` of a label
@@ -308,7 +311,8 @@ def train_instructed(config: Config, files: list[str]) -> int:
     elif config.head == "text":
         teach_texts(net, lessons, config.lr, config.seed)
 
-    logged, clock = Counter(), time.perf_counter()
+    logged: Counter[str] = Counter()
+    clock = time.perf_counter()
     for step in range(start, config.steps):
         lr = optim.cosine(step, config.steps, config.lr, 0.01 * config.lr, config.warmup)
         for group in optimiser.param_groups:
@@ -334,7 +338,8 @@ def train_instructed(config: Config, files: list[str]) -> int:
             column = crops.column[(first[:, None, None] + labels).flatten()[at]]
             loss["pixels"] = even_loss(net.similarity(said, pixels), member[:, column])
             loss["text"] = text_loss(net, lessons, lessons.draw(256, generator, 0.5))
-        sum(loss.values()).backward()
+        total: torch.Tensor = sum(loss.values(), torch.zeros((), device=device))
+        total.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
@@ -342,7 +347,7 @@ def train_instructed(config: Config, files: list[str]) -> int:
         done = step + 1
         logged.update({f"loss_{name}": value.detach() for name, value in loss.items()})
         if done % config.log_every == 0:
-            means = {name: value.item() / config.log_every for name, value in logged.items()}
+            means = {name: float(value) / config.log_every for name, value in logged.items()}
             run.check_finite(done, sum(means.values()))
             seen = config.batch * config.log_every
             run.log(done, loss=sum(means.values()), **means, lr=lr,
@@ -355,7 +360,7 @@ def train_instructed(config: Config, files: list[str]) -> int:
         if stop:
             print(f"stopped at step {done}; the same command goes on from there", file=sys.stderr)
             return run.exit_code()
-    net = average.module.cpu().eval()
+    net = cast(instruct_net.Instructed, average.module).cpu().eval()
     scores = choose_thresholds(net, lessons, tiles, config.data, encoder)
     run.log(config.steps, **scores)
     net.settings = dataclasses.replace(
@@ -377,7 +382,8 @@ def build_instructed(config: Config, record: dict, text: int):
     if config.crop % base.backbone.patch:
         raise ValueError(f"crop={config.crop}: expected a multiple of the patch, "
                          f"{base.backbone.patch} px")
-    shape, settings = base.architecture, dataclasses.replace(base.settings, tile=config.crop)
+    shape: dict[str, Any] = base.architecture
+    settings = dataclasses.replace(base.settings, tile=config.crop)
     net = instruct_net.Instructed(base.backbone, shape["widths"], shape["last"], settings, words,
                                   shape["stem"])
     net.take_decoder(base.decoder)
@@ -446,12 +452,13 @@ def choose_thresholds(net, lessons: Lessons, tiles: list[TissueTile], folder: st
     """
     held = [part for tile in instruct_data.read_tiles(folder, "validation")
             for part, _ in instruct_data.tile_parts(tile)]
-    scores = fit_watershed(net, held)
+    scores: dict[str, float | None] = dict(fit_watershed(net, held))
     fit_tissue(net, tiles)
     named = [tile.pixels for tile in held if tile.tissue] or [tile.pixels for tile in held]
     looks = [(instruct_net.stain_share(pixels)[0], number == 0) for real in named
              for number, pixels in enumerate((real, *unstained(real)))]
-    net.words.stain, scores["stain"] = best_line(*zip(*looks))
+    values, truth = zip(*looks)
+    net.words.stain, scores["stain"] = best_line(values, truth)
     scores["tissue_line"] = net.words.tissue
     if not net.words.classes:
         pairs = instruct_data.read_pairs(folder, "validation")
@@ -596,7 +603,8 @@ def evaluate(config: Config, files: list[str]) -> int:
         exam.compare_masks(tile, view, fixed)
         for line in exam.lines[(tile.name, *box)]:
             text = line["instruction"]
-            exam.judge(line, instruct_net.reply_to(view, text, *exam.said[text], net))
+            vector, reading = exam.said[text]
+            exam.judge(line, instruct_net.reply_to(view, text, vector, reading, net))
     for place, pictures in foreign.items():
         for pixels in pictures:
             view = instruct_net.view_of(pixels, net)
@@ -635,9 +643,11 @@ class Exam:
         self.wordings = {name: sorted(plain[name]) for name in net.words.trained}
         self.foils = {name: [text for other, texts in self.wordings.items() for text in texts
                              if instruct_data.apart(name, other)] for name in self.wordings}
-        self.tables = {name: {how: [] for how in HOW} for name in self.wordings}
-        self.rates = defaultdict(lambda: {"right": 0, "of": 0})
-        self.counted, self.same = [], []
+        self.tables: dict[str, dict[str, list]] = {
+            name: {how: [] for how in HOW} for name in self.wordings}
+        self.rates: dict[str, dict[str, int]] = defaultdict(lambda: {"right": 0, "of": 0})
+        self.counted: list = []
+        self.same: list = []
 
     def mask(self, view, text: str) -> np.ndarray:
         """Labels of a text's cells, by similarity alone: guardrails are judged apart."""
@@ -680,7 +690,7 @@ class Exam:
             return
         for name, alarm in checks.items():
             self.count(f"false alarm of the {name} check", alarm)
-        true, said = line["count"], None if asked_back else reply.found.count
+        true, said = line["count"], 0 if asked_back else reply.found.count
         right = not asked_back and (said > 0) == (true > 0)
         if line["task"] == "presence":
             self.count("presence: yes or no", right)
@@ -756,8 +766,9 @@ def in_words(result: dict) -> str:
         f"{result['weights']}.\n"))
 
 
-VERBS = {"ask": (Ask, ask), "make": (Config, make_set), "train": (Config, train_instructed),
-         "evaluate": (Config, evaluate)}
+VERBS: dict[str, tuple[type, Callable[..., int]]] = {
+    "ask": (Ask, ask), "make": (Config, make_set), "train": (Config, train_instructed),
+    "evaluate": (Config, evaluate)}
 
 
 def start(arguments: list[str]) -> None:

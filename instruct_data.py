@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -126,7 +126,7 @@ def apart(a: str, b: str) -> bool:
 
 def is_taught(concept: str, counts: dict[str, int], least: int) -> bool:
     """Enough cells for it and, except for the root, against it."""
-    side = Counter()
+    side: Counter[int] = Counter()
     for name, number in counts.items():
         side[int(membership([name], [concept])[0])] += number
     return side[1] >= least and (side[-1] >= least or CONCEPTS[concept].parent is None)
@@ -150,7 +150,7 @@ class Grammar:
         self.rng = np.random.default_rng(seed)
 
     def pick(self, options: Sequence):
-        return options[self.rng.integers(len(options))]
+        return options[int(self.rng.integers(len(options)))]
 
     def ask(self, lot: str, task: str, targets: Sequence[str], tissue: str = "",
             kind: str = "known") -> Instruction:
@@ -230,7 +230,8 @@ class Found(NamedTuple):
     task: str
     targets: tuple[str, ...]
     counts: tuple[int, ...]             # of each target
-    count: int                          # of the answered cells: of all targets, or of all but them
+    # of the answered cells: of all targets, or of all but them
+    count: int  # type: ignore[assignment]  # nobody counts values in this tuple
     area: float                         # share of the region that these cover
     size: float                         # px, their median area
     place: str                          # where most of them are; "" when they are spread
@@ -493,7 +494,8 @@ def _pannuke(source: AnnotatedSet):
             if organ and organ not in TISSUES:
                 raise ValueError(f"{tissues}: tissue '{tissue[i]}', expected one of "
                                  f"{', '.join([*TISSUES, *WORDS.organs])}")
-            labels, classes = np.zeros(instances.shape[1:3], np.int32), {}
+            labels = np.zeros(instances.shape[1:3], np.int32)
+            classes: dict[int, Any] = {}
             for c in range(5):
                 ids, at = np.unique(instances[i, :, :, c].astype(np.int64), return_inverse=True)
                 numbers = np.where(ids > 0, len(classes) + np.cumsum(ids > 0), 0).astype(np.int32)
@@ -620,7 +622,8 @@ def write_pairs(path: Path, tiles: list[TissueTile], record: dict, lot: str, cou
     some = [*((name,) for name in trained), *pairs[::7]]
     asked = [(task, targets) for task in TASKS for targets in (pairs if task == "compare" else some)
              if task != "exclude" or "nuclei" not in targets]
-    lines, used = [], Counter()
+    lines: list[str] = []
+    used: Counter[tuple] = Counter()
     for tile in tiles:
         for part, box in tile_parts(tile):
             there = {targets: is_there(part, targets) for _, targets in asked}
@@ -636,8 +639,9 @@ def write_pairs(path: Path, tiles: list[TissueTile], record: dict, lot: str, cou
                     used[keys[at]] += 1
                     if rng.random() < ELSEWHERE:
                         tissue = grammar.pick(foreign if rng.random() < 0.5 else own)
-                    said = grammar.ask(lot, *options[at], tissue)
-                    answered = truth(part, *options[at])
+                    task, targets = options[at]
+                    said = grammar.ask(lot, task, targets, tissue)
+                    answered = truth(part, task, targets)
                 if llm.url and rng.random() < llm.share:
                     said = said._replace(text=rewrite(said.text, llm))
                 line = dict(image=tile.name, box=box, instruction=said.text, kind=said.kind,
@@ -652,7 +656,7 @@ def true_answer(said: Instruction, answered: tuple[Found, np.ndarray] | None, re
 
     Boxes are [x0, y0, x1, y1] in px of the part, ids those of the image's labels.
     """
-    line = dict(status="question", count=None, ids=[], boxes=[], area_fraction=None)
+    line: dict[str, Any] = dict(status="question", count=None, ids=[], boxes=[], area_fraction=None)
     if answered is None:
         target = said.targets[0] if said.targets else None
         return line | dict(response=refusal(said.kind, said.text, target, record["trained"]))

@@ -199,8 +199,11 @@ class Understood(NamedTuple):
 
 class Instructed(model.DINOCell):
     """DINOCell with an embedding per pixel and a text side. forward() gives the distance alone."""
+    prototypes: Tensor                  # (trained concepts, E)
+    centre: Tensor                      # (D,)
+    whiten: Tensor                      # (D, D)
 
-    def __init__(self, backbone: model.ViT, widths: tuple[int, ...], last: int,
+    def __init__(self, backbone: model.ViT | model.ConvNet, widths: tuple[int, ...], last: int,
                  settings: model.Settings, words: Words, stem: int = 1):
         super().__init__(backbone, widths, last, settings, stem)
         self.words, hidden = words, words.hidden
@@ -456,8 +459,8 @@ def reply_to(view: View, text: str, vector: Tensor, reading: Reading, net: Instr
                                  "was trained on H&E alone; is there an H&E image of this region?")
     if reading.kind != "known":
         said = instruct_data.refusal(reading.kind, text, reading.unknown, words.trained)
-        organ = instruct_data.WORDS.untrained["train"].get(reading.unknown)
-        if organ and organ not in words.tissues and looks:
+        organ = instruct_data.WORDS.untrained["train"].get(reading.unknown or "")
+        if organ and reading.unknown and organ not in words.tissues and looks:
             said += f" ({reading.unknown.capitalize()} belong to {organ}; {looks}.)"
         return question(reading.kind, f"{said} {overview(view, net)}")
     own = reading.tissue in words.tissues
@@ -493,7 +496,7 @@ def answer(view: View, vector: Tensor, reading: Reading, net: Instructed
     mine = matching_cells(view, sides if reading.task == "compare" else vector[None], net).any(0)
     nearest = net.similarity(sides, view.cells).numpy().argmax(0)            # (n,)
     counts = tuple(int((mine & (nearest == side)).sum()) for side in range(len(sides)))
-    labels = view.only(mine)
+    labels = view.only(np.asarray(mine))
     return instruct_data.found_in(labels, reading.task, reading.targets, counts), labels
 
 

@@ -1,5 +1,4 @@
-"""Find the cells in images: python infer.py img.tif [more files, folders, globs] [out=DIR]
-[key=value ...]
+"""Find the cells in images: python infer.py img.tif [more files, folders, globs] [key=value ...]
 
     python infer.py                                   the demo images
     python infer.py plate1/ "scans/*.tif" out=cells   folders (every image in them) and globs
@@ -53,7 +52,7 @@ with runs.lazy():  # what needs torch: half the start-up time
     import segment
 
 OURS = ("_labels", "_overlay", "_distance")  # ends of names that are results
-THEIRS = ("_cells", "_masks", "_nuclei")  # and labels of others, where the image is there too
+THEIRS = ("_cells", "_masks", "_nuclei")      # and labels of others, where the image is there too
 PLANNED = ("peak", "fill", "depth", "smooth", "shape", "min_area", "border", "near", "tile",
            "overlap", "batch", "block")
 PICTURE = 4096  # px, longest side of an overlay
@@ -110,8 +109,9 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
     root = Path(__file__).resolve().parent
     found = find_images(files or [str(root / "demo" / "*.png")], config)
     part, parts = runs.part_of(config.shard)
-    mine = {path: found[path] for path in sorted(found,
-                                                 key=str)[part - 1::parts]} if parts > 1 else found
+    mine = found
+    if parts > 1:
+        mine = {path: found[path] for path in sorted(found, key=str)[part - 1::parts]}
     if not mine:
         print(f"shard {config.shard}: none of the {len(found)} images")
         return 0
@@ -133,7 +133,7 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
         return segment_all(mine, shelf, table, weights, config)
 
 
-def segment_all(found: dict[Path | str, str], shelf: s3.OutputFolder, table: str, weights: Path,
+def segment_all(found: Images, shelf: s3.OutputFolder, table: str, weights: Path,
                 config: Config) -> int:
     """Segment the images that have no results yet; one that fails does not stop the others."""
     todo = {path: name for path, name in found.items()
@@ -166,14 +166,15 @@ def segment_all(found: dict[Path | str, str], shelf: s3.OutputFolder, table: str
 
 
 class Work:
-    """What was done of many images, and what failed."""
+    """Images that were done, and those that failed."""
 
     def __init__(self, shelf: s3.OutputFolder, summary: Summary):
         self.shelf, self.summary = shelf, summary
-        self.done, self.megapixels, self.failed = 0, 0.0, []
+        self.done, self.megapixels = 0, 0.0
+        self.failed: list[str] = []
 
-    def do(self, todo: dict[Path | str, str], net, config: Config, alone: bool) -> int:
-        """Exit code, REQUEUE after a signal. Of an image `alone` what is wrong is raised."""
+    def do(self, todo: Images, net, config: Config, alone: bool) -> int:
+        """Exit code, REQUEUE after a signal. A mistake in an image `alone` is raised."""
         with (runs.stop_signals() as stop,
               tqdm.tqdm(total=len(todo), unit="image", delay=1, file=sys.stderr, smoothing=0.05,
                         bar_format="{l_bar}{bar}| {n:.2f}/{total} images "
@@ -215,9 +216,9 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, progress
     with images.open_image(path, config.channels, config.plane, config.time) as source:
         C = source.shape[0]
         if C > 3:
-            raise ValueError(f"{path}: has {C} channels "
-                             f"({', '.join(source.channels or map(str, range(1, C + 1)))}); choose "
-                             "what the network sees, up to three, with channels=1,2 or by name")
+            names = ", ".join(source.channels or map(str, range(1, C + 1)))
+            raise ValueError(f"{path}: has {C} channels ({names}); choose what the network sees, "
+                             f"up to three, with channels=1,2 or by name")
         with segment.timed(clock, "read"):
             limits = images.percentiles(source, net.settings.low, net.settings.high)
         for notice in source.notices:                          # now, for all pixels have been seen
@@ -248,7 +249,9 @@ class Results:
                         np.zeros(small, np.int32)) if config.overlay else None
         self.distance = np.zeros((H, W), np.float16) if config.distance else None
         self.labels = images.LabelWriter(out / f"{name}_labels.tif", (H, W), source.pixel_size)
-        self.columns, self.polygons, self.labelled = [], [], 0
+        self.columns: list[dict] = []
+        self.polygons: list[tuple] = []
+        self.labelled = 0                                      # px
 
     def add(self, block: segment.Block) -> None:
         """Measure the cells of a block, and take over its part of labels and pictures."""
@@ -256,14 +259,13 @@ class Results:
         with segment.timed(self.clock, "read"):
             pixels = self.source.region(rows.start, rows.stop, columns.start, columns.stop)
         with segment.timed(self.clock, "measure"):
-            self.labelled += np.count_nonzero(block.labels)
+            self.labelled += int(np.count_nonzero(block.labels))
             origin = (rows.start, columns.start)
-            table = cells.cell_table(block.local, pixels,
-                                     channels=self.source.channels or self.source.numbers,
-                                pixel_size=self.source.pixel_size, near=self.plan.near,
-                                ids=block.new, origin=origin,
-                                edges=(rows.start == 0, columns.start == 0, rows.stop == H,
-                                       columns.stop == W))
+            table = cells.cell_table(
+                block.local, pixels, channels=self.source.channels or self.source.numbers,
+                pixel_size=self.source.pixel_size, near=self.plan.near, ids=block.new,
+                origin=origin, edges=(rows.start == 0, columns.start == 0, rows.stop == H,
+                                      columns.stop == W))
             self.columns.append({**table, "id": block.ids[table["id"]]})
             if self.config.geojson or self.config.rois:
                 new = np.zeros_like(block.ids)
@@ -280,7 +282,7 @@ class Results:
             self.labels.add(block.core, block.labels)
 
     def close(self) -> dict:
-        """Write what is left; returns the image's row of the summary."""
+        """Write the other files; returns the image's row of the summary."""
         beginning = f"{self.out / self.name}_"
         with segment.timed(self.clock, "write"):
             self.labels.close()
@@ -319,7 +321,7 @@ def parse_diameter(text: str | None, pixel_size: float | None, path: Path | None
         return float(match[1])
     if pixel_size is None:
         raise ValueError(f"{path}: diameter={text} is in µm, but the file does not say how large a "
-                         "pixel is; give px")
+                         f"pixel is; give px")
     return float(match[1]) / pixel_size
 
 
@@ -330,12 +332,12 @@ def say(text: str) -> None:
 
 # --------------------------------------------------------------------------------- files in and out
 
-def find_images(arguments: list[str], config: Config) -> dict[Path | str, str]:
-    """Image -> name of its results.
+Images = dict[Path | str, str]      # file -> name of its results, or its path below a folder
 
-    Folders are searched whole; results of earlier runs are not images.
-    """
-    found: dict[Path | str, str] = {}
+
+def find_images(arguments: list[str], config: Config) -> Images:
+    """Image -> name of its results; folders are searched whole, results are no images."""
+    found: Images = {}
     results_of_named = {Path(argument).stem + end for argument in arguments for end in OURS}
     for argument in arguments:
         path = Path(argument)
@@ -365,11 +367,12 @@ def find_images(arguments: list[str], config: Config) -> dict[Path | str, str]:
     return found
 
 
-def images_below(folder: str, config: Config) -> dict[Path | str, str]:
+def images_below(folder: str, config: Config) -> Images:
     """Images of a folder, here or on S3, and the names of their results: the path below it."""
+    below: Images
     if s3.is_remote(folder):
-        below = s3.files_below(folder, config.signed)
-        below = {p: name for p, name in below.items() if fnmatch(Path(name).name, config.pattern)}
+        below = {p: name for p, name in s3.files_below(folder, config.signed).items()
+                 if fnmatch(Path(name).name, config.pattern)}
     else:
         below = {p: p.relative_to(folder).as_posix()
                  for p in images.image_files(folder, config.pattern)}
@@ -381,39 +384,36 @@ def images_below(folder: str, config: Config) -> dict[Path | str, str]:
     return {p: "_".join(Path(name).with_suffix("").parts) for p, name in below.items()}
 
 
-def images_matching(pattern: str) -> dict[Path | str, str]:
+def images_matching(pattern: str) -> Images:
     """Images whose path matches a glob, and the names of their results."""
     paths = (Path(p) for p in sorted(glob.glob(pattern, recursive=True)))
     matches = images_among({p: p.name for p in paths if p.is_file()})
     if not matches:
         raise FileNotFoundError(f"{pattern}: no image matches ({', '.join(images.IMAGE_SUFFIXES)}; "
                                 f"names with {', '.join(OURS)} are results)")
-    return {p: p.stem for p in matches}
+    return {p: Path(name).stem for p, name in matches.items()}
 
 
-def images_among(files: dict[Path | str, str]) -> dict[Path | str, str]:
-    """Of {file: its path below the folder asked for} the images: nothing hidden, no results, no
-    labels of an image that is there."""
-    def may_be(name: str) -> bool:
-        return (name.lower().endswith(images.IMAGE_SUFFIXES) and not Path(name).stem.endswith(OURS)
-                and not any(part.startswith(".") for part in PurePath(name).parts))
-
-    files = {p: name for p, name in files.items() if may_be(name)}
+def images_among(files: Images) -> Images:
+    """Drop hidden files, results, and labels of an image that is there."""
+    files = {p: name for p, name in files.items()
+             if name.lower().endswith(images.IMAGE_SUFFIXES) and not Path(name).stem.endswith(OURS)
+             and not any(part.startswith(".") for part in PurePath(name).parts)}
     stems = {Path(name).stem for name in files.values() if not Path(name).stem.endswith(THEIRS)}
 
-    def labels(stem: str) -> bool:                            # a_masks or a_cp_masks, of a
+    def is_label(stem: str) -> bool:                          # a_masks or a_cp_masks, of a
         parts = stem.split("_")
         return stem.endswith(THEIRS) and any("_".join(parts[:n]) in stems
                                              for n in range(1, len(parts)))
-    return {p: name for p, name in files.items() if not labels(Path(name).stem)}
+    return {p: name for p, name in files.items() if not is_label(Path(name).stem)}
 
 
 def results(name: str, config: Config) -> list[str]:
-    return [f"{name}_labels.tif", f"{name}_cells.csv"] + [
-        f for f, wanted in ((f"{name}_overlay.png", config.overlay),
-                            (f"{name}_distance.tif", config.distance),
-                            (f"{name}.geojson", config.geojson), (f"{name}_rois.zip", config.rois))
-                                                          if wanted]
+    """Files that an image gets."""
+    wanted = {"_overlay.png": config.overlay, "_distance.tif": config.distance,
+              ".geojson": config.geojson, "_rois.zip": config.rois}
+    return [f"{name}_labels.tif", f"{name}_cells.csv",
+            *(name + end for end, asked in wanted.items() if asked)]
 
 
 def find_weights(name: str, folder: Path) -> Path:
@@ -438,9 +438,8 @@ def prepare(out: Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OSError(
-            f"out={out}: cannot write there ({error.strerror}); choose another folder"
-        ) from None
+        raise OSError(f"out={out}: cannot write there ({error.strerror}); choose another folder"
+                      ) from None
     return out
 
 
@@ -448,7 +447,8 @@ class Summary:
     """summary.csv, written anew after each image; rows of earlier runs stay."""
 
     def __init__(self, path: Path):
-        self.path, self.rows = path, {}
+        self.path: Path = path
+        self.rows: dict[str, dict] = {}
         if path.exists():
             self.rows = {row["image"]: row for row in runs.read_table(path, ["image"], "remove it")}
 
@@ -476,19 +476,17 @@ def export(config: Export, files: list[str]) -> int:
     """Write the network as one file for ONNX Runtime, TensorRT, OpenVINO and others: python
     infer.py export [key=value ...]
 
-    Where onnxruntime is installed, the file is compared with PyTorch before it appears. What the
-    network takes and gives stands at model.to_onnx.
+    Where onnxruntime is installed, the file is compared with PyTorch before it appears. Its input
+    and output stand at model.to_onnx.
     """
     if files:
         raise ValueError(f"export: unexpected {files[0]}; the file to write is out=FILE.onnx, "
                          "--help lists the keys")
     weights = find_weights(config.weights, Path(__file__).resolve().parent / "final_models")
     error = model.to_onnx(model.load(weights), config.out, config.tile, config.opset, config.half)
-    checked = (
-        "not compared with PyTorch: pip install onnxruntime"
-        if error is None
-        else f"within {error:.1e} of PyTorch"
-    )
+    checked = f"within {error:.1e} of PyTorch"
+    if error is None:
+        checked = "not compared with PyTorch: pip install onnxruntime"
     print(f"{weights.name} -> {config.out}, {Path(config.out).stat().st_size / 1e6:.1f} MB, "
           f"{checked}")
     return 0
@@ -496,5 +494,5 @@ def export(config: Export, files: list[str]) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["export"]:
-        runs.script(export.__doc__, Export, export, sys.argv[2:])
+        runs.script(export.__doc__ or "", Export, export, sys.argv[2:])
     runs.script(__doc__, Config, main)

@@ -1,5 +1,4 @@
 """Train segmentation on labelled images: python train_seg.py configs/seg.yaml [key=value ...]
-[--check]
 
 From pretrained weights or from scratch, the network learns each pixel's distance to the edge of its
 cell (mean squared error). All images lie on the training device, and each step cuts, turns and
@@ -8,10 +7,9 @@ checkpoint, to the same weights. --check validates the configuration, counts the
 time and memory here, and stops. `torchrun --nproc_per_node=4 train_seg.py configs/seg.yaml` shares
 the batch out between four GPUs, with the same result.
 
-    runs/<experiment>/config.yaml, log.jsonl, checkpoints/, images/curves.svg,
-    images/validation_*.png
-    final_models/<experiment>.pt      the averaged weights with the best validation score, for
-                                      infer.py
+    runs/<experiment>/          config.yaml, log.jsonl, checkpoints/, images/curves.svg,
+                                images/validation_*.png
+    final_models/<experiment>.pt      the averaged weights with the best validation score
 """
 from __future__ import annotations
 
@@ -44,8 +42,7 @@ with runs.lazy():
 
 @dataclass(frozen=True)
 class NetworkShape:
-    # unet: convolutions in place of the transformer, to compare with
-    arch: Literal["vit", "unet"] = "vit"
+    arch: Literal["vit", "unet"] = "vit"    # unet: convolutions for the transformer, to compare
     dim: int = 384                          # width of the backbone
     depth: int = 12                         # blocks
     heads: int = 6                          # attention heads
@@ -54,8 +51,7 @@ class NetworkShape:
     layerscale: float = 0.1                 # start of LayerScale; small values need long training
     widths: tuple[int, ...] = (256, 128, 64)  # decoder stages, one for each doubling of the grid
     last: int = 32                          # width of the last stage, at full size
-    # levels of convolutions on the image: 1 at full size, 2 at a half, too ...; 0: none
-    stem: int = 1
+    stem: int = 1       # levels of convolutions on the image: 1 at full size, 2 at a half, too
 
 
 @dataclass(frozen=True)
@@ -66,21 +62,19 @@ class Config:
     output_base_dir: str = "."              # where runs/ and final_models/ are made
     # weights to start from: a backbone (DINOv3, train_ssl.py) or a whole network
     init: str | None = None
-    new_decoder: bool = False  # take the backbone of init alone, although there is a decoder in it
-    # from scratch, or the decoder of a new backbone
+    new_decoder: bool = False               # take the backbone of init alone
+    # what is built from scratch
     network: NetworkShape = field(default_factory=NetworkShape)
     data: data.TrainingData = field(default_factory=data.TrainingData)
     augment: dict = field(default_factory=dict)  # what happens to crops: changes to augment.Augment
     edge_weight: runs.NotNegative = 0.0     # k: pixels near an edge count up to 1 + k times
-    # pixels between two cells that touch or nearly do count so much more
-    seam_weight: runs.NotNegative = 0.0
+    seam_weight: runs.NotNegative = 0.0     # pixels between touching cells count so much more
     cap: runs.Positive | None = 4.0  # px, distances stop growing here (watershed.distance_map)
     crop: int = 256                         # px, side of the training crops, and of the tiles later
     seed: int = 0                           # of everything random
     # optimiser steps of a cycle: lr rises in its warm-up, then falls to lr_end
     steps: runs.Count = 20000
-    # the weights are good at the end of each; one more may be added to a run
-    cycles: runs.Count = 1
+    cycles: runs.Count = 1                  # one more may be added to a run that is done
     batch: runs.Count = 16                  # crops a step, over all processes
     lr: runs.Positive = 3e-4                # at its highest
     lr_end: runs.NotNegative = 1e-6         # at the last step
@@ -94,7 +88,7 @@ class Config:
     layer_decay: runs.Positive = 1.0
     clip: runs.Positive = 1.0               # norm of the gradient
     eps: runs.Positive = 1e-8               # AdamW's: gradients far below it move nothing
-    # then the head learns that says how wide cells are; 0: there is none
+    # then the head learns that tells the diameter of cells; 0: there is none
     size_steps: runs.Whole = 0
     ema: runs.Share = 0.999  # the exported weights are a running average with this memory
     # only the last k blocks of the backbone learn; 0: the decoder alone; null: all
@@ -117,7 +111,7 @@ class Config:
             raise ValueError(f"warmup={self.warmup}: expected fewer than steps={self.steps}")
         if self.cycles > 1 and self.patience is not None:
             raise ValueError(f"cycles={self.cycles}: expected patience=null, for it would end a "
-                             "cycle before its lr has fallen")
+                             f"cycle before its lr has fallen")
 
 
 def main(config: Config, files: list[str], check: bool = False) -> int:
@@ -195,16 +189,20 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
 
 
 def has_lost_patience(config: Config, since: int) -> bool:
-    """Whether so many validations brought nothing that the run ends."""
+    """Tell whether so many validations brought nothing that the run ends."""
     return config.patience is not None and since >= config.patience
 
 
 class Meter:
-    """Losses, and where the time goes, since the last line of the log."""
+    """Losses and time since the last line of the log."""
 
     def __init__(self, config: Config, run: runs.Run):
         self.config, self.run = config, run
-        self.losses, self.waited, self.begun = [], 0.0, time.perf_counter()
+        self.begin()
+
+    def begin(self) -> None:
+        self.losses: list[torch.Tensor] = []
+        self.waited, self.begun = 0.0, time.perf_counter()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -215,12 +213,12 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out what is no training."""
+        """Leave out the time of a validation."""
         before = time.perf_counter()
         yield
         self.begun += time.perf_counter() - before
 
-    def log(self, done: int, factor: float, norm) -> None:
+    def log(self, done: int, factor: float, norm: torch.Tensor) -> None:
         """Write a line, and begin anew."""
         config, run, took = self.config, self.run, time.perf_counter() - self.begun
         mean = runs.mean_over_ranks(torch.stack(self.losses).mean(), run.world)
@@ -231,7 +229,7 @@ class Meter:
         run.log(done, loss=mean, lr=config.lr * factor, weight_decay=config.weight_decay,
                 gradient=norm.item(), images_per_s=len(self.losses) * config.batch / took,
                 data_share=self.waited / took, **memory)
-        self.losses, self.waited, self.begun = [], 0.0, time.perf_counter()
+        self.begin()
 
 
 def rate(config: Config, step: int) -> float:
@@ -254,19 +252,18 @@ class Trainer:
         self.layout = torch.channels_last if bf16 or "cuda" in device else torch.contiguous_format
         self.autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16)
         net.to(device, memory_format=self.layout)
-        self.average = torch.optim.swa_utils.AveragedModel(
-            net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema)
-        )
+        mean = torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema)
+        self.average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=mean)
         self.optimiser = segmentation_optimiser(net, config, device)
         self.wrapped = net
         if world > 1:
-            self.wrapped = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device]
-                                                                     if "cuda" in device else None)
+            self.wrapped = torch.nn.parallel.DistributedDataParallel(
+                net, device_ids=[device] if "cuda" in device else None)
         if config.compile:
             self.wrapped.compile()
 
     def state(self) -> dict:
-        """What a checkpoint holds of it."""
+        """Its part of a checkpoint."""
         return dict(net=self.net.state_dict(), average=self.average.state_dict(),
                     optimiser=self.optimiser.state_dict())
 
@@ -277,7 +274,7 @@ class Trainer:
 
     def step(self, batch: tuple, factor: float) -> tuple:
         """Learn from x (B, 3, S, S), targets (B, 1, S, S) and labels (B, S, S), at `factor` of the
-        learning rate; the loss and the norm of its gradient, tensors."""
+        learning rate; returns the loss and the norm of its gradient."""
         x, target, labels = batch
         for group in self.optimiser.param_groups:
             group["lr"] = self.config.lr * factor * group["scale"]
@@ -293,16 +290,14 @@ class Trainer:
         return loss.detach(), norm
 
 
-# cells to learn the size of are up to so many times larger and smaller than the network's
-SIZES = 5.0
+SIZES = 5.0         # the size head sees cells up to so many times larger and smaller than usual
 
 
 def learn_size(config: Config, images, changes, run: runs.Run) -> bool:
-    """Train the head that says how large cells are, on the backbone of the exported weights, and
-    add it to them.
+    """Train the size head on the backbone of the exported weights, and add it to them.
 
-    False: a signal came, and it begins anew. Where there are no cells any size is as likely, so
-    that the head learns to say so.
+    False: a signal came, and it begins anew next time. Where there are no cells any size is as
+    likely, so that the head learns to say so.
     """
     net = model.load(runs.export_path(config))
     if net.size is not None:
@@ -310,16 +305,17 @@ def learn_size(config: Config, images, changes, run: runs.Run) -> bool:
     torch.manual_seed(config.seed)
     net.requires_grad_(False).to(run.device)
     net.add_size_head()
-    # in the middle of what there is
+    assert net.size is not None                               # begins at the median
     torch.nn.init.constant_(net.size.fc2.bias[0], np.log(images.diameter))
     changes = dataclasses.replace(changes, scale=(1 / SIZES, SIZES), paste=0.0, negative=0.1)
-    optimiser, losses = torch.optim.AdamW(net.size.parameters(), 2e-3, weight_decay=0.01), []
+    optimiser = torch.optim.AdamW(net.size.parameters(), 2e-3, weight_decay=0.01)
+    losses: list[float] = []
     for step in range(config.size_steps):
         optimiser.param_groups[0]["lr"] = 2e-3 * optim.cosine(step, config.size_steps, 1.0, 0.01,
                                                               min(50, config.size_steps - 1))
         sample = np.arange(config.batch) + (config.steps * config.cycles + step) * config.batch
-        chosen, draws = images.draw(config.seed, sample), augment.Draws.of(config.seed, sample,
-                                                                           changes)
+        chosen = images.draw(config.seed, sample)
+        draws = augment.Draws.of(config.seed, sample, changes)
         x, _, _ = augment.sample(images, chosen, sample, changes, config.crop, config.seed,
                                  config.cap)
         diameter = images.diameters[chosen] * augment.factors(images, chosen, draws, config.crop)
@@ -343,7 +339,7 @@ def learn_size(config: Config, images, changes, run: runs.Run) -> bool:
 
 
 def build_network(config: Config):
-    """The network to train: a whole one, a backbone under a new decoder, or all from scratch."""
+    """Network to train: a whole one, a backbone under a new decoder, or all from scratch."""
     shape = config.network
     settings = model.Settings(tile=config.crop, cap=config.cap)
     if config.init is None:
@@ -368,9 +364,8 @@ def build_network(config: Config):
 
 
 def segmentation_optimiser(net, config: Config, device: str):
-    groups = optim.parameter_groups(
-        net, config.lr, lambda name, parameter: traits(name, parameter, net.backbone.depth, config)
-    )
+    groups = optim.parameter_groups(net, config.lr, lambda name, parameter: traits(
+        name, parameter, net.backbone.depth, config))
     if config.optimiser == "muon":
         products = torch.bfloat16 if use_bf16(config, device) else torch.float32
         return optim.Muon(groups, config.lr, eps=config.eps, products=products)
@@ -378,8 +373,8 @@ def segmentation_optimiser(net, config: Config, device: str):
 
 
 def traits(name: str, parameter, depth: int, config: Config) -> dict:
-    """Smaller lr for shallower blocks when layer_decay < 1. Muon takes the matrices of layers
-    between the patch embedding, which meets pixels, and the head, which answers."""
+    """Traits of a parameter's group: lr falls with depth by layer_decay; Muon takes the matrices
+    between the patch embedding and the head."""
     above, decays = optim.blocks_above(name, "backbone.", depth), optim.decays(name, parameter)
     return dict(above=above, decays=decays, matrix=decays and "patch_embed" not in name
                 and "head" not in name,
@@ -392,46 +387,44 @@ def use_bf16(config: Config, device: str) -> bool:
 
 # --------------------------------------------------------------------------------------- validation
 
-def validate(net, entries: list[data.Labelled], run: runs.Run, step: int) -> dict:
-    """Scores on whole images, with the setting of the watershed that serves all sets best; it goes
-    into the weights.
+def validate(net, images: list[data.Labelled], run: runs.Run, step: int) -> dict:
+    """Scores on whole images, with the watershed's setting that serves all sets best; it goes into
+    the weights.
 
-    The score that decides is AP averaged over IoU 0.5 to 0.95: mean over the images of a set, then
-    over sets by the weight that they have in training (1 for others), so that a set of many images
-    drowns none.
+    What decides is AP over IoU 0.5 to 0.95: mean over the images of a set, then over sets by their
+    weight in training (1 for others), so that a set of many images drowns none.
     """
-    ready = copy.deepcopy(net).ready(run.device)              # as infer.py has it
+    ready = copy.deepcopy(net).ready(run.device)              # as in infer.py
     weights = {chosen.name: chosen.weight for chosen in run.config.data.sets}
-    maps = run.each(lambda entry: segment.distances(entry.pixels, ready, limits=segment.UNIT,
-                                                    zoom=entry.zoom), entries)
-    maps = [torch.from_numpy(distance).to(run.device) for distance in maps]
+    maps = [torch.from_numpy(distance).to(run.device) for distance in run.each(
+        lambda image: segment.distances(image.pixels, ready, limits=segment.UNIT, zoom=image.zoom),
+        images)]
 
-    def found(i: int, setting: watershed.Setting) -> np.ndarray:
-        return watershed.flood(maps[i], setting, entries[i].zoom).cpu().numpy()
+    def cells_of(i: int, setting: watershed.Setting) -> np.ndarray:
+        return watershed.flood(maps[i], setting, images[i].zoom).cpu().numpy()
 
-    def score(setting: watershed.Setting, numbers: Sequence[int] = range(len(entries))) -> float:
-        values = run.each(lambda i: float(metrics.average_precision(entries[i].labels,
-                                                                    found(i, setting)).mean()),
-                          numbers)
+    def score(setting: watershed.Setting, numbers: Sequence[int] = range(len(images))) -> float:
+        values = run.each(lambda i: float(metrics.average_precision(
+            images[i].labels, cells_of(i, setting)).mean()), numbers)
         by_set: dict[str, list[float]] = {}
         for i, value in zip(numbers, values):
-            by_set.setdefault(entries[i].set, []).append(value)
+            by_set.setdefault(images[i].set, []).append(value)
         return float(np.average([np.mean(some) for some in by_set.values()],
                                 weights=[weights.get(name, 1.0) for name in by_set]))
 
     best = watershed.tune(score)
-    held = [i for i, entry in enumerate(entries) if entry.held]
-    labels = [found(i, best) for i in held]
-    tables = [metrics.overlap(entries[i].labels, answer) for i, answer in zip(held, labels)]
+    held = [i for i, image in enumerate(images) if image.held]
+    labels = [cells_of(i, best) for i in held]
+    tables = [metrics.overlap(images[i].labels, answer) for i, answer in zip(held, labels)]
     net.settings = dataclasses.replace(net.settings, **best._asdict())
     sets = {name: summary(metrics.set_scores([table for table, i in zip(tables, held)
-                                              if entries[i].set == name]))
-            for name in dict.fromkeys(entries[i].set for i in held)}
+                                              if images[i].set == name]))
+            for name in dict.fromkeys(images[i].set for i in held)}
     scores = {"score": score(best, held), **best._asdict(), **summary(metrics.set_scores(tables))}
     run.log(step, **{f"val_{k}" if k != "score" else k: v for k, v in scores.items()},
             **{f"AP@0.5 {name}": row["AP@0.5"] for name, row in sets.items() if len(sets) > 1})
     if run.rank == 0:
-        draw(run, [entries[i] for i in held], labels, step)
+        draw(run, [images[i] for i in held], labels, step)
     return {**scores, "sets": sets}
 
 
@@ -442,19 +435,17 @@ def summary(scores) -> dict[str, float]:
             **{name: scores.pooled[name] for name in ("F1", "SEG", "DET", "OP_CSB")}}
 
 
-def draw(run: runs.Run, entries: list[data.Labelled], labels: list, step: int) -> None:
-    """Curves of all that was logged, and one validation image of each set (two where there is one
-    set) with its cells."""
+def draw(run: runs.Run, images: list[data.Labelled], labels: list, step: int) -> None:
+    """Draw curves of the log, and the cells of one validation image a set (two of a single set)."""
     log = run.history()
     report.write_curves(run.folder / "images" / "curves.svg", {
         "loss": [(line["step"], line["loss"]) for line in log if "loss" in line],
         **{name: [(line["step"], line[key]) for line in log if key in line]
            for name, key in (("validation score", "score"), ("AP@0.5", "val_AP@0.5"),
                              ("F1 at IoU 0.5", "val_F1"))}})
-    first = {entry.set: number for number, entry in reversed(list(enumerate(entries)))}
-    shown = sorted({*first.values(), len(entries) - 1})
-    for number in shown:
-        picture = cells.overlay(entries[number].pixels, labels[number])
+    first = {image.set: number for number, image in reversed(list(enumerate(images)))}
+    for number in sorted({*first.values(), len(images) - 1}):
+        picture = cells.overlay(images[number].pixels, labels[number])
         cells.write_picture(run.folder / "images" / f"validation_{number}.png", picture)
         run.log_picture(step, f"validation_{number}", picture)
 
@@ -463,9 +454,8 @@ def draw(run: runs.Run, entries: list[data.Labelled], labels: list, step: int) -
 
 def export_weights(net, config: Config, hashes: dict, scores: dict, step: int) -> None:
     """Write the weights for infer.py."""
-    net.settings = dataclasses.replace(net.settings, provenance=runs.provenance(config, step,
-                                                                                scores=scores,
-                                                                                images=hashes))
+    story = runs.provenance(config, step, scores=scores, images=hashes)
+    net.settings = dataclasses.replace(net.settings, provenance=story)
     model.save(net, runs.export_path(config), half=True)
 
 
@@ -473,7 +463,7 @@ def print_plan(config: Config, net, images, validation: list, device: str, chang
     """Print a summary without training."""
     print(runs.to_yaml(config))
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    print(f"{len(images)} training images, {sum(entry.held for entry in validation)} for "
+    print(f"{len(images)} training images, {sum(image.held for image in validation)} for "
           f"validation; median cell {images.diameter or 0:.1f} px wide as the network sees it")
     flops = 3 * config.batch * sum(row[2] for row in model.cost(net, config.crop))
     compiled = config.compile and "cuda" in device            # on a CPU it would take minutes
@@ -483,23 +473,23 @@ def print_plan(config: Config, net, images, validation: list, device: str, chang
         begin = time.perf_counter()
         sample = np.arange(config.batch)
         batch = augment.sample(images, images.draw(config.seed, sample), sample, changes,
-                               size=config.crop,
-                               seed=config.seed, cap=config.cap)
+                               config.crop, config.seed, config.cap)
         prepared = time.perf_counter()
         trainer.step(batch, 1.0)
         if "cuda" in device:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - begin, prepared - begin))
-    took, data = np.median(times[2:], 0)
+    took, prepared = np.median(times[2:], 0)
+    total = config.steps * config.cycles
     print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, "
           f"{trainable / 1e6:.1f} M of them learn; {flops / 1e9:.0f} GFLOPs a step")
-    print(f"{took:.3f} s a step on {device}{', compiled' * compiled} ({data / took:.0%} of it "
-          f"crops and augmentation): {config.steps * config.cycles} steps take about "
-          f"{config.steps * config.cycles * took / 3600:.1f} h, validation aside")
+    print(f"{took:.3f} s a step on {device}{', compiled' * compiled} ({prepared / took:.0%} of it "
+          f"crops and augmentation): {total} steps take about {total * took / 3600:.1f} h, "
+          f"validation aside")
     if "cuda" in device:
         print(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory at most")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin"
-                                                                 else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     print(f"{peak / 2**30:.1f} GiB of memory at most")
     return 0
 

@@ -15,14 +15,12 @@ another marker over a higher lowest point than from its own. That is
 skimage.segmentation.watershed(-distance, ndimage.label(distance > peak)[0], mask=distance > fill)
 up to ties.
 
-With a depth, a marker is not a component but a summit above peak that stands out: every path to a
-higher one goes down by `depth` or more. So nuclei that touch are told apart by the valley between
-them, however high it lies. That is the same with the h-maxima of the map inside distance > fill as
-markers.
+With a depth, a marker is a summit above peak that stands out: every path to a higher one goes down
+by `depth` or more, so that the valley between touching nuclei parts them, however high it lies.
+These are the h-maxima of the map inside distance > fill.
 
 With a shape, a path through a neck goes down too. A capped map is flat inside cells, and where the
-network saw no valley between two of them only their outline tells: each pixel above peak gets more,
-the deeper it lies inside.
+network saw no valley only the outline tells: each pixel above peak gets more, the deeper it lies.
 
 How, without a queue. Between fill and peak every pixel points to its highest neighbour if that is
 higher (steepest ascent), on flat parts to the nearest pixel that does, and pointer doubling finds
@@ -33,7 +31,7 @@ forest takes the highest saddles, the highest lowest point is kept exactly. With
 above fill climbs, and the joining goes on until what is left stands out.
 
 Flat index: pixels are numbered in a map padded by one column and two rows of background, so that
-the neighbours of pixel p are p - S, p - 1, p + 1, p + S and no test for the border is needed. L its
+the neighbours of pixel p are p - S, p - 1, p + 1, p + S without a test for the border. L its
 length, P pixels between fill and peak.
 """
 from __future__ import annotations
@@ -57,14 +55,14 @@ REACH = 16          # px, how deep inside `shape` looks in an image that is not 
 def distance_map(labels: np.ndarray, cap: float | None = None) -> np.ndarray:
     """Per cell min(d, cap) / min(max d, cap), 0 on background: (H, W) float32 in [0, 1]; cap in px.
 
-    d is the distance from a pixel's centre to the nearest pixel centre that is not of the same
-    cell: 1 along a cell's edge, also where another cell touches. The border of the image is no
-    edge, for what lies behind it is unknown: a crop keeps the target of the whole image but for
-    cells that it cuts. A cell without any edge is 1.
+    d is the distance from a pixel's centre to the nearest pixel centre outside its cell: 1 along a
+    cell's edge, also where another cell touches. The border of the image is no edge, for what lies
+    behind it is unknown: a crop keeps the target of the whole image but for cells that it cuts. A
+    cell without any edge is 1.
     """
     if labels.ndim != 2 or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
         raise ValueError(f"labels of shape {labels.shape}, {labels.dtype}: expected (H, W) "
-                         "integers, 0 or more")
+                         f"integers, 0 or more")
     if cap is not None and not 0 < cap < math.inf:
         raise ValueError(f"cap={cap}, expected a distance in px above 0, or None")
     target = np.zeros(labels.shape, np.float32)
@@ -84,32 +82,29 @@ def distance_map(labels: np.ndarray, cap: float | None = None) -> np.ndarray:
 # ----------------------------------------------------------------------------------------- settings
 
 class Setting(NamedTuple):
-    """The thresholds of the watershed, in the order of its arguments; lengths in px of the network.
-    """
+    """Thresholds of the watershed, in the order of its arguments; lengths in px of the network."""
     peak: float = 0.47                      # a cell's marker lies above this distance
     fill: float = 0.09                      # a cell reaches down to this distance
     min_area: float = 0                     # px, smaller cells are dropped
-    # two summits are two cells if the valley between them is so deep; 0: if it goes down to peak
-    depth: float = 0.0
+    depth: float = 0.0      # a valley so deep parts two summits; 0: one that goes down to peak
     smooth: float = 0.0                     # px, Gaussian over the map before the watershed
-    shape: float = 0.0  # per px, what lying inside adds to the distance, so that necks part cells
+    shape: float = 0.0      # per px, what lying inside adds to the distance, so that necks part
 
     def changed(self, **given: float | None) -> Setting:
         """This setting with the values given; None keeps what is there."""
         new = self._replace(**{name: value for name, value in given.items() if value is not None})
         if not 0 <= new.fill <= new.peak < 1:
-            raise ValueError(
-                f"peak={new.peak:g}, fill={new.fill:g}: expected 0 <= fill <= peak < 1"
-            )
+            raise ValueError(f"peak={new.peak:g}, fill={new.fill:g}: expected 0 <= fill <= peak "
+                             f"< 1")
         return new
 
 
 def flood(distance: Tensor | np.ndarray, setting: Setting, zoom: float = 1.0):
-    """Cells of a map with 1 / zoom of its px for each px of the network, to which the lengths of
-    the setting refer."""
+    """Cells of a map with 1 / zoom px for each px of the network, in which the setting's lengths
+    are."""
     return watershed(distance, setting.peak, setting.fill, round(setting.min_area / zoom**2),
-                     setting.depth,
-                     setting.smooth / zoom, setting.shape * zoom, max(1, round(REACH / zoom)))
+                     setting.depth, setting.smooth / zoom, setting.shape * zoom,
+                     max(1, round(REACH / zoom)))
 
 
 GRID = {"peak": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), "fill": (0.1, 0.15, 0.2, 0.25, 0.3, 0.4),
@@ -118,12 +113,11 @@ GRID = {"peak": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), "fill": (0.1, 0.15, 0.2, 0.25, 0
 
 
 def tune(score: Callable[[Setting], float], **grid: Sequence[float]) -> Setting:
-    """The setting with the highest score, by coordinate ascent over GRID or the values given
-    instead; of equal ones the first.
+    """The setting with the highest score, by coordinate ascent over GRID or the values given; of
+    equal ones the first.
 
-    One threshold (or a pair that acts together) changes at a time while the others stay, until no
-    step improves. The ascent begins at the first values and at the middle ones, which may lead to
-    different settings.
+    One threshold (or a pair that acts together) changes at a time, until no step improves, from the
+    first values and from the middle ones, which may lead to different settings.
     """
     values = {**GRID, **grid}
     steps = [[dict(zip(names, chosen)) for chosen in product(*(values[name] for name in names))]
@@ -148,38 +142,35 @@ def tune(score: Callable[[Setting], float], **grid: Sequence[float]) -> Setting:
 
     if min(values["fill"]) > max(values["peak"]):
         raise ValueError(f"peak={list(values['peak'])}, fill={list(values['fill'])}: no pair with "
-                         "fill <= peak")
-    begin = [Setting(**{name: pick(some) for name, some in values.items()})
-             for pick in (lambda some: some[0], lambda some: some[(len(some) - 1) // 2])]
-    begin = [one if one.fill <= one.peak
-             else one._replace(peak=max(values["peak"]), fill=min(values["fill"])) for one in begin]
-    return best_of([ascend(one) for one in dict.fromkeys(begin)])
+                         f"fill <= peak")
+    begins = [Setting(**{name: some[0] for name, some in values.items()}),
+              Setting(**{name: some[(len(some) - 1) // 2] for name, some in values.items()})]
+    begins = [begin if begin.fill <= begin.peak
+              else begin._replace(peak=max(values["peak"]), fill=min(values["fill"]))
+              for begin in begins]
+    return best_of([ascend(begin) for begin in dict.fromkeys(begins)])
 
 
 # ---------------------------------------------------------------------------------------- watershed
 
 def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0.09,
-              min_area: int = 0, depth: float = 0.0,
-              smooth: float = 0.0, shape: float = 0.0, reach: int = REACH):
+              min_area: int = 0, depth: float = 0.0, smooth: float = 0.0, shape: float = 0.0,
+              reach: int = REACH):
     """Cells of a distance map.
 
     distance : (H, W) floats; array or tensor. Compared in float32.
     peak : a cell's marker lies above; fill : a cell reaches down to; 0 <= fill <= peak.
     min_area : cells of fewer px are dropped and the rest renumbered.
-    depth : two summits above peak are two cells if the valley between them is so deep; 0: if it
-        goes down to peak.
-    smooth : px, width of the Gaussian that the map is smoothed by before all else; 0: it is taken
-        as it is.
-    shape : what each px that a pixel lies inside the part above peak adds to its distance, up to
-        `reach` px; with a depth
+    depth : a valley so deep parts two summits above peak; 0: one that goes down to peak.
+    smooth : px, width of the Gaussian that the map is smoothed by first; 0: none.
+    shape : per px inside the part above peak, up to `reach` px, added to the distance; with a depth
         necks part cells then.
     Returns labels (H, W) int32 of the same kind and on the same device; 1..n in raster order of the
     markers.
     """
     if isinstance(distance, np.ndarray):
         return watershed(torch.from_numpy(np.ascontiguousarray(distance)), peak, fill, min_area,
-                         depth, smooth, shape,
-                         reach).numpy()
+                         depth, smooth, shape, reach).numpy()
     if distance.ndim != 2 or not distance.is_floating_point():
         raise ValueError(f"distance map of shape {tuple(distance.shape)}, {distance.dtype}: "
                          "expected (H, W) floats")
@@ -203,7 +194,7 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
         raise ValueError("the distance map holds NaN; the network or its input is broken")
 
     high = d > peak
-    node = torch.zeros_like(d, dtype=torch.int32)  # (L,) 0: background; 1..markers; see climb
+    node = torch.zeros_like(d, dtype=torch.int32)    # (L,) 0: background; 1..markers; see climb
     if depth and high.any():
         slope = (d > fill).nonzero().squeeze(1)
         markers = merge(d, node, climb(d, node, 0, slope, S), slope, peak, depth, S)
@@ -221,8 +212,7 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
 
 
 def gaussian(distance: Tensor, sigma: float) -> Tensor:
-    """(H, W) filtered by a Gaussian of that width, cut off at three; beyond the border the map goes
-    on as it ends."""
+    """(H, W) filtered by a Gaussian cut off at 3 sigma; the border goes on outside."""
     reach = max(1, math.ceil(3 * sigma))
     weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
     x = F.pad(distance[None, None], (reach,) * 4, mode="replicate")[0, 0]
@@ -235,8 +225,7 @@ def gaussian(distance: Tensor, sigma: float) -> Tensor:
 
 
 def inwards(high: Tensor, reach: int) -> Tensor:
-    """(H, W) bool -> px from each set pixel to the nearest that is not, `reach` at most; none lies
-    beyond the border."""
+    """(H, W) bool -> px to the nearest pixel in the image that is not set, `reach` at most."""
     x = torch.arange(high.shape[1], dtype=torch.float32, device=high.device)
     before = torch.where(high, -reach, x).cummax(1).values
     after = torch.where(high, len(x) + reach, x).flip(1).cummin(1).values.flip(1)
@@ -249,11 +238,11 @@ def inwards(high: Tensor, reach: int) -> Tensor:
 
 
 def climb(d: Tensor, node: Tensor, markers: int, slope: Tensor, S: int) -> int:
-    """Write into node where every slope pixel climbs to: a marker, or a summit without one,
-    numbered above markers.
+    """Write into node where every slope pixel climbs to, and return the highest number: a marker,
+    or a summit without one, numbered above markers.
 
-    Returns the highest number. On the way node k is marker k, slope pixel i is node markers + 1 +
-    i, and the summits without marker come after these.
+    On the way node k is marker k, slope pixel i is node markers + 1 + i, and the summits without
+    marker come after these.
     """
     here = slope.int()  # index_select in int32 is the fastest gather
     height = d.index_select(0, here)
@@ -280,16 +269,14 @@ def climb(d: Tensor, node: Tensor, markers: int, slope: Tensor, S: int) -> int:
 
 
 def drain(d: Tensor, parent: Tensor, node: Tensor, first: int, flat: Tensor, S: int) -> Tensor:
-    """Across flat ground, point to the nearest pixel of the same height that climbs, ring by ring;
-    changes parent.
-
-    Returns (L,) bool: the flat summits, from which nothing climbs.
+    """On flat parts, point to the nearest pixel of the same height that climbs, ring by ring;
+    changes parent. Returns (L,) bool: the flat summits, from which nothing climbs.
     """
     closed = torch.zeros_like(d, dtype=torch.bool)
     closed[flat] = True
     ring = flat
     exits = torch.zeros_like(ring)
-    for step in (-S, -1, 1, S):  # first ring: who has an exit beside it
+    for step in (-S, -1, 1, S):                      # first ring: pixels beside an exit
         beside = ring + step
         exits = torch.where((d[beside] == d[ring]) & ~closed[beside], beside, exits)
     found = exits > 0
@@ -311,8 +298,8 @@ def drain(d: Tensor, parent: Tensor, node: Tensor, first: int, flat: Tensor, S: 
 
 def borders(d: Tensor, label: Tensor, pixels: Tensor, markers: int,
             S: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Neighbours in two regions, one of them at least in `pixels`, all regions of which are above
-    markers: each pair once.
+    """Pairs of neighbours in two regions, each once; one at least is in `pixels`, whose regions are
+    above markers.
 
     Returns regions a, b (E,) and a total order (E,) of the saddles between them, so that there are
     no cycles of equals: the bits of the lower height, which sort as positive floats do, above the
@@ -331,8 +318,7 @@ def borders(d: Tensor, label: Tensor, pixels: Tensor, markers: int,
 
 
 def join(d: Tensor, label: Tensor, markers: int, regions: int, slope: Tensor, S: int) -> None:
-    """Give regions numbered above markers to the neighbour across their highest saddle; 0 where no
-    marker is in reach."""
+    """Give regions above markers to the neighbour across their highest saddle; 0 without one."""
     bare = slope[label.index_select(0, slope) > markers].int()               # their pixels
     a, b, order = borders(d, label, bare, markers, S)                        # (E,)
     root = torch.arange(regions + 1, device=d.device)
@@ -342,47 +328,41 @@ def join(d: Tensor, label: Tensor, markers: int, regions: int, slope: Tensor, S:
         if not len(live):
             break
         first, second, order = (x.index_select(0, live) for x in (first, second, order))
-        best = torch.zeros_like(root).scatter_reduce_(0, first, order,
-                                                      "amax").scatter_reduce_(0, second, order,
-                                                                              "amax")
-        best[:markers + 1] = 0  # markers are roots: they wait
+        best = highest_saddles(root, first, second, order)
+        best[:markers + 1] = 0                           # markers are roots: they wait
         chooser = best.nonzero().squeeze(1)
         edge = len(a) - (best[chooser] & 0xFFFFFFFF)
         parent = torch.arange(regions + 1, device=d.device)
         parent[chooser] = root[a[edge]] + root[b[edge]] - chooser            # the other end
         pair = chooser[(parent[parent[chooser]] == chooser) & (chooser < parent[chooser])]
-        parent[pair] = pair  # two that chose each other: one stays
+        parent[pair] = pair                              # two that chose each other: one stays
         root = compress(parent)[root]
         first, second = root[first], root[second]
-    label.scatter_(0, bare.long(), torch.where(root <= markers, root,
-                                               0).int()[label.index_select(0, bare)])
+    root = torch.where(root <= markers, root, 0).int()
+    label.scatter_(0, bare.long(), root[label.index_select(0, bare)])
 
 
 def merge(d: Tensor, label: Tensor, regions: int, slope: Tensor, peak: float, depth: float,
           S: int) -> int:
     """Join regions, one to each summit, until all stand out; number them in raster order of their
-    summits, and count.
+    summits; return how many.
 
     A region that is not above peak joins the neighbour across its highest saddle. One that is, but
-    by less than depth above that saddle, joins if the neighbour is higher; else it waits, for then
-    the neighbour will join first.
+    by less than depth above that saddle, joins a higher neighbour, and waits for a lower one.
     """
     pixels = slope.int()
     mine = label.index_select(0, slope)
     a, b, order = borders(d, label, pixels, 0, S)                            # (E,)
     alone = torch.arange(regions + 1, device=d.device)
-    top = torch.zeros(regions + 1, device=d.device).scatter_reduce_(0, mine.long(),
-                                                                    d.index_select(0, pixels),
-                                                                    "amax")
+    top = torch.zeros(regions + 1, device=d.device)
+    top.scatter_reduce_(0, mine.long(), d.index_select(0, pixels), "amax")
     # of equal summits the first is higher
     rank = (top.view(torch.int32).long() << 32) | (regions - alone)
     root, first, second = alone, a, b
     while True:
         live = (first != second).nonzero().squeeze(1)
         first, second, order = (x.index_select(0, live) for x in (first, second, order))
-        best = torch.zeros_like(root).scatter_reduce_(0, first, order,
-                                                      "amax").scatter_reduce_(0, second, order,
-                                                                              "amax")
+        best = highest_saddles(root, first, second, order)
         chooser = best.nonzero().squeeze(1)
         best, top = best[chooser], height(rank[chooser])
         edge = len(a) - (best & 0xFFFFFFFF)
@@ -394,7 +374,7 @@ def merge(d: Tensor, label: Tensor, regions: int, slope: Tensor, peak: float, de
         parent = alone.clone()
         parent[chooser] = other
         pair = chooser[(parent[other] == chooser) & (rank[chooser] > rank[other])]
-        parent[pair] = pair  # two that chose each other: the higher stays
+        parent[pair] = pair                              # two that chose each other: higher stays
         parent = compress(parent)
         rank = torch.zeros_like(rank).scatter_reduce_(0, parent, rank, "amax")
         root, first, second = parent[root], parent[first], parent[second]
@@ -406,20 +386,25 @@ def merge(d: Tensor, label: Tensor, regions: int, slope: Tensor, peak: float, de
     return len(cell)
 
 
+def highest_saddles(root: Tensor, first: Tensor, second: Tensor, order: Tensor) -> Tensor:
+    """The order of each region's highest saddle; 0 without any."""
+    best = torch.zeros_like(root).scatter_reduce_(0, first, order, "amax")
+    return best.scatter_reduce_(0, second, order, "amax")
+
+
 def height(order: Tensor) -> Tensor:
     """The float in the upper half of the order of borders() and of merge()'s rank."""
     return (order >> 32).int().view(torch.float32)
 
 
 def components(mask: Tensor, S: int) -> tuple[Tensor, Tensor, int]:
-    """4-connected components of a flat (L,) mask: its pixels (K,), their labels (K,) int32, the
-    number of labels.
+    """4-connected components of a flat (L,) mask: pixels (K,), labels (K,) int32, their number.
 
     Labels count from 1 in raster order of the components' first pixels. The nodes are the runs of
     set pixels in a row, a few dozen to a cell, so the union costs next to nothing.
     """
     pixels = mask.nonzero().squeeze(1)                                       # (K,)
-    start = edge_of(mask).nonzero().squeeze(1)  # (R,) first pixel of each run
+    start = edge_of(mask).nonzero().squeeze(1)                # (R,) first pixel of each run
     touch = edge_of(mask[:-S] & mask[S:]).nonzero().squeeze(1)  # first pixel that two runs share
     above = torch.searchsorted(start, touch, right=True) - 1
     below = torch.searchsorted(start, touch + S, right=True) - 1
@@ -432,11 +417,8 @@ def components(mask: Tensor, S: int) -> tuple[Tensor, Tensor, int]:
     number = (root == themselves).cumsum(0)                                  # (R,) counts the roots
     place = torch.searchsorted(pixels, start)  # where each run begins among the pixels
     length = torch.diff(place, append=place.new_tensor([len(pixels)]))
-    return (
-        pixels,
-        number[root].int().repeat_interleave(length),
-        int(number[-1]) if len(number) else 0,
-    )
+    count = int(number[-1]) if len(number) else 0
+    return pixels, number[root].int().repeat_interleave(length), count
 
 
 def edge_of(mask: Tensor) -> Tensor:
@@ -456,10 +438,8 @@ def compress(parent: Tensor) -> Tensor:
 
 
 def without_holes(label: Tensor) -> Tensor:
-    """Labels (H, W) int32, with the background that one cell encloses given to it: cells have no
-    holes, pictures of them do.
-
-    What a cell encloses together with another, or with the edge of the image, stays as it is.
+    """Labels (H, W) int32 with the background that one cell encloses given to it: cells have no
+    holes. What two cells enclose, or a cell and the edge of the image, stays background.
     """
     H, W = label.shape
     S = W + 1
@@ -478,7 +458,7 @@ def without_holes(label: Tensor) -> Tensor:
 
 
 def drop_small(label: Tensor, min_area: int, count: int) -> Tensor:
-    """Cells of fewer than min_area px become background, the rest is numbered 1..n again."""
+    """Drop cells of fewer than min_area px and number the others 1..n."""
     keep = torch.bincount(label.flatten(), minlength=count + 1) >= min_area
     keep[0] = False
     return (keep.cumsum(0) * keep).int()[label]

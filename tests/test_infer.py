@@ -58,11 +58,19 @@ def run(*arguments, cwd=None):
     return done.returncode, done.stdout, done.stderr
 
 
+def run_here(*arguments, capsys):
+    """The same in this process."""
+    with pytest.raises(SystemExit) as end:
+        runs.script(infer.__doc__, infer.Config, infer.main, [str(a) for a in arguments])
+    return end.value.code, *capsys.readouterr()
+
+
 def rows(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.smoke
 def test_all_results_of_one_image(tmp_path, field):
     image = write(tmp_path / "a.tif", field, "ER", "Brightfield")
     out = tmp_path / "out"
@@ -160,11 +168,12 @@ def test_results_are_kept_unless_overwritten(tmp_path, field, capsys):
     assert (out / "a_labels.tif").stat().st_mtime_ns > first
 
 
-def test_one_bad_file_among_many(tmp_path, field):
+def test_one_bad_file_among_many(tmp_path, field, capsys):
     write(tmp_path / "a.tif", field, "ER")
     write(tmp_path / "c.tif", field, "RNA")
     (tmp_path / "b.tif").write_bytes(b"")
-    code, out, err = run(tmp_path, f"out={tmp_path / 'out'}")
+    code, out, err = run_here(tmp_path, f"out={tmp_path / 'out'}", "weights=demo_synthetic",
+                              capsys=capsys)
     assert code == 1 and "2 images" in out
     assert err.count("warning: ") == 1 and "b.tif" in err
     assert err.strip().splitlines()[-1].startswith("error: 1 of 3 images could not be done:")
@@ -173,6 +182,7 @@ def test_one_bad_file_among_many(tmp_path, field):
     assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith((".", "b"))]
 
 
+@pytest.mark.smoke
 def test_folders_globs_and_patterns(tmp_path):
     for name in ("p1/x_w1.tif", "p1/x_w2.tif", "p2/deep/x_w1.png", "p1/x_w1_labels.tif",
                  "p1/notes.txt", "p1/x_overlay.png"):
@@ -214,6 +224,7 @@ def test_what_is_no_image_of_a_folder_is_left_out_and_nothing_else(tmp_path):
     assert list(infer.find_images(named[1:2], Config()).values()) == ["a_labels"]
 
 
+@pytest.mark.smoke
 def test_channels_keep_their_numbers(tmp_path, field):
     tifffile.imwrite(tmp_path / "a.tif", field.pixels[:3], photometric="minisblack",
                      metadata={"axes": "CYX"})
@@ -243,6 +254,7 @@ def test_a_summary_saved_by_another_program(tmp_path, field):
         infer.main(Config(out=str(out), overwrite=True), [str(tmp_path / "b.tif")])
 
 
+@pytest.mark.smoke
 def test_diameter_in_px_and_micrometres():
     assert infer.parse_diameter("40", None, None) == 40 and infer.parse_diameter("12um", 0.5,
                                                                                  None) == 24
@@ -291,20 +303,16 @@ def constant(tmp_path):
     tifffile.imwrite(tmp_path / "x.tif", np.full((50, 60), 9, np.uint16))
 
 
-def test_a_constant_image_has_no_cells(tmp_path):
+@pytest.mark.smoke
+def test_a_constant_image_has_no_cells(tmp_path, capsys):
     constant(tmp_path)
-    code, out, err = run(tmp_path / "x.tif", f"out={tmp_path / 'out'}")
+    code, out, err = run_here(tmp_path / "x.tif", f"out={tmp_path / 'out'}", capsys=capsys)
     assert code == 0 and tifffile.imread(tmp_path / "out/x_labels.tif").max() == 0
     assert rows(tmp_path / "out/x_cells.csv") == [] and rows(tmp_path
                                                              / "out/summary.csv")[0]["cells"] == "0"
 
 
 def test_every_mistake_is_one_line(tmp_path, monkeypatch, capsys):
-    def run_here(*arguments):
-        with pytest.raises(SystemExit) as end:
-            runs.script(infer.__doc__, infer.Config, infer.main, [str(a) for a in arguments])
-        return end.value.code, *capsys.readouterr()
-
     monkeypatch.chdir(tmp_path)
     constant(tmp_path)
     (tmp_path / "empty.tif").touch()
@@ -344,10 +352,9 @@ def test_every_mistake_is_one_line(tmp_path, monkeypatch, capsys):
             ([good, "channels=DNA"], "no channel 'DNA'"),
             ([good, "channels=3"], "no channel '3'"), ([good, "diameter=12um"],
                                                        "does not say how large a pixel is")]:
-        code, out, err = run_here(*arguments, *(["out=o"] if not any("out=" in str(a)
-                                                                     for a in arguments) else []),
-                                  *(["weights=demo_synthetic"]
-                                    if not any("weights=" in str(a) for a in arguments) else []))
+        more = [default for default in ("out=o", "weights=demo_synthetic")
+                if not any(default.split("=")[0] + "=" in str(a) for a in arguments)]
+        code, out, err = run_here(*arguments, *more, capsys=capsys)
         last = err.strip().splitlines()
         assert code == 1 and last[-1].startswith("error: ") and said in err, (arguments, err)
         assert "Traceback" not in err and len(last) <= 2, err

@@ -30,6 +30,7 @@ def relative_error(got, expected):
 
 # ----------------------------------------------------------------------------- the official network
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("file,limit", [("official", 1e-5), ("hugging face", 2e-3)])
 def test_reproduces_dinov3(shared, tmp_path, file, limit):
     fixture = torch.load(shared / "fixtures/dinov3_small.pt", weights_only=True)
@@ -111,6 +112,7 @@ def test_patch_8_answers_as_patch_16_on_the_image_enlarged(shared, tmp_path):
     assert gain < 0.5, "a bicubic kernel answers far too weakly"
 
 
+@pytest.mark.smoke
 def test_a_smooth_kernel_resized_is_weaker_by_four():
     """Closed form: on a constant image 256 ones answer 256; resized to 64 ones they would answer
     64."""
@@ -140,6 +142,7 @@ def test_round_trip_keeps_everything(tmp_path):
     assert torch.equal(model.load_backbone(tmp_path / "backbone.pt")(x).cls, alone(x).cls)
 
 
+@pytest.mark.smoke
 def test_wrong_weights_are_named(tmp_path, shared):
     weights = torch.load(shared / "fixtures/dinov3_small.pt", weights_only=True)["state_dict"]
 
@@ -254,6 +257,7 @@ def test_ready_is_the_same_network_in_the_type_of_the_hardware(monkeypatch):
             assert not bf16 or not torch.equal(found, net(x))
 
 
+@pytest.mark.smoke
 def test_attention_by_products_has_the_gradient_of_attention():
     torch.manual_seed(0)
     parts = [torch.randn(2, 3, 17, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
@@ -285,6 +289,7 @@ def test_any_multiple_of_the_patch(H, W):
     assert y.shape == (2, 1, H, W) and y.min() >= 0 and y.max() <= 1
 
 
+@pytest.mark.smoke
 def test_other_sides_are_refused():
     with pytest.raises(ValueError, match="30 x 32 px.*multiples of the patch"):
         small_net()(torch.rand(1, 3, 30, 32))
@@ -296,6 +301,7 @@ def test_an_image_does_not_depend_on_its_batch():
     assert torch.allclose(net(x)[:1], net(x[:1]), atol=1e-6)
 
 
+@pytest.mark.smoke
 def test_gradient_reaches_everything_that_trains():
     net = small_net()
     net(torch.rand(2, 3, 32, 32)).square().sum().backward()
@@ -323,6 +329,7 @@ def test_compiled_network_gives_the_same():
     assert list(net.state_dict()) == names
 
 
+@pytest.mark.smoke
 def test_rope_sees_relative_places_only():
     """The product of a rotated query and key depends on the difference of their places, not on the
     places."""
@@ -371,9 +378,9 @@ needs_onnx = pytest.mark.skipif(not all(map(importlib.util.find_spec,
 def onnx_net() -> model.DINOCell:
     """A network whose distances differ from pixel to pixel and from image to image, in a second."""
     torch.manual_seed(0)
-    vit = model.ViT(dim=32, depth=4, heads=2, registers=2, layerscale=0.5)
-    net = model.DINOCell(vit, (16, 8, 8), 8, model.Settings(tile=32, peak=0.4, diameter=21.0,
-                                                            low=2.0)).eval()
+    vit = model.ViT(dim=32, depth=3, heads=2, registers=2, layerscale=0.5)
+    settings = model.Settings(tile=32, peak=0.4, diameter=21.0, low=2.0)
+    net = model.DINOCell(vit, (16, 8), 0, settings, stem=1).eval()
     torch.nn.init.normal_(net.decoder.head.weight)
     return net
 

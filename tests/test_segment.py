@@ -78,6 +78,7 @@ def test_tiles_do_not_show(shape):
     assert same_cells(labels, whole(image))
 
 
+@pytest.mark.smoke
 def test_blocks_do_not_show():
     image = cones(1, 700, 900, 700)
     whole = segment.segment(image, PassOn(), limits=UNIT)
@@ -105,6 +106,7 @@ def test_every_cell_is_new_once_and_whole_in_that_view():
     assert sorted(met.values()) == sorted(area[1:])
 
 
+@pytest.mark.smoke
 def test_a_cell_larger_than_the_halo_keeps_one_id():
     image = np.zeros((64, 600), np.float32)
     image[20:40, 30:570] = 1
@@ -159,6 +161,7 @@ def test_flat_tiles_are_not_shown_to_the_network():
     assert segment.segment(np.full((50, 40), 7, np.uint16), net).sum() == 0
 
 
+@pytest.mark.smoke
 def test_border_cells_are_dropped_when_asked():
     image = cones(5, 300, 300, 120)
     kept = segment.segment(image, PassOn(), limits=UNIT, border="drop")
@@ -178,6 +181,7 @@ def test_min_area_is_counted_in_px_of_the_image():
         assert segment.segment(image, PassOn(), limits=UNIT, zoom=scale, min_area=0).max() == 2
 
 
+@pytest.mark.smoke
 def test_zoom_follows_the_diameter():
     net = PassOn(diameter=16.0)
     assert segment.zoom_for(32, net) == 0.5
@@ -207,6 +211,7 @@ def test_lengths_of_a_setting_are_px_of_the_network():
     assert not same_cells(found, segment.segment(image, net, limits=UNIT, zoom=0.5, smooth=0.0))
 
 
+@pytest.mark.smoke
 def test_a_plan_says_what_the_image_gets():
     net, image = PassOn(diameter=16.0), cones(3, 300, 260, 60)
     plan = segment.plan_for(image, net, diameter=32, peak=0.7, min_area=40)
@@ -245,6 +250,7 @@ def test_memory_runs_out_and_the_batch_shrinks():
     assert max(size[0] for size in net.sizes) == 2
 
 
+@pytest.mark.smoke
 def test_wrong_values_are_named():
     image = np.zeros((9, 9), np.float32)
     for options, said in [(dict(tile=60), "tile=60: expected a multiple of the patch, 8"),
@@ -268,6 +274,7 @@ def test_progress_and_clock():
     assert set(clock) == {"read", "network", "watershed"} and min(clock.values()) > 0
 
 
+@pytest.mark.smoke
 def test_cells_come_without_holes():
     """In one block and in many, where the hole lies over a corner of four."""
     image = np.zeros((130, 130), np.float32)

@@ -23,6 +23,7 @@ import optim
 import runs
 import segment
 import train_seg
+import watershed
 
 TOY = dict(network=dict(dim=16, depth=4, heads=2, registers=1, widths=[8, 8, 4], last=4),
            data=dict(fields=5, field_size=80, field_cells=4, diameter=24), crop=32, batch=4,
@@ -36,40 +37,45 @@ def toy(folder, **changes):
     return path
 
 
-def command(*arguments, torchrun=0):
-    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={torchrun}",
-             "--master_addr=127.0.0.1",
-             "--master_port=0", "--rdzv_backend=c10d",
-             "--rdzv_endpoint=127.0.0.1:0"] if torchrun else [sys.executable]
-    return [*start, str(ROOT / "train_seg.py"), *map(str, arguments)]
-
-
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1",
+            "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
 
 
-def run(*arguments, torchrun=0):
-    """The script as a command: in this process, unless torchrun is asked for."""
-    if torchrun:
-        return subprocess.run(command(*arguments, torchrun=torchrun), capture_output=True,
-                              text=True, env=ENVIRONMENT)
-    out, err, state = io.StringIO(), io.StringIO(), torch.get_rng_state()
-    try:
-        with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-              pytest.raises(SystemExit) as end):
-            runs.script(train_seg.__doc__, train_seg.Config, train_seg.main,
-                        list(map(str, arguments)))
-    finally:
-        torch.set_rng_state(state)
+GRID, FEW = watershed.GRID, {"peak": (0.3, 0.5), "fill": (0.1, 0.3), "depth": (0.0, 0.2),
+                             "smooth": (0.0,), "shape": (0.0,), "min_area": (0,)}
+
+
+def command(path, start=()):
+    """The script as a process of its own, with the settings to choose from that this one has."""
+    script = path.parent / "few.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport runs, train_seg\n"
+                      f"import watershed; watershed.GRID = {watershed.GRID}\n"
+                      f"runs.script(train_seg.__doc__, train_seg.Config, train_seg.main)\n")
+    return [sys.executable, *start, str(script), str(path)]
+
+
+def run(*arguments):
+    """The script in this process: exit code, what it printed, what it said on stderr."""
+    out, err, interrupt = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGINT)
+    state = torch.get_rng_state()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+            pytest.raises(SystemExit) as end:
+        runs.script(train_seg.__doc__, train_seg.Config, train_seg.main, [*map(str, arguments)])
+    signal.signal(signal.SIGINT, interrupt)
+    torch.set_rng_state(state)
     return SimpleNamespace(returncode=end.value.code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Started scripts and this process add up in the same order."""
-    threads = torch.get_num_threads()
+def quick():
+    """One thread, as in the processes that are compared with this one, for sums have an order; and
+    few settings of the watershed to choose from."""
+    before, watershed.GRID = torch.get_num_threads(), FEW
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
+    watershed.GRID = GRID
 
 
 def weights(folder):
@@ -85,6 +91,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.smoke
 def test_a_run_leaves_what_it_promises(whole):
     folder = whole / "runs/seg"
     assert runs.load_config(train_seg.Config, folder / "config.yaml").steps == 12
@@ -101,36 +108,50 @@ def test_a_run_leaves_what_it_promises(whole):
         and net.settings.cap == 4.0
         and net.settings.diameter == pytest.approx(24, abs=1)
     )
-    assert net.settings.peak == best["val_peak"] and net.settings.fill == best["val_fill"]
+    assert net.size is None
+    assert (net.settings.peak, net.settings.fill) == (best["val_peak"], best["val_fill"])
     story = net.settings.provenance
     assert len(story["images"]["train"]) == 8 and len(story["images"]["validation"]) == 2
     assert story["scores"]["score"] == pytest.approx(best["score"], rel=1e-4)
 
 
-@pytest.mark.parametrize("number,code", [(signal.SIGKILL, -signal.SIGKILL),
-                                         (signal.SIGTERM, runs.REQUEUE),
-                                         (signal.SIGUSR1, runs.REQUEUE)])
-def test_stopped_and_started_again_it_reaches_the_same_weights(whole, tmp_path, number, code):
-    path = toy(tmp_path)
-    process = subprocess.Popen(command(path), env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True)
-    checkpoints = tmp_path / "runs/seg/checkpoints/seg"
-    deadline = time.monotonic() + 120
-    while (
-        not list(checkpoints.glob("step_*.pt"))
-        and process.poll() is None
-        and time.monotonic() < deadline
-    ):
-        time.sleep(0.005)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == code, err
-    reached = max(int(p.stem[5:]) for p in checkpoints.glob("step_*.pt"))
-    done = run(path)
+def goes_on_to_the_same_weights(whole, folder):
+    reached = max(int(p.stem[5:]) for p in (folder / "runs/seg/checkpoints/seg").glob("step_*.pt"))
+    done = run(toy(folder))
     assert done.returncode == 0, done.stderr
-    assert f"going on from step {reached}" in done.stderr
-    expected, got = weights(whole), weights(tmp_path)
+    assert f"going on from step {reached}" in done.stderr and reached < 12
+    expected, got = weights(whole), weights(folder)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_killed_and_started_again_it_reaches_the_same_weights(whole, tmp_path):
+    process = subprocess.Popen(command(toy(tmp_path)), env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while (not list(tmp_path.glob("runs/seg/checkpoints/seg/step_*.pt")) and process.poll() is None
+           and time.monotonic() < deadline):
+        time.sleep(0.005)
+    process.kill()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, err
+    goes_on_to_the_same_weights(whole, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_stopped_and_started_again_it_reaches_the_same_weights(whole, tmp_path, number,
+                                                               monkeypatch):
+    """The signal comes between two checkpoints: what was learnt since is kept."""
+    step, seen = train_seg.Trainer.step, []
+
+    def interrupted(trainer, *arguments):
+        seen.append(1)
+        if len(seen) == 5:
+            signal.raise_signal(number)
+        return step(trainer, *arguments)
+    with monkeypatch.context() as patched:
+        patched.setattr(train_seg.Trainer, "step", interrupted)
+        assert run(toy(tmp_path)).returncode == runs.REQUEUE and len(seen) == 5
+    goes_on_to_the_same_weights(whole, tmp_path)
 
 
 def test_a_signal_while_it_validates_is_heard(tmp_path, monkeypatch):
@@ -176,19 +197,21 @@ def test_a_cycle_can_be_added_to_a_run_that_is_done(tmp_path):
     assert all(torch.equal(value, later[name]) for name, value in once.items())
 
 
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_train_as_one(tmp_path, monkeypatch):
     """Weights after 20 steps. No even ground, in crops without cells or where a change clips it to
     black: there every feature lies exactly on the kink of a ReLU, where the rounding of a sum
     decides which side counts, otherwise on each processor. And an eps that keeps Adam from dividing
     gradients that are nothing but rounding by themselves."""
+    monkeypatch.setattr(watershed, "GRID", GRID)
     uneven = dict(negative=0, dim=0, drop=0, brightness=0, contrast=0, noise=1)
     nets, norms, scores = [], [], []
     for processes in (0, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        done = run(toy(folder, steps=20, val_every=10, save_every=20, log_every=1, eps=1e-6,
-                       augment=uneven),
-                   torchrun=processes)
+        path = toy(folder, steps=20, val_every=10, save_every=20, log_every=1, eps=1e-6,
+                   augment=uneven)
+        done = run(path) if not processes else subprocess.run(
+            command(path, start=TORCHRUN), capture_output=True, text=True, env=ENVIRONMENT)
         assert done.returncode == 0, done.stderr
         nets.append(torch.load(folder / "runs/seg/checkpoints/seg/step_00000020.pt",
                                weights_only=True)["net"])
@@ -234,6 +257,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     )
 
 
+@pytest.mark.smoke
 def test_edges_and_seams_count_more_when_asked():
     """Closed form, k = 8: a pixel at distance 1/4 counts 1 + 8 * 3/4 = 7 times, ground within 2 px
     of a cell 9 times, the middle of a cell and far ground once; pixels within 2 px of two cells 10
@@ -253,6 +277,7 @@ def test_edges_and_seams_count_more_when_asked():
     assert model.distance_loss(predicted, target, two, 0, 10).item() == pytest.approx(expected)
 
 
+@pytest.mark.smoke
 def test_it_starts_from_weights(whole, tmp_path):
     path = whole / "final_models/seg.pt"
     config = runs.load_config(train_seg.Config, toy(tmp_path), [f"init={path}", "train_blocks=1"])
@@ -353,21 +378,19 @@ def test_the_size_head_learns_how_wide_cells_are(tmp_path):
     not learnt again, and images are segmented at the scale that it asks for."""
     labelled_folder(tmp_path / "cells", 6)
     path = toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"], share=0.3, diameter=16),
-               steps=4, val_every=4, batch=16,
-               crop=64, init=str(ROOT / "final_models/demo_synthetic.pt"), lr=1e-5)
-    assert train_seg.main(runs.load_config(train_seg.Config, path), []) == 0
-    plain = model.load(tmp_path / "final_models/seg.pt")
-    for _ in range(2):
-        assert train_seg.main(runs.load_config(train_seg.Config, path,
-                                               ["size_steps=150", "experiment=sized"]), []) == 0
-    assert [
-        line["step"]
-        for line in runs.history(tmp_path / "runs/sized/log.jsonl")
-        if "size_loss" in line
-    ] == list(range(7, 155, 3))
-    net = model.load(tmp_path / "final_models/sized.pt")
-    assert plain.size is None and all(torch.equal(a, b) for a, b in zip(plain.decoder.parameters(),
-                                                                        net.decoder.parameters()))
+               steps=4, val_every=4, batch=16, crop=64, lr=1e-5, size_steps=60,
+               init=str(ROOT / "final_models/demo_synthetic.pt"))
+    config = runs.load_config(train_seg.Config, path)
+    assert train_seg.main(config, []) == 0
+    before = (tmp_path / "final_models/seg.pt").read_bytes()
+    assert train_seg.main(config, []) == 0 and (tmp_path
+                                                / "final_models/seg.pt").read_bytes() == before
+    lines = runs.history(tmp_path / "runs/seg/log.jsonl")
+    assert [line["step"] for line in lines if "size_loss" in line] == list(range(7, 65, 3))
+    net = model.load(tmp_path / "final_models/seg.pt")
+    learnt = torch.load(tmp_path / "runs/seg/checkpoints/seg/best.pt", weights_only=True)["average"]
+    for name, value in net.decoder.named_parameters():
+        assert torch.equal(value, learnt[f"module.decoder.{name}"].half().float()), name
     pixels = torch.from_numpy(data.network_input(data.examples(tmp_path / "cells")[0]))
     seen = [torch.nn.functional.interpolate(pixels[None], scale_factor=zoom, mode="bilinear",
                                             antialias=True)[0].numpy() for zoom in (0.3, 3.0)]
@@ -375,9 +398,9 @@ def test_the_size_head_learns_how_wide_cells_are(tmp_path):
                     for image in seen)
     assert 2 < small < 0.8 * large < 200, (small, large)
     wide = segment.seen_diameter(segment.as_source(seen[1]), net, segment.UNIT)
-    found = [segment.segment(seen[1], net, limits=segment.UNIT, diameter=diameter)
-             for diameter in (None, wide)]
-    assert np.array_equal(*found)
+    labels = [segment.segment(seen[1], net, limits=segment.UNIT, diameter=diameter)
+              for diameter in (None, wide)]
+    assert np.array_equal(*labels)
 
 
 def test_few_held_out_images_are_filled_up_for_settings_alone(tmp_path):
@@ -395,6 +418,7 @@ def test_few_held_out_images_are_filled_up_for_settings_alone(tmp_path):
         assert {e.name for e in own if not e.held} < set(hashes["train"])
 
 
+@pytest.mark.smoke
 def test_parts_can_be_left_out(tmp_path):
     """The keys of configs/ablation.yaml: other weights are trained than those of the whole network.
     """
@@ -422,6 +446,7 @@ def test_few_images_are_among_more(tmp_path):
     assert lots[2, 0] < lots[5, 0] < lots[None, 0] == lots[None, 1] and lots[5, 0] != lots[5, 1]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("changes,said", [
     (["data.sets=[{path: a, weight: 0}]"], "expected a number, above 0"),
     (["data.diameter=-4"], "data.diameter=-4: expected a number, above 0"),
@@ -458,32 +483,29 @@ def labelled_folder(folder, images):
     return folder
 
 
-def test_wandb_gets_numbers_and_pictures(tmp_path):
+def test_wandb_gets_numbers_and_pictures(tmp_path, monkeypatch):
     """What is sent, seen by a stand-in for the package: every kind of number, and the pictures."""
-    (tmp_path / "wandb.py").write_text("""
-import json, types
-def write(kind, value):
-    with open("sent.jsonl", "a") as file: file.write(json.dumps([kind, value]) + chr(10))
-class Image:
-    def __init__(self, rgb): self.shape = rgb.shape
-def log(values, step):
-    plain = {k: list(v.shape) if isinstance(v, Image) else v for k, v in values.items()}
-    write("log", plain | {"step": step})
-def init(**options):
-    assert not set(options["id"]) & set("/:;,#?'")
-    write("init", {k: options[k] for k in ("mode", "name", "resume")})
-    return types.SimpleNamespace(log=log, finish=lambda: write("end", {}))
-""")
-    done = subprocess.run(command(toy(tmp_path), "wandb=on", "steps=6", "experiment=a/seg"),
-                          capture_output=True, text=True, cwd=tmp_path,
-                          env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)})
+    sent, begun, ended = [], [], []
+
+    def init(**options):
+        begun.append(options)
+        return SimpleNamespace(log=log, finish=lambda: ended.append(1))
+
+    def log(values, step):
+        sent.append({"step": step, **values})
+
+    stand_in = SimpleNamespace(init=init, log=log, Image=lambda rgb: list(rgb.shape))
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    done = run(toy(tmp_path), "wandb=on", "steps=6", "experiment=a/seg")
     assert done.returncode == 0, done.stderr
-    (_, begun), *sent, end = map(json.loads, (tmp_path / "sent.jsonl").read_text().splitlines())
-    assert begun == {"mode": "online", "name": "a/seg", "resume": "allow"} and end[0] == "end"
-    names = {name for _, values in sent for name in values}
+    options, = begun
+    assert {k: options[k] for k in ("mode", "name", "resume")} == {
+        "mode": "online", "name": "a/seg", "resume": "allow"}
+    assert not set(options["id"]) & set("/:;,#?'") and ended == [1]
+    names = {name for values in sent for name in values}
     assert names >= {"loss", "lr", "weight_decay", "gradient", "images_per_s", "data_share",
                      "score", "val_AP@0.5"}
-    pictures = [values for _, values in sent if any(name.startswith("validation_")
+    pictures = [values for values in sent if any(name.startswith("validation_")
                                                     for name in values)]
     assert any(isinstance(shape, list) and shape[2] == 3 for shape in pictures[0].values())
 

@@ -618,12 +618,14 @@ class _Unpickler(pickle.Unpickler):
 DONOR = r"(?i).*(?<![a-z])(?:donor|patient|subject|case)(?:[-_ ]|(?=\d))([a-z0-9]+)"
 MOMENT = re.compile(r"(?i)[-_. ]?\d+d\d+h\d+m.*")      # 01d04h00m_2 of LIVECell: time, quarter
 FRAME = re.compile(
-    r"(?i)(?<![a-z0-9])(?:t|tp|time|frame|copy|crop|z|slice|plane|w|ch|channel)[-_]?\d+(?=xy|[^a-z0-9]|$)"
+    r"(?i)(?<![a-z0-9])(?:t|tp|time|frame|copy|crop|z|slice|plane|w|ch|channel)"
+    r"[-_]?\d+(?=xy|[^a-z0-9]|$)"
 )
-FIELD = re.compile(
-    r"(?i)(?<![a-z0-9])(r\d+c\d+|[a-p]\d\d?)(?:[-_]?(?:s|f|site|field|pos)[-_]?|[-_])\d+(?:[pd]\d+)?"
+FIELD = re.compile(                                    # of a well
+    r"(?i)(?<![a-z0-9])(r\d+c\d+|[a-p]\d\d?)"
+    r"(?:[-_]?(?:s|f|site|field|pos)[-_]?|[-_])\d+(?:[pd]\d+)?"
     r"(?![a-z0-9])"
-)                                # of a well
+)
 
 
 def group_of(name: str) -> str:

@@ -56,7 +56,7 @@ SAMPLED = 1 << 16       # pixels of a channel, up to four times as many, that sa
 LABEL_TILE = 512                        # px, side of the tiles of a label file that comes in parts
 CLASSIC = 1 << 31                       # bytes; beyond, a TIFF must be a BigTIFF
 COUNTED = 1 << 22                       # pixels of a channel that percentiles() counts together
-CALIBRATED = 20.0             # µm; a larger pixel in resolution tags is a printer's: 1200 dpi is 21
+CALIBRATED = 20.0           # µm; a larger pixel in resolution tags is a printer's (1200 dpi: 21)
 MICROMETRES = {**dict.fromkeys(("µm", "μm", "\\u00b5m", "um", "micron", "microns"), 1.0),
                "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25400.0, "in": 25400.0}
 # errors of decoders when bytes are wrong or missing

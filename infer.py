@@ -144,7 +144,8 @@ def segment_all(found: Images, shelf: s3.OutputFolder, table: str, weights: Path
         if config.diameter == "auto" and net.size is None:
             raise ValueError(f"diameter=auto: {weights.name} cannot tell how large cells are; give "
                              "px (40) or µm (12um)")
-        if net.mean.device.type == "cpu" and config.weights == "default":
+        if (net.mean.device.type == "cpu" and config.weights == "default"
+                and weights.stem == "dinocell_s8"):
             say("no GPU: weights=tiny is three times as fast, and hardly less accurate")
         start = time.perf_counter()
         code = work.do(todo, net, config, alone=len(found) == 1)
@@ -320,8 +321,8 @@ def parse_diameter(text: str | None, pixel_size: float | None, path: Path | None
     if match[2] in (None, "px"):
         return float(match[1])
     if pixel_size is None:
-        raise ValueError(f"{path}: diameter={text} is in µm, but the file does not say how large a "
-                         f"pixel is; give px")
+        raise ValueError(f"{path}: diameter={text} is in µm, but the file does not say how large "
+                         "a pixel is; give px")
     return float(match[1]) / pixel_size
 
 

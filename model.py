@@ -443,7 +443,8 @@ class DINOCell(nn.Module):
         if has_bf16(device):
             for parameter in self.parameters():
                 parameter.data = parameter.data.bfloat16()
-            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as documented
+            # torch documents this form, its stub lacks it
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
 

@@ -78,6 +78,11 @@ def quick():
     watershed.GRID = GRID
 
 
+def checkpoint(folder, step):
+    path = folder / f"runs/seg/checkpoints/seg/step_{step:08d}.pt"
+    return torch.load(path, weights_only=True)
+
+
 def weights(folder):
     return torch.load(folder / "final_models/seg.pt", weights_only=True)["state_dict"]
 
@@ -191,9 +196,7 @@ def test_a_cycle_can_be_added_to_a_run_that_is_done(tmp_path):
     assert len(rates) == 8 and rates[:4] == rates[4:] and rates[3] < 0.01 * rates[1]
     # the end of each may be the last
     assert [line["step"] for line in log if "score" in line] == [4, 8]
-    once, later = ((torch.load(tmp_path / name / "runs/seg/checkpoints/seg/step_00000008.pt",
-                               weights_only=True)["net"])
-                   for name in ("once", "later"))
+    once, later = (checkpoint(tmp_path / name, 8)["net"] for name in ("once", "later"))
     assert all(torch.equal(value, later[name]) for name, value in once.items())
 
 
@@ -213,8 +216,7 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
         done = run(path) if not processes else subprocess.run(
             command(path, start=TORCHRUN), capture_output=True, text=True, env=ENVIRONMENT)
         assert done.returncode == 0, done.stderr
-        nets.append(torch.load(folder / "runs/seg/checkpoints/seg/step_00000020.pt",
-                               weights_only=True)["net"])
+        nets.append(checkpoint(folder, 20)["net"])
         log = [*map(json.loads, (folder / "runs/seg/log.jsonl").read_text().splitlines())]
         norms.append([(line["gradient"], line["loss"]) for line in log if "gradient" in line])
         scores.append([line["val_SEG"] for line in log if "score" in line])

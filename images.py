@@ -16,13 +16,17 @@ Axes are read from the file and never guessed. C and samples (RGB) are channels.
 1 must be chosen. Pages without metadata are an error, unless plane= says that they are a stack or
 channels= that they are channels. A 3-D .npy is (C, H, W), or (H, W, C) if only its last axis is 4
 or less. Alpha is dropped with a notice. A palette becomes RGB, unless ImageJ wrote it, whose lookup
-tables only colour the screen. MinIsWhite and EXIF's orientation are not applied: pixels as stored.
+tables only colour the screen. MinIsWhite and EXIF's orientation are said, not applied: pixels as
+stored. Sizes are compared with the bytes that are there and the memory that is free before pixels
+are decoded, and no decoder gives more than its file claims.
 """
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import io
 import itertools
+import json
 import logging
 import lzma
 import math
@@ -47,22 +51,31 @@ import numpy as np
 import PIL.Image
 import tifffile
 
-from runs import replacing
+import runs
 
-TIFF, NPY, PNG_JPEG = (".tif", ".tiff", ".btf"), (".npy",), (".png", ".jpg", ".jpeg")
+TIFF = (".tif", ".tiff", ".btf", ".svs", ".ndpi", ".scn")              # the last three of slides
+NPY, PNG_JPEG = (".npy",), (".png", ".jpg", ".jpeg")
 IMAGE_SUFFIXES = TIFF + PNG_JPEG + NPY
 CACHE = 256 << 20                       # bytes of decoded tiles or strips that an open image keeps
 SAMPLED = 1 << 16       # pixels of a channel, up to four times as many, that sampled_limits() sees
+RECORD = 1 << 14                        # bytes
 LABEL_TILE = 512                        # px, side of the tiles of a label file that comes in parts
 CLASSIC = 1 << 31                       # bytes; beyond, a TIFF must be a BigTIFF
 COUNTED = 1 << 22                       # pixels of a channel that percentiles() counts together
+DENSEST = {"PNG": 1032, "JPEG": 64 * 8}    # pixels of a channel that a byte can hold, at most
+SMALL = 64 << 20                    # bytes that are asked for without a look at the memory
+BITS = {"1": 1}                        # of a pixel in a channel, where Pillow has not 8
+LIBTIFF = (5, 32773, 50000)             # LZW, PackBits, zstd
+JPEG = 7                                # in TIFF
+ORIENTATION = 274                       # the tag of EXIF
+SMALLEST = 1e-5             # µm; no microscope has smaller pixels
 CALIBRATED = 20.0           # µm; a larger pixel in resolution tags is a printer's (1200 dpi: 21)
 MICROMETRES = {**dict.fromkeys(("µm", "μm", "\\u00b5m", "um", "micron", "microns"), 1.0),
                "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25400.0, "in": 25400.0}
 # errors of decoders when bytes are wrong or missing
-DAMAGE = (tokenize.TokenError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError,
-          AssertionError, AttributeError, OSError, SyntaxError, ImportError, struct.error,
-          zlib.error, lzma.LZMAError, tifffile.TiffFileError)
+DAMAGE = (MemoryError, tokenize.TokenError, ValueError, LookupError, TypeError, ArithmeticError,
+          RuntimeError, AssertionError, AttributeError, OSError, SyntaxError, ImportError,
+          struct.error, zlib.error, lzma.LZMAError, tifffile.TiffFileError)
 
 TOLD: Counter[str] = Counter()          # files of this run with each notice
 
@@ -87,16 +100,20 @@ class Damaged(ValueError):
 
 # ---------------------------------------------------------------------------------------- folders
 
-def image_files(folder: str | Path, pattern: str = "*") -> list[Path]:
+def image_files(folder: str | Path, pattern: str = "*",
+                unreadable: list[OSError] | None = None) -> list[Path]:
     """Image files in a folder and below it, in natural order (2 before 10); nothing hidden.
 
-    pattern : of file names, such as *_w1.tif.
+    pattern : of file names, such as *_w1.tif; unreadable : takes the errors of folders below that
+    cannot be opened, which are raised without it.
     """
-    def fail(error: OSError) -> None:
-        raise error
+    def note(error: OSError) -> None:
+        if unreadable is None or error.filename == str(folder):
+            raise error
+        unreadable.append(error)
 
     found = []
-    for parent, below, names in os.walk(folder, onerror=fail):
+    for parent, below, names in os.walk(folder, onerror=note):
         below[:] = [name for name in below if not name.startswith(".")]
         found += [Path(parent, name) for name in names if not name.startswith(".")
                   and name.lower().endswith(IMAGE_SUFFIXES) and fnmatch(name, pattern)]
@@ -134,11 +151,11 @@ def told(path: str | Path, notice: str) -> str | None:
 
 
 def open_image(path: str | Path, channels: Channels = None, plane: int | None = None,
-               time: int | None = None) -> Source:
+               time: int | None = None, colours: bool = True) -> Source:
     """Open an image without decoding it (PNG and JPEG are decoded now and kept).
 
     channels : numbers from 1 or names in any case, in the order wanted; None for all.
-    plane, time : of a stack, from 1.
+    plane, time : of a stack, from 1; colours : False keeps the numbers of a palette.
     """
     path = Path(path)
     with open(path, "rb") as file:                       # the system says if missing, a folder, ...
@@ -148,7 +165,7 @@ def open_image(path: str | Path, channels: Channels = None, plane: int | None = 
         if path.suffix.lower() in suffixes:
             with ExitStack() as files:
                 select = partial(_select, path, plane, time, channels is not None)
-                source = Source(path, channels, **opener(path, select, files))
+                source = Source(path, channels, **opener(path, select, files, colours))
                 source.close = files.pop_all().close
                 return source
     raise ValueError(f"{path}: unknown suffix '{path.suffix}', expected "
@@ -186,7 +203,9 @@ class Source:
         _, H, W = self.shape
         if not (0 <= y0 < y1 <= H and 0 <= x0 < x1 <= W):
             raise ValueError(f"{self.path}: no region {y0}:{y1}, {x0}:{x1} in {H} x {W} px")
-        pixels = self._read(self._picked + self._alpha, slice(y0, y1), slice(x0, x1))
+        wanted = self._picked + self._alpha
+        check_memory(self.path, len(wanted) * (y1 - y0) * (x1 - x0) * self.dtype.itemsize)
+        pixels = self._read(wanted, slice(y0, y1), slice(x0, x1))
         pixels = pixels.astype(self.dtype, copy=False)
         if self._alpha:
             opaque = 1 if self.dtype.kind == "f" else np.iinfo(self.dtype).max
@@ -262,6 +281,14 @@ def _select(path: Path, plane: int | None, time: int | None, by_channel: bool,
     return "".join(a for a in letters if a in "CSYX"), tuple(index)
 
 
+def check_memory(path: Path, size: float) -> None:
+    """Refuse pixels that do not fit; they are held three times while they are decoded."""
+    if size > SMALL and 3 * size > (free := runs.free_memory()):
+        raise ValueError(f"{path}: too large for memory, {size / 1e9:.3g} GB of pixels at once and "
+                         f"{free / 1e9:.3g} GB free, of which a third may be used; save it as a "
+                         "tiled TIFF, which is read in parts, or take a machine with more memory")
+
+
 @contextmanager
 def decoding(path: Path, codec: str = "") -> Iterator[None]:
     """Report damage and missing codecs in one line."""
@@ -290,7 +317,7 @@ def _from_arrays(arrays: Iterable[np.ndarray], axes: str, **more: Any) -> dict[s
 
 # --------------------------------------------------------------------------------- .npy, PNG, JPEG
 
-def _open_npy(path: Path, select: Selector, files: ExitStack) -> dict[str, Any]:
+def _open_npy(path: Path, select: Selector, files: ExitStack, colours: bool) -> dict[str, Any]:
     with decoding(path):
         array = np.lib.format.open_memmap(path, mode="r")          # refuses pickled objects
     if array.ndim not in (2, 3):
@@ -300,18 +327,27 @@ def _open_npy(path: Path, select: Selector, files: ExitStack) -> dict[str, Any]:
     return _from_arrays([array], axes)
 
 
-def _open_png_jpeg(path: Path, select: Selector, files: ExitStack) -> dict[str, Any]:
+def _open_png_jpeg(path: Path, select: Selector, files: ExitStack, colours: bool
+                   ) -> dict[str, Any]:
     with decoding(path), PIL.Image.open(path, formats=("PNG", "JPEG")) as image:
+        pixels, size = math.prod(image.size), path.stat().st_size
+        if pixels > size * DENSEST[str(image.format)] * 8 / BITS.get(image.mode, 8):
+            raise Damaged(f"{image.height} x {image.width} px cannot lie in {size} bytes")
+        check_memory(path, pixels * len(image.getbands()) * (4 if image.mode == "I" else 1))
         raw = str(image.tile[0][3])
         few = {"L;2": 85, "L;4": 17}.get(raw, 1)                   # Pillow stretches few bits to 8
-        if image.mode == "P":
+        if image.mode == "P" and colours:
             image = image.convert("RGBA" if "transparency" in image.info else "RGB")
         array = _sixteen_bits(path, image) if raw.endswith(";16B") else np.asarray(image)
         array = array // np.uint8(few) if few > 1 else array
-    if image.mode not in ("1", "L", "LA", "I", "I;16", "RGB", "RGBA"):
+        turned = image.getexif().get(ORIENTATION, 1)
+    if image.mode not in ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"):
         raise ValueError(f"{path}: colours are {image.mode}, expected gray or RGB; save it as RGB")
     select("YX", array.shape[:2])
-    return _from_arrays([array], "YXC"[:array.ndim], alpha=array.shape[2:] in ((2,), (4,)))
+    notices = [f"EXIF says that the camera was turned (orientation {turned}); pixels and results "
+               "are as stored"] * (turned in range(2, 9))
+    return _from_arrays([array], "YXC"[:array.ndim], alpha=array.shape[2:] in ((2,), (4,)),
+                        notices=notices)
 
 
 def _sixteen_bits(path: Path, image: Any) -> np.ndarray:
@@ -335,9 +371,10 @@ def _sixteen_bits(path: Path, image: Any) -> np.ndarray:
 
 # -------------------------------------------------------------------------------------------- TIFF
 
-def _open_tiff(path: Path, select: Selector, files: ExitStack) -> dict[str, Any]:
+def _open_tiff(path: Path, select: Selector, files: ExitStack, colours: bool) -> dict[str, Any]:
     with decoding(path):
         tif = files.enter_context(tifffile.TiffFile(path, _multifile=False))   # opens no other file
+        _check_chain(path, tif)
         series = tif.series[0]
         axes, shape, dtype, offset = series.axes, series.shape, series.dtype, series.dataoffset
         page: Any = series.keyframe
@@ -352,6 +389,9 @@ def _open_tiff(path: Path, select: Selector, files: ExitStack) -> dict[str, Any]
         raise ValueError(f"{path}: {dtype} pixels, axes {axes} of {shape} in {len(pages)} pages of "
                          f"{inner}; expected 8 to 64 bits, rows and columns in a page; save it as "
                          "ImageJ or OME-TIFF")
+    if (there := math.prod(shape)) < (promised := _promised(tif, page)):
+        raise ValueError(f"{path}: truncated TIFF, its metadata promise {promised} pixels and "
+                         f"{there} are there; copy or export it again")
     kept, where = select(axes, shape)
     stored_as = dtype.newbyteorder(tif.byteorder)
     if offset is not None:                                 # one run of bytes; pages may be unlisted
@@ -363,19 +403,24 @@ def _open_tiff(path: Path, select: Selector, files: ExitStack) -> dict[str, Any]
             pages = [pages[int(i)] for i in chosen.flat]
             mapped = all(page.is_memmappable for page in pages)
             offsets = [page.dataoffsets[0] for page in pages]
-        if mapped:
+        if page.bitspersample in (2, 4) or page.bitspersample == 1 != page.compression:
+            check_memory(path, len(pages) * page.imagelength * page.imagewidth)
+            with decoding(path):
+                stored = _from_arrays(_read_by_pillow(path, pages), "YX")
+        elif mapped:
             _check_extent(path, max(offsets) + math.prod(page.shape) * dtype.itemsize)
             maps = [np.memmap(path, stored_as, "r", start, page.shape) for start in offsets]
             stored = _from_arrays(maps, inner)
         else:
             shape = len(pages) * page.samplesperpixel, page.imagelength, page.imagewidth
             stored = dict(read=_Segments(path, pages), dtype=dtype, shape=shape)
-    if page.photometric == tifffile.PHOTOMETRIC.PALETTE and not tif.is_imagej:
-        colours = page.colormap                                    # (3, 2 ** bits) uint16
-        if not (colours % 257).any() or not (colours % 256).any():
-            colours = (colours >> 8).astype(np.uint8)      # colours of 8 bits, as nearly everywhere
+    if page.photometric == tifffile.PHOTOMETRIC.PALETTE and not tif.is_imagej and colours:
+        table = page.colormap                                      # (3, 2 ** bits) uint16
+        if not (table % 257).any() or not (table % 256).any():
+            table = (table >> 8).astype(np.uint8)          # colours of 8 bits, as nearly everywhere
         _, H, W = stored["shape"]
-        stored = _from_arrays([colours[:, stored["read"]([0], slice(0, H), slice(0, W))[0]]], "CYX")
+        check_memory(path, 3 * H * W * table.itemsize)
+        stored = _from_arrays([table[:, stored["read"]([0], slice(0, H), slice(0, W))[0]]], "CYX")
     alpha = stored["shape"][0] == page.samplesperpixel and page.extrasamples[-1:] in ((1,), (2,))
     return dict(stored, alpha=alpha, **more)
 
@@ -393,7 +438,10 @@ def _tiff_metadata(tif: tifffile.TiffFile, page: Any) -> dict[str, Any]:
             names = None
         for key in ("PhysicalSizeX", "PhysicalSizeY"):
             unit = MICROMETRES.get(pixels.get(key + "Unit", "µm").lower(), 0)
-            sizes.append(float(pixels.get(key, 0)) * unit)
+            try:
+                sizes.append(float(pixels.get(key, 0)) * unit)
+            except ValueError:
+                sizes.append(math.nan)
     else:
         imagej = tif.imagej_metadata or {}
         names = imagej.get("Labels")
@@ -408,6 +456,8 @@ def _tiff_metadata(tif: tifffile.TiffFile, page: Any) -> dict[str, Any]:
             pixels, units = page.tags.valueof(tag, (0, 1))
             sizes.append(unit * units / pixels if pixels else 0)
     x, y = sizes
+    if not (x == 0 or SMALLEST <= x < math.inf and y == y):
+        x, notices = 0, [f"a pixel size of {x:.4g} µm cannot be; pixel size left out"]
     if 0 < x < largest and y and not 0.99 < x / y < 1.01:
         x, notices = 0, [f"pixels of {x:.4g} x {y:.4g} µm are not square; pixel size left out"]
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and page.bitspersample > 1:
@@ -416,6 +466,45 @@ def _tiff_metadata(tif: tifffile.TiffFile, page: Any) -> dict[str, Any]:
         notices.append(f"{len(tif.series) - 1} further image series in the file left out")
     return dict(names=names if names and all(names) else None, notices=notices,
                 pixel_size=x if 0 < x < largest else None)
+
+
+def _check_chain(path: Path, tif: tifffile.TiffFile) -> None:
+    """Follow the pages to their end, which lies behind that of the file if it was cut; so may the
+    texts of the first page."""
+    form, file = tif.tiff, tif.filehandle
+    visited: set[int] = set()
+    offset = tif.pages.first.offset
+    while offset:
+        if offset in visited:
+            raise Damaged("the pages come back to an earlier one")
+        file.seek(offset)
+        count = file.read(form.tagnosize).ljust(form.tagnosize, b"\xff")
+        length = struct.unpack(form.tagnoformat, count)[0] * form.tagsize
+        if offset + length + form.tagnosize + form.offsetsize > file.size:
+            raise Damaged(f"{file.size} bytes, and page {len(visited) + 1} ends behind them")
+        entries = file.read(length)
+        for _, kind, items, value in [] if visited else struct.iter_unpack(
+                tif.byteorder + ("HHQQ" if tif.is_bigtiff else "HHII"), entries):
+            size = items * struct.calcsize("=" + tifffile.TIFF.DATA_FORMATS.get(kind, "x"))
+            if form.tagoffsetthreshold < size and file.size < value + size and not tif.is_ndpi:
+                raise Damaged(f"{file.size} bytes, and a tag ends behind them")
+        visited.add(offset)
+        offset = struct.unpack(form.offsetformat, file.read(form.offsetsize))[0]
+
+
+def _promised(tif: tifffile.TiffFile, page: Any) -> int:
+    """Pixels of the first image that ImageJ's or OME's metadata announce in this file."""
+    plane = page.imagelength * page.imagewidth
+    if tif.is_ome:
+        with suppress(ElementTree.ParseError, ValueError):
+            pixels = ElementTree.fromstring(tif.ome_metadata or "").find(".//{*}Pixels")
+            # several files of one set name each other
+            if pixels is not None and pixels.find("{*}TiffData/{*}UUID[@FileName]") is None:
+                return plane * math.prod([int(pixels.get(f"Size{axis}", "1")) for axis in "CZT"])
+    elif tif.is_imagej:
+        count = (tif.imagej_metadata or {}).get("images", 1)
+        return plane * page.samplesperpixel * (count if isinstance(count, int) else 1)
+    return 0
 
 
 def _check_extent(path: Path, end: int) -> None:
@@ -438,7 +527,12 @@ class _Segments:
             self.down = math.ceil(key.imagelength / self.h)
             self.across = math.ceil(key.imagewidth / self.w)
             self.separate = key.planarconfig == tifffile.PLANARCONFIG.SEPARATE
-            key.decode(None, 0)                               # raises here where a codec is missing
+            check_memory(path, self.h * self.w * key.samplesperpixel * key.dtype.itemsize)
+            self.decode = key.decode
+            if key.compression == JPEG and key.bitspersample == 8 and isinstance(
+                    tifffile.TIFF.DECOMPRESSORS, _Codecs):
+                self.decode = partial(_decode_jpeg, key)
+            self.decode(None, 0)                              # raises here where a codec is missing
             places = [list(zip(page.dataoffsets, page.databytecounts, strict=True))
                       for page in pages]
         count = self.down * self.across * (key.samplesperpixel if self.separate else 1)
@@ -481,7 +575,7 @@ class _Segments:
                 handle = frame.parent.filehandle
                 handle.seek(frame.dataoffsets[index])
                 data = handle.read(frame.databytecounts[index]) or None          # None: sparse file
-                part, (first, _, top, left, _), shape = self.key.decode(
+                part, (first, _, top, left, _), shape = self.decode(
                     data, index, jpegtables=frame.jpegtables, jpegheader=self.key.jpegheader)
                 if part is None:
                     part = np.full(shape, self.key.nodata, self.key.dtype)      # (1, h, w, samples)
@@ -491,6 +585,82 @@ class _Segments:
                 self.bytes -= self.cache.popitem(last=False)[1][0].nbytes
         self.cache.move_to_end(place)
         return self.cache[place]
+
+
+# -------------------------------------------------------------------------------- decoders of TIFF
+
+class _Codecs(dict):
+    """Decoders by TIFF's number, bounded by what a strip or tile claims; where tifffile has none,
+    Pillow's libtiff. With imagecodecs installed its own are used, which are bounded and quicker."""
+
+    def __init__(self, known):
+        self.known = known
+        super().__init__({8: _inflate, 32946: _inflate, 34925: _decode_lzma, JPEG: _decode_jpeg})
+
+    def __missing__(self, number: int) -> Callable[..., Any]:
+        return partial(_decode_by_libtiff, number) if number in LIBTIFF else self.known[number]
+
+
+def _inflate(data: bytes, out: int, **_: Any) -> bytes:
+    stream = zlib.decompressobj()
+    plain = stream.decompress(data, out)
+    if len(plain) < out and not stream.eof:
+        raise zlib.error("incomplete stream")
+    return plain
+
+
+def _decode_lzma(data: bytes, out: int, **_: Any) -> bytes:
+    return lzma.LZMADecompressor().decompress(data, out)
+
+
+def _decode_by_libtiff(number: int, data: bytes, out: int, **_: Any) -> bytes:
+    """Plain bytes of a strip, which is read as the one row of a gray image."""
+    tags = {256: out, 257: 1, 258: 8, 259: number, 262: 1, 273: 8 + 2 + 9 * 12 + 4, 277: 1, 278: 1,
+            279: len(data)}
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+    head += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    with PIL.Image.open(io.BytesIO(head + b"\0" * 4 + data), formats=("TIFF",)) as image:
+        return image.tobytes()
+
+
+def _decode_jpeg(key: Any, data: bytes | None, index: int, jpegtables: bytes | None = None,
+                 **_: Any) -> tuple[np.ndarray | None, Any, Any]:
+    """As the decode() of a page of tifffile; colours as the page says, not as Pillow guesses."""
+    empty, place, shape = key.decode(None, index)
+    if data is None:
+        return empty, place, shape
+    rgb = key.photometric == tifffile.PHOTOMETRIC.RGB and not key.is_jfif
+    marker = b"\xff\xee\x00\x0eAdobe\x00\x64\0\0\0\0" + (b"\0" if rgb else b"\1")
+    tables = (jpegtables or b"")[2:-2]
+    with PIL.Image.open(io.BytesIO(data[:2] + marker * (shape[3] == 3) + tables + data[2:]),
+                        formats=("JPEG",)) as image:
+        if image.width * image.height > math.prod(shape[1:3]) or len(image.getbands()) != shape[3]:
+            raise Damaged(f"a tile of {image.height} x {image.width} px {image.mode}, expected at "
+                          f"most {shape[1]} x {shape[2]} with {shape[3]} samples")
+        part = np.asarray(image).reshape(1, image.height, image.width, shape[3])
+    return part, place, part.shape
+
+
+def _read_by_pillow(path: Path, pages: list[Any]) -> list[np.ndarray]:
+    """Whole pages (H, W) of few bits, which tifffile cannot decode, as stored."""
+    planes = []
+    with PIL.Image.open(path, formats=("TIFF",)) as image:
+        for page in pages:
+            image.seek(page.index)
+            plane = np.asarray(image)
+            if plane.shape != (page.imagelength, page.imagewidth):
+                raise ValueError(f"{page.bitspersample} bits and {page.samplesperpixel} samples a "
+                                 "pixel need imagecodecs")
+            if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+                plane = ~plane
+            if image.mode == "L":                                  # stretched to 8 bits
+                plane = plane // np.uint8(255 // (2 ** page.bitspersample - 1))
+            planes.append(plane.astype(np.uint8))
+    return planes
+
+
+if importlib.util.find_spec("imagecodecs") is None:
+    tifffile.TIFF.DECOMPRESSORS = _Codecs(tifffile.TIFF.DECOMPRESSORS)
 
 
 # ------------------------------------------------------------------------- TIFFs as bytes in memory
@@ -619,14 +789,14 @@ def write_image(path: Path, image: Image) -> None:
     if image.pixel_size:
         ome |= {"PhysicalSizeX": image.pixel_size, "PhysicalSizeY": image.pixel_size}
     known = image.pixels.dtype.str[1:] in ("u1", "u2", "u4", "i1", "i2", "i4", "f4", "f8")
-    with replacing(path) as temporary:
+    with runs.replacing(path) as temporary:
         tifffile.imwrite(temporary, image.pixels, photometric="minisblack", compression="zlib",
                          ome=known, metadata={"axes": "CYX", **(ome if known else {})})
 
 
 def read_labels(path: str | Path) -> np.ndarray:
     """(H, W) int32 labels from TIFF, PNG or .npy."""
-    with open_image(path) as source:
+    with open_image(path, colours=False) as source:
         if source.shape[0] != 1 or source.dtype.kind == "f":
             raise ValueError(f"{path}: {source.shape[0]} channels of {source.dtype}, expected "
                              "labels: one channel of integers; give each cell a whole number and "
@@ -636,12 +806,29 @@ def read_labels(path: str | Path) -> np.ndarray:
     return labels.astype(np.int32)
 
 
-def write_labels(path: str | Path, labels: np.ndarray, pixel_size: float | None = None) -> None:
-    """Write a compressed TIFF of uint16, or uint32 if ids pass 65,535; pixel_size in µm."""
+def write_labels(path: str | Path, labels: np.ndarray, pixel_size: float | None = None,
+                 record: dict | None = None) -> None:
+    """Write a compressed TIFF of uint16, or uint32 if ids pass 65,535.
+
+    pixel_size : µm; record : how they were made, which read_record() gives back.
+    """
     check_labels(labels, path, np.iinfo(np.uint32).max)
     dtype = np.uint16 if labels.max(initial=0) < 1 << 16 else np.uint32
-    with replacing(path) as temporary:
-        tifffile.imwrite(temporary, labels.astype(dtype), **_label_options(pixel_size))
+    with runs.replacing(path) as temporary:
+        tifffile.imwrite(temporary, labels.astype(dtype), **_label_options(pixel_size, record))
+
+
+def read_record(file: str | Path | bytes) -> dict | None:
+    """The record inside a label image, of which the first RECORD bytes are enough; {} if there is
+    none, None if the file is damaged."""
+    with suppress(*DAMAGE), tifffile.TiffFile(
+            io.BytesIO(file) if isinstance(file, bytes) else file) as tif:
+        text = tif.pages.first.description
+        with suppress(ValueError):
+            record = json.loads(text)
+            return record if isinstance(record, dict) and "source" in record else {}
+        return {}
+    return None
 
 
 class LabelWriter:
@@ -677,28 +864,30 @@ class LabelWriter:
                     self.lengths.append(self.spool.write(tile))
                 self.band = self.band[LABEL_TILE:]
 
-    def close(self) -> None:
+    def close(self, record: dict | None = None) -> None:
         """Write the file."""
         if self.whole is not None:
             self.spool.close()
-            return write_labels(self.path, self.whole, self.pixel_size)
+            return write_labels(self.path, self.whole, self.pixel_size, record)
         H, W = self.size
         expected = math.ceil(H / LABEL_TILE) * math.ceil(W / LABEL_TILE)
         if len(self.lengths) != expected:
             raise ValueError(f"{self.path}: {len(self.lengths)} tiles of labels, expected "
                              f"{expected} for {H} x {W} px")
         self.spool.seek(0)
-        with self.spool, replacing(self.path) as temporary:
+        with self.spool, runs.replacing(self.path) as temporary:
             tifffile.imwrite(temporary, (self.spool.read(length) for length in self.lengths),
                              shape=self.size, dtype=np.uint32,
                              tile=(LABEL_TILE, LABEL_TILE), bigtiff=4 * H * W > CLASSIC,
-                             byteorder="<", **_label_options(self.pixel_size))
+                             byteorder="<", **_label_options(self.pixel_size, record))
 
 
-def _label_options(pixel_size: float | None) -> dict[str, Any]:
+def _label_options(pixel_size: float | None, record: dict | None = None) -> dict[str, Any]:
     options: dict[str, Any] = dict(
         compression="zlib", photometric="minisblack",
         compressionargs={"level": 3})  # a third less would take three times as long
+    if record:
+        options |= dict(description=json.dumps(record), metadata=None)
     if pixel_size:
         options |= dict(resolution=(1e4 / pixel_size,) * 2, resolutionunit="CENTIMETER")
     return options

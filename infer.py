@@ -20,18 +20,23 @@ For each image NAME it writes into out=
     summary.csv          one row per image: cells, mean area, confluency, diameter, seconds
 
 With --check it says what there is to do, and stops.
-Results that exist are kept unless overwrite=true, so that the same command goes on where it
-stopped. Channels, planes and time points are counted from 1. Reading from S3 is anonymous unless
-signed=true; writing uses your AWS credentials. A shard writes summary_3_of_16.csv.
+Results of the same image, settings and weights are kept unless overwrite=true, so that the same
+command goes on where it stopped; NAME_labels.tif says inside how it was made. Channels, planes and
+time points are counted from 1. Reading from S3 is anonymous unless signed=true; writing uses your
+AWS credentials. A shard writes summary_3_of_16.csv.
 """
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
+import shutil
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -55,6 +60,7 @@ OURS = ("_labels", "_overlay", "_distance")  # ends of names that are results
 THEIRS = ("_cells", "_masks", "_nuclei")      # and labels of others, where the image is there too
 PLANNED = ("peak", "fill", "depth", "smooth", "shape", "min_area", "border", "near", "tile",
            "overlap", "batch", "block")
+SETTINGS = ("channels", "plane", "time", "diameter", *PLANNED[:10])  # what changes the cells
 PICTURE = 4096  # px, longest side of an overlay
 
 
@@ -107,7 +113,10 @@ class Config:
 
 def main(config: Config, files: list[str], check: bool = False) -> int:
     root = Path(__file__).resolve().parent
-    found = find_images(files or [str(root / "demo" / "*.png")], config)
+    unreadable: list[OSError] = []
+    found = find_images(files or [str(root / "demo" / "*.png")], config, unreadable)
+    for error in unreadable:
+        say(f"warning: {runs.sentence(error)}; nothing in this folder is done")
     part, parts = runs.part_of(config.shard)
     mine = found
     if parts > 1:
@@ -124,21 +133,23 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
     if not s3.is_remote(config.out):
         new = not Path(config.out).exists()
         out = prepare(Path(config.out))
+        runs.sweep(out)
         try:
-            return segment_all(mine, s3.OutputFolder(out), table, weights, config)
+            code = segment_all(mine, s3.OutputFolder(out), table, weights, config)
         finally:
             if new and parts == 1 and not any(out.iterdir()):            # nothing came of it
                 out.rmdir()
-    with s3.open_output(config.out, [table]) as shelf:
-        return segment_all(mine, shelf, table, weights, config)
+    else:
+        with s3.open_output(config.out, [table]) as shelf:
+            code = segment_all(mine, shelf, table, weights, config)
+    return code or int(bool(unreadable))
 
 
 def segment_all(found: Images, shelf: s3.OutputFolder, table: str, weights: Path,
                 config: Config) -> int:
     """Segment the images that have no results yet; one that fails does not stop the others."""
-    todo = {path: name for path, name in found.items()
-            if config.overwrite or not shelf.has(results(name, config))}
-    work, code = Work(shelf, Summary(shelf.folder / table)), 0
+    work, code = Work(shelf, Summary(shelf.folder / table), made_with(weights, config)), 0
+    todo = work.without_results(found, config)
     if todo:
         net = model.load(weights).ready(runs.pick_device(config.device))
         if config.diameter == "auto" and net.size is None:
@@ -148,8 +159,14 @@ def segment_all(found: Images, shelf: s3.OutputFolder, table: str, weights: Path
                 and weights.stem == "dinocell_s8"):
             say("no GPU: weights=tiny is three times as fast, and hardly less accurate")
         start = time.perf_counter()
-        code = work.do(todo, net, config, alone=len(found) == 1)
+        try:
+            code = work.do(todo, net, config, alone=len(found) == 1)
+        finally:
+            with suppress(OSError):                            # the next run brings the rows back
+                work.summary.write()
         seconds = time.perf_counter() - start
+    else:
+        work.summary.write()
     if work.done:
         print(f"{work.done} image{'s' * (work.done != 1)}, {work.megapixels:.3g} megapixels in "
               f"{seconds:.1f} s ({work.done / seconds:.3g} images/s, "
@@ -157,9 +174,9 @@ def segment_all(found: Images, shelf: s3.OutputFolder, table: str, weights: Path
         for notice, count in images.TOLD.items():
             if count > 1:
                 print(f"{notice}: {count} images", file=sys.stderr)
-    if len(todo) < len(found):
-        print(f"{len(found) - len(todo)} of {len(found)} images have their results in {config.out} "
-              "already; overwrite=true makes them anew")
+    if work.kept:
+        print(f"{work.kept} of {len(found)} images have their results in {config.out} already; "
+              "overwrite=true makes them anew")
     if work.failed:
         raise ValueError(f"{len(work.failed)} of {len(found)} images could not be done: "
                          f"{', '.join(work.failed)}")
@@ -167,15 +184,50 @@ def segment_all(found: Images, shelf: s3.OutputFolder, table: str, weights: Path
 
 
 class Work:
-    """Images that were done, and those that failed."""
+    """Images that were done, those that have their results, and those that failed."""
 
-    def __init__(self, shelf: s3.OutputFolder, summary: Summary):
-        self.shelf, self.summary = shelf, summary
-        self.done, self.megapixels = 0, 0.0
+    def __init__(self, shelf: s3.OutputFolder, summary: Summary, made: dict):
+        self.shelf, self.summary, self.made = shelf, summary, made
+        self.done, self.kept, self.megapixels = 0, 0, 0.0
         self.failed: list[str] = []
 
+    def without_results(self, found: Images, config: Config) -> Images:
+        """The images to do. Results of another image or of other settings are not touched."""
+        if config.overwrite:
+            return found
+        names = {name: results(name, config) for name in found.values()}
+        there = [name for name in names if self.shelf.has(names[name][:1])]
+        with ThreadPoolExecutor(8) as readers:           # from S3 each takes a round trip
+            heads = readers.map(partial(self.shelf.head, size=images.RECORD),
+                                (names[name][0] for name in there))
+            records = {name: images.read_record(head)
+                       for name, head in zip(there, heads, strict=True)}
+        todo = {}
+        for path, name in found.items():
+            record = records.get(name)
+            if record is not None and (reason := differs(record, path, self.made)):
+                self.fail(ValueError(f"{Path(config.out) / names[name][0]}: {reason}; "
+                                     "overwrite=true makes it anew, another out= keeps both"),
+                          path, alone=len(found) == 1)
+            elif record and self.shelf.has(names[name]):
+                self.kept += 1
+                self.summary.rows.setdefault(name, record["row"])
+            else:
+                todo[path] = name
+        return todo
+
+    def fail(self, error: Exception, path: Path | str, file: Path | str = "", alone: bool = False
+             ) -> None:
+        """Say why an image is not done. A mistake in an image `alone` is raised."""
+        if alone:
+            raise error
+        reason = "out of memory" if runs.is_memory(error) else runs.sentence(error)
+        reason = reason.replace(str(file or path), str(path))
+        say("warning: " + reason if str(path) in reason else f"warning: {path}: {reason}")
+        self.failed.append(str(path))
+
     def do(self, todo: Images, net, config: Config, alone: bool) -> int:
-        """Exit code, REQUEUE after a signal. A mistake in an image `alone` is raised."""
+        """Exit code, REQUEUE after a signal."""
         with (runs.stop_signals() as stop,
               tqdm.tqdm(total=len(todo), unit="image", delay=1, file=sys.stderr, smoothing=0.05,
                         bar_format="{l_bar}{bar}| {n:.2f}/{total} images "
@@ -191,28 +243,89 @@ class Work:
                 try:
                     if isinstance(file, OSError):
                         raise file
-                    row = segment_file(file, todo[path], self.shelf.folder, net, config,
+                    made = {**self.made, "source": source_of(path, file)}
+                    row = segment_file(file, todo[path], self.shelf.folder, net, config, made,
                                        partial(show, count))
-                except (ValueError, OSError) as error:
-                    if alone:
+                    self.summary.add(row)
+                    self.shelf.deliver()
+                except (ValueError, OSError, MemoryError, RuntimeError) as error:
+                    if isinstance(error, RuntimeError) and not runs.is_memory(error):
                         raise
-                    say(f"warning: {runs.sentence(error).replace(str(file), str(path))}")
-                    self.failed.append(str(path))
+                    if isinstance(error, OSError) and error.errno in runs.FULL:
+                        raise self.full(error, len(todo) - count) from None
+                    self.fail(error, path, file if isinstance(file, Path) else "", alone)
                     continue
-                self.summary.add(row)
-                self.shelf.deliver()
                 self.done += 1
                 self.megapixels += row["height"] * row["width"] / 1e6
                 show(count, 1.0)
             bar.clear()  # a warning draws it before its second; close() then leaves it
         return 0
 
+    def full(self, error: OSError, left: int) -> OSError:
+        """An error that says where a disk is full, and how much the images left will need."""
+        folder = self.shelf.folder
+        written = sum(file.stat().st_size for name in self.summary.fresh
+                      for file in folder.glob(f"{glob.escape(name)}[_.]*"))
+        needed = f"; some {written / self.done * left / 1e6:.3g} MB" if self.done else ""
+        return OSError(f"{error.filename or folder}: no space left on this disk, "
+                       f"{shutil.disk_usage(folder).free / 1e6:.3g} MB free{needed} for the "
+                       f"{left} images left; make room, then the same command goes on")
+
+
+# ------------------------------------------------------------------------------- how results came
+
+def made_with(weights: Path, config: Config) -> dict:
+    """The settings that change the cells, and the weights."""
+    given = {key: getattr(config, key) for key in SETTINGS}
+    return {"settings": {key: list(value) if isinstance(value, tuple) else value
+                         for key, value in given.items() if value is not None},
+            "weights": {"file": weights.name, "sha256": runs.digest(weights)[:16]}}
+
+
+def source_of(path: Path | str, file: Path) -> dict:
+    """An image as results remember it: name, place (hashed, for results are shared), content."""
+    status = file.stat()
+    return {"file": str(path), "place": place_of(path), "bytes": status.st_size,
+            "modified": None if s3.is_remote(path) else status.st_mtime_ns,
+            "sha256": runs.digest(file)}
+
+
+def place_of(path: Path | str) -> str:
+    return runs.digest(str(path) if s3.is_remote(path) else str(Path(path).resolve()))[:16]
+
+
+def differs(record: dict, path: Path | str, made: dict) -> str:
+    """How results differ from those wanted, or nothing."""
+    if not record:
+        return "is there and does not say how it was made"
+    source = record["source"]
+    if s3.is_remote(path):
+        same = source["place"] == place_of(path)
+    else:
+        status = Path(path).stat()
+        same = source["bytes"] == status.st_size and (
+            (source["place"], source["modified"]) == (place_of(path), status.st_mtime_ns)
+            or source["sha256"] == runs.digest(Path(path)))
+    if not same:
+        return f"comes from {source['file']}, which is another image than {path}"
+    old, new = ({**record_or_made["settings"], "weights": record_or_made["weights"]["file"],
+                 "their content": record_or_made["weights"]["sha256"]}
+                for record_or_made in (record, made))
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    if "weights" in changed:
+        changed.remove("their content")
+    return "was made with " * bool(changed) + ", ".join(
+        f"{key} {old.get(key, 'left out')} (now {new.get(key, 'left out')})" for key in changed)
+
 
 # ---------------------------------------------------------------------------------------- one image
 
-def segment_file(path: Path, name: str, out: Path, net, config: Config, progress=None,
-                 clock=None) -> dict:
-    """Segment one image and write its results; returns its row of the summary."""
+def segment_file(path: Path, name: str, out: Path, net, config: Config, made: dict | None = None,
+                 progress=None, clock=None) -> dict:
+    """Segment one image and write its results; returns its row of the summary.
+
+    made : how they are made, for their record.
+    """
     start, clock = time.perf_counter(), Counter() if clock is None else clock
     with images.open_image(path, config.channels, config.plane, config.time) as source:
         C = source.shape[0]
@@ -232,8 +345,7 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, progress
         results = Results(out, name, source, plan, config, clock)
         for block in segment.blocks(source, results.plan, clock, progress):
             results.add(block)
-    row = results.close()
-    return {**row, "seconds": round(time.perf_counter() - start, 2)}
+    return results.close(made, start)
 
 
 class Results:
@@ -282,11 +394,10 @@ class Results:
         with segment.timed(self.clock, "write"):
             self.labels.add(block.core, block.labels)
 
-    def close(self) -> dict:
-        """Write the other files; returns the image's row of the summary."""
+    def close(self, made: dict | None, start: float) -> dict:
+        """Write the files, the labels last, for they say how; returns the row of the summary."""
         beginning = f"{self.out / self.name}_"
         with segment.timed(self.clock, "write"):
-            self.labels.close()
             table = {key: np.concatenate([part[key] for part in self.columns])
                      for key in self.columns[0]}
             cells.write_csv(f"{beginning}cells.csv", table)
@@ -300,6 +411,12 @@ class Results:
                 cells.write_geojson(self.out / f"{self.name}.geojson", self.polygons, table)
             if self.config.rois:
                 cells.write_rois(f"{beginning}rois.zip", self.polygons)
+            row = self.row(table)
+            row["seconds"] = round(time.perf_counter() - start, 2)
+            self.labels.close({**made, "row": row} if made else None)
+        return row
+
+    def row(self, table: dict) -> dict:
         (_, H, W), n = self.source.shape, len(table["id"])
         row = {"image": self.name, "height": H, "width": W, "cells": n,
                "mean_area_px": round(float(table["area_px"].mean()), 2) if n else "",
@@ -336,8 +453,12 @@ def say(text: str) -> None:
 Images = dict[Path | str, str]      # file -> name of its results, or its path below a folder
 
 
-def find_images(arguments: list[str], config: Config) -> Images:
-    """Image -> name of its results; folders are searched whole, results are no images."""
+def find_images(arguments: list[str], config: Config,
+                unreadable: list[OSError] | None = None) -> Images:
+    """Image -> name of its results; folders are searched whole, results are no images.
+
+    unreadable : takes the errors of folders below that cannot be opened; None: they are raised.
+    """
     found: Images = {}
     results_of_named = {Path(argument).stem + end for argument in arguments for end in OURS}
     for argument in arguments:
@@ -349,26 +470,27 @@ def find_images(arguments: list[str], config: Config) -> Images:
             raise ValueError(f"{argument}: on S3 give the folder, and pattern={path.name} beside "
                              "it")
         if s3.is_remote(argument) and path.suffix.lower() in images.IMAGE_SUFFIXES:
-            found[argument] = path.stem
+            found[argument] = runs.flat_name(path.stem)
         elif s3.is_remote(argument) or path.is_dir():
-            found |= images_below(argument, config)
+            found |= images_below(argument, config, unreadable)
         elif path.exists():
             if path.stem not in results_of_named:  # a shell that wrote *.tif out names them, too
-                found[path] = path.stem
+                found[path] = runs.flat_name(path.stem)
         elif glob.has_magic(argument):
             found |= images_matching(argument)
         else:
             raise FileNotFoundError(f"{argument}: no such file or folder")
-    owner: dict[str, Path | str] = {}
+    names: dict[str, Path | str] = {}
     for image, name in found.items():
-        if name in owner:
-            raise ValueError(f"{owner[name]} and {image} would both write {name}_labels.tif; run "
-                             "them one after the other with different out=")
-        owner[name] = image
+        if name in names:                                 # of another folder, or another suffix
+            name = found[image] = runs.flat_name(str(image).removeprefix("s3://"))
+            say(f"{image}: another image has its name; its results begin with {name}_")
+        names[name] = image
     return found
 
 
-def images_below(folder: str, config: Config) -> Images:
+def images_below(folder: str, config: Config,
+                 unreadable: list[OSError] | None = None) -> Images:
     """Images of a folder, here or on S3, and the names of their results: the path below it."""
     below: Images
     if s3.is_remote(folder):
@@ -376,13 +498,13 @@ def images_below(folder: str, config: Config) -> Images:
                  if fnmatch(Path(name).name, config.pattern)}
     else:
         below = {p: p.relative_to(folder).as_posix()
-                 for p in images.image_files(folder, config.pattern)}
+                 for p in images.image_files(folder, config.pattern, unreadable)}
     below = images_among(below)
     if not below:
         raise FileNotFoundError(f"{folder}: no image in this folder "
                                 f"({', '.join(images.IMAGE_SUFFIXES)}; pattern={config.pattern}; "
                                 f"names with {', '.join(OURS)} are results)")
-    return {p: "_".join(Path(name).with_suffix("").parts) for p, name in below.items()}
+    return {p: runs.flat_name(os.path.splitext(name)[0]) for p, name in below.items()}
 
 
 def images_matching(pattern: str) -> Images:
@@ -392,7 +514,7 @@ def images_matching(pattern: str) -> Images:
     if not matches:
         raise FileNotFoundError(f"{pattern}: no image matches ({', '.join(images.IMAGE_SUFFIXES)}; "
                                 f"names with {', '.join(OURS)} are results)")
-    return {p: Path(name).stem for p, name in matches.items()}
+    return {p: runs.flat_name(Path(name).stem) for p, name in matches.items()}
 
 
 def images_among(files: Images) -> Images:
@@ -445,17 +567,33 @@ def prepare(out: Path) -> Path:
 
 
 class Summary:
-    """summary.csv, written anew after each image; rows of earlier runs stay."""
+    """summary.csv, written anew every second. Rows of earlier runs stay; those of images that have
+    their results come back from these; other processes may write the same table."""
 
     def __init__(self, path: Path):
         self.path: Path = path
-        self.rows: dict[str, dict] = {}
-        if path.exists():
-            self.rows = {row["image"]: row for row in runs.read_table(path, ["image"], "remove it")}
+        self.rows: dict[str, dict] = {}            # of images with results, by name
+        self.fresh: dict[str, dict] = {}           # of this run
+        self.written = -math.inf
+        self.read()
+
+    def read(self) -> dict[str, dict]:
+        if not self.path.exists():
+            return {}
+        return {row["image"]: row for row in runs.read_table(self.path, ["image"], "remove it")}
 
     def add(self, row: dict) -> None:
-        self.rows[row["image"]] = row
-        runs.write_table(self.path, list(self.rows.values()))
+        self.fresh[row["image"]] = row
+        if time.monotonic() - self.written > 1:
+            self.write()
+
+    def write(self) -> None:
+        with runs.locked(self.path.parent):
+            there = self.read()
+            table = {**self.rows, **there, **self.fresh}
+            if table and list(table.values()) != list(there.values()):
+                runs.write_table(self.path, list(table.values()))
+        self.written = time.monotonic()
 
 
 # --------------------------------------------------------------------------------------------- ONNX

@@ -25,13 +25,16 @@ import contextlib
 import csv
 import dataclasses
 import difflib
+import errno
 import hashlib
 import importlib.abc
 import importlib.machinery
 import inspect
+import io
 import json
 import math
 import os
+import platform
 import random
 import re
 import shutil
@@ -62,23 +65,53 @@ def cores(cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/se
     if slurm.isdigit():
         counts.append(int(slurm))
     with contextlib.suppress(OSError, ValueError):             # no Linux, or an unknown format
-        for line in process.read_text().splitlines():
-            _, controllers, place = line.split(":", 2)         # version 2 names no controllers
-            if controllers and "cpu" not in controllers.split(","):
-                continue
-            folder = cgroups / ("cpu" if controllers else "") / place.strip("/")
-            for group in (folder, *folder.parents):
-                if group != cgroups and cgroups not in group.parents:
-                    break
-                quota, period = "max", "100000"
-                if (group / "cpu.max").is_file():              # version 2
-                    quota, period = (group / "cpu.max").read_text().split()
-                elif (group / "cpu.cfs_quota_us").is_file():   # version 1, where -1 means none
-                    quota, period = ((group / f"cpu.cfs_{name}_us").read_text()
-                                     for name in ("quota", "period"))
-                if quota != "max" and int(quota) > 0:
-                    counts.append(math.ceil(int(quota) / int(period)))
+        for group in _control_groups("cpu", cgroups, process):
+            quota, period = "max", "100000"
+            if (group / "cpu.max").is_file():                  # version 2
+                quota, period = (group / "cpu.max").read_text().split()
+            elif (group / "cpu.cfs_quota_us").is_file():       # version 1, where -1 means none
+                quota, period = ((group / f"cpu.cfs_{name}_us").read_text()
+                                 for name in ("quota", "period"))
+            if quota != "max" and int(quota) > 0:
+                counts.append(math.ceil(int(quota) / int(period)))
     return max(1, min(counts))
+
+
+def free_memory(cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup"),
+                system: Path = Path("/proc")) -> float:
+    """Bytes that this process can still take: the least of what the machine has, what its control
+    groups allow and its own limit; infinite where none of them is known."""
+    free = [math.inf]
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found = re.search(r"MemAvailable:\s+(\d+) kB", (system / "meminfo").read_text())
+        free.append(1024 * int(found[1]) if found else math.inf)
+    with contextlib.suppress(OSError, ValueError):
+        for group in _control_groups("memory", cgroups, process):
+            for most, used, cache in (("memory.max", "memory.current", "inactive_file"),
+                                      ("memory.limit_in_bytes", "memory.usage_in_bytes",
+                                       "total_inactive_file")):
+                if (group / most).is_file() and (limit := (group / most).read_text()) != "max\n":
+                    kept = re.search(rf"^{cache} (\d+)", (group / "memory.stat").read_text(), re.M)
+                    free.append(int(limit) - int((group / used).read_text())
+                                + int(kept[1] if kept else 0))
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource  # not on Windows
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            pages = int((system / "self" / "statm").read_text().split()[0])
+            free.append(limit - pages * resource.getpagesize())
+    return max(0, min(free))
+
+
+def _control_groups(controller: str, cgroups: Path, process: Path) -> Iterator[Path]:
+    """Folders of this process's control groups that a controller has, and of those above."""
+    for line in process.read_text().splitlines():
+        _, controllers, place = line.split(":", 2)             # version 2 names no controllers
+        if controllers and controller not in controllers.split(","):
+            continue
+        folder = cgroups / (controller if controllers else "") / place.strip("/")
+        yield from (group for group in (folder, *folder.parents)
+                    if group == cgroups or cgroups in group.parents)
 
 
 # PyTorch reads these once, when it is loaded. Threads that wait spin for milliseconds by default
@@ -441,6 +474,8 @@ def script(doc: str, cls: type, main: Callable[..., int | None],
     `check` takes --check: it prints a plan and stops.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")     # names of files may be no UTF-8
 
     def run() -> int:
         if {"--help", "-h"} & set(arguments):
@@ -518,12 +553,18 @@ def guarded(run: Callable[[], int]) -> int:
             raise
         print("error: " + " ".join(sentence(error).split()), file=sys.stderr)
         return 1
-    except RuntimeError as error:                             # torch's, of the GPU
-        if type(error).__name__ != "OutOfMemoryError" or os.environ.get("DINOCELL_DEBUG"):
+    except (MemoryError, RuntimeError) as error:
+        if not is_memory(error) or os.environ.get("DINOCELL_DEBUG"):
             raise
-        print("error: out of GPU memory; give a smaller batch= or smaller crops or tiles",
-              file=sys.stderr)
+        print(f"error: out of {'GPU ' * ('OutOfMemory' in type(error).__name__)}memory; give a "
+              "smaller batch= or smaller crops or tiles", file=sys.stderr)
         return 1
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether memory ran out; on the CPU PyTorch says it in words alone."""
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or "can't allocate memory" in str(error))
 
 
 def sentence(error: Exception) -> str:
@@ -740,6 +781,10 @@ def lasting(values: dict[str, Any]) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------ files, tables
 
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))      # no space on a disk, or quota
+HOST = re.sub(r"\W", "-", platform.node())[:40] or "here"
+LONGEST = 200                           # bytes of a name, which gets an end such as _labels.tif
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside the file, renamed at the end and removed after a failure."""
@@ -747,12 +792,57 @@ def replacing(path: str | Path) -> Iterator[Path]:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder; create it before writing "
                                 f"{path.name}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{digest(path.name)[:16]}.{HOST}.{os.getpid()}.part")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in FULL and error.filename in (None, str(temporary)):
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let one process after the other change files of a folder; where there is no lock, at once."""
+    descriptor = None
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)                # until closed
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary files of replacing() whose process was killed: here, or a day ago."""
+    for path in folder.glob(".*.part"):
+        with contextlib.suppress(OSError, ValueError):
+            *_, host, process, _ = path.name.split(".")
+            if host == HOST and int(process) != os.getpid():
+                try:
+                    os.kill(int(process), 0)
+                except ProcessLookupError:
+                    path.unlink()
+            elif path.stat().st_mtime < time.time() - 86400:
+                path.unlink()
+
+
+def flat_name(name: str) -> str:
+    """A file name for a path from outside, such as an S3 key: plate/A1 -> plate_A1.
+
+    It has no separator, so it stays in its folder; it is UTF-8 and at most LONGEST bytes long.
+    """
+    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..")]
+    flat = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "_", "_".join(parts))
+    if flat != "_".join(parts) or not flat or len(flat.encode()) > LONGEST:     # may meet another
+        flat = (flat.encode()[:LONGEST - 9].decode(errors="ignore") + "_" + digest(name)[:8])
+    return flat
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -822,11 +912,13 @@ def digest(*parts: Any) -> str:
     whole = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
-            whole.update(part.read_bytes())
+            with open(part, "rb") as file:
+                while piece := file.read(1 << 20):
+                    whole.update(piece)
         elif hasattr(part, "tobytes"):                        # an array: its shape and type count
             whole.update(f"{part.shape} {part.dtype.str} ".encode() + part.tobytes())
         else:
-            whole.update(str(part).encode())
+            whole.update(str(part).encode(errors="surrogatepass"))
     return whole.hexdigest()
 
 

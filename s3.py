@@ -20,6 +20,7 @@ import hashlib
 import math
 import os
 import random
+import shutil
 import sys
 import tempfile
 import threading
@@ -46,6 +47,7 @@ Page = tuple[list[str], list[tuple[str, int]]]          # folders, (file, bytes)
 CONNECT, READ = 5.0, 10.0       # seconds until connected, and until the next byte
 TIME_LIMIT = 60.0               # seconds for one object; twice as many after each slow try
 PATIENCE = 45.0                 # seconds without any answer until a call raises ConnectionError
+SLOWEST = 1e6                   # bytes a second; a large object may take longer than TIME_LIMIT
 TRIES = 8                       # failures of one object that count, see Bucket
 LONGEST = 15.0                  # seconds between two tries of one object, at most
 QUIET = 15.0                    # seconds without an answer that are called an outage
@@ -78,9 +80,9 @@ def open_store(root: str, connections: int = 16, signed: bool = False, cache: Ca
     return Bucket(root, connections, signed, cache)
 
 
-def check_size(size: int, largest: float) -> None:
-    if size > largest:
-        raise Absent(f"wrong size, more than {largest / 1e6:.0f} MB")
+def check_size(size: int | None, largest: float) -> None:
+    if size is not None and size > largest:
+        raise Absent(f"wrong size, {size / 1e6:.0f} MB of at most {largest / 1e6:.0f} MB")
     if size == 0:
         raise Absent("an empty file, 0 bytes")
 
@@ -168,7 +170,7 @@ class Bucket:
         elif self.cache and (body := self.cache.get(address)) is not None:
             self._count(cache_hits=1)
             return body
-        body = self._retried(lambda seconds: self._get(key, seconds, largest))
+        body = self._retried(lambda seconds: self._whole(key, seconds, largest))
         self._good = key
         self._count(bytes=len(body))
         if self.cache:
@@ -183,24 +185,52 @@ class Bucket:
         with self._lock:
             self.counts.update(more)
 
-    def _get(self, key: str, seconds: float, largest: float = math.inf, **part: str) -> bytes:
-        """The body of an object, piece by piece, so that a drip of bytes meets the time limit."""
-        end = time.monotonic() + seconds
+    def head(self, name: str, size: int) -> bytes:
+        """The first `size` bytes of an object."""
+        key = self.prefix + name
+        return self._retried(lambda seconds: self._whole(key, seconds, Range=f"bytes=0-{size - 1}"))
+
+    def fetch(self, name: str, file: Path, most: float) -> None:
+        """Write an object of at most `most` bytes to a file, in little memory."""
+        key = self.prefix + name
+
+        def get(seconds: float) -> None:
+            with open(file, "wb") as out:
+                for piece in self._pieces(key, seconds, most):
+                    out.write(piece)
+        self._retried(get)
+        self._good = key
+        self._count(bytes=file.stat().st_size)
+
+    def _whole(self, key: str, seconds: float, largest: float = math.inf, **part: str) -> bytes:
+        return b"".join(self._pieces(key, seconds, largest, **part))
+
+    def _pieces(self, key: str, seconds: float, largest: float, **part: str) -> Iterator[bytes]:
+        """The body of an object, piece by piece, so that a drip of bytes meets the time limit.
+
+        A server may leave its size out.
+        """
+        end, came = time.monotonic() + seconds, 0
         response = self.client.get_object(Bucket=self.bucket, Key=key, **part)
         self._heard = time.monotonic()
-        size, body = response["ContentLength"], bytearray()
+        size: int | None = response.get("ContentLength")
         with response["Body"] as raw:
             check_size(size, largest)
             read = getattr(raw, "read1", raw.read)       # urllib3 before 2.2 has no read1
-            while len(body) < size:
+            while size is None or came < size:
                 if self._stop.is_set():
                     raise Closed
-                if time.monotonic() > end:
+                if time.monotonic() > end + came / SLOWEST:
                     raise TimeoutError
-                if not (piece := read(CHUNK)):
-                    raise ConnectionError(f"{len(body)} of {size} bytes came")
-                body += piece
-        return bytes(body)
+                piece = read(CHUNK)
+                if not piece and size is not None:
+                    raise ConnectionError(f"{came} of {size} bytes came")
+                if not piece:
+                    break
+                came += len(piece)
+                check_size(came, largest)
+                yield piece
+        check_size(came, largest)
 
     def write(self, name: str, file: str | Path) -> None:
         """Upload a file as object `name`."""
@@ -282,11 +312,16 @@ class Bucket:
         return reason
 
     def _alive(self) -> bool:
-        """Whether the server still gives the last good object."""
+        """Whether the server still gives the last good object, or knows its bucket, if there was
+        none yet."""
         known = botocore.exceptions
         try:
-            return bool(self._good and self._get(self._good, TIME_LIMIT, Range="bytes=0-0"))
-        except (known.BotoCoreError, known.ClientError, urllib3.exceptions.HTTPError, OSError):
+            if self._good:
+                return bool(self._whole(self._good, TIME_LIMIT, Range="bytes=0-0"))
+            return bool(self.client.head_bucket(Bucket=self.bucket))     # an answer without a body
+        except known.ClientError as error:
+            return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500) < 500
+        except (known.BotoCoreError, urllib3.exceptions.HTTPError, OSError):
             return False
 
     def _answered(self) -> None:
@@ -418,13 +453,13 @@ def download(addresses: Sequence[Path | str], signed: bool = False
             if bucket not in stores:
                 stores[bucket] = Bucket(f"s3://{bucket}", 2, signed)
                 stack.callback(stores[bucket].close)
+            file = folder / f"{number}{Path(name).suffix}"
             try:
-                body = stores[bucket].read(name)
+                stores[bucket].fetch(name, file, shutil.disk_usage(folder).free)
             except Absent as error:
-                return OSError(f"{address}: {error}")
-            file = folder / str(number) / Path(name).name
-            file.parent.mkdir()
-            file.write_bytes(body)
+                file.unlink(missing_ok=True)
+                room = f", the room in {folder.parent}" * ("of at most" in str(error))
+                return OSError(f"{address}: {error}{room}")
             return file
 
         coming = ahead.submit(fetch, 0)
@@ -444,7 +479,14 @@ class OutputFolder:
         self.folder = folder
 
     def has(self, names: Sequence[str]) -> bool:
-        return all((self.folder / name).exists() for name in names)
+        """Whether all are there, and none is empty."""
+        return all((self.folder / name).is_file() and (self.folder / name).stat().st_size
+                   for name in names)
+
+    def head(self, name: str, size: int) -> bytes:
+        """The first `size` bytes of a file that is there."""
+        with open(self.folder / name, "rb") as file:
+            return file.read(size)
 
     def deliver(self) -> None:
         """Say that the files are finished."""
@@ -456,12 +498,15 @@ class OutputBucket(OutputFolder):
     def __init__(self, folder: Path, store: Bucket, growing: Sequence[str]):
         super().__init__(folder)
         self.store, self.growing, self.uploaded = store, growing, time.monotonic()
-        self.there = {name for _, files in store.pages("") for name, _ in files}
+        self.there = {name for _, files in store.pages("") for name, size in files if size}
         for name in self.there.intersection(growing):
             (folder / name).write_bytes(store.read(name))
 
     def has(self, names: Sequence[str]) -> bool:
         return self.there.issuperset(names)
+
+    def head(self, name: str, size: int) -> bytes:
+        return self.store.head(name, size)
 
     def deliver(self) -> None:
         for file in sorted(self.folder.iterdir()):

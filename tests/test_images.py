@@ -5,9 +5,11 @@ import itertools
 import os
 import re
 import struct
+import tracemalloc
 import warnings
 import zlib
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -629,10 +631,189 @@ def test_missing_codec_is_named(tmp_path):
         pytest.skip("imagecodecs is installed")
     tifffile.imwrite(tmp_path / "x.tif", noise(16, 16))
     with tifffile.TiffFile(tmp_path / "x.tif", mode="r+") as tif:
-        tif.pages[0].tags["Compression"].overwrite(5)
+        tif.pages[0].tags["Compression"].overwrite(50002)
     with pytest.raises(ValueError) as error:
         open_image(tmp_path / "x.tif")
-    assert "LZW" in one_line(error) and "pip install imagecodecs" in one_line(error)
+    assert "JPEGXL" in one_line(error) and "pip install imagecodecs" in one_line(error)
+
+
+GRAY = np.cumsum(np.random.default_rng(0).integers(0, 3, (90, 117)), 1).astype(np.uint8)
+COLOURS = np.stack([GRAY, GRAY[::-1], GRAY // 2], -1)
+
+
+@pytest.mark.parametrize("pixels, options", [
+    *((GRAY, dict(compression=name)) for name in ("tiff_lzw", "packbits", "tiff_adobe_deflate",
+                                                  "lzma", "jpeg")),
+    (GRAY, dict(compression="tiff_lzw", tiffinfo={317: 2})),
+    (GRAY * np.uint16(113), dict(compression="tiff_lzw", tiffinfo={317: 2, 278: 11})),
+    (GRAY.astype(np.float32), dict(compression="tiff_lzw")),
+    (COLOURS, dict(compression="tiff_lzw", tiffinfo={278: 16})),
+    (COLOURS, dict(compression="jpeg")),
+    *((GRAY > 100, dict(compression=name)) for name in (None, "group3", "group4", "tiff_ccitt",
+                                                        "tiff_lzw", "packbits"))])
+def test_tiffs_of_libtiff_are_read_without_more_packages(tmp_path, pixels, options):
+    """As Pillow itself decodes them, also where only a part is asked for."""
+    PIL.Image.fromarray(pixels).save(tmp_path / "x.tif", **options)
+    with PIL.Image.open(tmp_path / "x.tif") as image:
+        expected = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+    with open_image(tmp_path / "x.tif") as source:
+        assert source.dtype == (np.uint8 if pixels.dtype == bool else pixels.dtype)
+        np.testing.assert_array_equal(source.region(0, 90, 0, 117), expected)
+        np.testing.assert_array_equal(source.region(31, 57, 5, 80), expected[:, 31:57, 5:80])
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_tiffs_of_few_bits_keep_their_numbers(tmp_path, bits):
+    values = np.random.default_rng(1).integers(0, 1 << bits, (20, 32)).astype(np.uint8)
+    packed = np.zeros((20, 32 * bits // 8), np.uint8)
+    for i in range(8 // bits):
+        packed |= values[:, i::8 // bits] << (8 - bits * (i + 1))
+    tags = {256: 32, 257: 20, 258: bits, 259: 1, 262: 1, 273: 122, 277: 1, 278: 20,
+            279: packed.size}
+    (tmp_path / "x.tif").write_bytes(
+        struct.pack("<2sHIH", b"II", 42, 8, 9)
+        + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+        + bytes(4) + packed.tobytes())
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels[0], values)
+
+
+def test_labels_with_a_palette_keep_their_numbers(tmp_path):
+    """As drawn by programs that colour their masks; as an image they are colours."""
+    labels = (GRAY // 16).astype(np.uint8)
+    image = PIL.Image.fromarray(labels)
+    image.putpalette(list(range(48)) * 16)
+    for name in ("x.png", "x.tif"):
+        image.save(tmp_path / name)
+        np.testing.assert_array_equal(read_labels(tmp_path / name), labels)
+        assert read_image(tmp_path / name).pixels.shape == (3, 90, 117)
+
+
+# ------------------------------------------------------------------- more claimed than can be there
+
+def test_an_image_too_large_for_memory_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(images.runs, "free_memory", lambda: 2e8)
+    PIL.Image.new("L", (9000, 9000)).save(tmp_path / "x.png")
+    tifffile.imwrite(tmp_path / "strip.tif", np.zeros((9000, 9000), np.uint8), compression="zlib",
+                     rowsperstrip=9000)
+    np.save(tmp_path / "x.npy", np.zeros((9000, 9000), np.uint8))
+    for name in ("x.png", "strip.tif", "x.npy"):
+        with pytest.raises(ValueError) as error:
+            read_image(tmp_path / name)
+        assert "too large for memory, 0.081 GB of pixels at once and 0.2 GB free" in one_line(error)
+    with open_image(tmp_path / "x.npy") as source:                # in parts it can be had
+        assert source.region(0, 10, 0, 9000).shape == (1, 10, 9000)
+
+
+def jpeg_that_claims(width, height):
+    body = io.BytesIO()
+    PIL.Image.new("L", (8, 8)).save(body, "JPEG")
+    body = body.getvalue()
+    frame = body.index(b"\xff\xc0")
+    return body[:frame + 5] + struct.pack(">HH", height, width) + body[frame + 9:]
+
+
+def png_that_claims(width, height):
+    def chunk(name, content):
+        return (struct.pack(">I", len(content)) + name + content
+                + struct.pack(">I", zlib.crc32(name + content)))
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+            + chunk(b"IDAT", zlib.compress(bytes(64))) + chunk(b"IEND", b""))
+
+
+def deflate_that_holds_more(megabytes):
+    """192 x 160 px of which the one strip would unpack to megabytes."""
+    strip = zlib.compress(bytes(megabytes << 20), 9)
+    tags = {256: 192, 257: 160, 258: 8, 259: 8, 262: 1, 273: 122, 277: 1, 278: 160, 279: len(strip)}
+    return (struct.pack("<2sHIH", b"II", 42, 8, 9)
+            + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+            + bytes(4) + strip)
+
+
+@pytest.mark.parametrize("name, body", [
+    ("x.jpg", jpeg_that_claims(65500, 65500)), ("x.png", png_that_claims(2**31 - 1, 2**31 - 1)),
+    ("x.png", png_that_claims(50000, 50000))])
+def test_more_pixels_than_the_bytes_can_hold_are_refused(tmp_path, name, body):
+    (tmp_path / name).write_bytes(body)
+    with pytest.raises(ValueError) as error:
+        read_image(tmp_path / name)
+    assert "cannot lie in" in one_line(error) or "damaged" in one_line(error)
+
+
+def test_a_strip_gives_no_more_than_it_claims(tmp_path):
+    (tmp_path / "x.tif").write_bytes(deflate_that_holds_more(64))
+    tracemalloc.start()
+    pixels = read_image(tmp_path / "x.tif").pixels
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert pixels.shape == (1, 160, 192) and peak < 4 << 20
+
+
+@pytest.mark.parametrize("options", [dict(imagej=True, metadata={"axes": "ZCYX"}),
+                                     dict(metadata={"axes": "ZCYX"}),
+                                     dict(ome=True, metadata={"axes": "ZCYX"}),
+                                     dict(metadata=None)])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_a_stack_cut_anywhere_is_never_taken_for_a_smaller_one(tmp_path, options, compression):
+    """What is read of a cut file are pixels that are whole; its shape is that of the whole file."""
+    pixels, path = noise(3, 4, 24, 32), tmp_path / "x.tif"
+    named = options["metadata"] is not None
+    with tifffile.TiffWriter(path, imagej="imagej" in options, ome="ome" in options) as file:
+        file.write(pixels if named else pixels.reshape(12, 24, 32), compression=compression,
+                   metadata=options["metadata"], photometric="minisblack", contiguous=False)
+    whole, refused = path.read_bytes(), 0
+    for length in np.linspace(1, len(whole) - 1, 40).astype(int):
+        path.write_bytes(whole[:length])
+        try:
+            with open_image(path, plane=2) as source:
+                assert source.shape == ((4 if named else 1), 24, 32)
+                np.testing.assert_array_equal(source.region(0, 24, 0, 32),
+                                              pixels[1] if named else pixels[0, 1:2])
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 30
+
+
+@pytest.mark.parametrize("size, said", [("1e-30", "1e-30 µm cannot be"), ("0,5", "nan"),
+                                        ("half", "nan"), ("inf", "inf")])
+def test_a_pixel_size_that_cannot_be_is_ignored_with_a_word(tmp_path, size, said):
+    tifffile.imwrite(tmp_path / "x.ome.tif", noise(20, 30), ome=True,
+                     metadata={"axes": "YX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5})
+    with tifffile.TiffFile(tmp_path / "x.ome.tif", mode="r+") as tif:
+        text = tif.ome_metadata
+        tif.pages[0].tags[270].overwrite(re.sub('Size([XY])="0.5"', rf'Size\1="{size}"', text))
+    with open_image(tmp_path / "x.ome.tif") as source:
+        assert source.pixel_size is None and said in " ".join(source.notices)
+
+
+def test_a_turned_camera_is_said(tmp_path):
+    exif = PIL.Image.Exif()
+    exif[274] = 6
+    for name in ("x.jpg", "x.png"):
+        PIL.Image.fromarray(GRAY).save(tmp_path / name, exif=exif)
+        with open_image(tmp_path / name) as source:
+            assert source.shape == (1, 90, 117) and "orientation 6" in source.notices[0]
+
+
+def test_folders_that_cannot_be_opened_are_not_skipped_in_silence(tmp_path, monkeypatch):
+    """Whoever tests may open all of them, so the system's answer is made here."""
+    for name in ("a/1.png", "locked/2.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError):
+        images.image_files(tmp_path)
+    unreadable = []
+    assert [path.name for path in images.image_files(tmp_path, "*", unreadable)] == ["1.png"]
+    assert [Path(error.filename).name for error in unreadable] == ["locked"]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -183,7 +183,7 @@ def test_one_bad_file_among_many(tmp_path, field, capsys):
 
 
 @pytest.mark.smoke
-def test_folders_globs_and_patterns(tmp_path):
+def test_folders_globs_and_patterns(tmp_path, monkeypatch):
     for name in ("p1/x_w1.tif", "p1/x_w2.tif", "p2/deep/x_w1.png", "p1/x_w1_labels.tif",
                  "p1/notes.txt", "p1/x_overlay.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -194,9 +194,9 @@ def test_folders_globs_and_patterns(tmp_path):
                                   Config(pattern="*_w1.*")).values()) == ["p1_x_w1", "p2_deep_x_w1"]
     assert list(infer.find_images([str(tmp_path / "p1" / "*_w?.tif")],
                                   Config()).values()) == ["x_w1", "x_w2"]
-    with pytest.raises(ValueError, match="would both write x_w1_labels.tif"):
-        infer.find_images([str(tmp_path / "p1/x_w1.tif"), str(tmp_path / "p2/deep/x_w1.png")],
-                          Config())
+    monkeypatch.chdir(tmp_path)                # the second of a name keeps its folder and suffix
+    assert list(infer.find_images(["p1/x_w1.tif", "p2/deep/x_w1.png"], Config()).values()) == [
+        "x_w1", "p2_deep_x_w1.png"]
     for wrong in (["gone"], [str(tmp_path / "*.jpg")], [str(tmp_path / "*/*_labels.tif")]):
         with pytest.raises(FileNotFoundError):
             infer.find_images(wrong, Config())

@@ -16,6 +16,7 @@ from jump_fields import ABOVE, ADDRESS, BATCH, key, picture, tiff
 
 import data
 import fields
+import images
 import infer
 import runs
 import s3
@@ -179,8 +180,14 @@ def test_from_s3_to_s3_is_what_folders_give(cells, folder, tmp_path, capsys):
     here = sorted(path.name for path in (tmp_path / "here").iterdir())
     assert listed(cells, "out1/") == here and len(here) == 3 * len(NAMES) + 1
     for name in here:
-        if name != "summary.csv":                             # it has the seconds
-            assert get(cells, f"out1/{name}") == (tmp_path / "here" / name).read_bytes(), name
+        there = get(cells, f"out1/{name}")
+        if name.endswith("_labels.tif"):                      # their records name the source
+            assert (tifffile.imread(io.BytesIO(there)) == tifffile.imread(tmp_path / "here" / name)
+                    ).all(), name
+            record = images.read_record(there[:images.RECORD])
+            assert record["source"]["file"].startswith("s3://cells/raw/")
+        elif name != "summary.csv":                           # it has the seconds
+            assert there == (tmp_path / "here" / name).read_bytes(), name
     rows = list(csv.DictReader(io.StringIO(get(cells, "out1/summary.csv").decode())))
     assert sorted(row["image"] for row in rows) == ["p10_c", "p1_a", "p1_b", "p1_deep_d"]
     assert max(int(row["cells"]) for row in rows) > 0
@@ -294,8 +301,8 @@ def test_the_next_image_comes_while_this_one_is_worked_on(cells):
         seen.append(file)
         assert file.read_bytes() == get(cells, address.removeprefix("s3://cells/"))
         assert not any(before.exists() for before in seen[:-1])
-    assert not seen[-1].exists() and [file.name for file in seen] == ["a.tif", "b.tif", "c.tif",
-                                                                      "d.tif"]
+    assert not seen[-1].exists() and [file.name for file in seen] == ["0.tif", "1.tif", "2.tif",
+                                                                      "3.tif"]
 
 
 def test_an_interruption_leaves_whole_images_and_the_table(cells, monkeypatch):

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 import images
 import instruct_data
 import model
+import runs
 import segment
 from instruct_data import KINDS, TASKS, TISSUES, Found, amount, plural
 
@@ -282,7 +283,7 @@ def load_instructed(path: str | Path) -> Instructed:
                                 "configs/instruct.yaml, or give weights=FILE")
     if model.kind(path) != "Instructed":
         raise ValueError(f"{path}: weights of another kind, expected those of instruct.py train")
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = runs.load_torch(Path(path))
     shape = content["architecture"]
     words = dict(shape["words"])
     if words.pop("regions", ()):            # files of the version before have this and `pixel`
@@ -291,8 +292,10 @@ def load_instructed(path: str | Path) -> Instructed:
     if strange := set(words) ^ {f.name for f in fields(Words)}:
         raise ValueError(f"{path}: written by another version of this code "
                          f"({', '.join(sorted(strange))}); train it anew")
-    net = Instructed(model.built(shape["backbone"]), tuple(shape["widths"]), shape["last"],
-                     model.settings_of(content, path), Words(**words), shape["stem"])
+    with model.building(path):
+        net = Instructed(model.built(shape["backbone"], content["state_dict"]),
+                         tuple(shape["widths"]), shape["last"], model.settings_of(content, path),
+                         Words(**words), shape["stem"])
     net.load_state_dict({name: tensor.float() for name, tensor in content["state_dict"].items()})
     return net.eval()
 

@@ -14,18 +14,18 @@ registers, T = 1 + R + N all tokens, D width.
 """
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import json
 import logging
 import math
-import pickle
 import re
 import struct
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -510,11 +510,12 @@ def load(path: str | Path) -> DINOCell:
               "one for all is used", file=sys.stderr)
         content["state_dict"] = {k: v for k, v in content["state_dict"].items()
                                  if not k.startswith("decoders.")}
-    with torch.device("meta"):
-        net = DINOCell(built(shape["backbone"]), tuple(shape["widths"]), shape["last"], settings,
-                       shape["stem"])
+    with building(path), torch.device("meta"):
+        net = DINOCell(built(shape["backbone"], content["state_dict"]), tuple(shape["widths"]),
+                       shape["last"], settings, shape["stem"])
         if shape.get("size"):
             net.add_size_head()
+    check_fit(net, content["state_dict"], path)
     net.to_empty(device="cpu")
     net.mean.copy_(torch.tensor(net.settings.mean).view(1, 3, 1, 1))
     net.std.copy_(torch.tensor(net.settings.std).view(1, 3, 1, 1))
@@ -531,14 +532,27 @@ def settings_of(content: dict, path: str | Path) -> Settings:
     gone = ("kinds", "zoom", "pixel_size") if content["format"] == OLD_FORMAT else ()
     given = {k: v for k, v in content["settings"].items() if k not in gone}
     if surplus := given.keys() - {f.name for f in fields(Settings)}:
-        raise ValueError(f"{path}: unknown settings {sorted(surplus)}; the file is newer than this "
-                         "code: update it")
-    return Settings(**given)
+        raise ValueError(f"{path}: unknown settings {sorted(surplus, key=str)}; the file is newer "
+                         "than this code: update it")
+    return runs.from_dict(Settings, given, str(path))
 
 
-def built(shape: dict) -> ViT | ConvNet:
-    """An untrained backbone of a file's architecture."""
+@contextlib.contextmanager
+def building(path: str | Path) -> Iterator[None]:
+    """Report an architecture that cannot be built."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError,
+            AssertionError, MemoryError) as error:
+        raise ValueError(f"{path}: damaged weights, their architecture cannot be built "
+                         f"({type(error).__name__}: {error})") from None
+
+
+def built(shape: dict, tensors: dict) -> ViT | ConvNet:
+    """An untrained backbone of a file's architecture; tensors : the file's, which bound it."""
     shape = dict(shape)
+    if shape["depth"] > len(tensors):
+        raise ValueError(f"{shape['depth']} blocks and {len(tensors)} tensors")
     return {"ViT": ViT, "ConvNet": ConvNet}[shape.pop("kind", "ViT")](**shape)
 
 
@@ -612,16 +626,12 @@ def _read_file(path: str | Path) -> dict:
                                 "weights=FILE")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, AttributeError,
-            LookupError, AssertionError, struct.error) as error:  # of bytes that are something else
-        raise ValueError(f"{path}: not a file of PyTorch weights, or damaged "
-                         f"({type(error).__name__}); expected what train_seg.py or train_ssl.py "
-                         "exported, or a DINOv3 checkpoint") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dictionary of "
-                         "weights")
+    content = runs.load_torch(path)
+    parts = {"kind": str, "architecture": dict, "settings": dict, "state_dict": dict}
+    if _is_ours(content) and (wrong := [name for name, kind in parts.items()
+                                        if not isinstance(content.get(name), kind)]):
+        raise ValueError(f"{path}: damaged weights, no {' and no '.join(wrong)} in them; export "
+                         "them again")
     return content
 
 
@@ -688,7 +698,15 @@ def _from_dinov3(content: dict, path: str | Path) -> dict[str, Tensor]:
 
 
 def _fill(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
-    """Load tensors, float16 ones as float32, with an error that a person can act on."""
+    """Load tensors, float16 ones as float32."""
+    check_fit(module, tensors, path)
+    module.load_state_dict({k: v.float() for k, v in tensors.items()})
+
+
+def check_fit(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
+    """Compare tensors of a file with those of a network, before memory is taken for them."""
+    if strange := [k for k, v in tensors.items() if not isinstance(v, Tensor)]:
+        raise ValueError(f"{path}: damaged weights, {_some(strange)} no tensors")
     wanted = module.state_dict()
     missing, surplus = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
     wrong = [f"{k} {tuple(tensors[k].shape)} instead of {tuple(v.shape)}" for k, v in wanted.items()
@@ -697,7 +715,6 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> No
                 (("missing", missing), ("surplus", surplus), ("wrong shape", wrong)) if names]
     if problems:
         raise ValueError(f"{path}: does not fit the network; " + "; ".join(problems))
-    module.load_state_dict({k: v.float() for k, v in tensors.items()})
 
 
 # --------------------------------------------------------------------------------------------- ONNX

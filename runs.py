@@ -34,17 +34,20 @@ import io
 import json
 import math
 import os
+import pickle
 import platform
 import random
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
 import types
 import typing
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -221,6 +224,9 @@ Distance = Annotated[float, from_to_below(0, 1)]          # to the cell's edge, 
 
 # ------------------------------------------------------------------------------------------ reading
 
+NODES = 100_000                         # values of a configuration
+
+
 def load_config(cls: type[Config], path: str | Path | None = None,
                 overrides: Sequence[str] = ()) -> Config:
     """A configuration from a YAML file or defaults, then `key=value`; `a.b=1` is b of section a."""
@@ -231,15 +237,7 @@ def load_config(cls: type[Config], path: str | Path | None = None,
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such configuration; expected a YAML file, "
                                     f"configs/ has some")
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            where = getattr(error, "problem_mark", None)
-            line = f" in line {where.line + 1}" if where else ""
-            raise ValueError(f"{path}: not valid YAML{line}: "
-                             f"{getattr(error, 'problem', None) or error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: got a {type(values).__name__}, expected lines `key: value`")
+        values = read_yaml(Path(path))
     for text in overrides:
         key, _, value = text.partition("=")
         *sections, last = key.split(".")
@@ -250,11 +248,62 @@ def load_config(cls: type[Config], path: str | Path | None = None,
                 raise ValueError(f"{text}: '{section}' is a value in {origin}, no section")
             inner[section] = inner = dict(below)  # a section that YAML names twice (&, *) is two
         try:
-            inner[last] = yaml.safe_load(value) if value else ""
+            inner[last] = parse_yaml(value) if value else ""
         except yaml.YAMLError:
             inner[last] = value                                # 'a: b' and the like: meant as text
         inner[last] = _Given(inner[last], text)
     return from_dict(cls, values, origin)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file."""
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" in line {where.line + 1}" if where else ""
+        reason = getattr(error, "problem", None) or (
+            "nested too deep" if isinstance(error, RecursionError) else error)
+        raise ValueError(f"{path}: not valid YAML{line}: {reason}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: got a {type(values).__name__}, expected lines `key: value`")
+    return values
+
+
+def parse_yaml(text: str) -> Any:
+    """A value of YAML; yaml.YAMLError for a key that stands twice, and for aliases (&, *) that hold
+    themselves or grow beyond NODES values."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_nodes(node, (), {})
+        return loader.construct_document(node)
+    except ValueError as error:                               # 2024-13-45 as a date, say
+        raise yaml.MarkedYAMLError(problem=str(error)) from None
+    finally:
+        loader.dispose()
+
+
+def _count_nodes(node: yaml.Node, above: tuple[yaml.Node, ...], known: dict[int, int]) -> int:
+    """Values below a node, each as often as an alias names it."""
+    if node in above:
+        raise yaml.MarkedYAMLError(problem="an alias (*) that holds itself",
+                                   problem_mark=node.start_mark)
+    if id(node) not in known:
+        below = node.value if isinstance(node.value, list) else []
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in below if isinstance(key, yaml.ScalarNode)]
+            if twice := [key for key in keys if keys.count(key) > 1 and key != "<<"]:
+                raise yaml.MarkedYAMLError(problem=f"the key '{twice[0]}' stands twice",
+                                           problem_mark=node.start_mark)
+            below = [part for pair in below for part in pair]
+        known[id(node)] = 1 + sum(_count_nodes(part, (*above, node), known) for part in below)
+        if known[id(node)] > NODES:
+            raise yaml.MarkedYAMLError(problem=f"aliases (*) that grow beyond {NODES} values",
+                                       problem_mark=node.start_mark)
+    return known[id(node)]
 
 
 class _Given:
@@ -330,7 +379,7 @@ def _fitted(value: Any, typed: str | None, hint: Any, key: str, origin: str) -> 
                 return _convert(given, choice, key, origin)
     elif kind is tuple and value is not None:
         if isinstance(value, str) and typed is not None:
-            value = [yaml.safe_load(part) for part in value.split(",")]
+            value = [parse_yaml(part) for part in value.split(",")]
         parts = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_convert(part, inner[0], key, origin) for part in parts)
     elif kind is typing.Literal:
@@ -590,6 +639,7 @@ class Run:
         self.signal: int | None = None
         self.folder = Path(config.output_base_dir) / "runs" / config.experiment
         self.checkpoints = self.folder / "checkpoints" / config.checkpoint_name
+        self.whole: list[Path] = []                           # checkpoints that were looked through
         self.wandb = None
         self.began = time.perf_counter()
         self._check_same_run()
@@ -640,14 +690,18 @@ class Run:
 
     def _check_same_run(self) -> None:
         """Refuse another configuration in the same folder; changes of FREE keys are printed."""
-        before = self.folder / "config.yaml"
-        if not before.exists() or not any(self.checkpoints.glob("step_*.pt")):
+        before, newest = self.folder / "config.yaml", self.newest()
+        if not before.exists() or newest is None:
             return
-        old, new = (lasting(flatten(yaml.safe_load(text)))
-                    for text in (before.read_text(encoding="utf-8"), to_yaml(self.config)))
+        try:
+            values = read_yaml(before)
+        except ValueError as error:                           # the checkpoint has it as well
+            print(f"warning: {error}; taken from {newest}", file=sys.stderr)
+            values = parse_yaml(load_torch(newest)["config"])
+        old, new = (lasting(flatten(each)) for each in (values, parse_yaml(to_yaml(self.config))))
         changed = {k: (old.get(k), new.get(k)) for k in {**old, **new} if old.get(k) != new.get(k)}
         text = ", ".join(f"{k}: {a} -> {b}" for k, (a, b) in changed.items())
-        free, newest = FREE, self.newest()
+        free = FREE
         if "steps" in changed and getattr(self.config, "schedule", "") == "constant":
             from optim import DECAY  # imports torch, which no --help waits for
             free, least = (*FREE, "steps"), min(old["steps"], new["steps"])
@@ -696,7 +750,25 @@ class Run:
     # ---------------------------------------------------------------------------------- checkpoints
 
     def newest(self) -> Path | None:
-        return max(self.checkpoints.glob("step_*.pt"), default=None, key=lambda p: int(p.stem[5:]))
+        """The newest checkpoint that is whole; damaged ones are passed over with a word."""
+        for path in reversed(self.saved()):
+            if path not in self.whole:
+                try:
+                    check_torch(path)
+                except ValueError as error:
+                    print(f"warning: {error}; an older checkpoint is tried", file=sys.stderr)
+                    continue
+                self.whole.append(path)
+            return path
+        if self.saved():
+            raise ValueError(f"{self.checkpoints}: none of {len(self.saved())} checkpoints is "
+                             "whole; remove them to begin anew")
+        return None
+
+    def saved(self) -> list[Path]:
+        """Checkpoints, old to new."""
+        return sorted((path for path in self.checkpoints.glob("step_*.pt")
+                       if path.stem[5:].isdecimal()), key=lambda path: int(path.stem[5:]))
 
     def save(self, step: int, is_best: bool = False, **state: Any) -> None:
         """Write a checkpoint with every random state, whole or not at all."""
@@ -714,13 +786,14 @@ class Run:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        self.whole.append(path)
         if is_best:
             with replacing(self.checkpoints / "best.pt") as copy:
                 try:
                     os.link(path, copy)
                 except OSError:                               # a file system without links
                     shutil.copyfile(path, copy)
-        for old in sorted(self.checkpoints.glob("step_*.pt"))[:-self.config.keep]:
+        for old in self.saved()[:-self.config.keep]:
             old.unlink()
 
     def resume(self) -> dict | None:
@@ -730,7 +803,7 @@ class Run:
             return None
         import numpy as np
         import torch
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_torch(path)
         torch.set_rng_state(state["torch"])
         if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda"])
@@ -744,6 +817,41 @@ class Run:
     def exit_code(self) -> int:
         """Exit code after a stop: Slurm's signals ask to be queued again, Ctrl-C does not."""
         return 130 if self.signal == signal.SIGINT else REQUEUE
+
+
+def load_torch(path: Path) -> dict:
+    """The dictionary in a file that torch.save wrote."""
+    import torch
+    check_torch(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, AttributeError,
+            LookupError, AssertionError, struct.error, MemoryError, OverflowError) as error:
+        raise ValueError(f"{path}: not a file of PyTorch weights, or damaged "
+                         f"({type(error).__name__}); expected what train_seg.py or train_ssl.py "
+                         "exported, or a DINOv3 checkpoint") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dictionary of "
+                         "weights")
+    return content
+
+
+def check_torch(path: Path) -> None:
+    """Compare the parts of a file of torch.save (a ZIP) with their checksums, which torch.load does
+    not; a changed byte would change the cells. Files of before 2020 are no ZIP and have none."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(2) == b"PK":
+                with zipfile.ZipFile(file) as parts:
+                    if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
+                        raise zipfile.BadZipFile("compressed parts, which PyTorch does not write")
+                    if damaged := parts.testzip():
+                        raise zipfile.BadZipFile(f"{damaged} does not fit its checksum")
+            elif file.tell() == 0:
+                raise zipfile.BadZipFile("an empty file")
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError,
+            struct.error) as error:
+        raise ValueError(f"{path}: damaged ({error}); download or copy it again") from None
 
 
 def export_path(config: Any) -> Path:

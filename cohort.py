@@ -90,7 +90,7 @@ def find_tiles(root: str | Path, pattern: str, nuclei: str = "0", marker: str = 
                     names = ", ".join(file.name for file in images[channel])
                     raise ValueError(f"{count or 'no'} images of the {what} {names}".strip())
             pair = images[nuclei][0], images[marker][0]
-            tiles.append(TilePair(name, data.donor_of(name, donor), pair))
+            tiles.append(TilePair(name, data.donor_of(name, donor, "donor"), pair))
         except ValueError as error:
             unusable[name] = str(error)
     if not tiles:
@@ -127,7 +127,11 @@ def read_lines(path: Path) -> list[dict]:
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(text))
+            line = json.loads(text)
+            if not (isinstance(line, dict) and {"tile", "key", "donor"} <= line.keys()):
+                raise ValueError(f"{path}: a line {text[:40]}, expected one that `downstream.py "
+                                 "segment` wrote, with tile, donor and key; remove the line")
+            lines.append(line)
     return lines
 
 

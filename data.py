@@ -84,6 +84,7 @@ with runs.lazy():
 ENDS = ("_masks", "_mask", "_cp_masks", "_seg", "_labels", "_label", "_cells", "_nuclei", "")
 BYPRODUCTS = ("_types", "_overlay", "_distance", "_flows", "_cp_output", "_outlines", "dist_maps")
 IMAGES, LABELS = TIFF + PNG_JPEG + NPY, (*TIFF, ".png", *NPY, ".geojson")  # .jpg would blur ids
+OME = re.compile(r"(?i)\.ome$")                                               # infer.py keeps it
 TILE = re.compile(r"(?i)(?<![0-9a-f])((?:s\d+)?b\d+)c(\d+)(?![0-9a-f])")      # not in a hash
 
 
@@ -164,7 +165,7 @@ def _below(path: Path, root: Path) -> str:
 
 
 def stem_of(path: Path) -> str:
-    return re.sub(r"(?i)\.ome$", "", path.stem)
+    return OME.sub("", path.stem)
 
 
 def pair_key(stem: str) -> str:
@@ -204,7 +205,7 @@ def _matched(folder: Path, images: list[Path], labels: list[Path], choice: Choic
         shots[pair_key(stem_of(file))].append(file)
     for file in labels:
         for rank, end in enumerate(ENDS):
-            key = pair_key(stem_of(file).removesuffix(end))
+            key = pair_key(OME.sub("", stem_of(file).removesuffix(end)))
             if stem_of(file).endswith(end) and (end or apart or file.suffix.lower() == ".geojson") \
                     and key in shots and file not in shots[key] \
                     and choice.labels in (None, end[1:]):
@@ -524,13 +525,13 @@ def read_geojson(path: Path, shape: tuple[int, int]) -> np.ndarray:
     features = parsed.get("features", [parsed]) if isinstance(parsed, dict) else parsed
     if not isinstance(features, list) or not all(isinstance(feature, dict) for feature in features):
         raise ValueError(f"{path}: expected GeoJSON features, as QuPath exports them")
-    kinds = [(feature.get("properties") or {}).get("objectType")
+    kinds = [_section(feature, "properties").get("objectType")
              or OBJECTS.get(str(feature.get("id"))) for feature in features]
     cells = [feature for feature, kind in zip(features, kinds)
              if kind in ("cell", "detection")] or features
     pixels = []
     for i, feature in enumerate(cells, 1):
-        where, geometry = f"{path}: object {i}", feature.get("geometry") or {}
+        where, geometry = f"{path}: object {i}", _section(feature, "geometry")
         kind = geometry.get("type")
         parts: Any = geometry.get("coordinates")
         if kind not in ("Polygon", "MultiPolygon"):
@@ -543,6 +544,12 @@ def read_geojson(path: Path, shape: tuple[int, int]) -> np.ndarray:
             raise ValueError(f"{where} has coordinates that are no rings of [x, y]") from None
         pixels.append(cell_pixels(parts, shape, where))
     return painted(shape, pixels)
+
+
+def _section(feature: dict, key: str) -> dict:
+    """A part of a feature; {} where it is missing or something else."""
+    part = feature.get(key)
+    return part if isinstance(part, dict) else {}
 
 
 def read_masks(paths: Sequence[Path]) -> np.ndarray:
@@ -641,12 +648,15 @@ def group_of(name: str) -> str:
     return re.sub(r"([-_. ])[-_. ]+", r"\1", name).rstrip("-_. /")
 
 
-def donor_of(name: str, pattern: str | None = None) -> str:
-    """Match of the group in `pattern`; by default what follows donor, patient, subject or case."""
-    expression = regex("pattern", pattern or DONOR)
+def donor_of(name: str, pattern: str | None = None, key: str = "pattern") -> str:
+    """Match of the group in `pattern`; by default what follows donor, patient, subject or case.
+
+    key : how the script calls the pattern.
+    """
+    expression = regex(key, pattern or DONOR)
     found = expression.search(name)
     if expression.groups != 1 or not found or not found[1]:
-        raise ValueError(f"no donor in the name {name}; give pattern=REGEX with one group around "
+        raise ValueError(f"no donor in the name {name}; give {key}=REGEX with one group around "
                          "it, such as '^([^_]+)_' for 1234_tile7")
     return found[1]
 
@@ -779,6 +789,11 @@ def training_images(config: TrainingData, seed: int) -> tuple[list[Labelled], li
         validation = [image._replace(zoom=config.diameter / diameter)
                       if (diameter := median_diameter(image.labels)) else image
                       for image in validation]
+    for images, key in ((train, "data.sets"), (validation, "data.validation")):
+        if images and not any(image.labels.any() for image in images):
+            raise ValueError(f"{key}: no cell in {len(images)} labelled images "
+                             f"({runs.listed(list({image.set: 0 for image in images}), 3)}); nothing can be "
+                             "learned or scored. Are the labels all 0?")
     if not validation:
         raise ValueError("no validation images; give data.validation, or data.share so large that "
                          "some are held out")

@@ -75,7 +75,7 @@ class Bench:
     columns: tuple[str, ...] = ("AP@0.5", "AP@0.75", "F1", "SEG", "DET", "OP_CSB")  # in table.md
     markdown: str | None = None             # document for table.md, between two lines of comment
     summary: str | None = None              # document for its first table alone
-    batch: runs.Count | None = None         # tiles at once; null: 4 on the CPU, 32 on a GPU
+    batch: runs.Batch | None = None         # tiles at once; null: 4 on the CPU, 32 on a GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
     overwrite: bool = False                 # make every prediction anew
 
@@ -172,7 +172,7 @@ class Gating:
     experiment: str = "gating"              # name of the run
     output_base_dir: str = "."              # where runs/ is made
     root: str = "."                         # folder that the sets are in
-    min_area: tuple[runs.Whole, ...] = (0, 20, 50, 100)  # px, smaller cells are dropped
+    min_area: tuple[runs.Area, ...] = (0, 20, 50, 100)  # px, smaller cells are dropped
     windows: tuple[tuple[float, ...], ...] = ((0, 100), (2, 98), (5, 95))  # percentiles to keep
     marker: str = "1"                       # channel of the file, whose mean over a cell counts
     border: tuple[Literal["keep", "drop", "both"], ...] = ("keep", "drop", "both")  # both: true too
@@ -236,13 +236,13 @@ class Sweep:
     depth: tuple[runs.NotNegative | None, ...] = (None,)  # the same
     smooth: tuple[runs.NotNegative | None, ...] = (None,)  # the same, px of the network
     shape: tuple[runs.NotNegative | None, ...] = (None,)  # the same, per px of the network
-    min_area: tuple[runs.Whole | None, ...] = (None,)  # the same, px
-    tile: tuple[runs.Count | None, ...] = (None,)  # px; null: as trained
+    min_area: tuple[runs.Area | None, ...] = (None,)  # the same, px
+    tile: tuple[runs.Side | None, ...] = (None,)  # px; null: as trained
     overlap: tuple[runs.Whole | None, ...] = (None,)  # px; null: a cell's diameter
     scale: tuple[runs.Positive, ...] = (1.0,)  # network px per image px, on top of the diameter
     score: str = "DSB"                      # what best means, mean over images
     ceiling: Encoding = field(default_factory=Encoding)  # as in bench
-    batch: runs.Count | None = None         # tiles at once; null: 4 on the CPU, 32 on a GPU
+    batch: runs.Batch | None = None         # tiles at once; null: 4 on the CPU, 32 on a GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
 
     def __post_init__(self):

@@ -11,6 +11,7 @@ line for each field. make_index() makes it from a listing or from load_data tabl
 """
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import gzip
@@ -29,7 +30,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -379,7 +380,12 @@ def _read_journal(path: Path, what: str) -> dict[str, dict]:
         return {}
     whole = path.read_bytes()
     whole = whole[:whole.rfind(b"\n") + 1]
-    lines = [json.loads(line) for line in whole.splitlines()]
+    lines: list[Any] = [None]
+    with contextlib.suppress(ValueError):
+        lines = [json.loads(line) for line in whole.splitlines()]
+    if not all(isinstance(line, dict) for line in lines) or any("place" not in line
+                                                                for line in lines[1:]):
+        raise ValueError(f"{path}: damaged; remove it, and the index is made anew")
     if lines and lines[0] != {"what": what}:
         raise ValueError(f"{path}: begun for {lines[0].get('what')}; remove it, or give another "
                          "out=")

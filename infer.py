@@ -84,18 +84,18 @@ class Config:
     smooth: Annotated[float, runs.within(0, 20)] | None = None
     # added per px inside a cell, so that necks part; null: the weights' own
     shape: runs.Share | None = None
-    min_area: runs.Whole | None = None  # px, smaller cells are dropped; null: the weights' own
+    min_area: runs.Area | None = None  # px, smaller cells are dropped; null: the weights' own
     border: Literal["keep", "drop"] = "keep"  # drop: leave out cells cut by the edge of the image
     # px, neighbours are counted within this distance; null: a cell's diameter
-    near: runs.NotNegative | None = None
+    near: runs.Reach | None = None
     geojson: bool = False                           # polygons for QuPath
     rois: bool = False                              # ImageJ ROI zip
     distance: bool = False                          # the distance map the network predicts
     overlay: bool = True                            # the picture
-    tile: runs.Count | None = None  # px, side of the network's tiles; null: as trained
+    tile: runs.Side | None = None  # px, side of the network's tiles; null: as trained
     # px shared by tiles; null: a cell's diameter, from an eighth to half the tile
     overlap: runs.Whole | None = None
-    batch: runs.Count | None = None                 # tiles at once; null: 4 on the CPU, 32 on a GPU
+    batch: runs.Batch | None = None                 # tiles at once; null: 4 on the CPU, 32 on a GPU
     block: runs.Count = 2048  # px, larger images are worked off in blocks of this side
     pattern: str = "*"                              # which files of a folder, such as *_w1.tif
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
@@ -602,7 +602,7 @@ class Summary:
 class Export:
     out: str = "dinocell.onnx"      # the file
     weights: str = "default"        # file, or the name of one in final_models/ (tiny)
-    tile: runs.Count | None = None  # px, side of the tiles the file takes; null: as trained
+    tile: runs.Side | None = None  # px, side of the tiles the file takes; null: as trained
     opset: Annotated[int, runs.within(18, 23)] = 18   # version of ONNX's operators
     half: bool = False              # compute in float16
 

@@ -90,10 +90,10 @@ class Config:
     llm: LLM = field(default_factory=LLM)   # make: rewrites instructions
     init: str = "final_models/dinocell_tiny.pt"    # a network that finds cells, to begin with
     head: Literal["text", "fixed"] = "text"  # fixed: classes in place of texts, a control
-    crop: runs.Count = 128                  # px, side of the training crops, and of the tiles later
+    crop: runs.Side = 128                  # px, side of the training crops, and of the tiles later
     seed: int = 0                           # of everything random
     steps: runs.Count = 20000               # optimiser steps
-    batch: runs.Count = 16                  # crops a step
+    batch: runs.Batch = 16                  # crops a step
     texts: runs.Count = 48                  # instructions a step, compared with all cells
     lr: runs.Positive = 1e-3                # at its highest
     warmup: runs.Whole = 100                # steps until it is reached

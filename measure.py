@@ -67,8 +67,8 @@ class Model:
     depth: runs.NotNegative | None = None   # the same
     smooth: runs.NotNegative | None = None  # the same, px of the network
     shape: runs.NotNegative | None = None   # the same, per px of the network
-    min_area: runs.Whole | None = None      # the same, px
-    tile: runs.Count | None = None          # px; null: as trained
+    min_area: runs.Area | None = None      # the same, px
+    tile: runs.Side | None = None          # px; null: as trained
     overlap: runs.Whole | None = None       # px; null: a cell's diameter
     scale: runs.Positive = 1.0              # network px per image px, on top of the set's diameter
 
@@ -112,7 +112,7 @@ class Encoding:
     depth: tuple[runs.NotNegative, ...] = (0.0,)
     smooth: tuple[runs.NotNegative, ...] = (0.0,)  # px
     shape: tuple[runs.NotNegative, ...] = (0.0,)  # per px
-    min_area: tuple[runs.Whole, ...] = (0,)  # px
+    min_area: tuple[runs.Area, ...] = (0,)  # px
 
     def __post_init__(self):
         threshold_grid(self)

@@ -216,6 +216,13 @@ def from_to_below(low: float, high: float) -> Bound:
 
 Count = Annotated[int, at_least(1)]
 Whole = Annotated[int, at_least(0)]
+Side = Annotated[int, within(1, 4096)]                # px, of tiles and crops
+Area = Annotated[int, within(0, 1e9)]                 # px
+Reach = Annotated[float, within(0, 1e4)]              # px
+Batch = Annotated[int, within(1, 1 << 16)]
+Width = Annotated[int, within(1, 1 << 14)]            # of a network: numbers a token
+Depth = Annotated[int, within(1, 1000)]               # of a network: blocks, heads
+Patch = Annotated[int, within(1, 64)]                 # px
 Positive = Annotated[float, above(0)]
 NotNegative = Annotated[float, at_least(0)]
 Share = Annotated[float, within(0, 1)]           # or a probability
@@ -395,7 +402,7 @@ def _fitted(value: Any, typed: str | None, hint: Any, key: str, origin: str) -> 
 def _whole_number(value: Any, typed: str | None) -> int:
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE]\+?\d+", value):
         value = float(value)  # 1e4 is text to PyYAML
-    if type(value) not in (int, float) or not math.isfinite(value) or value != int(value):
+    if type(value) not in (int, float) or not abs(value) < 1e18 or value != int(value):
         raise _Misfit
     return int(value)
 
@@ -645,6 +652,7 @@ class Run:
         self._check_same_run()
         for folder in (self.folder / "logs", self.folder / "images", self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
+            sweep(folder)
         if rank == 0:
             write_text(self.folder / "config.yaml", to_yaml(config))
             if getattr(config, "wandb", "off") != "off":

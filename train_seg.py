@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import data
 import runs
@@ -43,14 +43,15 @@ with runs.lazy():
 @dataclass(frozen=True)
 class NetworkShape:
     arch: Literal["vit", "unet"] = "vit"    # unet: convolutions for the transformer, to compare
-    dim: int = 384                          # width of the backbone
-    depth: int = 12                         # blocks
-    heads: int = 6                          # attention heads
-    patch: int = 8                          # px
-    registers: int = 4                      # register tokens
+    dim: runs.Width = 384                          # width of the backbone
+    depth: runs.Depth = 12                         # blocks
+    heads: runs.Depth = 6                          # attention heads
+    patch: runs.Patch = 8                          # px
+    registers: runs.Whole = 4                      # register tokens
     layerscale: float = 0.1                 # start of LayerScale; small values need long training
-    widths: tuple[int, ...] = (256, 128, 64)  # decoder stages, one for each doubling of the grid
-    last: int = 32                          # width of the last stage, at full size
+    # decoder stages, one for each doubling of the grid
+    widths: tuple[runs.Width, ...] = (256, 128, 64)
+    last: runs.Whole = 32                          # width of the last stage, at full size
     stem: int = 1       # levels of convolutions on the image: 1 at full size, 2 at a half, too
 
 
@@ -69,13 +70,14 @@ class Config:
     augment: dict = field(default_factory=dict)  # what happens to crops: changes to augment.Augment
     edge_weight: runs.NotNegative = 0.0     # k: pixels near an edge count up to 1 + k times
     seam_weight: runs.NotNegative = 0.0     # pixels between touching cells count so much more
-    cap: runs.Positive | None = 4.0  # px, distances stop growing here (watershed.distance_map)
-    crop: int = 256                         # px, side of the training crops, and of the tiles later
+    # px, distances stop growing here (watershed.distance_map)
+    cap: Annotated[float, runs.within(0.1, 1000)] | None = 4.0
+    crop: runs.Side = 256                   # px, side of the training crops, and of the tiles later
     seed: int = 0                           # of everything random
     # optimiser steps of a cycle: lr rises in its warm-up, then falls to lr_end
     steps: runs.Count = 20000
     cycles: runs.Count = 1                  # one more may be added to a run that is done
-    batch: runs.Count = 16                  # crops a step, over all processes
+    batch: runs.Batch = 16                  # crops a step, over all processes
     lr: runs.Positive = 3e-4                # at its highest
     lr_end: runs.NotNegative = 1e-6         # at the last step
     warmup: runs.Whole = 500                # steps until lr is reached

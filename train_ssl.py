@@ -41,10 +41,10 @@ with runs.lazy():
 
 @dataclass(frozen=True)
 class BackboneShape:
-    dim: Count = 384                        # width of the backbone
-    depth: Count = 12                       # blocks
-    heads: Count = 6                        # attention heads
-    patch: Count = 8                        # px
+    dim: runs.Width = 384                        # width of the backbone
+    depth: runs.Depth = 12                       # blocks
+    heads: runs.Depth = 6                        # attention heads
+    patch: runs.Patch = 8                        # px
     registers: Whole = 4                    # register tokens
     layerscale: float = 1e-5                # start of LayerScale; 0.1 or more for short training
     init_std: Positive = 0.02               # of linear layers; 0.1 suits narrow networks
@@ -61,8 +61,8 @@ Strategy = Literal["average", "single", "pairs", "average_single", "all"]
 @dataclass(frozen=True)
 class Views:
     strategy: Strategy = "average_single"   # which channels the views of a field show
-    size: Count = 224                       # px, side of the two global views
-    local_size: Count = 96                  # px, side of the local views
+    size: runs.Side = 224                       # px, side of the two global views
+    local_size: runs.Side = 96                  # px, side of the local views
     locals: Whole = 8                       # local views of a field
     zoom: Positive = 1.0                    # px of the view per px of the field
     scale: tuple[Positive, ...] = (0.7, 1.4)   # low, high: factor on that, each view's own
@@ -109,7 +109,7 @@ class Config:
     measure: probe.Measure = field(default_factory=probe.Measure)   # on the fields held out
     seed: int = 0                           # of everything random
     steps: Count = 300000                   # optimiser steps
-    batch: Annotated[int, runs.at_least(2)] = 64   # fields a step, over all processes
+    batch: Annotated[int, runs.within(2, 1 << 16)] = 64   # fields a step, over all processes
     lr: Positive | None = None              # highest; null: 5e-4 from scratch, 5e-5 with init
     lr_end: float = 1e-6                    # at the last step
     warmup: Whole = 5000                    # steps until lr is reached

@@ -791,9 +791,9 @@ def training_images(config: TrainingData, seed: int) -> tuple[list[Labelled], li
                       for image in validation]
     for images, key in ((train, "data.sets"), (validation, "data.validation")):
         if images and not any(image.labels.any() for image in images):
-            raise ValueError(f"{key}: no cell in {len(images)} labelled images "
-                             f"({runs.listed(list({image.set: 0 for image in images}), 3)}); nothing can be "
-                             "learned or scored. Are the labels all 0?")
+            sets = runs.listed(list({image.set: 0 for image in images}), 3)
+            raise ValueError(f"{key}: no cell in {len(images)} labelled images ({sets}); nothing "
+                             "can be learned or scored. Are the labels all 0?")
     if not validation:
         raise ValueError("no validation images; give data.validation, or data.share so large that "
                          "some are held out")

@@ -40,7 +40,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Annotated, Literal
 
 import runs
@@ -521,7 +521,8 @@ def images_among(files: Images) -> Images:
     """Drop hidden files, results, and labels of an image that is there."""
     files = {p: name for p, name in files.items()
              if name.lower().endswith(images.IMAGE_SUFFIXES) and not Path(name).stem.endswith(OURS)
-             and not any(part.startswith(".") for part in PurePath(name).parts)}
+             and not any(part.startswith(".") and part not in (".", "..")
+                         for part in re.split(r"[/\\]", name))}
     stems = {Path(name).stem for name in files.values() if not Path(name).stem.endswith(THEIRS)}
 
     def is_label(stem: str) -> bool:                          # a_masks or a_cp_masks, of a

@@ -40,6 +40,8 @@ class Faults:
     rate: float = 0.0                   # bytes a second of all bodies together; 0: no limit
     outage: bool = False                # all connections are reset
     broken: str = ""                    # keys that contain this are answered with 503, always
+    unsized: str = ""                   # bodies of these come without Content-Length
+    claims: str = ""                    # bodies of these are said to have 40 TB
 
 
 class FaultyS3:
@@ -90,7 +92,7 @@ class Handler(BaseHTTPRequestHandler):
         if draw < faults.errors or (faults.broken and faults.broken in self.path):
             return self.answer(503, {"Content-Type": "application/xml",
                                      "Content-Length": str(len(BUSY))},
-                               BUSY)
+                               BUSY * (self.command != "HEAD"))
         upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
         upstream.request(self.command, self.path, sent or None,
                          {k: v for k, v in self.headers.items()
@@ -106,6 +108,13 @@ class Handler(BaseHTTPRequestHandler):
                                                                                "date")}
         headers["Content-Length"] = str(len(body))
         draw -= faults.errors
+        if faults.unsized and faults.unsized in self.path:
+            del headers["Content-Length"]
+            headers["Connection"] = "close"
+            self.close_connection = True
+        elif faults.claims and faults.claims in self.path:
+            headers["Content-Length"] = str(40 << 40)
+            self.close_connection = True
         if draw < faults.truncated:
             self.answer(response.status, headers, body[:len(body) // 2])
             self.close_connection = True
@@ -120,7 +129,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.answer(response.status, headers, body)
 
-    do_PUT = do_GET
+    do_PUT = do_HEAD = do_GET
 
     def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
         self.send_response_only(status)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,64 @@ def test_a_folder_is_no_prefix_and_an_object_is_itself(cells, tmp_path):
                              Config(pattern="b*")) == {"s3://cells/raw/p1/b.tif": "b"}
     assert infer.main(Config(out=str(tmp_path)), ["s3://cells/raw/p10/c.tif"]) == 0
     assert tifffile.imread(tmp_path / "c_labels.tif").shape == (96, 96)
+
+
+@pytest.fixture
+def keys(cells, pictures):
+    """Puts images under keys, and removes them afterwards."""
+    made = []
+
+    def put(*names, body=pictures[NAMES[0]]):
+        for name in names:
+            cells.client.put_object(Bucket="cells", Key=name, Body=body, ACL="public-read")
+            made.append(name)
+    yield put
+    for name in made:
+        cells.client.delete_object(Bucket="cells", Key=name)
+
+
+def test_keys_cannot_leave_the_folder_of_the_results(keys, cells, tmp_path):
+    """Doubled slashes, dots, backslashes, and keys too long for a file; to disk and to S3."""
+    names = ["plate1//x.tif", "plate1/../y.tif", "plate1/..\\..\\z.tif", "plate1/./w.tif",
+             f"plate1/{'n' * 300}.tif"]
+    keys(*(f"hostile/{name}" for name in names))
+    out = tmp_path / "out"
+    assert infer.main(Config(out=str(out), overlay=False), ["s3://cells/hostile"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    labels = {path.name.removesuffix("_labels.tif") for path in out.glob("*_labels.tif")}
+    assert {"plate1_x", "plate1_y", "plate1_z", "plate1_w"} < labels and len(labels) == 5
+    assert infer.main(Config(out="s3://cells/outh", overlay=False), ["s3://cells/hostile"]) == 0
+    assert listed(cells, "outh/") == sorted(path.name for path in out.iterdir())
+
+
+def test_objects_of_any_size_or_none(keys, cells, tmp_path, capsys, monkeypatch):
+    """Without a size they are read to their end; one that claims 40 TB is refused by the disk, one
+    that always fails is given up, although it is the first; the others are done."""
+    monkeypatch.setattr(s3, "TRIES", 2)
+    monkeypatch.setattr(s3, "LONGEST", 0.1)
+    keys(*(f"sizes/{name}.tif" for name in ("a_broken", "b_claims", "c_unsized", "d_good")))
+    cells.set(broken="a_broken", claims="b_claims", unsized="c_unsized")
+    try:
+        with pytest.raises(ValueError, match="2 of 4 images could not be done"):
+            infer.main(Config(out=str(tmp_path), overlay=False), ["s3://cells/sizes"])
+    finally:
+        cells.set()
+    said = capsys.readouterr().err
+    assert "sizes/a_broken.tif: 503 SlowDown (again and again)" in said
+    assert "sizes/b_claims.tif: wrong size, 43980465 MB of at most " in said
+    assert sorted(p.name for p in tmp_path.glob("*_labels.tif")) == ["c_unsized_labels.tif",
+                                                                     "d_good_labels.tif"]
+
+
+def test_a_large_object_takes_little_memory(keys, tmp_path):
+    keys("large/x.bin", body=bytes(64 << 20))
+    bucket = s3.open_store("s3://cells/large")
+    tracemalloc.start()
+    bucket.fetch("x.bin", tmp_path / "x.bin", 1e9)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    bucket.close()
+    assert (tmp_path / "x.bin").stat().st_size == 64 << 20 and peak < 8 << 20
 
 
 def test_mistakes_on_s3_are_one_line(cells, tmp_path, monkeypatch, capsys):

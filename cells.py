@@ -21,7 +21,9 @@ import functools
 import json
 import math
 import os
+import shutil
 import struct
+import tempfile
 import uuid
 import zipfile
 import zlib
@@ -434,26 +436,50 @@ def write_geojson(path: str | Path, cells: Cells, columns: dict[str, np.ndarray]
     cells : labels, or (id, polygons), written as they come.
     columns : of cell_table; finite numbers become QuPath's measurements.
     """
-    columns = columns or {}
-    names = [name for name in columns if name != "id"]
-    values = zip(*(columns[name].tolist() for name in names))
-    row = dict(zip(columns["id"].tolist(), values)) if names else {}
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write('{"type":"FeatureCollection","features":[')
-        for count, (identity, parts) in enumerate(polygon_pairs(cells, origin)):
+    writer = GeoWriter(path)
+    writer.add(cells, columns, origin)
+    writer.close()
+
+
+class GeoWriter:
+    """A GeoJSON file as of write_geojson(), written while its cells come: add(), close()."""
+
+    def __init__(self, path: str | Path):
+        self.path, self.count = Path(path), 0
+        self.spool = tempfile.TemporaryFile(  # noqa: SIM115  # until close()
+            "w+", encoding="utf-8", dir=self.path.parent)
+
+    def add(self, cells: Cells, columns: dict[str, np.ndarray] | None = None,
+            origin: tuple[int, int] = (0, 0)) -> None:
+        """Take cells with their measurements."""
+        columns = columns or {}
+        names = [name for name in columns if name != "id"]
+        values = zip(*(columns[name].tolist() for name in names))
+        row = dict(zip(columns["id"].tolist(), values)) if names else {}
+        for identity, parts in polygon_pairs(cells, origin):
             coordinates = [[ring.tolist() for ring in part] for part in parts]
             several = len(parts) > 1
             feature = {
                 "type": "Feature",
-                "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{Path(path).name}/{identity}")),
+                "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{self.path.name}/{identity}")),
                 "geometry": {"type": "MultiPolygon" if several else "Polygon",
                              "coordinates": coordinates if several else coordinates[0]},
                 "properties": {"objectType": "detection", "name": str(identity), "measurements": {
                     name: float(f"{value:.7g}") for name, value in zip(names, row.get(identity, ()))
                     if math.isfinite(value)}},
             }
-            file.write((",\n" if count else "\n") + json.dumps(feature, separators=(",", ":")))
-        file.write("\n]}\n")
+            text = json.dumps(feature, separators=(",", ":"))
+            self.spool.write((",\n" if self.count else "\n") + text)
+            self.count += 1
+
+    def close(self) -> None:
+        """Write the file."""
+        self.spool.seek(0)
+        with self.spool, replacing(self.path) as temporary, open(temporary, "w",
+                                                                 encoding="utf-8") as file:
+            file.write('{"type":"FeatureCollection","features":[')
+            shutil.copyfileobj(self.spool, file)
+            file.write("\n]}\n")
 
 
 def write_rois(path: str | Path, cells: Cells, origin: tuple[int, int] = (0, 0)) -> None:

@@ -525,13 +525,13 @@ def read_geojson(path: Path, shape: tuple[int, int]) -> np.ndarray:
     features = parsed.get("features", [parsed]) if isinstance(parsed, dict) else parsed
     if not isinstance(features, list) or not all(isinstance(feature, dict) for feature in features):
         raise ValueError(f"{path}: expected GeoJSON features, as QuPath exports them")
-    kinds = [_section(feature, "properties").get("objectType")
+    kinds = [_part_of(feature, "properties").get("objectType")
              or OBJECTS.get(str(feature.get("id"))) for feature in features]
     cells = [feature for feature, kind in zip(features, kinds)
              if kind in ("cell", "detection")] or features
     pixels = []
     for i, feature in enumerate(cells, 1):
-        where, geometry = f"{path}: object {i}", _section(feature, "geometry")
+        where, geometry = f"{path}: object {i}", _part_of(feature, "geometry")
         kind = geometry.get("type")
         parts: Any = geometry.get("coordinates")
         if kind not in ("Polygon", "MultiPolygon"):
@@ -546,7 +546,7 @@ def read_geojson(path: Path, shape: tuple[int, int]) -> np.ndarray:
     return painted(shape, pixels)
 
 
-def _section(feature: dict, key: str) -> dict:
+def _part_of(feature: dict, key: str) -> dict:
     """A part of a feature; {} where it is missing or something else."""
     part = feature.get(key)
     return part if isinstance(part, dict) else {}

@@ -61,6 +61,7 @@ SAMPLED = 1 << 16       # pixels of a channel, up to four times as many, that sa
 RECORD = 1 << 14                        # bytes
 LABEL_TILE = 512                        # px, side of the tiles of a label file that comes in parts
 CLASSIC = 1 << 31                       # bytes; beyond, a TIFF must be a BigTIFF
+OVERVIEW = 1 << 24      # pixels of the size of a slide that says how bright it is and where tissue
 COUNTED = 1 << 22                       # pixels of a channel that percentiles() counts together
 DENSEST = {"PNG": 1032, "JPEG": 64 * 8}    # pixels of a channel that a byte can hold, at most
 SMALL = 64 << 20                    # bytes that are asked for without a look at the memory
@@ -84,6 +85,8 @@ PIL.Image.MAX_IMAGE_PIXELS = None                                 # a slide is n
 
 Channels = Sequence[int | str] | None                           # numbers from 1 or names; None: all
 Read = Callable[[Sequence[int], slice, slice], np.ndarray]         # channels from 0, rows, columns
+# of a slide: a number from 1, or what chooses one by heights, widths and pixel sizes
+Level = int | Callable[[list[int], list[int], list[float | None]], int]
 Selector = Callable[[str, Sequence[int]], tuple[str, tuple[int | slice, ...]]]   # see _select
 
 
@@ -151,11 +154,14 @@ def told(path: str | Path, notice: str) -> str | None:
 
 
 def open_image(path: str | Path, channels: Channels = None, plane: int | None = None,
-               time: int | None = None, colours: bool = True) -> Source:
+               time: int | None = None, colours: bool = True,
+               level: Level = 1) -> Source:
     """Open an image without decoding it (PNG and JPEG are decoded now and kept).
 
     channels : numbers from 1 or names in any case, in the order wanted; None for all.
     plane, time : of a stack, from 1; colours : False keeps the numbers of a palette.
+    level : of a slide that is stored in several sizes, from 1, the largest; or a function that
+        chooses one by heights, widths and pixel sizes.
     """
     path = Path(path)
     with open(path, "rb") as file:                       # the system says if missing, a folder, ...
@@ -165,7 +171,7 @@ def open_image(path: str | Path, channels: Channels = None, plane: int | None = 
         if path.suffix.lower() in suffixes:
             with ExitStack() as files:
                 select = partial(_select, path, plane, time, channels is not None)
-                source = Source(path, channels, **opener(path, select, files, colours))
+                source = Source(path, channels, **opener(path, select, files, colours, level))
                 source.close = files.pop_all().close
                 return source
     raise ValueError(f"{path}: unknown suffix '{path.suffix}', expected "
@@ -182,8 +188,10 @@ class Source:
 
     def __init__(self, path: Path, channels: Channels, read: Read,
                  shape: tuple[int, int, int], dtype: np.dtype, names: Sequence[str] | None = None,
-                 pixel_size: float | None = None, notices: Sequence[str] = (), alpha: bool = False):
-        """shape counts all channels of read(), of which the last may be alpha."""
+                 pixel_size: float | None = None, notices: Sequence[str] = (), alpha: bool = False,
+                 levels: int = 1):
+        """shape counts all channels of read(), of which the last may be alpha; levels : sizes in
+        which the image is stored."""
         if 0 in shape or dtype.kind not in "buif" or dtype.itemsize > 8:
             raise ValueError(f"{path}: pixels of {dtype}, (C, H, W) = {shape}; expected at least "
                              "one pixel, integers or floats of at most 64 bits")
@@ -195,7 +203,7 @@ class Source:
         self.path, self.shape = path, (len(self._picked), *shape[1:])
         self.dtype = np.dtype(np.uint8) if dtype.kind == "b" else dtype.newbyteorder("=")
         self.channels = names and tuple(names[i] for i in self._picked)
-        self.pixel_size = pixel_size
+        self.pixel_size, self.levels = pixel_size, levels
         self.notices = (*notices, "alpha channel dropped") if alpha else tuple(notices)
 
     def region(self, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
@@ -317,7 +325,15 @@ def _from_arrays(arrays: Iterable[np.ndarray], axes: str, **more: Any) -> dict[s
 
 # --------------------------------------------------------------------------------- .npy, PNG, JPEG
 
-def _open_npy(path: Path, select: Selector, files: ExitStack, colours: bool) -> dict[str, Any]:
+def _one_level(path: Path, level: Level) -> None:
+    if not callable(level) and level != 1:
+        raise ValueError(f"{path}: level={level}, but the image is stored in one size; leave "
+                         "level= out")
+
+
+def _open_npy(path: Path, select: Selector, files: ExitStack, colours: bool, level: Level
+              ) -> dict[str, Any]:
+    _one_level(path, level)
     with decoding(path):
         array = np.lib.format.open_memmap(path, mode="r")          # refuses pickled objects
     if array.ndim not in (2, 3):
@@ -327,8 +343,9 @@ def _open_npy(path: Path, select: Selector, files: ExitStack, colours: bool) -> 
     return _from_arrays([array], axes)
 
 
-def _open_png_jpeg(path: Path, select: Selector, files: ExitStack, colours: bool
+def _open_png_jpeg(path: Path, select: Selector, files: ExitStack, colours: bool, level: Level
                    ) -> dict[str, Any]:
+    _one_level(path, level)
     with decoding(path), PIL.Image.open(path, formats=("PNG", "JPEG")) as image:
         pixels, size = math.prod(image.size), path.stat().st_size
         if pixels > size * DENSEST[str(image.format)] * 8 / BITS.get(image.mode, 8):
@@ -371,15 +388,20 @@ def _sixteen_bits(path: Path, image: Any) -> np.ndarray:
 
 # -------------------------------------------------------------------------------------------- TIFF
 
-def _open_tiff(path: Path, select: Selector, files: ExitStack, colours: bool) -> dict[str, Any]:
+def _open_tiff(path: Path, select: Selector, files: ExitStack, colours: bool, level: Level
+               ) -> dict[str, Any]:
     with decoding(path):
         tif = files.enter_context(tifffile.TiffFile(path, _multifile=False))   # opens no other file
         _check_chain(path, tif)
-        series = tif.series[0]
+        levels = tif.series[0].levels
+        about = _tiff_metadata(tif, levels[0].keyframe)
+    number, about["pixel_size"] = _level(path, levels, about["pixel_size"], level)
+    with decoding(path):
+        series = levels[number - 1]
         axes, shape, dtype, offset = series.axes, series.shape, series.dtype, series.dataoffset
         page: Any = series.keyframe
         pages: Any = series.pages
-        inner, more = page.axes, _tiff_metadata(tif, page)
+        inner = page.axes
     lead = shape[:-len(inner)]
     if "S" in inner and "S" not in axes and axes[-3:].replace("C", "S") == inner:
         axes = axes[:-3] + inner                 # samples of a page that its metadata call channels
@@ -422,7 +444,37 @@ def _open_tiff(path: Path, select: Selector, files: ExitStack, colours: bool) ->
         check_memory(path, 3 * H * W * table.itemsize)
         stored = _from_arrays([table[:, stored["read"]([0], slice(0, H), slice(0, W))[0]]], "CYX")
     alpha = stored["shape"][0] == page.samplesperpixel and page.extrasamples[-1:] in ((1,), (2,))
-    return dict(stored, alpha=alpha, **more)
+    return dict(stored, alpha=alpha, levels=len(levels), **about)
+
+
+def _level(path: Path, levels: Sequence[Any], pixel_size: float | None, wanted: Level
+           ) -> tuple[int, float | None]:
+    """The number of the size wanted of a slide, and its pixel size; others have one size."""
+    heights, widths = ([getattr(one.keyframe, name) for one in levels]
+                       for name in ("imagelength", "imagewidth"))
+    sizes = [pixel_size and pixel_size * widths[0] / width for width in widths]
+    number = wanted(heights, widths, sizes) if callable(wanted) else wanted
+    if not 1 <= number <= len(levels):
+        raise ValueError(f"{path}: level={number}, expected 1..{len(levels)} ("
+                         + ", ".join(f"{h} x {w}" for h, w in zip(heights, widths)) + " px)")
+    return number, sizes[number - 1]
+
+
+def level_of(pixel_size: float) -> Level:
+    """The coarsest size of a slide whose pixels (µm) are no larger."""
+    def choose(heights: list[int], widths: list[int], sizes: list[float | None]) -> int:
+        if sizes[0] is None:
+            raise ValueError(f"pixel_size={pixel_size:g}: the file does not say how large a pixel "
+                             f"is; give level=1..{len(sizes)}")
+        return max((i + 1 for i, size in enumerate(sizes) if size and size <= 1.05 * pixel_size),
+                   default=1)
+    return choose
+
+
+def overview_level(heights: list[int], widths: list[int], sizes: list[float | None]) -> int:
+    """The smallest size of a slide that has OVERVIEW pixels, or the largest there is."""
+    return max((i + 1 for i, (h, w) in enumerate(zip(heights, widths)) if h * w >= OVERVIEW),
+               default=1)
 
 
 def _tiff_metadata(tif: tifffile.TiffFile, page: Any) -> dict[str, Any]:
@@ -455,6 +507,8 @@ def _tiff_metadata(tif: tifffile.TiffFile, page: Any) -> dict[str, Any]:
         for tag in (282, 283):                                # XResolution, YResolution: a fraction
             pixels, units = page.tags.valueof(tag, (0, 1))
             sizes.append(unit * units / pixels if pixels else 0)
+        if aperio := re.search(r"\bMPP = ([0-9.]+)", page.description if tif.is_svs else ""):
+            sizes = [float(aperio[1])] * 2
     x, y = sizes
     if not (x == 0 or SMALLEST <= x < math.inf and y == y):
         x, notices = 0, [f"a pixel size of {x:.4g} µm cannot be; pixel size left out"]
@@ -462,7 +516,7 @@ def _tiff_metadata(tif: tifffile.TiffFile, page: Any) -> dict[str, Any]:
         x, notices = 0, [f"pixels of {x:.4g} x {y:.4g} µm are not square; pixel size left out"]
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and page.bitspersample > 1:
         notices.append("stored with white as 0; values are taken as stored")
-    if len(tif.series) > 1:
+    if len(tif.series) > 1 and not (tif.is_svs or tif.is_ndpi or tif.is_scn):    # label, macro
         notices.append(f"{len(tif.series) - 1} further image series in the file left out")
     return dict(names=names if names and all(names) else None, notices=notices,
                 pixel_size=x if 0 < x < largest else None)
@@ -810,7 +864,7 @@ def write_labels(path: str | Path, labels: np.ndarray, pixel_size: float | None 
                  record: dict | None = None) -> None:
     """Write a compressed TIFF of uint16, or uint32 if ids pass 65,535.
 
-    pixel_size : µm; record : how they were made, which read_record() gives back.
+    pixel_size : µm; record : how they were made, which record_of() gives back.
     """
     check_labels(labels, path, np.iinfo(np.uint32).max)
     dtype = np.uint16 if labels.max(initial=0) < 1 << 16 else np.uint32
@@ -818,7 +872,7 @@ def write_labels(path: str | Path, labels: np.ndarray, pixel_size: float | None 
         tifffile.imwrite(temporary, labels.astype(dtype), **_label_options(pixel_size, record))
 
 
-def read_record(file: str | Path | bytes) -> dict | None:
+def record_of(file: str | Path | bytes) -> dict | None:
     """The record inside a label image, of which the first RECORD bytes are enough; {} if there is
     none, None if the file is damaged."""
     with suppress(*DAMAGE), tifffile.TiffFile(

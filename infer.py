@@ -3,6 +3,7 @@
     python infer.py                                   the demo images
     python infer.py plate1/ "scans/*.tif" out=cells   folders (every image in them) and globs
     python infer.py img.tif channels=DNA,AGP diameter=auto geojson=true
+    python infer.py slide.svs pixel_size=0.5 geojson=true      a slide, at the size that suits
     python infer.py s3://bucket/plate out=s3://bucket/cells shard=3/16     the third of 16 equal
     parts (slurm/array.sh)
     python infer.py export out=dinocell.onnx          the network for other programs; `export
@@ -60,7 +61,8 @@ OURS = ("_labels", "_overlay", "_distance")  # ends of names that are results
 THEIRS = ("_cells", "_masks", "_nuclei")      # and labels of others, where the image is there too
 PLANNED = ("peak", "fill", "depth", "smooth", "shape", "min_area", "border", "near", "tile",
            "overlap", "batch", "block")
-SETTINGS = ("channels", "plane", "time", "diameter", *PLANNED[:10])  # what changes the cells
+# what changes the cells
+SETTINGS = ("channels", "plane", "time", "level", "pixel_size", "diameter", *PLANNED[:10])
 PICTURE = 4096  # px, longest side of an overlay
 
 
@@ -72,6 +74,9 @@ class Config:
     channels: tuple[str, ...] | None = None
     plane: runs.Count | None = None                      # which z plane of a stack
     time: runs.Count | None = None                       # which time point of a stack
+    # of a slide that is stored in several sizes: which, from 1, the largest; null: pixel_size's
+    level: runs.Count | None = None
+    pixel_size: runs.Positive | None = None  # µm: the coarsest size with such pixels; null: level 1
     # how large cells are here: 40 (px), 12um or auto; null: auto if the weights can tell
     diameter: str | None = None
     # a cell's marker lies above this distance; null: the weights' own
@@ -107,6 +112,9 @@ class Config:
         if self.peak is not None and self.fill is not None and self.fill > self.peak:
             raise ValueError(f"fill={self.fill:g} is above peak={self.peak:g}: cells would end "
                              "above their markers")
+        if self.level and self.pixel_size:
+            raise ValueError(f"level={self.level} and pixel_size={self.pixel_size:g}: expected one "
+                             "of the two")
         parse_diameter(self.diameter, 1.0, None)
         runs.part_of(self.shard)
 
@@ -133,7 +141,7 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
     if not s3.is_remote(config.out):
         new = not Path(config.out).exists()
         out = prepare(Path(config.out))
-        runs.sweep(out)
+        runs.sweep_temporary(out)
         try:
             code = segment_all(mine, s3.OutputFolder(out), table, weights, config)
         finally:
@@ -200,7 +208,7 @@ class Work:
         with ThreadPoolExecutor(8) as readers:           # from S3 each takes a round trip
             heads = readers.map(partial(self.shelf.head, size=images.RECORD),
                                 (names[name][0] for name in there))
-            records = {name: images.read_record(head)
+            records = {name: images.record_of(head)
                        for name, head in zip(there, heads, strict=True)}
         todo = {}
         for path, name in found.items():
@@ -285,12 +293,12 @@ def made_with(weights: Path, config: Config) -> dict:
 def source_of(path: Path | str, file: Path) -> dict:
     """An image as results remember it: name, place (hashed, for results are shared), content."""
     status = file.stat()
-    return {"file": str(path), "place": place_of(path), "bytes": status.st_size,
+    return {"file": str(path), "place": hashed_place(path), "bytes": status.st_size,
             "modified": None if s3.is_remote(path) else status.st_mtime_ns,
             "sha256": runs.digest(file)}
 
 
-def place_of(path: Path | str) -> str:
+def hashed_place(path: Path | str) -> str:
     return runs.digest(str(path) if s3.is_remote(path) else str(Path(path).resolve()))[:16]
 
 
@@ -300,11 +308,11 @@ def differs(record: dict, path: Path | str, made: dict) -> str:
         return "is there and does not say how it was made"
     source = record["source"]
     if s3.is_remote(path):
-        same = source["place"] == place_of(path)
+        same = source["place"] == hashed_place(path)
     else:
         status = Path(path).stat()
         same = source["bytes"] == status.st_size and (
-            (source["place"], source["modified"]) == (place_of(path), status.st_mtime_ns)
+            (source["place"], source["modified"]) == (hashed_place(path), status.st_mtime_ns)
             or source["sha256"] == runs.digest(Path(path)))
     if not same:
         return f"comes from {source['file']}, which is another image than {path}"
@@ -327,20 +335,29 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, made: di
     made : how they are made, for their record.
     """
     start, clock = time.perf_counter(), Counter() if clock is None else clock
-    with images.open_image(path, config.channels, config.plane, config.time) as source:
+    chosen = images.level_of(config.pixel_size) if config.pixel_size else config.level or 1
+    where = config.channels, config.plane, config.time
+    with images.open_image(path, *where, level=chosen) as source:
         C = source.shape[0]
         if C > 3:
             names = ", ".join(source.channels or map(str, range(1, C + 1)))
             raise ValueError(f"{path}: has {C} channels ({names}); choose what the network sees, "
                              f"up to three, with channels=1,2 or by name")
+        tissue = None
         with segment.timed(clock, "read"):
-            limits = images.percentiles(source, net.settings.low, net.settings.high)
+            if source.levels > 1:                              # a slide: its small picture tells
+                with images.open_image(path, *where, level=images.overview_level) as small:
+                    pixels = small.region(0, small.shape[1], 0, small.shape[2])
+                limits = images.percentiles(pixels, net.settings.low, net.settings.high)
+                tissue = segment.tissue_of(pixels)
+            else:
+                limits = images.percentiles(source, net.settings.low, net.settings.high)
         for notice in source.notices:                          # now, for all pixels have been seen
             if said := images.told(path, notice):
                 say(said)
         diameter = parse_diameter(config.diameter, source.pixel_size, path)
         with segment.timed(clock, "network"):
-            plan = segment.plan_for(source, net, diameter=diameter, limits=limits,
+            plan = segment.plan_for(source, net, diameter=diameter, limits=limits, tissue=tissue,
                                     **{name: getattr(config, name) for name in PLANNED})
         results = Results(out, name, source, plan, config, clock)
         for block in segment.blocks(source, results.plan, clock, progress):
@@ -363,7 +380,8 @@ class Results:
         self.distance = np.zeros((H, W), np.float16) if config.distance else None
         self.labels = images.LabelWriter(out / f"{name}_labels.tif", (H, W), source.pixel_size)
         self.columns: list[dict] = []
-        self.polygons: list[tuple] = []
+        self.polygons: list[tuple] = []                        # for rois
+        self.geojson = cells.GeoWriter(out / f"{name}.geojson") if config.geojson else None
         self.labelled = 0                                      # px
 
     def add(self, block: segment.Block) -> None:
@@ -379,11 +397,16 @@ class Results:
                 pixel_size=self.source.pixel_size, near=self.plan.near, ids=block.new,
                 origin=origin, edges=(rows.start == 0, columns.start == 0, rows.stop == H,
                                       columns.stop == W))
-            self.columns.append({**table, "id": block.ids[table["id"]]})
-            if self.config.geojson or self.config.rois:
+            table = {**table, "id": block.ids[table["id"]]}
+            self.columns.append(table)
+            if self.geojson or self.config.rois:
                 new = np.zeros_like(block.ids)
                 new[block.new] = block.ids[block.new]
-                self.polygons += cells.polygons(new[block.local], origin).items()
+                polygons = list(cells.polygons(new[block.local], origin).items())
+                if self.geojson:
+                    self.geojson.add(polygons, table)
+                if self.config.rois:
+                    self.polygons += polygons
             if self.picture is not None:
                 part = cells.reduced(pixels[(slice(None), *block.inner)], block.labels, self.reduce)
                 core = tuple(slice(c.start // self.reduce, -(-c.stop // self.reduce))
@@ -407,8 +430,8 @@ class Results:
                 with runs.replacing(f"{beginning}distance.tif") as beside:
                     tifffile.imwrite(beside, self.distance.astype(np.float32), compression="zlib",
                                      photometric="minisblack")
-            if self.config.geojson:
-                cells.write_geojson(self.out / f"{self.name}.geojson", self.polygons, table)
+            if self.geojson:
+                self.geojson.close()
             if self.config.rois:
                 cells.write_rois(f"{beginning}rois.zip", self.polygons)
             row = self.row(table)

@@ -652,7 +652,7 @@ class Run:
         self._check_same_run()
         for folder in (self.folder / "logs", self.folder / "images", self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
-            sweep(folder)
+            sweep_temporary(folder)
         if rank == 0:
             write_text(self.folder / "config.yaml", to_yaml(config))
             if getattr(config, "wandb", "off") != "off":
@@ -935,7 +935,7 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def sweep(folder: Path) -> None:
+def sweep_temporary(folder: Path) -> None:
     """Remove temporary files of replacing() whose process was killed: here, or a day ago."""
     for path in folder.glob(".*.part"):
         with contextlib.suppress(OSError, ValueError):

@@ -30,6 +30,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter
+from skimage.filters import threshold_otsu
+from skimage.morphology import binary_dilation, disk, remove_small_objects
 from torch import Tensor
 
 import images
@@ -37,6 +40,7 @@ from model import DINOCell
 from watershed import Setting, drop_small, flood, without_holes
 
 GROWN = 1.6             # tiles are at most so much larger than the crops of training
+GLASS = 0.03            # optical density that glass may have
 HALO = 256              # px around a block, at least
 UNKNOWN = 40.0          # px, taken as the diameter of cells by networks that do not know it
 UNIT = np.array([[0.0, 1.0]] * 3)      # limits of an image (3, H, W) that is normalised already
@@ -58,13 +62,15 @@ class Plan(NamedTuple):
     block: int                      # px of the image, side of the blocks
     halo: int                       # px of the image, margin around a block
     border: str                     # keep, or drop: leave out cells cut by the edge of the image
+    tissue: np.ndarray | None = None   # (h, w) bool, of any size; other tiles are not looked at
 
 
 def plan_for(image, net: DINOCell, *, diameter: float | None = None, zoom: float | None = None,
              limits: np.ndarray | None = None, tile: int | None = None, overlap: int | None = None,
              batch: int | None = None, block: int = 2048, halo: int | None = None,
              near: float | None = None,
-             border: Literal["keep", "drop"] = "keep", **thresholds: float | None) -> Plan:
+             border: Literal["keep", "drop"] = "keep", tissue: np.ndarray | None = None,
+             **thresholds: float | None) -> Plan:
     """Decide what an image gets; None: chosen here.
 
     Parameters
@@ -77,6 +83,7 @@ def plan_for(image, net: DINOCell, *, diameter: float | None = None, zoom: float
     overlap : px that tiles share; None: a cell's diameter, so that each lies whole in some tile.
     block : px, side of a block; images that are not much larger are one block.
     near : px; None: a cell's diameter.
+    tissue : where there is something to see (h, w), in a small image of the same; None: everywhere.
     thresholds : peak, fill, depth, smooth, shape of watershed.Setting, and min_area in px of the
         image; None: those in the weights.
     """
@@ -96,7 +103,7 @@ def plan_for(image, net: DINOCell, *, diameter: float | None = None, zoom: float
     return Plan(net, net.settings.setting.changed(**thresholds), zoom, limits, seen, near, side,
                 shared, batch or (32 if net.mean.device.type == "cuda" else 4),
                 max(1, int(block / max(zoom, 1))),
-                halo or max(HALO, math.ceil(4 * max(near, seen))), border)
+                halo or max(HALO, math.ceil(4 * max(near, seen))), border, tissue)
 
 
 def zoom_for(diameter: float, net: DINOCell) -> float:
@@ -323,12 +330,16 @@ def _distances(source, plan: Plan, clock: Counter, progress) -> Iterator[Tensor]
         across[x:x + tile] += window
     sums, weights = torch.zeros(tile, full, device=device), torch.zeros(tile, device=device)
     for i, y in enumerate(ys):
-        with timed(clock, "read"):
-            strip = _scaled_rows(source, plan.limits, size, slice(y, min(y + tile, h))).to(device)
-            if strip.shape[1:] != (tile, full):              # (3, rows, w) -> (3, tile, full)
-                strip = strip[:, _reflect(strip.shape[1], tile)][:, :, _reflect(w, full)]
-        tiles = run(strip, xs, tile)  # one (tile, tile) per x
-        for x, distance in zip(xs, tiles):
+        seen = [x for x in xs if _has_tissue(plan.tissue, size, (y, x), tile)]
+        tiles = []
+        if seen:
+            with timed(clock, "read"):
+                strip = _scaled_rows(source, plan.limits, size, slice(y, min(y + tile, h))
+                                     ).to(device)
+                if strip.shape[1:] != (tile, full):          # (3, rows, w) -> (3, tile, full)
+                    strip = strip[:, _reflect(strip.shape[1], tile)][:, :, _reflect(w, full)]
+            tiles = run(strip, seen, tile)  # one (tile, tile) per x
+        for x, distance in zip(seen, tiles):
             sums[:, x:x + tile].addcmul_(square, distance)
         weights += window
         done = (ys[i + 1] if i + 1 < len(ys) else h) - y
@@ -337,6 +348,27 @@ def _distances(source, plan: Plan, clock: Counter, progress) -> Iterator[Tensor]
         yield (sums[:done] / (weights[:done, None] * across))[:, :w]
         sums = torch.cat((sums[done:], torch.zeros(done, full, device=device)))[:tile]
         weights = torch.cat((weights[done:], torch.zeros(done, device=device)))[:tile]
+
+
+def tissue_of(pixels: np.ndarray) -> np.ndarray | None:
+    """(H, W): where a small picture of a slide (3, H, W) uint8 in transmitted light shows more than
+    glass, with a margin; None for other images."""
+    if pixels.dtype != np.uint8 or len(pixels) != 3 or np.median(pixels) < 128:
+        return None
+    density = -np.log10((pixels.min(0).astype(np.float32) + 1) / 256)     # of the darkest channel
+    density = gaussian_filter(density, 1.0)
+    stained = density > max(GLASS, 0.5 * threshold_otsu(density))
+    return binary_dilation(remove_small_objects(stained, max_size=4), disk(4))
+
+
+def _has_tissue(tissue: np.ndarray | None, size: tuple[int, int], corner: tuple[int, int],
+                tile: int) -> bool:
+    """Whether a tile of an image scaled to `size` shows tissue."""
+    if tissue is None:
+        return True
+    rows, columns = (slice(int(begin * n / length), math.ceil((begin + tile) * n / length))
+                     for begin, n, length in zip(corner, tissue.shape, size))
+    return bool(tissue[rows, columns].any())
 
 
 class _Runner:

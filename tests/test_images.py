@@ -688,6 +688,43 @@ def test_labels_with_a_palette_keep_their_numbers(tmp_path):
         assert read_image(tmp_path / name).pixels.shape == (3, 90, 117)
 
 
+def slide(path, pixels, **first):
+    """A pyramid of three sizes, tiled, as scanners write them; pixels (H, W, 3)."""
+    options = dict(photometric="rgb", tile=(128, 128), compression="zlib")
+    with tifffile.TiffWriter(path) as file:
+        file.write(pixels, subifds=2, resolution=(4e4, 4e4), resolutionunit="CENTIMETER", **options,
+                   **first)
+        for step in (2, 4):
+            file.write(pixels[::step, ::step], subfiletype=1, **options)
+    return path
+
+
+def test_sizes_of_a_slide(tmp_path, monkeypatch):
+    """By number, by pixel size, and the smallest with enough pixels; regions of each."""
+    pixels = noise(512, 640, 3, dtype=np.uint8)
+    path = slide(tmp_path / "x.svs", pixels)
+    by_size = {0.2: 1, 0.25: 1, 0.45: 1, 0.5: 2, 0.9: 2, 1.0: 3, 7.0: 3}
+    for chosen, number in [*((images.level_of(size), n) for size, n in by_size.items()),
+                           (1, 1), (2, 2), (3, 3)]:
+        step = 2 ** (number - 1)
+        with open_image(path, level=chosen) as source:
+            assert source.levels == 3 and source.pixel_size == pytest.approx(0.25 * step)
+            np.testing.assert_array_equal(source.region(8, 90, 3, 70),
+                                          pixels[::step, ::step][8:90, 3:70].transpose(2, 0, 1))
+    for enough, number in ((1, 3), (512 * 640 // 16, 3), (512 * 640 // 4, 2), (1 << 30, 1)):
+        monkeypatch.setattr(images, "OVERVIEW", enough)
+        with open_image(path, level=images.overview_level) as source:
+            assert source.shape[1] == 512 >> (number - 1)
+    with pytest.raises(ValueError, match=r"level=4, expected 1..3 \(512 x 640, 256 x 320, 128 x"):
+        open_image(path, level=4)
+    PIL.Image.fromarray(pixels).save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="level=2, but the image is stored in one size"):
+        open_image(tmp_path / "x.png", level=2)
+    tifffile.imwrite(tmp_path / "x.tif", pixels)
+    with pytest.raises(ValueError, match="the file does not say how large a pixel is"):
+        open_image(tmp_path / "x.tif", level=images.level_of(0.5))
+
+
 # ------------------------------------------------------------------- more claimed than can be there
 
 def test_an_image_too_large_for_memory_is_refused_before_it_is_decoded(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import test_images
 import test_model
 import tifffile
 import torch
@@ -21,6 +22,7 @@ from conftest import ROOT
 from skimage.io import imread
 
 import data
+import images
 import infer
 import metrics
 import model
@@ -138,6 +140,31 @@ def test_large_images_go_block_by_block_with_the_same_result(tmp_path, broad, mo
         assert sorted(names) == [f"{i:04d}.roi" for i in range(1, labels.max() + 1)]
     np.testing.assert_allclose(*(tifffile.imread(out / "a_distance.tif") for out in outs),
                                atol=2e-3)      # kept as float16
+
+
+def test_a_slide_costs_its_tissue_alone(tmp_path, monkeypatch):
+    """The same cells as without a pyramid, in blocks, and no look at empty glass."""
+    cells_of = synthetic.field(7, (192, 192), 30, diameter=32)
+    pixels = np.full((1024, 1536, 3), 238, np.uint8)
+    shown = cells_of.pixels[cells_of.channels.index("ER")]
+    pixels[128:320, 1280:1472] = 235 - (shown / shown.max() * 180).astype(np.uint8)[..., None]
+    test_images.slide(tmp_path / "slide.svs", pixels)
+    monkeypatch.setattr(images, "OVERVIEW", 1)
+    looked, real = [], segment._Runner._forward
+    monkeypatch.setattr(segment._Runner, "_forward",
+                        lambda self, x: (looked.append(len(x)), real(self, x))[1])
+    config = Config(out=str(tmp_path / "out"), geojson=True, block=256, fill=0.02, peak=0.05)
+    assert infer.main(config, [str(tmp_path / "slide.svs")]) == 0
+    tile = model.load(infer.find_weights("demo_synthetic", ROOT / "final_models")).settings.tile
+    assert 0 < sum(looked) < 0.5 * (1024 / tile) * (1536 / tile)
+    labels = tifffile.imread(tmp_path / "out/slide_labels.tif")
+    assert labels.shape == (1024, 1536) and not labels[:, :1100].any()
+    found = json.loads((tmp_path / "out/slide.geojson").read_text())["features"]
+    assert sorted(int(each["properties"]["name"]) for each in found) == sorted(
+        np.unique(labels)[1:].tolist())
+    assert infer.main(dataclasses.replace(config, pixel_size=0.5, overwrite=True),
+                      [str(tmp_path / "slide.svs")]) == 0
+    assert tifffile.imread(tmp_path / "out/slide_labels.tif").shape == (512, 768)
 
 
 def test_pictures_of_large_images_are_reduced(tmp_path, broad, monkeypatch):

@@ -201,7 +201,7 @@ def test_a_cycle_can_be_added_to_a_run_that_is_done(tmp_path):
 
 
 def test_two_processes_train_as_one(tmp_path, monkeypatch):
-    """Weights after 20 steps. No even ground, in crops without cells or where a change clips it to
+    """Weights after 10 steps. No even ground, in crops without cells or where a change clips it to
     black: there every feature lies exactly on the kink of a ReLU, where the rounding of a sum
     decides which side counts, otherwise on each processor. And an eps that keeps Adam from dividing
     gradients that are nothing but rounding by themselves."""
@@ -211,16 +211,16 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
     for processes in (0, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        path = toy(folder, steps=20, val_every=10, save_every=20, log_every=1, eps=1e-6,
+        path = toy(folder, steps=10, val_every=5, save_every=10, log_every=1, eps=1e-6,
                    augment=uneven)
         done = run(path) if not processes else subprocess.run(
             command(path, start=TORCHRUN), capture_output=True, text=True, env=ENVIRONMENT)
         assert done.returncode == 0, done.stderr
-        nets.append(checkpoint(folder, 20)["net"])
+        nets.append(checkpoint(folder, 10)["net"])
         log = [*map(json.loads, (folder / "runs/seg/log.jsonl").read_text().splitlines())]
         norms.append([(line["gradient"], line["loss"]) for line in log if "gradient" in line])
         scores.append([line["val_SEG"] for line in log if "score" in line])
-    assert len(norms[0]) == 20 and norms[1] == [pytest.approx(pair, rel=1e-4) for pair in norms[0]]
+    assert len(norms[0]) == 10 and norms[1] == [pytest.approx(pair, rel=1e-4) for pair in norms[0]]
     assert (
         len(set(scores[0])) == 2
         and min(scores[0]) > 0.3

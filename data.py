@@ -62,6 +62,7 @@ from images import (
     Source,
     check_labels,
     decoding,
+    list_files,
     natural_order,
     normalise,
     open_image,
@@ -978,7 +979,7 @@ def split(config: Config, source: str) -> int:
 
 
 def planes(config: Config, source: str, target: str) -> int:
-    made, found = 0, sorted(Path(source).rglob("*_labels.tif"))
+    made, found = 0, list_files(source, ("_labels.tif",))
     if not found:
         raise ValueError(f"{source}: no NAME_labels.tif in it or below; expected stacks NAME.tif "
                          "(Z, Y, X) with these beside them")

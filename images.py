@@ -110,6 +110,13 @@ def image_files(folder: str | Path, pattern: str = "*",
     pattern : of file names, such as *_w1.tif; unreadable : takes the errors of folders below that
     cannot be opened, which are raised without it.
     """
+    found = list_files(folder, IMAGE_SUFFIXES, pattern, unreadable)
+    return sorted(found, key=lambda path: natural_order(path.as_posix()))
+
+
+def list_files(folder: str | Path, suffixes: tuple[str, ...], pattern: str = "*",
+               unreadable: list[OSError] | None = None) -> list[Path]:
+    """Files in a folder and below it, sorted, but for hidden ones; see image_files()."""
     def note(error: OSError) -> None:
         if unreadable is None or error.filename == str(folder):
             raise error
@@ -119,8 +126,8 @@ def image_files(folder: str | Path, pattern: str = "*",
     for parent, below, names in os.walk(folder, onerror=note):
         below[:] = [name for name in below if not name.startswith(".")]
         found += [Path(parent, name) for name in names if not name.startswith(".")
-                  and name.lower().endswith(IMAGE_SUFFIXES) and fnmatch(name, pattern)]
-    return sorted(found, key=lambda path: natural_order(path.as_posix()))
+                  and name.lower().endswith(suffixes) and fnmatch(name, pattern)]
+    return sorted(found)
 
 
 def natural_order(name: str) -> tuple[list[str | int], str]:

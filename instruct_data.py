@@ -469,7 +469,7 @@ def _majority(labels: np.ndarray, types: np.ndarray, where: Path) -> dict[int, i
 
 
 def _files_below(source: AnnotatedSet, pattern: str, what: str) -> list[Path]:
-    found = sorted(Path(source.path).rglob(pattern))
+    found = data.list_files(source.path, ("",), pattern) if Path(source.path).is_dir() else []
     if not found:
         raise FileNotFoundError(f"{source.path}: no {pattern} below it, expected {what}")
     return found
@@ -506,7 +506,7 @@ def _pannuke(source: AnnotatedSet):
 
 
 def _lizard(source: AnnotatedSet):
-    pictures = {path.stem: path for path in Path(source.path).rglob("*.png")}
+    pictures = {path.stem: path for path in data.list_files(source.path, (".png",))}
     for path in _files_below(source, "*.mat", "Lizard's Labels/NAME.mat and NAME.png"):
         content = scipy.io.loadmat(path)
         if missing := {"inst_map", "id", "class"} - content.keys():

@@ -366,11 +366,10 @@ class PeerLabels:
         names = {safe_name(tail): safe_name(name) for name in examples
                  for tail in (name, name.rpartition("/")[2]) if tail == name or tails[tail] == 1}
         candidates = defaultdict(list)
-        for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() in LABEL_SUFFIXES:
-                stem = safe_name(path.relative_to(folder).with_suffix("").as_posix())
-                if name := names.get(stem) or names.get(LABEL_ENDS.sub("", stem)):
-                    candidates[name].append(path)
+        for path in data.list_files(folder, tuple(LABEL_SUFFIXES)):
+            stem = safe_name(path.relative_to(folder).with_suffix("").as_posix())
+            if name := names.get(stem) or names.get(LABEL_ENDS.sub("", stem)):
+                candidates[name].append(path)
         self.files: dict[str, Path] = {}
         for name, paths in candidates.items():              # beside x_masks.tif, x.tif is the image
             paths = [path for path in paths if LABEL_ENDS.search(path.stem)] or paths

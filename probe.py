@@ -322,8 +322,7 @@ def comparable(fields: Iterable[tuple]) -> Iterator[tuple]:
 def field_files(folder: Path, size: int, channels: Sequence[str] | None, limit: int | None
                 ) -> Iterator[tuple[str, list[str], np.ndarray]]:
     """The square of size x size px in the middle of each image below a folder."""
-    files = sorted(path for path in folder.rglob("*")
-                   if path.suffix.lower() in (".tif", ".tiff", ".btf", ".npy"))
+    files = data.list_files(folder, data.TIFF + data.NPY) if folder.is_dir() else []
     if not files:
         raise FileNotFoundError(f"{folder}: no such folder, or no TIFF or .npy in it; expected "
                                 "images with several channels")

@@ -832,6 +832,22 @@ def test_a_pixel_size_that_cannot_be_is_ignored_with_a_word(tmp_path, size, said
         assert source.pixel_size is None and said in " ".join(source.notices)
 
 
+@pytest.mark.parametrize("options", [{}, dict(compression="zlib"), dict(photometric="rgb"),
+                                     dict(planarconfig="separate", photometric="minisblack"),
+                                     dict(photometric="minisblack", tile=(16, 16))])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_a_plain_tiff_of_channels_is_read(tmp_path, options, count):
+    """imwrite(..., metadata={"axes": "CYX"}): as pages, or as samples of one page."""
+    if options.get("photometric") == "rgb" and count < 3:
+        pytest.skip("RGB has three samples or more")
+    pixels = noise(count, 40, 48)
+    tifffile.imwrite(tmp_path / "x.tif", pixels, metadata={"axes": "CYX"}, **options)
+    with open_image(tmp_path / "x.tif") as source:
+        found = source.region(0, 40, 0, 48)
+    np.testing.assert_array_equal(found, pixels[:len(found)])      # samples beyond RGB may be alpha
+    assert len(found) >= min(count, 4)
+
+
 def test_a_turned_camera_is_said(tmp_path):
     exif = PIL.Image.Exif()
     exif[274] = 6

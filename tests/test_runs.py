@@ -1,4 +1,6 @@
 """runs.py: configurations go round, and every mistake is one line that says what to do."""
+import functools
+import math
 import os
 import signal
 import subprocess
@@ -262,6 +264,32 @@ def test_cores_are_those_that_this_process_may_use(tmp_path, monkeypatch):
         assert runs.cores(root, process) == expected
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "2")
     assert runs.cores(root, process) == 2
+
+
+def test_free_memory_is_what_this_process_may_still_take(tmp_path):
+    """The least of what the machine has and of what its control groups leave, of which a cache of
+    files can be had back; unknown is without end."""
+    process, root, proc = tmp_path / "cgroup", tmp_path / "fs", tmp_path / "proc"
+    free = functools.partial(runs.free_memory, root, process, proc)
+    assert free() == math.inf
+    proc.mkdir()
+    (proc / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable:   500 kB\n")
+    assert free() == 500 * 1024
+    process.write_text("0::/job\n")
+    (root / "job").mkdir(parents=True)
+    for name, text in (("max", "max\n"), ("current", "100000\n"),
+                       ("stat", "inactive_file 30000\n")):
+        (root / "job" / f"memory.{name}").write_text(text)
+    assert free() == 500 * 1024
+    (root / "job/memory.max").write_text("300000\n")
+    assert free() == 300000 - 100000 + 30000
+    process.write_text("3:memory:/job\n")
+    old = root / "memory/job"
+    old.mkdir(parents=True)
+    for name, text in (("limit_in_bytes", "90000\n"), ("usage_in_bytes", "100000\n"),
+                       ("stat", "total_inactive_file 0\n")):
+        (old / f"memory.{name}").write_text(text)
+    assert free() == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")

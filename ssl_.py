@@ -497,7 +497,8 @@ class Learner(nn.Module):
                 ) -> dict[str, Tensor]:
         """Losses of this process's fields and signs of collapse.
 
-        temperature : of the teacher; weights : those of `ibot` and `koleo`, DINO's is 1.
+        temperature : of the teacher; weights : those of `ibot` and `koleo`, DINO's is 1,
+        and `together`.
         """
         B = len(batch.large) // 2
         with torch.no_grad():
@@ -505,8 +506,9 @@ class Learner(nn.Module):
             logits = teacher.dino.prototypes(teacher.dino(seen.cls)).float()         # (2 B, K)
             logits = logits / temperature
             hidden = teacher.ibot(seen.patches.flatten(0, 1)[batch.masked])           # (M, b)
-        # View by view: balanced together, each could keep to its own prototypes and never agree.
-        targets = torch.cat([balanced_targets(part) for part in logits.chunk(2)])
+        # View by view, unlike DINOv2: together, each could keep to its own prototypes.
+        views = [logits] if weights.together else logits.chunk(2)
+        targets = torch.cat([balanced_targets(part) for part in views])
         crops = [batch.large] + [batch.small] * (len(batch.small) > 0)
         large, *small = self.encoder(crops, batch.mask, batch.jitter)
         cls = torch.cat([large.cls] + [tokens.cls for tokens in small])              # (V B, D)

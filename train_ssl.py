@@ -85,6 +85,7 @@ class Loss:
     teacher: tuple[Positive, ...] = (0.04, 0.07)   # its temperature before and after the warm-up
     teacher_warmup: Whole = 10000           # steps
     mask: tuple[Share, ...] = (0.1, 0.5)    # share of patches hidden in half of the global views
+    together: bool = False                  # Sinkhorn over both global views at once, as DINOv2
 
     def __post_init__(self):
         pairs = len(self.teacher) == len(self.mask) == 2

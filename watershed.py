@@ -165,12 +165,15 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
     smooth : px, width of the Gaussian that the map is smoothed by first; 0: none.
     shape : per px inside the part above peak, up to `reach` px, added to the distance; with a depth
         necks part cells then.
+    Where a pixel is itself the pass between two cells (all its higher neighbours lie in different
+    ones), or on flat ground, scikit-image's queue may give it to the other cell.
     Returns labels (H, W) int32 of the same kind and on the same device; 1..n in raster order of the
     markers.
     """
     if isinstance(distance, np.ndarray):
-        return watershed(torch.from_numpy(np.ascontiguousarray(distance)), peak, fill, min_area,
-                         depth, smooth, shape, reach).numpy()
+        plain = np.array(distance, distance.dtype.newbyteorder("="), order="C")  # torch reads these
+        return watershed(torch.from_numpy(plain), peak, fill, min_area, depth, smooth, shape,
+                         reach).numpy()
     if distance.ndim != 2 or not distance.is_floating_point():
         raise ValueError(f"distance map of shape {tuple(distance.shape)}, {distance.dtype}: "
                          "expected (H, W) floats")

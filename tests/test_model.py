@@ -1,8 +1,17 @@
-"""model.py against DINOv3's own outputs (../shared/fixtures), and its closed forms."""
+"""model.py against DINOv3's own outputs, and its closed forms.
+
+    python tests/test_model.py           writes dinov3_random.npz anew, with transformers
+
+dinov3_random.npz is a small random network by transformers' code, its configuration and its
+outputs. ../shared/fixtures has one with the outputs of Meta's code.
+"""
 import copy
 import importlib.util
 import json
 import math
+import struct
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,6 +61,211 @@ def test_reproduces_dinov3(shared, tmp_path, file, limit):
             for block, expected in zip(vit.features(image, tuple(range(vit.depth))),
                                        case["blocks"]):
                 assert relative_error(block.mT, expected.flatten(2)) < limit
+
+
+RANDOM = Path(__file__).with_name("dinov3_random.npz")
+SHAPE = dict(hidden_size=48, intermediate_size=192, num_hidden_layers=3, num_attention_heads=3,
+             num_register_tokens=4, patch_size=16, rope_theta=80.0)       # heads of 16, not of 64
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """By the format's description."""
+    header, body = {"__metadata__": metadata} if metadata else {}, b""
+    for name, (kind, array) in tensors.items():
+        raw = np.ascontiguousarray(array).tobytes()
+        header[name] = dict(dtype=kind, shape=list(np.shape(array)),
+                            data_offsets=[len(body), len(body) + len(raw)])
+        body += raw
+    head = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(head)) + head + body)
+    return path
+
+
+def transformers_network(shape):
+    """A random DINOv3 of transformers, its weights such as float16 holds."""
+    unneeded = "torchvision" not in sys.modules                # and often for another torch
+    if unneeded:
+        sys.modules["torchvision"] = None
+    try:
+        transformers = pytest.importorskip("transformers", reason="needs transformers")
+        network = transformers.DINOv3ViTModel
+    finally:
+        if unneeded:
+            del sys.modules["torchvision"]
+    torch.manual_seed(0)
+    theirs = network(transformers.DINOv3ViTConfig(**shape)).eval()
+    with torch.no_grad():
+        for name, tensor in theirs.named_parameters():
+            spread = 0.3 if "norm" in name or "lambda" in name or "token" in name else 0.1
+            tensor.copy_((torch.randn_like(tensor) * spread).half().float())
+            if "norm" in name and "weight" in name or "lambda" in name:
+                tensor.add_(1).copy_(tensor.half().float())
+    return theirs
+
+
+def folder_of(folder, tensors, config):
+    """model.safetensors with config.json beside it, as Hugging Face has them."""
+    folder.mkdir(exist_ok=True)
+    write_safetensors(folder / "model.safetensors", {
+        name: ("F16" if array.dtype == np.float16 else "F32", array)
+        for name, array in tensors.items()})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder / "model.safetensors"
+
+
+def shipped():
+    """(weights, configuration, image, tokens after the final norm) of dinov3_random.npz."""
+    with np.load(RANDOM) as content:
+        arrays = dict(content)
+    config, image, tokens = json.loads(str(arrays.pop("config"))), arrays.pop("image"), \
+        arrays.pop("tokens")
+    return arrays, config, torch.from_numpy(image), torch.from_numpy(tokens)
+
+
+def official_names(weights):
+    """Hugging Face's tensors under the names of Meta's file, with its masked bias on keys."""
+    pairs = (("embeddings.patch_embeddings", "patch_embed.proj"), ("embeddings.", ""),
+             ("register_tokens", "storage_tokens"), ("model.layer.", "blocks."),
+             ("layer.", "blocks."), ("layer_scale1.lambda1", "ls1.gamma"),
+             ("layer_scale2.lambda1", "ls2.gamma"), ("mlp.up_proj", "mlp.fc1"),
+             ("mlp.down_proj", "mlp.fc2"), ("attention.o_proj", "attn.proj"))
+    ours = {}
+    for name, array in weights.items():
+        for old, new in pairs:
+            name = name.replace(old, new)
+        ours[name] = torch.from_numpy(array).float()
+    for stem in {name[:-len("attention.q_proj.weight")] for name in ours if "q_proj.w" in name}:
+        q, k, v = (ours.pop(f"{stem}attention.{letter}_proj.weight") for letter in "qkv")
+        biases = [ours.pop(f"{stem}attention.{letter}_proj.bias") for letter in "qv"]
+        ours[f"{stem}attn.qkv.weight"] = torch.cat((q, k, v))
+        ours[f"{stem}attn.qkv.bias"] = torch.cat((biases[0], torch.ones(len(q)), biases[1]))
+        ours[f"{stem}attn.qkv.bias_mask"] = torch.tensor([1.0, 0, 1]).repeat_interleave(len(q))
+    return ours
+
+
+def periods_of(config):
+    return model.rope_periods(config["hidden_size"] // config["num_attention_heads"],
+                              config["rope_theta"])
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("layout", ["hugging face", "official", "training checkpoint"])
+def test_reproduces_a_random_dinov3(tmp_path, layout):
+    """Every token after the last norm, whatever the names in the file."""
+    weights, config, image, tokens = shipped()
+    if layout == "hugging face":
+        path = folder_of(tmp_path / "hf", weights, config)
+    else:
+        path, content = tmp_path / "w.pth", official_names(weights)
+        content["rope_embed.periods"] = periods_of(config)
+        if layout == "training checkpoint":
+            content = {"teacher": {f"backbone.{k}": v for k, v in content.items()}}
+        torch.save(content, path)
+    vit = model.load_backbone(path, patch=16).eval()
+    with torch.no_grad():
+        found = vit(image)
+    assert relative_error(torch.cat((found.cls[:, None], found.registers, found.patches), 1),
+                          tokens) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [{}, dict(num_attention_heads=2, rope_theta=10000.0),
+                                   dict(hidden_size=128, intermediate_size=512, rope_theta=100.0,
+                                        num_attention_heads=2)])
+def test_live_against_transformers(tmp_path, shape):
+    theirs = transformers_network(SHAPE | shape)
+    weights = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()
+               if "inv_freq" not in name}
+    path = folder_of(tmp_path / "hf", weights, theirs.config.to_dict())
+    x = torch.rand(2, 3, 48, 80, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found, expected = model.load_backbone(path, patch=16).eval()(x), theirs(x)
+    assert relative_error(found.patches, expected.last_hidden_state[:, 5:]) < 1e-5
+    assert relative_error(found.cls, expected.last_hidden_state[:, 0]) < 1e-5
+
+
+def test_a_bias_on_keys_is_refused_unless_masked(tmp_path):
+    weights, config, image, _ = shipped()
+    content = official_names(weights) | {"rope_embed.periods": periods_of(config)}
+
+    def loaded(**changes):
+        torch.save({k: v for k, v in (content | changes).items() if v is not None},
+                   tmp_path / "w.pth")
+        return model.load_backbone(tmp_path / "w.pth", patch=16)
+    masks = [name for name in content if name.endswith("bias_mask")]
+    whole, plain = loaded(), loaded(**{name: torch.full((144,), math.nan) for name in masks})
+    assert torch.equal(whole(image).cls, plain(image).cls)
+    for gone in (None, torch.ones(144)):
+        with pytest.raises(ValueError, match="bias on keys"):
+            loaded(**{name: gone for name in masks})
+    zero = {name: tensor * torch.tensor([1.0, 0, 1]).repeat_interleave(48)
+            for name, tensor in content.items() if name.endswith("qkv.bias")}
+    assert torch.equal(loaded(**dict.fromkeys(masks), **zero)(image).cls, whole(image).cls)
+    for value, there in ((0, True), (1, False)):
+        path = folder_of(tmp_path / "hf", weights | {
+            name.replace("q_proj", "k_proj"): np.full(48, value, np.float32)
+            for name in weights if name.endswith("q_proj.bias")}, config)
+        if there:
+            model.load_backbone(path)
+        else:
+            with pytest.raises(ValueError, match=r"k_proj.bias has a bias on keys"):
+                model.load_backbone(path)
+
+
+def test_the_configuration_beside_the_weights_counts(tmp_path, capsys):
+    weights, config, image, _ = shipped()
+    path = folder_of(tmp_path / "hf", weights, config)
+
+    def said(**changes):
+        (path.parent / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(ValueError) as error:
+            model.load_backbone(path)
+        assert "config.json" in str(error.value) and "\n" not in str(error.value)
+        return str(error.value)
+    assert "use_gated_mlp=True instead of False" in said(use_gated_mlp=True)
+    assert "hidden_act=silu instead of gelu" in said(hidden_act="silu")
+    assert "hidden_size=384 instead of 48" in said(hidden_size=384)
+    assert "num_attention_heads=5" in said(num_attention_heads=5)
+    assert "not the configuration" in said(num_attention_heads=None)
+    (path.parent / "config.json").write_text(json.dumps(config | {"rope_theta": 90.0}))
+    other = model.load_backbone(path, patch=16).eval()(image).cls
+    (path.parent / "config.json").write_text(json.dumps(config))
+    assert relative_error(model.load_backbone(path, patch=16).eval()(image).cls, other) > 1e-3
+    assert not capsys.readouterr().err
+    wide = {name: np.tile(array, [64 // 48 + 1] * array.ndim)[tuple(
+        slice(64 if side == 48 else 192 if side == 144 else 256 if side == 192 else side)
+        for side in array.shape)] for name, array in weights.items()}
+    alone = folder_of(tmp_path / "alone", wide, {})
+    (alone.parent / "config.json").unlink()
+    assert len(model.load_backbone(alone, patch=16).periods) == 16
+    assert "no config.json beside it" in capsys.readouterr().err
+
+
+def test_safetensors_of_every_type(tmp_path):
+    """Also what is empty, and eight bits; the package reads the same where it is installed."""
+    values = np.arange(6).reshape(2, 3)
+    kinds = {"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I16": "i2",
+             "I8": "i1", "U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1", "BOOL": "?"}
+    tensors = {kind: (kind, values.astype(dtype)) for kind, dtype in kinds.items()}
+    tensors |= {"BF16": ("BF16", np.array([0x3FC0, 0xC000], "u2")),          # 1.5, -2
+                "F8_E4M3": ("F8_E4M3", np.array([0x3C, 0xC0], "u1")),
+                "F8_E5M2": ("F8_E5M2", np.array([0x3E, 0xC0], "u1")),
+                "empty": ("F32", np.zeros((0, 4), "f4")), "scalar": ("F32", np.float32(7))}
+    path = write_safetensors(tmp_path / "all.safetensors", tensors, {"format": "pt"})
+    read = model.read_safetensors(path)
+    for kind in kinds:
+        assert np.array_equal(read[kind].numpy(), tensors[kind][1])
+        assert read[kind].numpy().dtype == tensors[kind][1].dtype
+    for kind in ("BF16", "F8_E4M3", "F8_E5M2"):
+        assert read[kind].float().tolist() == [1.5, -2.0], kind
+    assert read["empty"].shape == (0, 4) and read["scalar"].shape == () and read["scalar"] == 7
+    for name, change in (("type", ("F4", values.astype("u1"))), ("size", ("F64", values[:1]))):
+        broken = write_safetensors(tmp_path / f"{name}.safetensors", {"a": change})
+        if name == "size":
+            broken.write_bytes(broken.read_bytes()[:-4])
+        with pytest.raises(ValueError, match=rf"{name}.safetensors: not a whole"):
+            model.read_safetensors(broken)
+    theirs = pytest.importorskip("safetensors.torch", reason="needs safetensors").load_file(path)
+    assert all(torch.equal(read[name].float(), tensor.float()) for name, tensor in theirs.items())
 
 
 def test_training_checkpoint_is_the_teachers_backbone(shared, tmp_path):
@@ -429,3 +643,15 @@ def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError,
                        match="needs onnx and onnxscript; pip install onnx onnxscript onnxruntime"):
         model.to_onnx(onnx_net(), tmp_path / "x.onnx")
+
+
+if __name__ == "__main__":
+    network = transformers_network(SHAPE)
+    picture = torch.rand(2, 3, 48, 64, generator=torch.Generator().manual_seed(1)).half().float()
+    with torch.no_grad():
+        after = network(picture).last_hidden_state
+    matrices = {name: tensor.half().numpy() for name, tensor in network.state_dict().items()
+                if "inv_freq" not in name}
+    np.savez_compressed(RANDOM, config=json.dumps(network.config.to_dict()),
+                        image=picture.numpy(), tokens=after.numpy(), **matrices)
+    print(f"{RANDOM}: {RANDOM.stat().st_size:,} bytes", file=sys.stderr)

@@ -272,6 +272,20 @@ def test_jitter_scales_coordinates_block_by_block():
     assert not torch.allclose(got, vit(x).cls, atol=1e-3)
 
 
+def test_views_are_balanced_each_alone_or_together():
+    """Together is DINOv2's way; a view whose prototypes are its own shows the difference."""
+    student, teacher = small_learners()
+    batch = small_batch()
+    alone, both = (student(teacher, batch, 0.05, train_ssl.Loss(together=together))
+                   for together in (False, True))
+    assert all(torch.isfinite(found["loss"]) for found in (alone, both))
+    assert not torch.allclose(alone["dino"], both["dino"])
+    twice = batch._replace(large=torch.cat([batch.large.chunk(2)[0]] * 2))       # equal views
+    alone, both = (student(teacher, twice, 0.05, train_ssl.Loss(together=together))
+                   for together in (False, True))
+    assert torch.allclose(alone["teacher_entropy"], both["teacher_entropy"], atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------ two processes
 
 def share_of_losses(rank, world, B=6):

@@ -240,6 +240,17 @@ def test_kind_and_dtype_and_input_are_kept():
     np.testing.assert_array_equal(d, before)
 
 
+def test_arrays_may_be_turned_read_only_or_of_another_byte_order():
+    """Also single rows and columns, whose negative strides NumPy calls contiguous."""
+    d = discs(3, 60, 12)
+    for part in (d, d[:1], d[:, :1], d[:1, :1]):
+        for view in (part[::-1], part[:, ::-1], part[::-1, ::-1], part.T, part[::2],
+                     part.astype(">f4"), np.broadcast_to(part[:1], part.shape)):
+            view.flags.writeable = False
+            plain = np.array(view, "f4")
+            assert (watershed(view, PEAK, FILL) == watershed(plain, PEAK, FILL)).all()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_same_labels_on_the_gpu():
     for make in MAPS.values():

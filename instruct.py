@@ -111,6 +111,8 @@ class Config:
     save_every: runs.Count = 200            # steps
     keep: runs.Count = 2                    # checkpoints
     device: Literal["auto", "cpu", "cuda"] = "auto"      # auto: the GPU if there is one
+    wandb: runs.WandbMode = "off"           # train: live curves; on is online
+    wandb_options: runs.WandbOptions = field(default_factory=runs.WandbOptions)
     weights: str | None = None              # evaluate: null: what train exports
     reference: str | None = None            # evaluate: weights of a run with head=fixed
     foreign: tuple[str, ...] = ()           # evaluate: labelled sets of no H&E, or of other tissue
@@ -351,6 +353,8 @@ def train_instructed(config: Config, files: list[str]) -> int:
         total: torch.Tensor = sum(loss.values(), torch.zeros((), device=device))
         total.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        if (step + 1) % config.log_every == 0:
+            run.log_gradients(step + 1, net)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         average.update_parameters(net)

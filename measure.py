@@ -759,9 +759,9 @@ def bench_page(title: str, sets: Sequence[LabelledSet], rows: Sequence[TableRow]
         sections.append(report.section(dataset.name, dataset.note, score_table(rows, there),
                                        score_charts(there, styles), *strips))
     note = ("AP, PQ and AJI (AJI+) are means over images; F1, SEG, DET and OP_CSB count the cells "
-            f"of all images together. Small: 95 % bootstrap intervals over images, from {ENOUGH} "
-            "images on. Bold: the best model. The ceiling is the score of true labels that went through "
-            "distance map and watershed.")
+            "of all images together. Small: 95 % bootstrap intervals over images, from "
+            f"{ENOUGH} images on. Bold: the best model. The ceiling is the score of true labels "
+            "that went through distance map and watershed.")
     return report.page(title, note, sections, made)
 
 

@@ -632,10 +632,28 @@ def sentence(error: Exception) -> str:
 
 # --------------------------------------------------------------------------------------- run folder
 
+WandbMode = typing.Literal["off", "on", "online", "offline"]         # on is online
+
+
+@dataclasses.dataclass(frozen=True)
+class WandbOptions:
+    project: str = "dinocell"
+    entity: str | None = None               # team or user; null: the account's own
+    name: str | None = None                 # of the run there; null: the experiment
+    every: Whole = 0                        # steps between losses and gradients; 0: as logged
+    pictures_every: Whole = 0               # steps between pictures; 0: at every evaluation
+    attention: bool = True                  # pictures of attention
+    pca: bool = True                        # pictures of the features' main components
+    gradient_norms: bool = False            # of each block
+    gradient_histogram: bool = False        # of all gradients
+    system: bool = True                     # load and memory of the machine
+
+
 REQUEUE = 85  # exit code: saved, not finished; slurm/train.sh queues the job again
 # Keys that may change when a run goes on: they change no result; cycles makes it longer.
 FREE = ("output_base_dir", "data.root", "device", "log_every", "save_every", "keep", "wandb",
-        "compile", "data.signed", "data.cache", "data.cache_gb", "data.threads", "cycles")
+        "compile", "data.signed", "data.cache", "data.cache_gb", "data.threads", "cycles",
+        *(f"wandb_options.{option.name}" for option in dataclasses.fields(WandbOptions)))
 
 
 class Run:
@@ -647,7 +665,7 @@ class Run:
         self.folder = Path(config.output_base_dir) / "runs" / config.experiment
         self.checkpoints = self.folder / "checkpoints" / config.checkpoint_name
         self.whole: list[Path] = []                           # checkpoints that were looked through
-        self.wandb = None
+        self.wandb, self.sent = None, {"numbers": -math.inf, "gradients": -math.inf}
         self.began = time.perf_counter()
         self._check_same_run()
         for folder in (self.folder / "logs", self.folder / "images", self.checkpoints):
@@ -736,14 +754,48 @@ class Run:
         from tqdm import tqdm
         tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                              for k, v in line.items()))
-        if self.wandb:
+        if self.wandb and ("loss" not in values or self._is_due(
+                "numbers", step, self.config.wandb_options.every)):       # evaluations are sent
             self.wandb.log(values, step=step)
+
+    def _is_due(self, what: str, step: int, every: int) -> bool:
+        """Whether to send it at this step; then it counts as sent."""
+        due = step in (self.sent.get(what), 0) or step - self.sent.get(what, -math.inf) >= every
+        if due:
+            self.sent[what] = step
+        return due
 
     def log_picture(self, step: int, name: str, rgb) -> None:
         """Send a picture (h, w, 3) uint8 to wandb."""
-        if self.wandb:
+        if self.wandb is None:
+            return
+        options = self.config.wandb_options
+        wanted = {"attention": options.attention, "heads": options.attention, "pca": options.pca}
+        if wanted.get(name, True) and self._is_due(name, step, options.pictures_every):
             import wandb
-            self.wandb.log({name: wandb.Image(rgb)}, step=step)
+            self.wandb.log({f"pictures/{name}": wandb.Image(rgb)}, step=step)  # not a number's name
+
+    def log_gradients(self, step: int, net: Any) -> None:
+        """Send norms of the blocks' gradients, and their histogram, to wandb, where asked for."""
+        options = getattr(self.config, "wandb_options", WandbOptions())
+        wanted = options.gradient_norms or options.gradient_histogram
+        if not (self.wandb and wanted and self._is_due("gradients", step, options.every)):
+            return
+        import torch
+        import wandb
+        blocks: dict[str, list] = {}
+        for name, parameter in net.named_parameters():
+            if parameter.grad is not None:
+                block = re.match(r"(.*blocks\.\d+|[^.]+(\.[^.]+)?)", name)
+                blocks.setdefault(block[0] if block else name, []).append(parameter.grad.flatten())
+        joined = {name: torch.cat(parts).float() for name, parts in blocks.items()}
+        values: dict[str, Any] = {}
+        if options.gradient_norms:
+            values |= {f"gradient/{name}": part.norm().item() for name, part in joined.items()}
+        if options.gradient_histogram:
+            every = torch.cat(list(joined.values())).cpu().numpy()
+            values["gradients"] = wandb.Histogram(every)
+        self.wandb.log(values, step=step)
 
     def history(self) -> list[dict]:
         return history(self.folder / "log.jsonl")
@@ -1039,14 +1091,19 @@ def digest(*parts: Any) -> str:
 
 
 def start_wandb(config: Any, folder: Path):
+    if config.wandb == "offline":                              # else it would call home even so
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         import wandb
     except ImportError:
         raise ValueError(f"wandb={config.wandb}: the package is not installed; pip install wandb, "
                          f"or wandb=off") from None
-    return wandb.init(project="dinocell", name=config.experiment, dir=str(folder),
+    options = config.wandb_options
+    return wandb.init(project=options.project, entity=options.entity, dir=str(folder),
+                      name=options.name or config.experiment, resume="allow",
                       id=config.experiment.replace("/", "."),
-                      resume="allow", mode={"on": "online"}.get(config.wandb, config.wandb),
+                      mode="online" if config.wandb == "on" else config.wandb,
+                      settings=wandb.Settings(x_disable_stats=not options.system),
                       config=dataclasses.asdict(config))
 
 

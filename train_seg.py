@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import resource
 import sys
 import time
@@ -103,7 +104,8 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "bf16", "float32"] = "auto"   # auto: bf16 where the hardware has it
     compile: bool = False                   # torch.compile: worth its minute on a GPU
-    wandb: Literal["off", "on", "offline"] = "off"           # live curves
+    wandb: runs.WandbMode = "off"           # live curves and pictures; on is online
+    wandb_options: runs.WandbOptions = field(default_factory=runs.WandbOptions)
 
     def __post_init__(self):
         if self.crop < 1 or self.crop % self.network.patch:
@@ -155,7 +157,8 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
         with meter.waiting():
             batch = augment.sample(images, images.draw(config.seed, sample), sample, changes,
                                    config.crop, config.seed, config.cap)
-        loss, norm = trainer.step(batch, factor)
+        look = functools.partial(run.log_gradients, done) if done % config.log_every == 0 else None
+        loss, norm = trainer.step(batch, factor, look)
         meter.losses.append(loss)
         if done % config.log_every == 0:
             meter.log(done, factor, norm)
@@ -274,9 +277,12 @@ class Trainer:
         for name in ("net", "average", "optimiser"):
             getattr(self, name).load_state_dict(state[name])
 
-    def step(self, batch: tuple, factor: float) -> tuple:
+    def step(self, batch: tuple, factor: float, look=None) -> tuple:
         """Learn from x (B, 3, S, S), targets (B, 1, S, S) and labels (B, S, S), at `factor` of the
-        learning rate; returns the loss and the norm of its gradient."""
+        learning rate; returns the loss and the norm of its gradient.
+
+        look : called with the network while it has its gradients.
+        """
         x, target, labels = batch
         for group in self.optimiser.param_groups:
             group["lr"] = self.config.lr * factor * group["scale"]
@@ -286,6 +292,8 @@ class Trainer:
                                    self.config.seam_weight)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip)
+        if look:
+            look(self.net)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.average.update_parameters(self.net)

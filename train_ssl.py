@@ -128,7 +128,8 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "bf16", "float32"] = "auto"   # auto: bf16 where the hardware has it
     compile: bool = False                   # torch.compile: worth its minutes on a GPU
-    wandb: Literal["off", "online", "offline"] = "off"       # live curves and pictures
+    wandb: runs.WandbMode = "off"           # live curves and pictures; on is online
+    wandb_options: runs.WandbOptions = field(default_factory=runs.WandbOptions)
 
     def __post_init__(self):
         if self.warmup >= self.steps:
@@ -207,6 +208,8 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
                 found = wrapped(teacher, batch, rates["temperature"], config.loss)
             found["loss"].backward()
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip)
+            if (step + 1) % config.log_every == 0:
+                run.log_gradients(step + 1, student)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             ssl_.update_teacher(teacher, student, rates["momentum"])
@@ -240,6 +243,7 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
                 return run.exit_code()
     if rank == 0:
         print(f"-> {runs.export_path(config)}")
+    run.close()
     return 0
 
 

@@ -1,6 +1,7 @@
 """train_seg.py end to end at toy size: resuming, signals, ranks, what it writes and what it
 refuses."""
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -449,6 +450,19 @@ def test_few_images_are_among_more(tmp_path):
 
 
 @pytest.mark.smoke
+@pytest.mark.parametrize("script, example", [("train_seg", "seg_laptop"), ("instruct", "instruct"),
+                                             ("train_ssl", "ssl_laptop")])
+@pytest.mark.parametrize("word, mode", [("on", "on"), ("online", "online"), ("offline", "offline"),
+                                        ("off", "off"), ("false", "off"), ("true", "on")])
+def test_wandb_means_the_same_in_every_script(script, example, word, mode, tmp_path):
+    """Also in a file, where YAML reads on and off as truth values."""
+    config = importlib.import_module(script).Config
+    text = (ROOT / "configs" / f"{example}.yaml").read_text(encoding="utf-8")
+    (tmp_path / "c.yaml").write_text(f"{text}\nwandb: {word}\n")
+    assert runs.load_config(config, tmp_path / "c.yaml").wandb == mode
+
+
+@pytest.mark.smoke
 @pytest.mark.parametrize("changes,said", [
     (["data.sets=[{path: a, weight: 0}]"], "expected a number, above 0"),
     (["data.diameter=-4"], "data.diameter=-4: expected a number, above 0"),
@@ -463,9 +477,10 @@ def test_few_images_are_among_more(tmp_path):
     (["steps=.inf"], "steps=.inf: expected a whole number"),
     (["network.heads=0"], "heads=0: the head width"),
     (["cycles=2", "patience=3"], "cycles=2: expected patience=null"),
-    (["wandb=on"], "pip install wandb"),
+    (["wandb=on"], "pip install wandb"), (["wandb=yes"], "expected off or on or online or offline"),
     (["data.fields=1"], "no images to")])
-def test_mistakes_are_one_line(tmp_path, changes, said):
+def test_mistakes_are_one_line(tmp_path, changes, said, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)            # as if it were not installed
     done = run(toy(tmp_path), *changes)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and said in done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "final_models").exists()
@@ -496,20 +511,29 @@ def test_wandb_gets_numbers_and_pictures(tmp_path, monkeypatch):
     def log(values, step):
         sent.append({"step": step, **values})
 
-    stand_in = SimpleNamespace(init=init, log=log, Image=lambda rgb: list(rgb.shape))
+    stand_in = SimpleNamespace(init=init, Image=lambda rgb: list(rgb.shape),
+                               Histogram=lambda values: len(values),
+                               Settings=lambda **options: options)
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
-    done = run(toy(tmp_path), "wandb=on", "steps=6", "experiment=a/seg")
+    done = run(toy(tmp_path), "wandb=on", "steps=6", "experiment=a/seg", "log_every=2",
+               "wandb_options={project: p, entity: e, gradient_norms: true, "
+               "gradient_histogram: true, system: false, every: 4}")
     assert done.returncode == 0, done.stderr
     options, = begun
-    assert {k: options[k] for k in ("mode", "name", "resume")} == {
-        "mode": "online", "name": "a/seg", "resume": "allow"}
+    assert {k: options[k] for k in ("mode", "name", "resume", "project", "entity")} == {
+        "mode": "online", "name": "a/seg", "resume": "allow", "project": "p", "entity": "e"}
+    assert options["settings"] == {"x_disable_stats": True}
     assert not set(options["id"]) & set("/:;,#?'") and ended == [1]
     names = {name for values in sent for name in values}
     assert names >= {"loss", "lr", "weight_decay", "gradient", "images_per_s", "data_share",
-                     "score", "val_AP@0.5"}
-    pictures = [values for values in sent if any(name.startswith("validation_")
-                                                    for name in values)]
+                     "score", "val_AP@0.5", "gradients", "gradient/backbone.blocks.0"}
+    assert [values["step"] for values in sent if "loss" in values] == [2, 6]    # four apart
+    assert [values["step"] for values in sent if "gradients" in values] == [2, 6]
+    pictures = [values for values in sent if any(name.startswith("pictures/validation_")
+                                                 for name in values)]
     assert any(isinstance(shape, list) and shape[2] == 3 for shape in pictures[0].values())
+    scored = {values["step"] for values in sent if "score" in values}
+    assert {values["step"] for values in pictures} == scored               # the step they show
 
 
 def test_an_augmented_set_is_not_moved_again(tmp_path):

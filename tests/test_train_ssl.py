@@ -1,8 +1,10 @@
 """train_ssl.py end to end at toy size: what it writes, resuming, ranks, what it refuses."""
+import json
 import math
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 
@@ -83,6 +85,53 @@ def whole(tmp_path_factory, inside):
     folder = tmp_path_factory.mktemp("whole")
     assert inside(toy(folder, measure=PROBED)) == 0
     return folder
+
+
+def wandb_records(path):
+    """Records of a .wandb file: a header of 7 bytes, then LevelDB's log in blocks of 32 KiB."""
+    raw, at, parts = path.read_bytes(), 7, b""
+    while at + 7 <= len(raw):
+        if 32768 - at % 32768 < 7:                             # a block's end, too short for a head
+            at += 32768 - at % 32768
+        _, length, kind = struct.unpack("<IHB", raw[at:at + 7])
+        parts += raw[at + 7:at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):                                     # whole, or the last of several
+            yield parts
+            parts = b""
+
+
+def test_wandb_itself_writes_every_number_and_picture_offline(tmp_path, inside, monkeypatch):
+    """The real package, without a network; its file is read back."""
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")       # read at import
+    pytest.importorskip("wandb", reason="needs wandb")
+    from wandb.proto import wandb_internal_pb2 as wire
+    for name in ("WANDB_DIR", "WANDB_MODE", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    options = dict(project="cells", gradient_norms=True, gradient_histogram=True, pca=False)
+    assert inside(toy(tmp_path), "wandb=offline", f"wandb_options={json.dumps(options)}") == 0
+    file, = (tmp_path / "runs/ssl/wandb").glob("offline-run-*/run-*.wandb")
+    sent, projects = {}, set()
+    for raw in wandb_records(file):
+        record = wire.Record()
+        record.ParseFromString(raw)
+        if record.HasField("run"):
+            projects.add(record.run.project)
+        if record.HasField("history"):
+            for item in record.history.item:
+                values = sent.setdefault(record.history.step.num, {})
+                values[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+    assert projects == {"cells"}
+    assert {step for step, values in sent.items() if "loss" in values} == {2, 4, 6, 8}
+    assert {step for step, values in sent.items() if "retrieval" in values} == {0, 4, 8}
+    for step in (0, 4, 8):                                     # pictures at the step they show
+        assert sent[step]["pictures/attention._type"] == "image-file"
+        assert not any(name.startswith("pictures/pca") for name in sent[step])
+    assert sent[4]["gradients._type"] == "histogram"
+    assert {"gradient/encoder.vit.blocks.0", "gradient/dino.mlp"} <= sent[4].keys()
+    logged = next(line for line in log_of(tmp_path) if line["step"] == 8 and "loss" in line)
+    assert sent[8]["loss"] == pytest.approx(logged["loss"], rel=1e-4)
 
 
 def test_a_run_leaves_what_it_promises(whole):

@@ -1,0 +1,218 @@
+"""Numbers in README and documents, read against the logs that they name (docs/logs/).
+
+A number is right when it is the log's, rounded to the digits that are printed.
+"""
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+LOGS = DOCS / "logs"
+APS = ("AP@0.5", "AP@0.75", "AP@0.9")
+
+
+def rows(document, after, first=""):
+    """Cells of the rows of the first table below the text `after` whose head begins so."""
+    text = document.read_text(encoding="utf-8")
+    assert after in text, f"{document.name}: {after}"
+    inside = False
+    for line in text[text.index(after):].splitlines():
+        if line.startswith("|"):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if not inside:
+                inside = line.startswith(f"| {first}")
+            elif not set(line) <= set("|-: "):
+                yield cells
+        elif inside:
+            return
+
+
+def table(name):
+    with open(LOGS / name, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def lines(name):
+    return [json.loads(line) for line in (LOGS / name).read_text(encoding="utf-8").splitlines()]
+
+
+def printed(text):
+    """Numbers of a cell, without intervals and the numbers of notes: '0.87 [0.8-0.9] (1)'."""
+    text = re.sub(r"\[[^\]]*\]|\(\d+\)|`[^`]*`", "", text).replace(",", "")
+    return re.findall(r"[-+]?\d*\.?\d+", text)
+
+
+def is_rounded(text, value):
+    """Whether `text` is the value with as many digits; a half may have gone either way."""
+    digits = len(text.partition(".")[2])
+    return abs(float(text) - value) <= 0.5 * 10.0**-digits + 1e-9
+
+
+def check(where, cells, values):
+    """Each cell's numbers are those of the log, one by one."""
+    found = [number for cell in cells for number in printed(cell)]
+    assert len(found) == len(values), (where, cells, values)
+    for number, value in zip(found, values, strict=True):
+        assert is_rounded(number, value), (where, number, value)
+
+
+def plain(cell):
+    return re.sub(r" \(\d+\)$", "", cell)
+
+
+def image_means(bench):
+    """{(set, model): means of AP over images} of images.tsv."""
+    found = {}
+    for row in table("images.tsv"):
+        if row["table"] == bench:
+            found.setdefault((row["set"], row["model"]), []).append([float(row[a]) for a in APS])
+    return {key: np.mean(values, 0) for key, values in found.items()}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("document, bench, models", [
+    (README, "results", ["ceiling", "dinocell_s8", "dinocell_tiny"]),
+    (DOCS / "results.md", "results", ["ceiling", "dinocell_s8", "dinocell_tiny"]),
+    (DOCS / "results.md", "results_ablation",
+     ["ceiling", "scratch", "pretrained", "uncapped", "no_stem", "unet"])])
+def test_scores_of_sets_are_means_of_their_images(document, bench, models):
+    means, seen = image_means(bench), 0
+    for name, _, *cells in rows(document, f"<!-- begin bench {bench}", "set | images"):
+        for model, cell in zip(models, cells, strict=True):
+            if (key := (plain(name), model)) in means:
+                # images.tsv has three digits, so that a mean may be off by half of the last
+                found = np.array(printed(cell), float)
+                assert np.abs(found - means[key]).max() <= 1.01e-3, (key, found, means[key])
+                seen += 1
+    assert seen >= 12
+
+
+def test_ablation_is_the_mean_of_its_seeds():
+    logged, seen = {}, 0
+    for row in table("ablation.tsv"):
+        model = re.sub(r"_\d$", "", row["model"])
+        logged.setdefault((row["set"], model), []).append([float(row[name]) for name in APS])
+    for name, model, _, *cells in rows(DOCS / "results.md", "<!-- begin bench results_ablation",
+                                       "set | model | images"):
+        check("ablation", cells, np.mean(logged[name, plain(model)], 0))
+        seen += 1
+    assert seen == len(logged)
+    text = " ".join((DOCS / "results.md").read_text(encoding="utf-8").split())
+    with_it, without = re.search(r"on fluorescence: ([\d., ]+) with it, ([\d., ]+) without",
+                                 text).groups()
+    for cell, model in ((with_it, "pretrained"), (without, "scratch")):
+        check("seeds", [cell.replace(",", " ")],
+              [scores[0] for scores in logged["nuclei_fluo_dsb2018", model]])
+
+
+def test_label_efficiency_is_its_log():
+    logged = {(row["variant"], row["budget"]): row for row in table("budget.tsv")}
+    seen = list(rows(DOCS / "results.md", "## Label efficiency", "set | variant"))
+    assert len(seen) == len(logged)
+    for _, variant, budget, _, *cells in seen:
+        row = logged[variant, budget]
+        check(variant, cells, [float(row[name]) for name in (*APS, "F1", "SEG")])
+
+
+def test_what_the_encoding_allows_is_its_log():
+    logged = {(row["set"], row["cap"]): row for row in table("ceiling.tsv")
+              if row["cap"] in ("-", "4.0000") and float(row["peak"]) == 0.47
+              and float(row["fill"]) == 0.09}
+    seen = list(rows(DOCS / "architecture.md", "What the encoding itself allows", "set"))
+    assert len(seen) == 5
+    for name, count, *cells in seen:
+        for cap, cell in zip(("-", "4.0000"), cells, strict=True):
+            row = logged[name, cap]
+            assert int(count) == int(row["n"])
+            check(name, [cell], [float(row[score]) for score in APS])
+
+
+def test_the_story_of_the_weights_is_their_logs():
+    files = ("dinocell_tiny", "dinocell_tiny_pretrained", "dinocell_s8")
+    sets = ("nuclei_fluo", "nuclei_stained", "phase", "bacteria")
+    seen = list(rows(DOCS / "results.md", "## How the weights came about", "network for all"))
+    assert len(seen) == 6
+    for number, (_, steps, loss, *cells) in enumerate(seen):
+        log, step = lines(f"{files[number // 2]}.jsonl"), int(steps.replace(",", ""))
+        scored = next(line for line in log if line["step"] == step and "score" in line)
+        values = [next(value for name, value in scored.items() if name.startswith(f"AP@0.5 {set}"))
+                  for set in sets]
+        check(steps, cells, [*values, scored["score"]])
+        near = np.mean([line["loss"] for line in log if "loss" in line
+                        and step - 200 < line["step"] <= step])
+        assert abs(float(loss) - near) < 2e-3, (steps, loss, near)
+
+
+@pytest.mark.parametrize("name, after, scores", [
+    ("ssl_laptop", "256 windows of 224 px of 64 held-out fields",
+     ("retrieval", "margin", "consistency", "control", "background_retrieval")),
+    ("ssl_fields_sbs", "No outlines, so no control by the background",
+     ("retrieval", "margin", "consistency", "control"))])
+def test_pretraining_is_its_log(name, after, scores):
+    logged, seen = {}, 0
+    for line in lines(f"{name}.jsonl"):
+        strategy, seed = line["run"].removeprefix(f"{name}_").rsplit("_", 1)
+        logged[strategy, seed, line["step"]] = line
+    for seed, network, step, *cells in rows(DOCS / "pretraining.md", after, "seed | network"):
+        strategy = "average" if network == "random" else network.strip("`")
+        line = logged[strategy, seed, int(step.replace(",", ""))]
+        check(name, cells, [line[score] for score in scores])
+        seen += 1
+    assert seen >= 6
+
+
+@pytest.mark.smoke
+def test_questions_in_words_are_their_log():
+    log = LOGS / "instruct_evaluate.txt"
+    classes = {row[0]: row[1:] for row in rows(log, "| class |", "class")}
+    rates = {row[0]: row[1:] for row in rows(log, "| what |", "what")}
+    document = DOCS / "instruct.md"
+    for name, *cells in rows(document, "<!-- measured -->", "class"):
+        true, *scores = classes[name]
+        logged = [score for i, score in enumerate(scores) if i not in (3, 7)]   # no fixed head
+        assert cells == [true, *logged], name
+    shown = {row[0]: row[1:] for row in rows(document, "<!-- measured -->", "what")}
+    assert len(shown) >= 17 and all(rates[name] == cells for name, cells in shown.items())
+    text, said = (" ".join(path.read_text(encoding="utf-8").split()) for path in (log, document))
+    for pattern, digits in ((r"absolute error ([\d.]+)", 1), (r"true count of ([\d.]+)", 1)):
+        value = float(re.search(pattern, text)[1])
+        assert f"{value:.{digits}f}" == re.search(pattern, said)[1].rstrip(".")
+
+
+def test_speed_is_its_log():
+    bench = (LOGS / "bench.txt").read_text(encoding="utf-8")
+    network = {row[0]: row[1:] for row in rows(LOGS / "bench.txt", "one image of 1024", "what")}
+    shown = list(rows(README, "## How fast", "what"))
+    for number, name in ((0, "dinocell_s8"), (1, "dinocell_tiny"),
+                         (3, "train_seg.py, 8 crops of 160 px, muon")):
+        _, took, beside = shown[number]
+        seconds, _, products, *_ = network[name]
+        assert is_rounded(printed(took)[0], float(printed(seconds)[0])), name
+        assert printed(beside)[0] == products
+    _, _, _, times, _ = next(rows(LOGS / "bench.txt", "**Watershed", "map"))
+    assert is_rounded(printed(shown[2][2])[0], float(printed(times)[0]))
+    for number in re.findall(r"peaks at ([\d.]+) GiB", (DOCS / "architecture.md").read_text()):
+        assert f"{number} GiB" in bench
+
+
+def test_downstream_is_its_log():
+    """Every share that the section prints stands in the log."""
+    text = (DOCS / "results.md").read_text(encoding="utf-8")
+    section = text[text.index("## Downstream"):].split("\n## ")[0]
+    logged = (LOGS / "downstream.txt").read_text(encoding="utf-8")
+    shares = re.findall(r"(\d+\.\d+)(?= ?\s?%)", section)
+    assert len(shares) > 20
+    for share in shares:
+        assert re.search(rf"(?<![\d.]){re.escape(share)} ?%", logged), share
+
+
+def test_logs_that_are_named_exist_and_none_is_forgotten():
+    texts = "".join(path.read_text(encoding="utf-8") for path in
+                    (README, *DOCS.glob("*.md"), ROOT / "final_models/README.md"))
+    named = set(re.findall(r"logs/([\w.]+\.\w+)", texts))
+    assert named == {path.name for path in LOGS.iterdir()}

@@ -71,6 +71,7 @@ class Model:
     tile: runs.Side | None = None          # px; null: as trained
     overlap: runs.Whole | None = None       # px; null: a cell's diameter
     scale: runs.Positive = 1.0              # network px per image px, on top of the set's diameter
+    channels: tuple[runs.Count, ...] | None = None  # of the set's, that it is shown; null: all
 
     def __post_init__(self):
         check_name(self.name)
@@ -335,7 +336,8 @@ class NetworkLabels:
 
     def key(self, item: Item, dataset: LabelledSet) -> dict:
         return dict(weights=self.digest, image=item.digest, diameter=dataset.config.diameter,
-                    **self.options)
+                    **{name: value for name, value in self.options.items()
+                       if (name, value) != ("channels", None)})      # as records of before have it
 
     def labels(self, item: Item, dataset: LabelledSet) -> tuple[np.ndarray, float]:
         net, start = self.net, time.perf_counter()
@@ -343,8 +345,14 @@ class NetworkLabels:
         return labels, time.perf_counter() - start
 
 
-def segment_item(item: Item, dataset: LabelledSet, net, scale: float, **wanted) -> np.ndarray:
+def segment_item(item: Item, dataset: LabelledSet, net, scale: float,
+                 channels: tuple[int, ...] | None = None, **wanted) -> np.ndarray:
     diameter = dataset.config.diameter
+    if channels and max(channels) > len(item.pixels):
+        raise ValueError(f"{dataset.name}/{item.name}: {len(item.pixels)} channels, but a model "
+                         f"has channels: {list(channels)}; they count from 1 among the set's")
+    if channels:
+        item = item._replace(pixels=item.pixels[[number - 1 for number in channels]])
     try:
         zoom = segment.zoom_for(diameter, net) if diameter else 1.0
         zoom = None if scale == 1 else scale * zoom
@@ -450,7 +458,7 @@ def rows_of(model: Model, sets: Sequence[LabelledSet], device: str,
 def network_rows(model: Model, weights: str, sets: Sequence[str], device: str,
                  batch: int | None) -> list[TableRow]:
     options = {name: getattr(model, name)
-               for name in (*watershed.Setting._fields, "tile", "overlap", "scale")}
+               for name in (*watershed.Setting._fields, "tile", "overlap", "scale", "channels")}
     several = any(letter in weights for letter in "*?[")
     paths = sorted(glob(weights, recursive=True)) if several else [weights]
     if not paths:

@@ -38,6 +38,7 @@ import pickle
 import platform
 import random
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -665,6 +666,7 @@ class Run:
         self.folder = Path(config.output_base_dir) / "runs" / config.experiment
         self.checkpoints = self.folder / "checkpoints" / config.checkpoint_name
         self.whole: list[Path] = []                           # checkpoints that were looked through
+        self.screen: Path | None = None
         self.wandb, self.sent = None, {"numbers": -math.inf, "gradients": -math.inf}
         self.began = time.perf_counter()
         self._check_same_run()
@@ -673,6 +675,7 @@ class Run:
             sweep_temporary(folder)
         if rank == 0:
             write_text(self.folder / "config.yaml", to_yaml(config))
+            self._begin_screen()
             if getattr(config, "wandb", "off") != "off":
                 self.wandb = start_wandb(config, self.folder)
         self.before = {number: signal.signal(number, self._stop)
@@ -680,6 +683,19 @@ class Run:
                                       getattr(signal, "SIGUSR1", signal.SIGTERM)}}
         heard = self.before[signal.SIGTERM]
         self.stopping = isinstance(heard, Heard) and bool(heard)       # while data were loaded
+
+    def _begin_screen(self) -> None:
+        """Keep what is printed in logs/, as slurm/train.sh does for its jobs."""
+        if "SLURM_JOB_ID" not in os.environ:
+            self.screen = self.folder / "logs" / time.strftime("%Y-%m-%d_%H-%M-%S.log")
+            import torch
+            self._on_screen(f"{shlex.join(sys.argv)}  # commit {commit()}, torch "
+                            f"{torch.__version__}, on {self.device}")
+
+    def _on_screen(self, text: str) -> None:
+        if self.screen:
+            with open(self.screen, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
 
     def _stop(self, number: int, frame) -> None:
         if self.stopping and number == signal.SIGINT:         # a second Ctrl-C means now
@@ -752,8 +768,10 @@ class Run:
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         from tqdm import tqdm
-        tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                             for k, v in line.items()))
+        text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                         for k, v in line.items())
+        tqdm.write(text)
+        self._on_screen(text)
         if self.wandb and ("loss" not in values or self._is_due(
                 "numbers", step, self.config.wandb_options.every)):       # evaluations are sent
             self.wandb.log(values, step=step)

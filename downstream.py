@@ -106,7 +106,7 @@ class Config:
     resamples: runs.Count = 1000            # redraws; and of tiles or donors, for intervals
     seed: int = 0                           # of everything random
     experiments: tuple[Experiment, ...] = ()  # other tables for the page: name, table, columns
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    device: runs.Device = "auto"            # auto: the GPU if there is one
     batch: int | None = None                # network tiles at once; null: 4 on the CPU, 32 on a GPU
 
     def __post_init__(self):

@@ -76,7 +76,7 @@ class Bench:
     markdown: str | None = None             # document for table.md, between two lines of comment
     summary: str | None = None              # document for its first table alone
     batch: runs.Batch | None = None         # tiles at once; null: 4 on the CPU, 32 on a GPU
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    device: runs.Device = "auto"            # auto: the GPU if there is one
     overwrite: bool = False                 # make every prediction anew
 
     def __post_init__(self):
@@ -243,7 +243,7 @@ class Sweep:
     score: str = "DSB"                      # what best means, mean over images
     ceiling: Encoding = field(default_factory=Encoding)  # as in bench
     batch: runs.Batch | None = None         # tiles at once; null: 4 on the CPU, 32 on a GPU
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    device: runs.Device = "auto"            # auto: the GPU if there is one
 
     def __post_init__(self):
         measure.check_distinct("validation set", [part.name for part in self.validation])

@@ -103,7 +103,7 @@ class Config:
     batch: runs.Batch | None = None                 # tiles at once; null: 4 on the CPU, 32 on a GPU
     block: runs.Count = 2048  # px, larger images are worked off in blocks of this side
     pattern: str = "*"                              # which files of a folder, such as *_w1.tif
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    device: runs.Device = "auto"            # auto: the GPU if there is one
     overwrite: bool = False                         # make results anew
     shard: str = "1/1"                              # which part of the images: 3/16
     signed: bool = False  # read from S3 with your AWS credentials; public buckets need none

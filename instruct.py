@@ -83,7 +83,7 @@ class Ask:
     weights: str | None = None              # what train exports; null: those that ship
     encoder: str | None = None              # folder of the sentence encoder; null: the package
     diameter: runs.Positive | None = None   # px, of the nuclei here; null: as in training
-    device: Literal["auto", "cpu", "cuda"] = "auto"      # auto: the GPU if there is one
+    device: runs.Device = "auto"            # auto: the GPU if there is one
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Config:
     log_every: runs.Count = 20              # steps
     save_every: runs.Count = 200            # steps
     keep: runs.Count = 2                    # checkpoints
-    device: Literal["auto", "cpu", "cuda"] = "auto"      # auto: the GPU if there is one
+    device: runs.Device = "auto"            # auto: the GPU if there is one
     wandb: runs.WandbMode = "off"           # train: live curves; on is online
     wandb_options: runs.WandbOptions = field(default_factory=runs.WandbOptions)
     weights: str | None = None              # evaluate: null: what train exports

@@ -239,7 +239,7 @@ class Channels:
     limit: AtLeastTwo | None = None         # only the first so many fields
     shown: Count = 4                        # fields in the pictures
     seed: Whole = 0                         # of synthetic fields and random weights
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    device: runs.Device = "auto"            # auto: the GPU if there is one
 
     def __post_init__(self):
         if self.size % self.patch:

@@ -1127,12 +1127,19 @@ def start_wandb(config: Any, folder: Path):
 
 # ----------------------------------------------------------------------------------- devices, ranks
 
+Device = typing.Literal["auto", "cpu", "cuda", "mps"]         # mps: Apple's GPUs
+
+
 def pick_device(name: str) -> str:
     """'auto' -> the GPU if there is one; a missing one that was asked for is an error."""
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")      # what mps lacks runs on the CPU
     import torch
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda: PyTorch finds no CUDA device here; use device=cpu or auto")
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    if name != "auto" and not there[name]:
+        raise ValueError(f"device={name}: PyTorch finds no {name.upper()} device here; use "
+                         "device=cpu or auto")
+    return name if name != "auto" else next(device for device, found in there.items() if found)
 
 
 def join_group(device: str) -> tuple[int, int, str]:

@@ -555,13 +555,14 @@ def step_flops(learner: Learner, size: int, local_size: int, local_views: int) -
 # ---------------------------------------------------------------------------- is it still learning
 
 def _exp_entropy(p: Tensor) -> float:
-    p = p.double() / p.sum().clamp(min=1e-12)
+    p = p.cpu().double()                                       # mps has no doubles
+    p = p / p.sum().clamp(min=1e-12)
     return math.exp(-(p * p.clamp(min=1e-300).log()).sum().item())
 
 
 def perplexity(counts: Tensor) -> float:
     """Prototypes in use: exp of the entropy of how often each was chosen, (K,) -> 1 to K."""
-    return _exp_entropy(counts.double())
+    return _exp_entropy(counts)
 
 
 def effective_rank(x: Tensor) -> float:
@@ -569,10 +570,10 @@ def effective_rank(x: Tensor) -> float:
 
     (B, D) -> 1 to min(B - 1, D).
     """
-    return _exp_entropy(torch.linalg.svdvals((x - x.mean(0)).double()))
+    return _exp_entropy(torch.linalg.svdvals((x - x.mean(0)).cpu().double()))
 
 
 def feature_std(x: Tensor) -> float:
     """Deviation of normalised rows times sqrt(D): 1 for directions spread evenly, 0 for one."""
-    x = F.normalize(x.double(), dim=-1)
+    x = F.normalize(x.cpu().double(), dim=-1)
     return (x.std(0).mean() * math.sqrt(x.shape[1])).item()

@@ -101,7 +101,7 @@ class Config:
     log_every: runs.Count = 20              # steps
     save_every: runs.Count = 500            # steps
     keep: runs.Count = 2                    # checkpoints
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: runs.Device = "auto"
     precision: Literal["auto", "bf16", "float32"] = "auto"   # auto: bf16 where the hardware has it
     compile: bool = False                   # torch.compile: worth its minute on a GPU
     wandb: runs.WandbMode = "off"           # live curves and pictures; on is online

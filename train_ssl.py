@@ -125,7 +125,7 @@ class Config:
     log_every: Count = 50                   # steps
     save_every: Count = 1000                # steps
     keep: Count = 2                         # checkpoints
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: runs.Device = "auto"
     precision: Literal["auto", "bf16", "float32"] = "auto"   # auto: bf16 where the hardware has it
     compile: bool = False                   # torch.compile: worth its minutes on a GPU
     wandb: runs.WandbMode = "off"           # live curves and pictures; on is online

@@ -174,6 +174,9 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
         plain = np.array(distance, distance.dtype.newbyteorder("="), order="C")  # torch reads these
         return watershed(torch.from_numpy(plain), peak, fill, min_area, depth, smooth, shape,
                          reach).numpy()
+    if distance.device.type == "mps":                # lacks the scatters below for 64 bit
+        return watershed(distance.cpu(), peak, fill, min_area, depth, smooth, shape,
+                         reach).to("mps")
     if distance.ndim != 2 or not distance.is_floating_point():
         raise ValueError(f"distance map of shape {tuple(distance.shape)}, {distance.dtype}: "
                          "expected (H, W) floats")
@@ -444,6 +447,8 @@ def without_holes(label: Tensor) -> Tensor:
     """Labels (H, W) int32 with the background that one cell encloses given to it: cells have no
     holes. What two cells enclose, or a cell and the edge of the image, stays background.
     """
+    if label.device.type == "mps":
+        return without_holes(label.cpu()).to("mps")
     H, W = label.shape
     S = W + 1
     node = F.pad(label, (0, 1, 1, 1)).view(-1)  # (L,) all background that is outside hangs together

@@ -28,17 +28,22 @@ AWS credentials. A shard writes summary_3_of_16.csv.
 """
 from __future__ import annotations
 
+import copy
 import glob
+import hashlib
+import io
 import math
 import os
 import re
 import shutil
 import sys
+import tempfile
 import time
+import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -50,7 +55,9 @@ import s3
 with runs.lazy():  # what needs torch: half the start-up time
     import numpy as np
     import tifffile
+    import torch
     import tqdm
+    import yaml
 
     import cells
     import images
@@ -620,19 +627,24 @@ class Summary:
         self.written = time.monotonic()
 
 
-# --------------------------------------------------------------------------------------------- ONNX
+# ----------------------------------------------------------------------------- for other programs
 
 @dataclass(frozen=True)
 class Export:
-    out: str = "dinocell.onnx"      # the file
+    out: str | None = None          # the file; null: dinocell.onnx or dinocell_bioimageio.zip
+    format: Literal["onnx", "bioimageio"] = "onnx"   # bioimageio: a package of the Model Zoo
     weights: str = "default"        # file, or the name of one in final_models/ (tiny)
     tile: runs.Side | None = None  # px, side of the tiles the file takes; null: as trained
     opset: Annotated[int, runs.within(18, 23)] = 18   # version of ONNX's operators
-    half: bool = False              # compute in float16
+    half: bool = False              # compute in float16; format=onnx alone
+    licence: str = "MIT"            # of the weights, as SPDX names it; format=bioimageio alone
 
     def __post_init__(self):
-        if not self.out.endswith(".onnx"):
-            raise ValueError(f"out={self.out}: expected a file name that ends in .onnx")
+        end = {"onnx": ".onnx", "bioimageio": ".zip"}[self.format]
+        if self.out and not self.out.endswith(end):
+            raise ValueError(f"out={self.out}: expected a file name that ends in {end}")
+        if self.half and self.format == "bioimageio":
+            raise ValueError("half=true: expected false with format=bioimageio")
 
 
 def export(config: Export, files: list[str]) -> int:
@@ -640,19 +652,85 @@ def export(config: Export, files: list[str]) -> int:
     infer.py export [key=value ...]
 
     Where onnxruntime is installed, the file is compared with PyTorch before it appears. Its input
-    and output stand at model.to_onnx.
+    and output stand at model.to_onnx. format=bioimageio writes a package of the BioImage Model
+    Zoo instead (to_bioimageio).
     """
     if files:
         raise ValueError(f"export: unexpected {files[0]}; the file to write is out=FILE.onnx, "
                          "--help lists the keys")
     weights = find_weights(config.weights, Path(__file__).resolve().parent / "final_models")
-    error = model.to_onnx(model.load(weights), config.out, config.tile, config.opset, config.half)
+    net = model.load(weights)
+    if config.format == "bioimageio":
+        out = Path(config.out or "dinocell_bioimageio.zip")
+        error = to_bioimageio(net, out, config.tile, config.opset, config.licence)
+    else:
+        out = Path(config.out or "dinocell.onnx")
+        error = model.to_onnx(net, out, config.tile, config.opset, config.half)
     checked = f"within {error:.1e} of PyTorch"
     if error is None:
         checked = "not compared with PyTorch: pip install onnxruntime"
-    print(f"{weights.name} -> {config.out}, {Path(config.out).stat().st_size / 1e6:.1f} MB, "
-          f"{checked}")
+    print(f"{weights.name} -> {out}, {out.stat().st_size / 1e6:.1f} MB, {checked}")
     return 0
+
+
+def to_bioimageio(net, path: Path, tile: int | None, opset: int, licence: str) -> float | None:
+    """Write the network as a package of the BioImage Model Zoo: ONNX with its description (format
+    0.5), a test image and its distances. Returns what model.to_onnx does.
+
+    The package takes a tile and gives distances; percentiles are taken over the tile, and the
+    watershed is the caller's, with the thresholds in the description (config.dinocell).
+    """
+    settings = net.settings
+    tile = tile or settings.tile
+    rng = np.random.default_rng(0)
+    image = rng.random((1, 3, tile // 8, tile // 8)).repeat(8, 2).repeat(8, 3)[..., :tile, :tile]
+    image = np.pad(image, ((0, 0), (0, 0), *((0, tile - n) for n in image.shape[2:])), "edge")
+    image = (image * 1000).astype(np.float32)
+    low, high = np.percentile(image, (settings.low, settings.high), (2, 3), keepdims=True)
+    shown = ((image - low) / (high - low + 1e-6)).clip(0, 1).astype(np.float32)
+    with torch.inference_mode():
+        distance = copy.deepcopy(net).cpu().float().eval()(torch.from_numpy(shown)).numpy()
+    with tempfile.TemporaryDirectory() as folder:
+        error = model.to_onnx(net, Path(folder, "weights.onnx"), tile, opset)
+        files = {"weights.onnx": Path(folder, "weights.onnx").read_bytes()}
+    for name, array in (("test_input.npy", image), ("test_output.npy", distance)):
+        with io.BytesIO() as file:
+            np.save(file, array)
+            files[name] = file.getvalue()
+    files["README.md"] = (b"# DINOCell\n\nDistance of each pixel to the edge of its cell, over the "
+                          b"cell's largest (capped). A watershed makes cells of it: markers above "
+                          b"`peak`, cells down to `fill`, both in rdf.yaml under config.dinocell."
+                          b"\n")
+
+    def source(name: str) -> dict:
+        return dict(source=name, sha256=hashlib.sha256(files[name]).hexdigest())
+
+    def axes(channels: list[str]) -> list[dict]:
+        return [dict(type="batch"), dict(type="channel", channel_names=channels),
+                dict(type="space", id="y", size=tile), dict(type="space", id="x", size=tile)]
+    scale = dict(axes=["y", "x"], min_percentile=settings.low, max_percentile=settings.high)
+    told = {name: value for name, value in asdict(settings).items() if name != "provenance"}
+    description = dict(
+        format_version="0.5.3", type="model", name="DINOCell", license=licence,
+        description="Distance to the edge of the cell, for a watershed to find cells in microscopy",
+        authors=[dict(name="DINOCell")], documentation="README.md",
+        cite=[dict(text="Siméoni et al., DINOv3, 2025 (the architecture)",
+                   url="https://arxiv.org/abs/2508.10104")],
+        tags=["cell-segmentation", "instance-segmentation", "2d", "onnx"],
+        inputs=[dict(id="image", axes=axes(["red", "green", "blue"]),
+                     data=dict(type="float32"), test_tensor=source("test_input.npy"),
+                     preprocessing=[dict(id="scale_range", kwargs=scale),
+                                    dict(id="clip", kwargs=dict(min=0.0, max=1.0))])],
+        outputs=[dict(id="distance", axes=axes(["distance"]), data=dict(type="float32"),
+                      test_tensor=source("test_output.npy"))],
+        weights=dict(onnx=dict(source("weights.onnx"), opset_version=opset)),
+        config=dict(dinocell=told | dict(tile=tile)))
+    files["rdf.yaml"] = yaml.safe_dump(description, sort_keys=False, allow_unicode=True).encode()
+    with runs.replacing(path) as temporary, zipfile.ZipFile(
+            temporary, "w", zipfile.ZIP_DEFLATED) as package:
+        for name, content in files.items():
+            package.writestr(name, content)
+    return error
 
 
 if __name__ == "__main__":

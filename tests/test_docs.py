@@ -165,6 +165,16 @@ def test_keys_in_commands_are_known(path):
                         break
 
 
+def test_the_container_runs_commands_that_exist():
+    """Its commands name scripts, and it takes the wheels that README advises without a GPU."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    scripts = re.findall(r"python (\w+\.py)|\"python\", \"(\w+\.py)\"", text)
+    assert len(scripts) >= 3 and all((ROOT / (a or b)).is_file() for a, b in scripts)
+    wheels = re.search(r"--index-url (\S+)/\$\{TORCH\}", text)[1]
+    assert f"{wheels}/cpu" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "ARG TORCH=cpu" in text and "COPY requirements.txt" in text
+
+
 def section(cls, name):
     """The dataclass of a field, None for plain values."""
     hint = typing.get_type_hints(cls).get(name)

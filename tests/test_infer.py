@@ -5,7 +5,9 @@ Uses weights that ship.
 import csv
 import dataclasses
 import functools
+import hashlib
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -18,6 +20,7 @@ import test_images
 import test_model
 import tifffile
 import torch
+import yaml
 from conftest import ROOT
 from skimage.io import imread
 
@@ -405,6 +408,29 @@ def test_no_arguments_segment_the_demo(tmp_path):
     assert all(int(row["cells"]) > 5 for row in rows(tmp_path / "summary.csv"))
 
 
+def test_a_package_for_the_model_zoo(tmp_path, monkeypatch, capsys):
+    """What the zip holds fits together; bioimageio.core validates and runs it where it is there."""
+    pytest.importorskip("onnxscript", reason="needs onnxscript")
+    monkeypatch.chdir(tmp_path)
+    model.save(test_model.onnx_net(), tmp_path / "small.pt")
+    with pytest.raises(SystemExit) as end:
+        runs.script("", infer.Export, infer.export, ["weights=small.pt", "format=bioimageio"])
+    assert end.value.code == 0 and "dinocell_bioimageio.zip" in capsys.readouterr().out
+    with zipfile.ZipFile("dinocell_bioimageio.zip") as package:
+        files = {name: package.read(name) for name in package.namelist()}
+    told = yaml.safe_load(files["rdf.yaml"])
+    assert told["config"]["dinocell"].keys() >= {"peak", "fill", "min_area", "tile", "diameter"}
+    for entry in (told["inputs"][0]["test_tensor"], told["outputs"][0]["test_tensor"],
+                  told["weights"]["onnx"]):
+        assert hashlib.sha256(files[entry["source"]]).hexdigest() == entry["sha256"]
+    image, distance = (np.load(io.BytesIO(files[f"test_{name}.npy"])) for name in ("input",
+                                                                                   "output"))
+    assert image.shape[1:] == (3, *distance.shape[2:]) and image.max() > 1 >= distance.max()
+    core = pytest.importorskip("bioimageio.core", reason="needs bioimageio.core")
+    summary = core.test_model(tmp_path / "dinocell_bioimageio.zip", weight_format="onnx")
+    assert summary.status == "passed", summary.format()
+
+
 def test_export(tmp_path, monkeypatch, capsys):
     """Mistakes in one line; the file itself where the packages are there."""
     def export(*arguments):
@@ -417,8 +443,10 @@ def test_export(tmp_path, monkeypatch, capsys):
     assert "opset=18" in run("export", "--help")[1]
     for wrong, said in (("out=x.pt", "ends in .onnx"), ("opset=3", "18 to 23"),
                         ("weights=gone", "no weights at"),
+                        ("format=bioimageio out=x.onnx", "ends in .zip"),
+                        ("format=bioimageio half=true", "expected false with format=bioimageio"),
                         ("image.tif", "unexpected image.tif")):
-        code, _, err = export(wrong)
+        code, _, err = export(*wrong.split())
         assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and said in err, err
     if importlib.util.find_spec("onnxruntime"):
         code, out, err = export("weights=small.pt", "out=x.onnx")

@@ -377,3 +377,25 @@ def test_lazy_modules_are_left_alone_by_who_looks_at_all(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     assert done.stdout.split() == ["quiet", "package", "4"]
+
+
+@pytest.mark.smoke
+def test_devices_are_picked_by_what_is_there(monkeypatch):
+    """Apple's mps beside cuda and cpu; it has no bfloat16 here, so that autocast stays off."""
+    import torch
+
+    import model
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert runs.pick_device("auto") == "cpu"
+    for missing in ("cuda", "mps"):
+        with pytest.raises(ValueError, match=f"device={missing}: PyTorch finds no {missing.upper()}"
+                                             " device here"):
+            runs.pick_device(missing)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert runs.pick_device("auto") == runs.pick_device("mps") == "mps"
+    assert runs.pick_device("cpu") == "cpu" and not model.has_bf16("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert runs.pick_device("auto") == "cuda"
+    with torch.autocast("mps", torch.bfloat16, enabled=False):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32

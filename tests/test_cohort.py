@@ -355,3 +355,29 @@ def test_more_tiles_more_power_and_better_intervals():
     found = simulate_cohorts.ratio_coverage(100, seed=4, tiles=(5, 60))
     (few, wide), (many, narrow) = found.values()
     assert few.value < 0.9 < many.value and narrow < 0.4 * wide
+
+
+# ------------------------------------------------------------------------------------------- peers
+
+@pytest.mark.parametrize("covariates", [0, 2])
+def test_against_pingouin(covariates):
+    """Spearman's rho, plain and partial, and its p; Benjamini and Hochberg's q."""
+    pingouin = pytest.importorskip("pingouin", reason="needs pingouin")
+    import pandas
+    rng = np.random.default_rng(covariates)
+    z = rng.normal(size=(covariates, 60))
+    x = rng.normal(size=60) + z.sum(0)
+    y = (0.5 * x + z.sum(0) + rng.normal(size=60)).round(1)                  # with ties
+    names = [f"z{i}" for i in range(covariates)]
+    table = pandas.DataFrame(dict(x=x, y=y, **dict(zip(names, z))))
+    if covariates:
+        theirs = pingouin.partial_corr(table, "x", "y", names, method="spearman")
+    else:
+        theirs = pingouin.corr(x, y, method="spearman")
+    rho = cohort.spearman(x, y, z)
+    p = cohort.p_value(rho, 60, covariates)
+    column = next(name for name in theirs.columns if name.lower() in ("p-val", "p_val", "pval"))
+    assert rho == pytest.approx(float(theirs["r"].iloc[0]), abs=1e-9)
+    assert p == pytest.approx(float(theirs[column].iloc[0]), rel=1e-6)
+    some = rng.uniform(size=20) ** 2
+    assert np.allclose(cohort.false_discovery(some), pingouin.multicomp(some, method="fdr_bh")[1])

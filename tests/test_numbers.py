@@ -166,6 +166,17 @@ def test_pretraining_is_its_log(name, after, scores):
     assert seen >= 6
 
 
+def test_recipes_on_drawn_donors_are_their_log():
+    logged = {}
+    for row in table("if_drawn.tsv"):
+        logged.setdefault(row["set"], []).append([float(row[name]) for name in APS])
+    shown = list(rows(DOCS / "results.md", "## Fine-tuning, tried on drawn donors", "recipe"))
+    assert len(shown) == len(logged["AT8"]) == 6
+    for number, (_, *cells) in enumerate(shown):
+        for name, cell in zip(("all_markers", "AT8"), cells, strict=True):
+            check(name, [cell], logged[name][number])
+
+
 @pytest.mark.smoke
 def test_questions_in_words_are_their_log():
     log = LOGS / "instruct_evaluate.txt"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Experiments 1 to 5 of fine-tuning, end to end on drawn donors and with the small network: that every step runs, and
+# Experiments 1 to 4 of fine-tuning, end to end on drawn donors and with the small network: that every step runs, and
 # what the tables look like. Scores of drawn fields say nothing about immunofluorescence.
-#   STEPS=60 bench/if_experiments.sh            some minutes of one core for each ten steps of all 19 trainings
+#   STEPS=30 bench/if_experiments.sh            19 trainings of so many steps, each with a validation
 # Own tiles: leave out the first two commands, SMALL and the sed; the configurations say the rest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-STEPS=${STEPS:-60}
+STEPS=${STEPS:-30}
 SMALL=(init=final_models/dinocell_tiny.pt crop=128 batch=8 steps="$STEPS" warmup=5 val_every="$STEPS" log_every=10
        ema=0.9 lr=1e-4)
 mkdir -p dat

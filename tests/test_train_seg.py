@@ -471,7 +471,7 @@ def test_wandb_means_the_same_in_every_script(script, example, word, mode, tmp_p
     (["augment.flpi=1"], "unknown key 'flpi', did you mean 'flip'?"),
     (["init=gone.pt"], "no weights at gone.pt"),
     (["warmup=12"], "warmup=12: expected fewer than steps=12"),
-    (["cap=0"], "cap=0: expected a number, above 0 or null"),
+    (["cap=0"], "cap=0: expected a number, from 0.1 to 1000 or null"),
     (["clip=0"], "clip=0: expected a number, above 0"),
     (["lr=0"], "lr=0: expected a number, above 0"), (["crop=0"], "crop=0: expected a multiple"),
     (["steps=.inf"], "steps=.inf: expected a whole number"),

@@ -166,6 +166,17 @@ def test_pretraining_is_its_log(name, after, scores):
     assert seen >= 6
 
 
+def test_sinkhorn_of_one_view_or_both_is_its_log():
+    looks = [line for line in lines("ssl_sinkhorn.jsonl") if "retrieval" in line]
+    logged = {(line["together"], line["step"]): line for line in looks}
+    shown = list(rows(DOCS / "pretraining.md", "Here each global view", "Sinkhorn"))
+    assert [cells[1] for cells in shown] == ["0", "400", "400"]
+    for (_, step, *cells), together in zip(shown, (False, False, True), strict=True):
+        line = logged[together, int(step)]
+        check("sinkhorn", cells, [line[name] for name in ("retrieval", "margin", "consistency",
+                                                          "control", "effective_rank")])
+
+
 def test_recipes_on_drawn_donors_are_their_log():
     logged = {}
     for row in table("if_drawn.tsv"):

@@ -473,9 +473,9 @@ def test_wandb_means_the_same_in_every_script(script, example, word, mode, tmp_p
     (["warmup=12"], "warmup=12: expected fewer than steps=12"),
     (["cap=0"], "cap=0: expected a number, from 0.1 to 1000 or null"),
     (["clip=0"], "clip=0: expected a number, above 0"),
-    (["lr=0"], "lr=0: expected a number, above 0"), (["crop=0"], "crop=0: expected a multiple"),
+    (["lr=0"], "lr=0: expected a number, above 0"), (["crop=0"], "crop=0: expected a whole number"),
     (["steps=.inf"], "steps=.inf: expected a whole number"),
-    (["network.heads=0"], "heads=0: the head width"),
+    (["network.heads=0"], "heads=0: expected a whole number"),
     (["cycles=2", "patience=3"], "cycles=2: expected patience=null"),
     (["wandb=on"], "pip install wandb"), (["wandb=yes"], "expected off or on or online or offline"),
     (["data.fields=1"], "no images to")])

@@ -214,6 +214,7 @@ class Resident:
         says. None: all images are one group.
     cap : px; None keeps the uncapped distance maps, which sample(cap=None) needs.
     diameter : px, of an image's median cell before the random factor. None: as it is.
+    types : (n,) for each image, of its cells by ascending id: number of the type, 0 unknown.
 
     A pixel is one 64-bit word: three channels and the uncapped distance, 16 bits each; one gather
     brings all. Images lie end to end, each with its reductions by 2, 4 and 8: a crop that shrinks
@@ -224,7 +225,8 @@ class Resident:
     def __init__(self, images: Iterable[tuple[str, np.ndarray, np.ndarray]],
                  groups: list[str] | None = None, device: str | torch.device = "cpu",
                  cap: float | None = 4.0, diameter: float | None = None,
-                 weights: dict[str, float] | None = None):
+                 weights: dict[str, float] | None = None,
+                 types: list[np.ndarray] | None = None):
         words: list[np.ndarray] = []
         labels, depths, centres, rows = [], [], [], []
         for name, pixels, truth in images:
@@ -264,6 +266,9 @@ class Resident:
         self.diameter = float(np.median(self.diameters[seen])) if seen.any() else None   # of all
         self.words, self.labels, self.depth = (torch.from_numpy(np.concatenate(parts)).to(device)
                                                for parts in (words, labels, depths))
+        # (cells,) background first, as depth
+        self.types = torch.from_numpy(np.concatenate([np.append(0, own) for own in types])).to(
+            device) if types else None
         # (groups,), (N,)
         self.groups, self.group = np.unique(groups or ["all"] * len(rows), return_inverse=True)
         self.weigh(weights or {})
@@ -298,9 +303,10 @@ def load_resident(config: data.TrainingData, seed: int, device: str, cap: float 
                      for image in images if image.held}
               for part, images in (("train", train), ("validation", validation))}
     groups = [image.set for image in train]
+    types = [image.types for image in train if image.types is not None]
     train.reverse()                        # pop() frees each image once it is packed
     resident = Resident((train.pop()[:3] for _ in groups), groups, device, cap, config.diameter,
-                        {chosen.name: chosen.weight for chosen in config.sets})
+                        {chosen.name: chosen.weight for chosen in config.sets}, types)
     return resident, validation, hashes
 
 
@@ -399,6 +405,15 @@ def depths(resident: Resident, images: np.ndarray, scale: np.ndarray) -> Tensor:
     cell = (send(resident.cell[images], device)[:, None] + numbers).clamp(
         max=len(resident.depth) - 1)
     return resident.depth.take(cell) * send(scale, device)[:, None]
+
+
+def types_at(resident: Resident, images: np.ndarray, place: Tensor) -> Tensor:
+    """(n,) type of cells, each of a crop and a label (n, 2), in crops of `images` (B,); 0: unknown,
+    as are those that were pasted in."""
+    assert resident.types is not None
+    crop, label = place.unbind(1)
+    own = label <= send(resident.cells[images], place.device)[crop]
+    return resident.types.take(send(resident.cell[images], place.device)[crop] + label * own)
 
 
 def send(array: np.ndarray, device: torch.device) -> Tensor:

@@ -27,13 +27,13 @@ import tempfile
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from skimage.measure import label
 
 from images import check_labels
@@ -428,15 +428,22 @@ def polygon_pairs(cells: Cells, origin: tuple[int, int]) -> Iterable[tuple[int, 
     return polygons(cells, origin).items() if isinstance(cells, np.ndarray) else cells
 
 
+def type_colours(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """A colour (red, green, blue) for each type, the same in overlay and GeoJSON."""
+    return {name: tuple(bytes.fromhex(ON_BRIGHT[i % len(ON_BRIGHT)]))
+            for i, name in enumerate(names)}
+
+
 def write_geojson(path: str | Path, cells: Cells, columns: dict[str, np.ndarray] | None = None,
-                  origin: tuple[int, int] = (0, 0)) -> None:
+                  origin: tuple[int, int] = (0, 0), names: Sequence[str] = ()) -> None:
     """Write a GeoJSON FeatureCollection that QuPath opens: one detection per cell, in px, y down.
 
     QuPath takes UUIDs only as ids, so the cell's number is the detection's name.
     cells : labels, or (id, polygons), written as they come.
-    columns : of cell_table; finite numbers become QuPath's measurements.
+    columns : of cell_table; finite numbers become QuPath's measurements, `type` its class.
+    names : of all types, in the order of their colours.
     """
-    writer = GeoWriter(path)
+    writer = GeoWriter(path, names)
     writer.add(cells, columns, origin)
     writer.close()
 
@@ -444,8 +451,8 @@ def write_geojson(path: str | Path, cells: Cells, columns: dict[str, np.ndarray]
 class GeoWriter:
     """A GeoJSON file as of write_geojson(), written while its cells come: add(), close()."""
 
-    def __init__(self, path: str | Path):
-        self.path, self.count = Path(path), 0
+    def __init__(self, path: str | Path, names: Sequence[str] = ()):
+        self.path, self.count, self.colours = Path(path), 0, type_colours(names)
         self.spool = tempfile.TemporaryFile(  # noqa: SIM115  # until close()
             "w+", encoding="utf-8", dir=self.path.parent)
 
@@ -453,21 +460,27 @@ class GeoWriter:
             origin: tuple[int, int] = (0, 0)) -> None:
         """Take cells with their measurements."""
         columns = columns or {}
-        names = [name for name in columns if name != "id"]
-        values = zip(*(columns[name].tolist() for name in names))
-        row = dict(zip(columns["id"].tolist(), values)) if names else {}
+        types = dict(zip(columns["id"].tolist(), columns["type"].tolist())
+                     ) if "type" in columns else {}
+        measured = [name for name in columns if name not in ("id", "type")]
+        values = zip(*(columns[name].tolist() for name in measured))
+        row = dict(zip(columns["id"].tolist(), values)) if measured else {}
         for identity, parts in polygon_pairs(cells, origin):
             coordinates = [[ring.tolist() for ring in part] for part in parts]
             several = len(parts) > 1
-            feature = {
+            feature: dict[str, Any] = {
                 "type": "Feature",
                 "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{self.path.name}/{identity}")),
                 "geometry": {"type": "MultiPolygon" if several else "Polygon",
                              "coordinates": coordinates if several else coordinates[0]},
                 "properties": {"objectType": "detection", "name": str(identity), "measurements": {
-                    name: float(f"{value:.7g}") for name, value in zip(names, row.get(identity, ()))
+                    name: float(f"{value:.7g}")
+                    for name, value in zip(measured, row.get(identity, ()))
                     if math.isfinite(value)}},
             }
+            if identity in types:
+                feature["properties"]["classification"] = {
+                    "name": types[identity], "color": self.colours[types[identity]]}
             text = json.dumps(feature, separators=(",", ":"))
             self.spool.write((",\n" if self.count else "\n") + text)
             self.count += 1
@@ -516,7 +529,8 @@ def imagej_roi(name: str, parts: Polygons) -> bytes:
 
 # ----------------------------------------------------------------------------------------- pictures
 
-def overlay(image: np.ndarray, labels: np.ndarray, max_side: int = 4096) -> np.ndarray:
+def overlay(image: np.ndarray, labels: np.ndarray, max_side: int = 4096,
+            types: np.ndarray | None = None, names: Sequence[str] = ()) -> np.ndarray:
     """The image (C, H, W) with outlined cells, (h, w, 3) uint8, for a screen or a paper.
 
     Bright 8-bit RGB stays as it is; otherwise each channel is stretched between its percentiles 1
@@ -524,6 +538,9 @@ def overlay(image: np.ndarray, labels: np.ndarray, max_side: int = 4096) -> np.n
     max_side px are reduced by a whole number; those of 1000 px and less are enlarged, up to 8
     times, with smooth lines. A line runs inside its cell, with a thin shadow outside. Cells near
     each other differ in colour.
+
+    types : (n,) names of the types of cells 1..n, which then have the colours of `names`, with a
+        legend.
     """
     check_labels(labels, "overlay", np.iinfo(np.int64).max)
     step = -(-max(image.shape[1:]) // max_side)
@@ -537,8 +554,12 @@ def overlay(image: np.ndarray, labels: np.ndarray, max_side: int = 4096) -> np.n
     rim = int(np.count_nonzero(outlines(labels)))
     radius = 2 * np.count_nonzero(labels) / max(rim, 1)  # px, about that of a round cell
     colours = np.array([list(bytes.fromhex(colour)) for colour in hexes], np.uint8)
-    pairs = close_pairs(labels, max(round(radius / 2), 2))
-    colours = colours[colour_numbers(pairs, count, len(hexes))]  # (n, 3)
+    if types is None:
+        pairs = close_pairs(labels, max(round(radius / 2), 2))
+        colours = colours[colour_numbers(pairs, count, len(hexes))]  # (n, 3)
+    else:
+        known = type_colours(names)
+        colours = np.array([known[name] for name in types], np.uint8).reshape(-1, 3)
     side = int(max(labels.shape))
     zoom = 1 if side > SMALL else min(2 * round(SMALL / side), 16)
     if zoom > 1:  # labels twice as fine as the picture
@@ -547,7 +568,20 @@ def overlay(image: np.ndarray, labels: np.ndarray, max_side: int = 4096) -> np.n
         rgb = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC))
         labels = enlarged(labels, zoom)
     thick = max(1, min(round(zoom * side / 600), round(zoom * radius / 6)))
-    return draw_outlines(rgb, labels, colours, thick)
+    picture = draw_outlines(rgb, labels, colours, thick)
+    return picture if types is None else with_legend(picture, type_colours(names))
+
+
+def with_legend(rgb: np.ndarray, colours: dict[str, tuple[int, ...]]) -> np.ndarray:
+    """The picture with names in their colours, on black in the upper left corner."""
+    picture = Image.fromarray(rgb)
+    height = max(10, min(rgb.shape[0] // 40, rgb.shape[0] // (2 * len(colours) + 1)))
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(height)
+    width = max(pen.textlength(name, font) for name in colours)
+    pen.rectangle((0, 0, width + height, (1.5 * len(colours) + 0.5) * height), fill=(0, 0, 0))
+    for i, (name, colour) in enumerate(colours.items()):
+        pen.text((height / 2, (1.5 * i + 0.25) * height), name, colour, font)
+    return np.asarray(picture)
 
 
 def reduced(image: np.ndarray, labels: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:

@@ -44,7 +44,7 @@ import tokenize
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple
@@ -95,6 +95,7 @@ class Example:
     files: tuple[Path, ...]                         # the image first
     image: Callable[[], Image]
     labels: Callable[[], np.ndarray]                # (H, W) int32
+    types: Callable[[], dict[int, str]] = dict      # class of each cell that has one
 
 
 class Choice(NamedTuple):
@@ -232,7 +233,8 @@ def _matched(folder: Path, images: list[Path], labels: list[Path], choice: Choic
         image = partial(read_image, shot[0], choice.channels) if len(shot) == 1 else \
             partial(_joined, shot, numbers, choice.channels)
         yield Example(str(folder / stem_of(shot[0]).removesuffix("_img")), (*shot, *truth), image,
-                      partial(_labels, truth[0], shot[0], choice.channels))
+                      partial(_labels, truth[0], shot[0], choice.channels),
+                      partial(_types, truth[0], shot[0]))
 
 
 def _labels(path: Path, image: Path, channels: Channels) -> np.ndarray:
@@ -334,7 +336,8 @@ def _coco(path: Path, by_name: dict[str, list[Path]], choice: Choice) -> Iterato
         again = f"_copy{seen[image]}" if seen[image] > 1 else ""
         yield Example(str(path.with_suffix("") / (stem_of(image) + again)), (image, path),
                       partial(read_image, image, choice.channels),
-                      partial(_coco_labels, item, image, choice.channels))
+                      partial(_coco_labels, item, image, choice.channels),
+                      partial(_listed_types, item))
 
 
 def _coco_labels(item: Listed, image: Path, channels: Channels) -> np.ndarray:
@@ -453,6 +456,7 @@ class Listed(NamedTuple):
     file_name: str                                  # as written there: not to be trusted
     shape: tuple[int | None, int | None]            # (H, W)
     cells: list[Any]                                # each a list of polygons or RLE
+    types: list[str]                                # category of each cell
     where: str                                      # file and image, for errors
 
 
@@ -471,17 +475,21 @@ def read_coco(path: Path) -> list[Listed] | None:
             isinstance(e, dict) and isinstance(e.get("file_name"), str) and "id" in e
             for e in images):
         raise ValueError(f"{path}: expected COCO's lists of images (id, file_name) and annotations")
-    cells = defaultdict(list)
+    names = {category.get("id"): str(category.get("name"))
+             for category in parsed.get("categories") or [] if isinstance(category, dict)}
+    cells, types = defaultdict(list), defaultdict(list)
     for entry in annotations:
         if not isinstance(entry, tuple):
             raise ValueError(f"{path}: an annotation without image_id or segmentation: "
                              f"{str(entry)[:60]}")
         cells[entry[0]].append(entry[1])
+        types[entry[0]].append(names.get(entry[2], ""))
     if strangers := cells.keys() - {str(image["id"]) for image in images}:
         raise ValueError(f"{path}: annotations of image_id {min(strangers)}, which is not among "
                          "its images")
     return [Listed(image["file_name"], (image.get("height"), image.get("width")),
-                   cells[str(image["id"])], f"{path}: {image['file_name']}") for image in images]
+                   cells[str(image["id"])], types[str(image["id"])],
+                   f"{path}: {image['file_name']}") for image in images]
 
 
 def coco_labels(listed: Listed, shape: tuple[int, int]) -> np.ndarray:
@@ -502,12 +510,13 @@ def coco_labels(listed: Listed, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _annotation(entry: dict) -> Any:
-    """An annotation as (image id, segmentation) in arrays, for lists would fill the memory."""
+    """An annotation as (image id, segmentation, category) in arrays, for lists would fill the
+    memory."""
     if not {"image_id", "segmentation"} <= entry.keys():
         return entry
     cell = entry["segmentation"]
     cell = [np.array(ring, np.float64) for ring in cell] if isinstance(cell, list) else cell
-    return str(entry["image_id"]), cell
+    return str(entry["image_id"]), cell, entry.get("category_id")
 
 
 def _json(path: Path, hook: Callable[[dict], Any] | None = None) -> Any:
@@ -521,17 +530,9 @@ def _json(path: Path, hook: Callable[[dict], Any] | None = None) -> Any:
 # -------------------------------------------------------------------------- GeoJSON, masks in files
 
 def read_geojson(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """(H, W) int32 of QuPath's objects; with cells or detections, annotations are only regions."""
-    parsed = _json(path)
-    features = parsed.get("features", [parsed]) if isinstance(parsed, dict) else parsed
-    if not isinstance(features, list) or not all(isinstance(feature, dict) for feature in features):
-        raise ValueError(f"{path}: expected GeoJSON features, as QuPath exports them")
-    kinds = [_part_of(feature, "properties").get("objectType")
-             or OBJECTS.get(str(feature.get("id"))) for feature in features]
-    cells = [feature for feature, kind in zip(features, kinds)
-             if kind in ("cell", "detection")] or features
+    """(H, W) int32 of QuPath's objects."""
     pixels = []
-    for i, feature in enumerate(cells, 1):
+    for i, feature in enumerate(_geojson_cells(path), 1):
         where, geometry = f"{path}: object {i}", _part_of(feature, "geometry")
         kind = geometry.get("type")
         parts: Any = geometry.get("coordinates")
@@ -545,6 +546,18 @@ def read_geojson(path: Path, shape: tuple[int, int]) -> np.ndarray:
             raise ValueError(f"{where} has coordinates that are no rings of [x, y]") from None
         pixels.append(cell_pixels(parts, shape, where))
     return painted(shape, pixels)
+
+
+def _geojson_cells(path: Path) -> list[dict]:
+    """QuPath's objects; with cells or detections, annotations are only regions."""
+    parsed = _json(path)
+    features = parsed.get("features", [parsed]) if isinstance(parsed, dict) else parsed
+    if not isinstance(features, list) or not all(isinstance(feature, dict) for feature in features):
+        raise ValueError(f"{path}: expected GeoJSON features, as QuPath exports them")
+    kinds = [_part_of(feature, "properties").get("objectType")
+             or OBJECTS.get(str(feature.get("id"))) for feature in features]
+    return [feature for feature, kind in zip(features, kinds)
+            if kind in ("cell", "detection")] or features
 
 
 def _part_of(feature: dict, key: str) -> dict:
@@ -568,6 +581,100 @@ def read_masks(paths: Sequence[Path]) -> np.ndarray:
         shape = mask.shape
         cells.append(np.flatnonzero(mask))
     return painted(shape, cells)
+
+
+# ------------------------------------------------------------------------------- classes of cells
+
+TYPE_TABLES = ("_types.csv", "_classes.csv", "_cells.csv")
+
+
+def _types(labels: Path, image: Path) -> dict[int, str]:
+    """Class of each cell that has one: of GeoJSON, a table or a picture beside labels or image."""
+    if labels.suffix.lower() == ".geojson":
+        named = [_part_of(_part_of(feature, "properties"), "classification").get("name")
+                 for feature in _geojson_cells(labels)]
+        return {i: str(name) for i, name in enumerate(named, 1) if name}
+    stems = [folder / stem_of(image).removesuffix("_img") for folder in (image.parent,
+                                                                         labels.parent)]
+    for stem in stems:
+        for end in TYPE_TABLES:
+            table = stem.with_name(stem.name + end)
+            if table.is_file() and (types := read_types(table, labels)):
+                return types
+        picture = stem.with_name(f"{stem.name}_types.png")
+        if picture.is_file():
+            return {i: str(number) for i, number in majority(
+                _labels(labels, image, None), read_labels(picture), picture).items() if number}
+    return {}
+
+
+def read_types(path: Path, labels: Path) -> dict[int, str]:
+    """Classes of a CSV with the columns id, and type or class; empty: no type is known."""
+    rows = runs.read_table(path, ["id"])
+    column = next((name for name in ("type", "class") if rows and name in rows[0]), None)
+    if column is None:
+        return {}
+    if wrong := [row["id"] for row in rows if not row["id"].isdigit()]:
+        raise ValueError(f"{path}: id '{wrong[0]}', expected the whole numbers of "
+                         f"{labels.name}")
+    types = {int(row["id"]): row[column] for row in rows if row[column]}
+    ids = np.unique(read_seg(labels) if labels.name.lower().endswith("_seg.npy")
+                    else read_labels(labels))
+    if strangers := sorted(types.keys() - set(ids.tolist())):
+        raise ValueError(f"{path}: a type for cell {strangers[0]}, which is not in {labels.name}; "
+                         "expected ids of its cells")
+    return types
+
+
+def _listed_types(listed: Listed) -> dict[int, str]:
+    return {i: name for i, name in enumerate(listed.types, 1) if name}
+
+
+def majority(labels: np.ndarray, classes: np.ndarray, where: Path) -> dict[int, int]:
+    """The class (H, W) that most pixels of each cell have; 0 where none has one."""
+    if labels.shape != classes.shape:
+        raise ValueError(f"{where}: {classes.shape} px, but the labels have {labels.shape}")
+    ids, index = np.unique(labels, return_inverse=True)
+    votes = np.zeros((len(ids), int(classes.max()) + 1), np.int64)
+    np.add.at(votes, (index.ravel(), classes.ravel()), 1)
+    if classes.any() and not votes[ids > 0, 1:].any():
+        raise ValueError(f"{where}: classes where there is no cell; expected them on the cells of "
+                         "the labels beside it")
+    votes[:, 0] = 0                                            # background is no class
+    return {int(i): int(v.argmax()) for i, v in zip(ids, votes) if i}
+
+
+def type_numbers(example: Example, labels: np.ndarray, wanted: dict[str, list[str]]) -> np.ndarray:
+    """(n,) of the cells by ascending id: 1 + place of their type in `wanted`, 0 for others."""
+    number = {name: i for i, names in enumerate(wanted.values(), 1) for name in names}
+    types = example.types()
+    return np.array([number.get(types.get(int(i), ""), 0) for i in np.unique(labels[labels > 0])],
+                    np.int64)
+
+
+def types_wanted(types: dict) -> dict[str, list[str]]:
+    """{type: its classes in the sets} of a configuration, with texts for numbers."""
+    wanted = {str(name): [str(one) for one in (given if isinstance(given, (list, tuple))
+                                               else [given])] for name, given in types.items()}
+    listed = [one for names in wanted.values() for one in names]
+    if twice := [one for one in listed if listed.count(one) > 1]:
+        raise ValueError(f"types: class '{twice[0]}' is listed twice; expected each once")
+    if len(wanted) == 1:
+        raise ValueError(f"types: {listed[0]} alone; expected two types or more")
+    return wanted
+
+
+def check_types(counts: dict[str, dict[str, int]], wanted: dict[str, list[str]]) -> None:
+    """Refuse a type without cells, or with cells in one image alone; counts: image -> type -> n."""
+    for name in wanted:
+        images = [image for image, count in counts.items() if count.get(name)]
+        if not images:
+            raise ValueError(f"types: no cell is '{name}' ({', '.join(wanted[name])}) in the "
+                             f"{len(counts)} images; check the class, or leave the type out")
+        if len(images) == 1 and len(counts) > 1:
+            raise ValueError(f"types: all cells of '{name}' are in {images[0]}, so that it cannot "
+                             "be both learnt and validated; label another image or leave the type "
+                             "out")
 
 
 # ----------------------------------------------------------------------------------------- Cellpose
@@ -732,6 +839,8 @@ class TrainingData:
     channels: tuple[str, ...] | None = None  # of sets that choose none
     limit: runs.Count | None = None         # images of each set, by lot; 20 include those of 10
     diameter: runs.Positive | None = None   # px, scale median cells to it; null: as they are
+    # types to tell: {name: [its classes in the sets]}, cells of others are of unknown type
+    types: dict = field(default_factory=dict)
     fields: int = 0                         # synthetic fields in addition, a tenth to validate on
     # two of them a field
     field_channels: tuple[str, ...] = ("AGP", "ER", "RNA", "Brightfield", "HighZBF", "LowZBF")
@@ -749,6 +858,7 @@ class TrainingData:
         if len(known) < max(2, len(self.field_channels)):
             raise ValueError(f"data.field_channels={list(self.field_channels)}: expected two or "
                              f"more of {', '.join(synthetic.CHANNELS)}")
+        types_wanted(self.types)
 
 
 FEW = 8         # images: sets with fewer held out choose thresholds on training images, too
@@ -762,6 +872,8 @@ class Labelled(NamedTuple):
     set: str                                # name of its set
     zoom: float = 1.0                       # px of the network for each px
     held: bool = True                       # false: trained on, validates settings alone
+    # (n,) of the cells by ascending id: number of their type from 1, 0 unknown; None: no types
+    types: np.ndarray | None = None
 
 
 def training_images(config: TrainingData, seed: int) -> tuple[list[Labelled], list[Labelled]]:
@@ -772,17 +884,21 @@ def training_images(config: TrainingData, seed: int) -> tuple[list[Labelled], li
     """
     train: list[Labelled] = []
     validation: list[Labelled] = []
+    wanted = types_wanted(config.types)
     for chosen in config.sets:
         kept, held = divide(examples_of(config, chosen), config, seed)
-        own = [read_labelled(example, chosen.name) for example in kept]
+        own = [read_labelled(example, chosen.name, wanted) for example in kept]
         train += own
-        validation += [read_labelled(example, chosen.name) for example in held]
+        validation += [read_labelled(example, chosen.name, wanted) for example in held]
         if held:
             lot = np.random.default_rng(0).permutation(len(own))[:max(0, FEW - len(held))]
             validation += [own[i]._replace(held=False) for i in lot]
     for chosen in config.validation:
-        validation += [read_labelled(example, chosen.name)
+        validation += [read_labelled(example, chosen.name, wanted)
                        for example in examples_of(config, chosen)]
+    check_types({image.name: {name: int(np.count_nonzero(image.types == i))
+                              for i, name in enumerate(wanted, 1)}
+                 for image in train + [v for v in validation if v.held]}, wanted)
     held_fields = max(1, round(0.1 * config.fields)) if not config.validation else 0
     for number in range(config.fields):
         (validation if number < held_fields else train).extend(drawn_images(config, seed, number))
@@ -819,9 +935,10 @@ def divide(found: list[Example], config: TrainingData, seed: int
     return kept, held
 
 
-def read_labelled(example: Example, set_name: str) -> Labelled:
-    return Labelled(f"{set_name}/{example.name}", network_input(example), example.labels(),
-                    set_name)
+def read_labelled(example: Example, set_name: str, wanted: dict[str, list[str]]) -> Labelled:
+    labels = example.labels()
+    return Labelled(f"{set_name}/{example.name}", network_input(example), labels, set_name,
+                    types=type_numbers(example, labels, wanted) if wanted else None)
 
 
 def median_diameter(labels: np.ndarray) -> float:
@@ -843,7 +960,9 @@ def drawn_images(config: TrainingData, seed: int, number: int) -> list[Labelled]
     for name in np.random.default_rng((seed, number)).choice(config.field_channels, 2, False):
         pixels = drawn.pixels[drawn.channels.index(name)][None]
         pixels = to_rgb(normalise(pixels, percentiles(pixels)))
-        found.append(Labelled(f"synthetic {number} {name}", pixels, drawn.labels, "synthetic"))
+        unknown = np.zeros(len(np.unique(drawn.labels)) - 1, np.int64) if config.types else None
+        found.append(Labelled(f"synthetic {number} {name}", pixels, drawn.labels, "synthetic",
+                              types=unknown))
     return found
 
 
@@ -879,7 +998,7 @@ class Config:
 
 
 def main(config: Config, paths: list[str]) -> int:
-    images, keys = ("channels", "match", "labels"), {field.name for field in fields(Config)}
+    images, keys = ("channels", "match", "labels"), {key.name for key in fields(Config)}
     commands: dict[str, tuple[Callable[..., int], str, Collection[str]]] = {
         "convert": (convert, "SRC DST", images), "split": (split, "SRC", keys),
         "planes": (planes, "SRC DST", ("every",)), "check": (check, "DIR ...", images)}
@@ -889,9 +1008,9 @@ def main(config: Config, paths: list[str]) -> int:
     run, expected, used = commands[command]
     if not paths or "..." not in expected and len(paths) != len(expected.split()):
         raise ValueError(f"{command}: got {' '.join(paths) or 'no folder'}, expected {expected}")
-    for field in fields(Config):
-        if getattr(config, field.name) != field.default and field.name not in used:
-            raise ValueError(f"{command} does not use {field.name}=; leave it out")
+    for key in fields(Config):
+        if getattr(config, key.name) != key.default and key.name not in used:
+            raise ValueError(f"{command} does not use {key.name}=; leave it out")
     return run(config, *paths)
 
 

@@ -18,6 +18,7 @@ For each image NAME it writes into out=
     NAME_overlay.png     the image with coloured outlines
     NAME_distance.tif, NAME.geojson (QuPath), NAME_rois.zip (ImageJ)      with distance=, geojson=,
     rois=true
+    NAME_cells.npz       a vector per cell (ids, vectors, weights), with embed=true
     summary.csv          one row per image: cells, mean area, confluency, diameter, seconds
 
 With --check it says what there is to do, and stops.
@@ -63,11 +64,12 @@ with runs.lazy():  # what needs torch: half the start-up time
     import images
     import model
     import segment
+    import vectors
 
 OURS = ("_labels", "_overlay", "_distance")  # ends of names that are results
 THEIRS = ("_cells", "_masks", "_nuclei")      # and labels of others, where the image is there too
 PLANNED = ("peak", "fill", "depth", "smooth", "shape", "min_area", "border", "near", "tile",
-           "overlap", "batch", "block")
+           "overlap", "batch", "block", "embed")
 # what changes the cells
 SETTINGS = ("channels", "plane", "time", "level", "pixel_size", "diameter", *PLANNED[:10])
 PICTURE = 4096  # px, longest side of an overlay
@@ -104,6 +106,7 @@ class Config:
     rois: bool = False                              # ImageJ ROI zip
     distance: bool = False                          # the distance map the network predicts
     overlay: bool = True                            # the picture
+    embed: bool = False                             # a vector per cell, to compare or sort cells by
     tile: runs.Side | None = None  # px, side of the network's tiles; null: as trained
     # px shared by tiles; null: a cell's diameter, from an eighth to half the tile
     overlap: runs.Whole | None = None
@@ -387,8 +390,10 @@ class Results:
         self.distance = np.zeros((H, W), np.float16) if config.distance else None
         self.labels = images.LabelWriter(out / f"{name}_labels.tif", (H, W), source.pixel_size)
         self.columns: list[dict] = []
+        self.vectors: list[np.ndarray] = []
         self.polygons: list[tuple] = []                        # for rois
-        self.geojson = cells.GeoWriter(out / f"{name}.geojson") if config.geojson else None
+        self.geojson = cells.GeoWriter(out / f"{name}.geojson", plan.net.type_names
+                                       ) if config.geojson else None
         self.labelled = 0                                      # px
 
     def add(self, block: segment.Block) -> None:
@@ -405,6 +410,9 @@ class Results:
                 origin=origin, edges=(rows.start == 0, columns.start == 0, rows.stop == H,
                                       columns.stop == W))
             table = {**table, "id": block.ids[table["id"]]}
+            if block.vectors is not None:
+                self.vectors.append(block.vectors)
+                table |= types_of(self.plan.net, block.vectors)
             self.columns.append(table)
             if self.geojson or self.config.rois:
                 new = np.zeros_like(block.ids)
@@ -431,8 +439,12 @@ class Results:
             table = {key: np.concatenate([part[key] for part in self.columns])
                      for key in self.columns[0]}
             cells.write_csv(f"{beginning}cells.csv", table)
+            if self.config.embed:
+                vectors.write_vectors(f"{beginning}cells.npz", vectors.CellVectors(
+                    table["id"], np.concatenate(self.vectors), runs.digest(self.plan.net.origin)[:16]))
             if self.picture is not None:
-                cells.write_picture(f"{beginning}overlay.png", cells.overlay(*self.picture))
+                cells.write_picture(f"{beginning}overlay.png", cells.overlay(
+                    *self.picture, types=table.get("type"), names=self.plan.net.type_names))
             if self.distance is not None:
                 with runs.replacing(f"{beginning}distance.tif") as beside:
                     tifffile.imwrite(beside, self.distance.astype(np.float32), compression="zlib",
@@ -455,7 +467,17 @@ class Results:
                "scale": round(self.plan.zoom, 4)}
         if self.source.pixel_size:
             row["mean_area_um2"] = round(float(table["area_um2"].mean()), 3) if n else ""
-        return row
+        return row | {f"cells_{name}": int(np.count_nonzero(table["type"] == name))
+                      for name in self.plan.net.type_names}
+
+
+def types_of(net, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns of the likeliest type of cells with these vectors; none without a type head."""
+    if net.types is None:
+        return {}
+    share = net.type_probabilities(rows)
+    return {"type": np.array(net.type_names)[share.argmax(1)],
+            "type_probability": share.max(1)}
 
 
 def parse_diameter(text: str | None, pixel_size: float | None, path: Path | None) -> float | None:
@@ -565,7 +587,7 @@ def images_among(files: Images) -> Images:
 def results(name: str, config: Config) -> list[str]:
     """Files that an image gets."""
     wanted = {"_overlay.png": config.overlay, "_distance.tif": config.distance,
-              ".geojson": config.geojson, "_rois.zip": config.rois}
+              ".geojson": config.geojson, "_rois.zip": config.rois, "_cells.npz": config.embed}
     return [f"{name}_labels.tif", f"{name}_cells.csv",
             *(name + end for end, asked in wanted.items() if asked)]
 

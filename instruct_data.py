@@ -464,22 +464,11 @@ def _labelled(source: AnnotatedSet):
             classes = {int(row["id"]): int(row["class"]) if row["class"].isdigit() else row["class"]
                        for row in rows}
         elif types.is_file():
-            classes = _majority(labels, data.read_labels(types), types)
+            classes = data.majority(labels, data.read_labels(types), types)
         else:
             raise FileNotFoundError(f"{image}: no {table.name} (id,class) or {types.name} beside "
                                     "it; if its classes are not known, every: nuclei says so")
         yield example.name.replace("/", "_"), example.image().pixels, labels, classes, ""
-
-
-def _majority(labels: np.ndarray, types: np.ndarray, where: Path) -> dict[int, int]:
-    """The class that most pixels of each cell have."""
-    if labels.shape != types.shape:
-        raise ValueError(f"{where}: {types.shape} px, but the labels have {labels.shape}")
-    ids, index = np.unique(labels, return_inverse=True)
-    votes = np.zeros((len(ids), int(types.max()) + 1), np.int64)
-    np.add.at(votes, (index.ravel(), types.ravel()), 1)
-    votes[:, 0] = 0                                            # background is no class
-    return {int(i): int(v.argmax()) for i, v in zip(ids, votes) if i}
 
 
 def _files_below(source: AnnotatedSet, pattern: str, what: str) -> list[Path]:

@@ -242,7 +242,7 @@ class Instructed(model.DINOCell):
             own = self.decoder.get_parameter(name)
             (own[:1] if name.startswith("head.") else own).copy_(tensor)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.maps(x)[0]
 
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

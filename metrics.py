@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
@@ -360,6 +361,51 @@ def _plain(values: dict[str, Any]) -> dict[str, float]:
 def _with_standard(thresholds: Iterable[float]) -> tuple[float, ...]:
     """The ten of the DSB score, then the others, rounded: arange's 0.6000000000000001 is 0.6."""
     return (*THRESHOLDS, *sorted({round(float(t), 6) for t in thresholds} - set(THRESHOLDS)))
+
+
+# -------------------------------------------------------------------------------- types of cells
+
+REACH = 12.0        # px, at 40 x: centres so near are of the same nucleus
+
+
+def match_centres(truth: ArrayLike, pred: ArrayLike, reach: float = REACH) -> NDArray:
+    """Pairs (n, 2) of places in truth (R, 2) and pred (S, 2), as HoVer-Net's authors match them:
+    the assignment of the least summed distance, then pairs no further apart than `reach` px.
+
+    >>> match_centres([[0, 0], [50, 50]], [[3, 4], [90, 90], [50, 49]]).tolist()
+    [[0, 0], [1, 2]]
+    """
+    truth, pred = np.reshape(truth, (-1, 2)), np.reshape(pred, (-1, 2))
+    apart = np.hypot(*(truth[:, None, axis] - pred[None, :, axis] for axis in (0, 1)))
+    rows, cols = linear_sum_assignment(apart)
+    near = apart[rows, cols] <= reach
+    return np.stack((rows[near], cols[near]), 1)
+
+
+def type_scores(paired_true: NDArray, paired_found: NDArray, missed: NDArray, extra: NDArray,
+                types: Iterable[Any]) -> tuple[float, dict[Any, float]]:
+    """F_d, and F_c of each type (Graham et al., Medical Image Analysis 2019, as in their code).
+
+    F_d = 2 TP / (2 TP + FP + FN) of detection. F_c = 2 TP / (2 TP + 2 (FP + FN) + FP_d + FN_d) of a
+    type: among pairs its right ones, those called so wrongly and those called otherwise; of the
+    type among found cells without partner and among true ones without. PanNuke uses the same.
+
+    paired_true, paired_found : types (n,) of the cells of each pair; missed : of true cells alone;
+    extra : of found cells alone. A type that is nowhere has NaN.
+
+    >>> type_scores(np.array([1, 1, 2]), np.array([1, 2, 2]), np.array([1]), np.array([]), [1, 2])
+    (0.8571428571428571, {1: 0.4, 2: 0.5})
+    """
+    paired = len(paired_true)
+    whole = 2 * paired + len(missed) + len(extra)
+    by_type = {}
+    for one in types:
+        true, found = paired_true == one, paired_found == one
+        right, wrong = np.sum(true & found), np.sum(true != found)
+        alone = np.sum(missed == one) + np.sum(extra == one)
+        total = 2 * right + 2 * wrong + alone
+        by_type[one] = float(2 * right / total) if total else np.nan
+    return (2 * paired / whole if whole else np.nan), by_type
 
 
 # -------------------------------------------------------------------------- single scores by name

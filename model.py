@@ -25,16 +25,18 @@ import struct
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import runs
+from vectors import pooled, probabilities
 from watershed import Setting
 
 FORMAT = "dinocell-2"      # first entry of every file that save() writes
@@ -389,10 +391,12 @@ class DINOCell(nn.Module):
                              f"blocks or more")
         # 12 blocks: 2, 5, 8, 11
         self.taps = tuple(vit.depth * (i + 1) // quarters - 1 for i in range(quarters))
-        self.architecture = dict(backbone=vit.architecture, widths=tuple(widths), last=last,
-                                 stem=stem)
+        self.architecture: dict[str, Any] = dict(backbone=vit.architecture, widths=tuple(widths),
+                                                 last=last, stem=stem)
         self.decoder = Decoder(vit.dim, vit.patch, tuple(widths), last, stem)
         self.size: SizeHead | None = None                # add_size_head() makes one
+        self.types: nn.Linear | None = None              # set_types() gives one
+        self.origin: Path | None = None                  # the file that load() read
         self.register_buffer("mean", torch.tensor(self.settings.mean).view(1, 3, 1, 1),
                              persistent=False)
         self.register_buffer("std", torch.tensor(self.settings.std).view(1, 3, 1, 1),
@@ -401,11 +405,36 @@ class DINOCell(nn.Module):
             if name in ("norm.weight", "norm.bias", "mask_token"):  # no part in supervised training
                 parameter.requires_grad_(False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        """Distances (B, 1, H, W); with labels (B, H, W) also logits (n, K) of the types of their
+        cells, and the place of each, (n, 2): crop and label."""
+        distance, tokens = self.with_tokens(x)
+        if labels is None:
+            return distance
+        assert self.types is not None
+        rows, place = pooled(tokens, labels, self.backbone.patch)
+        return distance, F.linear(rows, self.types.weight.float(), self.types.bias.float()), place
+
+    def with_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Distances (B, 1, H, W), and the tokens of the last block (B, N, D)."""
         x = self.standardised(x)
         taps = self.backbone.features(x, self.taps)
         h, w = x.shape[2] // self.backbone.patch, x.shape[3] // self.backbone.patch
-        return self.decoder(x, taps, h, w).float().sigmoid()                 # (B, 1, H, W)
+        return self.decoder(x, taps, h, w).float().sigmoid(), taps[-1]
+
+    def set_types(self, head: nn.Linear, names: Sequence[str]) -> None:
+        """Tell types of cells from now on, by a linear map of their vectors (vectors.py)."""
+        self.types = head.to(self.mean.device)
+        self.architecture["types"] = list(names)
+
+    @property
+    def type_names(self) -> tuple[str, ...]:
+        return tuple(self.architecture.get("types", ()))
+
+    def type_probabilities(self, vectors: np.ndarray) -> np.ndarray:
+        """(n, K) for vectors of cells (n, D)."""
+        assert self.types is not None
+        return probabilities(self.types, vectors)
 
     def add_size_head(self) -> None:
         self.size = SizeHead(self.backbone.dim).to(self.mean.device)
@@ -515,11 +544,14 @@ def load(path: str | Path) -> DINOCell:
                        shape["last"], settings, shape["stem"])
         if shape.get("size"):
             net.add_size_head()
+        if names := shape.get("types"):
+            net.set_types(nn.Linear(net.backbone.dim, len(names)), names)
     check_fit(net, content["state_dict"], path)
     net.to_empty(device="cpu")
     net.mean.copy_(torch.tensor(net.settings.mean).view(1, 3, 1, 1))
     net.std.copy_(torch.tensor(net.settings.std).view(1, 3, 1, 1))
     _fill(net, content["state_dict"], path)
+    net.origin = Path(path)
     return net.eval()
 
 

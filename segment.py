@@ -36,6 +36,7 @@ from skimage.morphology import binary_dilation, disk, remove_small_objects
 from torch import Tensor
 
 import images
+import vectors
 from model import DINOCell
 from watershed import Setting, drop_small, flood, without_holes
 
@@ -63,6 +64,7 @@ class Plan(NamedTuple):
     halo: int                       # px of the image, margin around a block
     border: str                     # keep, or drop: leave out cells cut by the edge of the image
     tissue: np.ndarray | None = None   # (h, w) bool, of any size; other tiles are not looked at
+    embed: bool = False             # blocks bring a vector for each cell
 
 
 def plan_for(image, net: DINOCell, *, diameter: float | None = None, zoom: float | None = None,
@@ -70,6 +72,7 @@ def plan_for(image, net: DINOCell, *, diameter: float | None = None, zoom: float
              batch: int | None = None, block: int = 2048, halo: int | None = None,
              near: float | None = None,
              border: Literal["keep", "drop"] = "keep", tissue: np.ndarray | None = None,
+             embed: bool = False,
              **thresholds: float | None) -> Plan:
     """Decide what an image gets; None: chosen here.
 
@@ -84,6 +87,7 @@ def plan_for(image, net: DINOCell, *, diameter: float | None = None, zoom: float
     block : px, side of a block; images that are not much larger are one block.
     near : px; None: a cell's diameter.
     tissue : where there is something to see (h, w), in a small image of the same; None: everywhere.
+    embed : blocks bring a vector for each cell, as always where the network tells types.
     thresholds : peak, fill, depth, smooth, shape of watershed.Setting, and min_area in px of the
         image; None: those in the weights.
     """
@@ -103,7 +107,8 @@ def plan_for(image, net: DINOCell, *, diameter: float | None = None, zoom: float
     return Plan(net, net.settings.setting.changed(**thresholds), zoom, limits, seen, near, side,
                 shared, batch or (32 if net.mean.device.type == "cuda" else 4),
                 max(1, int(block / max(zoom, 1))),
-                halo or max(HALO, math.ceil(4 * max(near, seen))), border, tissue)
+                halo or max(HALO, math.ceil(4 * max(near, seen))), border, tissue,
+                embed or net.types is not None)
 
 
 def zoom_for(diameter: float, net: DINOCell) -> float:
@@ -185,6 +190,7 @@ class Block:
     new: np.ndarray                # local numbers of the cells first met here
     labels: np.ndarray             # (core) int32, ids of the whole image
     distance: np.ndarray           # (core) float32 in [0, 1]
+    vectors: np.ndarray | None = None  # (len(new), D) float32, where the plan asks for them
 
     @property
     def inner(self) -> tuple[slice, slice]:
@@ -228,7 +234,8 @@ def blocks(source, plan: Plan, clock: Counter | None = None,
     if max(H, W) <= block + 2 * halo:
         block = max(H, W)
     h, w = scaled((H, W), plan.zoom)
-    rows = _distances(source, plan, clock, progress)
+    pool = _pool(plan)
+    rows = _distances(source, plan, clock, progress, pool)
     held: Tensor | None = None                               # rows of distances at hand
     first = 0                                                # number of the first
     known = np.zeros((0, W), np.int32)           # final labels of the last `halo` rows above
@@ -242,6 +249,8 @@ def blocks(source, plan: Plan, clock: Counter | None = None,
             parts.append(next(rows))
         held = torch.cat(parts)[net_y.start - first:]
         first = net_y.start
+        if pool:
+            pool.forget(first)
         known = np.concatenate((known[len(known) - (top - view_y.start):],
                                 np.zeros((bottom - top, W), np.int32)))
         for left in range(0, W, block):
@@ -267,8 +276,30 @@ def blocks(source, plan: Plan, clock: Counter | None = None,
                 alone = local[inner].shape == local.shape     # one block: its numbers are the ids
                 labels = local if alone else ids[local[inner]]
                 known[top - view_y.start:, left:right] = labels
+                found = pool.of(local, new, (view_y.start, view_x.start),
+                                (h / H, w / W)) if pool else None
             yield Block((slice(top, bottom), slice(left, right)), (view_y, view_x), local, ids, new,
-                        labels, whole)
+                        labels, whole, found)
+
+
+def cell_vectors(image, labels: np.ndarray, net: DINOCell, **wanted) -> tuple[np.ndarray,
+                                                                             np.ndarray]:
+    """Vectors of given cells (H, W): their ids (n,), ascending, and (n, D); see plan_for()."""
+    source = as_source(image)
+    plan = plan_for(source, net, embed=True, **wanted)
+    pool, ids = _pool(plan), np.unique(labels[labels > 0])
+    assert pool
+    for _ in _distances(source, plan, Counter(), None, pool):
+        pass
+    scales = tuple(n / length for n, length in zip(scaled(labels.shape, plan.zoom), labels.shape))
+    return ids, pool.of(labels, ids, (0, 0), scales)
+
+
+def _pool(plan: Plan) -> vectors.TokenPool | None:
+    if not plan.embed:
+        return None
+    backbone = plan.net.backbone
+    return vectors.TokenPool(backbone.patch, backbone.dim, _window(plan.tile, plan.overlap))
 
 
 def _identify(local: np.ndarray, inner: tuple[slice, slice], known: np.ndarray, count: int):
@@ -316,11 +347,15 @@ def _drop_cut(local: np.ndarray, view: tuple[slice, slice], size: tuple[int, int
 
 # -------------------------------------------------------------------------------- tiles and network
 
-def _distances(source, plan: Plan, clock: Counter, progress) -> Iterator[Tensor]:
-    """Blended distances (rows, w), top to bottom, on the network's device; each row once."""
+def _distances(source, plan: Plan, clock: Counter, progress, pool: vectors.TokenPool | None = None
+               ) -> Iterator[Tensor]:
+    """Blended distances (rows, w), top to bottom, on the network's device; each row once.
+
+    The pool takes the tokens of the tiles.
+    """
     h, w = size = scaled(source.shape[1:], plan.zoom)
     device, tile, overlap = plan.net.mean.device, plan.tile, plan.overlap
-    run = _Runner(plan.net, plan.batch, clock)
+    run = _Runner(plan.net, plan.batch, clock, pool is not None)
     ys, xs = tile_starts(h, tile, overlap), tile_starts(w, tile, overlap)
     window = _window(tile, overlap).to(device)                               # (tile,)
     square = window[:, None] * window                                        # (tile, tile)
@@ -331,7 +366,7 @@ def _distances(source, plan: Plan, clock: Counter, progress) -> Iterator[Tensor]
     sums, weights = torch.zeros(tile, full, device=device), torch.zeros(tile, device=device)
     for i, y in enumerate(ys):
         seen = [x for x in xs if _has_tissue(plan.tissue, size, (y, x), tile)]
-        tiles = []
+        tiles: list[Answer] = []
         if seen:
             with timed(clock, "read"):
                 strip = _scaled_rows(source, plan.limits, size, slice(y, min(y + tile, h))
@@ -339,8 +374,10 @@ def _distances(source, plan: Plan, clock: Counter, progress) -> Iterator[Tensor]
                 if strip.shape[1:] != (tile, full):          # (3, rows, w) -> (3, tile, full)
                     strip = strip[:, _reflect(strip.shape[1], tile)][:, :, _reflect(w, full)]
             tiles = run(strip, seen, tile)  # one (tile, tile) per x
-        for x, distance in zip(seen, tiles):
+        for x, (distance, tokens) in zip(seen, tiles):
             sums[:, x:x + tile].addcmul_(square, distance)
+            if pool and tokens is not None:
+                pool.add(y, x, tokens)
         weights += window
         done = (ys[i + 1] if i + 1 < len(ys) else h) - y
         if progress:
@@ -371,18 +408,22 @@ def _has_tissue(tissue: np.ndarray | None, size: tuple[int, int], corner: tuple[
     return bool(tissue[rows, columns].any())
 
 
+Answer = tuple[Tensor, Tensor | None]    # distances (tile, tile), tokens (N, D)
+
+
 class _Runner:
     """The network on the tiles of a strip, in batches that are halved when GPU memory is full."""
 
-    def __init__(self, net: DINOCell, batch: int, clock: Counter):
-        self.net, self.batch, self.clock = net, batch, clock
+    def __init__(self, net: DINOCell, batch: int, clock: Counter, embed: bool):
+        self.net, self.batch, self.clock, self.embed = net, batch, clock, embed
 
-    def __call__(self, strip: Tensor, xs: list[int], tile: int) -> list[Tensor]:
+    def __call__(self, strip: Tensor, xs: list[int], tile: int) -> list[Answer]:
+        """Distances (tile, tile) for each x, and tokens (N, D) where they are wanted."""
         tiles = [strip[:, :, x:x + tile] for x in xs]
         spread = torch.stack([t.amax() - t.amin() for t in tiles]).tolist()  # 0: nothing to see
         todo = [t for t, seen in zip(tiles, spread) if seen]
         with timed(self.clock, "network"):
-            answers: list[Tensor] = []
+            answers: list[Answer] = []
             while len(answers) < len(todo):
                 try:
                     answers += self._forward(torch.stack(todo[len(answers):][:self.batch]))
@@ -393,13 +434,16 @@ class _Runner:
                     self.batch //= 2
                     torch.cuda.empty_cache()
         rest = iter(answers)
-        return [next(rest) if seen else torch.zeros(tile, tile, device=strip.device)
+        return [next(rest) if seen else (torch.zeros(tile, tile, device=strip.device), None)
                 for seen in spread]
 
     @torch.inference_mode()
-    def _forward(self, x: Tensor) -> list[Tensor]:
+    def _forward(self, x: Tensor) -> list[Answer]:
         with self.net.autocast():
-            return list(self.net(x)[:, 0])                                   # B times (tile, tile)
+            if self.embed:
+                distance, tokens = self.net.with_tokens(x)
+                return list(zip(distance[:, 0], tokens))
+            return [(distance, None) for distance in self.net(x)[:, 0]]
 
 
 def sample_tiles(source, limits: np.ndarray, size: tuple[int, int], tile: int) -> Tensor:

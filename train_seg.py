@@ -71,6 +71,7 @@ class Config:
     augment: dict = field(default_factory=dict)  # what happens to crops: changes to augment.Augment
     edge_weight: runs.NotNegative = 0.0     # k: pixels near an edge count up to 1 + k times
     seam_weight: runs.NotNegative = 0.0     # pixels between touching cells count so much more
+    type_weight: runs.Positive = 0.1        # of the types' cross-entropy, where data.types has some
     # px, distances stop growing here (watershed.distance_map)
     cap: Annotated[float, runs.within(0.1, 1000)] | None = 4.0
     crop: runs.Side = 256                   # px, side of the training crops, and of the tiles later
@@ -140,7 +141,7 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
         return print_plan(config, net, images, validation, device, changes)
     run = runs.Run(config, rank, world, device)
     state = run.resume()
-    trainer = Trainer(config, net, device, world)
+    trainer = Trainer(config, net, device, world, images)
     average, total = trainer.average, config.steps * config.cycles
     start, best, since = 0, -1.0, 0
     if state:
@@ -155,10 +156,11 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
         factor, done = rate(config, step), step + 1
         sample = np.arange(config.batch)[share] + step * config.batch  # no other sample's numbers
         with meter.waiting():
-            batch = augment.sample(images, images.draw(config.seed, sample), sample, changes,
-                                   config.crop, config.seed, config.cap)
+            chosen = images.draw(config.seed, sample)
+            batch = augment.sample(images, chosen, sample, changes, config.crop, config.seed,
+                                   config.cap)
         look = functools.partial(run.log_gradients, done) if done % config.log_every == 0 else None
-        loss, norm = trainer.step(batch, factor, look)
+        loss, norm = trainer.step(batch, factor, chosen, look)
         meter.losses.append(loss)
         if done % config.log_every == 0:
             meter.log(done, factor, norm)
@@ -250,9 +252,12 @@ def rate(config: Config, step: int) -> float:
 class Trainer:
     """A network, its optimiser and its running average, and the step that changes all three."""
 
-    def __init__(self, config: Config, net, device: str, world: int = 1):
+    def __init__(self, config: Config, net, device: str, world: int = 1, images=None):
         bf16 = use_bf16(config, device)
-        self.config, self.net = config, net
+        self.config, self.net, self.images = config, net, images
+        self.balance: torch.Tensor | None = None               # (1 + K,) weight of each type
+        if net.types is not None:
+            self.balance = type_balance(images.types, len(net.type_names))
         # not for float32 on a CPU
         self.layout = torch.channels_last if bf16 or "cuda" in device else torch.contiguous_format
         self.autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16)
@@ -277,19 +282,26 @@ class Trainer:
         for name in ("net", "average", "optimiser"):
             getattr(self, name).load_state_dict(state[name])
 
-    def step(self, batch: tuple, factor: float, look=None) -> tuple:
-        """Learn from x (B, 3, S, S), targets (B, 1, S, S) and labels (B, S, S), at `factor` of the
-        learning rate; returns the loss and the norm of its gradient.
+    def step(self, batch: tuple, factor: float, chosen: np.ndarray, look=None) -> tuple:
+        """Learn from x (B, 3, S, S), targets (B, 1, S, S) and labels (B, S, S) of the images
+        `chosen` (B,), at `factor` of the learning rate; returns the loss and the norm of its
+        gradient.
 
         look : called with the network while it has its gradients.
         """
         x, target, labels = batch
         for group in self.optimiser.param_groups:
             group["lr"] = self.config.lr * factor * group["scale"]
+        x = x.contiguous(memory_format=self.layout)
+        more: torch.Tensor | float = 0.0
         with self.autocast:
-            predicted = self.wrapped(x.contiguous(memory_format=self.layout))  # (B, 1, S, S)
+            if self.balance is None:
+                predicted = self.wrapped(x)                                  # (B, 1, S, S)
+            else:
+                predicted, logits, place = self.wrapped(x, labels)
+                more = self.config.type_weight * self.type_loss(logits, place, chosen)
         loss = model.distance_loss(predicted.float(), target, labels, self.config.edge_weight,
-                                   self.config.seam_weight)
+                                   self.config.seam_weight) + more
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip)
         if look:
@@ -298,6 +310,23 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         self.average.update_parameters(self.net)
         return loss.detach(), norm
+
+    def type_loss(self, logits, place, chosen: np.ndarray):
+        """Cross-entropy of types (n, K) over the cells of known type, 0 without any."""
+        assert self.balance is not None
+        types = augment.types_at(self.images, chosen, place)
+        weight = self.balance[types]
+        each = torch.nn.functional.cross_entropy(logits.float(), (types - 1).clamp(min=0),
+                                                 reduction="none")
+        return (each * weight).sum() / weight.sum().clamp(min=1e-6)
+
+
+def type_balance(types, count: int):
+    """(1 + K,) weights that let every type count the same, 0 for cells of unknown type."""
+    held = torch.bincount(types, minlength=1 + count).float()
+    balance = held[1:].sum() / (count * held.clamp(min=1))
+    balance[0] = 0
+    return balance
 
 
 SIZES = 5.0         # the size head sees cells up to so many times larger and smaller than usual
@@ -365,6 +394,9 @@ def build_network(config: Config):
     else:
         net = model.DINOCell(model.load_backbone(config.init, shape.patch), shape.widths,
                              shape.last, settings, shape.stem)
+    if config.data.types and net.type_names != tuple(config.data.types):
+        net.set_types(torch.nn.Linear(net.backbone.dim, len(config.data.types)),
+                      list(map(str, config.data.types)))
     if config.train_blocks is not None:
         for name, parameter in net.backbone.named_parameters():
             block = int(name.split(".")[1]) if name.startswith("blocks.") else -1
@@ -431,11 +463,29 @@ def validate(net, images: list[data.Labelled], run: runs.Run, step: int) -> dict
                                               if images[i].set == name]))
             for name in dict.fromkeys(images[i].set for i in held)}
     scores = {"score": score(best, held), **best._asdict(), **summary(metrics.set_scores(tables))}
+    if net.types is not None:
+        scores["types"] = type_score([images[i] for i in held], ready)
     run.log(step, **{f"val_{k}" if k != "score" else k: v for k, v in scores.items()},
             **{f"AP@0.5 {name}": row["AP@0.5"] for name, row in sets.items() if len(sets) > 1})
     if run.rank == 0:
         draw(run, [images[i] for i in held], labels, step)
     return {**scores, "sets": sets}
+
+
+def type_score(images: list[data.Labelled], net) -> float:
+    """Mean F1 over the types, of the true cells of known type."""
+    true, found = [], []
+    for image in images:
+        assert image.types is not None
+        _, rows = segment.cell_vectors(image.pixels, image.labels, net, limits=segment.UNIT,
+                                       zoom=image.zoom)
+        true.append(image.types)
+        found.append(1 + net.type_probabilities(rows).argmax(1))
+    truth, answer = np.concatenate(true), np.concatenate(found)
+    known = truth > 0
+    none = np.zeros(0, int)
+    return float(np.mean(list(metrics.type_scores(truth[known], answer[known], none, none,
+                                                  range(1, 1 + len(net.type_names)))[1].values())))
 
 
 def summary(scores) -> dict[str, float]:
@@ -477,15 +527,16 @@ def print_plan(config: Config, net, images, validation: list, device: str, chang
           f"validation; median cell {images.diameter or 0:.1f} px wide as the network sees it")
     flops = 3 * config.batch * sum(row[2] for row in model.cost(net, config.crop))
     compiled = config.compile and "cuda" in device            # on a CPU it would take minutes
-    trainer = Trainer(dataclasses.replace(config, compile=compiled), net, device)
+    trainer = Trainer(dataclasses.replace(config, compile=compiled), net, device, images=images)
     times = []
     for _ in range(5):  # the first two compile, measure, take memory
         begin = time.perf_counter()
         sample = np.arange(config.batch)
-        batch = augment.sample(images, images.draw(config.seed, sample), sample, changes,
-                               config.crop, config.seed, config.cap)
+        chosen = images.draw(config.seed, sample)
+        batch = augment.sample(images, chosen, sample, changes, config.crop, config.seed,
+                               config.cap)
         prepared = time.perf_counter()
-        trainer.step(batch, 1.0)
+        trainer.step(batch, 1.0, chosen)
         if "cuda" in device:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - begin, prepared - begin))

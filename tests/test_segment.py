@@ -17,7 +17,7 @@ import watershed
 
 class PassOn(torch.nn.Module):
     """Its distance map is the mean of the three channels it sees."""
-    size = None
+    size = types = None
 
     def __init__(self, tile=64, diameter=16.0):
         super().__init__()

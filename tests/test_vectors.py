@@ -1,0 +1,321 @@
+"""vectors.py and what hangs on it: pooling, files, linear heads, retrieval, types end to end."""
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import cells
+import data
+import images
+import infer
+import metrics
+import model
+import segment
+import train_seg
+import vectors
+
+
+def tiny(types=()):
+    """A network of random weights."""
+    torch.manual_seed(0)
+    net = model.DINOCell(model.ViT(32, 3, 2, 8, layerscale=1.0), (8, 8), 0,
+                         model.Settings(tile=64), 1).eval()
+    if types:
+        net.set_types(torch.nn.Linear(32, len(types)), types)
+    return net
+
+
+def disks(side, centres, radius):
+    y, x = np.mgrid[:side, :side]
+    labels = np.zeros((side, side), np.int32)
+    for i, (cy, cx) in enumerate(centres, 1):
+        labels[(y - cy) ** 2 + (x - cx) ** 2 <= radius ** 2] = i
+    return labels
+
+
+# ------------------------------------------------------------------------------------------ pooling
+
+@pytest.mark.smoke
+def test_a_vector_is_the_mean_token_of_the_pixels():
+    """Against loops over pixels."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, (2, 16, 24))
+    tokens = torch.from_numpy(rng.normal(size=(2, 6, 5))).float()
+    rows, place = vectors.pooled(tokens, torch.from_numpy(labels), 8)
+    normal = vectors.even(tokens).numpy()
+    for row, (b, label) in zip(rows.numpy(), place.tolist()):
+        own = [normal[b, y // 8 * 3 + x // 8] for y, x in zip(*np.nonzero(labels[b] == label))]
+        np.testing.assert_allclose(row, np.mean(own, 0), atol=1e-5)
+    assert len(rows) == 6
+
+
+def test_tiles_give_the_vectors_of_one_pass():
+    """With one tile, both ways of pooling agree."""
+    net, labels = tiny(), disks(64, [(12, 12), (40, 30), (60, 60)], 9)
+    pixels = np.random.default_rng(1).random((3, 64, 64)).astype(np.float32)
+    ids, rows = segment.cell_vectors(pixels, labels, net, limits=segment.UNIT)
+    with torch.inference_mode():
+        _, tokens = net.with_tokens(torch.from_numpy(pixels)[None])
+        expected, _ = vectors.pooled(tokens, torch.from_numpy(labels)[None], 8)
+    assert ids.tolist() == [1, 2, 3]
+    np.testing.assert_allclose(rows, expected, atol=2e-2)     # in bfloat16, some
+
+
+@pytest.mark.parametrize("zoom", [1.0, 0.5, 2.0])
+def test_vectors_do_not_depend_on_blocks(zoom):
+    class Seen(torch.nn.Module):
+        """Distances are the first channel, tokens its mean and that of the second."""
+        size = types = None
+
+        def __init__(self):
+            super().__init__()
+            self.settings = model.Settings(tile=64, peak=0.5, fill=0.1, diameter=16.0)
+            self.backbone = torch.nn.Module()
+            self.backbone.patch, self.backbone.dim = 8, 4
+            self.mean = torch.zeros(())
+
+        def autocast(self):
+            return torch.autocast("cpu", enabled=False)
+
+        def with_tokens(self, x):
+            means = torch.nn.functional.avg_pool2d(x, 8).flatten(2).mT
+            return x[:, :1], torch.cat((means, means[:, :, :1] ** 2), 2)
+
+    labels = disks(160, [(20, 20), (60, 90), (120, 40), (118, 122), (70, 20)], 11)
+    pixels = np.stack([(labels > 0) * 0.9, labels / 5, np.ones(labels.shape)])
+    pixels += np.random.default_rng(0).random(pixels.shape) * 0.05
+    found = {}
+    for block in (2048, 64):
+        plan = segment.plan_for(pixels, Seen(), limits=segment.UNIT, zoom=zoom, embed=True,
+                                block=block, halo=32)
+        parts = list(segment.blocks(segment.as_source(pixels), plan))
+        whole = np.zeros(labels.shape, int)
+        for part in parts:
+            whole[part.core] = part.labels
+        rows = {int(part.ids[n]): row for part in parts for n, row in zip(part.new, part.vectors)}
+        found[block] = {int(labels[whole == i].max()): row for i, row in rows.items()}
+    assert found[64].keys() == found[2048].keys() == {1, 2, 3, 4, 5}
+    for i, row in found[64].items():
+        np.testing.assert_allclose(row, found[2048][i], atol=0.02)
+
+
+def test_an_empty_image_has_no_vectors():
+    ids, rows = segment.cell_vectors(np.zeros((3, 40, 40)), np.zeros((40, 40), int), tiny())
+    assert ids.shape == (0,) and rows.shape == (0, 32)
+
+
+# -------------------------------------------------------------------------------------------- files
+
+def test_vectors_come_back_and_do_not_mix(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, weights in (("a", "w1"), ("b", "w1"), ("c", "w2")):
+        vectors.write_vectors(tmp_path / f"{name}.npz", vectors.CellVectors(
+            np.arange(1, 4), rng.normal(size=(3, 8)).astype(np.float16), weights))
+    both = vectors.read_vectors(tmp_path / "a.npz", tmp_path / "b.npz")
+    assert both.vectors.shape == (6, 8) and both.weights == "w1"
+    with pytest.raises(ValueError, match="c.npz: vectors of weights w2, but .*a.npz has those of"):
+        vectors.read_vectors(tmp_path / "a.npz", tmp_path / "c.npz")
+    (tmp_path / "d.npz").write_bytes(b"none")
+    with pytest.raises(ValueError, match="d.npz: no vectors of cells"):
+        vectors.read_vectors(tmp_path / "d.npz")
+
+
+# -------------------------------------------------------------------------------------------- types
+
+def test_the_linear_head_is_scikit_learns():
+    """Multinomial logistic regression with balanced classes, of the same penalty."""
+    linear = pytest.importorskip("sklearn.linear_model")
+    rng = np.random.default_rng(0)
+    types = rng.choice(3, 120, p=(0.6, 0.3, 0.1))
+    x = rng.normal(size=(120, 6)) + types[:, None] * rng.normal(size=6)
+    head = vectors.linear_head(x, types, 3, penalty=0.1)
+    z = (x - x.mean(0)) / x.std(0)
+    theirs = linear.LogisticRegression(C=1 / (0.1 * 120), class_weight="balanced", tol=1e-8,
+                                       max_iter=1000).fit(z, types)
+    np.testing.assert_allclose(vectors.probabilities(head, x), theirs.predict_proba(z), atol=2e-3)
+
+
+@pytest.mark.smoke
+def test_types_from_a_few_marks():
+    rng = np.random.default_rng(0)
+    kind = rng.integers(0, 2, 300)
+    rows = rng.normal(size=(300, 16)) + 3 * kind[:, None]
+    ids = np.arange(1, 301)
+    marks = {int(ids[i]): ("round", "long")[kind[i]] for i in range(8)}
+    found = vectors.types_from_marks(rows, ids, marks)
+    assert found.names == ("long", "round")
+    assert (np.array(found.names)[found.numbers] == np.array(["round", "long"])[kind]).mean() > 0.99
+    assert found.probability.min() >= 0.5
+    with pytest.raises(ValueError, match="a type for cell 999, which is not there"):
+        vectors.types_from_marks(rows, ids, {999: "round", 1: "long"})
+    with pytest.raises(ValueError, match="expected cells of two types or more"):
+        vectors.types_from_marks(rows, ids, {1: "long", 2: "long"})
+
+
+def test_neighbours_and_retrieval_by_hand():
+    known = np.array([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 0.9]])
+    assert vectors.neighbour_types(known, np.array([0, 0, 1, 1]), np.array([[5.0, 0], [0, 2]]),
+                                   k=2).tolist() == [0, 1]
+    # a and b alike: each a finds the other a second, each b finds the other b first
+    rows = np.array([[1, 0], [0, 1], [0.1, 1], [0, 1.0]])
+    got = vectors.retrieval_precision(rows, ["a", "b", "a", "b"])
+    # row 0: order 2 1 3 -> 1; row 1: 3 -> 1; row 2: 1 3 0 -> 1/3; row 3: 1 -> 1
+    assert got == pytest.approx((1 + 1 + 1 / 3 + 1) / 4)
+    assert np.isnan(vectors.retrieval_precision(rows, ["a", "b", "c", "d"]))
+
+
+def reference_scores(true_xy, true_type, found_xy, found_type, types):
+    """F_d and F_c, counted pair by pair from the published formula."""
+    from scipy.optimize import linear_sum_assignment
+    apart = np.linalg.norm(true_xy[:, None] - found_xy[None], axis=2)
+    pairs = [(r, c) for r, c in zip(*linear_sum_assignment(apart)) if apart[r, c] <= 12]
+    missed = [true_type[r] for r in range(len(true_xy)) if r not in {p[0] for p in pairs}]
+    extra = [found_type[c] for c in range(len(found_xy)) if c not in {p[1] for p in pairs}]
+    by_type = {}
+    for t in types:
+        counts = dict(tp=0, fp=0, fn=0)
+        for r, c in pairs:
+            if true_type[r] == t or found_type[c] == t:
+                counts["tp"] += true_type[r] == t == found_type[c]
+                counts["fp"] += true_type[r] != t
+                counts["fn"] += found_type[c] != t
+        by_type[t] = 2 * counts["tp"] / (2 * counts["tp"] + 2 * counts["fp"] + 2 * counts["fn"]
+                                         + extra.count(t) + missed.count(t))
+    return 2 * len(pairs) / (2 * len(pairs) + len(missed) + len(extra)), by_type
+
+
+def test_f_d_and_f_c_are_the_published_formula():
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        true_xy = rng.random((40, 2)) * 200
+        found_xy = np.concatenate((true_xy[:30] + rng.normal(0, 4, (30, 2)),
+                                   rng.random((12, 2)) * 200))
+        true_type, found_type = rng.integers(1, 4, 40), rng.integers(1, 4, 42)
+        pairs = metrics.match_centres(true_xy, found_xy)
+        rows, cols = pairs.T
+        got = metrics.type_scores(true_type[rows], found_type[cols],
+                                  np.delete(true_type, rows), np.delete(found_type, cols),
+                                  (1, 2, 3))
+        expected = reference_scores(true_xy, true_type, found_xy, found_type, (1, 2, 3))
+        assert got[0] == pytest.approx(expected[0])
+        assert got[1] == pytest.approx(expected[1])
+
+
+# ------------------------------------------------------------------------ classes of labelled sets
+
+def labelled(folder, name, types, labels=None, seed=0):
+    """An image of two kinds of disks, bright and dim, in NAME.png and NAME_masks.png."""
+    folder.mkdir(exist_ok=True)
+    labels = disks(64, [(14, 14), (14, 46), (46, 14), (46, 46)], 8) if labels is None else labels
+    kinds = {i: types[(i - 1) % len(types)] for i in range(1, 5)}
+    noise = np.random.default_rng(seed).random(labels.shape) * 30
+    bright = np.array([0] + [200 if kinds[i] == 1 else 90 for i in range(1, 5)])
+    cells.write_picture(folder / f"{name}.png", (bright[labels] + noise).astype(np.uint8))
+    images.write_labels(folder / f"{name}_masks.tif", labels)
+    return labels, kinds
+
+
+def test_classes_from_every_layout(tmp_path):
+    labels, _ = labelled(tmp_path / "s", "a", (1, 2))
+    classes = np.array([0, 1, 2, 1, 2])[labels].astype(np.uint8)
+    cells.write_picture(tmp_path / "s" / "a_types.png", classes)
+    example, = data.examples(tmp_path / "s")
+    assert example.types() == {1: "1", 2: "2", 3: "1", 4: "2"}
+    (tmp_path / "s" / "a_types.csv").write_text("id,type\n1,round\n3,long\n4,\n")
+    assert example.types() == {1: "round", 3: "long"}        # a table goes before a picture
+    wanted = data.types_wanted({"R": "round", "L": ["long"]})
+    assert data.type_numbers(example, labels, wanted).tolist() == [1, 0, 2, 0]
+    (tmp_path / "s" / "a_types.csv").write_text("id,type\n9,round\n")
+    with pytest.raises(ValueError, match="a type for cell 9, which is not in a_masks.tif"):
+        example.types()
+
+    (tmp_path / "g").mkdir()
+    cells.write_picture(tmp_path / "g" / "a.png", np.zeros((64, 64), np.uint8))
+    columns = {"id": np.arange(1, 5), "type": np.array(["x", "y", "x", "y"])}
+    cells.write_geojson(tmp_path / "g" / "a.geojson", labels, columns, names=("x", "y"))
+    example, = data.examples(tmp_path / "g")
+    assert example.types() == {1: "x", 2: "y", 3: "x", 4: "y"}
+
+    (tmp_path / "c").mkdir()
+    cells.write_picture(tmp_path / "c" / "a.png", np.zeros((64, 64), np.uint8))
+    square = [[1, 1, 9, 1, 9, 9, 1, 9]]
+    (tmp_path / "c" / "set.json").write_text(json.dumps({
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "categories": [{"id": 5, "name": "tumour"}],
+        "annotations": [{"image_id": 1, "segmentation": square, "category_id": 5}]}))
+    example, = data.examples(tmp_path / "c")
+    assert example.types() == {1: "tumour"}
+
+
+def test_classes_that_lie_beside_the_cells(tmp_path):
+    labels, _ = labelled(tmp_path, "a", (1, 2))
+    cells.write_picture(tmp_path / "a_types.png", (labels == 0).astype(np.uint8))
+    example, = data.examples(tmp_path)
+    with pytest.raises(ValueError, match="a_types.png: classes where there is no cell"):
+        example.types()
+
+
+def config_of(tmp_path, **more):
+    return train_seg.Config(
+        experiment="t", output_base_dir=str(tmp_path), crop=32, batch=2, steps=4, warmup=1,
+        val_every=4, log_every=2, device="cpu", precision="float32",
+        network=train_seg.NetworkShape(dim=16, depth=3, heads=2, widths=(8, 8), last=0),
+        data=data.TrainingData(root=str(tmp_path), sets=(data.TrainingSet("s"),), share=0.5,
+                               **more))
+
+
+@pytest.mark.parametrize(("types", "words"), [
+    ({"a": 1, "b": 3}, "no cell is 'b'"), ({"a": 1, "b": 2}, "all cells of 'b' are in s/two"),
+    ({"a": 1}, "1 alone; expected two types or more"), ({"a": 1, "b": 1}, "'1' is listed twice")])
+def test_types_that_cannot_be_learnt(tmp_path, types, words):
+    for name, given in (("one", (1, 1)), ("two", (1, 2)), ("three", (1, 1))):
+        labels, kinds = labelled(tmp_path / "s", name, given)
+        number = np.array([0, *kinds.values()])[labels].astype(np.uint8)
+        cells.write_picture(tmp_path / "s" / f"{name}_types.png", number)
+    with pytest.raises(ValueError, match=words):
+        data.training_images(config_of(tmp_path, types=types).data, 0)
+
+
+def test_types_from_training_to_files(tmp_path, capsys):
+    """Trained with types for a few steps, inferred: CSV, GeoJSON, overlay and vectors agree."""
+    for seed, name in enumerate(("one", "two", "four")):
+        labels, kinds = labelled(tmp_path / "s", name, (1, 2), seed=seed)
+        number = np.array([0, *kinds.values()])[labels].astype(np.uint8)
+        cells.write_picture(tmp_path / "s" / f"{name}_types.png", number)
+    config = config_of(tmp_path, types={"bright": 1, "dim": "2"},
+                       validation=(data.TrainingSet("s", match="four"),))
+    config = dataclasses.replace(config, data=dataclasses.replace(
+        config.data, sets=(data.TrainingSet("s", match="one|two"),)))
+    assert train_seg.main(config, []) == 0
+    assert "types" in capsys.readouterr().out                # a score of the validation
+    path = tmp_path / "final_models" / "t.pt"
+    net = model.load(path)
+    assert net.type_names == ("bright", "dim")
+
+    image, out = tmp_path / "s" / "one.png", tmp_path / "out"
+    infer.main(infer.Config(out=str(out), weights=str(path), embed=True, geojson=True, peak=0.01,
+                            fill=0.01, depth=0.0, device="cpu"), [str(image)])
+    lines = (out / "one_cells.csv").read_text().splitlines()
+    header = lines[0].split(",")
+    assert header[-2:] == ["type", "type_probability"] and len(lines) > 1
+    table = vectors.read_vectors(out / "one_cells.npz")
+    share = net.type_probabilities(table.vectors)
+    rows = [line.split(",") for line in lines[1:]]
+    assert [row[-2] for row in rows] == [net.type_names[i] for i in share.argmax(1)]
+    np.testing.assert_allclose([float(row[-1]) for row in rows], share.max(1), atol=2e-3)
+    features = json.loads((out / "one.geojson").read_text())["features"]
+    assert [f["properties"]["classification"]["name"] for f in features] == [r[-2] for r in rows]
+    assert all(len(f["properties"]["classification"]["color"]) == 3 for f in features)
+
+
+def test_pasted_and_unknown_cells_do_not_count():
+    """Types of places in crops: of the own image, 0 where pasted in."""
+    import augment
+    labels = disks(64, [(14, 14), (46, 46)], 8)
+    resident = augment.Resident([("a", np.random.default_rng(0).random((3, 64, 64)), labels)] * 2,
+                                types=[np.array([2, 1]), np.array([0, 2])])
+    place = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 1], [1, 2]])
+    assert augment.types_at(resident, np.array([0, 1]), place).tolist() == [2, 1, 0, 0, 2]
+    assert train_seg.type_balance(resident.types, 2).tolist() == pytest.approx([0, 1.5, 0.75])

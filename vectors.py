@@ -1,0 +1,253 @@
+"""A vector per cell: the backbone's tokens, averaged over the cell's pixels; and what it tells.
+
+    vectors, number = pooled(tokens, labels, patch)         # training: tensors, with gradients
+    pool = TokenPool(patch, window); pool.add(y, x, tokens)      # inference: tile by tile ...
+    rows = pool.of(labels, ids, corner, scales)             # ... (n, D) of the cells `ids`
+    found = types_from_marks(table.vectors, table.ids, {17: "round", 40: "spindle"})
+
+The tokens are those of the last block, normalised each to mean 0 and variance 1, at the scale at
+which the network sees the image. A token counts for a cell by the pixels that both share.
+
+Letters: n cells, D token width, K types, B crops, N tokens of a crop, P pairs.
+"""
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import runs
+
+PENALTY = 0.01          # of the squared weights of a linear head, beside the mean cross-entropy
+SURE = 20               # neighbours that vote
+
+
+# ------------------------------------------------------------------------------------------ pooling
+
+def token_sums(cell: Tensor, token: Tensor, weight: Tensor, tokens: Tensor, n: int
+               ) -> tuple[Tensor, Tensor]:
+    """Sums (n, D) of tokens (N, D) over pixels, each of a cell (P,) and a token (P,); weights (n,).
+    """
+    N = len(tokens)
+    pairs, index = torch.unique(cell * N + token, return_inverse=True)       # far fewer than pixels
+    weight = weight.new_zeros(len(pairs)).index_add(0, index, weight)
+    row = pairs // N
+    sums = tokens.new_zeros(n, tokens.shape[1]).index_add(
+        0, row, tokens[pairs % N] * weight[:, None].to(tokens.dtype))
+    return sums, weight.new_zeros(n).index_add(0, row, weight)
+
+
+def even(tokens: Tensor) -> Tensor:
+    """Tokens (..., D) with mean 0 and variance 1 each, float32."""
+    return F.layer_norm(tokens.float(), tokens.shape[-1:])
+
+
+def pooled(tokens: Tensor, labels: Tensor, patch: int) -> tuple[Tensor, Tensor]:
+    """Vectors (n, D) of all cells in crops, from tokens (B, N, D) and labels (B, S, S).
+
+    Returns them with the place of each, (n, 2): crop and label.
+    """
+    B, N, D = tokens.shape
+    b, y, x = labels.nonzero(as_tuple=True)                                  # (P,) each
+    across = labels.shape[2] // patch
+    key = b * (int(labels.max()) + 1) + labels[b, y, x].long()
+    cells, cell = torch.unique(key, return_inverse=True)                     # (n,), (P,)
+    token = b * N + (y // patch) * across + x // patch
+    sums, area = token_sums(cell, token, torch.ones_like(cell, dtype=torch.float32),
+                            even(tokens).flatten(0, 1), len(cells))
+    number = int(labels.max()) + 1
+    return sums / area[:, None], torch.stack((cells // number, cells % number), 1)
+
+
+class TokenPool:
+    """Tokens of tiles, kept until the cells that lie on them are known."""
+
+    def __init__(self, patch: int, width: int, window: Tensor):
+        self.patch, self.width, self.window = patch, width, window.cpu()     # px, D, (tile,)
+        self.tiles: list[tuple[int, int, Tensor]] = []
+
+    def add(self, y: int, x: int, tokens: Tensor) -> None:
+        """Keep the tokens (N, D) of the tile whose corner is there, in px of the network."""
+        self.tiles.append((y, x, even(tokens).half().cpu()))
+
+    def forget(self, row: int) -> None:
+        """Drop the tiles that end above a row of the network."""
+        self.tiles = [tile for tile in self.tiles if tile[0] + len(self.window) > row]
+
+    def of(self, labels: np.ndarray, ids: np.ndarray, corner: tuple[int, int],
+           scales: tuple[float, float]) -> np.ndarray:
+        """(n, D) float32 of the cells `ids`, ascending, among labels (H, W).
+
+        corner : (y, x) of the first pixel in the image; scales : px of the network for each px.
+        """
+        side = len(self.window)
+        row = np.full(int(labels.max(initial=0)) + 1, -1)
+        row[ids] = np.arange(len(ids))
+        ys, xs = ((np.arange(length) + first + 0.5) * scale
+                  for length, first, scale in zip(labels.shape, corner, scales))
+        parts, whole = [], torch.full(labels.shape, 1e-12)   # sum of the windows over each pixel
+        for y, x, tokens in self.tiles:
+            rows, columns = (slice(*np.searchsorted(at, (begin, begin + side)))
+                             for at, begin in ((ys, y), (xs, x)))
+            down, over = (torch.from_numpy(at[part] - begin).long()          # px within the tile
+                          for at, part, begin in ((ys, rows, y), (xs, columns, x)))
+            share = self.window[down][:, None] * self.window[over]
+            whole[rows, columns] += share
+            parts.append((rows, columns, down, over, share, tokens))
+        sums, weights = torch.zeros(len(ids), self.width), torch.zeros(len(ids))
+        for rows, columns, down, over, share, tokens in parts:
+            cell = torch.from_numpy(row[labels[rows, columns]])
+            i, j = (cell >= 0).nonzero(as_tuple=True)
+            if len(i):
+                token = down[i] // self.patch * (side // self.patch) + over[j] // self.patch
+                more, weight = token_sums(cell[i, j], token, (share / whole[rows, columns])[i, j],
+                                          tokens.float(), len(ids))
+                sums, weights = sums + more, weights + weight
+        return (sums / weights.clamp(min=1e-12)[:, None]).numpy()
+
+
+# -------------------------------------------------------------------------------------------- files
+
+class CellVectors(NamedTuple):
+    """Vectors of cells and the weights that made them: rows of others cannot be compared."""
+    ids: np.ndarray                     # (n,)
+    vectors: np.ndarray                 # (n, D) float32
+    weights: str                        # digest of the file
+
+
+def write_vectors(path: str | Path, table: CellVectors) -> None:
+    """Write NAME_cells.npz: ids, vectors in float16, weights."""
+    with runs.replacing(path) as beside, open(beside, "wb") as file:
+        np.savez(file, ids=table.ids, vectors=table.vectors.astype(np.float16),
+                 weights=np.array(table.weights))
+
+
+def read_vectors(*paths: str | Path) -> CellVectors:
+    """Vectors of files, one after the other; all must be of the same weights."""
+    tables = []
+    for path in paths:
+        try:
+            with np.load(path) as file:                      # refuses pickled objects
+                tables.append(CellVectors(file["ids"], file["vectors"].astype(np.float32),
+                                          str(file["weights"])))
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}: no vectors of cells ({error}); expected what infer.py "
+                             "writes with embed=true") from None
+        if tables[-1].weights != tables[0].weights:
+            raise ValueError(f"{path}: vectors of weights {tables[-1].weights}, but {paths[0]} has "
+                             f"those of {tables[0].weights}; run infer.py embed=true again with "
+                             "one file of weights")
+    return CellVectors(np.concatenate([table.ids for table in tables]),
+                       np.concatenate([table.vectors for table in tables]), tables[0].weights)
+
+
+# -------------------------------------------------------------------------------------------- types
+
+def linear_head(vectors: np.ndarray, types: np.ndarray, count: int, penalty: float = PENALTY
+                ) -> nn.Linear:
+    """Linear map from vectors (n, D) to `count` types, from cells of known type (n,) 0..count - 1.
+
+    Multinomial logistic regression on standardised vectors, every type of the same total weight;
+    the standardisation becomes part of the map.
+    """
+    held = np.bincount(types, minlength=count)
+    if len(vectors) != len(types) or not held.all():
+        raise ValueError(f"{len(vectors)} vectors, {len(types)} types, cells of each type "
+                         f"{held.tolist()}; expected a type for each vector, and one cell or more "
+                         "of each type")
+    x, y = torch.from_numpy(np.asarray(vectors, np.float64)), torch.from_numpy(types).long()
+    mean, spread = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
+    x = (x - mean) / spread
+    balance = torch.from_numpy(len(types) / (count * held))
+    weight = torch.zeros(count, x.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(count, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        value = F.cross_entropy(x @ weight.T + bias, y, balance) + penalty / 2 * weight.square(
+            ).sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)  # type: ignore[arg-type, no-untyped-call]
+    head = nn.Linear(x.shape[1], count)
+    with torch.no_grad():
+        head.weight.copy_(weight / spread)
+        head.bias.copy_(bias - (weight / spread) @ mean)
+    return head
+
+
+@torch.inference_mode()
+def probabilities(head: nn.Linear, vectors: np.ndarray) -> np.ndarray:
+    """(n, K) float32 of vectors (n, D)."""
+    weight, bias = head.weight.float().cpu(), head.bias.float().cpu()
+    x = torch.from_numpy(np.asarray(vectors, np.float32)).reshape(-1, weight.shape[1])
+    return F.linear(x, weight, bias).softmax(1).numpy()
+
+
+class FoundTypes(NamedTuple):
+    names: tuple[str, ...]              # K
+    numbers: np.ndarray                 # (n,) the likeliest of each cell, an index into names
+    probability: np.ndarray             # (n,) of that type
+    head: nn.Linear                     # DINOCell.set_types(head, names) keeps it with the weights
+
+
+def types_from_marks(vectors: np.ndarray, ids: np.ndarray, marks: Mapping[int, str]) -> FoundTypes:
+    """Types of all cells, from a few that somebody marked {id: type}; a second at most."""
+    row = {int(identity): i for i, identity in enumerate(ids)}
+    if strangers := sorted(marks.keys() - row.keys()):
+        raise ValueError(f"marks: a type for cell {strangers[0]}, which is not there; expected ids "
+                         f"of the {len(row)} cells")
+    names = tuple(sorted(set(marks.values())))
+    if len(names) < 2:
+        raise ValueError(f"marks: {runs.listed(names) or 'none'}; expected cells of two types or "
+                         "more")
+    marked = np.array([row[identity] for identity in marks])
+    types = np.array([names.index(name) for name in marks.values()])
+    head = linear_head(vectors[marked], types, len(names))
+    share = probabilities(head, vectors)
+    return FoundTypes(names, share.argmax(1), share.max(1), head)
+
+
+# ------------------------------------------------------------------------ neighbours and retrieval
+
+def directions(vectors: np.ndarray) -> np.ndarray:
+    """Vectors (n, D) of length 1."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def neighbour_types(known: np.ndarray, types: np.ndarray, asked: np.ndarray, k: int = SURE
+                    ) -> np.ndarray:
+    """Type (m,) of each of `asked` (m, D): that of most of its k nearest `known` (n, D), by cosine
+    of vectors standardised by the known ones."""
+    mean, spread = known.mean(0), np.maximum(known.std(0), 1e-6)
+    known, asked = (directions((part - mean) / spread) for part in (known, asked))
+    k, found = min(k, len(known)), []
+    for begin in range(0, len(asked), 1024):
+        nearest = np.argpartition(-(asked[begin:begin + 1024] @ known.T), k - 1, axis=1)[:, :k]
+        votes = np.stack([(types[nearest] == t).sum(1) for t in range(types.max() + 1)], 1)
+        found.append(votes.argmax(1))
+    return np.concatenate([np.zeros(0, int), *found])
+
+
+def retrieval_precision(vectors: np.ndarray, names: Sequence[str]) -> float:
+    """Mean average precision of finding, by cosine, the other rows of the same name.
+
+    Rows whose name stands alone are searched among, but ask nothing.
+    """
+    x, names = directions(vectors), np.asarray(names)
+    scores = []
+    for i, name in enumerate(names):
+        others = np.delete(np.arange(len(names)), i)
+        order = others[np.argsort(-(x[others] @ x[i]), kind="stable")]
+        hit = names[order] == name
+        if hit.any():
+            scores.append((np.cumsum(hit)[hit] / (np.flatnonzero(hit) + 1)).mean())
+    return float(np.mean(scores)) if scores else float("nan")

@@ -440,8 +440,9 @@ class Results:
                      for key in self.columns[0]}
             cells.write_csv(f"{beginning}cells.csv", table)
             if self.config.embed:
+                weights = runs.digest(self.plan.net.origin)[:16]
                 vectors.write_vectors(f"{beginning}cells.npz", vectors.CellVectors(
-                    table["id"], np.concatenate(self.vectors), runs.digest(self.plan.net.origin)[:16]))
+                    table["id"], np.concatenate(self.vectors), weights))
             if self.picture is not None:
                 cells.write_picture(f"{beginning}overlay.png", cells.overlay(
                     *self.picture, types=table.get("type"), names=self.plan.net.type_names))

@@ -5,6 +5,7 @@
     sweep      thresholds of the watershed, tile, overlap, scale: chosen on validation sets
     ceiling    what the encoding can reach: true labels -> distance map -> watershed -> scores
     channels   does a backbone see the same field in each channel? features and attention maps
+    embed      what a vector per cell is worth: types of cells, the same field in other channels
 
 `python evaluate.py VERB --help` lists the keys of each. All files go to runs/<experiment>/:
 
@@ -15,6 +16,7 @@
     ceiling    ceiling.tsv, best first
     channels   channels.json, cosine.tsv, retrieval.tsv, attention.tsv, channels.png,
                attention.png, heads.png, pca.png
+    embed      embed.tsv, fields.tsv; with export= weights that tell types
 
 The same command goes on where it was stopped, and makes anew what has changed: content of weights
 or images, options. Every table begins with the best ceiling, the limit of any network. Scores of a
@@ -37,8 +39,9 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import data
 import measure
 import probe
 import report
@@ -46,7 +49,14 @@ import runs
 from measure import CEILING, COMPARED, DataSet, Encoding, LabelledSet, Model, TableRow
 
 with runs.lazy():
+    import numpy as np
     import torch
+
+    import cells
+    import metrics
+    import model as networks
+    import segment
+    import vectors
 
 
 def run_folder(config) -> Path:
@@ -366,11 +376,225 @@ def channels(config: probe.Channels) -> None:
     probe.compare_channels(config, run_folder)
 
 
+# ------------------------------------------------------------------------------------------- embed
+
+@dataclass(frozen=True)
+class Source:
+    name: str                               # its row
+    weights: str                            # file; random; or pixels: columns of NAME_cells.csv
+
+
+@dataclass(frozen=True)
+class TypedSet:
+    name: str                               # its row
+    train: tuple[data.TrainingSet, ...]     # images to learn types from, within root
+    test: tuple[data.TrainingSet, ...]      # images to tell types on
+    types: dict                             # {type: its classes in the sets}
+    reach: runs.Positive = 12.0             # px, of F_d: found and true centres of one cell
+    note: str = ""                          # printed with it
+
+
+@dataclass(frozen=True)
+class Embed:
+    sources: tuple[Source, ...]             # of vectors
+    sets: tuple[TypedSet, ...] = ()         # whose types are told from them
+    # folder of fields with two channels or more, to find in one channel by another; null: none
+    fields: str | None = None
+    channels: tuple[str, ...] | None = None  # of the fields: names or numbers; null: all
+    size: runs.Count = 512                  # px, side of the square in the middle of a field
+    limit: Annotated[int, runs.at_least(2)] = 24   # fields
+    wells: str | None = None                # CSV with columns image, well: fields to find by well
+    # weights that find the cells of the fields in their last channel, and of test images
+    finder: str = "final_models/dinocell_tiny.pt"
+    export: str | None = None    # weights that tell the types of the only set, by the only source
+    experiment: str = "embed"               # name of the run
+    output_base_dir: str = "."              # where runs/ is made
+    root: str = "."                         # folder that the sets are in
+    seed: runs.Whole = 0                    # of random weights
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+
+    def __post_init__(self):
+        measure.check_distinct("source", [source.name for source in self.sources])
+        for typed in self.sets:
+            data.types_wanted(typed.types)
+        if self.export and (len(self.sources), len(self.sets)) != (1, 1):
+            raise ValueError(f"export={self.export}: expected one source and one set, got "
+                             f"{len(self.sources)} and {len(self.sets)}")
+        if not self.sets and self.fields is None:
+            raise ValueError("sets and fields are empty; give typed sets, a folder of fields or "
+                             "both")
+
+
+def embed(config: Embed) -> None:
+    """What a vector per cell is worth, beside the pixels' own statistics and random weights.
+
+    k-NN and a linear head learn the types of the cells in `train` and tell those of the true cells
+    in `test`: accuracy, and mean F1 over the types. F_d and F_c (metrics.type_scores) are those of
+    the cells that the source itself finds, with the linear head. Fields: mean vector of a field's
+    cells in each channel; is the nearest one of another channel that of the same field?
+    """
+    folder, rows, found = run_folder(config), [], []
+    for source in config.sources:
+        net = embedder(source, config)
+        for typed in config.sets:
+            rows.append({"set": typed.name, "source": source.name,
+                         **told_types(net, source, typed, config)})
+        if config.fields is not None:
+            found.append({"source": source.name, **told_fields(net, config)})
+    for name, table in (("embed", rows), ("fields", found)):
+        if table:
+            runs.write_table(folder / f"{name}.tsv", table)
+            report.print_table(table, dict.fromkeys(name for row in table for name in row))
+    print(f"-> {folder}")
+
+
+def embedder(source: Source, config: Embed):
+    """The network whose tokens are the vectors; None: the pixels' own statistics."""
+    if source.weights == "pixels":
+        return None
+    device = runs.pick_device(config.device)
+    if source.weights == "random":
+        torch.manual_seed(config.seed)
+        like = networks.load(config.finder)
+        shape: dict[str, Any] = {k: v for k, v in like.backbone.architecture.items() if k != "kind"}
+        return networks.DINOCell(networks.ViT(**shape, layerscale=1.0),
+                                 tuple(like.architecture["widths"]), like.architecture["last"],
+                                 stem=like.architecture["stem"]).ready(device)
+    if networks.kind(source.weights) == "DINOCell":
+        return networks.load(source.weights).ready(device)
+    return networks.DINOCell(networks.load_backbone(source.weights)).ready(device)
+
+
+def vectors_of(net, pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(n, D) of the cells, ascending; without a network columns of cell_table but for places."""
+    if net is not None:
+        return segment.cell_vectors(pixels, labels, net)[1]
+    near = data.median_diameter(labels)
+    table = cells.cell_table(labels, pixels, near=near)
+    left_out = ("id", "near_px", "touches_border", "orientation_rad")
+    return np.stack([values for name, values in table.items() if name not in left_out
+                     and not name.startswith(("bbox", "centroid"))], 1).astype(np.float32)
+
+
+class TypedCells(typing.NamedTuple):
+    vectors: np.ndarray                     # (n, D)
+    types: np.ndarray                       # (n,) from 1; 0 unknown
+    images: list                            # (pixels, labels, types of its cells), if kept
+
+
+def typed_cells(net, sets: tuple[data.TrainingSet, ...], typed: TypedSet, root: str) -> TypedCells:
+    """Vectors and types of the true cells of a set's images."""
+    wanted, rows, types, kept = data.types_wanted(typed.types), [], [], []
+    counts: dict[str, dict[str, int]] = {}
+    for chosen in sets:
+        for example in data.examples(Path(root) / chosen.path, chosen.channels, chosen.match,
+                                     chosen.labels):
+            pixels, labels = example.image().pixels, example.labels()
+            own = data.type_numbers(example, labels, wanted)
+            rows.append(vectors_of(net, pixels, labels))
+            types.append(own)
+            kept.append((pixels, labels, own))
+            counts[example.name] = {name: int(np.count_nonzero(own == i))
+                                    for i, name in enumerate(wanted, 1)}
+    for name in wanted:
+        if not any(count[name] for count in counts.values()):
+            raise ValueError(f"types: no cell is '{name}' ({', '.join(wanted[name])}) in "
+                             f"{runs.listed(list(counts))}; check the class, or leave it out")
+    if len({part.shape[1] for part in rows}) > 1:
+        raise ValueError(f"set '{typed.name}': images of different channels; choose the same of "
+                         "all with channels=")
+    return TypedCells(np.concatenate(rows), np.concatenate(types), kept)
+
+
+def told_types(net, source: Source, typed: TypedSet, config: Embed) -> dict[str, Any]:
+    """Scores of the types of a set's test images."""
+    names = tuple(data.types_wanted(typed.types))
+    train, test = (typed_cells(net, part, typed, config.root) for part in (typed.train, typed.test))
+    known, asked = train.types > 0, test.types > 0
+    truth = test.types[asked]
+    head = vectors.linear_head(train.vectors[known], train.types[known] - 1, len(names))
+    linear = 1 + vectors.probabilities(head, test.vectors[asked]).argmax(1)
+    nearest = 1 + vectors.neighbour_types(train.vectors[known], train.types[known] - 1,
+                                          test.vectors[asked])
+    none = np.zeros(0, int)
+    scores: dict[str, Any] = {"cells": len(truth), "most": np.bincount(truth).max() / len(truth)}
+    for how, answer in (("knn", nearest), ("linear", linear)):
+        by_type = metrics.type_scores(truth, answer, none, none, range(1, 1 + len(names)))[1]
+        # without cells alone F_c weighs errors twice: F1 = 2 F / (1 + F)
+        scores |= {f"{how}_accuracy": float((answer == truth).mean()),
+                   f"{how}_F1": float(np.mean([2 * f / (1 + f) for f in by_type.values()]))}
+    if net is None or net.origin is None:      # none that finds cells
+        return scores
+    if config.export:
+        whole = networks.load(source.weights)
+        whole.set_types(head, names)
+        networks.save(whole, config.export, half=True)
+        print(f"{', '.join(names)} -> {config.export}")
+    own = net.type_names == names            # trained to tell these: with its own head
+    return scores | found_types(net, None if own else head, test.images, names, typed.reach)
+
+
+def found_types(net, head, images_of_set: list, names: tuple[str, ...], reach: float
+                ) -> dict[str, float]:
+    """F_d and F_c of the cells that the network finds; `head`: None, if it tells types itself."""
+    pairs, missed, extra = [], [], []
+    for pixels, labels, types in images_of_set:
+        plan = segment.plan_for(pixels, net, embed=True)
+        at, answer = [np.zeros((0, 2))], [np.zeros(0, int)]
+        for block in segment.blocks(segment.as_source(pixels), plan):
+            table = cells.cell_table(block.local, ids=block.new,
+                                     origin=(block.view[0].start, block.view[1].start))
+            at.append(np.stack([table["centroid_y_px"], table["centroid_x_px"]], 1))
+            assert block.vectors is not None
+            answer.append(1 + vectors.probabilities(head or net.types, block.vectors).argmax(1))
+        found, told = np.concatenate(at), np.concatenate(answer)
+        table = cells.cell_table(labels)
+        true = np.stack([table["centroid_y_px"], table["centroid_x_px"]], 1)
+        rows, columns = metrics.match_centres(true, found, reach).T
+        pairs.append(np.stack((types[rows], told[columns])))
+        missed.append(np.delete(types, rows))
+        extra.append(np.delete(told, columns))
+    both = np.concatenate(pairs, 1)
+    detection, by_type = metrics.type_scores(both[0], both[1], np.concatenate(missed),
+                                             np.concatenate(extra), range(1, 1 + len(names)))
+    return {"F_d": detection, "F_c": float(np.mean(list(by_type.values()))),
+            **{f"F_c {name}": by_type[i] for i, name in enumerate(names, 1)}}
+
+
+def told_fields(net, config: Embed) -> dict[str, float]:
+    """Retrieval of fields across channels, and of fields of the same well, by mean vectors."""
+    finder = networks.load(config.finder).ready(runs.pick_device(config.device))
+    fields, names = [], []
+    for name, _, pixels in probe.comparable(probe.field_files(
+            Path(str(config.fields)), config.size, config.channels, config.limit)):
+        labels = segment.segment(pixels[-1], finder)
+        if labels.any():
+            fields.append([vectors_of(net, channel[None], labels).mean(0) for channel in pixels])
+            names.append(name)
+    x = np.array(fields)                                                     # (F, C, D)
+    x = (x - x.mean(0)) / np.maximum(x.std(0), 1e-6)         # a channel has its own mean
+    seen = probe.channel_consistency(x)
+    scores = {"fields": len(x), "retrieval": seen.retrieval, "chance": 1 / len(x),
+              "cosine": seen.consistency, "control": seen.control}
+    if config.wells:
+        wells = {row["image"]: row["well"]
+                 for row in runs.read_table(Path(config.wells), ["image", "well"])}
+        if missing := [name for name in names if name not in wells]:
+            raise ValueError(f"{config.wells}: no row for {missing[0]}; expected a row per image, "
+                             "columns image (without suffix) and well")
+        own = [wells[name] for name in names]
+        flat = x.reshape(len(x), -1)
+        shuffled = np.random.default_rng(0).permutation(own)
+        scores |= {"replicates": vectors.retrieval_precision(flat, own),
+                   "replicates_shuffled": vectors.retrieval_precision(flat, list(shuffled))}
+    return scores
+
+
 # ----------------------------------------------------------------------------------------- command
 
 VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "bench": (Bench, bench), "gating": (Gating, gating), "sweep": (Sweep, sweep),
-    "ceiling": (Ceiling, ceiling), "channels": (probe.Channels, channels)}
+    "ceiling": (Ceiling, ceiling), "channels": (probe.Channels, channels), "embed": (Embed, embed)}
 
 
 def main(arguments: list[str]) -> int:

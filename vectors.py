@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import runs
 
-PENALTY = 0.01          # of the squared weights of a linear head, beside the mean cross-entropy
+PENALTY = 0.1           # of the squared weights of a linear head, beside the mean cross-entropy
 SURE = 20               # neighbours that vote
 
 

@@ -27,6 +27,7 @@ import tempfile
 import uuid
 import zipfile
 import zlib
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -328,6 +329,44 @@ def cell_table(labels: np.ndarray, image: np.ndarray | None = None, *,
     sides = np.stack((top == 0, left == 0, bottom == labels.shape[0], right == labels.shape[1]))
     columns["touches_border"] = sides[np.array(edges, bool)].any(0)
     return {name: values[row] for name, values in columns.items()}
+
+
+class Nesting:
+    """Which small cells lie in which large ones, such as nuclei in cells; fed piece by piece."""
+
+    def __init__(self) -> None:
+        self.pairs: Counter[tuple[int, int]] = Counter()     # (small, large) -> px; 0: background
+
+    def add(self, small: np.ndarray, large: np.ndarray) -> None:
+        """Count a piece of two label images of the same pixels."""
+        keys, px = np.unique(small.astype(np.int64) << 32 | large.astype(np.int64),
+                             return_counts=True)
+        for key, count in zip(keys.tolist(), px.tolist()):
+            self.pairs[key >> 32, key & 0xFFFFFFFF] += count
+
+    def tables(self) -> tuple[dict[int, int], dict[str, np.ndarray]]:
+        """The large cell {small: large} that has most pixels of a small one, 0 where that is the
+        background; and columns of the large ones: id, area, number, area and ids of the small."""
+        owner: dict[int, tuple[int, int]] = {}
+        area: Counter[int] = Counter()
+        small_area: Counter[int] = Counter()
+        for (small, large), px in sorted(self.pairs.items()):
+            area[large] += px
+            small_area[small] += px
+            if small and px > owner.get(small, (0, 0))[0]:
+                owner[small] = px, large
+        held = defaultdict(list)
+        for small, (_, large) in owner.items():
+            held[large].append(small)
+        ids = sorted(area.keys() - {0})
+        inside = [sum(small_area[small] for small in held[large]) for large in ids]
+        whole = np.array([area[large] for large in ids], np.int64)
+        return {small: large for small, (_, large) in owner.items()}, {
+            "id": np.array(ids, np.int64), "area_px": whole,
+            "nuclei": np.array([len(held[large]) for large in ids], np.int64),
+            "nuclei_area_px": np.array(inside, np.int64),
+            "nuclei_share": np.array(inside) / np.maximum(whole, 1),
+            "nuclei_ids": np.array([" ".join(map(str, held[large])) for large in ids], str)}
 
 
 def write_csv(path: str | Path, columns: dict[str, np.ndarray]) -> None:

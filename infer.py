@@ -19,6 +19,7 @@ For each image NAME it writes into out=
     NAME_distance.tif, NAME.geojson (QuPath), NAME_rois.zip (ImageJ)      with distance=, geojson=,
     rois=true
     NAME_cells.npz       a vector per cell (ids, vectors, weights), with embed=true
+    NAME_within.csv      one row per cell of within=: the nuclei found in it, their number and area
     summary.csv          one row per image: cells, mean area, confluency, diameter, seconds
 
 With --check it says what there is to do, and stops.
@@ -70,8 +71,8 @@ OURS = ("_labels", "_overlay", "_distance")  # ends of names that are results
 THEIRS = ("_cells", "_masks", "_nuclei")      # and labels of others, where the image is there too
 PLANNED = ("peak", "fill", "depth", "smooth", "shape", "min_area", "border", "near", "tile",
            "overlap", "batch", "block", "embed")
-# what changes the cells
-SETTINGS = ("channels", "plane", "time", "level", "pixel_size", "diameter", *PLANNED[:10])
+# what changes the cells and their table
+SETTINGS = ("channels", "plane", "time", "level", "pixel_size", "diameter", *PLANNED[:10], "within")
 PICTURE = 4096  # px, longest side of an overlay
 
 
@@ -107,6 +108,8 @@ class Config:
     distance: bool = False                          # the distance map the network predicts
     overlay: bool = True                            # the picture
     embed: bool = False                             # a vector per cell, to compare or sort cells by
+    # label image of the cells whose nuclei are found here, or a folder with NAME_labels.tif
+    within: str | None = None
     tile: runs.Side | None = None  # px, side of the network's tiles; null: as trained
     # px shared by tiles; null: a cell's diameter, from an eighth to half the tile
     overlap: runs.Whole | None = None
@@ -127,6 +130,8 @@ class Config:
                              "of the two")
         parse_diameter(self.diameter, 1.0, None)
         runs.part_of(self.shard)
+        if self.within is not None and s3.is_remote(self.within):
+            raise ValueError(f"within={self.within}: expected a file or folder here; copy it first")
 
 
 def main(config: Config, files: list[str], check: bool = False) -> int:
@@ -380,6 +385,7 @@ class Results:
 
     def __init__(self, out: Path, name: str, source, plan, config: Config, clock: Counter):
         C, H, W = source.shape
+        self.around = around_of(name, config, source)          # file of the cells around
         self.out, self.name, self.source, self.config, self.clock = out, name, source, config, clock
         self.reduce = -(-max(H, W) // PICTURE)  # the overlay is reduced by this whole number
         # no seams in it either
@@ -391,6 +397,7 @@ class Results:
         self.labels = images.LabelWriter(out / f"{name}_labels.tif", (H, W), source.pixel_size)
         self.columns: list[dict] = []
         self.vectors: list[np.ndarray] = []
+        self.nesting = cells.Nesting()
         self.polygons: list[tuple] = []                        # for rois
         self.geojson = cells.GeoWriter(out / f"{name}.geojson", plan.net.type_names
                                        ) if config.geojson else None
@@ -429,6 +436,11 @@ class Results:
                 self.picture[0][(slice(None), *core)], self.picture[1][core] = part
             if self.distance is not None:
                 self.distance[block.core] = block.distance
+            if self.around is not None:
+                down, over = block.core
+                with images.open_image(self.around, colours=False) as large:
+                    self.nesting.add(block.labels, large.region(down.start, down.stop, over.start,
+                                                                over.stop)[0])
         with segment.timed(self.clock, "write"):
             self.labels.add(block.core, block.labels)
 
@@ -438,6 +450,14 @@ class Results:
         with segment.timed(self.clock, "write"):
             table = {key: np.concatenate([part[key] for part in self.columns])
                      for key in self.columns[0]}
+            nested = {}
+            if self.around is not None:
+                owner, large = self.nesting.tables()
+                table["within"] = np.array([owner.get(int(i), 0) for i in table["id"]], np.int64)
+                cells.write_csv(f"{beginning}within.csv", large)
+                nested = {"within": len(large["id"]), "within_none": int((large["nuclei"] == 0)
+                          .sum()), "within_several": int((large["nuclei"] > 1).sum()),
+                          "outside": int((table["within"] == 0).sum())}
             cells.write_csv(f"{beginning}cells.csv", table)
             if self.config.embed:
                 weights = runs.digest(self.plan.net.origin)[:16]
@@ -454,7 +474,7 @@ class Results:
                 self.geojson.close()
             if self.config.rois:
                 cells.write_rois(f"{beginning}rois.zip", self.polygons)
-            row = self.row(table)
+            row = self.row(table) | nested
             row["seconds"] = round(time.perf_counter() - start, 2)
             self.labels.close({**made, "row": row} if made else None)
         return row
@@ -470,6 +490,23 @@ class Results:
             row["mean_area_um2"] = round(float(table["area_um2"].mean()), 3) if n else ""
         return row | {f"cells_{name}": int(np.count_nonzero(table["type"] == name))
                       for name in self.plan.net.type_names}
+
+
+def around_of(name: str, config: Config, source) -> Path | None:
+    """The label image of within= for an image, checked; None without."""
+    if config.within is None:
+        return None
+    path = Path(config.within)
+    path = path / f"{name}_labels.tif" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"within={config.within}: no {path}; expected a label image of the "
+                                "cells around, or a folder with NAME_labels.tif of each image")
+    with images.open_image(path, colours=False) as large:
+        if large.shape[1:] != source.shape[1:] or large.shape[0] != 1 or large.dtype.kind not in \
+                "ui":
+            raise ValueError(f"{path}: {large.dtype}, (C, H, W) = {large.shape}; expected labels "
+                             f"of 1 channel and {source.shape[1:]} px, as {source.path} has")
+    return path
 
 
 def types_of(net, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -588,7 +625,8 @@ def images_among(files: Images) -> Images:
 def results(name: str, config: Config) -> list[str]:
     """Files that an image gets."""
     wanted = {"_overlay.png": config.overlay, "_distance.tif": config.distance,
-              ".geojson": config.geojson, "_rois.zip": config.rois, "_cells.npz": config.embed}
+              ".geojson": config.geojson, "_rois.zip": config.rois, "_cells.npz": config.embed,
+              "_within.csv": config.within is not None}
     return [f"{name}_labels.tif", f"{name}_cells.csv",
             *(name + end for end, asked in wanted.items() if asked)]
 

@@ -319,3 +319,52 @@ def test_pasted_and_unknown_cells_do_not_count():
     place = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 1], [1, 2]])
     assert augment.types_at(resident, np.array([0, 1]), place).tolist() == [2, 1, 0, 0, 2]
     assert train_seg.type_balance(resident.types, 2).tolist() == pytest.approx([0, 1.5, 0.75])
+
+
+# ------------------------------------------------------------------------------ nuclei within cells
+
+@pytest.mark.smoke
+def test_nuclei_in_cells_by_hand():
+    """One cell with two nuclei, one with none, a nucleus half outside, one on the background."""
+    large, small = np.zeros((2, 10, 12), int)
+    large[0:4, 0:6], large[6:10, 0:4] = 5, 9
+    small[1, 1], small[2, 3:5] = 1, 2
+    small[3:6, 5] = 3                                        # 1 px in cell 5, 2 outside
+    small[8, 10] = 4
+    nesting = cells.Nesting()
+    nesting.add(small[:5], large[:5])
+    nesting.add(small[5:], large[5:])
+    owner, table = nesting.tables()
+    assert owner == {1: 5, 2: 5, 3: 0, 4: 0}
+    assert {k: v.tolist() for k, v in table.items() if k != "nuclei_share"} == {
+        "id": [5, 9], "area_px": [24, 16], "nuclei": [2, 0], "nuclei_area_px": [3, 0],
+        "nuclei_ids": ["1 2", ""]}
+
+
+@pytest.mark.parametrize("block", [2048, 64])
+def test_within_from_files(tmp_path, block):
+    """What infer finds, in one large cell that covers the left half."""
+    pixels = (disks(160, [(30, 30), (30, 120), (90, 40), (130, 120)], 10) > 0) * 200
+    cells.write_picture(tmp_path / "a.png", pixels.astype(np.uint8))
+    large = np.zeros((160, 160), np.uint16)
+    large[:, :80], large[140:150, 150:] = 7, 8
+    images.write_labels(tmp_path / "cells.tif", large)
+    out = tmp_path / "out"
+    config = infer.Config(out=str(out), weights="demo_synthetic", block=block, device="cpu",
+                          within=str(tmp_path / "cells.tif"))
+    infer.main(config, [str(tmp_path / "a.png")])
+    labels = images.read_labels(out / "a_labels.tif")
+    lines = [line.split(",") for line in (out / "a_cells.csv").read_text().splitlines()]
+    assert lines[0][-1] == "within"
+    for line in lines[1:]:
+        inside = (large[labels == int(line[0])] == 7).mean()
+        assert int(line[-1]) == (7 if inside > 0.5 else 0)
+    rows = (out / "a_within.csv").read_text().splitlines()
+    assert rows[0] == "id,area_px,nuclei,nuclei_area_px,nuclei_share,nuclei_ids"
+    assert [row.split(",")[0] for row in rows[1:]] == ["7", "8"]
+    images.write_labels(tmp_path / "cells.tif", large[:100])
+    with pytest.raises(ValueError, match=r"cells.tif: uint16.*expected labels of 1 channel and"):
+        infer.main(dataclasses.replace(config, overwrite=True), [str(tmp_path / "a.png")])
+    with pytest.raises(FileNotFoundError, match="no .*a_labels.tif; expected a label image"):
+        infer.main(dataclasses.replace(config, overwrite=True, within=str(tmp_path)),
+                   [str(tmp_path / "a.png")])

@@ -298,8 +298,9 @@ def fewshot(config: FewShot, folder: Path) -> None:
                 for shots in new.shots:
                     for way in start.ways:
                         where = folder / start.name / f"{new.name}_{shots}_{way}_{seed}.json"
-                        key = {"config": runs.to_yaml(dataclasses.replace(
-                            config, sets=(new,), starts=(start,), seeds=(seed,)))}
+                        key = {"weights": runs.digest(Path(start.weights or first)), "config":
+                               runs.to_yaml(dataclasses.replace(config, sets=(new,), seeds=(seed,),
+                                                                starts=(start,)))}
                         if way == "reptile" and moved is None and not where.exists():
                             moved = network_of(start, first, seed)
                             meta_learn(moved, config, seed)

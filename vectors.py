@@ -229,7 +229,7 @@ def neighbour_types(known: np.ndarray, types: np.ndarray, asked: np.ndarray, k: 
     of vectors standardised by the known ones."""
     mean, spread = known.mean(0), np.maximum(known.std(0), 1e-6)
     known, asked = (directions((part - mean) / spread) for part in (known, asked))
-    k, found = min(k, len(known)), []
+    k, found = max(1, min(k, int(np.bincount(types).min()))), []     # the rarest can win
     for begin in range(0, len(asked), 1024):
         nearest = np.argpartition(-(asked[begin:begin + 1024] @ known.T), k - 1, axis=1)[:, :k]
         votes = np.stack([(types[nearest] == t).sum(1) for t in range(types.max() + 1)], 1)

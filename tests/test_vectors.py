@@ -8,6 +8,7 @@ import torch
 
 import cells
 import data
+import evaluate
 import images
 import infer
 import metrics
@@ -368,3 +369,69 @@ def test_within_from_files(tmp_path, block):
     with pytest.raises(FileNotFoundError, match="no .*a_labels.tif; expected a label image"):
         infer.main(dataclasses.replace(config, overwrite=True, within=str(tmp_path)),
                    [str(tmp_path / "a.png")])
+
+
+# ---------------------------------------------------------------------------- evaluate.py embed
+
+def embed_config(tmp_path, **more):
+    model.save(tiny(), tmp_path / "n.pt")
+    typed = evaluate.TypedSet("s", (data.TrainingSet("s", match="one|two"),),
+                              (data.TrainingSet("s", match="three"),), {"bright": 1, "dim": 2})
+    sources = (evaluate.Source("pixels", "pixels"), evaluate.Source("random", "random"),
+               evaluate.Source("n", str(tmp_path / "n.pt")))
+    return evaluate.Embed(**{"sources": sources, "sets": (typed,), "root": str(tmp_path),
+                             "output_base_dir": str(tmp_path), "device": "cpu",
+                             "finder": str(tmp_path / "n.pt"), **more})
+
+
+def test_what_vectors_are_worth(tmp_path, capsys):
+    """Bright and dim disks are told apart by pixels and tokens; the head is exported and read."""
+    for seed, name in enumerate(("one", "two", "three")):
+        labels, kinds = labelled(tmp_path / "s", name, (1, 2), seed=seed)
+        number = np.array([0, *kinds.values()])[labels].astype(np.uint8)
+        cells.write_picture(tmp_path / "s" / f"{name}_types.png", number)
+    evaluate.embed(embed_config(tmp_path))
+    table = (tmp_path / "runs" / "embed" / "embed.tsv").read_text().splitlines()
+    rows = [dict(zip(table[0].split("\t"), line.split("\t"))) for line in table[1:]]
+    assert [row["source"] for row in rows] == ["pixels", "random", "n"]
+    assert all(float(row["linear_accuracy"]) == 1 == float(row["knn_accuracy"])
+               for row in rows)
+    assert 0 <= float(rows[2]["F_d"]) <= 1
+
+    one = embed_config(tmp_path)
+    evaluate.embed(dataclasses.replace(one, sources=one.sources[2:],
+                                       export=str(tmp_path / "typed.pt")))
+    assert model.load(tmp_path / "typed.pt").type_names == ("bright", "dim")
+    with pytest.raises(ValueError, match="expected one source and one set"):
+        dataclasses.replace(one, export="x.pt")
+    lost = dataclasses.replace(one.sets[0], types={"bright": 1, "dim": 7})
+    with pytest.raises(ValueError, match=r"no cell is 'dim' \(7\) in"):
+        evaluate.embed(dataclasses.replace(one, sets=(lost,)))
+
+
+def test_fields_across_channels_and_wells(tmp_path, capsys):
+    """Two channels that show the same: each field finds itself; two wells of two fields each."""
+    folder = tmp_path / "f"
+    folder.mkdir()
+    for i in range(4):
+        labels = disks(64, [(14, 14 + 4 * i), (40, 30), (50, 50 - 6 * i)], 7 + i)
+        pixels = (labels > 0) * (60 + 40 * (i // 2)) + np.random.default_rng(i).random(
+            labels.shape) * 20
+        images.write_image(folder / f"f{i}.tif", images.Image(
+            np.stack([pixels, pixels + 1]).astype(np.uint8), None, None))
+    (tmp_path / "wells.csv").write_text("image,well\n" + "".join(
+        f"f{i},{'AB'[i // 2]}\n" for i in range(4)))
+    config = embed_config(tmp_path, sets=(), fields=str(folder), size=64,
+                          wells=str(tmp_path / "wells.csv"),
+                          sources=(evaluate.Source("pixels", "pixels"),))
+    net = model.load(tmp_path / "n.pt")
+    net.settings = dataclasses.replace(net.settings, peak=0.01, fill=0.01)
+    model.save(net, tmp_path / "n.pt")
+    evaluate.embed(config)
+    header, line = (tmp_path / "runs" / "embed" / "fields.tsv").read_text().splitlines()
+    row = dict(zip(header.split("\t"), line.split("\t")))
+    assert float(row["retrieval"]) == 1 and int(row["fields"]) == 4
+    assert 0 < float(row["replicates"]) <= 1
+    (tmp_path / "wells.csv").write_text("image,well\nf0,A\n")
+    with pytest.raises(ValueError, match="no row for f1"):
+        evaluate.embed(config)

@@ -382,7 +382,7 @@ def channels(config: probe.Channels) -> None:
 # ------------------------------------------------------------------------------------------- embed
 
 @dataclass(frozen=True)
-class Source:
+class VectorSource:
     name: str                               # its row
     weights: str                            # file; random; or pixels: columns of NAME_cells.csv
 
@@ -399,7 +399,7 @@ class TypedSet:
 
 @dataclass(frozen=True)
 class Embed:
-    sources: tuple[Source, ...]             # of vectors
+    sources: tuple[VectorSource, ...]             # of vectors
     sets: tuple[TypedSet, ...] = ()         # whose types are told from them
     # folder of fields with two channels or more, to find in one channel by another; null: none
     fields: str | None = None
@@ -451,7 +451,7 @@ def embed(config: Embed) -> None:
     print(f"-> {folder}")
 
 
-def embedder(source: Source, config: Embed):
+def embedder(source: VectorSource, config: Embed):
     """The network whose tokens are the vectors; None: the pixels' own statistics."""
     if source.weights == "pixels":
         return None
@@ -509,7 +509,7 @@ def typed_cells(net, sets: tuple[data.TrainingSet, ...], typed: TypedSet, root: 
     return TypedCells(np.concatenate(rows), np.concatenate(types), kept)
 
 
-def told_types(net, source: Source, typed: TypedSet, config: Embed) -> dict[str, Any]:
+def told_types(net, source: VectorSource, typed: TypedSet, config: Embed) -> dict[str, Any]:
     """Scores of the types of a set's test images."""
     names = tuple(data.types_wanted(typed.types))
     train, test = (typed_cells(net, part, typed, config.root) for part in (typed.train, typed.test))

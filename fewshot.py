@@ -1,7 +1,7 @@
 """A new kind of cell from a few labelled images: what helps most in the same time?
 
     python evaluate.py fewshot configs/fewshot.yaml
-    prepare(net, "adapters")                    # which parameters learn; fold(net) when they have
+    let_learn(net, "adapters")                    # which parameters learn; fold(net) when they have
 
 Each way starts from the same network and learns from the same `shots` images for the same seconds
 of processor time, which does not count what else the machine does. Images are split by file, never
@@ -95,7 +95,7 @@ class FewShot:
 
 # ------------------------------------------------------------------------------- what of it learns
 
-def prepare(net, way: Way) -> list[dict]:
+def let_learn(net, way: Way) -> list[dict]:
     """Let the parameters learn that a way trains; groups of them for the optimiser."""
     for name, parameter in net.named_parameters():
         inside = name.startswith("backbone.")
@@ -146,7 +146,7 @@ def fold(net) -> None:
 
 def learn(net, images: Sequence[data.Labelled], way: Way, config: FewShot, seed: int) -> int:
     """Train for config.seconds of processor time; returns the steps that were made."""
-    groups = prepare(net, way)
+    groups = let_learn(net, way)
     for group in groups:
         group["top"] = config.backbone_lr if group["inside"] else config.lr
     optimiser = torch.optim.AdamW(groups, config.lr, weight_decay=0.01)
@@ -193,7 +193,7 @@ def meta_learn(net, config: FewShot, seed: int) -> None:
              for chosen in config.known]
     batches = [Batches(images, config, seed, net.settings.cap) for images in known]
     decoder = net.decoder
-    prepare(net, "decoder")
+    let_learn(net, "decoder")
     for turn in range(config.rounds):
         before = {name: p.detach().clone() for name, p in decoder.named_parameters()}
         optimiser = torch.optim.Adam(decoder.parameters(), config.lr)

@@ -30,7 +30,7 @@ def test_adapters_change_nothing_at_first_and_fold_in():
     net, x = network(), torch.rand(1, 3, 32, 32)
     with torch.inference_mode():
         before = net.backbone(x).patches
-    fewshot.prepare(net, "adapters")
+    fewshot.let_learn(net, "adapters")
     added = [p for name, p in net.named_parameters() if name.endswith((".up", ".down"))]
     assert len(added) == 2 * 3 and all(p.requires_grad for p in added)
     assert sum(p.numel() for p in added) == 3 * 2 * 2 * 4 * 32      # blocks, q and v, two of 4 x 32
@@ -63,7 +63,7 @@ def test_low_rank_is_up_times_down_on_q_and_v_alone():
     ("whole", {"decoder", "backbone"})])
 def test_what_learns(way, parts):
     net, old = network(), network()
-    groups = fewshot.prepare(net, way)
+    groups = fewshot.let_learn(net, way)
     assert learning(net) == parts
     assert sum(len(group["params"]) for group in groups) == sum(
         p.requires_grad for p in net.parameters())

@@ -377,8 +377,8 @@ def embed_config(tmp_path, **more):
     model.save(tiny(), tmp_path / "n.pt")
     typed = evaluate.TypedSet("s", (data.TrainingSet("s", match="one|two"),),
                               (data.TrainingSet("s", match="three"),), {"bright": 1, "dim": 2})
-    sources = (evaluate.Source("pixels", "pixels"), evaluate.Source("random", "random"),
-               evaluate.Source("n", str(tmp_path / "n.pt")))
+    sources = (evaluate.VectorSource("pixels", "pixels"), evaluate.VectorSource("random", "random"),
+               evaluate.VectorSource("n", str(tmp_path / "n.pt")))
     return evaluate.Embed(**{"sources": sources, "sets": (typed,), "root": str(tmp_path),
                              "output_base_dir": str(tmp_path), "device": "cpu",
                              "finder": str(tmp_path / "n.pt"), **more})
@@ -423,7 +423,7 @@ def test_fields_across_channels_and_wells(tmp_path, capsys):
         f"f{i},{'AB'[i // 2]}\n" for i in range(4)))
     config = embed_config(tmp_path, sets=(), fields=str(folder), size=64,
                           wells=str(tmp_path / "wells.csv"),
-                          sources=(evaluate.Source("pixels", "pixels"),))
+                          sources=(evaluate.VectorSource("pixels", "pixels"),))
     net = model.load(tmp_path / "n.pt")
     net.settings = dataclasses.replace(net.settings, peak=0.01, fill=0.01)
     model.save(net, tmp_path / "n.pt")

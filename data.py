@@ -902,6 +902,10 @@ def training_images(config: TrainingData, seed: int) -> tuple[list[Labelled], li
     held_fields = max(1, round(0.1 * config.fields)) if not config.validation else 0
     for number in range(config.fields):
         (validation if number < held_fields else train).extend(drawn_images(config, seed, number))
+    if not validation and config.share and len(train) == 1:
+        print(f"{train[0].name}: the only image, so that thresholds are chosen on it; scores "
+              "flatter", file=sys.stderr)
+        validation = [train[0]]
     if config.diameter:
         validation = [image._replace(zoom=config.diameter / diameter)
                       if (diameter := median_diameter(image.labels)) else image

@@ -50,6 +50,7 @@ RANK = 4                # of the matrices added to q and v
 PEAKS = (0.3, 0.45, 0.6, 0.75)      # the best on the support is taken
 AREA = 20               # px, smaller ones are no cells
 Way = Literal["new_decoder", "decoder", "whole", "adapters", "reptile", "prototypes"]
+BEST: Way = "decoder"   # what train_seg.py few=true does: docs/results.md, few examples
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ with runs.lazy():
 
     import augment
     import cells
+    import fewshot
     import metrics
     import model
     import optim
@@ -65,6 +66,8 @@ class Config:
     # weights to start from: a backbone (DINOv3, train_ssl.py) or a whole network
     init: str | None = None
     new_decoder: bool = False               # take the backbone of init alone
+    # few labelled images: only that of init learns which brings most then (fewshot.BEST)
+    few: bool = False
     # what is built from scratch
     network: NetworkShape = field(default_factory=NetworkShape)
     data: data.TrainingData = field(default_factory=data.TrainingData)
@@ -112,6 +115,9 @@ class Config:
         if self.crop < 1 or self.crop % self.network.patch:
             raise ValueError(f"crop={self.crop}: expected a multiple of the patch, "
                              f"{self.network.patch} px")
+        if self.few and (self.init is None or self.new_decoder or self.train_blocks is not None):
+            raise ValueError("few=true chooses what learns of a whole network; give init=, and "
+                             "leave new_decoder and train_blocks out")
         if self.warmup >= self.steps:
             raise ValueError(f"warmup={self.warmup}: expected fewer than steps={self.steps}")
         if self.cycles > 1 and self.patience is not None:
@@ -397,6 +403,13 @@ def build_network(config: Config):
     if config.data.types and net.type_names != tuple(config.data.types):
         net.set_types(torch.nn.Linear(net.backbone.dim, len(config.data.types)),
                       list(map(str, config.data.types)))
+    if config.few:
+        if model.kind(str(config.init)) != "DINOCell":
+            raise ValueError(f"few=true, init={config.init}: a backbone without decoder; expected "
+                             "a whole network")
+        fewshot.let_learn(net, fewshot.BEST)
+        if net.types is not None and config.data.types:
+            net.types.requires_grad_(True)
     if config.train_blocks is not None:
         for name, parameter in net.backbone.named_parameters():
             block = int(name.split(".")[1]) if name.startswith("blocks.") else -1
@@ -514,6 +527,8 @@ def draw(run: runs.Run, images: list[data.Labelled], labels: list, step: int) ->
 
 def export_weights(net, config: Config, hashes: dict, scores: dict, step: int) -> None:
     """Write the weights for infer.py."""
+    net = copy.deepcopy(net)
+    fewshot.fold(net)
     story = runs.provenance(config, step, scores=scores, images=hashes)
     net.settings = dataclasses.replace(net.settings, provenance=story)
     model.save(net, runs.export_path(config), half=True)

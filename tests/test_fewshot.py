@@ -12,6 +12,7 @@ import fewshot
 import images
 import model
 import segment
+import train_seg
 import watershed
 
 
@@ -129,3 +130,27 @@ def test_a_table_that_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "runs" / "fewshot" / "fewshot.tsv").read_text().splitlines() == rows
     with pytest.raises(ValueError, match="known is empty, but reptile"):
         dataclasses.replace(config, known=())
+
+
+@pytest.mark.parametrize("way", ["decoder", "adapters"])
+def test_train_seg_few(tmp_path, monkeypatch, capsys, way):
+    """From one image: what is written loads, and only what may learn has changed."""
+    monkeypatch.setattr(fewshot, "BEST", way)
+    write_set(tmp_path / "s", 1)
+    model.save(network(), tmp_path / "n.pt")
+    config = train_seg.Config(
+        experiment="few", output_base_dir=str(tmp_path), init=str(tmp_path / "n.pt"), few=True,
+        crop=32, batch=2, steps=2, warmup=1, val_every=2, ema=0.1, device="cpu", lr=0.01,
+        precision="float32", data=data.TrainingData(sets=(data.TrainingSet("s"),),
+                                                    root=str(tmp_path)))
+    assert train_seg.main(config, []) == 0
+    assert "the only image" in capsys.readouterr().err
+    old, new = (model.load(tmp_path / name).state_dict()
+                for name in ("n.pt", "final_models/few.pt"))
+    changed = {name for name in old if (old[name] - new[name]).abs().max() > 2e-3}
+    assert any(name.startswith("decoder.") for name in changed)
+    backbone = {name for name in changed if name.startswith("backbone.")}
+    assert all(name.endswith("attn.qkv.weight") for name in backbone)
+    assert bool(backbone) == (way == "adapters")
+    with pytest.raises(ValueError, match="few=true chooses what learns of a whole network"):
+        dataclasses.replace(config, init=None)

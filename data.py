@@ -28,6 +28,9 @@ Layouts. A folder and all below it, except hidden and linked ones, are read by t
     tracking   01/t000.tif with 01_GT/SEG/man_seg000.tif (Cell Tracking Challenge): frames with
                labels; 01_ST where there is no 01_GT, or with labels=ST
 
+Classes of cells, where there are some: X_types.csv, X_classes.csv or X_cells.csv (columns id, and
+type or class), X_types.png (a number per pixel), QuPath's classification, COCO's categories.
+
 A name is the path below the folder given, without suffix, images/ and _img. Where outlines overlap
 the smaller cell lies on top. A polygon has the pixels whose centre lies inside by the even-odd
 rule: outlines of cells.polygons come back exactly.

@@ -519,13 +519,11 @@ def told_types(net, source: VectorSource, typed: TypedSet, config: Embed) -> dic
     linear = 1 + vectors.probabilities(head, test.vectors[asked]).argmax(1)
     nearest = 1 + vectors.neighbour_types(train.vectors[known], train.types[known] - 1,
                                           test.vectors[asked])
-    none = np.zeros(0, int)
     scores: dict[str, Any] = {"cells": len(truth), "most": np.bincount(truth).max() / len(truth)}
     for how, answer in (("knn", nearest), ("linear", linear)):
-        by_type = metrics.type_scores(truth, answer, none, none, range(1, 1 + len(names)))[1]
-        # without cells alone F_c weighs errors twice: F1 = 2 F / (1 + F)
         scores |= {f"{how}_accuracy": float((answer == truth).mean()),
-                   f"{how}_F1": float(np.mean([2 * f / (1 + f) for f in by_type.values()]))}
+                   f"{how}_F1": report.mean_defined(
+                       metrics.type_f1(truth, answer, range(1, 1 + len(names))))}
     if net is None or net.origin is None:      # none that finds cells
         return scores
     if config.export:

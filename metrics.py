@@ -408,6 +408,17 @@ def type_scores(paired_true: NDArray, paired_found: NDArray, missed: NDArray, ex
     return (2 * paired / whole if whole else np.nan), by_type
 
 
+def type_f1(true: NDArray, found: NDArray, types: Iterable[Any]) -> list[float]:
+    """F1 of each type among the same cells (n,); NaN for one that is nowhere.
+
+    >>> type_f1(np.array([1, 1, 2]), np.array([1, 2, 2]), [1, 2, 3])[:2]
+    [0.6666666666666666, 0.6666666666666666]
+    """
+    counts = [(np.sum((true == one) & (found == one)), np.sum(true == one) + np.sum(found == one))
+              for one in types]
+    return [float(2 * both / whole) if whole else np.nan for both, whole in counts]
+
+
 # -------------------------------------------------------------------------- single scores by name
 
 def average_precision(truth: Labels, pred: ArrayLike | None = None,

@@ -204,7 +204,7 @@ def segment(image, net: DINOCell, **wanted) -> np.ndarray:
     """Cells of an image: (H, W) int32, 0 background, 1..n; `wanted` are keywords of plan_for()."""
     source = as_source(image)
     labels = np.zeros(source.shape[1:], np.int32)
-    for block in blocks(source, plan_for(source, net, **wanted)):
+    for block in blocks(source, plan_for(source, net, **wanted)._replace(embed=False)):
         if block.labels.shape == labels.shape:
             return block.labels
         labels[block.core] = block.labels

@@ -496,9 +496,8 @@ def type_score(images: list[data.Labelled], net) -> float:
         found.append(1 + net.type_probabilities(rows).argmax(1))
     truth, answer = np.concatenate(true), np.concatenate(found)
     known = truth > 0
-    none = np.zeros(0, int)
-    return float(np.mean(list(metrics.type_scores(truth[known], answer[known], none, none,
-                                                  range(1, 1 + len(net.type_names)))[1].values())))
+    return report.mean_defined(metrics.type_f1(truth[known], answer[known],
+                                               range(1, 1 + len(net.type_names))))
 
 
 def summary(scores) -> dict[str, float]:

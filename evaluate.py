@@ -37,7 +37,7 @@ import sys
 import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -394,12 +394,11 @@ class TypedSet:
     test: tuple[data.TrainingSet, ...]      # images to tell types on
     types: dict                             # {type: its classes in the sets}
     reach: runs.Positive = 12.0             # px, of F_d: found and true centres of one cell
-    note: str = ""                          # printed with it
 
 
 @dataclass(frozen=True)
 class Embed:
-    sources: tuple[VectorSource, ...]             # of vectors
+    sources: tuple[VectorSource, ...]       # of vectors
     sets: tuple[TypedSet, ...] = ()         # whose types are told from them
     # folder of fields with two channels or more, to find in one channel by another; null: none
     fields: str | None = None
@@ -407,7 +406,7 @@ class Embed:
     size: runs.Count = 512                  # px, side of the square in the middle of a field
     limit: Annotated[int, runs.at_least(2)] = 24   # fields
     wells: str | None = None                # CSV with columns image, well: fields to find by well
-    # weights that find the cells of the fields in their last channel, and of test images
+    # weights that find the cells of the fields, in their last channel; `random` has their shape
     finder: str = "final_models/dinocell_tiny.pt"
     export: str | None = None    # weights that tell the types of the only set, by the only source
     experiment: str = "embed"               # name of the run
@@ -423,6 +422,9 @@ class Embed:
         if self.export and (len(self.sources), len(self.sets)) != (1, 1):
             raise ValueError(f"export={self.export}: expected one source and one set, got "
                              f"{len(self.sources)} and {len(self.sets)}")
+        if self.export and self.sources[0].weights in ("pixels", "random"):
+            raise ValueError(f"export={self.export}: {self.sources[0].weights} are no weights; "
+                             "expected a source of a whole network")
         if not self.sets and self.fields is None:
             raise ValueError("sets and fields are empty; give typed sets, a folder of fields or "
                              "both")
@@ -440,8 +442,10 @@ def embed(config: Embed) -> None:
     for source in config.sources:
         net = embedder(source, config)
         for typed in config.sets:
-            rows.append({"set": typed.name, "source": source.name,
-                         **told_types(net, source, typed, config)})
+            tell = partial(told_types, net, typed, config)
+            scores = tell() if config.export else measure.cached(
+                folder / source.name / f"{typed.name}.json", embed_key(source, typed, config), tell)
+            rows.append({"set": typed.name, "source": source.name, **scores})
         if config.fields is not None:
             found.append({"source": source.name, **told_fields(net, config)})
     for name, table in (("embed", rows), ("fields", found)):
@@ -449,6 +453,16 @@ def embed(config: Embed) -> None:
             runs.write_table(folder / f"{name}.tsv", table)
             report.print_table(table, dict.fromkeys(name for row in table for name in row))
     print(f"-> {folder}")
+
+
+def embed_key(source: VectorSource, typed: TypedSet, config: Embed) -> dict[str, Any]:
+    """What the scores of a source on a set were made from."""
+    files = [file for chosen in (*typed.train, *typed.test) for example in data.examples(
+        Path(config.root) / chosen.path, chosen.channels, chosen.match, chosen.labels)
+        for file in example.files]
+    weights = source.weights if source.weights in ("pixels", "random") else Path(source.weights)
+    return {"set": asdict(typed), "files": runs.digest(*files), "weights": runs.digest(weights),
+            "seed": config.seed}
 
 
 def embedder(source: VectorSource, config: Embed):
@@ -509,7 +523,7 @@ def typed_cells(net, sets: tuple[data.TrainingSet, ...], typed: TypedSet, root: 
     return TypedCells(np.concatenate(rows), np.concatenate(types), kept)
 
 
-def told_types(net, source: VectorSource, typed: TypedSet, config: Embed) -> dict[str, Any]:
+def told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
     """Scores of the types of a set's test images."""
     names = tuple(data.types_wanted(typed.types))
     train, test = (typed_cells(net, part, typed, config.root) for part in (typed.train, typed.test))
@@ -527,7 +541,7 @@ def told_types(net, source: VectorSource, typed: TypedSet, config: Embed) -> dic
     if net is None or net.origin is None:      # none that finds cells
         return scores
     if config.export:
-        whole = networks.load(source.weights)
+        whole = networks.load(net.origin)
         whole.set_types(head, names)
         networks.save(whole, config.export, half=True)
         print(f"{', '.join(names)} -> {config.export}")

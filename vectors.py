@@ -1,7 +1,7 @@
 """A vector per cell: the backbone's tokens, averaged over the cell's pixels; and what it tells.
 
     vectors, number = pooled(tokens, labels, patch)         # training: tensors, with gradients
-    pool = TokenPool(patch, window); pool.add(y, x, tokens)      # inference: tile by tile ...
+    pool = TokenPool(patch, D, window); pool.add(y, x, tokens)   # inference: tile by tile ...
     rows = pool.of(labels, ids, corner, scales)             # ... (n, D) of the cells `ids`
     found = types_from_marks(table.vectors, table.ids, {17: "round", 40: "spindle"})
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import runs
 
 PENALTY = 0.1           # of the squared weights of a linear head, beside the mean cross-entropy
-SURE = 20               # neighbours that vote
+VOTES = 20              # neighbours that tell a type, at most
 
 
 # ------------------------------------------------------------------------------------------ pooling
@@ -223,7 +223,7 @@ def directions(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def neighbour_types(known: np.ndarray, types: np.ndarray, asked: np.ndarray, k: int = SURE
+def neighbour_types(known: np.ndarray, types: np.ndarray, asked: np.ndarray, k: int = VOTES
                     ) -> np.ndarray:
     """Type (m,) of each of `asked` (m, D): that of most of its k nearest `known` (n, D), by cosine
     of vectors standardised by the known ones."""

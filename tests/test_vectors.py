@@ -399,6 +399,8 @@ def test_what_vectors_are_worth(tmp_path, capsys):
     assert 0 <= float(rows[2]["F_d"]) <= 1
 
     one = embed_config(tmp_path)
+    with pytest.raises(ValueError, match="pixels are no weights"):
+        dataclasses.replace(one, sources=one.sources[:1], export="x.pt")
     evaluate.embed(dataclasses.replace(one, sources=one.sources[2:],
                                        export=str(tmp_path / "typed.pt")))
     assert model.load(tmp_path / "typed.pt").type_names == ("bright", "dim")

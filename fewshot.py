@@ -6,8 +6,10 @@
 Each way starts from the same network and learns from the same `shots` images for the same seconds
 of processor time, which does not count what else the machine does. Images are split by file, never
 by tile; the images asked (query) are the same for all numbers of shots. All are scaled so that the
-support's median cell is as large as the network knows, and scored at that scale.
+support's median cell is as large as the network knows, and scored at that scale, with the peak of
+the watershed that is best on the support.
 
+    none           the network as it is
     new_decoder    a decoder from scratch on the frozen backbone
     decoder        the trained decoder goes on, the backbone stays
     whole          all parameters
@@ -49,7 +51,7 @@ with runs.lazy():
 RANK = 4                # of the matrices added to q and v
 PEAKS = (0.3, 0.45, 0.6, 0.75)      # the best on the support is taken
 AREA = 20               # px, smaller ones are no cells
-Way = Literal["new_decoder", "decoder", "whole", "adapters", "reptile", "prototypes"]
+Way = Literal["none", "new_decoder", "decoder", "whole", "adapters", "reptile", "prototypes"]
 BEST: Way = "decoder"   # what train_seg.py few=true does: docs/results.md, few examples
 
 
@@ -65,7 +67,8 @@ class NewSet:
 class Start:
     name: str                               # its rows
     weights: str | None = None              # a whole network; null: random, of the first's shape
-    ways: tuple[Way, ...] = ("new_decoder", "decoder", "whole", "adapters", "reptile", "prototypes")
+    ways: tuple[Way, ...] = ("none", "new_decoder", "decoder", "whole", "adapters", "reptile",
+                             "prototypes")
 
 
 @dataclass(frozen=True)
@@ -300,8 +303,9 @@ def fewshot(config: FewShot, folder: Path) -> None:
                     for way in start.ways:
                         where = folder / start.name / f"{new.name}_{shots}_{way}_{seed}.json"
                         key = {"weights": runs.digest(Path(start.weights or first)), "config":
-                               runs.to_yaml(dataclasses.replace(config, sets=(new,), seeds=(seed,),
-                                                                starts=(start,)))}
+                               runs.to_yaml(dataclasses.replace(
+                                   config, sets=(dataclasses.replace(new, shots=(shots,)),),
+                                   seeds=(seed,), starts=(dataclasses.replace(start, ways=()),)))}
                         if way == "reptile" and moved is None and not where.exists():
                             moved = network_of(start, first, seed)
                             meta_learn(moved, config, seed)
@@ -335,7 +339,7 @@ def one_way(net, start: Start, first: str, episode: Episode, new: NewSet, shots:
     support, steps, begun = episode.support[:shots], 0, time.process_time()
     if way == "prototypes":
         take_prototypes(net, support)
-    else:
+    elif way != "none":
         steps = learn(net, support, "decoder" if way == "reptile" else way, config, seed)
     seconds = time.process_time() - begun
     maps = [segment.distances(image.pixels, net, limits=segment.UNIT, zoom=1.0)

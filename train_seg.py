@@ -39,6 +39,7 @@ with runs.lazy():
     import optim
     import report
     import segment
+    import vectors
     import watershed
 
 
@@ -193,7 +194,7 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
         if stop:
             print(f"stopped at step {done}; the same command goes on from there", file=sys.stderr)
             return run.exit_code()
-    if rank == 0 and config.size_steps and not learn_size(config, images, changes, run):
+    if rank == 0 and not learn_heads(config, images, changes, run):
         return run.exit_code()
     if rank == 0:
         print(f"best validation score {best:.4f} -> {runs.export_path(config)}")
@@ -335,6 +336,13 @@ def type_balance(types, count: int):
     return balance
 
 
+def learn_heads(config: Config, images, changes, run: runs.Run) -> bool:
+    """Learn what comes after the network, types and sizes; False: a signal came."""
+    if config.data.types:
+        fit_types(config, run)
+    return not config.size_steps or learn_size(config, images, changes, run)
+
+
 SIZES = 5.0         # the size head sees cells up to so many times larger and smaller than usual
 
 
@@ -381,6 +389,25 @@ def learn_size(config: Config, images, changes, run: runs.Run) -> bool:
                 return False
     model.save(net, runs.export_path(config), half=True)
     return True
+
+
+def fit_types(config: Config, run: runs.Run) -> None:
+    """Fit the type head of the exported weights anew, on all cells of the training images whole."""
+    net = model.load(runs.export_path(config))
+    ready, diameter = copy.deepcopy(net).ready(run.device), config.data.diameter
+    rows, types = [], []
+    for image in data.training_images(config.data, config.seed)[0]:
+        own = data.median_diameter(image.labels)
+        _, vector = segment.cell_vectors(image.pixels, image.labels, ready, limits=segment.UNIT,
+                                         zoom=diameter / own if diameter and own else 1.0)
+        assert image.types is not None
+        rows.append(vector)
+        types.append(image.types)
+    known = np.concatenate(types) > 0
+    head = vectors.linear_head(np.concatenate(rows)[known], np.concatenate(types)[known] - 1,
+                               len(net.type_names))
+    net.set_types(head, net.type_names)
+    model.save(net, runs.export_path(config), half=True)
 
 
 def build_network(config: Config):
@@ -432,7 +459,7 @@ def traits(name: str, parameter, depth: int, config: Config) -> dict:
     between the patch embedding and the head."""
     above, decays = optim.blocks_above(name, "backbone.", depth), optim.decays(name, parameter)
     return dict(above=above, decays=decays, matrix=decays and "patch_embed" not in name
-                and "head" not in name,
+                and "head" not in name and not name.startswith("types"),
                 weight_decay=config.weight_decay * decays, scale=config.layer_decay ** above)
 
 

@@ -123,7 +123,7 @@ def test_a_table_that_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
         seeds=(0,), seconds=0.02, batch=2, crop=32, rounds=1, inner=1)
     evaluate.adapt(config)
     rows = (tmp_path / "runs" / "fewshot" / "fewshot.tsv").read_text().splitlines()
-    assert len(rows) == 1 + 2 * 7
+    assert len(rows) == 1 + 2 * 8
     assert (tmp_path / "runs" / "fewshot" / "fewshot.svg").read_text().startswith("<svg")
     monkeypatch.setattr(fewshot, "one_way", lambda *_: pytest.fail("made anew"))
     evaluate.adapt(config)

@@ -612,15 +612,13 @@ def overlay(image: np.ndarray, labels: np.ndarray, max_side: int = 4096,
 
 
 def with_legend(rgb: np.ndarray, colours: dict[str, tuple[int, ...]]) -> np.ndarray:
-    """The picture with names in their colours, on black in the upper left corner."""
-    picture = Image.fromarray(rgb)
-    height = max(10, min(rgb.shape[0] // 40, rgb.shape[0] // (2 * len(colours) + 1)))
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(height)
-    width = max(pen.textlength(name, font) for name in colours)
-    pen.rectangle((0, 0, width + height, (1.5 * len(colours) + 0.5) * height), fill=(0, 0, 0))
+    """The picture, and below it names in their colours."""
+    height = max(12, rgb.shape[0] // 40)
+    strip = Image.new("RGB", (rgb.shape[1], math.ceil((1.5 * len(colours) + 0.5) * height)))
+    pen, font = ImageDraw.Draw(strip), ImageFont.load_default(height)
     for i, (name, colour) in enumerate(colours.items()):
         pen.text((height / 2, (1.5 * i + 0.25) * height), name, colour, font)
-    return np.asarray(picture)
+    return np.concatenate((rgb, np.asarray(strip)))
 
 
 def reduced(image: np.ndarray, labels: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:

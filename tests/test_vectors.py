@@ -322,6 +322,17 @@ def test_pasted_and_unknown_cells_do_not_count():
     assert train_seg.type_balance(resident.types, 2).tolist() == pytest.approx([0, 1.5, 0.75])
 
 
+def test_colours_of_types_in_the_overlay():
+    """Cells of a type have its colour on their rim; the legend lies below the picture."""
+    labels = disks(1200, [(300, 300), (900, 900)], 80)       # large: not enlarged
+    picture = cells.overlay(np.zeros((1, 1200, 1200), np.uint8), labels,
+                            types=np.array(["b", "a"]), names=("a", "b"))
+    colours = cells.type_colours(("a", "b"))
+    assert picture.shape[1] == 1200 < picture.shape[0]
+    assert tuple(picture[300, 380]) == colours["b"] and tuple(picture[900, 980]) == colours["a"]
+    assert picture[1200:].any()
+
+
 # ------------------------------------------------------------------------------ nuclei within cells
 
 @pytest.mark.smoke

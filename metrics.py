@@ -4,6 +4,7 @@
     metrics.match(table, threshold=0.5).tp            # functions take the table or the two images
     metrics.scores(truth, pred)["AP@0.5"]             # every score of one image
     metrics.set_scores(tables).pooled["SEG"]          # of a set: per image, mean, pooled, intervals
+    metrics.track_scores(truths, preds, rows, rows)   # of a movie: TRA, LNK, CT, TF, BC(i), CTB ...
 
 A label image holds integers from 0, the background; ids may have gaps. R is a true cell, S a
 predicted one, IoU = |R & S| / |R | S|. The table lists only pairs that touch.
@@ -138,14 +139,18 @@ def match(truth: Labels, pred: ArrayLike | None = None, threshold: float = 0.5) 
     if threshold <= 0.5:
         # One more pair outweighs any gain in IoU, which sums to less than `cells`.
         cells = 1 + min(len(table.truth_ids), len(table.pred_ids))
-        chosen = chosen[_assign(table.rows[chosen], table.cols[chosen], cells + ious[chosen])]
+        chosen = chosen[assign(table.rows[chosen], table.cols[chosen], cells + ious[chosen])]
     pairs = np.stack([table.truth_ids[table.rows[chosen]], table.pred_ids[table.cols[chosen]]], 1)
     tp = len(chosen)
     return Match(tp, len(table.pred_ids) - tp, len(table.truth_ids) - tp, pairs, ious[chosen])
 
 
-def _assign(rows: NDArray, cols: NDArray, weights: NDArray) -> NDArray:
-    """Indices of the edges, no two at one cell, whose positive weights have the largest sum."""
+def assign(rows: NDArray, cols: NDArray, weights: NDArray) -> NDArray:
+    """Indices of the edges, no two at one cell, whose positive weights have the largest sum.
+
+    >>> assign(np.array([0, 0, 1]), np.array([0, 1, 0]), np.array([3.0, 2.0, 2.0])).tolist()
+    [1, 2]
+    """
     edges, chosen = np.arange(len(rows)), []
     for _ in range(10):  # an edge heavier than its rivals on both sides together is in an optimum
         r, c, w = rows[edges], cols[edges], weights[edges]
@@ -190,8 +195,8 @@ def _sums(table: Overlap, thresholds: tuple[float, ...]) -> NDArray:
     area = table.truth_areas.sum() + table.pred_areas.sum()
     matches = [match(table, threshold=t) for t in thresholds]
     # AJI+ maximises summed IoU; 2^-40 of the shared pixels decides ties, not the order of ids.
-    aji_overlap = counts[_assign(rows, cols, ious + counts * 2.0**-40)].sum()
-    mma_overlap = counts[_assign(rows, cols, counts.astype(float))].sum()
+    aji_overlap = counts[assign(rows, cols, ious + counts * 2.0**-40)].sum()
+    mma_overlap = counts[assign(rows, cols, counts.astype(float))].sum()
     covers = 2 * counts > table.truth_areas[rows]         # at most one S covers more than half of R
     detects = np.bincount(cols[covers], minlength=n_pred)  # (S,) true cells that each S detects
     splits = np.maximum(detects - 1, 0).sum()
@@ -500,11 +505,236 @@ def op_csb(truths: Iterable, preds: Iterable | None = None) -> float:
 def _frames(truths: Iterable, preds: Iterable | None) -> dict[str, float]:
     if isinstance(truths, Overlap) or (isinstance(truths, np.ndarray) and truths.ndim == 2):
         truths, preds = [truths], None if preds is None else [preds]
+    total = sum((_sums(table, THRESHOLDS) for table in _tables(truths, preds)),
+                np.zeros(9 + len(THRESHOLDS)))
+    return _plain(_ratios(total, THRESHOLDS))
+
+
+# ------------------------------------------------------------------------------------------ tracks
+
+class Graph(NamedTuple):
+    """Cells of all frames as vertices, links as edges (Matula et al., 2015)."""
+    frame: NDArray      # (V,)
+    label: NDArray      # (V,)
+    edges: NDArray      # (E, 2) vertices, earlier and later
+    division: NDArray   # (E,) bool: from a mother to a daughter, or over a gap
+
+
+def track_scores(truths: Iterable, preds: Iterable | None = None,
+                 truth_tracks: ArrayLike | None = None, pred_tracks: ArrayLike | None = None,
+                 tolerance: int = 3) -> dict[str, float]:
+    """Every score of a tracked movie, as the Cell Tracking Challenge defines them.
+
+    TRA = 1 - AOGM / AOGM of no answer, and LNK the same of edges alone; AOGM = 5 NS + 10 FN + FP +
+    ED + 1.5 EA + EC, whose counts are among the scores: missing splits, cells missing and too many,
+    edges too many, missing, and of the wrong kind. CT, the share of tracks that are right from end
+    to end (an F1); TF, the longest stretch of a track that one predicted track follows; BC(i), F1
+    of divisions up to i frames late or early; SEG, DET, CSB = (SEG + DET) / 2, CTB = (SEG + TRA) /
+    2. NaN where the truth has no cell, no edge or no division.
+
+    truths, preds : label images of the frames, whose labels are tracks, or overlap tables and None.
+    truth_tracks, pred_tracks : (N, 4) label, first frame, last frame, parent (0: none), as in
+        man_track.txt; None: from the labels, without parents.
+
+    >>> frames = [[[1, 1, 0, 0]], [[1, 1, 0, 0]], [[2, 0, 0, 3]]]
+    >>> lineage = [(1, 0, 1, 0), (2, 2, 2, 1), (3, 2, 2, 1)]
+    >>> one = track_scores(frames, frames, lineage, [(1, 0, 1, 0), (2, 2, 2, 1), (3, 2, 2, 0)])
+    >>> one["EA"], round(one["LNK"], 3), one["DET"], one["CT"], one["BC(0)"]
+    (1, 0.667, 1.0, 1.0, 0.0)
+    """
+    tables = _tables(truths, preds)
+    truth_tracks, pred_tracks = (
+        _tracks(given, [ids(table) for table in tables], side) for given, ids, side in (
+            (truth_tracks, lambda table: table.truth_ids, "truth"),
+            (pred_tracks, lambda table: table.pred_ids, "prediction")))
+    truth = _graph([table.truth_ids for table in tables], truth_tracks)
+    pred = _graph([table.pred_ids for table in tables], pred_tracks)
+    found = _found(tables)                                     # (V of truth,) vertex of pred, or -1
+    counts = _corrections(truth, pred, found)
+    frames = _frames(tables, None)
+    cells, links = 10.0 * len(truth.label), 1.5 * len(truth.edges)
+    wrong_links = counts["ED"] + 1.5 * counts["EA"] + counts["EC"]
+    aogm = 5 * counts["NS"] + 10 * counts["FN"] + counts["FP"] + wrong_links
+    result: dict[str, float] = {"SEG": frames["SEG"], "DET": frames["DET"]}
+    result["TRA"] = 1 - min(aogm, cells + links) / (cells + links) if cells else np.nan
+    result["LNK"] = 1 - min(wrong_links, links) / links if links else np.nan
+    followed = _followed(truth, pred, found, truth_tracks)
+    result["CT"] = _complete(followed, truth_tracks, pred_tracks)
+    result["TF"] = _fractions(followed)
+    for late in range(tolerance + 1):
+        result[f"BC({late})"] = _branching(truth, pred, found, truth_tracks, pred_tracks, late)
+    result["CSB"], result["CTB"] = frames["OP_CSB"], (result["SEG"] + result["TRA"]) / 2
+    return {**result, "AOGM": aogm, **counts}
+
+
+def _tables(truths: Iterable, preds: Iterable | None) -> list[Overlap]:
     truths = list(truths)
     preds = [None] * len(truths) if preds is None else list(preds)
     if len(truths) != len(preds):
         raise ValueError(f"{len(truths)} frames of truth, {len(preds)} of prediction, "
                          "expected as many")
-    total = sum((_sums(_table(truth, pred), THRESHOLDS) for truth, pred in zip(truths, preds)),
-                np.zeros(9 + len(THRESHOLDS)))
-    return _plain(_ratios(total, THRESHOLDS))
+    return [_table(truth, pred) for truth, pred in zip(truths, preds)]
+
+
+def _tracks(given: ArrayLike | None, frames: list[NDArray], side: str) -> NDArray:
+    """(N, 4) tracks; frames without the cell, which a crop may cut off, are allowed."""
+    seen: dict[int, list[int]] = {}
+    for t, ids in enumerate(frames):
+        for label in ids.tolist():
+            seen.setdefault(label, [t, t])[1] = t
+    if given is None:
+        return np.array([(k, *seen[k], 0) for k in sorted(seen)], np.int64).reshape(-1, 4)
+    tracks = np.asarray(given, np.int64).reshape(-1, 4)
+    spans = {row[0]: row[1:3] for row in tracks.tolist()}
+    if len(spans) < len(tracks):
+        raise ValueError(f"{side}: {len(tracks)} tracks, {len(spans)} labels; expected a row each")
+    for label, (first, last) in seen.items():
+        begin, end = spans.get(label, (0, -1))
+        if not begin <= first <= last <= end:
+            raise ValueError(f"{side}: label {label} is in frames {first} to {last}, its track "
+                             f"{f'from {begin} to {end}' if label in spans else 'is missing'}; "
+                             "expected a row for each label, with frames counted from 0")
+    orphans = set(tracks[:, 3].tolist()) - set(spans) - {0}
+    if orphans:
+        raise ValueError(f"{side}: parent {min(orphans)} is no track; expected a label or 0")
+    return tracks
+
+
+def _graph(frames: list[NDArray], tracks: NDArray) -> Graph:
+    frame = np.repeat(np.arange(len(frames)), [len(ids) for ids in frames])
+    label = np.concatenate([np.zeros(0, np.int64), *frames]).astype(np.int64)
+    order = np.lexsort((frame, label))
+    a, b = order[:-1], order[1:]
+    steps = (label[a] == label[b]) & (frame[a] + 1 == frame[b])
+    last = dict(zip(label.tolist(), range(len(label))))            # its vertex, in order of frames
+    first = dict(zip(label[::-1].tolist(), range(len(label) - 1, -1, -1)))
+    born = [(last[parent], first[k]) for k, _, _, parent in tracks.tolist()
+            if parent in last and k in first]
+    edges = np.concatenate([np.stack([a[steps], b[steps]], 1),
+                            np.array(born, np.int64).reshape(-1, 2)])
+    return Graph(frame, label, edges, np.arange(len(edges)) >= np.count_nonzero(steps))
+
+
+def _found(tables: list[Overlap]) -> NDArray:
+    """(V,) the predicted vertex that covers more than half of each true one, or -1."""
+    parts, begin = [np.zeros(0, np.int64)], 0
+    for table in tables:
+        part = np.full(len(table.truth_ids), -1)
+        covers = 2 * table.counts > table.truth_areas[table.rows]
+        part[table.rows[covers]] = begin + table.cols[covers]
+        parts.append(part)
+        begin += len(table.pred_ids)
+    return np.concatenate(parts)
+
+
+def _corrections(truth: Graph, pred: Graph, found: NDArray) -> dict[str, int]:
+    """What turns the predicted graph into the true one: NS, FN, FP of vertices, ED, EA, EC of
+    edges."""
+    detects = np.bincount(found[found >= 0], minlength=len(pred.label))
+    true_of = np.full(len(pred.label), -1)                     # of those that detect one cell alone
+    alone = np.flatnonzero(found >= 0)
+    alone = alone[detects[found[alone]] == 1]
+    true_of[found[alone]] = alone
+    mapped = true_of[pred.edges]
+    kept = (mapped >= 0).all(1)
+    kind = dict(zip(map(tuple, truth.edges.tolist()), truth.division.tolist()))
+    answers = dict(zip(map(tuple, mapped[kept].tolist()), pred.division[kept].tolist()))
+    both = kind.keys() & answers.keys()
+    return {"NS": int(np.maximum(detects - 1, 0).sum()), "FN": int((found < 0).sum()),
+            "FP": int((detects == 0).sum()), "ED": len(answers) - len(both),
+            "EA": len(kind) - len(both), "EC": sum(kind[edge] != answers[edge] for edge in both)}
+
+
+def _followed(truth: Graph, pred: Graph, found: NDArray, tracks: NDArray
+              ) -> dict[int, list[int | None]]:
+    """For each frame of a true track the predicted label that finds its cell and no other, 0
+    without one, None where the track has no cell."""
+    shared = np.bincount(found[found >= 0], minlength=len(pred.label)) > 1
+    label = np.where(found < 0, 0, np.append(pred.label, 0)[found])
+    label[(found >= 0) & np.append(shared, False)[found]] = 0
+    followed: dict[int, list[int | None]] = {
+        k: [None] * (last - first + 1) for k, first, last, _ in tracks.tolist()}
+    begin = dict(tracks[:, :2].tolist())
+    for t, k, answer in zip(truth.frame.tolist(), truth.label.tolist(), label.tolist()):
+        followed[k][t - begin[k]] = answer
+    return followed
+
+
+def _complete(followed: dict, truth_tracks: NDArray, pred_tracks: NDArray) -> float:
+    """CT: tracks that one predicted track follows from the first frame to the last, as F1."""
+    spans = {row[0]: row[1:3] for row in pred_tracks.tolist()}
+    complete = 0
+    for k, first, last, _ in truth_tracks.tolist():
+        answers = set(followed[k]) - {None}
+        complete += len(answers) == 1 and spans.get(*answers) == [first, last]
+    tracks = len(truth_tracks) + len(pred_tracks)
+    return 2 * complete / tracks if tracks else np.nan
+
+
+def _fractions(followed: dict) -> float:
+    """TF, over true tracks that are followed at all.
+
+    As the challenge counts: a predicted track that follows one whole is not asked about further
+    ones, in the order of their labels.
+    """
+    longest: dict[int, dict[int, float]] = {}              # predicted track -> true one -> share
+    for k, answers in followed.items():
+        run, before = 0, None
+        for answer in answers:
+            run = run + 1 if answer and answer == before else int(bool(answer))
+            if answer:
+                shares = longest.setdefault(answer, {})
+                shares[k] = max(shares.get(k, 0.0), run / len(answers))
+            before = answer
+    best: dict[int, float] = {}
+    for _, shares in sorted(longest.items()):
+        for k, share in sorted(shares.items()):
+            if best.get(k) == 1:
+                continue
+            best[k] = max(best.get(k, 0.0), share)
+            if share == 1:
+                break
+    return float(np.mean(list(best.values()))) if best else 0.0
+
+
+def _branching(truth: Graph, pred: Graph, found: NDArray, truth_tracks: NDArray,
+               pred_tracks: NDArray, late: int) -> float:
+    """BC(i): F1 of divisions; one is right if mother and daughters are found, at most i frames
+    off."""
+    answers = np.append(pred.label, 0)[found]                  # label of the answer, where found
+    frames: list[dict[int, int]] = [{} for _ in range(int(truth.frame.max(initial=-1)) + 1)]
+    for t, k, v, answer in zip(*(part.tolist() for part in (truth.frame, truth.label, found,
+                                                            answers))):
+        if v >= 0:
+            frames[t][k] = answer
+
+    def finds(t: int, true: int, answer: int) -> bool:         # it, and no other
+        return (t < len(frames) and frames[t].get(true) == answer
+                and sum(each == answer for each in frames[t].values()) == 1)
+
+    def born(tracks: NDArray) -> dict[int, tuple[int, dict[int, int]]]:
+        """Mother -> its last frame, and the first frames of its daughters."""
+        rows = tracks.tolist()
+        last = {row[0]: row[2] for row in rows}
+        daughters: dict[int, dict[int, int]] = {}
+        for k, first, _, parent in rows:
+            if parent:
+                daughters.setdefault(parent, {})[k] = first
+        return {k: (last[k], each) for k, each in daughters.items() if len(each) > 1}
+
+    true, answered, right = born(truth_tracks), born(pred_tracks), 0
+    for mother, (end, daughters) in true.items():
+        for answer, (last, others) in answered.items():
+            if len(others) != len(daughters) or abs(end - last) > late \
+                    or not finds(min(end, last), mother, answer):
+                continue
+            met: set[int] = set()
+            for k, begin in daughters.items():
+                for other, first in others.items():
+                    if abs(begin - first) <= late and finds(max(begin, first), k, other):
+                        met.add(other)
+                        break
+            right += len(met) == len(daughters)
+    if not true:
+        return np.nan
+    return 2 * right / (len(true) + len(answered))

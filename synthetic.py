@@ -1,6 +1,7 @@
 """Synthetic Cell Painting fields with labels: the same cells in 5 stains, 3 brightfield planes.
 
     drawn = synthetic.field(seed=0, size=512, cells=60)       # .pixels (8, H, W), .labels, .nuclei
+    drawn = synthetic.movie(seed=0, frames=30, cells=60)      # nuclei that move, divide and leave
     python synthetic.py out=DIR [n=10] [size=512] [cells=60] [diameter=56] [seed=0]
 
 The command writes the fields seed, seed + 1, ... as DIR/field_SEED.tif (ImageJ TIFF, CYX, channels
@@ -26,6 +27,7 @@ import tifffile
 from numpy import ndarray as Array
 from numpy.random import Generator
 from scipy import fft, ndimage
+from scipy.spatial import cKDTree
 from skimage.measure import label
 from skimage.segmentation import watershed
 
@@ -73,6 +75,126 @@ def field(seed: int, size: int | tuple[int, int] = 512, cells: int = 60,
         pixels[k] = fluorescence(rng, population, inside, (H, W), k) if k < len(STAINS) else \
             brightfield(rng, population, inside, (H, W), FOCUS[k - len(STAINS)])
     return Field(pixels, labels, nuclei, CHANNELS, PIXEL_SIZE)
+
+
+class Movie(NamedTuple):
+    pixels: Array                 # (T, H, W) uint16
+    labels: Array                 # (T, H, W) int32, the number of each cell's track
+    tracks: Array                 # (N, 4) number, first frame, last frame, parent (0: none)
+
+
+def movie(seed: int, frames: int = 30, size: int = 256, cells: int = 60, diameter: float = 20,
+          speed: float = 0.15, cycle: float = 60) -> Movie:
+    """Draw a movie of nuclei, as masks and as a camera sees them.
+
+    cells : in the field and half of it around, at the beginning.
+    speed : diameters that a cell wants to go in a frame; it goes on in about its direction, and
+        neighbours push it away.
+    cycle : frames from one division to the next, on average.
+    A cell that has left does not come back.
+    """
+    for name, value, least, most in (("frames", frames, 1, 10 ** 5), ("size", size, 32, 10 ** 5),
+                                     ("cells", cells, 0, 10 ** 5), ("diameter", diameter, 6, 1000),
+                                     ("speed", speed, 0, 10), ("cycle", cycle, 2, 10 ** 9)):
+        if not least <= value <= most:
+            raise ValueError(f"{name}={value}: expected {least} to {most}")
+    rng = np.random.default_rng(seed)
+    low, high = -size / 4, 1.25 * size
+    alive = Swarm(rng.uniform(low, high, (cells, 2)), rng.normal(0, 1, (cells, 2)),
+                  rng.uniform(0, 1, cells), np.exp(rng.normal(0, 0.15, cells)) * cycle,
+                  np.exp(rng.normal(0, 0.2, cells)), np.arange(1, cells + 1))
+    for _ in range(30):                                                # make room
+        alive = alive._replace(place=alive.place + pushed(alive.place, alive.radius(diameter)))
+    pixels = np.empty((frames, size, size), np.uint16)
+    labels = np.empty(pixels.shape, np.int32)
+    parent: dict[int, int] = {}
+    gone, count = np.zeros(0, np.int64), cells
+    for t in range(frames):
+        labels[t], image = nuclei_of(alive, diameter, size)
+        image = ndimage.gaussian_filter(image, 0.8) * (1 + 0.1 * uneven(rng, image.shape, 2))
+        pixels[t] = camera(rng, 200 + 3000 * image, gain=1.0)
+        seen = np.unique(labels[:t + 1])
+        gone = np.union1d(gone, np.setdiff1d(seen, np.append(0, np.unique(labels[t]))))
+        alive = alive.of(~np.isin(alive.number, gone))
+        alive, born = moved(rng, alive, diameter, speed, cycle, count)
+        alive = alive.of(np.all((alive.place > low) & (alive.place < high), axis=1))
+        parent |= born
+        count += len(born)
+    rows = []
+    for k in np.unique(labels[labels > 0]).tolist():
+        at = np.flatnonzero((labels == k).any((1, 2)))
+        rows.append((k, at[0], at[-1], parent.get(k, 0)))
+    tracks = np.array(rows, np.int64).reshape(-1, 4)
+    tracks[~np.isin(tracks[:, 3], tracks[:, 0]), 3] = 0                # the mother was never seen
+    return Movie(pixels, labels, tracks)
+
+
+class Swarm(NamedTuple):
+    """Cells of a movie that are alive."""
+    place: Array                  # (n, 2) y, x
+    heading: Array                # (n, 2) of variance 1
+    age: Array                    # (n,) 0 after a division, 1 before the next
+    cycle: Array                  # (n,) frames from one to the other
+    load: Array                   # (n,) brightness
+    number: Array                 # (n,) of the track
+
+    def of(self, which: Array) -> Swarm:
+        return Swarm(*(part[which] for part in self))
+
+    def radius(self, diameter: float) -> Array:
+        """(n,) half a diameter in the middle of the cycle; the area doubles from end to end."""
+        return diameter / 2 * np.sqrt((1 + self.age) / 1.5)
+
+
+def moved(rng: Generator, alive: Swarm, diameter: float, speed: float, cycle: float, count: int
+          ) -> tuple[Swarm, dict[int, int]]:
+    """The swarm a frame later, and the mother of each new number; numbers above count are free."""
+    heading = 0.6 * alive.heading + 0.8 * rng.normal(0, 1, alive.heading.shape)
+    place = alive.place + heading * (speed * diameter / np.sqrt(np.pi / 2))    # mean length: speed
+    alive = alive._replace(place=place, heading=heading, age=alive.age + 1 / alive.cycle)
+    old = alive.age >= 1
+    mothers, others = alive.of(old), alive.of(~old)
+    angle = rng.uniform(0, TAU, len(mothers.age))
+    apart = 0.3 * diameter * np.stack([np.sin(angle), np.cos(angle)], 1)
+    n = len(mothers.age)
+    daughters = [Swarm(mothers.place + side * apart, rng.normal(0, 1, (n, 2)), np.zeros(n),
+                       cycle * np.exp(rng.normal(0, 0.15, n)), mothers.load,
+                       count + 1 + np.arange(n) * 2 + k) for k, side in enumerate((-1, 1))]
+    born = {int(number): int(mother) for side in daughters
+            for number, mother in zip(side.number, mothers.number)}
+    alive = Swarm(*(np.concatenate(parts) for parts in zip(others, *daughters)))
+    return alive._replace(place=alive.place + pushed(alive.place, alive.radius(diameter))), born
+
+
+def pushed(place: Array, radius: Array) -> Array:
+    """(n, 2) px that cells which overlap go apart, half the overlap each."""
+    shift = np.zeros_like(place)
+    if len(place) < 2:
+        return shift
+    a, b = cKDTree(place).query_pairs(2 * radius.max(), output_type="ndarray").T
+    line = place[a] - place[b]
+    length = np.maximum(np.hypot(*line.T), 1e-6)
+    push = np.maximum(radius[a] + radius[b] - length, 0)[:, None] / 2 * line / length[:, None]
+    np.add.at(shift, a, push)
+    np.add.at(shift, b, -push)
+    return shift
+
+
+def nuclei_of(alive: Swarm, diameter: float, size: int) -> tuple[Array, Array]:
+    """Labels (H, W) and light (H, W) of round nuclei; where two overlap, a pixel goes to the one
+    whose centre is nearer in units of its radius."""
+    level = np.ones((size, size))
+    labels, image = np.zeros((size, size), np.int32), np.full((size, size), 0.05)
+    for at, r, load, number in zip(alive.place, alive.radius(diameter), alive.load, alive.number):
+        if not (-r < at).all() or not (at < size + r).all():
+            continue
+        window, y, x = around(at, r + 1, level.shape)
+        rho = np.hypot(y[:, None], x[None]) / r
+        inside = rho < level[window]
+        level[window][inside] = rho[inside]
+        labels[window][inside] = number
+        image[window][inside] = (load * (1 - 0.5 * rho ** 2))[inside]
+    return labels, image
 
 
 # ---------------------------------------------------------------------------------------- the cells

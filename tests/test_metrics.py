@@ -561,3 +561,129 @@ def test_agrees_with_ctcmetrics(tmp_path):
         assert metrics.seg(truths, preds) == pytest.approx(seg, abs=1e-9)
         assert metrics.det(truths, preds) == pytest.approx(det, abs=1e-9)
         assert metrics.op_csb(truths, preds) == pytest.approx(theirs.op_csb(seg, det), abs=1e-9)
+
+
+# ------------------------------------------------------------------------------------------ tracks
+
+def random_movie(rng, frames=8, size=24):
+    """Truth and answer as label images, with rows of tracks: blobs that drift, split and get lost;
+    the answer is the truth with labels exchanged, merged, cut and dropped."""
+    y, x = np.indices((size, size))
+    truth, pred = np.zeros((2, frames, size, size), np.int32)
+    rows, free = [], 7
+    for k in range(1, 7):
+        at, begin = rng.uniform(2, size - 2, 2), int(rng.integers(0, 3))
+        end = int(rng.integers(begin, frames))
+        for t in range(begin, end + 1):
+            at = at + rng.normal(0, 1, 2)
+            truth[t][((y - at[0]) ** 2 + (x - at[1]) ** 2 < 12) & (truth[t] == 0)] = k
+        for daughter in range(2 if end < frames - 2 and rng.random() < 0.6 else 0):
+            for t in range(end + 1, frames):
+                here = at + (3 * daughter - 1.5, t - end)
+                inside = (y - here[0]) ** 2 + (x - here[1]) ** 2 < 7
+                truth[t][inside & (truth[t] == 0)] = free
+            rows.append((free, k))
+            free += 1
+    swap = np.arange(free + 3)
+    for t in range(frames):
+        if rng.random() < 0.3:
+            a, b = rng.integers(1, free + 2, 2)
+            swap[[a, b]] = swap[[b, a]]
+        pred[t] = swap[truth[t]]
+        pred[t][rng.random((size, size)) < 0.05] = 0
+        if rng.random() < 0.4:
+            pred[t][pred[t] == rng.integers(1, free)] = rng.integers(0, free)
+        truth[t, 0, 0] = pred[t, 0, 0] = 0                       # it takes the least for background
+        truth[t, -1, -1], pred[t, -1, -1] = 99, 99                # and needs a cell in every frame
+    return truth, pred, dict(rows)
+
+
+def rows_of(movie, parents):
+    """Rows of tracks; a stretch after a gap becomes a new label whose parent is the one before."""
+    rows, free = [], 100
+    for k in np.unique(movie[movie > 0]).tolist():
+        at, label, parent = np.flatnonzero((movie == k).any((1, 2))), k, parents.get(k, 0)
+        for part in np.split(at, np.flatnonzero(np.diff(at) > 1) + 1):
+            for t in part:
+                movie[t][movie[t] == k] = label
+            rows.append((label, part[0], part[-1], parent))
+            free, parent = free + 1, label
+            label = free
+    ends = {row[0]: row[2] for row in rows}
+    return np.array([(k, a, b, p if ends.get(p, b) < a else 0) for k, a, b, p in rows])
+
+
+def theirs_of(truth, pred, truth_rows, pred_rows, folder):
+    """Scores by py-ctcmetrics, which reads files."""
+    theirs = peer("ctc_metrics.metrics")
+    graph = peer("ctc_metrics.utils.representations")
+    found = []
+    for one, other in zip(truth, pred):
+        for name, labels in (("truth", one), ("pred", other)):
+            tifffile.imwrite(folder / f"{name}.tif", labels)
+        found.append(graph.match(str(folder / "truth.tif"), str(folder / "pred.tif")))
+    truth_ids, pred_ids, truth_found, pred_found, ious = (list(column) for column in zip(*found))
+    counts = graph.count_acyclic_graph_correction_operations(
+        truth_rows, pred_rows, truth_ids, pred_ids, truth_found, pred_found)
+    tra, aogm, _ = theirs.tra(**counts)
+    every = {"SEG": theirs.seg(truth_ids, ious), "DET": theirs.det(**counts), "TRA": tra,
+             "LNK": theirs.lnk(**counts), "AOGM": aogm,
+             "CT": theirs.ct(pred_rows, truth_rows, truth_ids, truth_found, pred_found),
+             "TF": theirs.tf(truth_rows, truth_ids, truth_found, pred_found)}
+    for late in range(4):
+        score = theirs.bc(*theirs.raw_division_metrics(pred_rows, truth_rows, truth_found,
+                                                       pred_found, late))
+        every[f"BC({late})"] = np.nan if score is None else score
+    every["CSB"] = theirs.op_csb(every["SEG"], every["DET"])
+    every["CTB"] = theirs.op_ctb(every["SEG"], every["TRA"])
+    return every | {name: counts[name] for name in ("NS", "FN", "FP", "ED", "EA", "EC")}
+
+
+def test_tracks_agree_with_ctcmetrics(tmp_path):
+    """25 movies with drifting, dividing, exchanged, merged and lost cells."""
+    rng, divisions = np.random.default_rng(14), 0
+    for _ in range(25):
+        truth, pred, parents = random_movie(rng)
+        truth_rows, pred_rows = rows_of(truth, parents), rows_of(pred, parents)
+        ours = metrics.track_scores(truth, pred, truth_rows, pred_rows)
+        divisions += ours["BC(3)"] > 0
+        theirs = theirs_of(truth, pred, truth_rows, pred_rows, tmp_path)
+        assert set(ours) == set(theirs)
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, abs=1e-9, nan_ok=True), name
+    assert divisions > 5
+
+
+@pytest.mark.smoke
+def test_tracks_in_closed_form():
+    """Four frames of two cells, the first of which divides after the second frame."""
+    truth = np.array([[[1, 1, 0, 2, 2]], [[1, 1, 0, 2, 2]], [[3, 4, 0, 2, 2]], [[3, 4, 0, 2, 2]]])
+    rows = [(1, 0, 1, 0), (2, 0, 3, 0), (3, 2, 3, 1), (4, 2, 3, 1)]   # 8 links, two from the mother
+    right = metrics.track_scores(truth, truth, rows, rows)
+    assert all(right[name] == 1 for name in ("SEG", "DET", "TRA", "LNK", "CT", "TF", "BC(0)"))
+    assert right["AOGM"] == 0
+    followed = np.where(truth == 3, 1, truth)                         # a daughter keeps the number
+    one = metrics.track_scores(truth, followed, rows, [(1, 0, 3, 0), (2, 0, 3, 0), (4, 2, 3, 0)])
+    assert (one["EA"], one["EC"], one["ED"], one["BC(3)"]) == (1, 1, 0, 0)
+    assert one["LNK"] == pytest.approx(1 - 2.5 / 12)
+    assert one["TRA"] == pytest.approx(1 - 2.5 / (10 * 10 + 12))
+    assert one["CT"] == pytest.approx(2 * 2 / 7)                      # 2 and 4 from end to end
+    late = truth.copy()
+    late[2] = [[1, 1, 0, 2, 2]]
+    two = metrics.track_scores(truth, late, rows, [(1, 0, 2, 0), (2, 0, 3, 0), (3, 3, 3, 1),
+                                                   (4, 3, 3, 1)])
+    assert two["NS"] == 1 and two["BC(0)"] == 0
+    nothing = metrics.track_scores(truth, np.zeros_like(truth), rows, [])
+    assert nothing["TRA"] == nothing["LNK"] == nothing["TF"] == 0 and nothing["FN"] == 10
+    assert np.isnan(metrics.track_scores(np.zeros_like(truth), truth)["TRA"])
+
+
+def test_tracks_that_do_not_fit_their_labels():
+    truth = np.array([[[1, 0]], [[1, 2]]])
+    for rows, said in (([(1, 0, 1, 0)], "label 2 is in frames 1 to 1, its track is missing"),
+                       ([(1, 0, 0, 0), (2, 1, 1, 0)], "from 0 to 0"),
+                       ([(1, 0, 1, 0), (2, 1, 1, 9)], "parent 9 is no track"),
+                       ([(1, 0, 1, 0), (2, 1, 1, 0), (2, 1, 1, 0)], "a row each")):
+        with pytest.raises(ValueError, match=said):
+            metrics.track_scores(truth, truth, rows)
+    metrics.track_scores(truth, truth, [(1, 0, 1, 0), (2, 0, 1, 0)])     # a crop may cut frames off

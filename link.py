@@ -1,0 +1,488 @@
+"""Labels of single planes -> one number for each cell through the slices of a stack or the frames
+of a movie.
+
+    volume = stitch(planes)                       (Z, H, W): one number a cell
+    movie, tracks = track(planes)                 (T, H, W): one number a track; a division ends the
+                                                  mother's and begins two, whose parent it is
+
+Both are two calls, of which the first sees one plane at a time, so that a stack larger than memory
+is linked in the memory of three planes and a table of its cells:
+
+    seen = Seen()
+    for labels in planes: seen.add(labels)        (H, W) integers, 0 is background
+    linked = link_slices(seen)                    or link_frames(seen)
+    for i, labels in enumerate(planes): linked.renumber(i, labels)
+
+*Slices*: the sections of a cell overlap. Pairs of sections in neighbouring slices are taken one to
+one for the largest summed IoU, where they share SHARE of the smaller one. A slice without its
+section is bridged if the cell is cut above and below. A chain with a waist is two cells, one on the
+other. A section that comes out of a cell and goes back into it is a part of it.
+
+*Frames*: two linear assignments, as Jaqaman et al. (Nature Methods 2008). First cells of
+neighbouring frames, gaining by overlap, nearness and like areas; then the ends of these tracks with
+the beginnings of others, over gaps or as divisions. How far a cell goes is taken from the movie.
+
+Letters: n cells, P pairs, R runs, the stretches of one cell in one row of a plane.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
+
+import metrics
+
+SHARE = 0.7             # of the smaller section: two that share less are two cells
+WHOLE = 0.5             # of a cell's median section: one so large is cut, not its cap
+WAIST = 0.6             # of a cell's largest section on either side: two cells
+FAR = 4.0               # times the median displacement: further no cell goes
+AGAIN = 2               # times that links are made anew, knowing where cells come from
+LEAST = 0.1             # gain of a link: with less, one cell has left and one has come
+LIKELY = 0.25           # of 1: from here on a division
+NEAREST = 6             # cells that a cell may become
+GAP = 2                 # frames that a track may miss
+
+
+# ---------------------------------------------------------------------------------- what was seen
+
+class Plane(NamedTuple):
+    """The cells of a plane, and their runs in the order of the pixels."""
+    ids: NDArray        # (n,) labels, ascending
+    area: NDArray       # (n,) px
+    centre: NDArray     # (n, 2) y, x in px
+    edge: NDArray       # (n,) bool: touches the border of the plane
+    cell: NDArray       # (R,) index into ids
+    start: NDArray      # (R,) flat index of the first pixel
+    end: NDArray        # (R,) one past the last
+
+
+def plane_of(labels: NDArray) -> Plane:
+    """Measure the cells of a label image (H, W)."""
+    H, W = labels.shape
+    flat = labels.ravel()
+    starts = np.empty(flat.size, bool)
+    np.not_equal(flat[1:], flat[:-1], out=starts[1:])
+    starts[::W] = True
+    start = np.flatnonzero(starts)
+    value, length = flat[start], np.diff(start, append=flat.size)
+    start, value, length = (part[value > 0] for part in (start, value, length))
+    ids, cell = np.unique(value.astype(np.int64), return_inverse=True)
+    y, x = np.divmod(start, W)
+    area = np.bincount(cell, length, len(ids)).astype(np.int64)
+    centre = np.stack([np.bincount(cell, length * y, len(ids)),
+                       np.bincount(cell, length * (x + (length - 1) / 2), len(ids))], 1)
+    edge = np.zeros(len(ids), bool)
+    edge[cell[(y == 0) | (y == H - 1) | (x == 0) | (x + length == W)]] = True
+    return Plane(ids, area, centre / np.maximum(area, 1)[:, None], edge, cell, start,
+                 start + length)
+
+
+def shared_pixels(a: Plane, b: Plane) -> tuple[NDArray, NDArray, NDArray]:
+    """Pairs of cells (P,) of two planes that overlap, and the pixels they share."""
+    low = np.searchsorted(b.end, a.start, side="right")
+    count = np.searchsorted(b.start, a.end, side="left") - low
+    run = np.repeat(np.arange(len(a.start)), count)                     # of a, once for each of b
+    other = np.arange(len(run)) - np.repeat(np.cumsum(count) - count - low, count)
+    px = np.minimum(a.end[run], b.end[other]) - np.maximum(a.start[run], b.start[other])
+    width = max(len(b.ids), 1)
+    pair, where = np.unique(a.cell[run] * width + b.cell[other], return_inverse=True)
+    return pair // width, pair % width, np.bincount(where, px, len(pair)).astype(np.int64)
+
+
+class Seen:
+    """The cells of all planes, and which overlap in neighbouring planes and in the next but one."""
+
+    def __init__(self, skip: bool = True):
+        """skip: also look at the next plane but one, which slices need."""
+        self.planes: list[Plane] = []                   # runs only of the last two
+        self.pairs: tuple[list, list] = ([], [])        # (first, second, px) one and two planes on
+        self.begin = [0]                                # number of each plane's first cell
+        self.shape: tuple[int, ...] | None = None
+        self.skip = skip
+
+    def add(self, labels: NDArray) -> None:
+        """Take the next plane."""
+        labels = np.asarray(labels)
+        if labels.ndim != 2 or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
+            raise ValueError(f"plane {len(self.planes) + 1}: labels of shape {labels.shape}, "
+                             f"{labels.dtype}; expected (H, W) integers, 0 or more")
+        if self.shape not in (None, labels.shape):
+            raise ValueError(f"plane {len(self.planes) + 1} has {labels.shape} px, those before "
+                             f"{self.shape}; expected planes of one size")
+        self.shape = labels.shape
+        plane = plane_of(labels)
+        for step in range(1, 2 + self.skip):
+            if step <= len(self.planes):
+                before = self.planes[-step]
+                first, second, px = shared_pixels(before, plane)
+                self.pairs[step - 1].append((first + self.begin[-1 - step], second + self.begin[-1],
+                                             px))
+        self.begin.append(self.begin[-1] + len(plane.ids))
+        self.planes.append(plane)
+        if len(self.planes) > 2:
+            nothing = np.zeros(0, np.int64)
+            self.planes[-3] = self.planes[-3]._replace(cell=nothing, start=nothing, end=nothing)
+
+    def cells(self) -> Sections:
+        """All cells of all planes as one table."""
+        if not self.planes:
+            raise ValueError("no planes to link; expected at least one")
+        counts = np.diff(self.begin)
+        return Sections(np.repeat(np.arange(len(counts)), counts),
+                        np.concatenate([plane.area for plane in self.planes]),
+                        np.concatenate([plane.centre for plane in self.planes]),
+                        np.concatenate([plane.edge for plane in self.planes]))
+
+    def overlaps(self, step: int) -> tuple[NDArray, NDArray, NDArray]:
+        """Pairs of cells (P,), `step` planes apart, and the pixels they share."""
+        parts = self.pairs[step - 1] or [(np.zeros(0, np.int64),) * 3]
+        first, second, px = (np.concatenate(column) for column in zip(*parts))
+        return first, second, px
+
+
+class Sections(NamedTuple):
+    """Cells of all planes, in the order of the planes."""
+    plane: NDArray      # (n,)
+    area: NDArray       # (n,) px
+    centre: NDArray     # (n, 2) y, x in px
+    edge: NDArray       # (n,) bool
+
+
+class Linked(NamedTuple):
+    """The number of each cell of each plane, and what is known of the numbers."""
+    ids: list[NDArray]          # of each plane: its labels, ascending
+    numbers: list[NDArray]      # of each plane: the numbers of these
+    parent: NDArray             # (N + 1,) number of the mother; 0: none
+
+    def renumber(self, plane: int, labels: NDArray) -> NDArray:
+        """Labels (H, W) int32 of a plane with the numbers of the whole."""
+        ids, numbers = self.ids[plane], self.numbers[plane]
+        if not len(ids):
+            return np.zeros(labels.shape, np.int32)
+        if ids[-1] <= labels.size:                      # a table of all labels fits
+            table = np.zeros(int(ids[-1]) + 1, np.int32)
+            table[ids] = numbers
+            return table.take(labels, mode="clip")      # none is out of range; twice as fast
+        return np.append(0, numbers)[np.searchsorted(np.append(0, ids), labels)].astype(np.int32)
+
+    def volume(self, planes: list[NDArray]) -> NDArray:
+        """All planes with the numbers of the whole: (Z or T, H, W) int32."""
+        volume = np.empty((len(planes), *planes[0].shape), np.int32)
+        for i, labels in enumerate(planes):
+            volume[i] = self.renumber(i, labels)
+        return volume
+
+    @property
+    def tracks(self) -> NDArray:
+        """(N, 4) number, first plane, last plane, parent, as res_track.txt has them."""
+        N, planes = len(self.parent) - 1, len(self.numbers)
+        first, last = np.full(N + 1, planes), np.full(N + 1, -1)
+        for plane, numbers in enumerate(self.numbers):
+            first[numbers] = np.minimum(first[numbers], plane)
+            last[numbers] = plane
+        return np.stack([np.arange(N + 1), first, last, self.parent], 1)[1:]
+
+
+def numbered(seen: Seen, root: NDArray, parent_of: NDArray | None = None) -> Linked:
+    """Numbers 1..N in the order of appearance for cells (n,) that share a root; parent_of (n,):
+    the cell that the first cell of a track came from, or -1."""
+    _, first, group = np.unique(root, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first, kind="stable")] = np.arange(1, len(first) + 1)
+    number = rank[group]
+    parent = np.zeros(len(first) + 1, np.int64)
+    if parent_of is not None:
+        born = np.flatnonzero(parent_of >= 0)
+        parent[number[born]] = number[parent_of[born]]
+    return Linked([plane.ids for plane in seen.planes],
+                  np.split(number, seen.begin[1:-1]) if len(seen.planes) else [], parent)
+
+
+def chains(n: int, links: NDArray) -> NDArray:
+    """The number (n,) of the group that each of n cells belongs to, which links (2, P) join."""
+    graph = coo_array((np.ones(links.shape[1], bool), tuple(links)), (n, n))
+    return connected_components(graph, directed=False)[1]
+
+
+# ------------------------------------------------------------------------------------------- slices
+
+def stitch(planes: Iterable[NDArray], spacing: float = 1.0) -> NDArray:
+    """Link the labels of slices: (Z, H, W) int32; spacing: px from one slice to the next."""
+    planes = list(planes)
+    seen = Seen()
+    for labels in planes:
+        seen.add(labels)
+    return link_slices(seen, spacing).volume(planes)
+
+
+def link_slices(seen: Seen, spacing: float = 1.0) -> Linked:
+    """One number for the sections of a cell.
+
+    spacing : px from one slice to the next; a cell thinner than two steps has no gap.
+    """
+    table = seen.cells()
+    n, area = len(table.area), table.area
+    first, second, px = seen.overlaps(1)
+    iou = px / (area[first] + area[second] - px)
+    alike = np.flatnonzero(px >= SHARE * np.minimum(area[first], area[second]))
+    kept = alike[metrics.assign(first[alike], second[alike], iou[alike])]
+    links = np.stack([first[kept], second[kept]])
+    parts = rejoined(seen, chains(n, links))
+    size = together(table, chains(n, np.hstack([links, parts])))
+    links = links[:, ~waists(size, links)]
+    return numbered(seen, chains(n, np.hstack([links, parts, bridges(seen, links, spacing)])))
+
+
+def bridges(seen: Seen, links: NDArray, spacing: float) -> NDArray:
+    """Links (2, P) over a missing slice, in a cell that is cut there, not at its cap."""
+    area = seen.cells().area
+    a, b, px = seen.overlaps(2)
+    chain, (first, second) = chains(len(area), links), links
+    whole = area >= WHOLE * median_of(area, chain)[chain]
+    thick = diameters(area) >= 2 * spacing
+    fits = ~np.isin(a, first) & ~np.isin(b, second) & (whole & thick)[a] & (whole & thick)[b]
+    a, b, iou = (part[fits] for part in (a, b, px / (area[a] + area[b] - px)))
+    fits = np.flatnonzero(iou >= 0.5)
+    kept = fits[metrics.assign(a[fits], b[fits], iou[fits])]
+    return np.stack([a[kept], b[kept]])
+
+
+def together(table: Sections, chain: NDArray) -> NDArray:
+    """(n,) px of all sections that the cell of a section has in the slice."""
+    where = chain * (int(table.plane.max(initial=0)) + 1) + table.plane
+    _, index = np.unique(where, return_inverse=True)
+    return np.bincount(index, table.area)[index]
+
+
+def waists(area: NDArray, links: NDArray) -> NDArray:
+    """(P,) bool: links (2, P) where one cell ends and the next begins, for the sections between are
+    less than WAIST of the largest on either side."""
+    first, second = links
+    link_of = np.full(len(area), -1)
+    link_of[first] = np.arange(len(first))
+    cut = np.zeros(len(first), bool)
+    for section in np.setdiff1d(first, second):                   # the first of each chain
+        chain = []
+        while (link := link_of[section]) >= 0:
+            chain.append(link)
+            section = second[link]
+        peak = low = area[first[chain[0]]]
+        at = 0                                                    # of the link into the thinnest
+        for i, link in enumerate(chain):
+            size = area[second[link]]
+            if size <= low:
+                low, at = size, i
+            if size >= peak and low > WAIST * peak:
+                peak = low = size
+            elif low <= WAIST * min(peak, size):
+                cut[min(chain[at:at + 2], key=lambda k: area[first[k]] + area[second[k]])] = True
+                peak = low = size
+    return cut
+
+
+def median_of(values: NDArray, group: NDArray) -> NDArray:
+    """Median of the values of each group."""
+    order = np.lexsort((values, group))
+    begin = np.searchsorted(group[order], np.arange(group.max(initial=-1) + 2))
+    return values[order[(begin[:-1] + begin[1:] - 1) // 2]]
+
+
+def rejoined(seen: Seen, chain: NDArray) -> NDArray:
+    """Links (2, P) of chains that come out of another and go back into it, with that one."""
+    area = seen.cells().area
+    first, second, px = seen.overlaps(1)
+    count = int(chain.max(initial=-1)) + 1
+    heads, tails = np.full((2, count), -1)
+    heads[chain[::-1]] = np.arange(len(chain))[::-1]              # its first and its last section
+    tails[chain] = np.arange(len(chain))
+    other = chain[first] != chain[second]
+    out = np.flatnonzero(other & (heads[chain[second]] == second) & (px >= SHARE * area[second]))
+    into = np.flatnonzero(other & (tails[chain[first]] == first) & (px >= SHARE * area[first]))
+    leaves = chain[second[out]] * count + chain[first[out]]       # (a part, the chain it was in)
+    returns = chain[first[into]] * count + chain[second[into]]
+    found = out[np.isin(leaves, returns)]
+    return np.stack([first[found], second[found]])
+
+
+# ------------------------------------------------------------------------------------------- frames
+
+class Near(NamedTuple):
+    """Pairs of cells (P,) in neighbouring frames, of which one may become the other."""
+    first: NDArray
+    second: NDArray
+    shift: NDArray          # (P,) px between their centres
+    iou: NDArray            # (P,)
+
+
+def track(planes: Iterable[NDArray], max_distance: float | None = None, gap: int = GAP
+          ) -> tuple[NDArray, NDArray]:
+    """Link the labels of frames: (T, H, W) int32, and tracks (N, 4) as Linked.tracks has them."""
+    planes = list(planes)
+    seen = Seen(skip=False)
+    for labels in planes:
+        seen.add(labels)
+    linked = link_frames(seen, max_distance, gap)
+    return linked.volume(planes), linked.tracks
+
+
+def link_frames(seen: Seen, max_distance: float | None = None, gap: int = GAP) -> Linked:
+    """One number for the cells of a track.
+
+    max_distance : px, a cell goes no further in a frame; None: from the median displacement.
+    gap : frames that a track may miss.
+    """
+    table, near = seen.cells(), neighbours(seen)
+    if max_distance is None:
+        max_distance = usual_reach(table, near)
+    n = len(table.area)
+    steps = likely_steps(table, near, max_distance)
+    for _ in range(AGAIN):
+        near = near._replace(shift=unexpected(table, near, *steps))
+        steps = likely_steps(table, near, max_distance)
+    onward, back = np.full((2, n), -1)                            # the next and the last cell
+    onward[steps[0]], back[steps[1]] = steps[1], steps[0]
+
+    mother, one, other, worth = divisions(table, onward, back)
+    a, b, gain = gaps(table, onward, back, max_distance, gap)
+    chosen = metrics.assign(np.append(mother, a), np.append(other, b), np.append(worth, gain))
+    born = chosen[chosen < len(mother)]
+    closed = chosen[chosen >= len(mother)] - len(mother)
+    steps = np.hstack([steps, [a[closed], b[closed]]])
+    taken = np.isin(one[born], other[born]) | np.isin(one[born], b[closed])
+    born = born[~taken]
+    parent_of = np.full(n, -1)
+    parent_of[one[born]] = parent_of[other[born]] = mother[born]
+    steps = steps[:, parent_of[steps[1]] < 0]                     # a daughter begins a track
+    return numbered(seen, chains(n, steps), parent_of)
+
+
+def neighbours(seen: Seen) -> Near:
+    """Cells that overlap, and for each the NEAREST in the frame after."""
+    table = seen.cells()
+    found = [(np.zeros(0, np.int64),) * 3]
+    for frame, (first, second, px) in enumerate(seen.pairs[0]):
+        begin, middle, end = seen.begin[frame:frame + 3]
+        n, m = middle - begin, end - middle
+        if not (n and m):
+            continue
+        k = min(NEAREST, m)
+        _, close = cKDTree(table.centre[middle:end]).query(table.centre[begin:middle],
+                                                           np.arange(1, k + 1))
+        over = (first - begin) * m + second - middle
+        every = np.unique(np.append(over, np.repeat(np.arange(n), k) * m + close.ravel()))
+        shared = np.zeros(len(every), np.int64)
+        shared[np.searchsorted(every, over)] = px
+        found.append((begin + every // m, middle + every % m, shared))
+    first, second, px = (np.concatenate(column) for column in zip(*found))
+    return Near(first, second, np.hypot(*(table.centre[second] - table.centre[first]).T),
+                px / (table.area[first] + table.area[second] - px))
+
+
+def diameters(area: NDArray) -> NDArray:
+    """px, of discs."""
+    return 2 * np.sqrt(area / math.pi)
+
+
+def usual_reach(table: Sections, near: Near) -> float:
+    """How far a cell goes in a frame, px: FAR times the median displacement of cells that are each
+    other's nearest, and half a cell's diameter at least."""
+    if not len(near.first):
+        return 1.0
+    n = len(table.area)
+    ahead, behind = np.full((2, n), np.inf)
+    np.minimum.at(ahead, near.first, near.shift)
+    np.minimum.at(behind, near.second, near.shift)
+    mutual = (near.shift == ahead[near.first]) & (near.shift == behind[near.second])
+    return max(FAR * float(np.median(near.shift[mutual])),
+               float(np.median(diameters(table.area))) / 2)
+
+
+def likely_steps(table: Sections, near: Near, max_distance: float) -> NDArray:
+    """Links (2, P) to the next frame, one to one, by overlap, nearness and like areas."""
+    gain = likeness(table, near.first, near.second, near.shift / max_distance) + near.iou / 2
+    kept = np.flatnonzero(gain > LEAST)
+    kept = kept[metrics.assign(near.first[kept], near.second[kept], gain[kept])]
+    return np.stack([near.first[kept], near.second[kept]])
+
+
+def unexpected(table: Sections, near: Near, first: NDArray, second: NDArray) -> NDArray:
+    """(P,) px from where cells would be that go on as they came, as far as cells here do."""
+    came = np.zeros_like(table.centre)                            # (n, 2) of the step that led here
+    came[second] = table.centre[second] - table.centre[first]
+    before, after = came[first], came[second]
+    moving = before.any(1)
+    size = np.square(before[moving]).sum()
+    keeps = np.clip((before[moving] * after[moving]).sum() / size, 0, 1) if size else 0.0
+    way = table.centre[near.second] - table.centre[near.first] - keeps * came[near.first]
+    return np.hypot(*way.T)
+
+
+def likeness(table: Sections, first: NDArray, second: NDArray, far: NDArray) -> NDArray:
+    """1 for cells of one area in one place, 0 where far, the way in units of the longest, is 1."""
+    a, b = table.area[first], table.area[second]
+    return np.maximum(1 - far ** 2, 0) * np.sqrt(np.minimum(a, b) / np.maximum(a, b))
+
+
+def gaps(table: Sections, onward: NDArray, back: NDArray, max_distance: float, gap: int
+         ) -> tuple[NDArray, NDArray, NDArray]:
+    """Ends of tracks and beginnings after up to `gap` frames without, and what they gain."""
+    found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
+    ends, starts = np.flatnonzero(onward < 0), np.flatnonzero(back < 0)
+    for step in range(2, gap + 2):
+        reach = max_distance * math.sqrt(step)                    # of a random walk
+        place = [np.column_stack([table.centre[side], (table.plane[side] + shift) * 4 * reach])
+                 for side, shift in ((ends, step), (starts, 0))]
+        if not (len(ends) and len(starts)):
+            break
+        pairs = cKDTree(place[0]).sparse_distance_matrix(cKDTree(place[1]), reach,
+                                                         output_type="ndarray")
+        a, b = ends[pairs["i"]], starts[pairs["j"]]
+        found.append((a, b, likeness(table, a, b, pairs["v"] / reach) / step))
+    a, b, gain = (np.concatenate(column) for column in zip(*found))
+    return a[gain > 0], b[gain > 0], gain[gain > 0]
+
+
+def divisions(table: Sections, onward: NDArray, back: NDArray
+              ) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+    """Mothers, the daughters that continue them, the daughters that begin, and how likely this is.
+
+    The daughters lie on either side of the mother, are alike, and together about as large as she
+    was. What the border of the picture cuts need not be alike.
+    """
+    plane, area, centre = table.plane, table.area, table.centre
+    starts = np.flatnonzero((back < 0) & (plane > 0))
+    reach = diameters(area)
+    found = [np.zeros((0, 3), np.int64)]
+    begin = np.searchsorted(plane, np.arange(plane.max(initial=0) + 2))
+    for frame in np.unique(plane[starts]):
+        born = starts[plane[starts] == frame]
+        mothers = np.arange(begin[frame - 1], begin[frame])
+        if not len(mothers):
+            continue
+        shift = np.hypot(*(centre[born][:, None] - centre[mothers]).transpose(2, 0, 1))
+        i, j = np.nonzero(shift < reach[mothers])
+        new, mother = born[i], mothers[j]
+        goes_on = onward[mother] >= 0
+        found.append(np.stack([mother, onward[mother], new], 1)[goes_on])
+        for m in np.unique(mother[~goes_on]):                     # both daughters are new
+            beside = new[mother == m]
+            found.append(np.array([(m, a, b) for a in beside for b in beside if a != b],
+                                  np.int64).reshape(-1, 3))
+    mother, one, other = np.concatenate(found).T
+    smaller, larger = (f(area[one], area[other]) for f in (np.minimum, np.maximum))
+    cut = table.edge[one] | table.edge[other]
+    alike = np.where(cut, 1, smaller / larger)
+    whole = (smaller + larger) / area[mother]
+    whole = np.where(cut & (whole < 1), 1, np.minimum(whole, 1 / whole))
+    middle = np.hypot(*((centre[one] + centre[other]) / 2 - centre[mother]).T)
+    apart = np.hypot(*(centre[one] - centre[other]).T)
+    between = np.clip(1 - middle / (reach[mother] / 2), 0, 1)
+    worth = alike * whole * between * (apart > reach[mother] / 4)
+    kept = worth > LIKELY
+    return mother[kept], one[kept], other[kept], worth[kept]

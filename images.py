@@ -73,6 +73,9 @@ SMALLEST = 1e-5             # µm; no microscope has smaller pixels
 CALIBRATED = 20.0           # µm; a larger pixel in resolution tags is a printer's (1200 dpi: 21)
 MICROMETRES = {**dict.fromkeys(("µm", "μm", "\\u00b5m", "um", "micron", "microns"), 1.0),
                "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25400.0, "in": 25400.0}
+SECONDS = {"s": 1.0, "sec": 1.0, "second": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3,
+           "min": 60.0, "minute": 60.0, "minutes": 60.0, "h": 3600.0, "hour": 3600.0,
+           "hours": 3600.0}
 # errors of decoders when bytes are wrong or missing
 DAMAGE = (MemoryError, tokenize.TokenError, ValueError, LookupError, TypeError, ArithmeticError,
           RuntimeError, AssertionError, AttributeError, OSError, SyntaxError, ImportError,
@@ -185,6 +188,44 @@ def open_image(path: str | Path, channels: Channels = None, plane: int | None = 
                      f"{' '.join(IMAGE_SUFFIXES)}; save the image as TIFF")
 
 
+class Stack(NamedTuple):
+    """What a file says of its planes and frames."""
+    planes: int             # along the axis asked for
+    axes: str               # as they stand in the file
+    step: float | None      # µm from one plane to the next
+    interval: float | None  # seconds from one frame to the next
+
+
+def stack_of(path: str | Path, letter: str) -> Stack:
+    """The planes (letter Z) or frames (T) of a file; pages that it does not name are taken for
+    them."""
+    path = Path(path)
+    if path.suffix.lower() not in TIFF:
+        return Stack(1, "YX", None, None)
+    with decoding(path), tifffile.TiffFile(path, _multifile=False) as tif:
+        series, imagej, pixels = tif.series[0], tif.imagej_metadata or {}, None
+        if tif.is_ome:
+            with suppress(ElementTree.ParseError):
+                pixels = ElementTree.fromstring(tif.ome_metadata or "").find(".//{*}Pixels")
+    lengths = dict(zip(series.axes, series.shape))
+    unknown = [n for a, n in lengths.items() if a not in "CSYXZT" and n > 1]
+    count = lengths.get(letter, unknown[0] if len(unknown) == 1 else 1)
+    step, interval = imagej.get("spacing"), imagej.get("finterval")
+    units = str(imagej.get("unit", "")), str(imagej.get("tunit", "s"))
+    if pixels is not None:
+        step, interval = pixels.get("PhysicalSizeZ"), pixels.get("TimeIncrement")
+        units = pixels.get("PhysicalSizeZUnit", "µm"), pixels.get("TimeIncrementUnit", "s")
+    factors = MICROMETRES.get(units[0].lower(), 0), SECONDS.get(units[1].lower(), 0)
+    known = []
+    for value, factor in zip((step, interval), factors):
+        try:
+            size = abs(float(value or 0)) * factor
+        except (TypeError, ValueError):
+            size = 0.0
+        known.append(size if 0 < size < math.inf else None)
+    return Stack(int(count), series.axes, *known)
+
+
 class Source:
     """An open image: path, shape (C, H, W), dtype, channels, pixel_size (µm) and notices.
 
@@ -272,12 +313,15 @@ def _select(path: Path, plane: int | None, time: int | None, by_channel: bool,
     unknown = [i for i, a in enumerate(axes) if a not in "CSYXZT" and shape[i] > 1]
     if len(unknown) == 1 and plane is not None and "Z" not in axes:
         letters[unknown.pop()] = "Z"
+    elif len(unknown) == 1 and time is not None and "T" not in axes:
+        letters[unknown.pop()] = "T"
     elif len(unknown) == 1 and by_channel and not {"C", "S"} & set(axes):
         letters[unknown.pop()] = "C"
     if unknown:
         n = " x ".join(str(shape[i]) for i in unknown)
         raise ValueError(f"{path}: {n} pages and no word on what they are (axes {axes}); " + (
-            f"plane=1..{n} takes one, channels=1,2 takes them as channels" if len(unknown) == 1
+            f"plane=1..{n} takes one, channels=1,2 takes them as channels, and infer.py links all "
+            "with z=all or time=all" if len(unknown) == 1
             else "save it with named axes, as ImageJ or OME-TIFF"))
     for letter, n in zip(letters, shape, strict=True):
         key, given = {"Z": ("plane", plane), "T": ("time", time)}.get(letter, ("", None))
@@ -288,7 +332,8 @@ def _select(path: Path, plane: int | None, time: int | None, by_channel: bool,
         index.append(slice(None) if letter in "CSYX" else (given or 1) - 1)
     if missing:
         found, keys = (" and ".join(texts) for texts in zip(*missing, strict=True))
-        raise ValueError(f"{path}: a stack with {found}; choose with {keys}")
+        raise ValueError(f"{path}: a stack with {found}; choose with {keys}; infer.py links "
+                         f"all with {'z=all' if 'Z' in found else 'time=all'}")
     for letter, key, given in (("Z", "plane", plane), ("T", "time", time)):
         if letter not in letters and given not in (None, 1):
             raise ValueError(f"{path}: {key}={given}, but the image has no axis {letter}; leave "
@@ -886,6 +931,9 @@ def record_of(file: str | Path | bytes) -> dict | None:
             io.BytesIO(file) if isinstance(file, bytes) else file) as tif:
         text = tif.pages.first.description
         with suppress(ValueError):
+            if text.startswith("<?xml"):                         # of a stack, inside OME's words
+                inside = ElementTree.fromstring(text).find(".//{*}Description")
+                text = "" if inside is None else inside.text or ""
             record = json.loads(text)
             return record if isinstance(record, dict) and "source" in record else {}
         return {}
@@ -941,6 +989,32 @@ class LabelWriter:
                              shape=self.size, dtype=np.uint32,
                              tile=(LABEL_TILE, LABEL_TILE), bigtiff=4 * H * W > CLASSIC,
                              byteorder="<", **_label_options(self.pixel_size, record))
+
+
+def write_label_stack(path: str | Path, planes: Iterable[np.ndarray], shape: tuple[int, int, int],
+                      axes: str, largest: int, pixel_size: float | None = None,
+                      step: float | None = None, record: dict | None = None) -> None:
+    """Write labels (Z or T, H, W), one plane in memory, as a compressed OME-TIFF.
+
+    axes : ZYX or TYX; largest : the largest label; pixel_size, step : µm in a plane and from one to
+    the next, or seconds for frames; record : as of write_labels.
+    """
+    dtype = np.uint16 if largest < 1 << 16 else np.uint32
+    words: dict[str, Any] = {"axes": axes}
+    if pixel_size:
+        words |= {"PhysicalSizeX": pixel_size, "PhysicalSizeXUnit": "µm",
+                  "PhysicalSizeY": pixel_size, "PhysicalSizeYUnit": "µm"}
+    if step:
+        words |= {"PhysicalSizeZ": step, "PhysicalSizeZUnit": "µm"} if axes[0] == "Z" else \
+            {"TimeIncrement": step, "TimeIncrementUnit": "s"}
+    if record:
+        words["Description"] = json.dumps(record)
+    words["UUID"] = uuid.uuid5(uuid.NAMESPACE_URL, Path(path).name).urn
+    with runs.replacing(path) as temporary:
+        tifffile.imwrite(temporary, (plane.astype(dtype) for plane in planes), shape=shape,
+                         dtype=dtype, ome=True, metadata=words, photometric="minisblack",
+                         compression="zlib", compressionargs={"level": 3},
+                         bigtiff=math.prod(shape) * dtype().itemsize > CLASSIC)
 
 
 def _label_options(pixel_size: float | None, record: dict | None = None) -> dict[str, Any]:

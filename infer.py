@@ -6,6 +6,9 @@
     python infer.py slide.svs pixel_size=0.5 geojson=true      a slide, at the size that suits
     python infer.py s3://bucket/plate out=s3://bucket/cells shard=3/16     the third of 16 equal
     parts (slurm/array.sh)
+    python infer.py stack.tif z=all                   cells through all slices of a stack;
+    python infer.py movie.tif time=all                tracks through all frames of a movie, with
+    divisions; a folder of frames is a movie, too
     python infer.py export out=dinocell.onnx          the network for other programs; `export
                                                       --help` has its keys
 
@@ -21,6 +24,14 @@ For each image NAME it writes into out=
     NAME_cells.npz       a vector per cell (ids, vectors, weights), with embed=true
     NAME_within.csv      one row per cell of within=: the nuclei found in it, their number and area
     summary.csv          one row per image: cells, mean area, confluency, diameter, seconds
+
+A stack and a movie have all planes in NAME_labels.tif, one number a cell or track; NAME_cells.csv
+has volumes or t, track, parent and age; the picture shows some planes side by side. Of a movie also
+
+    NAME_tracks.csv      one row per track: parent, first and last frame, path, speed
+    NAME_lineage.svg     who descends from whom
+    NAME_trackmate.xml   for TrackMate in Fiji
+    NAME_ctc/01_RES/     as the Cell Tracking Challenge has it
 
 With --check it says what there is to do, and stops.
 Results of the same image, settings and weights are kept unless overwrite=true, so that the same
@@ -43,9 +54,10 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -63,6 +75,7 @@ with runs.lazy():  # what needs torch: half the start-up time
 
     import cells
     import images
+    import link
     import model
     import segment
     import vectors
@@ -72,8 +85,11 @@ THEIRS = ("_cells", "_masks", "_nuclei")      # and labels of others, where the 
 PLANNED = ("peak", "fill", "depth", "smooth", "shape", "min_area", "border", "near", "tile",
            "overlap", "batch", "block", "embed")
 # what changes the cells and their table
-SETTINGS = ("channels", "plane", "time", "level", "pixel_size", "diameter", *PLANNED[:10], "within")
+SETTINGS = ("channels", "plane", "z", "time", "spacing", "max_distance", "gap", "level",
+            "pixel_size", "diameter", *PLANNED[:10], "within")
 PICTURE = 4096  # px, longest side of an overlay
+SHOWN = 6       # planes in the overlay of a stack
+SAMPLED = 1 << 25  # px, planes that say how bright a stack is have so many together
 
 
 @dataclass(frozen=True)
@@ -83,7 +99,13 @@ class Config:
     # names or numbers, one to three: what the network sees; null: all
     channels: tuple[str, ...] | None = None
     plane: runs.Count | None = None                      # which z plane of a stack
-    time: runs.Count | None = None                       # which time point of a stack
+    z: Literal["all"] | None = None                      # all: every plane, with linked cells
+    # which time point of a stack; all: every one, with tracks
+    time: runs.Count | Literal["all"] | None = None
+    spacing: runs.Positive | None = None  # µm from one plane to the next; null: as the file says
+    # px, a cell goes no further in a frame; null: from the median displacement
+    max_distance: runs.Positive | None = None
+    gap: runs.Whole | None = None                        # frames that a track may miss; null: 2
     # of a slide that is stored in several sizes: which, from 1, the largest; null: pixel_size's
     level: runs.Count | None = None
     pixel_size: runs.Positive | None = None  # µm: the coarsest size with such pixels; null: level 1
@@ -129,9 +151,23 @@ class Config:
             raise ValueError(f"level={self.level} and pixel_size={self.pixel_size:g}: expected one "
                              "of the two")
         parse_diameter(self.diameter, 1.0, None)
+        if self.z and self.time == "all":
+            raise ValueError("z=all and time=all: a stack that moves is not linked; choose one "
+                             "plane=3 or one time=3")
+        if self.z and self.plane:
+            raise ValueError(f"z=all and plane={self.plane}: expected one of the two")
+        if self.linked and (single := [key for key in ("geojson", "rois", "distance", "embed",
+                                                       "within") if getattr(self, key)]):
+            raise ValueError(f"{single[0]}=true: is for single planes; leave it out with z=all and "
+                             "time=all")
         runs.part_of(self.shard)
         if self.within is not None and s3.is_remote(self.within):
             raise ValueError(f"within={self.within}: expected a file or folder here; copy it first")
+
+    @property
+    def linked(self) -> str:
+        """The axis along which cells are linked: Z, T or none."""
+        return "Z" if self.z else "T" if self.time == "all" else ""
 
 
 def main(config: Config, files: list[str], check: bool = False) -> int:
@@ -259,18 +295,21 @@ class Work:
                 bar.update(count + share - bar.n)
 
             for count, (path, file) in enumerate(s3.download(list(todo), config.signed)):
-                if stop:
-                    bar.clear()
-                    print("stopped; the same command goes on from here", file=sys.stderr)
-                    return runs.REQUEUE
                 try:
+                    if stop:
+                        raise runs.Stopped
                     if isinstance(file, OSError):
                         raise file
                     made = {**self.made, "source": source_of(path, file)}
-                    row = segment_file(file, todo[path], self.shelf.folder, net, config, made,
-                                       partial(show, count))
+                    job = file, todo[path], self.shelf.folder, net, config, made
+                    row = segment_stack(*job, partial(show, count), stop) if config.linked else \
+                        segment_file(*job, partial(show, count))
                     self.summary.add(row)
                     self.shelf.deliver()
+                except runs.Stopped:
+                    bar.clear()
+                    print("stopped; the same command goes on from here", file=sys.stderr)
+                    return runs.REQUEUE
                 except (ValueError, OSError, MemoryError, RuntimeError) as error:
                     if isinstance(error, RuntimeError) and not runs.is_memory(error):
                         raise
@@ -279,7 +318,7 @@ class Work:
                     self.fail(error, path, file if isinstance(file, Path) else "", alone)
                     continue
                 self.done += 1
-                self.megapixels += row["height"] * row["width"] / 1e6
+                self.megapixels += row["height"] * row["width"] * row.get("planes", 1) / 1e6
                 show(count, 1.0)
             bar.clear()  # a warning draws it before its second; close() then leaves it
         return 0
@@ -307,10 +346,19 @@ def made_with(weights: Path, config: Config) -> dict:
 
 def source_of(path: Path | str, file: Path) -> dict:
     """An image as results remember it: name, place (hashed, for results are shared), content."""
-    status = file.stat()
-    return {"file": str(path), "place": hashed_place(path), "bytes": status.st_size,
-            "modified": None if s3.is_remote(path) else status.st_mtime_ns,
-            "sha256": runs.digest(file)}
+    size, modified = size_of(file)
+    return {"file": str(path), "place": hashed_place(path), "bytes": size,
+            "modified": None if s3.is_remote(path) else modified, "sha256": content_of(file)}
+
+
+def size_of(file: Path) -> tuple[int, int]:
+    """Bytes and time of the last change (ns), of a folder those of its frames."""
+    status = [each.stat() for each in (frames_in(file) if file.is_dir() else [file])]
+    return sum(one.st_size for one in status), max(one.st_mtime_ns for one in status)
+
+
+def content_of(file: Path) -> str:
+    return runs.digest(*(frames_in(file) if file.is_dir() else [file]))
 
 
 def hashed_place(path: Path | str) -> str:
@@ -325,10 +373,10 @@ def differs(record: dict, path: Path | str, made: dict) -> str:
     if s3.is_remote(path):
         same = source["place"] == hashed_place(path)
     else:
-        status = Path(path).stat()
-        same = source["bytes"] == status.st_size and (
-            (source["place"], source["modified"]) == (hashed_place(path), status.st_mtime_ns)
-            or source["sha256"] == runs.digest(Path(path)))
+        size, modified = size_of(Path(path))
+        same = source["bytes"] == size and (
+            (source["place"], source["modified"]) == (hashed_place(path), modified)
+            or source["sha256"] == content_of(Path(path)))
     if not same:
         return f"comes from {source['file']}, which is another image than {path}"
     old, new = ({**record_or_made["settings"], "weights": record_or_made["weights"]["file"],
@@ -351,13 +399,10 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, made: di
     """
     start, clock = time.perf_counter(), Counter() if clock is None else clock
     chosen = images.level_of(config.pixel_size) if config.pixel_size else config.level or 1
-    where = config.channels, config.plane, config.time
+    when = None if config.time == "all" else config.time
+    where = config.channels, config.plane, when
     with images.open_image(path, *where, level=chosen) as source:
-        C = source.shape[0]
-        if C > 3:
-            names = ", ".join(source.channels or map(str, range(1, C + 1)))
-            raise ValueError(f"{path}: has {C} channels ({names}); choose what the network sees, "
-                             f"up to three, with channels=1,2 or by name")
+        check_channels(path, source)
         tissue = None
         with segment.timed(clock, "read"):
             if source.levels > 1:                              # a slide: its small picture tells
@@ -378,6 +423,14 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, made: di
         for block in segment.blocks(source, results.plan, clock, progress):
             results.add(block)
     return results.close(made, start)
+
+
+def check_channels(path: Path, source: images.Source) -> None:
+    C = source.shape[0]
+    if C > 3:
+        names = ", ".join(source.channels or map(str, range(1, C + 1)))
+        raise ValueError(f"{path}: has {C} channels ({names}); choose what the network sees, "
+                         f"up to three, with channels=1,2 or by name")
 
 
 class Results:
@@ -518,6 +571,142 @@ def types_of(net, rows: np.ndarray) -> dict[str, np.ndarray]:
             "type_probability": share.max(1)}
 
 
+# ------------------------------------------------------------------------------- stacks and movies
+
+class Planes:
+    """Planes of a stack or frames of a movie: pages of a file, or the images of a folder."""
+
+    def __init__(self, path: Path, config: Config):
+        self.path, self.config = path, config
+        self.files = frames_in(path, config.pattern) if path.is_dir() else [path]
+        self.about = images.stack_of(self.files[0], config.linked)
+        if config.spacing:
+            self.about = self.about._replace(step=config.spacing)
+        sizes: dict[tuple[int, int, int], Path] = {}
+        for file in self.files if path.is_dir() else ():
+            with images.open_image(file, config.channels) as source:
+                sizes.setdefault(source.shape, file)
+        if len(sizes) > 1:
+            (one, first), (other, second) = list(sizes.items())[:2]
+            raise ValueError(f"{second}: {' x '.join(map(str, other))} (channels, height, width), "
+                             f"but {first} has {' x '.join(map(str, one))}; expected one size")
+
+    def __len__(self) -> int:
+        return len(self.files) if self.path.is_dir() else self.about.planes
+
+    def open(self, number: int) -> images.Source:
+        """A plane, counted from 0."""
+        if self.path.is_dir():
+            return images.open_image(self.files[number], self.config.channels)
+        z = self.config.linked == "Z"
+        time = None if self.config.time == "all" else self.config.time
+        return images.open_image(self.path, self.config.channels,
+                                 number + 1 if z else self.config.plane,
+                                 time if z else number + 1)
+
+    def limits(self, net) -> np.ndarray:
+        """Intensities (C, 2) that become 0 and 1, the same in all planes: one without cells is not
+        stretched until its noise looks like some."""
+        with self.open(0) as source:
+            C, H, W = source.shape
+        count = min(len(self), max(1, SAMPLED // (H * W)))
+        parts = []
+        for number in np.linspace(0, len(self) - 1, count).round().astype(int):
+            with self.open(int(number)) as source:
+                parts.append(source.region(0, H, 0, W))
+        return images.percentiles(np.concatenate(parts, 1), net.settings.low, net.settings.high)
+
+
+def segment_stack(path: Path, name: str, out: Path, net, config: Config, made: dict | None = None,
+                  progress=None, stop=()) -> dict:
+    """Segment each plane as an image of its own, link the cells, write the results; returns the row
+    of the summary.
+
+    Planes that are done lie in a hidden folder until all is written: a run that is killed goes on.
+    """
+    start, clock = time.perf_counter(), Counter[str]()
+    planes = Planes(path, config)
+    with planes.open(len(planes) // 2) as source:
+        check_channels(path, source)
+        diameter = parse_diameter(config.diameter, source.pixel_size, path)
+        plan = segment.plan_for(source, net, diameter=diameter, limits=planes.limits(net),
+                                **{key: getattr(config, key) for key in PLANNED})
+    work = out / f".{name}_planes"
+    sign = runs.digest(str(made), len(planes))
+    if work.exists() and (config.overwrite or not (work / sign).exists()):
+        shutil.rmtree(work)                                    # of another image or setting
+    work.mkdir(exist_ok=True)
+    (work / sign).touch()
+    alone = replace(config, overlay=False, z=None, time=None)
+    for number in range(len(planes)):
+        if stop:
+            raise runs.Stopped
+        if not (work / f"{number}_labels.tif").exists():
+            with planes.open(number) as source:
+                results = Results(work, str(number), source, plan, alone, clock)
+                for block in segment.blocks(source, results.plan, clock):
+                    results.add(block)
+            results.close(None, start)
+        if progress:
+            progress((number + 1) / (len(planes) + 1))
+    row = link_planes(planes, work, name, out, plan, made, start)
+    shutil.rmtree(work)
+    return row
+
+
+def link_planes(planes: Planes, work: Path, name: str, out: Path, plan, made: dict | None,
+                start: float) -> dict:
+    """Link the cells of planes that are done, and write the results, the labels last."""
+    config, axis, count = planes.config, planes.config.linked, len(planes)
+
+    def labels() -> Iterator[np.ndarray]:
+        return (images.read_labels(work / f"{number}_labels.tif") for number in range(count))
+
+    def numbered() -> Iterator[np.ndarray]:
+        return (linked.renumber(number, plane) for number, plane in enumerate(labels()))
+
+    with planes.open(0) as source:
+        (_, H, W), pixel_size = source.shape, source.pixel_size
+    about, beginning = planes.about, f"{out / name}_"
+    seen = link.Seen(skip=axis == "Z")
+    for plane in labels():
+        seen.add(plane)
+    tables = (runs.read_table(work / f"{number}_cells.csv", ["id"]) for number in range(count))
+    if axis == "Z":
+        ratio = about.step / pixel_size if about.step and pixel_size else 1.0
+        linked = link.link_slices(seen, ratio)
+        runs.write_table(f"{beginning}cells.csv",
+                         link.solid_rows(linked, tables, pixel_size, about.step), link.SOLID)
+    else:
+        linked = link.link_frames(seen, config.max_distance,
+                                  link.GAP if config.gap is None else config.gap)
+        with open(work / "0_cells.csv", encoding="utf-8") as file:
+            columns = file.readline().strip().split(",")
+        link.write_movie_cells(Path(f"{beginning}cells.csv"), linked, tables, columns)
+        places = link.places_of(seen, linked)
+        runs.write_table(f"{beginning}tracks.csv", link.track_rows(linked, places, pixel_size),
+                         link.TRACK)
+        link.write_lineage(Path(f"{beginning}lineage.svg"), linked)
+        link.write_trackmate(Path(f"{beginning}trackmate.xml"), linked, places, planes.path,
+                             (H, W), pixel_size, about.interval)
+        link.write_challenge(out / f"{name}_ctc" / "01_RES", linked, numbered())
+    if config.overlay:
+        shown = []
+        for number in sorted({round(i * (count - 1) / (SHOWN - 1)) for i in range(SHOWN)}):
+            with planes.open(number) as source:
+                plane = images.read_labels(work / f"{number}_labels.tif")
+                shown.append((source.region(0, H, 0, W), linked.renumber(number, plane)))
+        cells.write_picture(f"{beginning}overlay.png", link.strip_of(shown, PICTURE))
+    row = {"image": name, "height": H, "width": W, "planes": count,
+           "cells": len(linked.parent) - 1, "diameter_px": round(plan.diameter, 1),
+           "scale": round(plan.zoom, 4), "seconds": round(time.perf_counter() - start, 2)}
+    step = about.step if axis == "Z" else about.interval
+    images.write_label_stack(f"{beginning}labels.tif", numbered(), (count, H, W), f"{axis}YX",
+                             len(linked.parent), pixel_size, step,
+                             {**made, "row": row} if made else None)
+    return row
+
+
 def parse_diameter(text: str | None, pixel_size: float | None, path: Path | None) -> float | None:
     """'40' px or '12um' -> px; None: as the network sees it."""
     if text in (None, "auto"):
@@ -561,6 +750,11 @@ def find_images(arguments: list[str], config: Config,
                              "it")
         if s3.is_remote(argument) and path.suffix.lower() in images.IMAGE_SUFFIXES:
             found[argument] = runs.flat_name(path.stem)
+        elif config.linked and s3.is_remote(argument):
+            raise ValueError(f"{argument}: a folder of frames must lie on this machine; copy it "
+                             "first, or name files that are stacks")
+        elif config.linked and path.is_dir() and is_series(path, config):
+            found[path] = runs.flat_name(path.resolve().name)
         elif s3.is_remote(argument) or path.is_dir():
             found |= images_below(argument, config, unreadable)
         elif path.exists():
@@ -597,6 +791,19 @@ def images_below(folder: str, config: Config,
     return {p: runs.flat_name(os.path.splitext(name)[0]) for p, name in below.items()}
 
 
+def frames_in(folder: Path, pattern: str = "*") -> list[Path]:
+    """The images of a folder, in natural order."""
+    files = images.image_files(folder, pattern)
+    kept = images_among({path: path.relative_to(folder).as_posix() for path in files})
+    return [path for path in files if path in kept]
+
+
+def is_series(folder: Path, config: Config) -> bool:
+    """Whether the images of a folder are the planes of one stack, or each a stack."""
+    frames = frames_in(folder, config.pattern)
+    return bool(frames) and images.stack_of(frames[0], config.linked).planes == 1
+
+
 def images_matching(pattern: str) -> Images:
     """Images whose path matches a glob, and the names of their results."""
     paths = (Path(p) for p in sorted(glob.glob(pattern, recursive=True)))
@@ -627,6 +834,9 @@ def results(name: str, config: Config) -> list[str]:
     wanted = {"_overlay.png": config.overlay, "_distance.tif": config.distance,
               ".geojson": config.geojson, "_rois.zip": config.rois, "_cells.npz": config.embed,
               "_within.csv": config.within is not None}
+    if config.linked == "T":
+        wanted |= dict.fromkeys(("_tracks.csv", "_lineage.svg", "_trackmate.xml",
+                                 "_ctc/01_RES/res_track.txt"), True)
     return [f"{name}_labels.tif", f"{name}_cells.csv",
             *(name + end for end, asked in wanted.items() if asked)]
 

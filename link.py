@@ -22,21 +22,31 @@ other. A section that comes out of a cell and goes back into it is a part of it.
 neighbouring frames, gaining by overlap, nearness and like areas; then the ends of these tracks with
 the beginnings of others, over gaps or as divisions. How far a cell goes is taken from the movie.
 
+What is written of movies: tracks as a table, as a folder of the Cell Tracking Challenge, as XML for
+TrackMate in Fiji, and as a picture of who descends from whom.
+
 Letters: n cells, P pairs, R runs, the stretches of one cell in one row of a plane.
 """
 from __future__ import annotations
 
+import csv
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.sax.saxutils import quoteattr
 
 import numpy as np
+import tifffile
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
+import cells
 import metrics
+import report
+import runs
 
 SHARE = 0.7             # of the smaller section: two that share less are two cells
 WHOLE = 0.5             # of a cell's median section: one so large is cut, not its cap
@@ -47,6 +57,8 @@ LEAST = 0.1             # gain of a link: with less, one cell has left and one h
 LIKELY = 0.25           # of 1: from here on a division
 NEAREST = 6             # cells that a cell may become
 GAP = 2                 # frames that a track may miss
+MOST = 300              # tracks in a lineage picture
+MARGIN = 4              # px between the planes of a strip
 
 
 # ---------------------------------------------------------------------------------- what was seen
@@ -484,5 +496,284 @@ def divisions(table: Sections, onward: NDArray, back: NDArray
     apart = np.hypot(*(centre[one] - centre[other]).T)
     between = np.clip(1 - middle / (reach[mother] / 2), 0, 1)
     worth = alike * whole * between * (apart > reach[mother] / 4)
-    kept = worth > LIKELY
+    # a piece that is gone a frame later was torn from a cell by its segmentation
+    lives = (onward >= 0) | table.edge | (plane == plane.max(initial=0))
+    kept = (worth > LIKELY) & lives[one] & lives[other]
     return mother[kept], one[kept], other[kept], worth[kept]
+
+
+# ------------------------------------------------------------------------------------------ results
+
+SOLID = ("id", "z", "centroid_y_px", "centroid_x_px", "volume_px")         # first columns of tables
+TRACK = ("track", "parent", "daughters", "first", "last", "frames")
+
+
+def write_movie_cells(path: Path, linked: Linked, tables: Iterable[list[dict]],
+                      columns: Sequence[str]) -> None:
+    """Write a row for each cell of each frame, from the tables of the frames, whose `id` is the
+    label there; t counts from 1, age from 0.
+
+    columns : of these tables, for a movie without cells.
+    """
+    tracks, columns = linked.tracks, [name for name in columns if name != "id"]
+    with runs.replacing(path) as temporary, open(temporary, "w", newline="",
+                                                 encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["t", "track", "parent", "age", *columns])
+        for t, (ids, numbers, rows) in enumerate(zip(linked.ids, linked.numbers, tables,
+                                                     strict=True)):
+            number = dict(zip(ids.tolist(), numbers.tolist()))
+            for row in sorted(rows, key=lambda row: number[int(row["id"])]):
+                k, first, _, parent = tracks[number[int(row["id"])] - 1].tolist()
+                writer.writerow([t + 1, k, parent, t - first, *(row[name] for name in columns)])
+
+
+def solid_rows(linked: Linked, tables: Iterable[list[dict]], pixel_size: float | None,
+               step: float | None) -> list[dict]:
+    """A row for each cell of a stack, from the table of each slice.
+
+    Means are over voxels. Volumes in µm³ and z in µm where pixel_size and step (µm) are known.
+    """
+    solids: dict[int, dict[str, Any]] = {}
+    for z, (ids, numbers, rows) in enumerate(zip(linked.ids, linked.numbers, tables, strict=True)):
+        number = dict(zip(ids.tolist(), numbers.tolist()))
+        for row in rows:
+            k, area = number[int(row["id"])], float(row["area_px"])
+            cell = solids.setdefault(k, {"first": z, "planes": set(), "area": [], "sums": {},
+                                         "low": {}, "high": {}, "border": False})
+            cell["planes"].add(z)
+            cell["area"].append(area)
+            values = {"z": z + 1.0, "y": float(row["centroid_y_px"]),
+                      "x": float(row["centroid_x_px"])}
+            for name, text in row.items():
+                if name.startswith("intensity_mean_"):
+                    values[name] = float(text)
+                elif name.startswith("intensity_min_"):
+                    cell["low"][name] = min(cell["low"].get(name, math.inf), float(text))
+                elif name.startswith("intensity_max_"):
+                    cell["high"][name] = max(cell["high"].get(name, -math.inf), float(text))
+            for name, value in values.items():
+                cell["sums"][name] = cell["sums"].get(name, 0.0) + area * value
+            cell["border"] |= bool(int(row["touches_border"]))
+    return [_solid_row(k, solids[k], len(linked.ids), pixel_size, step) for k in sorted(solids)]
+
+
+def _solid_row(number: int, cell: dict[str, Any], planes: int, pixel_size: float | None,
+               step: float | None) -> dict:
+    volume = sum(cell["area"])
+    means = {name: total / volume for name, total in cell["sums"].items()}
+    seen = sorted(cell["planes"])
+    row = {"id": number, "z": means.pop("z"), "centroid_y_px": means.pop("y"),
+           "centroid_x_px": means.pop("x"), "first_z": seen[0] + 1, "last_z": seen[-1] + 1,
+           "planes": len(seen), "volume_px": int(volume), "largest_area_px": int(max(cell["area"]))}
+    if pixel_size:
+        row |= {"centroid_y_um": row["centroid_y_px"] * pixel_size,
+                "centroid_x_um": row["centroid_x_px"] * pixel_size}
+    if pixel_size and step:
+        cubic = volume * pixel_size ** 2 * step
+        row |= {"z_um": (row["z"] - 1) * step, "volume_um3": cubic,
+                "equivalent_diameter_um": (6 * cubic / math.pi) ** (1 / 3)}
+    return {**row, **means, **cell["low"], **cell["high"],
+            "touches_border": int(cell["border"] or seen[0] == 0 or seen[-1] == planes - 1)}
+
+
+class Places(NamedTuple):
+    """Where the cells of a movie are, in the order of the frames."""
+    track: NDArray      # (n,)
+    frame: NDArray      # (n,) from 0
+    centre: NDArray     # (n, 2) y, x in px
+    area: NDArray       # (n,) px
+
+
+def places_of(seen: Seen, linked: Linked) -> Places:
+    table = seen.cells()
+    return Places(np.concatenate(linked.numbers), table.plane, table.centre, table.area)
+
+
+def track_rows(linked: Linked, places: Places, pixel_size: float | None = None) -> list[dict]:
+    """A row for each track: its family, its frames (counted from 1) and how far it went."""
+    order = np.argsort(places.track, kind="stable")
+    parts = np.split(order, np.cumsum(np.bincount(places.track, minlength=1)[1:])[:-1])
+    daughters = np.bincount(linked.parent, minlength=len(linked.parent))
+    rows = []
+    for (k, first, last, parent), part in zip(linked.tracks.tolist(), parts):
+        way = np.hypot(*np.diff(places.centre[part], axis=0).T)
+        net = float(np.hypot(*(places.centre[part[-1]] - places.centre[part[0]])))
+        row = {"track": k, "parent": parent, "daughters": int(daughters[k]), "first": first + 1,
+               "last": last + 1, "frames": len(part), "missed": last - first + 1 - len(part),
+               "mean_area_px": float(places.area[part].mean()), "path_px": float(way.sum()),
+               "displacement_px": net, "straightness": net / way.sum() if way.sum() else None,
+               "speed_px": float(way.sum()) / (last - first) if last > first else None}
+        if pixel_size:
+            row |= {f"{name}_um": row[f"{name}_px"] and row[f"{name}_px"] * pixel_size
+                    for name in ("path", "displacement", "speed")}
+        rows.append(row)
+    return rows
+
+
+def write_challenge(folder: Path, linked: Linked, planes: Iterable[NDArray]) -> None:
+    """Write a folder as the Cell Tracking Challenge wants it: maskNNN.tif, then res_track.txt.
+
+    There a track has no gap: what comes after one is a new track, the child of the one before.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    frames_of: dict[int, list[int]] = {}
+    for t, numbers in enumerate(linked.numbers):
+        for k in np.unique(numbers).tolist():
+            frames_of.setdefault(k, []).append(t)
+    free, rows = len(linked.parent), []
+    renamed: list[dict[int, int]] = [{} for _ in linked.numbers]
+    last_name: dict[int, int] = {}                      # of a track, for its daughters
+    for k, at in sorted(frames_of.items()):
+        stretches = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
+        name, parent = k, last_name.get(int(linked.parent[k]), 0)
+        for stretch in stretches:
+            rows.append((name, int(stretch[0]), int(stretch[-1]), parent))
+            for t in stretch.tolist():
+                renamed[t][k] = name
+            last_name[k] = parent = name
+            name, free = (free, free + 1) if stretch is not stretches[-1] else (name, free)
+    digits = max(3, len(str(len(renamed) - 1)))
+    dtype = np.uint16 if free <= 1 << 16 else np.uint32
+    for t, (labels, names) in enumerate(zip(planes, renamed, strict=True)):
+        table = np.arange(free, dtype=dtype)
+        table[list(names)] = list(names.values())
+        with runs.replacing(folder / f"mask{t:0{digits}d}.tif") as temporary:
+            tifffile.imwrite(temporary, table[labels], compression="zlib")
+    text = "".join(f"{' '.join(map(str, row))}\n" for row in sorted(rows))
+    runs.write_text(folder / "res_track.txt", text)
+
+
+def family_links(linked: Linked, places: Places) -> NDArray:
+    """(2, L) cells, earlier and later: each to the next of its track, mothers to daughters."""
+    order = np.lexsort((places.frame, places.track))
+    track = places.track[order]
+    first = order[np.flatnonzero(np.diff(track, prepend=-1))]     # of tracks 1..N
+    last = order[np.flatnonzero(np.diff(track, append=-1))]
+    onward = track[1:] == track[:-1]
+    born = np.flatnonzero(linked.parent[1:])
+    return np.hstack([[order[:-1][onward], order[1:][onward]],
+                      [last[linked.parent[1:][born] - 1], first[born]]])
+
+
+TRACKMATE = {"SpotFeatures": {"QUALITY": "QUALITY", "POSITION_X": "POSITION",
+                              "POSITION_Y": "POSITION", "POSITION_Z": "POSITION",
+                              "POSITION_T": "TIME", "FRAME": "NONE", "RADIUS": "LENGTH",
+                              "VISIBILITY": "NONE"},
+             "EdgeFeatures": {"SPOT_SOURCE_ID": "NONE", "SPOT_TARGET_ID": "NONE"},
+             "TrackFeatures": {"TRACK_ID": "NONE", "NUMBER_SPOTS": "NONE"}}
+WHOLE_NUMBERS = ("FRAME", "VISIBILITY", "SPOT_SOURCE_ID", "SPOT_TARGET_ID", "TRACK_ID",
+                 "NUMBER_SPOTS")
+
+
+def write_trackmate(path: Path, linked: Linked, places: Places, image: Path,
+                    size: tuple[int, int], pixel_size: float | None, interval: float | None
+                    ) -> None:
+    """Write cells and links as XML of TrackMate (Fiji: Plugins > Tracking > Load a TrackMate file).
+
+    A track there is a whole family. Lengths are in µm and times in s where they are known.
+    """
+    links = family_links(linked, places)
+    family = chains(len(places.track), links)
+    unit, second, frames = pixel_size or 1.0, interval or 1.0, len(linked.numbers)
+    declared = "".join(f"<{kind}>" + "".join(
+        f'<Feature feature="{name}" name="{name}" shortname="{name}" dimension="{dimension}" '
+        f'isint="{str(name in WHOLE_NUMBERS).lower()}"/>' for name, dimension in names.items())
+        + f"</{kind}>" for kind, names in TRACKMATE.items())
+    radius, begin = diameters(places.area) / 2, np.searchsorted(places.frame, np.arange(frames + 1))
+    by_family = np.argsort(family[links[0]], kind="stable")
+    starts = np.flatnonzero(np.diff(family[links[0]][by_family], prepend=-1))
+    whole = np.bincount(family)
+    with runs.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(f'<?xml version="1.0" encoding="UTF-8"?>\n<TrackMate version="7.11.1">\n'
+                   f'<Model spatialunits="{"micron" if pixel_size else "pixel"}" '
+                   f'timeunits="{"sec" if interval else "frame"}">\n<FeatureDeclarations>{declared}'
+                   f'</FeatureDeclarations>\n<AllSpots nspots="{len(family)}">\n')
+        for t in range(frames):
+            file.write(f'<SpotsInFrame frame="{t}">\n')
+            for i in range(begin[t], begin[t + 1]):
+                y, x = (places.centre[i] * unit).tolist()
+                file.write(f'<Spot ID="{i}" name="{places.track[i]}" QUALITY="1.0" '
+                           f'POSITION_X="{x:.7g}" POSITION_Y="{y:.7g}" POSITION_Z="0.0" '
+                           f'POSITION_T="{t * second:.7g}" FRAME="{t}" '
+                           f'RADIUS="{radius[i] * unit:.7g}" VISIBILITY="1"/>\n')
+            file.write("</SpotsInFrame>\n")
+        file.write("</AllSpots>\n<AllTracks>\n")
+        for edges in np.split(by_family, starts[1:]) if len(starts) else ():
+            k = family[links[0][edges[0]]]
+            file.write(f'<Track name="Track_{k}" TRACK_ID="{k}" NUMBER_SPOTS="{whole[k]}">\n')
+            file.writelines(f'<Edge SPOT_SOURCE_ID="{a}" SPOT_TARGET_ID="{b}"/>\n'
+                            for a, b in links[:, edges].T.tolist())
+            file.write("</Track>\n")
+        shown = "".join(f'<TrackID TRACK_ID="{k}"/>' for k in np.unique(family[links[0]]))
+        name, folder = (quoteattr(text) for text in (image.name, str(image.resolve().parent)))
+        file.write(
+            f'</AllTracks>\n<FilteredTracks>{shown}</FilteredTracks>\n</Model>\n<Settings>'
+            f'<ImageData filename={name} folder={folder} width="{size[1]}" height="{size[0]}" '
+            f'nslices="1" nframes="{frames}" pixelwidth="{unit:.7g}" pixelheight="{unit:.7g}" '
+            f'voxeldepth="1.0" timeinterval="{second:.7g}"/>'
+            f'<BasicSettings xstart="0" xend="{size[1] - 1}" ystart="0" yend="{size[0] - 1}" '
+            f'zstart="0" zend="0" tstart="0" tend="{frames - 1}"/>'
+            '<InitialSpotFilter feature="QUALITY" value="0.0" isabove="true"/>'
+            '<SpotFilterCollection/><TrackFilterCollection/></Settings>\n</TrackMate>\n')
+
+
+def write_lineage(path: Path, linked: Linked) -> None:
+    """Write an SVG: a line for each track over the frames, mothers joined to their daughters.
+
+    Families are sorted by their first frame and have a colour each; the longest lives come first
+    where there are more than MOST tracks.
+    """
+    tracks = {k: (first, last, parent) for k, first, last, parent in linked.tracks.tolist()}
+    daughters: dict[int, list[int]] = {}
+    for k, (_, _, parent) in tracks.items():
+        daughters.setdefault(parent, []).append(k)
+
+    def family(k: int) -> list[int]:
+        """Daughters on either side of their mother, in the order of the lanes."""
+        below = daughters.get(k, [])
+        half = len(below) // 2
+        return [each for side in (below[:half], [k], below[half:]) for one in side
+                for each in ([k] if one == k else family(one))]
+
+    def span(members: list[int]) -> int:
+        return max(tracks[k][1] for k in members) - min(tracks[k][0] for k in members)
+
+    families = sorted((family(k) for k in daughters.get(0, [])), key=span, reverse=True)
+    kept: list[list[int]] = []
+    lanes = 0
+    for members in families:
+        if lanes + len(members) > MOST and kept:
+            break
+        kept.append(members)
+        lanes += len(members)
+    kept.sort(key=lambda members: (len(members) == 1, min(tracks[k][0] for k in members)))
+    frames = len(linked.numbers)
+    more = "" if len(kept) == len(families) else f", the longest {lanes} of {len(tracks)} tracks"
+    lane = {k: i for i, k in enumerate(k for members in kept for k in members)}
+    picture = report.Frame([1, max(frames, 2)], [], "frame" + more,
+                           rows=[str(k) for k in lane] or ["no cell"], width=900,
+                           height=70 + 14 * max(lanes, 6))
+    for number, members in enumerate(kept):
+        colour = report.COLOURS[number % len(report.COLOURS)]
+        look = f'fill="none" stroke="{colour}" stroke-linecap="round" stroke-width='
+        for k in members:
+            first, last, parent = tracks[k]
+            if parent in lane:
+                picture.line([(tracks[parent][1] + 1, lane[parent]), (first + 1, lane[k])],
+                             look + '"1.5"')
+            picture.line([(first + 1, lane[k]), (last + 1.01, lane[k])], look + '"4"')
+    report.write_svg(path, picture.svg(), picture.width, picture.height)
+
+
+def strip_of(planes: Sequence[tuple[NDArray, NDArray]], side: int = 4096) -> NDArray:
+    """Planes (C, H, W) with their labels (H, W) side by side, (h, w, 3) uint8; a cell has one
+    colour in all."""
+    C, H, W = planes[0][0].shape
+    step = max(1, -(-max(H, len(planes) * (W + MARGIN)) // side))
+    small = [cells.reduced(image, labels, step) for image, labels in planes]
+    edge = np.zeros((C, small[0][0].shape[1], MARGIN), small[0][0].dtype)
+    between = np.zeros(edge.shape[1:], small[0][1].dtype)
+    image = np.concatenate([part for pixels, _ in small for part in (pixels, edge)][:-1], 2)
+    labels = np.concatenate([part for _, ids in small for part in (ids, between)][:-1], 1)
+    return cells.overlay(image, labels, side)

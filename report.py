@@ -256,10 +256,16 @@ def write_curves(path: str | Path, series: Mapping[str, Points]) -> None:
                          share=False) for name, points in series.items() if points]
     placed = "".join(f'<g transform="translate({i % 2 * WIDTH} {i // 2 * HEIGHT})">{chart}</g>'
                      for i, chart in enumerate(charts))
-    width, height = WIDTH * min(2, len(charts) or 1), HEIGHT * max(1, math.ceil(len(charts) / 2))
+    write_svg(path, placed, WIDTH * min(2, len(charts) or 1),
+              HEIGHT * max(1, math.ceil(len(charts) / 2)))
+
+
+def write_svg(path: str | Path, content: str, width: int, height: int) -> None:
+    """Write charts as a picture of its own."""
     runs.write_text(path, f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" '
                           f'height="{height}"><style>svg {{ background: #fff; --soft: #5b6675; '
-                          f'--ink: #1d2530; --rule: #d9dee5; }}{SVG_STYLE}</style>{placed}</svg>\n')
+                          f'--ink: #1d2530; --rule: #d9dee5; }}{SVG_STYLE}</style>{content}'
+                          '</svg>\n')
 
 
 # -------------------------------------------------------------------------------- pictures as PNG

@@ -54,6 +54,7 @@ WAIST = 0.6             # of a cell's largest section on either side: two cells
 FAR = 4.0               # times the median displacement: further no cell goes
 AGAIN = 2               # times that links are made anew, knowing where cells come from
 LEAST = 0.1             # gain of a link: with less, one cell has left and one has come
+SHRUNK = 0.9            # of its mother a daughter has at most
 LIKELY = 0.25           # of 1: from here on a division
 NEAREST = 6             # cells that a cell may become
 GAP = 2                 # frames that a track may miss
@@ -121,7 +122,8 @@ class Seen:
     def add(self, labels: NDArray) -> None:
         """Take the next plane."""
         labels = np.asarray(labels)
-        if labels.ndim != 2 or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
+        if labels.ndim != 2 or labels.dtype.kind not in "iu" or (
+                labels.dtype.kind == "i" and labels.min(initial=0) < 0):
             raise ValueError(f"plane {len(self.planes) + 1}: labels of shape {labels.shape}, "
                              f"{labels.dtype}; expected (H, W) integers, 0 or more")
         if self.shape not in (None, labels.shape):
@@ -497,8 +499,8 @@ def divisions(table: Sections, onward: NDArray, back: NDArray
     between = np.clip(1 - middle / (reach[mother] / 2), 0, 1)
     worth = alike * whole * between * (apart > reach[mother] / 4)
     # a piece that is gone a frame later was torn from a cell by its segmentation
-    lives = (onward >= 0) | table.edge | (plane == plane.max(initial=0))
-    kept = (worth > LIKELY) & lives[one] & lives[other]
+    lives = (onward >= 0) | (plane == plane.max(initial=0))
+    kept = (worth > LIKELY) & lives[one] & lives[other] & (larger < SHRUNK * area[mother])
     return mother[kept], one[kept], other[kept], worth[kept]
 
 

@@ -1,11 +1,20 @@
 """Slices and frames: closed forms on spheres and discs, invariants on drawn movies, real volumes
 beside other programs."""
+import csv
+import json
+import sys
+from xml.etree import ElementTree
+
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
+import images
+import infer
 import link
 import metrics
+import runs
 import synthetic
 
 
@@ -206,3 +215,210 @@ def test_real_stacks_as_well_as_cellpose(shared, name):
     ours, theirs = (metrics.average_precision(truth, found, 0.5)
                     for found in (link.stitch(planes), utils.stitch3D(planes.copy())))
     assert ours >= theirs + 0.1
+
+
+# --------------------------------------------------------------- infer.py from end to end, in files
+
+@pytest.fixture(scope="module")
+def movie():
+    return synthetic.movie(3, frames=5, size=96, cells=24, diameter=24, speed=0.1, cycle=12)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """infer.py whose network is the truth: what a plane's pixels are is its labels."""
+    net = infer.model.load(infer.Path(infer.__file__).parent / "final_models/demo_synthetic.pt")
+    monkeypatch.setattr(infer.model, "load", lambda path: net)
+
+    def truth(source, plan, clock=None, progress=None):
+        _, H, W = source.shape
+        labels = source.region(0, H, 0, W)[0].astype(np.int32)
+        ids, index = np.unique(np.append(labels, 0), return_inverse=True)
+        local, whole = index[:-1].reshape(H, W).astype(np.int32), (slice(0, H), slice(0, W))
+        numbers = np.arange(len(ids), dtype=np.int32)
+        yield infer.segment.Block(whole, whole, local, numbers, numbers[1:], local,
+                                  np.zeros((H, W), np.float32))
+    monkeypatch.setattr(infer.segment, "blocks", truth)
+
+
+def go(capsys, *arguments):
+    with pytest.raises(SystemExit) as end:
+        runs.script(infer.__doc__, infer.Config, infer.main,
+                    [*map(str, arguments), "weights=tiny"])
+    return end.value.code, *capsys.readouterr()
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def stored(path, movie, axes="TYX", **words):
+    tifffile.imwrite(path, movie.labels.astype(np.uint16), imagej=True,
+                     metadata={"axes": axes, **words})
+    return path
+
+
+def test_a_movie_gets_all_its_files(tmp_path, movie, quick, capsys):
+    file, out = stored(tmp_path / "a.tif", movie, finterval=60, unit="um"), tmp_path / "out"
+    assert go(capsys, file, "time=all", f"out={out}")[0] == 0
+    assert sorted(p.name for p in out.iterdir()) == [
+        "a_cells.csv", "a_ctc", "a_labels.tif", "a_lineage.svg", "a_overlay.png",
+        "a_trackmate.xml", "a_tracks.csv", "summary.csv"]
+    labels = tifffile.imread(out / "a_labels.tif")
+    found, tracks = link.track(list(movie.labels))
+    assert np.array_equal(labels, found) and labels.dtype == np.uint16
+    with tifffile.TiffFile(out / "a_labels.tif") as tif:
+        assert tif.is_ome and tif.series[0].axes == "TYX"
+        assert 'TimeIncrement="60' in tif.ome_metadata
+    table = rows(out / "a_cells.csv")
+    for t in range(5):
+        here = {int(row["track"]): int(row["area_px"]) for row in table if int(row["t"]) == t + 1}
+        assert here == {k: int((labels[t] == k).sum()) for k in np.unique(labels[t])[1:]}
+    parents = {int(row["track"]): int(row["parent"]) for row in rows(out / "a_tracks.csv")}
+    assert parents == dict(tracks[:, [0, 3]].tolist()) and any(parents.values())
+    assert all(int(row["age"]) == int(row["t"]) - 1 - tracks[int(row["track"]) - 1, 1]
+               for row in table)
+    summary = rows(out / "summary.csv")[0]
+    assert int(summary["planes"]) == 5 and int(summary["cells"]) == len(tracks)
+    picture = np.asarray(Image.open(out / "a_overlay.png"))
+    assert picture.shape[1] > 4 * picture.shape[0]                    # five frames side by side
+    svg = ElementTree.parse(out / "a_lineage.svg").getroot()
+    assert len(svg.findall(".//{*}polyline")) == len(tracks) + sum(map(bool, parents.values()))
+    # what there is is kept; other settings are not mixed with it
+    assert "already" in go(capsys, file, "time=all", f"out={out}")[1]
+    assert "max_distance" in go(capsys, file, "time=all", f"out={out}", "max_distance=3")[2]
+
+
+def test_others_read_the_tracks(tmp_path, movie, quick, capsys, monkeypatch):
+    """The challenge's own evaluation and a reader of TrackMate's XML see what the labels say."""
+    file, out = stored(tmp_path / "a.tif", movie), tmp_path / "out"
+    assert go(capsys, file, "time=all", f"out={out}")[0] == 0
+    labels, lines = tifffile.imread(out / "a_labels.tif"), rows(out / "a_tracks.csv")
+    result = out / "a_ctc/01_RES"
+    masks = np.stack([tifffile.imread(p) for p in sorted(result.glob("mask*.tif"))])
+    table = np.loadtxt(result / "res_track.txt", dtype=int, ndmin=2)
+    scores = metrics.track_scores(labels, masks, [[int(row["track"]), int(row["first"]) - 1,
+                                                   int(row["last"]) - 1, int(row["parent"])]
+                                                  for row in lines], table)
+    assert scores["TRA"] == scores["CT"] == 1
+    root = ElementTree.parse(out / "a_trackmate.xml").getroot()
+    spots = root.findall(".//Spot")
+    assert len(spots) == int(root.find(".//AllSpots").get("nspots")) == len(rows(
+        out / "a_cells.csv"))
+    edges = len(root.findall(".//Edge"))
+    assert edges == len(spots) - len(lines) + sum(row["parent"] != "0" for row in lines)
+    monkeypatch.setitem(sys.modules, "xml.etree.cElementTree", ElementTree)   # gone since 3.9
+    reader = pytest.importorskip("pytrackmate", reason="needs pytrackmate")
+    peaks = reader.trackmate_peak_import(str(out / "a_trackmate.xml"), get_tracks=True)
+    assert len(peaks) == len(spots)
+    first = peaks[peaks["t_stamp"] == 0].sort_values("spot_id")
+    centres = link.plane_of(labels[0]).centre
+    np.testing.assert_allclose(np.sort(first[["y", "x"]].to_numpy(), 0), np.sort(centres, 0), 1e-5)
+
+
+def test_ctcmetrics_takes_the_folder_for_valid(tmp_path, capsys):
+    """Gaps, which the challenge does not allow within a track, become new tracks there."""
+    valid = pytest.importorskip("ctc_metrics.metrics", reason="needs py-ctcmetrics").valid
+    cell = [(30, 20 + 2 * t, 9) for t in range(6)]
+    planes = discs({1: [None if t in (2, 4) else place for t, place in enumerate(cell)],
+                    2: [(60, 90, 9)] * 6})
+    seen = link.Seen(skip=False)
+    for plane in planes:
+        seen.add(plane)
+    linked = link.link_frames(seen)
+    assert len(linked.tracks) == 2
+    link.write_challenge(tmp_path, linked, iter(linked.volume(list(planes))))
+    table = np.loadtxt(tmp_path / "res_track.txt", dtype=int)
+    assert table.tolist() == [[1, 0, 1, 0], [2, 0, 5, 0], [3, 3, 3, 1], [4, 5, 5, 3]]
+    masks = sorted(map(str, tmp_path.glob("mask*.tif")))
+    assert valid(masks, table, [np.unique(tifffile.imread(m))[1:].tolist() for m in masks]) == 1
+
+
+@pytest.mark.smoke
+def test_a_stack_gets_volumes(tmp_path, quick, capsys):
+    truth = spheres((12, 40, 50), (6, 15, 15, 5), (5, 22, 36, 4)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "s.tif", truth, imagej=True, resolution=(2, 2),
+                     metadata={"axes": "ZYX", "spacing": 1.5, "unit": "um"})
+    out = tmp_path / "out"
+    assert go(capsys, tmp_path / "s.tif", "z=all", f"out={out}")[0] == 0
+    assert same(tifffile.imread(out / "s_labels.tif"), truth)
+    for row in rows(out / "s_cells.csv"):
+        cell = tifffile.imread(out / "s_labels.tif") == int(row["id"])
+        assert int(row["volume_px"]) == cell.sum()
+        assert float(row["volume_um3"]) == pytest.approx(cell.sum() * 0.5 * 0.5 * 1.5)
+        z, y, x = np.argwhere(cell).mean(0)
+        found = [float(row[name]) for name in ("z", "centroid_y_px", "centroid_x_px", "z_um")]
+        assert found == pytest.approx([z + 1, y, x, z * 1.5], rel=1e-5)
+        assert float(row["intensity_mean_1"]) == pytest.approx(truth[cell].mean())
+    with tifffile.TiffFile(out / "s_labels.tif") as tif:
+        assert 'PhysicalSizeZ="1.5"' in tif.ome_metadata and tif.series[0].axes == "ZYX"
+    assert images.stack_of(out / "s_labels.tif", "Z").step == 1.5
+
+
+def test_a_run_that_is_killed_goes_on(tmp_path, movie, quick, capsys, monkeypatch):
+    file, out = stored(tmp_path / "a.tif", movie), tmp_path / "out"
+    blocks, seen = infer.segment.blocks, []
+
+    def dying(source, *rest):
+        seen.append(1)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return blocks(source, *rest)
+    monkeypatch.setattr(infer.segment, "blocks", dying)
+    assert go(capsys, file, "time=all", f"out={out}")[0] == 130
+    assert not (out / "a_labels.tif").exists()
+    assert go(capsys, file, "time=all", f"out={out}")[0] == 0
+    assert len(seen) == 4 + 2                                         # three frames were kept
+    assert np.array_equal(tifffile.imread(out / "a_labels.tif"), link.track(movie.labels)[0])
+    assert not list(out.glob(".*"))
+
+
+def test_a_folder_of_frames_is_a_movie(tmp_path, movie, quick, capsys):
+    folder, out = tmp_path / "frames", tmp_path / "out"
+    folder.mkdir()
+    for t, plane in enumerate(movie.labels):
+        tifffile.imwrite(folder / f"t{t + 8}.tif", plane.astype(np.uint16))     # t9 before t10
+    assert go(capsys, folder, "time=all", f"out={out}")[0] == 0
+    found = tifffile.imread(out / "frames_labels.tif")
+    assert np.array_equal(found, link.track(movie.labels)[0])
+    assert "already" in go(capsys, folder, "time=all", f"out={out}")[1]
+    tifffile.imwrite(folder / "t99.tif", movie.labels[0, :50].astype(np.uint16))
+    code, _, said = go(capsys, folder, "time=all", f"out={tmp_path / 'b'}")
+    assert code == 1 and "t99.tif" in said and "1 x 50 x 96" in said and said.count("\n") == 1
+
+
+def test_empty_frames_and_one_frame(tmp_path, movie, quick, capsys):
+    some = movie.labels.astype(np.uint16).copy()
+    some[2] = 0
+    for name, planes in (("gap", some), ("none", 0 * some), ("one", some[0])):
+        tifffile.imwrite(tmp_path / f"{name}.tif", planes)
+        out = tmp_path / name
+        code, _, said = go(capsys, tmp_path / f"{name}.tif", "time=all", f"out={out}")
+        assert code == 0, said
+        labels = tifffile.imread(out / f"{name}_labels.tif")
+        assert labels.shape[-2:] == (96, 96) and labels.any() == (name != "none")
+        for end in ("cells.csv", "tracks.csv", "lineage.svg", "trackmate.xml", "overlay.png"):
+            assert (out / f"{name}_{end}").stat().st_size, end
+        header = (out / f"{name}_cells.csv").read_text().splitlines()[0]
+        assert header.startswith("t,track,parent,age,area_px,")
+    assert len(tifffile.imread(tmp_path / "gap/gap_labels.tif")) == 5
+
+
+def test_what_cannot_be_linked_is_said_in_one_line(tmp_path, movie, quick, capsys):
+    unknown = tmp_path / "u.tif"
+    tifffile.imwrite(unknown, movie.labels[None].astype(np.uint16), metadata=None)
+    both = tmp_path / "both.tif"
+    tifffile.imwrite(both, np.zeros((2, 3, 32, 32), np.uint8), imagej=True,
+                     metadata={"axes": "TZYX"})
+    for arguments, said in (
+            ([unknown], "infer.py links all with z=all or time=all"),
+            ([both, "z=all"], "time=1..2"), ([both, "z=all", "time=all"], "choose one"),
+            ([both, "z=all", "plane=2"], "one of the two"), ([both, "z=3"], "z=3: expected"),
+            ([both, "time=all", "plane=2", "rois=true"], "for single planes"),
+            (["s3://bucket/frames", "time=all"], "must lie on this machine")):
+        code, _, error = go(capsys, *arguments, f"out={tmp_path / 'out'}")
+        assert code == 1 and said in error and error.count("\n") == 1, error
+    assert not (tmp_path / "out").exists()
+    assert go(capsys, both, "z=all", "time=2", f"out={tmp_path / 'out'}")[0] == 0
+    assert json.dumps(images.read_record(tmp_path / "out/both_labels.tif")["settings"])

@@ -398,10 +398,9 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, made: di
     made : how they are made, for their record.
     """
     start, clock = time.perf_counter(), Counter() if clock is None else clock
-    chosen = images.level_of(config.pixel_size) if config.pixel_size else config.level or 1
     when = None if config.time == "all" else config.time
     where = config.channels, config.plane, when
-    with images.open_image(path, *where, level=chosen) as source:
+    with images.open_image(path, *where, level=level_wanted(config)) as source:
         check_channels(path, source)
         tissue = None
         with segment.timed(clock, "read"):
@@ -423,6 +422,11 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, made: di
         for block in segment.blocks(source, results.plan, clock, progress):
             results.add(block)
     return results.close(made, start)
+
+
+def level_wanted(config: Config):
+    """As open_image takes it."""
+    return images.level_of(config.pixel_size) if config.pixel_size else config.level or 1
 
 
 def check_channels(path: Path, source: images.Source) -> None:
@@ -597,12 +601,13 @@ class Planes:
     def open(self, number: int) -> images.Source:
         """A plane, counted from 0."""
         if self.path.is_dir():
-            return images.open_image(self.files[number], self.config.channels)
+            return images.open_image(self.files[number], self.config.channels,
+                                     level=level_wanted(self.config))
         z = self.config.linked == "Z"
         time = None if self.config.time == "all" else self.config.time
         return images.open_image(self.path, self.config.channels,
                                  number + 1 if z else self.config.plane,
-                                 time if z else number + 1)
+                                 time if z else number + 1, level=level_wanted(self.config))
 
     def limits(self, net) -> np.ndarray:
         """Intensities (C, 2) that become 0 and 1, the same in all planes: one without cells is not

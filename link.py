@@ -50,7 +50,8 @@ import runs
 
 SHARE = 0.7             # of the smaller section: two that share less are two cells
 WHOLE = 0.5             # of a cell's median section: one so large is cut, not its cap
-WAIST = 0.6             # of a cell's largest section on either side: two cells
+THIN = 0.4              # of the sections around it: one so thin is a waist on its own
+WAIST = 0.65            # of a cell's largest section on either side: two cells
 FAR = 4.0               # times the median displacement: further no cell goes
 AGAIN = 2               # times that links are made anew, knowing where cells come from
 LEAST = 0.1             # gain of a link: with less, one cell has left and one has come
@@ -282,21 +283,28 @@ def waists(area: NDArray, links: NDArray) -> NDArray:
     link_of[first] = np.arange(len(first))
     cut = np.zeros(len(first), bool)
     for section in np.setdiff1d(first, second):                   # the first of each chain
-        chain = []
+        chain, sections = [], [section]
         while (link := link_of[section]) >= 0:
-            chain.append(link)
             section = second[link]
-        peak = low = area[first[chain[0]]]
-        at = 0                                                    # of the link into the thinnest
-        for i, link in enumerate(chain):
-            size = area[second[link]]
-            if size <= low:
-                low, at = size, i
-            if size >= peak and low > WAIST * peak:
-                peak = low = size
-            elif low <= WAIST * min(peak, size):
-                cut[min(chain[at:at + 2], key=lambda k: area[first[k]] + area[second[k]])] = True
-                peak = low = size
+            chain.append(link)
+            sections.append(section)
+        size = area[sections]
+        smooth = size.copy()                                      # one odd section is no waist ...
+        smooth[1:-1] = np.median([size[:-2], size[1:-1], size[2:]], axis=0)
+        smooth = np.where(size < THIN * smooth, size, smooth)     # ... but a very thin one
+        peak = low = smooth[0]
+        since = 0
+        for i, here in enumerate(smooth):
+            if here <= low:
+                low = here
+            if here >= peak and low > WAIST * peak:
+                peak = low = here
+                since = i
+            elif low <= WAIST * min(peak, here):
+                sums = size[since:i] + size[since + 1:i + 1]      # of the two sides of a link
+                cut[chain[since + int(np.argmin(sums))]] = True
+                peak = low = here
+                since = i
     return cut
 
 

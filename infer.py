@@ -696,12 +696,15 @@ def link_planes(planes: Planes, work: Path, name: str, out: Path, plan, made: di
                              (H, W), pixel_size, about.interval)
         link.write_challenge(out / f"{name}_ctc" / "01_RES", linked, numbered())
     if config.overlay:
-        shown = []
-        for number in sorted({round(i * (count - 1) / (SHOWN - 1)) for i in range(SHOWN)}):
-            with planes.open(number) as source:
-                plane = images.read_labels(work / f"{number}_labels.tif")
-                shown.append((source.region(0, H, 0, W), linked.renumber(number, plane)))
-        cells.write_picture(f"{beginning}overlay.png", link.strip_of(shown, PICTURE))
+        shown = sorted({round(i * (count - 1) / (SHOWN - 1)) for i in range(SHOWN)})
+
+        def pictures() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for number in shown:
+                with planes.open(number) as source:
+                    plane = images.read_labels(work / f"{number}_labels.tif")
+                    yield source.region(0, H, 0, W), linked.renumber(number, plane)
+        strip = link.strip_of(pictures(), len(shown), (H, W), PICTURE)
+        cells.write_picture(f"{beginning}overlay.png", strip)
     row = {"image": name, "height": H, "width": W, "planes": count,
            "cells": len(linked.parent) - 1, "diameter_px": round(plan.diameter, 1),
            "scale": round(plan.zoom, 4), "seconds": round(time.perf_counter() - start, 2)}
@@ -840,8 +843,7 @@ def results(name: str, config: Config) -> list[str]:
               ".geojson": config.geojson, "_rois.zip": config.rois, "_cells.npz": config.embed,
               "_within.csv": config.within is not None}
     if config.linked == "T":
-        wanted |= dict.fromkeys(("_tracks.csv", "_lineage.svg", "_trackmate.xml",
-                                 "_ctc/01_RES/res_track.txt"), True)
+        wanted |= dict.fromkeys(("_tracks.csv", "_lineage.svg", "_trackmate.xml"), True)
     return [f"{name}_labels.tif", f"{name}_cells.csv",
             *(name + end for end, asked in wanted.items() if asked)]
 

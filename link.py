@@ -776,14 +776,17 @@ def write_lineage(path: Path, linked: Linked) -> None:
     report.write_svg(path, picture.svg(), picture.width, picture.height)
 
 
-def strip_of(planes: Sequence[tuple[NDArray, NDArray]], side: int = 4096) -> NDArray:
+def strip_of(planes: Iterable[tuple[NDArray, NDArray]], count: int, size: tuple[int, int],
+             side: int = 4096) -> NDArray:
     """Planes (C, H, W) with their labels (H, W) side by side, (h, w, 3) uint8; a cell has one
-    colour in all."""
-    C, H, W = planes[0][0].shape
-    step = max(1, -(-max(H, len(planes) * (W + MARGIN)) // side))
+    colour in all.
+
+    count, size : how many, and (H, W); each is reduced when it comes.
+    """
+    step = max(1, -(-max(size[0], count * (size[1] + MARGIN)) // side))
     small = [cells.reduced(image, labels, step) for image, labels in planes]
-    edge = np.zeros((C, small[0][0].shape[1], MARGIN), small[0][0].dtype)
-    between = np.zeros(edge.shape[1:], small[0][1].dtype)
-    image = np.concatenate([part for pixels, _ in small for part in (pixels, edge)][:-1], 2)
-    labels = np.concatenate([part for _, ids in small for part in (ids, between)][:-1], 1)
+    C, h, _ = small[0][0].shape
+    edge = np.zeros((C, h, MARGIN), small[0][0].dtype), np.zeros((h, MARGIN), small[0][1].dtype)
+    parts = [part for plane in small for part in (plane, edge)][:-1]
+    image, labels = (np.concatenate(side_by_side, -1) for side_by_side in zip(*parts))
     return cells.overlay(image, labels, side)

@@ -509,10 +509,11 @@ class OutputBucket(OutputFolder):
         return self.store.head(name, size)
 
     def deliver(self) -> None:
-        for file in sorted(self.folder.iterdir()):
-            if file.name not in self.growing:
-                self.store.write(file.name, file)
-                self.there.add(file.name)
+        for file in sorted(self.folder.rglob("*")):
+            name = file.relative_to(self.folder).as_posix()
+            if file.is_file() and name not in self.growing and not name.startswith("."):
+                self.store.write(name, file)
+                self.there.add(name)
                 file.unlink()
         if time.monotonic() - self.uploaded > UPLOAD_EVERY:
             self.upload_growing()

@@ -172,6 +172,23 @@ def get(server, key):
     return server.client.get_object(Bucket="cells", Key=key)["Body"].read()
 
 
+def test_a_movie_on_s3_gets_its_folder_there(cells, capsys):
+    """With the masks of the Cell Tracking Challenge, which lie in a folder of their own."""
+    movie, file = synthetic.movie(0, frames=2, size=64, cells=6, diameter=24), io.BytesIO()
+    tifffile.imwrite(file, movie.pixels, imagej=True, metadata={"axes": "TYX"})
+    cells.client.put_object(Bucket="cells", Key="movies/m.tif", Body=file.getvalue(),
+                            ACL="public-read")
+    config = Config(out="s3://cells/out2", time="all")
+    assert infer.main(config, ["s3://cells/movies/m.tif"]) == 0
+    assert listed(cells, "out2/") == [
+        "m_cells.csv", "m_ctc/01_RES/mask000.tif", "m_ctc/01_RES/mask001.tif",
+        "m_ctc/01_RES/res_track.txt", "m_labels.tif", "m_lineage.svg", "m_overlay.png",
+        "m_trackmate.xml", "m_tracks.csv", "summary.csv"]
+    capsys.readouterr()
+    assert infer.main(config, ["s3://cells/movies/m.tif"]) == 0
+    assert "1 of 1 images have their results" in capsys.readouterr().out
+
+
 def test_from_s3_to_s3_is_what_folders_give(cells, folder, tmp_path, capsys):
     assert infer.main(Config(out=str(tmp_path / "here")), [str(folder)]) == 0
     config = Config(out="s3://cells/out1")

@@ -2,10 +2,11 @@
 
     drawn = synthetic.field(seed=0, size=512, cells=60)       # .pixels (8, H, W), .labels, .nuclei
     drawn = synthetic.movie(seed=0, frames=30, cells=60)      # nuclei that move, divide and leave
-    python synthetic.py out=DIR [n=10] [size=512] [cells=60] [diameter=56] [seed=0]
+    python synthetic.py out=DIR [n=10] [size=512] [cells=60] [diameter=56] [seed=0] [frames=0]
 
 The command writes the fields seed, seed + 1, ... as DIR/field_SEED.tif (ImageJ TIFF, CYX, channels
-named), with labels in DIR/field_SEED_cells.tif.
+named), with labels in DIR/field_SEED_cells.tif; with frames=20 movies as DIR/movie_SEED.tif (TYX),
+labels and DIR/movie_SEED_tracks.txt: label, first frame, last frame, parent, counted from 0.
 
 A population of cells is drawn first: outline, nucleus, polarity, grain, uptake of each stain. Cells
 are placed in clumps and grow until they touch; then every channel stains these *same* cells.
@@ -125,7 +126,9 @@ def movie(seed: int, frames: int = 30, size: int = 256, cells: int = 60, diamete
         at = np.flatnonzero((labels == k).any((1, 2)))
         rows.append((k, at[0], at[-1], parent.get(k, 0)))
     tracks = np.array(rows, np.int64).reshape(-1, 4)
-    tracks[~np.isin(tracks[:, 3], tracks[:, 0]), 3] = 0                # the mother was never seen
+    ends = dict(tracks[:, [0, 2]].tolist())
+    seen_before = [ends.get(mother) == first - 1 for _, first, _, mother in tracks.tolist()]
+    tracks[~np.array(seen_before, bool), 3] = 0                        # a mother behind the edge
     return Movie(pixels, labels, tracks)
 
 
@@ -560,6 +563,7 @@ class Config:
     cells: Annotated[int, runs.within(0, 65535)] = 60    # at most, in each field
     diameter: float = 56                    # px, of the average cell
     seed: int = 0                           # of the first field; the next has the next number
+    frames: runs.Whole = 0                  # of movies; 0: fields
 
 
 def main(config: Config, files: list[str]) -> int:
@@ -571,6 +575,8 @@ def main(config: Config, files: list[str]) -> int:
         raise ValueError(f"size={config.size}: expected whole numbers, size=512 or size=480x640")
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
+    if config.frames:
+        return write_movies(config, folder, int(sides[1]))
     named = {"axes": "CYX", "Labels": list(CHANNELS), "mode": "grayscale"}
     for k in range(config.seed, config.seed + config.n):
         drawn = field(k, (int(sides[1]), int(sides[2] or sides[1])), config.cells, config.diameter)
@@ -580,6 +586,21 @@ def main(config: Config, files: list[str]) -> int:
                 tifffile.imwrite(temporary, image, photometric="minisblack", imagej=True,
                                  resolution=(1 / PIXEL_SIZE, 1 / PIXEL_SIZE),
                                  metadata={"unit": "um", **more})
+    return 0
+
+
+def write_movies(config: Config, folder: Path, size: int) -> int:
+    if "x" in config.size:
+        raise ValueError(f"size={config.size}: movies are square, expected one number")
+    for k in range(config.seed, config.seed + config.n):
+        drawn = movie(k, config.frames, size, config.cells, config.diameter)
+        for name, image in ((f"movie_{k}_cells", drawn.labels.astype(np.uint16)),
+                            (f"movie_{k}", drawn.pixels)):
+            with runs.replacing(folder / f"{name}.tif") as temporary:
+                tifffile.imwrite(temporary, image, photometric="minisblack", imagej=True,
+                                 metadata={"axes": "TYX"})
+        runs.write_text(folder / f"movie_{k}_tracks.txt",
+                        "".join(f"{' '.join(map(str, row))}\n" for row in drawn.tracks.tolist()))
     return 0
 
 

@@ -640,9 +640,9 @@ def theirs_of(truth, pred, truth_rows, pred_rows, folder):
 
 
 def test_tracks_agree_with_ctcmetrics(tmp_path):
-    """25 movies with drifting, dividing, exchanged, merged and lost cells."""
+    """12 movies with drifting, dividing, exchanged, merged and lost cells."""
     rng, divisions = np.random.default_rng(14), 0
-    for _ in range(25):
+    for _ in range(12):
         truth, pred, parents = random_movie(rng)
         truth_rows, pred_rows = rows_of(truth, parents), rows_of(pred, parents)
         ours = metrics.track_scores(truth, pred, truth_rows, pred_rows)
@@ -651,7 +651,27 @@ def test_tracks_agree_with_ctcmetrics(tmp_path):
         assert set(ours) == set(theirs)
         for name, value in theirs.items():
             assert ours[name] == pytest.approx(value, abs=1e-9, nan_ok=True), name
-    assert divisions > 5
+    assert divisions > 2
+
+
+def test_tracks_of_a_real_movie_agree_with_ctcmetrics(shared, tmp_path):
+    """Simulated nuclei of the challenge, eight frames, with the divisions that one sees in it;
+    answered by link.py on labels of which some are gone."""
+    import link
+    file = shared / "volumes/tracks_sim_plus/test/sim01_t15_49_labels.tif"
+    if not file.exists():
+        pytest.skip("needs shared/volumes")
+    truth = tifffile.imread(file)[2:10].astype(np.int32)
+    truth_rows = rows_of(truth, {43: 5, 44: 5, 57: 8, 58: 8})
+    torn, rng = truth.copy(), np.random.default_rng(3)
+    for frame in torn:
+        frame[frame == rng.choice(np.unique(frame)[1:])] = 0
+    pred, _ = link.track(torn)
+    pred_rows = rows_of(pred, dict(link.track(torn)[1][:, [0, 3]].tolist()))
+    ours = metrics.track_scores(truth, pred, truth_rows, pred_rows)
+    for name, value in theirs_of(truth, pred, truth_rows, pred_rows, tmp_path).items():
+        assert ours[name] == pytest.approx(value, abs=1e-9, nan_ok=True), name
+    assert 0.5 < ours["TRA"] < 1
 
 
 @pytest.mark.smoke

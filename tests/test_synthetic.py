@@ -273,3 +273,46 @@ def test_command_says_a_mistake_in_one_line(arguments, words, tmp_path, monkeypa
         and words in said.err
     )
     assert said.err.count("\n") == 1 and not list(tmp_path.rglob("*.tif*"))
+
+
+# ------------------------------------------------------------------------------------------ movies
+
+def test_tracks_of_a_movie_are_those_of_its_labels():
+    drawn = synthetic.movie(1, frames=12, size=128, cells=50, diameter=18, speed=0.2, cycle=12)
+    assert drawn.pixels.shape == drawn.labels.shape == (12, 128, 128)
+    spans = {k: (a, b) for k, a, b, _ in drawn.tracks.tolist()}
+    for k, (first, last) in spans.items():
+        assert np.flatnonzero((drawn.labels == k).any((1, 2))).tolist() == list(
+            range(first, last + 1))                                    # no gap, no way back
+    assert set(spans) == set(np.unique(drawn.labels)) - {0}
+    born = drawn.tracks[drawn.tracks[:, 3] > 0]
+    assert len(born) > 6
+    for _, first, _, parent in born.tolist():
+        assert spans[parent][1] == first - 1
+    assert drawn.pixels[drawn.labels > 0].mean() > 2 * drawn.pixels[drawn.labels == 0].mean()
+    again = synthetic.movie(1, frames=12, size=128, cells=50, diameter=18, speed=0.2, cycle=12)
+    assert all(np.array_equal(a, b) for a, b in zip(drawn, again))
+
+
+def test_steps_are_as_long_as_asked_for():
+    drawn = synthetic.movie(2, frames=30, size=256, cells=12, diameter=16, speed=0.3, cycle=1e6)
+    steps = []
+    for k, first, last, _ in drawn.tracks.tolist():
+        at = [np.argwhere(drawn.labels[t] == k) for t in range(first, last + 1)]
+        whole = [not ((a == 0) | (a == 255)).any() for a in at]
+        steps += [np.hypot(*(b.mean(0) - a.mean(0))) for a, b, w, v in
+                  zip(at, at[1:], whole, whole[1:]) if w and v]
+    assert np.mean(steps) == pytest.approx(0.3 * 16, rel=0.15)
+
+
+def test_movies_from_the_command(tmp_path):
+    synthetic.main(synthetic.Config(out=str(tmp_path), n=1, size="64", cells=8, diameter=16,
+                                    frames=3), [])
+    labels = tifffile.imread(tmp_path / "movie_0_cells.tif")
+    rows = np.loadtxt(tmp_path / "movie_0_tracks.txt", dtype=int, ndmin=2)
+    assert labels.shape == (3, 64, 64) and set(rows[:, 0]) == set(np.unique(labels)) - {0}
+    with tifffile.TiffFile(tmp_path / "movie_0.tif") as tif:
+        assert tif.series[0].axes == "TYX"
+    for wrong, said in ((dict(frames=0), "frames=0"), (dict(speed=-1), "speed=-1")):
+        with pytest.raises(ValueError, match=said):
+            synthetic.movie(0, **wrong)

@@ -175,7 +175,7 @@ class Linked(NamedTuple):
     numbers: list[NDArray]      # of each plane: the numbers of these
     parent: NDArray             # (N + 1,) number of the mother; 0: none
 
-    def renumber(self, plane: int, labels: NDArray) -> NDArray:
+    def renumber(self, plane: int, labels: NDArray, out: NDArray | None = None) -> NDArray:
         """Labels (H, W) int32 of a plane with the numbers of the whole."""
         ids, numbers = self.ids[plane], self.numbers[plane]
         if not len(ids):
@@ -183,14 +183,14 @@ class Linked(NamedTuple):
         if ids[-1] <= labels.size:                      # a table of all labels fits
             table = np.zeros(int(ids[-1]) + 1, np.int32)
             table[ids] = numbers
-            return table.take(labels, mode="clip")      # none is out of range; twice as fast
+            return table.take(labels, out=out, mode="clip")    # in range all; twice as fast
         return np.append(0, numbers)[np.searchsorted(np.append(0, ids), labels)].astype(np.int32)
 
     def volume(self, planes: list[NDArray]) -> NDArray:
         """All planes with the numbers of the whole: (Z or T, H, W) int32."""
         volume = np.empty((len(planes), *planes[0].shape), np.int32)
         for i, labels in enumerate(planes):
-            volume[i] = self.renumber(i, labels)
+            volume[i] = self.renumber(i, labels, volume[i])
         return volume
 
     @property

@@ -826,6 +826,7 @@ def images_among(files: Images) -> Images:
     """Drop hidden files, results, and labels of an image that is there."""
     files = {p: name for p, name in files.items()
              if name.lower().endswith(images.IMAGE_SUFFIXES) and not Path(name).stem.endswith(OURS)
+             and not re.search(r"_ctc[/\\]01_RES[/\\]", name)               # masks of a movie
              and not any(part.startswith(".") and part not in (".", "..")
                          for part in re.split(r"[/\\]", name))}
     stems = {Path(name).stem for name in files.values() if not Path(name).stem.endswith(THEIRS)}

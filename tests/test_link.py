@@ -383,6 +383,8 @@ def test_a_folder_of_frames_is_a_movie(tmp_path, movie, quick, capsys):
     found = tifffile.imread(out / "frames_labels.tif")
     assert np.array_equal(found, link.track(movie.labels)[0])
     assert "already" in go(capsys, folder, "time=all", f"out={out}")[1]
+    results = infer.find_images([str(tmp_path)], infer.Config())
+    assert sorted(results.values()) == [f"frames_t{t}" for t in (10, 11, 12, 8, 9)]  # no mask
     tifffile.imwrite(folder / "t99.tif", movie.labels[0, :50].astype(np.uint16))
     code, _, said = go(capsys, folder, "time=all", f"out={tmp_path / 'b'}")
     assert code == 1 and "t99.tif" in said and "1 x 50 x 96" in said and said.count("\n") == 1

@@ -189,8 +189,13 @@ class Block:
     ids: np.ndarray                # (n + 1,) int32: local number -> id; 0: does not reach the core
     new: np.ndarray                # local numbers of the cells first met here
     labels: np.ndarray             # (core) int32, ids of the whole image
-    distance: np.ndarray           # (core) float32 in [0, 1]
+    seen: np.ndarray               # (view) float32, distances in [0, 1]
     vectors: np.ndarray | None = None  # (len(new), D) float32, where the plan asks for them
+
+    @property
+    def distance(self) -> np.ndarray:
+        """(core) distances."""
+        return self.seen[self.inner]
 
     @property
     def inner(self) -> tuple[slice, slice]:
@@ -215,7 +220,7 @@ def distances(image, net: DINOCell, **wanted) -> np.ndarray:
     """The network's answer, before the watershed: (H, W) float32 in [0, 1]."""
     source = as_source(image)
     plan, size = plan_for(source, net, **wanted), source.shape[1:]
-    rows = torch.cat(list(_distances(source, plan, Counter(), None)))                    # (h, w)
+    rows = network_map(source, plan)                                                     # (h, w)
     scales = tuple(n / length for n, length in zip(rows.shape, size))
     grid, whole = ([slice(0, n) for n in shape] for shape in (rows.shape, size))
     return _enlarge(rows, grid, whole, scales).cpu().numpy()
@@ -261,14 +266,9 @@ def blocks(source, plan: Plan, clock: Counter | None = None,
             with timed(clock, "watershed"):
                 inner = (slice(top - view_y.start, bottom - view_y.start),
                          slice(left - view_x.start, right - view_x.start))
-                whole = _enlarge(distance, (net_y, net_x), (view_y, view_x), (h / H, w / W))
-                if h > H or w > W:  # the network sees more pixels than the image has
-                    local = without_holes(flood(distance, plan.setting))
-                    local = _nearest(local, (net_y, net_x), (view_y, view_x), (h / H, w / W))
-                    local = drop_small(local, 1, int(local.max()))  # of less than a pixel
-                else:
-                    local = without_holes(flood(whole, plan.setting, plan.zoom))
-                local, whole = local.cpu().numpy(), whole[inner].cpu().numpy()
+                local, whole = _flooded(distance, (net_y, net_x), (view_y, view_x),
+                                        (h / H, w / W), plan)
+                local, whole = local.cpu().numpy(), whole.cpu().numpy()
                 if plan.border == "drop":
                     local = _drop_cut(local, (view_y, view_x), (H, W))
                 ids, new = _identify(local, inner, known[:, view_x], count)
@@ -300,6 +300,32 @@ def _pool(plan: Plan) -> vectors.TokenPool | None:
         return None
     backbone = plan.net.backbone
     return vectors.TokenPool(backbone.patch, backbone.dim, _window(plan.tile, plan.overlap))
+
+
+def network_map(source, plan: Plan, progress: Callable[[float], None] | None = None) -> Tensor:
+    """The network's answer at its own scale: (h, w) distances."""
+    return torch.cat(list(_distances(source, plan, Counter(), progress)))
+
+
+def cells_in_map(rows: Tensor, plan: Plan, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and distances (H, W) of a network_map(): blocks() of an image that is one block,
+    without the network."""
+    net, whole = ([slice(0, n) for n in shape] for shape in (rows.shape, size))
+    scales = rows.shape[0] / size[0], rows.shape[1] / size[1]
+    local, distance = (x.cpu().numpy() for x in _flooded(rows, net, whole, scales, plan))
+    if plan.border == "drop":
+        local = _drop_cut(local, (whole[0], whole[1]), size)
+    return local, distance
+
+
+def _flooded(distance: Tensor, net, view, scales, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Labels and distances at the image's scale (view) of a part of the map, at the finer of the
+    two resolutions."""
+    whole = _enlarge(distance, net, view, scales)
+    if max(scales) <= 1:
+        return without_holes(flood(whole, plan.setting, plan.zoom)), whole
+    local = _nearest(without_holes(flood(distance, plan.setting)), net, view, scales)
+    return drop_small(local, 1, int(local.max())), whole           # of less than a pixel
 
 
 def _identify(local: np.ndarray, inner: tuple[slice, slice], known: np.ndarray, count: int):

@@ -1,0 +1,477 @@
+"""Corrections of labels by hand: each is undone and redone, and each is on the disk at once.
+
+    book = edits.Book(folder / "well_A1", (H, W))     # well_A1_labels.tif, well_A1_journal.jsonl
+    book.do(edits.split_cells(book, line))                  # the journal has it before this returns
+    book.undo()
+    book.save()                                       # the TIFF, replaced whole
+
+A line and an outline are (K, 2), x y in px of the image, as a mouse draws them; the corner of the
+first pixel is (0, 0).
+
+The journal has a line of JSON for each edit: the box that it changed, before and after. Replayed
+from its first line on the labels of any later moment it ends in the same labels, so that the two
+files need not be written together.
+"""
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import threading
+import time
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+import images
+from data import polygon_pixels
+
+WHOLE = ("find", "flood")       # edits of the whole image by the network, not by hand
+CLOSED = 0.35                   # of a line's length: ends nearer than this close it
+Box = tuple[slice, slice]       # rows and columns
+
+
+class Edit(NamedTuple):
+    """What an edit changes."""
+    what: str                           # draw, split, ..., or one of WHOLE
+    box: Box
+    before: np.ndarray                  # (h, w) int32
+    after: np.ndarray                   # (h, w) int32
+
+
+class Refused(ValueError):
+    """An edit that would change nothing, or nothing that makes sense."""
+
+
+class Stale(ValueError):
+    """An edit of labels that have changed meanwhile."""
+
+
+# ------------------------------------------------------------------------------------------- edits
+
+def draw_cell(book: Book, outline: np.ndarray) -> Edit:
+    """A new cell inside the outline; begun in a cell, the outline adds to that cell. Others keep
+    their pixels."""
+    box, inside = enclosed(outline, book.labels.shape)
+    start = book.at(outline[0])
+    box, inside = widened(box, inside, book.boxes.get(start), book.labels.shape)
+    before = book.labels[box].copy()
+    cell = start or book.fresh
+    after = np.where(inside & (before == 0), cell, before)
+    largest = largest_piece(after == cell)
+    after[(after == cell) & ~largest & (before != cell)] = 0
+    return checked(Edit("draw", box, before, after), "there is no free pixel inside the outline")
+
+
+def cut_away(book: Book, outline: np.ndarray) -> Edit:
+    """What lies inside the outline becomes background; the parts of a cell become cells."""
+    box, inside = enclosed(outline, book.labels.shape)
+    touched = np.unique(book.labels[box][inside])
+    box, inside = widened(box, inside, book.box_of(touched[touched > 0]), book.labels.shape)
+    before = book.labels[box].copy()
+    after = in_pieces(np.where(inside, 0, before), touched[touched > 0], book.fresh)
+    return checked(Edit("erase", box, before, after), "there is no cell inside the outline")
+
+
+def remove_cells(book: Book, ids: Iterable[int]) -> Edit:
+    """Delete cells."""
+    ids = [i for i in ids if i in book.boxes]
+    box = book.box_of(ids)
+    if box is None:
+        raise Refused("there is no cell here")
+    before = book.labels[box].copy()
+    return Edit("remove", box, before, np.where(np.isin(before, ids), 0, before))
+
+
+def remove_inside(book: Book, outline: np.ndarray) -> Edit:
+    """Delete cells that lie inside the outline by more than half."""
+    box, inside = enclosed(outline, book.labels.shape)
+    ids, px = np.unique(book.labels[box][inside], return_counts=True)
+    mostly = [int(i) for i, n in zip(ids, px) if i and 2 * n > book.area(int(i))]
+    if not mostly:
+        raise Refused("no cell lies inside the line by more than half")
+    return remove_cells(book, mostly)
+
+
+def split_cells(book: Book, line: np.ndarray) -> Edit:
+    """Part every cell that the line crosses from edge to edge."""
+    shape = book.labels.shape
+    y, x = line_pixels(lengthened(line), shape)
+    ids = np.unique(book.labels[y, x])
+    box = book.box_of(ids[ids > 0])
+    if box is None:
+        raise Refused("the line crosses no cell")
+    before = book.labels[box].copy()
+    knife = np.zeros(before.shape, bool)
+    here = (y >= box[0].start) & (y < box[0].stop) & (x >= box[1].start) & (x < box[1].stop)
+    knife[y[here] - box[0].start, x[here] - box[1].start] = True
+    after, fresh = before.copy(), book.fresh
+    for cell in ids[ids > 0]:
+        mask = before == cell
+        parts, count = ndimage.label(mask & ~knife)
+        if count < 2:
+            continue
+        nearest = ndimage.distance_transform_edt(parts == 0, return_distances=False,
+                                                 return_indices=True)
+        parts = np.where(mask, parts[tuple(nearest)], 0)           # the cut goes to the nearer part
+        sizes = np.bincount(parts.ravel(), minlength=count + 1)[1:]
+        for part in np.argsort(-sizes)[1:]:                        # the largest keeps its number
+            after[parts == part + 1] = fresh
+            fresh += 1
+    return checked(Edit("split", box, before, after),
+                   "the line crosses no cell from edge to edge")
+
+
+def merge_cells(book: Book, line: np.ndarray) -> Edit:
+    """Make one cell of those under the line, with the gap between them where the line crosses it.
+    """
+    shape = book.labels.shape
+    y, x = line_pixels(line, shape)
+    under = book.labels[y, x]
+    ids = [int(i) for i in dict.fromkeys(under.tolist()) if i]
+    if len(ids) < 2:
+        raise Refused("drag from one cell into another")
+    box = book.box_of(ids)
+    assert box is not None
+    first, last = np.flatnonzero(under > 0)[[0, -1]]               # of the line, between the cells
+    bridge = np.zeros(shape_of(box), bool)
+    inside = ((y >= box[0].start) & (y < box[0].stop) & (x >= box[1].start) & (x < box[1].stop))
+    inside[:first] = inside[last + 1:] = False
+    bridge[y[inside] - box[0].start, x[inside] - box[1].start] = True
+    before = book.labels[box].copy()
+    gap = ndimage.binary_dilation(bridge, iterations=2) & (before == 0)
+    after = np.where(np.isin(before, ids) | gap, ids[0], before)
+    return Edit("merge", box, before, after)
+
+
+def grow_cell(book: Book, cell: int) -> Edit:
+    """Move a cell's edge outwards by a pixel, into the background."""
+    box = widened_by(book.box_of([cell]), 1, book.labels.shape)
+    before = book.labels[box].copy()
+    more = ndimage.binary_dilation(before == cell) & (before == 0)
+    return checked(Edit("grow", box, before, np.where(more, cell, before)),
+                   "the cell has no background beside it")
+
+
+def shrink_cell(book: Book, cell: int) -> Edit:
+    """Move a cell's edge inwards by a pixel; the largest piece stays."""
+    box = widened_by(book.box_of([cell]), 1, book.labels.shape)
+    before = book.labels[box].copy()
+    mask = before == cell
+    less = largest_piece(ndimage.binary_erosion(mask, border_value=1))
+    if not less.any():
+        raise Refused("the cell is only two pixels wide; delete it instead")
+    return Edit("shrink", box, before, np.where(mask & ~less, 0, before))
+
+
+def gesture(book: Book, line: np.ndarray) -> Edit:
+    """The edit that a line by itself means: from a cell into another merges; across a cell splits;
+    a loop draws a cell, or adds to the one where it begins."""
+    first, last = book.at(line[0]), book.at(line[-1])
+    length = float(np.hypot(*np.diff(line, axis=0).T).sum())
+    closed = math.dist(line[0], line[-1]) < CLOSED * length
+    if first and last and first != last:
+        return merge_cells(book, line)
+    if closed and (first or not last):
+        return draw_cell(book, line)
+    return split_cells(book, line)
+
+
+def flooded(book: Book, labels: np.ndarray, what: str = "flood") -> Edit:
+    """New labels of the whole image around the cells that were made by hand; what was deleted by
+    hand stays deleted."""
+    after, hand = labels.astype(np.int32), book.by_hand()
+    if hand.any():
+        kept = np.unique(book.labels[hand])
+        kept = kept[kept > 0]
+        mine = np.isin(book.labels, kept)
+        decided = hand | mine
+        area = np.bincount(after.ravel())
+        lost = np.bincount(after[decided], minlength=len(area))
+        after = np.where(decided | (2 * lost > area)[after], 0, after)
+        number = np.zeros(book.fresh, np.int32)
+        number[kept] = after.max(initial=0) + 1 + np.arange(len(kept))
+        after = np.where(mine, number[np.where(mine, book.labels, 0)], after)
+    whole = (slice(0, after.shape[0]), slice(0, after.shape[1]))
+    return Edit(what, whole, book.labels.copy(), after)
+
+
+def checked(edit: Edit, reason: str) -> Edit:
+    if np.array_equal(edit.before, edit.after):
+        raise Refused(reason)
+    return edit
+
+
+# ---------------------------------------------------------------------------------------- geometry
+
+def shape_of(box: Box) -> tuple[int, int]:
+    return box[0].stop - box[0].start, box[1].stop - box[1].start
+
+
+def enclosed(outline: np.ndarray, shape: tuple[int, int]) -> tuple[Box, np.ndarray]:
+    """Box and mask (h, w) of the pixels with their centre inside an outline, within the image."""
+    limit = np.array(shape[::-1])
+    low = np.floor(outline.min(0)).clip(0, limit).astype(int)
+    high = np.ceil(outline.max(0)).clip(0, limit).astype(int)
+    left, top, right, bottom = map(int, (*low, *high))
+    size = bottom - top, right - left
+    if len(outline) < 3 or 0 in size:
+        raise Refused("too small an outline; draw around the cell")
+    mask = np.zeros(size, bool)
+    mask.ravel()[polygon_pixels([outline - low], size)] = True
+    if not mask.any():
+        raise Refused("too small an outline; draw around the cell")
+    return (slice(top, bottom), slice(left, right)), mask
+
+
+def widened(box: Box, mask: np.ndarray, other: Box | None, shape) -> tuple[Box, np.ndarray]:
+    """A box that holds another, too, and its mask."""
+    whole = box_around([box, other] if other else [box])
+    larger = np.zeros(shape_of(whole), bool)
+    larger[tuple(slice(a.start - w.start, a.stop - w.start) for a, w in zip(box, whole))] = mask
+    return whole, larger
+
+
+def widened_by(box: Box | None, margin: int, shape: tuple[int, int]) -> Box:
+    if box is None:
+        raise Refused("there is no cell here")
+    rows, columns = (slice(max(0, side.start - margin), min(n, side.stop + margin))
+                     for side, n in zip(box, shape))
+    return rows, columns
+
+
+def box_around(boxes: Sequence[Box]) -> Box:
+    rows, columns = (slice(min(box[k].start for box in boxes), max(box[k].stop for box in boxes))
+                     for k in (0, 1))
+    return rows, columns
+
+
+def lengthened(line: np.ndarray, px: float = 2.0) -> np.ndarray:
+    """A line that goes on by some px at both ends: hands stop a little too early."""
+    ends = []
+    for end, inner in ((line[0], line[min(3, len(line) - 1)]),
+                       (line[-1], line[max(-4, -len(line))])):
+        away = end - inner
+        ends.append(end + px * away / max(float(np.hypot(*away)), 1e-9))
+    return np.concatenate((ends[:1], line, ends[1:]))
+
+
+def line_pixels(line: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (y, x) in the image that a line touches, in its order, 4-connected: nothing slips
+    through a diagonal."""
+    places = []
+    for a, b in zip(line[:-1], line[1:]):
+        n = int(np.ceil(4 * np.abs(b - a).max())) + 1
+        places.append(np.floor(a + (b - a) * np.linspace(0, 1, n)[:, None]).astype(int))
+    x, y = np.concatenate(places).T if places else np.floor(line[:1]).astype(int).T
+    step = np.flatnonzero((np.diff(x) != 0) & (np.diff(y) != 0)) + 1      # a diagonal: fill it
+    x, y = np.insert(x, step, x[step]), np.insert(y, step, y[step - 1])
+    inside = (x >= 0) & (y >= 0) & (x < shape[1]) & (y < shape[0])
+    x, y = x[inside], y[inside]
+    fresh = np.ones(len(x), bool)
+    fresh[1:] = (np.diff(x) != 0) | (np.diff(y) != 0)
+    return y[fresh], x[fresh]
+
+
+def largest_piece(mask: np.ndarray) -> np.ndarray:
+    """The largest 4-connected part of a mask."""
+    parts, count = ndimage.label(mask)
+    if count < 2:
+        return mask
+    return parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
+
+
+def in_pieces(labels: np.ndarray, ids: np.ndarray, fresh: int) -> np.ndarray:
+    """Labels in which each 4-connected part of these cells is a cell; the largest keeps its number.
+    """
+    labels = labels.copy()
+    for cell in ids:
+        parts, count = ndimage.label(labels == cell)
+        for part in np.argsort(-np.bincount(parts.ravel(), minlength=count + 1)[1:])[1:]:
+            labels[parts == part + 1] = fresh
+            fresh += 1
+    return labels
+
+
+# -------------------------------------------------------------------------------------------- book
+
+class Book:
+    """Labels (H, W) of an image with every edit that led to them; its methods may be called from
+    several threads."""
+
+    def __init__(self, beginning: str | Path, shape: tuple[int, int],
+                 pixel_size: float | None = None):
+        self.path = Path(f"{beginning}_labels.tif")
+        self.journal = Path(f"{beginning}_journal.jsonl")
+        self.pixel_size, self.lock = pixel_size, threading.RLock()
+        self.shape, self.fresh = shape, 1               # fresh: a number that no cell ever had
+        self.read()
+
+    def read(self) -> None:
+        """Take the labels and the journal from the disk."""
+        self.done: list[bytes] = []                     # packed edits
+        self.undone: list[bytes] = []
+        self.labels = np.zeros(self.shape, np.int32)
+        if self.path.exists():
+            labels = images.read_labels(self.path)
+            if labels.shape != self.shape:
+                raise ValueError(f"{self.path}: labels of {labels.shape}, but the image has "
+                                 f"{self.shape} px; move them elsewhere")
+            self.labels = labels
+        self.revision = self.size = 0
+        self.saved = True
+        for line in self.journal.read_bytes().splitlines(True) if self.journal.exists() else ():
+            if not line.endswith(b"\n"):                # cut by a crash: it was not confirmed
+                os.truncate(self.journal, self.size)
+                break
+            self.replay(line)
+            self.size += len(line)
+            self.saved = False
+        self.index()
+
+    def replay(self, line: bytes) -> None:
+        what = json.loads(line)["what"]
+        if what == "undo":
+            self.undone.append(self.done.pop())
+            edit = unpacked_edit(self.undone[-1])
+            self.labels[edit.box] = edit.before
+        else:
+            if what == "redo":
+                line = self.undone.pop()
+            else:
+                self.undone.clear()
+            self.done.append(line)
+            edit = unpacked_edit(line)
+            self.labels[edit.box] = edit.after
+        self.revision += 1
+
+    def index(self) -> None:
+        """Find the box of each cell."""
+        self.boxes: dict[int, Box] = {i: box for i, box in enumerate(
+            ndimage.find_objects(self.labels), 1) if box is not None}
+        self.fresh = max(self.fresh, 1 + max(self.boxes, default=0))
+
+    # ----------------------------------------------------------------------------------- questions
+
+    def at(self, point: np.ndarray) -> int:
+        """The cell under a point (x, y), 0 for none."""
+        x, y = np.floor(point).astype(int)
+        inside = 0 <= y < self.shape[0] and 0 <= x < self.shape[1]
+        return int(self.labels[y, x]) if inside else 0
+
+    def box_of(self, ids: Iterable[int]) -> Box | None:
+        boxes = [self.boxes[int(i)] for i in ids if int(i) in self.boxes]
+        return box_around(boxes) if boxes else None
+
+    def area(self, cell: int) -> int:
+        return int(np.count_nonzero(self.labels[self.boxes[cell]] == cell))
+
+    def by_hand(self) -> np.ndarray:
+        """(H, W) bool: pixels that edits by hand have changed."""
+        hand = np.zeros(self.shape, bool)
+        for line in self.done:
+            edit = unpacked_edit(line)
+            if edit.what not in WHOLE:
+                hand[edit.box] |= edit.before != edit.after
+        return hand
+
+    # --------------------------------------------------------------------------------------- edits
+
+    def do(self, edit: Edit) -> Box:
+        """Take an edit over: first into the journal, then into the labels."""
+        with self.lock:
+            line = packed_edit(edit)
+            self.write(line)
+            self.undone.clear()
+            self.done.append(line)
+            self.change(edit.box, edit.after)
+        return edit.box
+
+    def undo(self) -> Box:
+        with self.lock:
+            if not self.done:
+                raise Refused("nothing to undo")
+            edit = unpacked_edit(self.done[-1])
+            self.write(json.dumps({"time": stamp(), "what": "undo"}).encode() + b"\n")
+            self.undone.append(self.done.pop())
+            self.change(edit.box, edit.before)
+        return edit.box
+
+    def redo(self) -> Box:
+        with self.lock:
+            if not self.undone:
+                raise Refused("nothing to do again")
+            edit = unpacked_edit(self.undone[-1])
+            self.write(json.dumps({"time": stamp(), "what": "redo"}).encode() + b"\n")
+            self.done.append(self.undone.pop())
+            self.change(edit.box, edit.after)
+        return edit.box
+
+    def change(self, box: Box, labels: np.ndarray) -> None:
+        whole = labels.shape == self.shape
+        ids = np.zeros(0, int) if whole else np.union1d(self.labels[box], labels)
+        self.labels[box] = labels
+        self.revision += 1
+        self.saved = False
+        if whole:
+            return self.index()
+        for cell in map(int, ids[ids > 0]):
+            old = self.boxes.pop(cell, None)
+            search = box_around([box, old]) if old else box
+            y, x = np.nonzero(self.labels[search] == cell)
+            if len(y):
+                y, x = y + search[0].start, x + search[1].start
+                self.boxes[cell] = (slice(int(y[0]), int(y[-1]) + 1),
+                                    slice(int(x.min()), int(x.max()) + 1))
+                self.fresh = max(self.fresh, cell + 1)
+
+    def write(self, line: bytes) -> None:
+        """Add a line to the journal, and wait until it is on the disk."""
+        there = self.journal.stat().st_size if self.journal.exists() else 0
+        if there != self.size:
+            self.read()
+            raise Stale(f"{self.journal.name} was changed by another program; its edits are shown "
+                        "now")
+        with open(self.journal, "ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self.size += len(line)
+
+    def save(self) -> None:
+        """Write the labels, if they changed."""
+        with self.lock:
+            if self.saved:
+                return
+            labels, revision = self.labels.copy(), self.revision
+        images.write_labels(self.path, labels, self.pixel_size)
+        with self.lock:
+            self.saved = self.revision == revision
+
+
+def stamp() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def packed_edit(edit: Edit) -> bytes:
+    """A line of the journal."""
+    (top, bottom), (left, right) = ((side.start, side.stop) for side in edit.box)
+    before, after = (base64.b64encode(zlib.compress(labels.astype("<i4").tobytes(), 1)).decode()
+                     for labels in (edit.before, edit.after))
+    return json.dumps({"time": stamp(), "what": edit.what,
+                       "box": [int(n) for n in (top, left, bottom, right)],
+                       "before": before, "after": after}).encode() + b"\n"
+
+
+def unpacked_edit(line: bytes) -> Edit:
+    """The edit of a line."""
+    values = json.loads(line)
+    top, left, bottom, right = values["box"]
+    before, after = (np.frombuffer(zlib.decompress(base64.b64decode(values[key])), "<i4")
+                     .reshape(bottom - top, right - left) for key in ("before", "after"))
+    return Edit(values["what"], (slice(top, bottom), slice(left, right)), before, after)

@@ -1,0 +1,989 @@
+"""Look at cells, correct them, learn from the corrections, in the browser: python page.py FOLDER
+
+    python page.py plate1/                            opens the browser, and prints the address
+    python page.py plate1/ out=cells browser=false    on another machine: ssh -L 8000:127.0.0.1:8000
+                                                      with port=8000, and open the address here
+
+Everything stays on this machine: the server answers to 127.0.0.1 alone, asks for the token in the
+address, and nothing is fetched from elsewhere. For each image NAME it keeps in out=
+
+    NAME_labels.tif      the cells, as infer.py writes them; written anew within a second of an edit
+    NAME_journal.jsonl   every edit, to undo it also tomorrow
+    page.json            which images are done, thresholds, diameters, weights
+    .page/               maps, and a folder for each round of learning: images, run, weights
+
+and export writes what infer.py writes of the corrected cells: NAME_cells.csv, NAME_overlay.png,
+NAME.geojson, summary.csv. An image that infer.py out=FOLDER/cells has seen opens with its cells.
+"""
+from __future__ import annotations
+
+import http.server
+import json
+import math
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import urllib.parse
+import webbrowser
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import runs
+
+with runs.lazy():
+    import numpy as np
+    import torch
+    import yaml
+
+    import cells
+    import data
+    import edits
+    import images
+    import metrics
+    import model
+    import segment
+
+ROOT = Path(__file__).resolve().parent
+TILE = 512                      # px, side of what the browser asks for at once
+OVERVIEW = 2048                 # px, images are reduced to about this once, to be seen whole
+OPEN = 8                        # images that stay open
+LARGE = 1 << 26                 # px; above, no map is kept, so thresholds mean a new search
+LONGEST = 1 << 20               # bytes of a request
+SAVE_EVERY = 0.3                # s, between looks for labels that are not on the disk yet
+THRESHOLDS = ("peak", "fill", "depth", "smooth", "shape", "min_area")
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str | None = None              # folder for labels and all else; null: FOLDER/cells
+    weights: str = "auto"   # file, or the name of one in final_models/; auto: tiny without a GPU
+    channels: tuple[str, ...] | None = None  # names or numbers, up to three: what the network sees
+    plane: runs.Count | None = None     # which z plane of a stack
+    time: runs.Count | None = None      # which time point of a stack
+    pattern: str = "*"                  # which files of the folder, such as *_w1.tif
+    port: Annotated[int, runs.within(0, 65535)] = 0  # of the address; 0: a free one
+    browser: bool = True                # open the page
+    learn_steps: runs.Count = 300       # optimiser steps of a round of learning
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+
+
+def main(config: Config, files: list[str]) -> int:
+    if len(files) != 1:
+        raise ValueError(f"{len(files)} folders, expected one: python page.py FOLDER")
+    project = Project(Path(files[0]), config)
+    server = Server(project, config.port)
+    print(f"{len(project.names)} images of {files[0]}; labels in {project.out}\n{server.address}\n"
+          "Ctrl-C ends it; every edit is on the disk", flush=True)
+    if config.browser:
+        webbrowser.open(server.address)
+    with runs.stop_signals(), project:
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("\nended", file=sys.stderr)
+        finally:
+            server.server_close()
+    return 0
+
+
+# ------------------------------------------------------------------------------------------- image
+
+class Picture:
+    """An open image for the screen: tiles of TILE px, each pixel the mean of 2 ** z x 2 ** z."""
+
+    def __init__(self, path: Path, config: Config):
+        self.source = images.open_image(path, None, config.plane, config.time)
+        self.lock = threading.Lock()                    # a Source is not thread-safe
+        C, H, W = self.source.shape
+        self.step = 2 ** max(0, math.ceil(math.log2(max(H, W) / OVERVIEW)))
+        rows = []
+        band = max(1, (1 << 22) // (W * self.step)) * self.step
+        for y in range(0, H, band):
+            rows.append(self.reduced(y, min(y + band, H), 0, W, self.step))
+        self.overview = np.concatenate(rows, 1)         # (C, h, w)
+        low, high = (float(self.overview.min()), float(self.overview.max()))
+        self.wire = self.source.dtype if self.source.dtype.str[1:] in ("u1", "u2") else "<u2"
+        # wire = (value - low) * scale
+        self.low, self.scale = (0.0, 1.0) if self.wire == self.source.dtype else (
+            low, 65535 / (high - low) if high > low else 1.0)
+
+    def reduced(self, top: int, bottom: int, left: int, right: int, step: int):
+        """(C, h, w) means of step x step px of a part of the image."""
+        with self.lock:
+            pixels = self.source.region(top, bottom, left, right)
+        nothing = np.zeros(pixels.shape[1:], np.uint8)
+        return cells.reduced(pixels, nothing, step)[0]
+
+    def tile(self, z: int, row: int, column: int) -> bytes:
+        """(C, h, w) of uint8 or uint16, little-endian."""
+        _, H, W = self.source.shape
+        side = TILE << z
+        top, left = row * side, column * side
+        if not (0 <= top < H and 0 <= left < W):
+            raise ValueError(f"no tile {row}, {column} at 1:{1 << z}")
+        bottom, right, step = min(top + side, H), min(left + side, W), 1 << z
+        if step >= self.step:
+            k = self.step
+            part = self.overview[:, top // k:-(-bottom // k), left // k:-(-right // k)]
+            nothing = np.zeros(part.shape[1:], np.uint8)
+            pixels = cells.reduced(part, nothing, step // k)[0]
+        else:
+            pixels = self.reduced(top, bottom, left, right, step)
+        return self.for_wire(pixels).tobytes()
+
+    def for_wire(self, pixels):
+        if self.wire == pixels.dtype:
+            return pixels.astype(pixels.dtype.newbyteorder("<"), copy=False)
+        return ((pixels - self.low) * self.scale).clip(0, 65535).round().astype("<u2")
+
+    def about(self) -> dict:
+        """Names, hues and contrast of the channels, in the units of the tiles."""
+        C, H, W = self.source.shape
+        shown = self.for_wire(self.overview)
+        limits = images.percentiles(shown)
+        names = self.source.channels or [f"channel {i}" for i in self.source.numbers]
+        bright = C == 3 and self.wire == np.uint8 and bool(np.median(shown) >= 85)
+        if bright or (C == 3 and not self.source.channels and self.wire == np.uint8):
+            hues = ["#ff0000", "#00ff00", "#0000ff"]
+        else:
+            hues = [["#ffffff"], ["#00ff00", "#ff00ff"]][C - 1] if C < 3 else [
+                ("#ff4040", "#40ff40", "#5070ff", "#ffd040", "#40e0e0", "#ff50ff", "#ffffff",
+                 "#ff9040")[i % 8] for i in range(C)]
+        return {"height": H, "width": W, "channels": list(names), "hues": hues,
+                "bits": np.dtype(self.wire).itemsize * 8, "pixel_size": self.source.pixel_size,
+                "limits": [[0, 255]] * 3 if bright else limits.round().astype(int).tolist(),
+                "highest": [int(channel.max()) for channel in shown], "tile": TILE}
+
+
+class Opened:
+    """An image of the folder with its cells, its map and its thresholds."""
+
+    def __init__(self, path: Path, name: str, project: Project):
+        self.path, self.name, self.config = path, name, project.config
+        self.picture = Picture(path, project.config)
+        source = self.picture.source
+        self.size = source.shape[1:]
+        self.book = edits.Book(project.out / name, self.size, source.pixel_size)
+        self.seen: Any = None                           # (h, w) distances, as the network gave them
+        self.seen_key = ""                              # what they were made with
+        self.limits: Any = None
+        self.preview: Any = None                        # (H, W) labels while a slider moves
+        self.previews = 0
+        self.sure: tuple[int, dict] = (-1, {})          # revision, id -> how sure
+
+    def close(self) -> None:
+        self.book.save()
+        self.picture.source.close()
+
+    @property
+    def labels(self):
+        return self.book.labels if self.preview is None else self.preview
+
+    def for_network(self):
+        return images.open_image(self.path, self.config.channels, self.config.plane,
+                                 self.config.time)
+
+    def plan(self, source, net, state: dict):
+        """What the image gets, with its own thresholds and diameter."""
+        if self.limits is None:
+            self.limits = images.percentiles(source, net.settings.low, net.settings.high)
+        return segment.plan_for(source, net, diameter=state.get("diameter"), limits=self.limits,
+                                **state.get("setting", {}))
+
+    def tile(self, z: int, row: int, column: int) -> bytes:
+        """(h, w) int32 labels of a tile, nearest pixels."""
+        side, step = TILE << z, 1 << z
+        H, W = self.size
+        y = np.minimum(np.arange(row * side, min((row + 1) * side, H), step) + step // 2, H - 1)
+        x = np.minimum(np.arange(column * side, min((column + 1) * side, W), step) + step // 2,
+                       W - 1)
+        return np.ascontiguousarray(self.labels[np.ix_(y, x)], "<i4").tobytes()
+
+    def numbers(self, cell: int) -> dict:
+        """The row of cells.csv of a cell."""
+        book = self.book
+        if cell not in book.boxes:
+            raise ValueError(f"no cell {cell}")
+        typical = math.sqrt(4 / math.pi * book.area(cell))
+        box = edits.widened_by(book.boxes[cell], math.ceil(typical) + 1, self.size)
+        rows, columns = box
+        with self.picture.lock:
+            pixels = self.picture.source.region(rows.start, rows.stop, columns.start, columns.stop)
+        source = self.picture.source
+        table = cells.cell_table(
+            book.labels[box], pixels, pixel_size=source.pixel_size,
+            channels=[str(name) for name in source.channels or source.numbers], near=typical,
+            ids=np.array([cell]), origin=(rows.start, columns.start),
+            edges=(rows.start == 0, columns.start == 0, rows.stop == self.size[0],
+                   columns.stop == self.size[1]))
+        return {name: values[0].item() for name, values in table.items()}
+
+    def certainty(self, net) -> dict[int, float]:
+        """How sure the map is of each cell: its mean in the cell. 1 for cells drawn by hand."""
+        revision, known = self.sure
+        if revision != self.book.revision and self.seen is not None:
+            with self.book.lock:
+                labels, revision = self.book.labels.copy(), self.book.revision
+            with self.for_network() as source:
+                _, distance = segment.cells_in_map(self.seen, self.plan(source, net, {}), self.size)
+            count = np.bincount(labels.ravel())
+            mean = np.bincount(labels.ravel(), distance.ravel()) / np.maximum(count, 1)
+            hand = np.unique(labels[self.book.by_hand()])
+            mean[hand] = 1.0
+            known = {int(i): float(mean[i]) for i in np.flatnonzero(count) if i}
+            self.sure = revision, known
+        return known
+
+
+# ----------------------------------------------------------------------------------------- project
+
+class Project:
+    """A folder of images, what is known about each, and the thread that runs the network."""
+
+    def __init__(self, folder: Path, config: Config):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; expected one with images")
+        self.folder, self.config = folder, config
+        self.out = Path(config.out) if config.out else folder / "cells"
+        self.names = images_of(folder, self.out, config.pattern)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.state: dict[str, Any] = {"images": {}, "weights": str(weights_file(config))}
+        if (self.out / "page.json").exists():
+            self.state |= read_json(self.out / "page.json")
+        if not Path(self.state["weights"]).is_file():
+            self.state["weights"] = str(weights_file(config))
+        self.lock = threading.RLock()                   # of what follows
+        self.opened: OrderedDict[str, Opened] = OrderedDict()
+        self.queue: list[str] = []                      # images to search
+        self.working: dict[str, Any] = {}               # what the network does now
+        self.problems: list[str] = []                   # the latest last
+        self.stopping = threading.Event()               # what the network does
+        self.ending = threading.Event()                 # everything
+        self.awake = threading.Condition(self.lock)
+        self.net: Any = None
+        self.net_file = ""
+        self.learning = Learning(self)
+        self.threads = [threading.Thread(target=target, daemon=True)
+                        for target in (self.work, self.keep)]
+
+    def __enter__(self) -> Project:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ending.set()
+        self.stopping.set()
+        with self.awake:
+            self.awake.notify_all()
+        self.learning.close()
+        for thread in self.threads:
+            thread.join(30)
+        for opened in self.opened.values():
+            opened.close()
+
+    # --------------------------------------------------------------------------------------- state
+
+    def of(self, name: str) -> dict:
+        """What is known of an image, to be changed in place and remembered."""
+        if name not in self.names:
+            raise ValueError("no such image in the folder")
+        return self.state["images"].setdefault(name, {})
+
+    def remember(self) -> None:
+        with self.lock:
+            runs.write_text(self.out / "page.json", json.dumps(self.state, indent=1))
+
+    def open(self, name: str) -> Opened:
+        self.of(name)
+        with self.lock:
+            if name in self.opened:
+                self.opened.move_to_end(name)
+                return self.opened[name]
+            opened = self.opened[name] = Opened(self.names[name], name, self)
+            if self.of(name).get("cells") is None and opened.book.boxes:
+                self.of(name)["cells"] = len(opened.book.boxes)
+            self.recall_map(opened)
+            busy = self.working.get("image")
+            for old in [old for old in self.opened if old not in (name, busy)][:-OPEN + 1]:
+                self.opened.pop(old).close()
+            return opened
+
+    def network(self):
+        """The network of the weights in use."""
+        with self.lock:
+            if self.net_file != self.state["weights"]:
+                device = runs.pick_device(self.config.device)
+                self.net = model.load(self.state["weights"]).ready(device)
+                self.net_file = self.state["weights"]
+            return self.net
+
+    def keep(self) -> None:
+        """Write labels that changed, until the end."""
+        while not self.ending.wait(SAVE_EVERY):
+            with self.lock:
+                opened = list(self.opened.values())
+            for each in opened:
+                try:
+                    each.book.save()
+                except OSError as error:
+                    self.complain(f"{each.name}: the labels could not be written, "
+                                  f"{runs.sentence(error)}")
+
+    def complain(self, text: str) -> None:
+        with self.lock:
+            if not self.problems or self.problems[-1] != text:
+                self.problems.append(text)
+
+    # --------------------------------------------------------------------------------- the network
+
+    def map_key(self, opened: Opened) -> str:
+        """What the map of an image depends on."""
+        weights, stat = Path(self.state["weights"]), opened.path.stat()
+        return runs.digest(str(weights), weights.stat().st_mtime_ns, stat.st_size,
+                           stat.st_mtime_ns, str(self.config.channels), str(self.config.plane),
+                           str(self.config.time), str(self.of(opened.name).get("diameter")))[:16]
+
+    def map_file(self, opened: Opened) -> Path:
+        return self.out / ".page" / "maps" / f"{opened.name}.npy"
+
+    def recall_map(self, opened: Opened) -> None:
+        """Take the map of an earlier session."""
+        path = self.map_file(opened)
+        if self.of(opened.name).get("map") == self.map_key(opened) and path.exists():
+            opened.seen = torch.from_numpy(np.load(path))
+            opened.seen_key = self.map_key(opened)
+
+    def work(self) -> None:
+        """Search image after image, until the end."""
+        self.network()                                  # while the first image is looked at
+        while not self.ending.is_set():
+            with self.awake:
+                while not self.queue and not self.ending.is_set():
+                    self.awake.wait()
+                if self.ending.is_set():
+                    return
+                name = self.queue.pop(0)
+                self.working = {"image": name, "share": 0.0}
+                self.stopping.clear()
+            try:
+                self.find(name)
+            except runs.Stopped:
+                pass
+            except (ValueError, OSError, RuntimeError) as error:
+                self.complain(f"{name}: {runs.sentence(error)}")
+            finally:
+                with self.lock:
+                    self.working = {}
+
+    def progress(self, share: float) -> None:
+        if self.stopping.is_set():
+            raise runs.Stopped
+        self.working["share"] = share
+
+    def find(self, name: str) -> None:
+        """Run the network on an image; cells made by hand stay."""
+        opened, state, net = self.open(name), self.of(name), self.network()
+        key = self.map_key(opened)
+        with opened.for_network() as source:
+            if source.shape[0] > 3:
+                known = ", ".join(source.channels or map(str, source.numbers))
+                raise ValueError(f"{source.shape[0]} channels ({known}); start with up to three "
+                                 "that the network sees, such as channels=1,2")
+            plan = opened.plan(source, net, state)
+            if math.prod(opened.size) <= LARGE:
+                seen = segment.network_map(source, plan, self.progress)
+                labels, _ = segment.cells_in_map(seen, plan, opened.size)
+            else:
+                seen, labels = None, np.zeros(opened.size, np.int32)
+                for block in segment.blocks(source, plan, None, self.progress):
+                    labels[block.core] = block.labels
+        if seen is not None:
+            self.map_file(opened).parent.mkdir(parents=True, exist_ok=True)
+            with runs.replacing(self.map_file(opened)) as path, open(path, "wb") as file:
+                np.save(file, seen.cpu().numpy())
+        with self.lock, opened.book.lock:
+            opened.seen, opened.seen_key, opened.preview = seen, key, None
+            opened.book.do(edits.flooded(opened.book, labels, "find"))
+            state |= {"map": key, "cells": len(opened.book.boxes),
+                      "used": {**plan.setting._asdict(), "diameter": plan.diameter,
+                               "min_area": round(plan.setting.min_area / plan.zoom ** 2)}}
+            self.remember()
+
+    def flood(self, name: str, setting: dict, commit: bool) -> dict:
+        """Cells of the map at other thresholds: a preview, or for good."""
+        opened, state, net = self.open(name), self.of(name), self.network()
+        if opened.seen is None or opened.seen_key != self.map_key(opened):
+            raise ValueError("the cells of this image were not found in this way yet; press Find")
+        setting = {key: float(setting[key]) for key in THRESHOLDS if key in setting}
+        with opened.for_network() as source:
+            plan = opened.plan(source, net, {**state, "setting": setting})
+        labels, _ = segment.cells_in_map(opened.seen, plan, opened.size)
+        with self.lock, opened.book.lock:
+            edit = edits.flooded(opened.book, labels)
+            if commit:
+                state["setting"], opened.preview = setting, None
+                opened.book.do(edit)
+                state["cells"] = len(opened.book.boxes)
+                self.remember()
+            else:
+                opened.previews += 1
+                opened.preview = edit.after
+        return {"cells": int(np.count_nonzero(np.bincount(edit.after.ravel())[1:])),
+                "version": version_of(opened)}
+
+    # --------------------------------------------------------------------------------------- export
+
+    def export(self) -> dict:
+        """Write what infer.py writes, of the cells as they are now."""
+        for opened in list(self.opened.values()):
+            opened.book.save()
+        command = [sys.executable, str(ROOT / "infer.py"), str(self.folder), f"out={self.out}",
+                   f"labels={self.out}", f"weights={self.state['weights']}", "geojson=true",
+                   "overwrite=true", f"pattern={self.config.pattern}"]
+        command += [f"{key}={value}" for key, value in (
+            ("channels", ",".join(self.config.channels or ())), ("plane", self.config.plane),
+            ("time", self.config.time)) if value]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(last_line(done.stderr))
+        written = sum((self.out / f"{name}_cells.csv").exists() for name in self.names)
+        return {"written": written, "folder": str(self.out)}
+
+
+def images_of(folder: Path, out: Path, pattern: str) -> dict[str, Path]:
+    """Name of its results -> image; no results, no labels of others, nothing that a link leads out
+    of the folder."""
+    inside, results = folder.resolve(), out.resolve()
+    found = [path for path in images.image_files(folder, pattern)
+             if inside in path.resolve().parents and results not in path.resolve().parents]
+    stems = {path.with_suffix("") for path in found}
+    ends = tuple(end for end in (*data.ENDS, *data.BYPRODUCTS) if end)
+    names: dict[str, Path] = {}
+    for path in found:
+        stem = path.with_suffix("")
+        if any(stem.name.endswith(end) and stem.with_name(stem.name[:-len(end)]) in stems
+               for end in ends if stem.name != end):
+            continue
+        name = "_".join(path.relative_to(folder).with_suffix("").parts)
+        if name in names:
+            raise ValueError(f"{names[name]} and {path} would both have the labels "
+                             f"{name}_labels.tif; choose with pattern=*{path.suffix}")
+        names[name] = path
+    if not names:
+        raise FileNotFoundError(f"{folder}: no image in this folder "
+                                f"({', '.join(images.IMAGE_SUFFIXES)}; pattern={pattern})")
+    return names
+
+
+def weights_file(config: Config) -> Path:
+    """The file that weights= means."""
+    name, folder = config.weights, ROOT / "final_models"
+    if name == "auto":
+        name = "s8" if runs.pick_device(config.device) == "cuda" else "tiny"
+    for path in (Path(name), folder / f"{name}.pt", folder / f"dinocell_{name}.pt"):
+        if path.is_file():
+            return path.resolve()
+    raise FileNotFoundError(f"weights={config.weights}: no such file, and none of this name in "
+                            f"{folder.name}/; train with train_seg.py")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path}: damaged, no JSON; remove it, the labels stay") from None
+
+
+def last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1].removeprefix("error: ") if lines else "no word on why"
+
+
+def version_of(opened: Opened) -> str:
+    """Changes with every change of the labels that are shown."""
+    return str(opened.book.revision) + (f"p{opened.previews}" if opened.preview is not None else "")
+
+
+# ---------------------------------------------------------------------------------------- learning
+
+class Learning:
+    """Rounds of train_seg.py on the images that are done, each in a folder of its own.
+
+    A round has set/ (copies of images and labels), config.yaml, the run of train_seg.py, and
+    round.json: state, the weights before and after, and what both score on held-out images.
+    """
+
+    def __init__(self, project: Project):
+        self.project = project
+        self.folder = project.out / ".page" / "learn"
+        self.process: subprocess.Popen | None = None
+        self.watcher: threading.Thread | None = None
+        if (number := self.latest()) and self.record(number)["state"] == "running":
+            self.note(number, state="stopped")          # the page ended with it
+
+    def latest(self) -> int:
+        """Number of the last round, 0 before the first."""
+        numbers = [int(path.parent.name[6:]) for path in self.folder.glob("round_*/round.json")]
+        return max(numbers, default=0)
+
+    def of(self, number: int) -> Path:
+        return self.folder / f"round_{number}"
+
+    def record(self, number: int) -> dict:
+        return read_json(self.of(number) / "round.json")
+
+    def note(self, number: int, **values: Any) -> None:
+        path = self.of(number) / "round.json"
+        before = read_json(path) if path.exists() else {}
+        runs.write_text(path, json.dumps(before | values, indent=1))
+
+    def status(self) -> dict:
+        """Where the last round stands, with its curves."""
+        number = self.latest()
+        if not number:
+            return {"state": "none"}
+        record = self.record(number)
+        log = runs.history(self.of(number) / "runs" / "learn" / "log.jsonl")
+        return {**record, "round": number, "active": self.project.state["weights"],
+                "loss": [(line["step"], line["loss"]) for line in log if "loss" in line],
+                "AP": [(line["step"], line["val_AP@0.5"]) for line in log if "val_AP@0.5" in line]}
+
+    def start(self) -> None:
+        """Begin a round with the images that are done, or go on with one that was stopped."""
+        if self.process is not None:
+            raise ValueError("it is learning already")
+        number = self.latest()
+        if not number or self.record(number)["state"] != "stopped":
+            number += 1
+            self.prepare(number)
+        self.note(number, state="running", problem="")
+        with open(self.of(number) / "output.txt", "w", encoding="utf-8") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "train_seg.py"), str(self.of(number) / "config.yaml")],
+                stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        self.watcher = threading.Thread(target=self.watch, args=(number,), daemon=True)
+        self.watcher.start()
+
+    def prepare(self, number: int) -> None:
+        """Copy the images that are done, and write the configuration."""
+        project = self.project
+        done = [name for name in project.names if project.of(name).get("done")]
+        if not done:
+            raise ValueError("no image is marked as done yet; correct one, and press Done")
+        folder = self.of(number) / "set"
+        folder.mkdir(parents=True, exist_ok=True)
+        diameters = []
+        for name in done:
+            opened = project.open(name)
+            with opened.for_network() as source:
+                H, W = opened.size
+                pixels, labels = source.region(0, H, 0, W), opened.book.labels.copy()
+                channels = source.channels
+            diameters.append(data.median_diameter(labels))
+            # a single image is learnt from on the left, and held out on the right
+            parts = {"": slice(0, W)} if len(done) > 1 else {
+                "_left": slice(0, 2 * W // 3), "_right": slice(2 * W // 3, W)}
+            for end, part in parts.items():
+                images.write_image(folder / f"{name}{end}.tif",
+                                   images.Image(pixels[:, :, part], channels, None))
+                images.write_labels(folder / f"{name}{end}_masks.tif", labels[:, part])
+        if not any(diameters):
+            raise ValueError("the images that are done have no cells")
+        config = learning_config(Path(project.state["weights"]), folder.parent,
+                                 project.config.learn_steps)
+        runs.write_text(folder.parent / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        held = [each.name for each in data.hold_out(data.examples(folder), HELD, 0)]
+        self.note(number, state="stopped", before=project.state["weights"], images=done, held=held,
+                  steps=config["steps"])
+
+    def watch(self, number: int) -> None:
+        """Wait for a run; if it came to its end, use its weights where they are better."""
+        process = self.process
+        assert process is not None
+        code = process.wait()
+        if code == 0:
+            self.note(number, state="comparing")
+            try:
+                self.compare(number)
+            except (ValueError, OSError, RuntimeError) as error:
+                self.note(number, state="failed", problem=runs.sentence(error))
+        elif code in (runs.REQUEUE, 130):
+            self.note(number, state="stopped")
+        else:
+            output = (self.of(number) / "output.txt").read_text(encoding="utf-8")
+            self.note(number, state="failed", problem=last_line(output))
+        self.process = None
+
+    def compare(self, number: int) -> None:
+        """Score old and new weights on the held-out images; the better ones are used."""
+        folder, record = self.of(number), self.record(number)
+        after = str((folder / "final_models" / "learn.pt").resolve())
+        held = [example for example in data.examples(folder / "set")
+                if example.name in record["held"]]
+        scores = {which: held_out_scores(weights, held, self.project.config.device)
+                  for which, weights in (("before", record["before"]), ("after", after))}
+        better = scores["after"]["AP"] > scores["before"]["AP"]
+        self.note(number, state="done", after=after, scores=scores, better=better)
+        if better:
+            self.use(after)
+
+    def use(self, weights: str) -> None:
+        """Use these weights from now on; maps of others are made anew when they are asked for."""
+        known = {str(weights_file(self.project.config))}
+        for number in range(1, self.latest() + 1):
+            record = self.record(number)
+            known |= {record["before"], record.get("after", record["before"])}
+        if weights not in known:
+            raise ValueError("no such weights among those that were used here")
+        with self.project.lock:
+            self.project.state["weights"] = weights
+            self.project.remember()
+
+    def stop(self) -> None:
+        """Ask the run to save and stop."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+
+    def close(self) -> None:
+        self.stop()
+        if self.watcher is not None:
+            self.watcher.join(60)
+
+
+HELD = 0.2                      # of the images that are done, in whole groups
+
+
+def learning_config(weights: Path, folder: Path, steps: int) -> dict:
+    """Configuration of train_seg.py for a few corrected images."""
+    net = model.load(weights)
+    return {"experiment": "learn", "output_base_dir": str(folder), "init": str(weights),
+            "data": {"root": str(folder), "sets": [{"path": "set"}], "share": HELD},
+            "cap": net.settings.cap, "crop": net.settings.tile, "batch": 8,
+            "edge_weight": 3, "seam_weight": 10, "optimiser": "muon", "lr": 5e-4,
+            "steps": steps, "warmup": min(20, steps - 1), "ema": 0.98,
+            "val_every": max(1, steps // 4), "log_every": 5, "save_every": max(1, steps // 10)}
+
+
+def held_out_scores(weights: str, held: list, device: str) -> dict[str, float]:
+    """AP@0.5 and AP over IoU 0.5 to 0.95, mean over the images, with the weights' own thresholds.
+    """
+    net = model.load(weights).ready(runs.pick_device(device))
+    precision = np.array([metrics.average_precision(
+        example.labels(), segment.segment(example.image().pixels, net)) for example in held])
+    return {"AP@0.5": float(precision[:, 0].mean()), "AP": float(precision.mean())}
+
+
+# ------------------------------------------------------------------------------------------ server
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers to this machine, to who has the token, and to no other page in the browser."""
+
+    daemon_threads = True
+
+    def __init__(self, project: Project, port: int):
+        try:
+            super().__init__(("127.0.0.1", port), Handler)
+        except OSError as error:
+            raise OSError(f"port={port}: {error.strerror}; choose another, or 0 for a free one"
+                          ) from None
+        self.project, self.token = project, secrets.token_urlsafe(24)
+        self.address = f"http://127.0.0.1:{self.server_port}/?token={self.token}"
+
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):     # a tab that was closed
+            super().handle_error(request, client_address)
+
+
+class Refusal(Exception):
+    """A request that is not answered: status and reason."""
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One request; what is asked for is looked up in GETS and POSTS, never in the file system."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "DINOCell", ""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: the terminal is for the user."""
+
+    def do_GET(self) -> None:
+        self.answer(self.get)
+
+    def do_POST(self) -> None:
+        self.answer(self.post)
+
+    def answer(self, respond: Callable[[], tuple[bytes, str]]) -> None:
+        """Send what `respond` gives, or one sentence on why not."""
+        try:
+            content, kind = respond()
+            status = 200
+        except Refusal as refusal:
+            status, text = refusal.args
+            content, kind = json.dumps({"error": text}).encode(), "application/json"
+            self.close_connection = True                # what was not read is not the next request
+        except (ValueError, OSError) as error:
+            stale = runs.is_loaded("edits") and isinstance(error, edits.Stale)
+            status = 409 if stale else 400
+            content, kind = (json.dumps({"error": runs.sentence(error)}).encode(),
+                             "application/json")
+        self.send_response(status)
+        if len(content) > 1000 and "deflate" in self.headers.get("Accept-Encoding", ""):
+            content = zlib.compress(content, 1)
+            self.send_header("Content-Encoding", "deflate")
+        for name, value in {"Content-Type": kind, "Content-Length": len(content),
+                            "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+                            "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY",
+                            "Cross-Origin-Resource-Policy": "same-origin",
+                            "Content-Security-Policy": self.policy}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(content)
+
+    policy = "default-src 'none'; frame-ancestors 'none'"
+
+    def checked_query(self) -> tuple[str, dict[str, str]]:
+        """Path and query of a request from this page; Refusal for any other."""
+        where = urllib.parse.urlsplit(self.path)
+        query = {key: values[-1] for key, values in urllib.parse.parse_qs(where.query).items()}
+        host = self.headers.get("Host", "")
+        if re.sub(r":\d+$", "", host) not in ("127.0.0.1", "localhost", "[::1]"):
+            raise Refusal(403, "this page answers to this machine alone")
+        origin = self.headers.get("Origin")
+        if origin is not None and origin != f"http://{host}":
+            raise Refusal(403, "another page may not ask here")
+        if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+            raise Refusal(403, "another page may not ask here")
+        given = self.headers.get("X-Token") or query.get("token", "")
+        if not secrets.compare_digest(given.encode(), self.server.token.encode()):
+            raise Refusal(403, "open the address that page.py printed; it has a token")
+        return where.path, query
+
+    def get(self) -> tuple[bytes, str]:
+        path, query = self.checked_query()
+        if path == "/":
+            nonce = secrets.token_urlsafe(16)
+            self.policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src "
+                           f"'nonce-{nonce}'; connect-src 'self'; img-src blob: data:; "
+                           "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+            text = (ROOT / "page.html").read_text(encoding="utf-8")
+            return text.replace("NONCE", nonce).encode(), "text/html; charset=utf-8"
+        if path not in GETS:
+            raise Refusal(404, "there is nothing here")
+        return encoded(GETS[path](self.server.project, query))
+
+    def post(self) -> tuple[bytes, str]:
+        path, _ = self.checked_query()
+        length = self.headers.get("Content-Length", "")
+        if not length.isdigit() or int(length) > LONGEST:
+            raise Refusal(413, f"a request of {length or 'unknown'} bytes, expected at most "
+                               f"{LONGEST}")
+        if path not in POSTS:
+            raise Refusal(404, "there is nothing here")
+        body = self.rfile.read(int(length))
+        try:
+            values = json.loads(body)
+        except ValueError:
+            values = None
+        if not isinstance(values, dict):
+            raise Refusal(400, "expected a JSON object")
+        try:
+            return encoded(POSTS[path](self.server.project, values))
+        except (KeyError, TypeError) as error:
+            raise Refusal(400, f"a request without what it needs: {error}") from None
+
+
+def encoded(answer: Any) -> tuple[bytes, str]:
+    """Bytes as they are, all else as JSON."""
+    if isinstance(answer, bytes):
+        return answer, "application/octet-stream"
+    return json.dumps(plain(answer)).encode(), "application/json"
+
+
+def plain(value: Any) -> Any:
+    """null for NaN, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---------------------------------------------------------------------------- requests
+
+def get_news(project: Project, query: dict[str, str]) -> dict:
+    """What changed: images, the network, learning, problems. Asked for again and again."""
+    with project.lock:
+        shown = project.opened.get(query.get("image", ""))
+        return {"images": [{"name": name, "cells": state.get("cells"),
+                            "done": bool(state.get("done")), "queued": name in project.queue}
+                           for name in project.names
+                           for state in [project.state["images"].get(name, {})]],
+                "working": project.working, "queue": len(project.queue),
+                "version": version_of(shown) if shown else None,
+                "saved": all(opened.book.saved for opened in project.opened.values()),
+                "problems": project.problems[-3:], "problem_count": len(project.problems),
+                "learning": project.learning.status(),
+                "weights": Path(project.state["weights"]).stem}
+
+
+def get_image(project: Project, query: dict[str, str]) -> dict:
+    """All that is known of an image."""
+    name = query["image"]
+    opened, state, net = project.open(name), project.of(name), project.network()
+    setting = {**net.settings.setting._asdict(), **state.get("used", {}),
+               **state.get("setting", {})}
+    return {**opened.picture.about(), "name": name, "version": version_of(opened),
+            "revision": opened.book.revision, "cells": len(opened.book.boxes),
+            "done": bool(state.get("done")), "setting": setting,
+            "diameter": state.get("diameter"), "used_diameter": state.get("used", {}).get(
+                "diameter"), "known_diameter": net.settings.diameter,
+            "can_flood": opened.seen is not None
+            and opened.seen_key == project.map_key(opened)}
+
+
+def get_pixels(project: Project, query: dict[str, str]) -> bytes:
+    return project.open(query["image"]).picture.tile(*tile_place(query))
+
+
+def get_labels(project: Project, query: dict[str, str]) -> bytes:
+    return project.open(query["image"]).tile(*tile_place(query))
+
+
+def get_cell(project: Project, query: dict[str, str]) -> dict:
+    opened, cell = project.open(query["image"]), int(query["cell"])
+    sure = opened.certainty(project.network()).get(cell)
+    return {**opened.numbers(cell), **({} if sure is None else {"score": round(sure, 3)})}
+
+
+def get_least(project: Project, query: dict[str, str]) -> list:
+    """Cells from the least certain on: number, y, x, diameter."""
+    opened = project.open(query["image"])
+    sure = opened.certainty(project.network())
+    found = []
+    for cell in sorted((i for i in sure if i in opened.book.boxes), key=sure.__getitem__)[:200]:
+        rows, columns = opened.book.boxes[cell]
+        found.append((cell, (rows.start + rows.stop) / 2, (columns.start + columns.stop) / 2,
+                      max(rows.stop - rows.start, columns.stop - columns.start)))
+    return found
+
+
+def tile_place(query: dict[str, str]) -> tuple[int, int, int]:
+    z, row, column = (int(query[key]) for key in ("z", "row", "column"))
+    if not 0 <= z <= 16:
+        raise ValueError(f"z={z}, expected 0 to 16")
+    return z, row, column
+
+
+def post_find(project: Project, values: dict) -> dict:
+    """Queue images for the network; with a diameter (px, null for as it is) for these images."""
+    names = [values["image"]] if "image" in values else [
+        name for name in project.names
+        if project.of(name).get("cells") is None and name not in project.queue]
+    for name in names:
+        state = project.of(name)
+        if "diameter" in values:
+            given = values["diameter"]
+            if given is not None and not 1 <= float(given) <= 10000:
+                raise ValueError(f"diameter={given}: expected 1 to 10000 px")
+            state["diameter"] = None if given is None else float(given)
+    with project.awake:
+        project.queue += [name for name in names if name not in project.queue]
+        project.awake.notify_all()
+    project.remember()
+    return {"queued": len(names)}
+
+
+def post_stop(project: Project, values: dict) -> dict:
+    with project.lock:
+        project.queue.clear()
+        project.stopping.set()
+    return {}
+
+
+def post_flood(project: Project, values: dict) -> dict:
+    return project.flood(values["image"], values["setting"], bool(values.get("commit")))
+
+
+def post_edit(project: Project, values: dict) -> dict:
+    """Change cells by hand; refused if they are not those that the page shows."""
+    opened, what = project.open(values["image"]), values["what"]
+    if what not in EDITS:
+        raise ValueError(f"no edit {what}, expected one of {', '.join(EDITS)}")
+    with opened.book.lock:
+        if values["revision"] != opened.book.revision:
+            raise edits.Stale("another window or the network changed these cells; they are shown "
+                              "as they are now, please repeat your edit")
+        before = {"undo": opened.book.undo, "redo": opened.book.redo}.get(what)
+        box = before() if before else opened.book.do(EDITS[what](opened.book, values))
+        opened.preview = None
+        revision, count = opened.book.revision, len(opened.book.boxes)
+    project.of(opened.name)["cells"] = count
+    (top, bottom), (left, right) = ((side.start, side.stop) for side in box)
+    return {"revision": revision, "version": version_of(opened), "cells": count,
+            "box": [top, left, bottom, right]}
+
+
+def line_of(values: dict):
+    """(K, 2) x y of a request."""
+    line = np.array(values["line"], np.float64)
+    if line.ndim != 2 or line.shape[1] != 2 or not 1 <= len(line) <= 20000 \
+            or not (np.abs(line) < 1e7).all():
+        raise ValueError("expected a line of points x, y")
+    return line
+
+
+EDITS: dict[str, Callable[[Any, dict], Any]] = {
+    "gesture": lambda book, values: edits.gesture(book, line_of(values)),
+    "draw": lambda book, values: edits.draw_cell(book, line_of(values)),
+    "erase": lambda book, values: edits.cut_away(book, line_of(values)),
+    "split": lambda book, values: edits.split_cells(book, line_of(values)),
+    "merge": lambda book, values: edits.merge_cells(book, line_of(values)),
+    "lasso": lambda book, values: edits.remove_inside(book, line_of(values)),
+    "remove": lambda book, values: edits.remove_cells(book, [int(values["cell"])]),
+    "grow": lambda book, values: edits.grow_cell(book, int(values["cell"])),
+    "shrink": lambda book, values: edits.shrink_cell(book, int(values["cell"])),
+    "undo": lambda book, values: None, "redo": lambda book, values: None}
+
+
+def post_done(project: Project, values: dict) -> dict:
+    project.of(values["image"])["done"] = bool(values["done"])
+    project.remember()
+    return {}
+
+
+def post_export(project: Project, values: dict) -> dict:
+    return project.export()
+
+
+def post_learn(project: Project, values: dict) -> dict:
+    """Start, stop, or use weights of a round."""
+    what = values["what"]
+    if what == "use":
+        project.learning.use(str(values["weights"]))
+    elif what in ("start", "stop"):
+        getattr(project.learning, what)()
+    else:
+        raise ValueError(f"learning cannot {what}; expected start, stop or use")
+    return project.learning.status()
+
+
+GETS: dict[str, Callable[[Project, dict[str, str]], Any]] = {
+    "/news": get_news, "/image": get_image, "/pixels": get_pixels, "/labels": get_labels,
+    "/cell": get_cell, "/least": get_least}
+POSTS: dict[str, Callable[[Project, dict], Any]] = {
+    "/find": post_find, "/stop": post_stop, "/flood": post_flood, "/edit": post_edit,
+    "/done": post_done, "/export": post_export, "/learn": post_learn}
+
+
+if __name__ == "__main__":
+    runs.script(__doc__, Config, main)

@@ -308,7 +308,7 @@ class Book:
                  pixel_size: float | None = None):
         self.path = Path(f"{beginning}_labels.tif")
         self.journal = Path(f"{beginning}_journal.jsonl")
-        self.pixel_size, self.lock = pixel_size, threading.RLock()
+        self.pixel_size, self.lock, self.saving = pixel_size, threading.RLock(), threading.Lock()
         self.shape, self.fresh = shape, 1               # fresh: a number that no cell ever had
         self.read()
 
@@ -445,13 +445,14 @@ class Book:
 
     def save(self) -> None:
         """Write the labels, if they changed."""
-        with self.lock:
-            if self.saved:
-                return
-            labels, revision = self.labels.copy(), self.revision
-        images.write_labels(self.path, labels, self.pixel_size)
-        with self.lock:
-            self.saved = self.revision == revision
+        with self.saving:                               # edits go on while a file is written
+            with self.lock:
+                if self.saved:
+                    return
+                labels, revision = self.labels.copy(), self.revision
+            images.write_labels(self.path, labels, self.pixel_size)
+            with self.lock:
+                self.saved = self.revision == revision
 
 
 def stamp() -> str:

@@ -86,7 +86,7 @@ PLANNED = ("peak", "fill", "depth", "smooth", "shape", "min_area", "border", "ne
            "overlap", "batch", "block", "embed")
 # what changes the cells and their table
 SETTINGS = ("channels", "plane", "z", "time", "spacing", "max_distance", "gap", "level",
-            "pixel_size", "diameter", *PLANNED[:10], "within")
+            "pixel_size", "diameter", "labels", *PLANNED[:10], "within")
 PICTURE = 4096  # px, longest side of an overlay
 SHOWN = 6       # planes in the overlay of a stack
 SAMPLED = 1 << 25  # px, planes that say how bright a stack is have so many together
@@ -141,6 +141,8 @@ class Config:
     device: runs.Device = "auto"            # auto: the GPU if there is one
     overwrite: bool = False                         # make results anew
     shard: str = "1/1"                              # which part of the images: 3/16
+    # folder with NAME_labels.tif, corrected by hand say: these cells are measured, none are found
+    labels: str | None = None
     signed: bool = False  # read from S3 with your AWS credentials; public buckets need none
 
     def __post_init__(self):
@@ -150,6 +152,9 @@ class Config:
         if self.level and self.pixel_size:
             raise ValueError(f"level={self.level} and pixel_size={self.pixel_size:g}: expected one "
                              "of the two")
+        if self.labels is not None and self.distance:
+            raise ValueError("distance=true: labels that are given have no distance map; leave one "
+                             "of the two out")
         parse_diameter(self.diameter, 1.0, None)
         if self.z and self.time == "all":
             raise ValueError("z=all and time=all: a stack that moves is not linked; choose one "
@@ -180,6 +185,11 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
     mine = found
     if parts > 1:
         mine = {path: found[path] for path in sorted(found, key=str)[part - 1::parts]}
+    if config.labels is not None:
+        mine = {path: name for path, name in mine.items() if given_labels(config, name).is_file()}
+        if not mine:
+            raise FileNotFoundError(f"labels={config.labels}: no NAME_labels.tif for any of the "
+                                    f"{len(found)} images")
     if not mine:
         print(f"shard {config.shard}: none of the {len(found)} images")
         return 0
@@ -419,7 +429,9 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, made: di
             plan = segment.plan_for(source, net, diameter=diameter, limits=limits, tissue=tissue,
                                     **{name: getattr(config, name) for name in PLANNED})
         results = Results(out, name, source, plan, config, clock)
-        for block in segment.blocks(source, results.plan, clock, progress):
+        found = (segment.blocks(source, results.plan, clock, progress) if config.labels is None
+                 else segment.blocks_of(labels_for(source, name, config), results.plan))
+        for block in found:
             results.add(block)
     return results.close(made, start)
 
@@ -435,6 +447,20 @@ def check_channels(path: Path, source: images.Source) -> None:
         names = ", ".join(source.channels or map(str, range(1, C + 1)))
         raise ValueError(f"{path}: has {C} channels ({names}); choose what the network sees, "
                          f"up to three, with channels=1,2 or by name")
+
+
+def given_labels(config: Config, name: str) -> Path:
+    return Path(config.labels or "", f"{name}_labels.tif")
+
+
+def labels_for(source, name: str, config: Config):
+    """(H, W) the labels given for an image."""
+    path = given_labels(config, name)
+    labels = images.read_labels(path)
+    if labels.shape != source.shape[1:]:
+        raise ValueError(f"{path}: labels of {labels.shape}, but {source.path} has "
+                         f"{source.shape[1:]} px; give those of this image")
+    return labels
 
 
 class Results:

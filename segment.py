@@ -302,6 +302,27 @@ def _pool(plan: Plan) -> vectors.TokenPool | None:
     return vectors.TokenPool(backbone.patch, backbone.dim, _window(plan.tile, plan.overlap))
 
 
+def blocks_of(labels: np.ndarray, plan: Plan) -> Iterator[Block]:
+    """Blocks of labels (H, W) that are known, as blocks() gives them; their map is empty."""
+    H, W = labels.shape
+    known = np.zeros(int(labels.max(initial=0)) + 1, bool)         # met in a block before
+    block = plan.block if max(H, W) > plan.block + 2 * plan.halo else max(H, W)
+    for top in range(0, H, block):
+        for left in range(0, W, block):
+            core = slice(top, min(top + block, H)), slice(left, min(left + block, W))
+            rows, columns = (slice(max(0, part.start - plan.halo), min(n, part.stop + plan.halo))
+                             for part, n in zip(core, (H, W)))
+            ids, local = np.unique(labels[rows, columns], return_inverse=True)
+            local = local.reshape(rows.stop - rows.start, columns.stop - columns.start)
+            if ids[0] != 0:                                        # there is no background
+                ids, local = np.insert(ids, 0, 0), local + 1
+            new = np.setdiff1d(np.unique(labels[core]), np.flatnonzero(known))
+            new = np.searchsorted(ids, new[new > 0])
+            known[ids[new]] = True
+            yield Block(core, (rows, columns), local.astype(np.int32), ids.astype(np.int32), new,
+                        labels[core], np.zeros(local.shape, np.float32))
+
+
 def network_map(source, plan: Plan, progress: Callable[[float], None] | None = None) -> Tensor:
     """The network's answer at its own scale: (h, w) distances."""
     return torch.cat(list(_distances(source, plan, Counter(), progress)))

@@ -170,6 +170,26 @@ def test_a_slide_costs_its_tissue_alone(tmp_path, monkeypatch):
     assert tifffile.imread(tmp_path / "out/slide_labels.tif").shape == (512, 768)
 
 
+@pytest.mark.parametrize("block", [2048, 64])
+def test_labels_that_are_given_are_measured(tmp_path, broad, block):
+    """As those that were found, whatever the blocks."""
+    write(tmp_path / "a.tif", broad, "AGP")
+    write(tmp_path / "b.tif", broad, "AGP")                     # has no labels: left out
+    infer.main(Config(out=str(tmp_path / "found"), geojson=True), [str(tmp_path / "a.tif")])
+    infer.main(Config(out=str(tmp_path / "given"), geojson=True, block=block,
+                      labels=str(tmp_path / "found")), [str(tmp_path / name) for name in
+                                                        ("a.tif", "b.tif")])
+    found, given = ([list(csv.DictReader(open(tmp_path / folder / "a_cells.csv")))  # noqa: SIM115
+                     for folder in ("found", "given")])
+    assert sorted(given, key=lambda row: int(row["id"])) == found and len(found) > 20
+    np.testing.assert_array_equal(*(data.read_labels(tmp_path / folder / "a_labels.tif")
+                                    for folder in ("found", "given")))
+    assert not (tmp_path / "given" / "b_cells.csv").exists()
+    with pytest.raises(FileNotFoundError, match="no NAME_labels.tif for any of the 1 images"):
+        infer.main(Config(out=str(tmp_path / "given"), labels=str(tmp_path / "found")),
+                   [str(tmp_path / "b.tif")])
+
+
 def test_pictures_of_large_images_are_reduced(tmp_path, broad, monkeypatch):
     image = write(tmp_path / "a.tif", broad, "ER")
     monkeypatch.setattr(infer, "PICTURE", 100)

@@ -1,0 +1,237 @@
+"""Corrections by hand: what each does, that it is undone, and that nothing is lost."""
+import json
+import threading
+
+import numpy as np
+import pytest
+
+import edits
+import images
+
+
+def circle(y, x, r, n=40):
+    t = np.linspace(0, 2 * np.pi, n)
+    return np.stack((x + r * np.cos(t), y + r * np.sin(t)), 1)
+
+
+@pytest.fixture
+def book(tmp_path):
+    """Two discs that touch, one alone, on 80 x 120 px."""
+    labels = np.zeros((80, 120), np.int32)
+    y, x = np.mgrid[:80, :120]
+    labels[(y - 30) ** 2 + (x - 30) ** 2 < 144] = 1
+    labels[((y - 30) ** 2 + (x - 54) ** 2 < 144) & (labels == 0)] = 2
+    labels[(y - 60) ** 2 + (x - 95) ** 2 < 100] = 5
+    images.write_labels(tmp_path / "a_labels.tif", labels)
+    return edits.Book(tmp_path / "a", (80, 120))
+
+
+def cells_of(book):
+    return set(np.unique(book.labels)) - {0}
+
+
+def consistent(book):
+    """Boxes are those of the labels, and every cell's number is below the next."""
+    for cell in cells_of(book):
+        y, x = np.nonzero(book.labels == cell)
+        assert book.boxes[cell] == (slice(y.min(), y.max() + 1), slice(x.min(), x.max() + 1))
+    assert set(book.boxes) == cells_of(book) and book.fresh > max(cells_of(book), default=0)
+
+
+@pytest.mark.smoke
+def test_draw_makes_a_disc_and_leaves_others_their_pixels(book):
+    before = book.labels.copy()
+    book.do(edits.draw_cell(book, circle(60, 20, 10)))
+    new = book.labels == 6
+    assert abs(new.sum() - np.pi * 100) < 12 and (book.labels[before > 0] == before[before > 0]
+                                                  ).all()
+    book.do(edits.draw_cell(book, circle(38, 40, 10)))          # over both discs
+    assert (book.labels[before == 1] == 1).all() and (book.labels[before == 2] == 2).all()
+    consistent(book)
+
+
+def test_draw_begun_in_a_cell_adds_to_it(book):
+    area = (book.labels == 5).sum()
+    book.do(edits.draw_cell(book, np.concatenate(([[95., 60.]], circle(60, 108, 8)))))
+    assert (book.labels == 5).sum() > area + 60 and len(cells_of(book)) == 3
+    consistent(book)
+
+
+def test_split_across_and_refusal_of_a_line_that_ends_inside(book):
+    area = (book.labels == 5).sum()
+    book.do(edits.split_cells(book, np.array([[95.5, 45.], [95.5, 75.]])))
+    assert len(cells_of(book)) == 4 and (np.isin(book.labels, (5, 6))).sum() == area
+    sizes = [(book.labels == i).sum() for i in (5, 6)]
+    assert min(sizes) > 0.4 * area
+    consistent(book)
+    with pytest.raises(edits.Refused, match="from edge to edge"):
+        edits.split_cells(book, np.array([[30., 10.], [30., 30.]]))
+    with pytest.raises(edits.Refused, match="no cell"):
+        edits.split_cells(book, np.array([[2., 70.], [20., 75.]]))
+
+
+@pytest.mark.parametrize("angle", np.linspace(0, np.pi, 7))
+def test_every_direction_splits(book, angle):
+    """A line of one pixel has no gap at its diagonals."""
+    away = 30 * np.array([np.cos(angle), np.sin(angle)])
+    book.do(edits.split_cells(book, np.array([[95, 60] - away, [95, 60] + away])))
+    assert len(cells_of(book)) == 4
+
+
+def test_merge_closes_the_gap(book):
+    book.do(edits.merge_cells(book, np.array([[30., 30.], [54., 30.]])))
+    assert cells_of(book) == {1, 5}
+    book.do(edits.merge_cells(book, np.array([[54., 30.], [95., 60.]])))    # far apart: a bridge
+    assert cells_of(book) == {1}
+    assert np.array_equal(edits.largest_piece(book.labels > 0), book.labels > 0)
+    with pytest.raises(edits.Refused):
+        edits.merge_cells(book, np.array([[30., 30.], [35., 30.]]))
+
+
+def test_remove_and_lasso(book):
+    book.do(edits.remove_inside(book, circle(30, 42, 40)))
+    assert cells_of(book) == {5}
+    with pytest.raises(edits.Refused, match="more than half"):
+        edits.remove_inside(book, circle(60, 85, 6))            # only the rim of it
+    book.do(edits.remove_cells(book, [5]))
+    assert cells_of(book) == set()
+    with pytest.raises(edits.Refused):
+        edits.remove_cells(book, [5])
+
+
+def test_erase_makes_cells_of_the_parts(book):
+    book.do(edits.cut_away(book, np.array([[93., 40], [97, 40], [97, 80], [93, 80]])))
+    assert cells_of(book) == {1, 2, 5, 6} and (book.labels[:, 93:97] == 0).all()
+    consistent(book)
+
+
+def test_grow_then_shrink_of_a_disc_gives_it_back(book):
+    before = book.labels.copy()
+    book.do(edits.grow_cell(book, 5))
+    assert (book.labels == 5).sum() > (before == 5).sum()
+    book.do(edits.shrink_cell(book, 5))
+    np.testing.assert_array_equal(book.labels, before)
+    book.do(edits.grow_cell(book, 1))
+    assert (book.labels == 2).sum() == (before == 2).sum()      # not into the neighbour
+
+
+@pytest.mark.smoke
+def test_gestures(book):
+    def does(line):
+        return edits.gesture(book, np.asarray(line, float)).what
+    assert does([[30, 30], [54, 30]]) == "merge"
+    assert does([[95, 40], [95, 80]]) == "split"
+    assert does(circle(60, 20, 10)) == "draw"
+    assert does([[95, 60], *circle(60, 108, 8), [95, 60]]) == "draw"
+    with pytest.raises(edits.Refused):
+        does([[2, 70], [20, 75]])
+
+
+def test_undo_and_redo_without_end_and_after_a_restart(book, tmp_path):
+    rng = np.random.default_rng(0)
+    states = [book.labels.copy()]
+    while len(states) < 25:
+        line = rng.uniform(0, 80, (rng.integers(2, 6), 2)) + rng.uniform(0, 40, 2) * (1, 0)
+        what = [edits.draw_cell, edits.cut_away, edits.split_cells, edits.merge_cells,
+                edits.remove_inside][rng.integers(5)]
+        try:
+            book.do(what(book, line))
+        except edits.Refused:
+            continue
+        states.append(book.labels.copy())
+        consistent(book)
+    for state in states[-2::-1]:
+        book.undo()
+        np.testing.assert_array_equal(book.labels, state)
+    with pytest.raises(edits.Refused):
+        book.undo()
+    for state in states[1:10]:
+        book.redo()
+        np.testing.assert_array_equal(book.labels, state)
+    again = edits.Book(tmp_path / "a", (80, 120))               # the TIFF is the first one still
+    np.testing.assert_array_equal(again.labels, states[9])
+    again.save()
+    again = edits.Book(tmp_path / "a", (80, 120))               # and replayed on the last
+    np.testing.assert_array_equal(again.labels, states[9])
+    again.undo()
+    np.testing.assert_array_equal(again.labels, states[8])
+    again.redo()
+    again.redo()
+    np.testing.assert_array_equal(again.labels, states[10])
+    consistent(again)
+
+
+def test_a_journal_cut_by_a_crash_loses_only_what_was_not_confirmed(book, tmp_path):
+    book.do(edits.remove_cells(book, [5]))
+    with open(tmp_path / "a_journal.jsonl", "ab") as file:
+        file.write(b'{"what": "remove", "box": [0')
+    again = edits.Book(tmp_path / "a", (80, 120))
+    assert cells_of(again) == {1, 2}
+    again.do(edits.remove_cells(again, [2]))
+    lines = (tmp_path / "a_journal.jsonl").read_text().splitlines()
+    assert [json.loads(line)["what"] for line in lines] == ["remove"] * 2
+
+
+def test_two_programs_on_one_image_do_not_lose_edits(book, tmp_path):
+    other = edits.Book(tmp_path / "a", (80, 120))
+    other.do(edits.remove_cells(other, [5]))
+    with pytest.raises(edits.Stale, match="another program"):
+        book.do(edits.remove_cells(book, [1]))
+    assert cells_of(book) == {1, 2}                             # it has read the other's edit
+    book.do(edits.remove_cells(book, [1]))
+    assert cells_of(edits.Book(tmp_path / "a", (80, 120))) == {2}
+
+
+def test_new_thresholds_keep_what_hands_have_made(book):
+    book.do(edits.draw_cell(book, circle(60, 20, 10)))
+    mine = book.labels == 6
+    book.do(edits.remove_cells(book, [5]))
+    gone = ~mine & (book.labels == 0)
+    flooded = np.zeros(book.shape, np.int32)
+    y, x = np.mgrid[:80, :120]
+    flooded[(y - 30) ** 2 + (x - 30) ** 2 < 100] = 1            # smaller now
+    flooded[(y - 60) ** 2 + (x - 95) ** 2 < 100] = 2            # deleted by hand: stays so
+    flooded[(y - 60) ** 2 + (x - 20) ** 2 < 64] = 3             # drawn by hand: stays larger
+    flooded[70:78, 60:70] = 4
+    book.do(edits.flooded(book, flooded))
+    assert len(cells_of(book)) == 3 and gone[60, 95] and book.labels[60, 95] == 0
+    cell = book.labels[60, 20]
+    np.testing.assert_array_equal(book.labels == cell, mine)
+    assert (book.labels == book.labels[30, 30]).sum() == (flooded == 1).sum()
+    consistent(book)
+    book.undo()
+    assert cells_of(book) == {1, 2, 6}
+
+
+def test_saving_beside_edits_ends_with_the_last(book, tmp_path):
+    """A thread saves all the time, as the page does."""
+    ending = threading.Event()
+
+    def keep():
+        while not ending.is_set():
+            book.save()
+    thread = threading.Thread(target=keep)
+    thread.start()
+    for _ in range(15):
+        book.do(edits.grow_cell(book, 5))
+        book.do(edits.shrink_cell(book, 5))
+    book.do(edits.remove_cells(book, [1]))
+    ending.set()
+    thread.join()
+    book.save()
+    np.testing.assert_array_equal(images.read_labels(tmp_path / "a_labels.tif"), book.labels)
+
+
+def test_labels_of_another_size_are_refused(book, tmp_path):
+    with pytest.raises(ValueError, match="a_labels.tif: labels of"):
+        edits.Book(tmp_path / "a", (80, 121))
+
+
+def test_lines_outside_of_the_image(book):
+    book.do(edits.draw_cell(book, circle(78, 118, 10)))         # cut by the corner
+    assert book.labels[79, 119] == 6
+    with pytest.raises(edits.Refused):
+        edits.draw_cell(book, circle(300, 300, 10))
+    with pytest.raises(edits.Refused):
+        edits.split_cells(book, circle(300, 300, 10))
+    consistent(book)

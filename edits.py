@@ -32,6 +32,7 @@ import images
 from data import polygon_pixels
 
 WHOLE = ("find", "flood")       # edits of the whole image by the network, not by hand
+LARGE = 1 << 26                 # px; above, labels are copied and written band by band
 CLOSED = 0.35                   # of a line's length: ends nearer than this close it
 Box = tuple[slice, slice]       # rows and columns
 
@@ -317,6 +318,7 @@ class Book:
         self.done: list[bytes] = []                     # packed edits
         self.undone: list[bytes] = []
         self.labels = np.zeros(self.shape, np.int32)
+        self.boxes: dict[int, Box] = {}
         if self.path.exists():
             labels = images.read_labels(self.path)
             if labels.shape != self.shape:
@@ -332,7 +334,8 @@ class Book:
             self.replay(line)
             self.size += len(line)
             self.saved = False
-        self.index()
+        if self.path.exists() or self.done:
+            self.index()
 
     def replay(self, line: bytes) -> None:
         what = json.loads(line)["what"]
@@ -352,7 +355,7 @@ class Book:
 
     def index(self) -> None:
         """Find the box of each cell."""
-        self.boxes: dict[int, Box] = {i: box for i, box in enumerate(
+        self.boxes = {i: box for i, box in enumerate(
             ndimage.find_objects(self.labels), 1) if box is not None}
         self.fresh = max(self.fresh, 1 + max(self.boxes, default=0))
 
@@ -449,10 +452,24 @@ class Book:
             with self.lock:
                 if self.saved:
                     return
-                labels, revision = self.labels.copy(), self.revision
-            images.write_labels(self.path, labels, self.pixel_size)
+                revision = self.revision
+            self.write_labels()
             with self.lock:
                 self.saved = self.revision == revision
+
+
+    def write_labels(self) -> None:
+        H, W = self.shape
+        if H * W <= LARGE:
+            with self.lock:
+                labels = self.labels.copy()
+            return images.write_labels(self.path, labels, self.pixel_size)
+        writer = images.LabelWriter(self.path, self.shape, self.pixel_size)
+        for y in range(0, H, images.LABEL_TILE):
+            with self.lock:
+                band = self.labels[y:y + images.LABEL_TILE].copy()
+            writer.add((slice(y, y + len(band)), slice(0, W)), band)
+        writer.close()
 
 
 def stamp() -> str:

@@ -54,7 +54,6 @@ ROOT = Path(__file__).resolve().parent
 TILE = 512                      # px, side of what the browser asks for at once
 OVERVIEW = 2048                 # px, images are reduced to about this once, to be seen whole
 OPEN = 8                        # images that stay open
-LARGE = 1 << 26                 # px; above, no map is kept, so thresholds mean a new search
 LONGEST = 1 << 20               # bytes of a request
 SAVE_EVERY = 0.3                # s, between looks for labels that are not on the disk yet
 THRESHOLDS = ("peak", "fill", "depth", "smooth", "shape", "min_area")
@@ -398,7 +397,7 @@ class Project:
                 raise ValueError(f"{source.shape[0]} channels ({known}); start with up to three "
                                  "that the network sees, such as channels=1,2")
             plan = opened.plan(source, net, state)
-            if math.prod(opened.size) <= LARGE:
+            if math.prod(opened.size) <= edits.LARGE:
                 seen = segment.network_map(source, plan, self.progress)
                 labels, _ = segment.cells_in_map(seen, plan, opened.size)
             else:
@@ -615,7 +614,7 @@ class Learning:
                 self.compare(number)
             except (ValueError, OSError, RuntimeError) as error:
                 self.note(number, state="failed", problem=runs.sentence(error))
-        elif code in (runs.REQUEUE, 130):
+        elif code in (runs.REQUEUE, 130, -signal.SIGTERM):      # the last: before its first step
             self.note(number, state="stopped")
         else:
             output = (self.of(number) / "output.txt").read_text(encoding="utf-8")
@@ -669,7 +668,8 @@ def learning_config(weights: Path, folder: Path, steps: int) -> dict:
             "cap": net.settings.cap, "crop": net.settings.tile, "batch": 8,
             "edge_weight": 3, "seam_weight": 10, "optimiser": "muon", "lr": 5e-4,
             "steps": steps, "warmup": min(20, steps - 1), "ema": 0.98,
-            "val_every": max(1, steps // 4), "log_every": 5, "save_every": max(1, steps // 10)}
+            "val_every": -(-steps // 2), "log_every": min(5, max(1, steps // 10)), 
+            "save_every": max(1, steps // 10)}
 
 
 def held_out_scores(weights: str, held: list, device: str) -> dict[str, float]:
@@ -754,7 +754,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def checked_query(self) -> tuple[str, dict[str, str]]:
         """Path and query of a request from this page; Refusal for any other."""
         where = urllib.parse.urlsplit(self.path)
-        query = {key: values[-1] for key, values in urllib.parse.parse_qs(where.query).items()}
+        query = dict(urllib.parse.parse_qsl(where.query, True))
         host = self.headers.get("Host", "")
         if re.sub(r":\d+$", "", host) not in ("127.0.0.1", "localhost", "[::1]"):
             raise Refusal(403, "this page answers to this machine alone")
@@ -779,7 +779,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return text.replace("NONCE", nonce).encode(), "text/html; charset=utf-8"
         if path not in GETS:
             raise Refusal(404, "there is nothing here")
-        return encoded(GETS[path](self.server.project, query))
+        return called(GETS[path], self.server.project, query)
 
     def post(self) -> tuple[bytes, str]:
         path, _ = self.checked_query()
@@ -796,14 +796,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             values = None
         if not isinstance(values, dict):
             raise Refusal(400, "expected a JSON object")
-        try:
-            return encoded(POSTS[path](self.server.project, values))
-        except (KeyError, TypeError) as error:
-            raise Refusal(400, f"a request without what it needs: {error}") from None
+        return called(POSTS[path], self.server.project, values)
 
 
-def encoded(answer: Any) -> tuple[bytes, str]:
-    """Bytes as they are, all else as JSON."""
+def called(function: Callable[[Any, Any], Any], project: Project,
+           values: dict) -> tuple[bytes, str]:
+    """The answer of a function and its type: bytes as they are, all else as JSON."""
+    try:
+        answer = function(project, values)
+    except (KeyError, TypeError) as error:
+        raise Refusal(400, f"a request without what it needs: {error}") from None
     if isinstance(answer, bytes):
         return answer, "application/octet-stream"
     return json.dumps(plain(answer)).encode(), "application/json"

@@ -1,0 +1,419 @@
+"""The page: its server asked directly, and clicked through in a real browser.
+
+The browser is Debian's chromium with selenium; without them those tests skip.
+"""
+import http.client
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tifffile
+from conftest import ROOT
+
+import cells
+import data
+import images
+import model
+import page
+import runs
+import segment
+import synthetic
+
+WEIGHTS = str(ROOT / "final_models" / "demo_synthetic.pt")
+HOSTILE = "<img src=x onerror=alert(1)>.tif"
+
+
+def drawn(seed, size=(192, 256), count=14):
+    field = synthetic.field(seed, size, count, diameter=28)
+    return field.pixels[field.channels.index("ER")], field.labels
+
+
+def wait_until(holds, seconds=60.0, what="it"):
+    end = time.monotonic() + seconds
+    while not (value := holds()):
+        assert time.monotonic() < end, f"{what} did not happen within {seconds} s"
+        time.sleep(0.05)
+    return value
+
+
+class Site:
+    """A folder with its server, and a client of it."""
+
+    def __init__(self, folder, **keys):
+        keys = {"weights": WEIGHTS, "browser": False, "learn_steps": 4, **keys}
+        self.folder = Path(folder)
+        self.project = page.Project(self.folder, page.Config(**keys))
+        self.out = self.project.out
+        self.server = page.Server(self.project, 0)
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+
+    def __enter__(self):
+        self.project.__enter__()
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+        self.project.__exit__()
+
+    def ask(self, path, body=None, headers=None, token=None, method=None, **query):
+        """Status and content."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.server_port, timeout=60)
+        headers = {"X-Token": self.server.token if token is None else token, **(headers or {})}
+        content = json.dumps(body).encode() if isinstance(body, dict) else body
+        where = path + ("?" + urllib.parse.urlencode(query) if query else "")
+        connection.request(method or ("GET" if body is None else "POST"), where, content,
+                           {name: value for name, value in headers.items() if value is not None})
+        answer = connection.getresponse()
+        self.headers, content = answer.headers, answer.read()
+        connection.close()
+        if answer.headers.get("Content-Encoding") == "deflate":
+            content = zlib.decompress(content)
+        return answer.status, content
+
+    def json(self, path, body=None, **query):
+        status, content = self.ask(path, body, **query)
+        assert status == 200, content
+        return json.loads(content)
+
+    def edit(self, image, what, revision=None, **more):
+        if revision is None:
+            revision = self.json("/image", image=image)["revision"]
+        return self.json("/edit", {"image": image, "what": what, "revision": revision, **more})
+
+    def find(self, *names):
+        for name in names:
+            self.json("/find", {"image": name})
+        wait_until(lambda: not self.project.queue and not self.project.working, 120, "the search")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two drawn images, one below a folder, one with labels of others beside it."""
+    for name, seed in (("a", 1), ("more/b", 2)):
+        path = tmp_path / "images" / f"{name}.tif"
+        path.parent.mkdir(exist_ok=True)
+        pixels, labels = drawn(seed)
+        tifffile.imwrite(path, pixels)
+    images.write_labels(tmp_path / "images" / "more" / "b_masks.tif", labels)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def site(folder):
+    with Site(folder) as site:
+        yield site
+
+
+# -------------------------------------------------------------------------------------- the server
+
+@pytest.mark.smoke
+def test_only_this_page_on_this_machine_is_answered(site):
+    for token in ("", "wrong", "é"):
+        assert site.ask("/news", token=token.encode().decode("latin-1"))[0] == 403
+    port = site.server.server_port
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("GET", f"/?token={site.server.token}")                 # as the browser does
+    assert connection.getresponse().status == 200
+    connection.close()
+    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", ""):
+        assert site.ask("/news", headers={"Host": host})[0] == 403
+    for host in (f"127.0.0.1:{port}", "localhost:8000", "[::1]:9"):           # ssh -L 8000:...
+        assert site.ask("/news", headers={"Host": host})[0] == 200
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1", f"https://127.0.0.1:{port}"):
+        assert site.ask("/news", headers={"Origin": origin})[0] == 403
+        assert site.ask("/find", {}, headers={"Origin": origin})[0] == 403
+    assert site.ask("/news", headers={"Sec-Fetch-Site": "cross-site"})[0] == 403
+    assert site.ask("/news", headers={"Origin": f"http://127.0.0.1:{port}"})[0] == 200
+    assert site.server.server_address[0] == "127.0.0.1"
+
+
+@pytest.mark.smoke
+def test_hostile_requests_get_one_sentence_and_no_file(site):
+    for path in ("/page.py", "/../page.py", "/%2e%2e/etc/passwd", "/a.tif", "/cells/page.json"):
+        assert site.ask(path)[0] == 404
+    for image in ("../../etc/passwd", "/etc/passwd", "a.tif", "a\x00", ""):
+        status, content = site.ask("/image", image=image)
+        assert status == 400 and "no such image" in json.loads(content)["error"]
+    for body in (b"[]", b"{", b"\xff", b"1"):
+        assert site.ask("/edit", body)[0] == 400
+    huge = {"Content-Length": str(page.LONGEST + 1)}
+    assert site.ask("/edit", b"{}", headers=huge)[0] == 413
+    assert site.ask("/edit", b"{}", headers={"Content-Length": "-1"})[0] == 413
+    for line in ([], [[1]], [[1, float("nan")]], "x", [[1, 1e9]], {"a": 1}, None):
+        status, content = site.ask("/edit", json.dumps(
+            {"image": "a", "what": "draw", "revision": 0, "line": line}).encode())
+        assert status == 400 and json.loads(content)["error"]
+    assert site.ask("/edit", {"image": "a", "what": "draw", "revision": 0})[0] == 400
+    assert site.ask("/edit", {"image": "a", "what": "wipe", "revision": 0})[0] == 400
+    assert site.ask("/pixels", image="a", z=0, row=-1, column=0)[0] == 400
+    assert site.ask("/pixels", image="a", z=99, row=0, column=0)[0] == 400
+    assert site.ask("/learn", {"what": "use", "weights": "/etc/passwd"})[0] == 400
+    assert site.ask("/learn", {"what": "close"})[0] == 400
+    assert site.json("/news")["problem_count"] == 0
+
+
+def test_the_page_may_run_nothing_but_itself(site):
+    status, content = site.ask("/")
+    policy = site.headers["Content-Security-Policy"]
+    nonce = policy.split("script-src 'nonce-")[1].split("'")[0]
+    assert status == 200 and f'<script nonce="{nonce}">'.encode() in content
+    assert b"NONCE" not in content and "default-src 'none'" in policy and "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy and site.headers["X-Frame-Options"] == "DENY"
+    assert nonce not in site.ask("/")[1].decode()                 # another each time
+    text = (ROOT / "page.html").read_text(encoding="utf-8")
+    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(",
+                 "http://", "https://", "style="):
+        assert word not in text.replace('content="width', ""), word
+
+
+def test_links_do_not_lead_out_of_the_folder(folder, tmp_path):
+    tifffile.imwrite(tmp_path / "secret.tif", np.zeros((9, 9), np.uint8))
+    (folder / "link.tif").symlink_to(tmp_path / "secret.tif")
+    (folder / "inside.tif").symlink_to(folder / "a.tif")
+    with Site(folder) as site:
+        assert sorted(site.project.names) == ["a", "inside", "more_b"]    # and no masks, no labels
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.int16])
+def test_tiles_are_the_image(tmp_path, dtype):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 250, (2, 700, 600)).astype(dtype)
+    tifffile.imwrite(tmp_path / "x.tif", pixels, metadata={"axes": "CYX"}, imagej=dtype != np.int16,
+                     ome=dtype == np.int16)
+    picture = page.Picture(tmp_path / "x.tif", page.Config())
+    about = picture.about()
+    kind = np.uint8 if about["bits"] == 8 else np.uint16
+    tile = np.frombuffer(picture.tile(0, 1, 1), kind).reshape(2, 700 - 512, 600 - 512)
+    shown = pixels[:, 512:, 512:].astype(float)
+    if dtype in (np.uint8, np.uint16):
+        np.testing.assert_array_equal(tile, shown)
+    else:
+        assert np.corrcoef(tile.ravel(), shown.ravel())[0, 1] > 0.99999
+    half = np.frombuffer(picture.tile(1, 0, 0), kind).reshape(2, 350, 300)
+    means = pixels.astype(float).reshape(2, 350, 2, 300, 2).mean((2, 4))
+    if dtype == np.uint16:
+        np.testing.assert_allclose(half, means, atol=0.5)
+    picture.source.close()
+
+
+def test_cells_are_those_of_infer_at_every_threshold(site):
+    site.find("a")
+    net = model.load(WEIGHTS).ready(runs.pick_device("auto"))
+    pixels = data.read_image(site.folder / "a.tif").pixels
+    book = site.project.open("a").book
+    np.testing.assert_array_equal(book.labels, segment.segment(pixels, net))
+    assert site.json("/news")["images"][0]["cells"] == book.labels.max() > 5
+    setting = site.json("/image", image="a")["setting"]
+    began = time.perf_counter()
+    shown = site.json("/flood", {"image": "a", "setting": {**setting, "peak": 0.45}})
+    assert time.perf_counter() - began < 2                        # a busy machine; alone .03 s
+    assert "p" in shown["version"] and book.revision == 1         # a preview, nothing changed
+    kept = site.json("/flood", {"image": "a", "setting": {**setting, "peak": 0.45}, "commit": True})
+    assert kept["version"] == "2"
+    np.testing.assert_array_equal(book.labels, segment.segment(pixels, net, peak=0.45))
+    tile = np.frombuffer(site.ask("/labels", image="a", z=0, row=0, column=0)[1], "<i4")
+    np.testing.assert_array_equal(tile.reshape(192, 256), book.labels)
+    site.edit("a", "undo")
+    np.testing.assert_array_equal(book.labels, segment.segment(pixels, net))
+
+
+def test_the_numbers_are_those_of_the_table(site):
+    site.find("a")
+    opened = site.project.open("a")
+    table = cells.cell_table(opened.book.labels, data.read_image(site.folder / "a.tif").pixels)
+    for i in range(0, len(table["id"]), 3):
+        shown = site.json("/cell", image="a", cell=int(table["id"][i]))
+        for name in ("area_px", "centroid_y_px", "centroid_x_px", "solidity", "perimeter_px",
+                     "intensity_mean_1", "neighbours_touching", "touches_border"):
+            assert shown[name] == pytest.approx(table[name][i]), name
+        assert 0 < shown["score"] <= 1
+    order = [row[0] for row in site.json("/least", image="a")]
+    sure = opened.certainty(site.project.network())
+    assert sorted(order, key=sure.get) == order and set(order) == set(table["id"].tolist())
+
+
+def test_an_edit_is_on_the_disk_within_a_second_and_survives_a_kill(folder, tmp_path):
+    """The server of another process is killed without warning right after it has answered."""
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import page; "
+            "page.main(page.Config(browser=False, weights=sys.argv[3]), [sys.argv[2]])")
+    process = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(folder), WEIGHTS],
+                               stdout=subprocess.PIPE, text=True)
+    lines = [process.stdout.readline() for _ in range(2)]
+    address = urllib.parse.urlsplit(lines[1].strip())
+    asking = SimpleNamespace(server=SimpleNamespace(
+        server_port=address.port, token=urllib.parse.parse_qs(address.query)["token"][0]))
+
+    def edit(revision, line):
+        status, content = Site.ask(asking, "/edit", {"image": "a", "what": "draw", "line": line,
+                                                     "revision": revision})
+        assert status == 200, content
+    square = [[10, 10], [30, 10], [30, 30], [10, 30]]
+    edit(0, square)
+    wait_until((folder / "cells" / "a_labels.tif").exists, 5, "the TIFF")
+    edit(1, [[x + 50, y] for x, y in square])
+    process.kill()
+    process.wait()
+    with Site(folder) as site:
+        labels = site.project.open("a").book.labels
+        assert sorted(np.unique(labels)) == [0, 1, 2] and (labels > 0).sum() == 800
+    assert images.read_labels(folder / "cells" / "a_labels.tif").max() == 2
+
+
+def test_the_second_window_is_told(site):
+    square = [[10, 10], [30, 10], [30, 30], [10, 30]]
+    site.edit("a", "draw", 0, line=square)
+    status, content = site.ask("/edit", {"image": "a", "what": "draw", "revision": 0,
+                                         "line": [[x + 5, y + 5] for x, y in square]})
+    assert status == 409 and "another window" in json.loads(content)["error"]
+    assert site.project.open("a").book.revision == 1
+    assert site.json("/news", image="a")["version"] == "1"        # which the second window sees
+
+
+def test_export_is_what_infer_writes(site):
+    site.find("a")
+    site.edit("a", "draw", line=[[100, 5], [110, 5], [110, 15], [100, 15]])
+    assert site.json("/export", {})["written"] == 1
+    for end in ("_cells.csv", "_overlay.png", ".geojson", "_labels.tif"):
+        assert (site.out / f"a{end}").exists(), end
+    labels = images.read_labels(site.out / "a_labels.tif")
+    np.testing.assert_array_equal(labels, site.project.open("a").book.labels)
+    rows = (site.out / "a_cells.csv").read_text().splitlines()
+    assert len(rows) - 1 == len(np.unique(labels)) - 1 and not (site.out / "more_b_cells.csv"
+                                                                ).exists()
+    site.edit("a", "undo")                                        # the journal goes on
+
+
+def test_done_and_diameter_are_remembered(folder):
+    with Site(folder) as site:
+        site.json("/done", {"image": "a", "done": True})
+        site.json("/find", {"image": "a", "diameter": 28})
+        wait_until(lambda: not site.project.queue and not site.project.working, 120)
+        assert site.ask("/find", {"image": "a", "diameter": 0})[0] == 400
+    with Site(folder) as site:
+        about = site.json("/image", image="a")
+        assert about["done"] and about["diameter"] == 28 and about["can_flood"]
+        assert site.json("/news")["images"][0]["cells"] == about["cells"] > 0
+
+
+def test_the_search_stops(site, monkeypatch):
+    def slow(source, plan, progress):
+        for k in range(1000):
+            progress(k / 1000)
+            time.sleep(0.01)
+    monkeypatch.setattr(segment, "network_map", slow)
+    site.json("/find", {})
+    wait_until(lambda: site.json("/news")["working"].get("share", 0) > 0, 30)
+    assert site.json("/news")["queue"] == 1
+    site.json("/stop", {})
+    wait_until(lambda: not site.project.working, 5, "the stop")
+    assert not site.project.queue and site.json("/news")["images"][0]["cells"] is None
+
+
+def test_a_damaged_image_is_said_and_the_others_go_on(folder):
+    (folder / "broken.tif").write_bytes(b"II*\0 not a TIFF")
+    with Site(folder) as site:
+        site.json("/find", {})
+        wait_until(lambda: not site.project.queue and not site.project.working, 120)
+        news = site.json("/news")
+        assert len(news["problems"]) == 1 and "broken" in news["problems"][0]
+        assert [row["cells"] is not None for row in news["images"]] == [True, False, True]
+        assert site.ask("/image", image="broken")[0] == 400
+
+
+def test_mistakes_at_the_start(tmp_path, folder):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        page.Project(tmp_path / "none", page.Config())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no image in this folder"):
+        page.Project(tmp_path / "empty", page.Config())
+    with pytest.raises(FileNotFoundError, match="weights=none: no such file"):
+        page.Project(folder, page.Config(weights="none"))
+    with pytest.raises(ValueError, match="2 folders, expected one"):
+        page.main(page.Config(), ["a", "b"])
+    shutil.copy(folder / "a.tif", folder / "a.tiff")
+    with pytest.raises(ValueError, match="would both have the labels a_labels.tif"):
+        page.Project(folder, page.Config())
+
+
+def test_five_hundred_images_are_listed_at_once(tmp_path):
+    for i in range(500):
+        (tmp_path / f"i{i}.tif").touch()                          # opened only when looked at
+    tifffile.imwrite(tmp_path / "i7.tif", np.zeros((8, 8), np.uint8))
+    with Site(tmp_path) as site:
+        began = time.perf_counter()
+        news = site.json("/news")
+        assert time.perf_counter() - began < 2 and len(news["images"]) == 500
+        assert [row["name"] for row in news["images"][:3]] == ["i0", "i1", "i2"]
+        assert site.json("/image", image="i7")["width"] == 8
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory):
+    """A TIFF of 20,000 x 20,000 px in tiles, empty but for a square of noise."""
+    path = tmp_path_factory.mktemp("slide") / "slide.tif"
+    noise = np.random.default_rng(0).integers(0, 200, (512, 512)).astype(np.uint8)
+    empty, side = np.zeros((512, 512), np.uint8), -(-20000 // 512)
+    tifffile.imwrite(path, (noise if k == 11 * side + 20 else empty for k in range(side * side)),
+                     shape=(20000, 20000), dtype=np.uint8, tile=(512, 512), compression="zlib",
+                     photometric="minisblack")
+    return path
+
+
+def test_a_slide_is_read_by_region_and_edited(slide):
+    with Site(slide.parent) as site:
+        about = site.json("/image", image="slide")
+        assert (about["height"], about["width"]) == (20000, 20000)
+        began = time.perf_counter()
+        tile = np.frombuffer(site.ask("/pixels", image="slide", z=0, row=11, column=20)[1],
+                             np.uint8)
+        assert len(tile) == 512 * 512 and tile.max() == 199
+        whole = np.frombuffer(site.ask("/pixels", image="slide", z=6, row=0, column=0)[1],
+                              np.uint8).reshape(313, 313)
+        assert time.perf_counter() - began < 2
+        assert whole[88:96, 160:168].mean() == pytest.approx(99.5, abs=2) and whole.sum() < 7000
+        square = [[15000, 9000], [15100, 9000], [15100, 9100], [15000, 9100]]
+        assert site.edit("slide", "draw", 0, line=square)["cells"] == 1
+        assert site.json("/cell", image="slide", cell=1)["area_px"] == 10000
+        began = time.perf_counter()
+        site.edit("slide", "undo", 1)
+        assert time.perf_counter() - began < 2                    # whatever is being written
+
+
+def test_learning_from_corrections(folder):
+    """Rounds, their numbers, a stop and its continuation, and the way back."""
+    with Site(folder) as site:
+        assert "no image is marked" in json.loads(site.ask("/learn", {"what": "start"})[1])["error"]
+        for name, seed in (("a", 1), ("more_b", 2)):
+            images.write_labels(site.out / f"{name}_labels.tif", drawn(seed)[1])
+            site.json("/done", {"image": name, "done": True})
+        site.json("/learn", {"what": "start"})
+        assert site.ask("/learn", {"what": "start"})[0] == 400    # it learns already
+        site.json("/learn", {"what": "stop"})
+        state = wait_until(lambda: (now := site.json("/news")["learning"])["state"] != "running"
+                           and now, 120)
+        if state["state"] == "stopped":
+            site.json("/learn", {"what": "start"})                # the same round
+        state = wait_until(lambda: (now := site.json("/news")["learning"])["state"] in
+                           ("done", "failed") and now, 240)
+        assert state["state"] == "done", state["problem"]
+        assert state["round"] == 1 and len(state["held"]) == 1 and state["loss"] and state["AP"]
+        before, after = (state["scores"][which]["AP"] for which in ("before", "after"))
+        assert state["better"] == (after > before)
+        assert (site.project.state["weights"] == state["after"]) == state["better"]
+        site.json("/learn", {"what": "use", "weights": state["after"]})
+        assert site.json("/news")["weights"] == "learn"
+        site.json("/learn", {"what": "use", "weights": state["before"]})
+    with Site(folder) as site:
+        assert site.json("/news")["learning"]["state"] == "done"
+        assert site.json("/news")["weights"] == "demo_synthetic"

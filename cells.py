@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import maximum
 from skimage.measure import label
 
 from images import check_labels
@@ -367,6 +368,59 @@ class Nesting:
             "nuclei_area_px": np.array(inside, np.int64),
             "nuclei_share": np.array(inside) / np.maximum(whole, 1),
             "nuclei_ids": np.array([" ".join(map(str, held[large])) for large in ids], str)}
+
+
+def map_features(labels: np.ndarray, distance: np.ndarray, diameter: float,
+                 ids: np.ndarray) -> dict[str, np.ndarray]:
+    """What a distance map (H, W) says of cells: how likely each is right depends on it.
+
+    diameter : px, of a typical cell; ids : of the cells wanted, in the labels (H, W).
+    summit, mean, spread : highest, mean and standard deviation of the map in the cell; valley : the
+    highest where it touches another cell, 0 where none; touching : share of its rim that does;
+    slope : mean gradient along the rim; size : logarithm of its area over a typical one's;
+    raggedness : logarithm of rim² / area.
+    """
+    n = int(labels.max(initial=0)) + 1
+    flat, area = labels.ravel(), np.bincount(labels.ravel(), minlength=n)[ids]
+
+    def total(values: np.ndarray) -> np.ndarray:
+        return np.bincount(flat, values.ravel(), n)[ids]
+
+    def highest(values: np.ndarray) -> np.ndarray:
+        return maximum(values, labels, ids) if len(ids) else np.zeros(0)
+
+    rim = outlines(labels)
+    touching = rim & (neighbour_count(labels) > 0)
+    length = np.maximum(total(rim), 1)
+    mean = total(distance) / area
+    spread = np.sqrt(np.maximum(total(distance.astype(np.float64) ** 2) / area - mean ** 2, 0))
+    dy, dx = np.gradient(distance) if min(distance.shape) > 1 else np.zeros((2, *distance.shape))
+    return {"summit": highest(distance), "mean": mean, "spread": spread,
+            "valley": highest(np.where(touching, distance, 0)),
+            "touching": total(touching) / length,
+            "slope": total(np.hypot(dy, dx) * rim) / length,
+            "size": np.log(area / (math.pi / 4 * diameter ** 2)),
+            "raggedness": np.log(length ** 2 / area)}
+
+
+def neighbour_count(labels: np.ndarray) -> np.ndarray:
+    """(H, W): of the four neighbours of each pixel, those that are in another cell."""
+    count = np.zeros(labels.shape, np.uint8)
+    for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        meet = (labels[a] != labels[b]) & (labels[a] > 0) & (labels[b] > 0)
+        count[a] += meet
+        count[b] += meet
+    return count
+
+
+def right_probability(features: dict[str, np.ndarray], score: dict[str, float]) -> np.ndarray:
+    """Probability that a cell overlaps a true one by half (IoU >= .5): logistic in the features.
+
+    score : the weight of each feature, and "constant"; fitted by `evaluate.py calibrate`.
+    """
+    sums = score["constant"] + sum(weight * features[name] for name, weight in score.items()
+                                   if name != "constant")
+    return 1 / (1 + np.exp(-sums))
 
 
 def write_csv(path: str | Path, columns: dict[str, np.ndarray]) -> None:

@@ -4,6 +4,7 @@
     gating     post-processing of saved predictions: smallest area, window of marker, cut cells
     sweep      thresholds of the watershed, tile, overlap, scale: chosen on validation sets
     ceiling    what the encoding can reach: true labels -> distance map -> watershed -> scores
+    calibrate  how likely a cell is right: fitted on validation images, written into weights
     channels   does a backbone see the same field in each channel? features and attention maps
     embed      what a vector per cell is worth: types of cells, the same field in other channels
     fewshot    a new kind of cell from a few images: which way of adapting helps most
@@ -15,6 +16,7 @@
     gating     gating.tsv: each set raw, then with every setting
     sweep      sweep.tsv (validation); selected.tsv, delta.tsv and CHOICE/SET/ as in bench (test)
     ceiling    ceiling.tsv, best first
+    calibrate  only out=, a copy of the weights
     channels   channels.json, cosine.tsv, retrieval.tsv, attention.tsv, channels.png,
                attention.png, heads.png, pca.png
     embed      embed.tsv, fields.tsv; with export= weights that tell types
@@ -372,6 +374,53 @@ def ceiling(config: Ceiling) -> None:
     print(f"-> {folder / 'ceiling.tsv'}; here the best of each set by {config.score}")
 
 
+# --------------------------------------------------------------------------------------- calibrate
+
+@dataclass(frozen=True)
+class Calibrate:
+    weights: str                            # file of this project
+    out: str                                # copy of it, with the score of a cell calibrated
+    validation: tuple[DataSet, ...] = ()    # fitted on these; empty: what was held out in training
+    home: tuple[DataSet, ...] = ()          # reported on: images like those trained on
+    abroad: tuple[DataSet, ...] = ()        # reported on: unlike them
+    root: str = "."                         # folder that the sets are in
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+
+    def __post_init__(self):
+        if names := [dataset.name for dataset in (*self.home, *self.abroad)]:
+            measure.check_distinct("set", names)
+
+
+def calibrate(config: Calibrate) -> None:
+    """Fit the score of a cell, the probability that it has IoU >= .5 with a true cell, and write it
+    into a copy of the weights."""
+    net = networks.load(config.weights).ready(runs.pick_device(config.device))
+    fitted = ([LabelledSet(dataset, config.root) for dataset in config.validation]
+              or measure.held_out_sets(net, config.root))
+    tested = {place: [LabelledSet(dataset, config.root) for dataset in sets]
+              for place, sets in (("home", config.home), ("abroad", config.abroad))}
+    check_apart(fitted, [dataset for sets in tested.values() for dataset in sets])
+    score = measure.fit_score([measure.judged_cells(dataset, net) for dataset in fitted])
+    networks.change_settings(config.weights, config.out, score=score)
+    rows = []
+    for place, sets in tested.items():
+        found = {dataset.name: measure.judged_cells(dataset, net) for dataset in sets}
+        rows += [score_row(place, name, [judged], score) for name, judged in found.items()]
+        if len(found) > 1:
+            rows.append(score_row(place, "all", list(found.values()), score))
+    report.print_table(rows, ("place", "set", "cells", "right", "score", "ECE", "AUROC"))
+    print(f"-> {config.out}; fitted on {sum(len(each.examples) for each in fitted)} images")
+
+
+def score_row(place: str, name: str, found: list[measure.JudgedCells], score: dict) -> dict:
+    """How well scores tell right cells from wrong ones, over all cells together."""
+    right = np.concatenate([judged.right for judged in found])
+    given = np.concatenate([cells.right_probability(judged.features, score) for judged in found])
+    return {"place": place, "set": name, "cells": len(right), "right": right.mean(),
+            "score": given.mean(), "ECE": metrics.calibration_error(right, given),
+            "AUROC": metrics.roc_area(right, given)}
+
+
 # ----------------------------------------------------------------------------------------- channels
 
 def channels(config: probe.Channels) -> None:
@@ -616,7 +665,8 @@ def adapt(config: fewshot.FewShot) -> None:
 
 VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "bench": (Bench, bench), "gating": (Gating, gating), "sweep": (Sweep, sweep),
-    "ceiling": (Ceiling, ceiling), "channels": (probe.Channels, channels), "embed": (Embed, embed),
+    "ceiling": (Ceiling, ceiling), "calibrate": (Calibrate, calibrate),
+    "channels": (probe.Channels, channels), "embed": (Embed, embed),
     "fewshot": (fewshot.FewShot, adapt)}
 
 

@@ -17,7 +17,8 @@ For each image NAME it writes into out=
     NAME_labels.tif      every cell its own number, 0 is background (uint16; uint32 past 65,535
                          cells and over some 2,500 px)
     NAME_cells.csv       one row per cell: place, size, shape, intensity per channel, neighbours; in
-                         µm where known
+                         µm where known; score, the probability that a cell is right, where the
+                         weights have it
     NAME_overlay.png     the image with coloured outlines
     NAME_distance.tif, NAME.geojson (QuPath), NAME_rois.zip (ImageJ)      with distance=, geojson=,
     rois=true
@@ -86,7 +87,7 @@ PLANNED = ("peak", "fill", "depth", "smooth", "shape", "min_area", "border", "ne
            "overlap", "batch", "block", "embed")
 # what changes the cells and their table
 SETTINGS = ("channels", "plane", "z", "time", "spacing", "max_distance", "gap", "level",
-            "pixel_size", "diameter", "labels", *PLANNED[:10], "within")
+            "pixel_size", "diameter", "labels", "min_score", *PLANNED[:10], "within")
 PICTURE = 4096  # px, longest side of an overlay
 SHOWN = 6       # planes in the overlay of a stack
 SAMPLED = 1 << 25  # px, planes that say how bright a stack is have so many together
@@ -122,6 +123,8 @@ class Config:
     # added per px inside a cell, so that necks part; null: the weights' own
     shape: runs.Share | None = None
     min_area: runs.Area | None = None  # px, smaller cells are dropped; null: the weights' own
+    # drop cells that are less likely right (column score); null: none
+    min_score: runs.Share | None = None
     border: Literal["keep", "drop"] = "keep"  # drop: leave out cells cut by the edge of the image
     # px, neighbours are counted within this distance; null: a cell's diameter
     near: runs.Reach | None = None
@@ -152,9 +155,9 @@ class Config:
         if self.level and self.pixel_size:
             raise ValueError(f"level={self.level} and pixel_size={self.pixel_size:g}: expected one "
                              "of the two")
-        if self.labels is not None and self.distance:
-            raise ValueError("distance=true: labels that are given have no distance map; leave one "
-                             "of the two out")
+        if self.labels is not None and (self.distance or self.min_score is not None):
+            raise ValueError(f"labels={self.labels}: labels that are given have no distance map "
+                             "and no score; leave out distance= and min_score=")
         parse_diameter(self.diameter, 1.0, None)
         if self.z and self.time == "all":
             raise ValueError("z=all and time=all: a stack that moves is not linked; choose one "
@@ -224,6 +227,9 @@ def segment_all(found: Images, shelf: s3.OutputFolder, table: str, weights: Path
         if config.diameter == "auto" and net.size is None:
             raise ValueError(f"diameter=auto: {weights.name} cannot tell how large cells are; give "
                              "px (40) or µm (12um)")
+        if config.min_score is not None and not net.settings.score:
+            raise ValueError(f"min_score={config.min_score:g}: {weights.name} has no calibrated "
+                             "score; `python evaluate.py calibrate` writes one into a copy")
         if (net.mean.device.type == "cpu" and config.weights == "default"
                 and weights.stem == "dinocell_s8"):
             say("no GPU: weights=tiny is three times as fast, and hardly less accurate")
@@ -485,6 +491,7 @@ class Results:
         self.geojson = cells.GeoWriter(out / f"{name}.geojson", plan.net.type_names
                                        ) if config.geojson else None
         self.labelled = 0                                      # px
+        self.unlikely: set[int] = set()                        # cells below min_score
 
     def add(self, block: segment.Block) -> None:
         """Measure the cells of a block, and take over its part of labels and pictures."""
@@ -492,6 +499,9 @@ class Results:
         with segment.timed(self.clock, "read"):
             pixels = self.source.region(rows.start, rows.stop, columns.start, columns.stop)
         with segment.timed(self.clock, "measure"):
+            score = self.scores(block)
+            if self.config.min_score is not None:
+                block, score = self.without_unlikely(block, score)
             self.labelled += int(np.count_nonzero(block.labels))
             origin = (rows.start, columns.start)
             table = cells.cell_table(
@@ -499,7 +509,7 @@ class Results:
                 pixel_size=self.source.pixel_size, near=self.plan.near, ids=block.new,
                 origin=origin, edges=(rows.start == 0, columns.start == 0, rows.stop == H,
                                       columns.stop == W))
-            table = {**table, "id": block.ids[table["id"]]}
+            table = {**table, "id": block.ids[table["id"]], **score}
             if block.vectors is not None:
                 self.vectors.append(block.vectors)
                 table |= types_of(self.plan.net, block.vectors)
@@ -526,6 +536,25 @@ class Results:
                                                                 over.stop)[0])
         with segment.timed(self.clock, "write"):
             self.labels.add(block.core, block.labels)
+
+    def scores(self, block: segment.Block) -> dict:
+        """The column of probabilities of new cells, where the weights have them calibrated."""
+        weights = self.plan.net.settings.score
+        if not weights or self.config.labels is not None:
+            return {}
+        return {"score": cells.right_probability(cells.map_features(
+            block.local, block.seen, self.plan.diameter, block.new), weights)}
+
+    def without_unlikely(self, block: segment.Block, score: dict) -> tuple[segment.Block, dict]:
+        """The block without cells whose score, here or where they were met, is below min_score."""
+        likely = score["score"] >= self.config.min_score
+        self.unlikely |= set(block.ids[block.new[~likely]].tolist())
+        keep = ~np.isin(block.ids, list(self.unlikely)) | (np.arange(len(block.ids)) == 0)
+        local = np.where(keep[block.local], block.local, 0)
+        labels = np.where(np.isin(block.labels, list(self.unlikely)), 0, block.labels)
+        vectors = None if block.vectors is None else block.vectors[likely]
+        return (replace(block, local=local, labels=labels, new=block.new[likely], vectors=vectors),
+                {"score": score["score"][likely]})
 
     def close(self, made: dict | None, start: float) -> dict:
         """Write the files, the labels last, for they say how; returns the row of the summary."""

@@ -34,6 +34,7 @@ from report import mean_defined, shown
 with runs.lazy():                       # evaluate.py --help does not wait for these
     import torch
     import tqdm
+    import yaml
 
     import cells
     import data
@@ -422,6 +423,80 @@ def of_same_size(labels: np.ndarray, item: Item, where: Path) -> np.ndarray:
         raise ValueError(f"{where}: labels of {labels.shape} px, the image {item.name} has "
                          f"{item.truth.shape}; expected the same size")
     return labels
+
+
+# -------------------------------------------------------------------------------- score of a cell
+
+class JudgedCells(NamedTuple):
+    """Cells that a network found."""
+    features: dict[str, np.ndarray]         # of cells.map_features, (n,) each
+    right: np.ndarray                       # (n,) bool: IoU >= .5 with a true cell
+
+
+def judged_cells(dataset: LabelledSet, net) -> JudgedCells:
+    """The cells that a network finds in a set, and whether they are right."""
+    features: dict[str, list] = defaultdict(list)
+    right = []
+    for item in dataset.items("cells"):
+        plan = segment.plan_for(item.pixels, net, diameter=dataset.config.diameter)
+        seen = segment.network_map(segment.as_source(item.pixels), plan)
+        labels, distance = segment.cells_in_map(seen, plan, item.truth.shape)
+        ids = np.arange(1, int(labels.max(initial=0)) + 1)
+        for name, values in cells.map_features(labels, distance, plan.diameter, ids).items():
+            features[name].append(values)
+        table = metrics.overlap(item.truth, labels)
+        right.append(np.isin(ids, table.pred_ids[table.cols[table.ious >= 0.5]]))
+    return JudgedCells({name: np.concatenate(parts) for name, parts in features.items()},
+                       np.concatenate(right))
+
+
+def fit_score(sets: Sequence[JudgedCells], penalty: float = 1.0, rounds: int = 50
+              ) -> dict[str, float]:
+    """Weights of cells.right_probability: logistic regression by Newton's method.
+
+    A set counts by the root of its cells, so that none drowns the others. The penalty on squared
+    weights is for features divided by their standard deviations.
+    """
+    names = list(sets[0].features)
+    x = np.concatenate([np.stack([each.features[name] for name in names], 1) for each in sets])
+    right = np.concatenate([each.right for each in sets]).astype(float)          # (n,)
+    if not 0 < right.sum() < len(right):
+        raise ValueError(f"{len(right)} cells, {right.sum():.0f} of them right: expected right and "
+                         "wrong ones, to tell them apart; give more validation images")
+    share = np.concatenate([np.full(len(each.right), max(len(each.right), 1) ** -0.5)
+                            for each in sets])
+    share *= len(share) / share.sum()
+    mean, spread = x.mean(0), x.std(0) + 1e-9
+    x = np.column_stack(((x - mean) / spread, np.ones(len(x))))                  # (n, F + 1)
+    ridge = np.diag([*[penalty] * len(names), 1e-9])
+    weights = np.zeros(len(names) + 1)
+    for _ in range(rounds):
+        p = 1 / (1 + np.exp(-x @ weights))
+        slope = x.T @ (share * (p - right)) + ridge @ weights
+        weights -= np.linalg.solve((x.T * (share * p * (1 - p))) @ x + ridge, slope)
+    *scaled, constant = weights
+    raw = scaled / spread
+    return {"constant": float(constant - raw @ mean), **dict(zip(names, raw.tolist()))}
+
+
+def held_out_sets(net, root: str) -> list[LabelledSet]:
+    """The images that were held out when the network was trained, as its weights tell."""
+    story = net.settings.provenance
+    held = story.get("images", {}).get("validation", {})
+    config = yaml.safe_load(story.get("config", "")) or {}
+    sets = []
+    for given in config.get("data", {}).get("sets", ()):
+        chosen = data.TrainingSet(given["path"], given["channels"] and tuple(given["channels"]),
+                                  given["match"], given["labels"])
+        dataset = LabelledSet(DataSet(safe_name(chosen.path), chosen.path, chosen.channels,
+                                      chosen.labels, chosen.match), root)
+        dataset.examples = [each for each in dataset.examples
+                            if f"{chosen.name}/{each.name}" in held]
+        sets += [dataset] if dataset.examples else []
+    if not sets:
+        raise ValueError("the weights do not name labelled images that were held out in training; "
+                         "give validation sets")
+    return sets
 
 
 # ---------------------------------------------------------------------------------- rows of a table

@@ -426,6 +426,32 @@ def type_f1(true: NDArray, found: NDArray, types: Iterable[Any]) -> list[float]:
 
 # -------------------------------------------------------------------------- single scores by name
 
+def roc_area(right: ArrayLike, score: ArrayLike) -> float:
+    """Area under the ROC: how often a right one scores above a wrong one; ties count half.
+
+    >>> roc_area([True, True, False], [0.9, 0.4, 0.4])
+    0.75
+    """
+    right, score = np.asarray(right, bool), np.asarray(score, float)
+    values, index, count = np.unique(score, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[index]      # of equal ones the mean, from 1
+    yes, no = right.sum(), (~right).sum()
+    return float((rank[right].sum() - yes * (yes + 1) / 2) / (yes * no)) if yes and no else np.nan
+
+
+def calibration_error(right: ArrayLike, probability: ArrayLike, bins: int = 10) -> float:
+    """Expected calibration error: over bins of equal width, the gap between mean probability and
+    share of right ones, weighted by their number (Guo et al., ICML 2017).
+
+    >>> calibration_error([True, False], [0.75, 0.75])
+    0.25
+    """
+    right, probability = np.asarray(right, float), np.asarray(probability, float)
+    chosen = np.minimum((probability * bins).astype(int), bins - 1)
+    gaps = np.abs(np.bincount(chosen, right - probability, bins))
+    return float(gaps.sum() / len(right)) if len(right) else np.nan
+
+
 def average_precision(truth: Labels, pred: ArrayLike | None = None,
                       thresholds: ArrayLike = THRESHOLDS) -> NDArray:
     """AP(t) = tp / (tp + fp + fn) of one image at each threshold, or at a single one.

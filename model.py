@@ -364,6 +364,7 @@ class Settings:
     smooth: float = 0.0
     shape: float = 0.0
     diameter: float | None = None     # network px, median equivalent diameter of the training cells
+    score: dict = field(default_factory=dict)   # cells.right_probability's weights; none: no score
     provenance: dict = field(default_factory=dict)  # what it was trained on, how, with which scores
 
     @property
@@ -520,6 +521,15 @@ def save(model: DINOCell | ViT, path: str | Path, half: bool = False,
                    state_dict=tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
     with runs.replacing(path) as temporary:
+        torch.save(content, temporary)
+
+
+def change_settings(path: str | Path, out: str | Path, **changes: Any) -> None:
+    """Write a copy of a weights file with some settings changed; its tensors stay as they are."""
+    load(path)                                                # says what is wrong with it
+    content = _read_file(path)
+    content["settings"] = {**content["settings"], **changes}
+    with runs.replacing(out) as temporary:
         torch.save(content, temporary)
 
 

@@ -172,6 +172,7 @@ class Opened:
         self.book = edits.Book(project.out / name, self.size, source.pixel_size)
         self.seen: Any = None                           # (h, w) distances, as the network gave them
         self.seen_key = ""                              # what they were made with
+        self.distance: Any = None                       # (H, W) the same at the image's scale
         self.limits: Any = None
         self.preview: Any = None                        # (H, W) labels while a slider moves
         self.previews = 0
@@ -224,21 +225,25 @@ class Opened:
                    columns.stop == self.size[1]))
         return {name: values[0].item() for name, values in table.items()}
 
-    def certainty(self, net) -> dict[int, float]:
-        """How sure the map is of each cell: its mean in the cell. 1 for cells drawn by hand."""
+    def certainty(self, net, state: dict) -> dict[int, float]:
+        """How sure the map is of each cell: the calibrated probability that it is right, or its
+        mean in the cell where the weights have none; 1 for cells made by hand."""
         revision, known = self.sure
-        if revision != self.book.revision and self.seen is not None:
-            with self.book.lock:
-                labels, revision = self.book.labels.copy(), self.book.revision
-            with self.for_network() as source:
-                _, distance = segment.cells_in_map(self.seen, self.plan(source, net, {}), self.size)
-            count = np.bincount(labels.ravel())
-            mean = np.bincount(labels.ravel(), distance.ravel()) / np.maximum(count, 1)
-            hand = np.unique(labels[self.book.by_hand()])
-            mean[hand] = 1.0
-            known = {int(i): float(mean[i]) for i in np.flatnonzero(count) if i}
-            self.sure = revision, known
-        return known
+        if revision == self.book.revision or self.seen is None:
+            return known
+        with self.book.lock:
+            labels, revision = self.book.labels.copy(), self.book.revision
+            ids, hand = np.array(sorted(self.book.boxes)), self.book.by_hand()
+        with self.for_network() as source:
+            plan = self.plan(source, net, state)
+        if self.distance is None:
+            self.distance = segment.cells_in_map(self.seen, plan, self.size)[1]
+        features = cells.map_features(labels, self.distance, plan.diameter, ids)
+        score = net.settings.score
+        sure = cells.right_probability(features, score) if score else features["mean"]
+        sure = np.where(np.isin(ids, labels[hand]), 1.0, sure)
+        self.sure = revision, dict(zip(ids.tolist(), sure.tolist()))
+        return self.sure[1]
 
 
 # ----------------------------------------------------------------------------------------- project
@@ -410,6 +415,7 @@ class Project:
                 np.save(file, seen.cpu().numpy())
         with self.lock, opened.book.lock:
             opened.seen, opened.seen_key, opened.preview = seen, key, None
+            opened.distance, opened.sure = None, (-1, {})
             opened.book.do(edits.flooded(opened.book, labels, "find"))
             state |= {"map": key, "cells": len(opened.book.boxes),
                       "used": {**plan.setting._asdict(), "diameter": plan.diameter,
@@ -863,14 +869,16 @@ def get_labels(project: Project, query: dict[str, str]) -> bytes:
 
 def get_cell(project: Project, query: dict[str, str]) -> dict:
     opened, cell = project.open(query["image"]), int(query["cell"])
-    sure = opened.certainty(project.network()).get(cell)
-    return {**opened.numbers(cell), **({} if sure is None else {"score": round(sure, 3)})}
+    net = project.network()
+    sure = opened.certainty(net, project.of(opened.name)).get(cell)
+    kind = "score" if net.settings.score else "certainty"
+    return {**opened.numbers(cell), **({} if sure is None else {kind: round(sure, 3)})}
 
 
 def get_least(project: Project, query: dict[str, str]) -> list:
     """Cells from the least certain on: number, y, x, diameter."""
     opened = project.open(query["image"])
-    sure = opened.certainty(project.network())
+    sure = opened.certainty(project.network(), project.of(opened.name))
     found = []
     for cell in sorted((i for i in sure if i in opened.book.boxes), key=sure.__getitem__)[:200]:
         rows, columns = opened.book.boxes[cell]

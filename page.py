@@ -233,7 +233,7 @@ class Opened:
             return known
         with self.book.lock:
             labels, revision = self.book.labels.copy(), self.book.revision
-            ids, hand = np.array(sorted(self.book.boxes)), self.book.by_hand()
+            ids, hand = np.array(sorted(self.book.boxes), int), self.book.by_hand()
         with self.for_network() as source:
             plan = self.plan(source, net, state)
         if self.distance is None:
@@ -263,7 +263,7 @@ class Project:
             self.state |= read_json(self.out / "page.json")
         if not Path(self.state["weights"]).is_file():
             self.state["weights"] = str(weights_file(config))
-        self.lock = threading.RLock()                   # of what follows
+        self.lock, self.loading = threading.RLock(), threading.Lock()
         self.opened: OrderedDict[str, Opened] = OrderedDict()
         self.queue: list[str] = []                      # images to search
         self.working: dict[str, Any] = {}               # what the network does now
@@ -322,11 +322,11 @@ class Project:
 
     def network(self):
         """The network of the weights in use."""
-        with self.lock:
-            if self.net_file != self.state["weights"]:
+        with self.loading:
+            weights = self.state["weights"]
+            if self.net_file != weights:
                 device = runs.pick_device(self.config.device)
-                self.net = model.load(self.state["weights"]).ready(device)
-                self.net_file = self.state["weights"]
+                self.net, self.net_file = model.load(weights).ready(device), weights
             return self.net
 
     def keep(self) -> None:

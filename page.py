@@ -56,6 +56,8 @@ OVERVIEW = 2048                 # px, images are reduced to about this once, to 
 OPEN = 8                        # images that stay open
 LONGEST = 1 << 20               # bytes of a request
 SAVE_EVERY = 0.3                # s, between looks for labels that are not on the disk yet
+HUES = {1: ["#ffffff"], 2: ["#00ff00", "#ff00ff"],
+        8: ["#ff4040", "#40ff40", "#5070ff", "#ffd040", "#40e0e0", "#ff50ff", "#ffffff", "#ff9040"]}
 THRESHOLDS = ("peak", "fill", "depth", "smooth", "shape", "min_area")
 
 
@@ -148,13 +150,12 @@ class Picture:
         shown = self.for_wire(self.overview)
         limits = images.percentiles(shown)
         names = self.source.channels or [f"channel {i}" for i in self.source.numbers]
-        bright = C == 3 and self.wire == np.uint8 and bool(np.median(shown) >= 85)
-        if bright or (C == 3 and not self.source.channels and self.wire == np.uint8):
-            hues = ["#ff0000", "#00ff00", "#0000ff"]
+        colour = C == 3 and not self.source.channels and self.wire == np.uint8
+        bright = colour and bool(np.median(shown) >= 85)       # stained: as it is
+        if colour:
+            names, hues = ["red", "green", "blue"], ["#ff0000", "#00ff00", "#0000ff"]
         else:
-            hues = [["#ffffff"], ["#00ff00", "#ff00ff"]][C - 1] if C < 3 else [
-                ("#ff4040", "#40ff40", "#5070ff", "#ffd040", "#40e0e0", "#ff50ff", "#ffffff",
-                 "#ff9040")[i % 8] for i in range(C)]
+            hues = HUES.get(C) or [HUES[8][i % 8] for i in range(C)]
         return {"height": H, "width": W, "channels": list(names), "hues": hues,
                 "bits": np.dtype(self.wire).itemsize * 8, "pixel_size": self.source.pixel_size,
                 "limits": [[0, 255]] * 3 if bright else limits.round().astype(int).tolist(),
@@ -165,7 +166,7 @@ class Opened:
     """An image of the folder with its cells, its map and its thresholds."""
 
     def __init__(self, path: Path, name: str, project: Project):
-        self.path, self.name, self.config = path, name, project.config
+        self.path, self.name, self.project, self.config = path, name, project, project.config
         self.picture = Picture(path, project.config)
         source = self.picture.source
         self.size = source.shape[1:]
@@ -194,8 +195,8 @@ class Opened:
         """What the image gets, with its own thresholds and diameter."""
         if self.limits is None:
             self.limits = images.percentiles(source, net.settings.low, net.settings.high)
-        return segment.plan_for(source, net, diameter=state.get("diameter"), limits=self.limits,
-                                **state.get("setting", {}))
+        return segment.plan_for(source, net, diameter=self.project.diameter_of(state),
+                                limits=self.limits, **state.get("setting", {}))
 
     def tile(self, z: int, row: int, column: int) -> bytes:
         """(h, w) int32 labels of a tile, nearest pixels."""
@@ -301,6 +302,10 @@ class Project:
             raise ValueError("no such image in the folder")
         return self.state["images"].setdefault(name, {})
 
+    def diameter_of(self, state: dict) -> float | None:
+        """px, given for an image, or learnt for the folder; None: as it is."""
+        return state.get("diameter") or self.state.get("diameter")
+
     def remember(self) -> None:
         with self.lock:
             runs.write_text(self.out / "page.json", json.dumps(self.state, indent=1))
@@ -353,7 +358,7 @@ class Project:
         weights, stat = Path(self.state["weights"]), opened.path.stat()
         return runs.digest(str(weights), weights.stat().st_mtime_ns, stat.st_size,
                            stat.st_mtime_ns, str(self.config.channels), str(self.config.plane),
-                           str(self.config.time), str(self.of(opened.name).get("diameter")))[:16]
+                           str(self.config.time), str(self.diameter_of(self.of(opened.name))))[:16]
 
     def map_file(self, opened: Opened) -> Path:
         return self.out / ".page" / "maps" / f"{opened.name}.npy"
@@ -607,7 +612,8 @@ class Learning:
         runs.write_text(folder.parent / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         held = [each.name for each in data.hold_out(data.examples(folder), HELD, 0)]
         self.note(number, state="stopped", before=project.state["weights"], images=done, held=held,
-                  steps=config["steps"])
+                  steps=config["steps"], diameter_before=project.state.get("diameter"),
+                  diameter=round(float(np.median([d for d in diameters if d])), 1))
 
     def watch(self, number: int) -> None:
         """Wait for a run; if it came to its end, use its weights where they are better."""
@@ -633,23 +639,28 @@ class Learning:
         after = str((folder / "final_models" / "learn.pt").resolve())
         held = [example for example in data.examples(folder / "set")
                 if example.name in record["held"]]
-        scores = {which: held_out_scores(weights, held, self.project.config.device)
-                  for which, weights in (("before", record["before"]), ("after", after))}
+        device = self.project.config.device
+        scores = {"before": held_out_scores(record["before"], held, record["diameter_before"],
+                                            device),
+                  "after": held_out_scores(after, held, record["diameter"], device)}
         better = scores["after"]["AP"] > scores["before"]["AP"]
         self.note(number, state="done", after=after, scores=scores, better=better)
         if better:
             self.use(after)
 
     def use(self, weights: str) -> None:
-        """Use these weights from now on; maps of others are made anew when they are asked for."""
-        known = {str(weights_file(self.project.config))}
+        """Use these weights, and the diameter of their cells, from now on; maps of others are made
+        anew when they are asked for."""
+        known: dict[str, float | None] = {}
         for number in range(1, self.latest() + 1):
             record = self.record(number)
-            known |= {record["before"], record.get("after", record["before"])}
+            known.setdefault(record["before"], record["diameter_before"])
+            if "after" in record:
+                known[record["after"]] = record["diameter"]
         if weights not in known:
             raise ValueError("no such weights among those that were used here")
         with self.project.lock:
-            self.project.state["weights"] = weights
+            self.project.state |= {"weights": weights, "diameter": known[weights]}
             self.project.remember()
 
     def stop(self) -> None:
@@ -664,26 +675,34 @@ class Learning:
 
 
 HELD = 0.2                      # of the images that are done, in whole groups
+SEEN = 24.0                     # px, at least: as large the network sees the median cell
 
 
 def learning_config(weights: Path, folder: Path, steps: int) -> dict:
-    """Configuration of train_seg.py for a few corrected images."""
+    """Configuration of train_seg.py for a few corrected images.
+
+    Their cells are scaled to the size that the network knows; two validations, for each searches
+    the best thresholds, which takes as long as a hundred steps.
+    """
     net = model.load(weights)
     return {"experiment": "learn", "output_base_dir": str(folder), "init": str(weights),
-            "data": {"root": str(folder), "sets": [{"path": "set"}], "share": HELD},
-            "cap": net.settings.cap, "crop": net.settings.tile, "batch": 8,
-            "edge_weight": 3, "seam_weight": 10, "optimiser": "muon", "lr": 5e-4,
+            "data": {"root": str(folder), "sets": [{"path": "set"}], "share": HELD,
+                     "diameter": max(SEEN, net.settings.diameter or 0)},
+            "augment": {"scale": [0.5, 1.67]}, "cap": net.settings.cap, "crop": net.settings.tile,
+            "batch": 8, "edge_weight": 3, "seam_weight": 10, "optimiser": "muon", "lr": 5e-4,
             "steps": steps, "warmup": min(20, steps - 1), "ema": 0.98,
-            "val_every": -(-steps // 2), "log_every": min(5, max(1, steps // 10)), 
+            "val_every": -(-steps // 2), "log_every": min(5, max(1, steps // 10)),
             "save_every": max(1, steps // 10)}
 
 
-def held_out_scores(weights: str, held: list, device: str) -> dict[str, float]:
+def held_out_scores(weights: str, held: list, diameter: float | None,
+                    device: str) -> dict[str, float]:
     """AP@0.5 and AP over IoU 0.5 to 0.95, mean over the images, with the weights' own thresholds.
     """
     net = model.load(weights).ready(runs.pick_device(device))
     precision = np.array([metrics.average_precision(
-        example.labels(), segment.segment(example.image().pixels, net)) for example in held])
+        example.labels(), segment.segment(example.image().pixels, net, diameter=diameter))
+        for example in held])
     return {"AP@0.5": float(precision[:, 0].mean()), "AP": float(precision.mean())}
 
 
@@ -853,8 +872,7 @@ def get_image(project: Project, query: dict[str, str]) -> dict:
     return {**opened.picture.about(), "name": name, "version": version_of(opened),
             "revision": opened.book.revision, "cells": len(opened.book.boxes),
             "done": bool(state.get("done")), "setting": setting,
-            "diameter": state.get("diameter"), "used_diameter": state.get("used", {}).get(
-                "diameter"), "known_diameter": net.settings.diameter,
+            "diameter": state.get("diameter"), "usual_diameter": project.state.get("diameter"),
             "can_flood": opened.seen is not None
             and opened.seen_key == project.map_key(opened)}
 

@@ -474,3 +474,24 @@ def test_labels_with_wide_gaps_are_drawn_as_those_without():
     image = np.random.default_rng(0).random((1, *labels.shape))
     expected = cells.overlay(image, np.searchsorted(ids, labels))
     assert np.array_equal(cells.overlay(image, wide), expected)
+
+
+@pytest.mark.smoke
+def test_map_features_by_hand():
+    """Two squares that touch along four pixels and one alone, on a map of constants."""
+    labels = np.zeros((12, 20), np.int32)
+    labels[2:6, 2:6], labels[2:6, 6:10], labels[8:11, 14:17] = 1, 2, 5
+    distance = np.select([labels == 1, labels == 2, labels == 5], [0.5, 0.75, 1.0], 0.0)
+    distance[3, 5] = 0.9                                              # of cell 1, beside cell 2
+    found = cells.map_features(labels, distance.astype(np.float32), 4.0, np.array([1, 2, 5]))
+    np.testing.assert_allclose(found["summit"], [0.9, 0.75, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(found["mean"], [0.525, 0.75, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(found["spread"], [np.std([0.5] * 15 + [0.9]), 0, 0], atol=1e-6)
+    np.testing.assert_allclose(found["valley"], [0.9, 0.75, 0], rtol=1e-6)
+    np.testing.assert_allclose(found["touching"], [4 / 12, 4 / 12, 0])
+    np.testing.assert_allclose(found["size"], np.log(np.array([16, 16, 9]) / (4 * np.pi)))
+    np.testing.assert_allclose(found["raggedness"], np.log([144 / 16, 144 / 16, 64 / 9]))
+    none = cells.map_features(labels * 0, distance, 4.0, np.zeros(0, int))
+    assert all(len(values) == 0 for values in none.values())
+    assert len(cells.right_probability(none, {"constant": 0.5, "mean": 2.0})) == 0
+    assert cells.right_probability(found, {"constant": 0.0, "mean": 0.0}).tolist() == [0.5] * 3

@@ -630,13 +630,38 @@ def test_command():
     wrong = command("evaluate.py", "brench", "x.yaml")
     assert (wrong.returncode, wrong.stderr) == (
         1, "error: unknown verb 'brench', expected one of bench, gating, sweep, ceiling, "
-        "channels\n")
+        "calibrate, channels\n")
     helped = command("evaluate.py", "sweep", "--help")
     assert helped.returncode == 0
     assert "min_area" in helped.stdout and "evaluate.py sweep CONFIG" in helped.stdout
     light = command("-c", "import evaluate, runs; "
                           "assert not any(map(runs.is_loaded, ('torch', 'scipy')))")
     assert light.returncode == 0, light.stderr
+
+
+def test_calibrate_writes_the_score_into_a_copy(tmp_path, capsys):
+    """The tensors stay; scores of new images come from it; validation and test stay apart."""
+    sets = {name: a_set(tmp_path / name, seeds) for name, seeds in
+            (("val", range(6)), ("new", range(6, 12)))}
+    weights(tmp_path / "w.pt", gain=2.0)
+    for name in sets:                                       # half of the cells are not in the truth
+        for path in sets[name].glob("*_masks.tif"):
+            labels = data.read_labels(path)
+            data.write_labels(path, np.where(labels % 2, labels, 0))
+    keys = dict(weights=str(tmp_path / "w.pt"), root=str(tmp_path), out=str(tmp_path / "s.pt"),
+                validation=[entry("val", "val")], home=[entry("new", "new")])
+    evaluate.calibrate(runs.from_dict(evaluate.Calibrate, keys, "x"))
+    assert "ECE" in capsys.readouterr().out
+    old, new = model.load(tmp_path / "w.pt"), model.load(tmp_path / "s.pt")
+    assert set(new.settings.score) == {"constant", "summit", "mean", "spread", "valley", "touching",
+                                       "slope", "size", "raggedness"} and not old.settings.score
+    for a, b in zip(old.state_dict().values(), new.state_dict().values()):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="is in validation too"):
+        evaluate.calibrate(runs.from_dict(evaluate.Calibrate, {**keys, "home": keys["validation"]},
+                                          "x"))
+    with pytest.raises(ValueError, match="do not name labelled images that were held out"):
+        evaluate.calibrate(runs.from_dict(evaluate.Calibrate, {**keys, "validation": []}, "x"))
 
 
 def test_results_stay_in_runs(tmp_path, capsys):
@@ -653,7 +678,7 @@ def test_results_stay_in_runs(tmp_path, capsys):
     ("results_budget", evaluate.Bench), ("laptop", evaluate.Bench), ("livecell", evaluate.Bench),
     ("pbl", evaluate.Bench),
     ("ceiling", evaluate.Ceiling), ("gating", evaluate.Gating), ("sweep", evaluate.Sweep),
-    ("channels", probe.Channels)])
+    ("channels", probe.Channels), ("calibrate", evaluate.Calibrate)])
 def test_configs_that_ship_are_valid(name, cls):
     config = runs.load_config(cls, ROOT / "configs" / f"{name}.yaml")
     assert runs.from_dict(cls, yaml.safe_load(runs.to_yaml(config)), name) == config

@@ -170,6 +170,35 @@ def test_a_slide_costs_its_tissue_alone(tmp_path, monkeypatch):
     assert tifffile.imread(tmp_path / "out/slide_labels.tif").shape == (512, 768)
 
 
+def test_score_and_min_score(tmp_path, broad):
+    """Where weights have a score it is a column and a measurement; cells below min_score are gone,
+    whatever the blocks."""
+    write(tmp_path / "a.tif", broad, "AGP")
+    shipped = infer.find_weights("demo_synthetic", ROOT / "final_models")
+    model.change_settings(shipped, tmp_path / "s.pt", score={"constant": -4.0, "mean": 6.0})
+    folders = []
+    for block, least in ((2048, None), (64, None), (2048, 0.5), (64, 0.5)):
+        folders.append(tmp_path / f"{block}_{least}")
+        infer.main(Config(out=str(folders[-1]), weights=str(tmp_path / "s.pt"), geojson=True,
+                          block=block, min_score=least), [str(tmp_path / "a.tif")])
+    tables = [list(csv.DictReader((f / "a_cells.csv").read_text().splitlines())) for f in folders]
+    whole, blocks, likely, likely_blocks = (
+        {(row["centroid_y_px"][:4], row["centroid_x_px"][:4]): float(row["score"]) for row in table}
+        for table in tables)
+    assert 0 < len(likely) < len(whole) and min(likely.values()) >= 0.5
+    assert likely == {place: score for place, score in whole.items() if score >= 0.5}
+    assert blocks.keys() == whole.keys() and likely_blocks.keys() == likely.keys()
+    assert blocks == pytest.approx(whole, abs=0.01)
+    for folder, table in zip(folders, tables):
+        labels = data.read_labels(folder / "a_labels.tif")
+        assert set(np.unique(labels)) - {0} == {int(row["id"]) for row in table}
+        shapes = json.loads((folder / "a.geojson").read_text())["features"]
+        assert {s["properties"]["measurements"]["score"] for s in shapes} == {
+            float(row["score"]) for row in table}
+    with pytest.raises(ValueError, match="has no calibrated score"):
+        infer.main(Config(out=str(tmp_path / "o"), min_score=0.5), [str(tmp_path / "a.tif")])
+
+
 @pytest.mark.parametrize("block", [2048, 64])
 def test_labels_that_are_given_are_measured(tmp_path, broad, block):
     """As those that were found, whatever the blocks."""

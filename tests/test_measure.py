@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from test_evaluate import a_set, discs, eroded, peer, trained, weights
 
+import cells
 import data
 import measure
 import metrics
@@ -254,3 +255,40 @@ def test_square_worth_showing(shape, cell, expected):
         assert square[:4] == expected
     else:
         assert (px, step) == (512, 1) and top <= 1940 < top + px and left <= 2910 < left + px
+
+
+# ---------------------------------------------------------------------------------- score of a cell
+
+def judged(weights, n, rng):
+    """Cells that are right with the probability that these weights say."""
+    features = {name: rng.normal(2, 1.5, n) for name in weights if name != "constant"}
+    sums = weights["constant"] + sum(weights[name] * x for name, x in features.items())
+    return measure.JudgedCells(features, rng.random(n) < 1 / (1 + np.exp(-sums)))
+
+
+@pytest.mark.smoke
+def test_a_score_finds_the_weights_that_made_the_cells():
+    rng, weights = np.random.default_rng(0), {"constant": -1.0, "mean": 1.2, "size": -0.7}
+    fitted = measure.fit_score([judged(weights, 20000, rng), judged(weights, 5000, rng)])
+    for name, weight in weights.items():
+        assert fitted[name] == pytest.approx(weight, abs=0.08)
+    new = judged(weights, 20000, rng)
+    given = cells.right_probability(new.features, fitted)
+    assert metrics.calibration_error(new.right, given) < 0.02
+    assert metrics.roc_area(new.right, given) > 0.8
+
+
+def test_a_score_needs_right_and_wrong_cells():
+    features = {"mean": np.arange(4.0)}
+    with pytest.raises(ValueError, match="expected right and wrong ones"):
+        measure.fit_score([measure.JudgedCells(features, np.ones(4, bool))])
+
+
+def test_held_out_images_are_those_that_the_weights_name(tmp_path):
+    a_set(tmp_path / "s", range(6))
+    net = model.load(weights(tmp_path / "w.pt"))
+    story = {"config": "data: {sets: [{path: s, channels: null, match: null, labels: null}]}",
+             "images": {"validation": {"s/2": "", "s/4": ""}}}
+    net.settings.provenance.update(story)
+    found, = measure.held_out_sets(net, str(tmp_path))
+    assert [each.name for each in found.examples] == ["2", "4"]

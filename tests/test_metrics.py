@@ -707,3 +707,23 @@ def test_tracks_that_do_not_fit_their_labels():
         with pytest.raises(ValueError, match=said):
             metrics.track_scores(truth, truth, rows)
     metrics.track_scores(truth, truth, [(1, 0, 1, 0), (2, 0, 1, 0)])     # a crop may cut frames off
+
+
+def test_roc_area_counts_pairs():
+    """Against every pair of a right and a wrong one."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        right, score = rng.random(30) < 0.4, rng.integers(0, 6, 30)
+        if 0 < right.sum() < 30:
+            pairs = score[right][:, None] - score[~right]
+            expected = ((pairs > 0) + 0.5 * (pairs == 0)).mean()
+            assert metrics.roc_area(right, score) == pytest.approx(expected)
+    assert np.isnan(metrics.roc_area([True, True], [0.1, 0.2]))
+
+
+def test_calibration_error_of_a_fair_and_of_a_boastful_score():
+    rng = np.random.default_rng(0)
+    p = rng.random(200_000)
+    right = rng.random(len(p)) < p
+    assert metrics.calibration_error(right, p) < 0.01
+    assert metrics.calibration_error(right, np.ones(len(p))) == pytest.approx(0.5, abs=0.01)

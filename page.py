@@ -84,7 +84,8 @@ def main(config: Config, files: list[str]) -> int:
           "Ctrl-C ends it; every edit is on the disk", flush=True)
     if config.browser:
         webbrowser.open(server.address)
-    with runs.stop_signals(), project:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # ends as Ctrl-C does
+    with project:
         try:
             server.serve_forever()
         except KeyboardInterrupt:
@@ -262,7 +263,7 @@ class Project:
         self.state: dict[str, Any] = {"images": {}, "weights": str(weights_file(config))}
         if (self.out / "page.json").exists():
             self.state |= read_json(self.out / "page.json")
-        if not Path(self.state["weights"]).is_file():
+        if config.weights != "auto" or not Path(self.state["weights"]).is_file():
             self.state["weights"] = str(weights_file(config))
         self.lock, self.loading = threading.RLock(), threading.Lock()
         self.opened: OrderedDict[str, Opened] = OrderedDict()
@@ -353,6 +354,15 @@ class Project:
 
     # --------------------------------------------------------------------------------- the network
 
+    def is_to_search(self, name: str) -> bool:
+        """Whether cells were not found with the weights in use; those of other programs count."""
+        state = self.of(name)
+        if state.get("done") or name in self.queue:
+            return False
+        if "weights" not in state:
+            return not (self.out / f"{name}_labels.tif").exists()
+        return state["weights"] != self.state["weights"]
+
     def map_key(self, opened: Opened) -> str:
         """What the map of an image depends on."""
         weights, stat = Path(self.state["weights"]), opened.path.stat()
@@ -400,7 +410,7 @@ class Project:
     def find(self, name: str) -> None:
         """Run the network on an image; cells made by hand stay."""
         opened, state, net = self.open(name), self.of(name), self.network()
-        key = self.map_key(opened)
+        key, weights = self.map_key(opened), self.net_file
         with opened.for_network() as source:
             if source.shape[0] > 3:
                 known = ", ".join(source.channels or map(str, source.numbers))
@@ -422,7 +432,7 @@ class Project:
             opened.seen, opened.seen_key, opened.preview = seen, key, None
             opened.distance, opened.sure = None, (-1, {})
             opened.book.do(edits.flooded(opened.book, labels, "find"))
-            state |= {"map": key, "cells": len(opened.book.boxes),
+            state |= {"map": key, "cells": len(opened.book.boxes), "weights": weights,
                       "used": {**plan.setting._asdict(), "diameter": plan.diameter,
                                "min_area": round(plan.setting.min_area / plan.zoom ** 2)}}
             self.remember()
@@ -913,10 +923,10 @@ def tile_place(query: dict[str, str]) -> tuple[int, int, int]:
 
 
 def post_find(project: Project, values: dict) -> dict:
-    """Queue images for the network; with a diameter (px, null for as it is) for these images."""
+    """Queue an image for the network, with a diameter (px, null for the usual one), or all that
+    are not done."""
     names = [values["image"]] if "image" in values else [
-        name for name in project.names
-        if project.of(name).get("cells") is None and name not in project.queue]
+        name for name in project.names if project.is_to_search(name)]
     for name in names:
         state = project.of(name)
         if "diameter" in values:

@@ -322,6 +322,19 @@ def test_the_search_stops(site, monkeypatch):
     assert not site.project.queue and site.json("/news")["images"][0]["cells"] is None
 
 
+def test_a_search_of_all_passes_over_what_is_done_or_given(site):
+    images.write_labels(site.out / "a_labels.tif", drawn(1)[1])   # by infer.py, say
+    assert site.json("/find", {})["queued"] == 1                  # b alone
+    wait_until(lambda: not site.project.queue and not site.project.working, 120)
+    assert site.json("/find", {})["queued"] == 0
+    site.project.state["weights"] = str(ROOT / "final_models" / "dinocell_tiny.pt")
+    assert site.json("/find", {})["queued"] == 1                  # found with other weights
+    site.json("/stop", {})
+    site.json("/done", {"image": "more_b", "done": True})
+    assert site.json("/find", {})["queued"] == 0
+    assert site.json("/image", image="a")["cells"] == len(np.unique(drawn(1)[1])) - 1
+
+
 def test_a_damaged_image_is_said_and_the_others_go_on(folder):
     (folder / "broken.tif").write_bytes(b"II*\0 not a TIFF")
     with Site(folder) as site:

@@ -608,9 +608,10 @@ class Learning:
                 pixels, labels = source.region(0, H, 0, W), opened.book.labels.copy()
                 channels = source.channels
             diameters.append(data.median_diameter(labels))
-            # a single image is learnt from on the left, and held out on the right
+            # a single image is learnt from on the left; the right is held out, as the last frame
+            # of a time-lapse would be
             parts = {"": slice(0, W)} if len(done) > 1 else {
-                "_left": slice(0, 2 * W // 3), "_right": slice(2 * W // 3, W)}
+                "_t1": slice(0, 2 * W // 3), "_t2": slice(2 * W // 3, W)}
             for end, part in parts.items():
                 images.write_image(folder / f"{name}{end}.tif",
                                    images.Image(pixels[:, :, part], channels, None))

@@ -492,7 +492,7 @@ def images_of(folder: Path, out: Path, pattern: str) -> dict[str, Path]:
         if any(stem.name.endswith(end) and stem.with_name(stem.name[:-len(end)]) in stems
                for end in ends if stem.name != end):
             continue
-        name = "_".join(path.relative_to(folder).with_suffix("").parts)
+        name = runs.flat_name(path.relative_to(folder).with_suffix("").as_posix())
         if name in names:
             raise ValueError(f"{names[name]} and {path} would both have the labels "
                              f"{name}_labels.tif; choose with pattern=*{path.suffix}")

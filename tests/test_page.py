@@ -175,6 +175,7 @@ def test_the_page_may_run_nothing_but_itself(site):
     assert "frame-ancestors 'none'" in policy and site.headers["X-Frame-Options"] == "DENY"
     assert nonce not in site.ask("/")[1].decode()                 # another each time
     text = (ROOT / "page.html").read_text(encoding="utf-8")
+    assert max(map(len, text.splitlines())) <= 100
     for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(",
                  "http://", "https://", "style="):
         assert word not in text.replace('content="width', ""), word

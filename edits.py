@@ -378,8 +378,8 @@ class Book:
         """(H, W) bool: pixels that edits by hand have changed."""
         hand = np.zeros(self.shape, bool)
         for line in self.done:
-            edit = unpacked_edit(line)
-            if edit.what not in WHOLE:
+            if not is_whole(line):
+                edit = unpacked_edit(line)
                 hand[edit.box] |= edit.before != edit.after
         return hand
 
@@ -484,6 +484,11 @@ def packed_edit(edit: Edit) -> bytes:
     return json.dumps({"time": stamp(), "what": edit.what,
                        "box": [int(n) for n in (top, left, bottom, right)],
                        "before": before, "after": after}).encode() + b"\n"
+
+
+def is_whole(line: bytes) -> bool:
+    """Whether a line is an edit of the whole image, by its first bytes: it may be long."""
+    return line.split(b'"what": "', 1)[1].startswith(tuple(f'{what}"'.encode() for what in WHOLE))
 
 
 def unpacked_edit(line: bytes) -> Edit:

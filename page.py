@@ -411,6 +411,8 @@ class Project:
         """Run the network on an image; cells made by hand stay."""
         opened, state, net = self.open(name), self.of(name), self.network()
         key, weights = self.map_key(opened), self.net_file
+        if state.get("weights") != weights:
+            state.pop("setting", None)                  # thresholds of other weights mean nothing
         with opened.for_network() as source:
             if source.shape[0] > 3:
                 known = ", ".join(source.channels or map(str, source.numbers))
@@ -878,8 +880,9 @@ def get_image(project: Project, query: dict[str, str]) -> dict:
     """All that is known of an image."""
     name = query["image"]
     opened, state, net = project.open(name), project.of(name), project.network()
-    setting = {**net.settings.setting._asdict(), **state.get("used", {}),
-               **state.get("setting", {})}
+    known = state if state.get("weights") == project.state["weights"] else {}
+    setting = {**net.settings.setting._asdict(), **known.get("used", {}),
+               **known.get("setting", {})}
     return {**opened.picture.about(), "name": name, "version": version_of(opened),
             "revision": opened.book.revision, "cells": len(opened.book.boxes),
             "done": bool(state.get("done")), "setting": setting,

@@ -54,6 +54,7 @@ ROOT = Path(__file__).resolve().parent
 TILE = 512                      # px, side of what the browser asks for at once
 OVERVIEW = 2048                 # px, images are reduced to about this once, to be seen whole
 OPEN = 8                        # images that stay open
+LARGEST = 1 << 30               # px of an image: four bytes each for its labels
 LONGEST = 1 << 20               # bytes of a request
 SAVE_EVERY = 0.3                # s, between looks for labels that are not on the disk yet
 HUES = {1: ["#ffffff"], 2: ["#00ff00", "#ff00ff"],
@@ -68,6 +69,7 @@ class Config:
     channels: tuple[str, ...] | None = None  # names or numbers, up to three: what the network sees
     plane: runs.Count | None = None     # which z plane of a stack
     time: runs.Count | None = None      # which time point of a stack
+    level: runs.Count | None = None     # of a slide in several sizes; null: 1, the largest
     pattern: str = "*"                  # which files of the folder, such as *_w1.tif
     port: Annotated[int, runs.within(0, 65535)] = 0  # of the address; 0: a free one
     browser: bool = True                # open the page
@@ -101,9 +103,18 @@ class Picture:
     """An open image for the screen: tiles of TILE px, each pixel the mean of 2 ** z x 2 ** z."""
 
     def __init__(self, path: Path, config: Config):
-        self.source = images.open_image(path, None, config.plane, config.time)
+        level = config.level or 1
+        self.source = images.open_image(path, None, config.plane, config.time, level=level)
         self.lock = threading.Lock()                    # a Source is not thread-safe
         C, H, W = self.source.shape
+        self.sizes = {1: self.source}                   # how much smaller -> the slide so stored
+        for number in range(level + 1, self.source.levels + 1):
+            small = images.open_image(path, None, config.plane, config.time, level=number)
+            factor = round(H / small.shape[1])
+            if factor & (factor - 1) == 0 and abs(small.shape[2] - W / factor) <= 1:
+                self.sizes[factor] = small
+            else:
+                small.close()
         self.step = 2 ** max(0, math.ceil(math.log2(max(H, W) / OVERVIEW)))
         rows = []
         band = max(1, (1 << 22) // (W * self.step)) * self.step
@@ -117,11 +128,22 @@ class Picture:
             low, 65535 / (high - low) if high > low else 1.0)
 
     def reduced(self, top: int, bottom: int, left: int, right: int, step: int):
-        """(C, h, w) means of step x step px of a part of the image."""
+        """(C, h, w) means of step x step px of a part of the image, from the smallest size."""
+        factor = max(factor for factor in self.sizes if factor <= step)
+        source = self.sizes[factor]
+        _, h, w = source.shape
         with self.lock:
-            pixels = self.source.region(top, bottom, left, right)
+            pixels = source.region(min(top // factor, h - 1), min(-(-bottom // factor), h),
+                                   min(left // factor, w - 1), min(-(-right // factor), w))
         nothing = np.zeros(pixels.shape[1:], np.uint8)
-        return cells.reduced(pixels, nothing, step)[0]
+        small = cells.reduced(pixels, nothing, step // factor)[0]
+        missing = (-(-(bottom - top) // step) - small.shape[1],
+                   -(-(right - left) // step) - small.shape[2])   # a size rounded down
+        return np.pad(small, [(0, 0), *((0, max(0, n)) for n in missing)], mode="edge")
+
+    def close(self) -> None:
+        for source in self.sizes.values():
+            source.close()
 
     def tile(self, z: int, row: int, column: int) -> bytes:
         """(C, h, w) of uint8 or uint16, little-endian."""
@@ -171,6 +193,11 @@ class Opened:
         self.picture = Picture(path, project.config)
         source = self.picture.source
         self.size = source.shape[1:]
+        if math.prod(self.size) > LARGEST:
+            self.picture.close()
+            raise ValueError(f"{path}: {self.size[0]} x {self.size[1]} px, expected at most "
+                             f"{LARGEST / 1e9:.2g} gigapixels; start with level=2 or more if it is "
+                             "a slide, or cut out a part")
         self.book = edits.Book(project.out / name, self.size, source.pixel_size)
         self.seen: Any = None                           # (h, w) distances, as the network gave them
         self.seen_key = ""                              # what they were made with
@@ -182,7 +209,7 @@ class Opened:
 
     def close(self) -> None:
         self.book.save()
-        self.picture.source.close()
+        self.picture.close()
 
     @property
     def labels(self):
@@ -190,7 +217,7 @@ class Opened:
 
     def for_network(self):
         return images.open_image(self.path, self.config.channels, self.config.plane,
-                                 self.config.time)
+                                 self.config.time, level=self.config.level or 1)
 
     def plan(self, source, net, state: dict):
         """What the image gets, with its own thresholds and diameter."""
@@ -368,7 +395,8 @@ class Project:
         weights, stat = Path(self.state["weights"]), opened.path.stat()
         return runs.digest(str(weights), weights.stat().st_mtime_ns, stat.st_size,
                            stat.st_mtime_ns, str(self.config.channels), str(self.config.plane),
-                           str(self.config.time), str(self.diameter_of(self.of(opened.name))))[:16]
+                           str(self.config.time), str(self.config.level),
+                           str(self.diameter_of(self.of(opened.name))))[:16]
 
     def map_file(self, opened: Opened) -> Path:
         return self.out / ".page" / "maps" / f"{opened.name}.npy"
@@ -472,7 +500,7 @@ class Project:
                    "overwrite=true", f"pattern={self.config.pattern}"]
         command += [f"{key}={value}" for key, value in (
             ("channels", ",".join(self.config.channels or ())), ("plane", self.config.plane),
-            ("time", self.config.time)) if value]
+            ("time", self.config.time), ("level", self.config.level)) if value]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(last_line(done.stderr))

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import test_images
 import tifffile
 from conftest import ROOT
 
@@ -208,7 +209,31 @@ def test_tiles_are_the_image(tmp_path, dtype):
     means = pixels.astype(float).reshape(2, 350, 2, 300, 2).mean((2, 4))
     if dtype == np.uint16:
         np.testing.assert_allclose(half, means, atol=0.5)
-    picture.source.close()
+    picture.close()
+
+
+@pytest.mark.parametrize("size", [(2200, 2600), (2203, 2597)])
+def test_a_slide_in_several_sizes_is_shown_from_the_smallest_that_will_do(tmp_path, size,
+                                                                          monkeypatch):
+    """Also with sizes that were rounded; what is shown is what is stored, at every zoom."""
+    y, x = np.mgrid[:size[0], :size[1]]
+    pixels = np.stack([y / 10, x / 11, (y + x) / 20], 2).astype(np.uint8)
+    test_images.slide(tmp_path / "s.svs", pixels)
+    picture = page.Picture(tmp_path / "s.svs", page.Config())
+    assert sorted(picture.sizes) == [1, 2, 4] and picture.step == 2
+    for z in range(4):
+        tile = np.frombuffer(picture.tile(z, 0, 0), np.uint8)
+        h, w = (min(512, -(-n // (1 << z))) for n in size)
+        middle = pixels[(1 << z) // 2::1 << z, (1 << z) // 2::1 << z].transpose(2, 0, 1)
+        shown = tile.reshape(3, h, w)[:, :middle.shape[1], :middle.shape[2]].astype(int)
+        assert np.abs(shown - middle[:, :512, :512][:, :h, :w]).max() <= 2 + (1 << z) // 4
+    picture.close()
+    monkeypatch.setattr(page, "LARGEST", 1 << 20)
+    with Site(tmp_path) as site:
+        status, content = site.ask("/image", image="s")
+        assert status == 400 and "start with level=2" in json.loads(content)["error"]
+    with Site(tmp_path, level=3) as site:
+        assert site.json("/image", image="s")["width"] == -(-size[1] // 4)
 
 
 def test_cells_are_those_of_infer_at_every_threshold(site):

@@ -23,6 +23,7 @@ are decoded, and no decoder gives more than its file claims.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import io
 import itertools
@@ -969,7 +970,7 @@ class LabelWriter:
                 for x in range(0, W, LABEL_TILE):
                     part = self.band[:LABEL_TILE, x:x + LABEL_TILE]
                     padded = np.pad(part, [(0, LABEL_TILE - n) for n in part.shape])
-                    tile = zlib.compress(padded.astype("<u4").tobytes(), 3)
+                    tile = _label_tile(padded) if padded.any() else _empty_tile()
                     self.lengths.append(self.spool.write(tile))
                 self.band = self.band[LABEL_TILE:]
 
@@ -1015,6 +1016,16 @@ def write_label_stack(path: str | Path, planes: Iterable[np.ndarray], shape: tup
                          dtype=dtype, ome=True, metadata=words, photometric="minisblack",
                          compression="zlib", compressionargs={"level": 3},
                          bigtiff=math.prod(shape) * dtype().itemsize > CLASSIC)
+
+
+def _label_tile(labels: np.ndarray) -> bytes:
+    return zlib.compress(labels.astype("<u4").tobytes(), 3)
+
+
+@functools.cache
+def _empty_tile() -> bytes:
+    """Most of a slide is glass."""
+    return _label_tile(np.zeros((LABEL_TILE, LABEL_TILE)))
 
 
 def _label_options(pixel_size: float | None, record: dict | None = None) -> dict[str, Any]:

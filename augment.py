@@ -24,8 +24,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -215,6 +217,7 @@ class Resident:
     cap : px; None keeps the uncapped distance maps, which sample(cap=None) needs.
     diameter : px, of an image's median cell before the random factor. None: as it is.
     types : (n,) for each image, of its cells by ascending id: number of the type, 0 unknown.
+    limit : bytes of the words, and of the labels, that are held in memory; more lie in a file.
 
     A pixel is one 64-bit word: three channels and the uncapped distance, 16 bits each; one gather
     brings all. Images lie end to end, each with its reductions by 2, 4 and 8: a crop that shrinks
@@ -226,9 +229,9 @@ class Resident:
                  groups: list[str] | None = None, device: str | torch.device = "cpu",
                  cap: float | None = 4.0, diameter: float | None = None,
                  weights: dict[str, float] | None = None,
-                 types: list[np.ndarray] | None = None):
-        words: list[np.ndarray] = []
-        labels, depths, centres, rows = [], [], [], []
+                 types: list[np.ndarray] | None = None, limit: float = math.inf):
+        words, labels = Pile(np.int64, limit), Pile(np.int32, limit)
+        depths, centres, rows = [], [], []
         for name, pixels, truth in images:
             if pixels.shape != (3, *truth.shape) or truth.dtype.kind not in "iu" or truth.size == 0:
                 raise ValueError(f"{name}: pixels {pixels.shape}, labels {truth.shape} "
@@ -244,9 +247,9 @@ class Resident:
             levels = pyramid(np.concatenate((pixels, far[None])))
             rows.append((median, pixels.mean(), (pixels == pixels[0]).all(), pixels.any((1, 2)),
                          len(ids) - 1, [level.shape[:2] for level in levels]))
-            words += [np.round(v * 65535 - 32768).astype(np.int16).view(np.int64).ravel()
-                      for v in levels]
-            labels.append(truth.ravel())
+            for level in levels:
+                words.add(np.round(level * 65535 - 32768).astype(np.int16).view(np.int64).ravel())
+            labels.add(truth.ravel())
             centres.append(centre)
             depths.append(depth)
         if not rows:
@@ -256,7 +259,8 @@ class Resident:
         diameters, self.mean, self.gray, self.alive, self.cells, self.shape = (
             np.array(column) for column in zip(*rows))
         self.word, self.label, self.cell = (
-            offsets(words).reshape(-1, LEVELS), offsets(labels), offsets(depths))
+            words.offsets().reshape(-1, LEVELS), labels.offsets(),
+            np.cumsum([0, *map(len, depths[:-1])]))
         self.centre = np.concatenate(centres)                    # (cells, 2) px, background first
         self.scale = np.ones(len(rows))                                      # (N,) nominal
         seen = diameters > 0
@@ -264,8 +268,9 @@ class Resident:
             self.scale[seen] = diameter / diameters[seen]
         self.diameters = diameters * self.scale      # (N,) px, median cell at nominal scale, or 0
         self.diameter = float(np.median(self.diameters[seen])) if seen.any() else None   # of all
-        self.words, self.labels, self.depth = (torch.from_numpy(np.concatenate(parts)).to(device)
-                                               for parts in (words, labels, depths))
+        self.words, self.labels = words.tensor(device), labels.tensor(device)
+        self.depth = torch.from_numpy(np.concatenate(depths)).to(device)
+        self.device = self.depth.device
         # (cells,) background first, as depth
         self.types = torch.from_numpy(np.concatenate([np.append(0, own) for own in types])).to(
             device) if types else None
@@ -296,18 +301,79 @@ class Resident:
 
 
 def load_resident(config: data.TrainingData, seed: int, device: str, cap: float | None):
-    """Resident training images; validation images; {train, validation: {name: content hash}}."""
-    train, validation = data.training_images(config, seed)
-    hashes = {part: {image.name: hashlib.sha256(image.pixels.tobytes()
-                                                + image.labels.tobytes()).hexdigest()[:16]
-                     for image in images if image.held}
-              for part, images in (("train", train), ("validation", validation))}
-    groups = [image.set for image in train]
-    types = [image.types for image in train if image.types is not None]
-    train.reverse()                        # pop() frees each image once it is packed
-    resident = Resident((train.pop()[:3] for _ in groups), groups, device, cap, config.diameter,
-                        {chosen.name: chosen.weight for chosen in config.sets}, types)
+    """Resident training images; validation images; {train, validation: {name: content hash}}.
+
+    One image after the other is read and packed, so that all of them may be more than the memory.
+    """
+    pending, validation = data.training_images(config, seed)
+    hashes: dict[str, dict[str, str]] = {"train": {}, "validation": {image.name: content_hash(image)
+                                                            for image in validation
+                                                            if image.held}}
+    groups: list[str] = []
+    types: list[np.ndarray] = []
+    wanted = data.types_wanted(config.types)
+    of_type = {image.name: image.types for image in validation if image.held}
+    cells: dict[str, int] = {}
+
+    def read() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        for image in itertools.chain.from_iterable(part() for part in pending):
+            hashes["train"][image.name] = content_hash(image)
+            groups.append(image.set)
+            cells[image.name], of_type[image.name] = int(image.labels.max()), image.types
+            if image.types is not None:
+                types.append(image.types)
+            yield image[:3]
+
+    limit = config.memory_gb * 1e9 if config.memory_gb else runs.free_memory() / 2
+    resident = Resident(read(), groups, device, cap, config.diameter,
+                        {chosen.name: chosen.weight for chosen in config.sets}, types, limit / 2)
+    data.check_cells("data.sets", cells)
+    data.check_types({name: {kind: int(np.count_nonzero(numbers == i))
+                             for i, kind in enumerate(wanted, 1)}
+                      for name, numbers in of_type.items()}, wanted)
     return resident, validation, hashes
+
+
+def content_hash(image: data.Labelled) -> str:
+    return hashlib.sha256(image.pixels.tobytes() + image.labels.tobytes()).hexdigest()[:16]
+
+
+class Pile:
+    """Arrays laid end to end: in memory, or all in a file without a name once they pass a limit of
+    bytes. The system keeps in memory what is used of it as long as there is room."""
+
+    def __init__(self, dtype: type, limit: float):
+        self.dtype, self.limit = np.dtype(dtype), limit
+        self.parts: list[np.ndarray] = []
+        self.lengths: list[int] = []
+        self.bytes = 0
+        self.file: Any = None
+
+    def add(self, part: np.ndarray) -> None:
+        self.lengths.append(len(part))
+        self.parts.append(part)
+        self.bytes += part.nbytes
+        if self.file is None and self.bytes > self.limit:
+            self.file = tempfile.TemporaryFile(prefix="dinocell-")  # noqa: SIM115  # kept
+        if self.file is not None:
+            while self.parts:
+                self.parts.pop(0).tofile(self.file)
+
+    def offsets(self) -> np.ndarray:
+        """Starts of the parts."""
+        return np.cumsum([0, *self.lengths[:-1]])
+
+    def tensor(self, device: str | torch.device) -> Tensor:
+        """All parts, on the device; those in a file on the CPU."""
+        if self.file is None:
+            return torch.from_numpy(np.concatenate(self.parts)).to(device)
+        self.file.flush()
+        return torch.from_numpy(np.memmap(self.file, self.dtype, "c"))
+
+
+def take(table: Tensor, index: Tensor) -> Tensor:
+    """Values of a table, on the device of the index; the table may lie in a file."""
+    return table.index_select(0, index.flatten().to(table.device)).to(index.device)
 
 
 def measure(labels: np.ndarray, n: int) -> tuple[float, np.ndarray, np.ndarray]:
@@ -336,11 +402,6 @@ def pyramid(planes: np.ndarray) -> list[np.ndarray]:
     return levels
 
 
-def offsets(parts: list[np.ndarray]) -> np.ndarray:
-    """Starts of parts that lie end to end."""
-    return np.cumsum([0] + [len(part) for part in parts[:-1]])
-
-
 # ------------------------------------------------------------------------------------------- sample
 
 @contextmanager
@@ -365,7 +426,7 @@ def sample(resident: Resident, images: ArrayLike, numbers: ArrayLike, config: Au
     if cap is None and resident.cap is not None:
         raise ValueError("cap=null needs the uncapped distances: make Resident(..., cap=None)")
     images, draws = np.asarray(images), Draws.of(seed, numbers, config)
-    device = resident.words.device
+    device = resident.device
     scale, y, x = coordinates(resident, images, draws, size)
     level = np.clip(np.round(-np.log2(scale)), 0, LEVELS - 1).astype(int)
     negative = draws.happens("negative")
@@ -400,7 +461,7 @@ def sample(resident: Resident, images: ArrayLike, numbers: ArrayLike, config: Au
 
 def depths(resident: Resident, images: np.ndarray, scale: np.ndarray) -> Tensor:
     """(B, K) px of the crop: the depth of each cell of the images, background first."""
-    device = resident.words.device
+    device = resident.device
     numbers = torch.arange(int(resident.cells[images].max()) + 1, device=device)
     cell = (send(resident.cell[images], device)[:, None] + numbers).clamp(
         max=len(resident.depth) - 1)
@@ -453,7 +514,7 @@ def paste(resident: Resident, images: np.ndarray, draws: Draws, size: int, negat
 
     They bring their surroundings along over two pixels; cells under them lose what is covered.
     """
-    device = resident.words.device
+    device = resident.device
     other = resident.member(resident.group[images], draws.uniform("paste image"))
     rows = np.flatnonzero(draws.happens("paste") & ~negative
                           & (resident.gray[other] == resident.gray[images]))
@@ -489,7 +550,7 @@ def coordinates(resident: Resident, images: np.ndarray, draws: Draws, size: int
                 ) -> tuple[np.ndarray, Tensor, Tensor]:
     """scale (B,), px of crop per px of image; y, x (B, S, S), px of each crop pixel in the image.
     """
-    device, extent = resident.words.device, resident.shape[images, 0].astype(float)  # (B, 2) px
+    device, extent = resident.device, resident.shape[images, 0].astype(float)  # (B, 2) px
     scale = resident.scale[images] * factors(resident, images, draws, size)  # (B,)
     quarter = np.floor(4 * draws.uniform("quarter")) / 4 * draws.happens("quarter")
     turn = 2 * np.pi * np.where(draws.happens("rotate"), draws.uniform("angle"), quarter)
@@ -548,7 +609,7 @@ def nearest(resident: Resident, images: np.ndarray, y: Tensor, x: Tensor) -> Ten
     start, width = (send(v, y.device)[:, None, None]
                     for v in (resident.label[images], resident.shape[images, 0, 1]))
     index = start + y.round().long() * width + x.round().long()
-    return resident.labels.index_select(0, index.flatten()).view(index.shape)
+    return take(resident.labels, index).view(index.shape)
 
 
 def bilinear(resident: Resident, images: np.ndarray, level: np.ndarray, y: Tensor, x: Tensor,
@@ -563,7 +624,7 @@ def bilinear(resident: Resident, images: np.ndarray, level: np.ndarray, y: Tenso
     below, beside = (top < height - 1) * width, (left < width - 1).long()    # 0 at the border
 
     def look(index: Tensor) -> Tensor:
-        words = resident.words.index_select(0, index.flatten())
+        words = take(resident.words, index)
         bits = words.view(torch.int16).view(*index.shape, 4)
         return torch.stack([bits[..., plane].float() for plane in planes], 1)  # (k, C, S, S)
 

@@ -842,6 +842,8 @@ class TrainingData:
     channels: tuple[str, ...] | None = None  # of sets that choose none
     limit: runs.Count | None = None         # images of each set, by lot; 20 include those of 10
     diameter: runs.Positive | None = None   # px, scale median cells to it; null: as they are
+    # of images in memory; those beyond are read from a file; null: half of what is free
+    memory_gb: runs.Positive | None = None
     # types to tell: {name: [its classes in the sets]}, cells of others are of unknown type
     types: dict = field(default_factory=dict)
     fields: int = 0                         # synthetic fields in addition, a tenth to validate on
@@ -879,49 +881,60 @@ class Labelled(NamedTuple):
     types: np.ndarray | None = None
 
 
-def training_images(config: TrainingData, seed: int) -> tuple[list[Labelled], list[Labelled]]:
-    """Images to train on, and to validate on.
+Pending = Callable[[], Sequence[Labelled]]   # reads or draws images
+
+
+def training_images(config: TrainingData, seed: int) -> tuple[list[Pending], list[Labelled]]:
+    """Images to train on, which may be more than fit into memory, and images to validate on.
 
     Two images are too few to tune on: sets with few held out are filled up with training images,
     `held` false, which choose thresholds but count in no score.
     """
-    train: list[Labelled] = []
+    train: list[Pending] = []
     validation: list[Labelled] = []
     wanted = types_wanted(config.types)
+
+    def read(example: Example, chosen: TrainingSet) -> list[Labelled]:
+        return [read_labelled(example, chosen.name, wanted)]
+
     for chosen in config.sets:
         kept, held = divide(examples_of(config, chosen), config, seed)
-        own = [read_labelled(example, chosen.name, wanted) for example in kept]
-        train += own
-        validation += [read_labelled(example, chosen.name, wanted) for example in held]
+        train += [partial(read, example, chosen) for example in kept]
+        lot = np.random.default_rng(0).permutation(len(kept))[:max(0, FEW - len(held))]
+        validation += [image for example in held for image in read(example, chosen)]
         if held:
-            lot = np.random.default_rng(0).permutation(len(own))[:max(0, FEW - len(held))]
-            validation += [own[i]._replace(held=False) for i in lot]
+            validation += [image._replace(held=False) for i in lot
+                           for image in read(kept[i], chosen)]
     for chosen in config.validation:
-        validation += [read_labelled(example, chosen.name, wanted)
-                       for example in examples_of(config, chosen)]
-    check_types({image.name: {name: int(np.count_nonzero(image.types == i))
-                              for i, name in enumerate(wanted, 1)}
-                 for image in train + [v for v in validation if v.held]}, wanted)
+        validation += [image for example in examples_of(config, chosen)
+                       for image in read(example, chosen)]
     held_fields = max(1, round(0.1 * config.fields)) if not config.validation else 0
     for number in range(config.fields):
-        (validation if number < held_fields else train).extend(drawn_images(config, seed, number))
+        if number < held_fields:
+            validation += drawn_images(config, seed, number)
+        else:
+            train.append(partial(drawn_images, config, seed, number))
     if not validation and config.share and len(train) == 1:
-        print(f"{train[0].name}: the only image, so that thresholds are chosen on it; scores "
+        validation = list(train[0]())
+        print(f"{validation[0].name}: the only image, so that thresholds are chosen on it; scores "
               "flatter", file=sys.stderr)
-        validation = [train[0]]
     if config.diameter:
         validation = [image._replace(zoom=config.diameter / diameter)
                       if (diameter := median_diameter(image.labels)) else image
                       for image in validation]
-    for images, key in ((train, "data.sets"), (validation, "data.validation")):
-        if images and not any(image.labels.any() for image in images):
-            sets = runs.listed(list({image.set: 0 for image in images}), 3)
-            raise ValueError(f"{key}: no cell in {len(images)} labelled images ({sets}); nothing "
-                             "can be learned or scored. Are the labels all 0?")
+    check_cells("data.validation", {image.name: int(image.labels.max()) for image in validation})
     if not validation:
         raise ValueError("no validation images; give data.validation, or data.share so large that "
                          "some are held out")
     return train, validation
+
+
+def check_cells(key: str, cells: dict[str, int]) -> None:
+    """Refuse images (name: cells) without any."""
+    if cells and not any(cells.values()):
+        raise ValueError(f"{key}: no cell in {len(cells)} labelled images "
+                         f"({runs.listed(list(cells), 3)}); nothing can be learned or scored. Are "
+                         "the labels all 0?")
 
 
 def examples_of(config: TrainingData, chosen: TrainingSet) -> list[Example]:

@@ -136,6 +136,22 @@ def test_groups_are_drawn_equally():
     assert not np.array_equal(images, resident.draw(1, np.arange(4000)))
 
 
+@pytest.mark.parametrize("cap", [4.0, None])
+def test_images_in_a_file_give_the_same_crops(monkeypatch, cap):
+    """What passes the limit lies in a file."""
+    made, real = [], augment.tempfile.TemporaryFile
+    monkeypatch.setattr(augment.tempfile, "TemporaryFile",
+                        lambda **more: (made.append(1), real(**more))[1])
+    entries = [entry(s, 40 + 10 * s, 50, 6, 12) for s in range(6)]
+    numbers, crops = np.arange(12), []
+    for limit in (np.inf, 4 * 40 * 50 * 1.5, 0):
+        resident = Resident(entries, cap=cap, limit=limit)
+        crops.append(sample(resident, numbers % 6, numbers, Augment(), 48, 0, cap))
+    assert len(made) == 4                                     # words and labels, twice
+    for one, other in ((0, 1), (0, 2)):
+        assert all(torch.equal(a, b) for a, b in zip(crops[one], crops[other]))
+
+
 # ----------------------------------------------------------------------------------------- geometry
 
 def test_untouched_crops_are_copies():

@@ -421,6 +421,19 @@ def test_few_held_out_images_are_filled_up_for_settings_alone(tmp_path):
         assert {e.name for e in own if not e.held} < set(hashes["train"])
 
 
+def test_more_images_than_memory_train_to_the_same_weights(tmp_path, capsys):
+    """data.memory_gb: what passes it is read from a file."""
+    nets = []
+    for memory in (None, 1e-5):
+        folder = tmp_path / str(memory)
+        folder.mkdir()
+        path = toy(folder, steps=4, val_every=4, save_every=4)
+        given = [] if memory is None else [f"data.memory_gb={memory}"]
+        assert run(path, *given).returncode == 0
+        nets.append(checkpoint(folder, 4)["net"])
+    assert all(torch.equal(nets[1][name], value) for name, value in nets[0].items())
+
+
 @pytest.mark.smoke
 def test_parts_can_be_left_out(tmp_path):
     """The keys of configs/ablation.yaml: other weights are trained than those of the whole network.

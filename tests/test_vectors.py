@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import augment
 import cells
 import data
 import evaluate
@@ -276,7 +277,7 @@ def test_types_that_cannot_be_learnt(tmp_path, types, words):
         number = np.array([0, *kinds.values()])[labels].astype(np.uint8)
         cells.write_picture(tmp_path / "s" / f"{name}_types.png", number)
     with pytest.raises(ValueError, match=words):
-        data.training_images(config_of(tmp_path, types=types).data, 0)
+        augment.load_resident(config_of(tmp_path, types=types).data, 0, "cpu", 4.0)
 
 
 def test_types_from_training_to_files(tmp_path, capsys):

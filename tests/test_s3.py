@@ -178,9 +178,9 @@ def test_a_movie_on_s3_gets_its_folder_there(cells, capsys):
     tifffile.imwrite(file, movie.pixels, imagej=True, metadata={"axes": "TYX"})
     cells.client.put_object(Bucket="cells", Key="movies/m.tif", Body=file.getvalue(),
                             ACL="public-read")
-    config = Config(out="s3://cells/out2", time="all")
+    config = Config(out="s3://cells/film", time="all")
     assert infer.main(config, ["s3://cells/movies/m.tif"]) == 0
-    assert listed(cells, "out2/") == [
+    assert listed(cells, "film/") == [
         "m_cells.csv", "m_ctc/01_RES/mask000.tif", "m_ctc/01_RES/mask001.tif",
         "m_ctc/01_RES/res_track.txt", "m_labels.tif", "m_lineage.svg", "m_overlay.png",
         "m_trackmate.xml", "m_tracks.csv", "summary.csv"]

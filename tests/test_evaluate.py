@@ -676,7 +676,8 @@ def test_results_stay_in_runs(tmp_path, capsys):
 @pytest.mark.parametrize("name,cls", [
     ("evaluate", evaluate.Bench), ("results", evaluate.Bench), ("results_ablation", evaluate.Bench),
     ("results_budget", evaluate.Bench), ("laptop", evaluate.Bench), ("livecell", evaluate.Bench),
-    ("pbl", evaluate.Bench),
+    ("pbl", evaluate.Bench), ("if_e1", evaluate.Bench), ("if_e2", evaluate.Bench),
+    ("if_e4", evaluate.Bench), ("if_deepliif", evaluate.Bench),
     ("ceiling", evaluate.Ceiling), ("gating", evaluate.Gating), ("sweep", evaluate.Sweep),
     ("channels", probe.Channels), ("calibrate", evaluate.Calibrate)])
 def test_configs_that_ship_are_valid(name, cls):

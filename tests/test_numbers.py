@@ -166,6 +166,14 @@ def test_pretraining_is_its_log(name, after, scores):
     assert seen >= 6
 
 
+def test_the_one_real_image_is_its_log():
+    logged = table("if_deepliif.tsv")
+    shown = list(rows(DOCS / "results.md", "DeepLIIF's Lung1", "what the network gets"))
+    for (_, *cells), row in zip(shown, logged, strict=True):
+        check(row["model"], cells, [float(row[name]) for name in ("AP@0.5", "AP@0.75", "SEG", "DET",
+                                                                  "OP_CSB")])
+
+
 def test_sinkhorn_of_one_view_or_both_is_its_log():
     looks = [line for line in lines("ssl_sinkhorn.jsonl") if "retrieval" in line]
     logged = {(line["together"], line["step"]): line for line in looks}

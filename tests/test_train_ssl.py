@@ -285,7 +285,7 @@ def test_help_is_fast():
         (["views.scale=[2, 1]"], "low and high"),
         (["views.zoom=0.3"], "0.33"),
         (["views.locals=-1"], "0 or more"),
-        (["batch=1"], "2 or more"),
+        (["batch=1"], "from 2 to 65536"),
         (["measure.probe_every=3"], "multiple of"),
         (["measure.window=100"], "expected 100 px or more"),
         (["init=nowhere.pt"], "no weights at nowhere.pt"),

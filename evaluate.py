@@ -531,15 +531,19 @@ def embedder(source: VectorSource, config: Embed):
     return networks.DINOCell(networks.load_backbone(source.weights)).ready(device)
 
 
-def vectors_of(net, pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(n, D) of the cells, ascending; without a network columns of cell_table but for places."""
+def vectors_of(net, pixels: np.ndarray, labels: np.ndarray, only: str = "") -> np.ndarray:
+    """(n, D) of the cells, ascending; without a network columns of cell_table but for places.
+
+    only : how the names of these columns begin.
+    """
     if net is not None:
         return segment.cell_vectors(pixels, labels, net)[1]
     near = data.median_diameter(labels)
     table = cells.cell_table(labels, pixels, near=near)
     left_out = ("id", "near_px", "touches_border", "orientation_rad")
     return np.stack([values for name, values in table.items() if name not in left_out
-                     and not name.startswith(("bbox", "centroid"))], 1).astype(np.float32)
+                     and name.startswith(only) and not name.startswith(("bbox", "centroid"))],
+                    1).astype(np.float32)
 
 
 class TypedCells(typing.NamedTuple):
@@ -633,7 +637,9 @@ def told_fields(net, config: Embed) -> dict[str, float]:
             Path(str(config.fields)), config.size, config.channels, config.limit)):
         labels = segment.segment(pixels[-1], finder)
         if labels.any():
-            fields.append([vectors_of(net, channel[None], labels).mean(0) for channel in pixels])
+            # shapes are those of the same cells in all channels
+            fields.append([vectors_of(net, channel[None], labels, "intensity").mean(0)
+                           for channel in pixels])
             names.append(name)
     x = np.array(fields)                                                     # (F, C, D)
     x = (x - x.mean(0)) / np.maximum(x.std(0), 1e-6)         # a channel has its own mean

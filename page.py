@@ -1,8 +1,9 @@
 """Look at cells, correct them, learn from the corrections, in the browser: python page.py FOLDER
 
     python page.py plate1/                            opens the browser, and prints the address
-    python page.py plate1/ out=cells browser=false    on another machine: ssh -L 8000:127.0.0.1:8000
-                                                      with port=8000, and open the address here
+    python page.py plate1/ port=8000 browser=false    on another machine; then here
+                                                      ssh -L 8000:127.0.0.1:8000 MACHINE, and open
+                                                      the address that it printed
 
 Everything stays on this machine: the server answers to 127.0.0.1 alone, asks for the token in the
 address, and nothing is fetched from elsewhere. For each image NAME it keeps in out=

@@ -10,18 +10,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-if os.environ.get("PYTEST_XDIST_WORKER"):
-    os.environ["OMP_NUM_THREADS"] = "1"                       # before PyTorch is loaded
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config) -> None:
     """The whole suite runs in two processes, a file in one of them; single files and -k in one."""
+    if hasattr(config, "workerinput"):                        # this is one of the two
+        return
     options = config.option
     whole = all(Path(name).is_dir() for name in config.args) and not (
         options.keyword or options.collectonly or options.usepdb)
     if whole and config.pluginmanager.hasplugin("xdist") and options.numprocesses is None:
         options.numprocesses, options.dist = 2, "loadfile"
+        os.environ["OMP_NUM_THREADS"] = "1"                   # theirs
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import edits  # noqa: E402
 import images  # noqa: E402
+import learning  # noqa: E402
 import page  # noqa: E402
 import runs  # noqa: E402
 
@@ -78,8 +79,8 @@ def learn(folder: Path, examples: list, count: int, config: Config) -> dict:
 
 def line_of(record: dict, test: list, count: int) -> str:
     """What a round brought on the test part."""
-    before = page.held_out_scores(record["before"], test, record["diameter_before"], "auto")
-    after = page.held_out_scores(record["after"], test, record["diameter"], "auto")
+    before = learning.held_out_scores(record["before"], test, record["diameter_before"], "auto")
+    after = learning.held_out_scores(record["after"], test, record["diameter"], "auto")
     held = record["scores"]
     return (f"{count} images: AP@0.5 on test {before['AP@0.5']:.3f} -> {after['AP@0.5']:.3f}, AP "
             f"{before['AP']:.3f} -> {after['AP']:.3f}; on {len(record['held'])} held out "

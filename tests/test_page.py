@@ -24,6 +24,7 @@ from conftest import ROOT
 import cells
 import data
 import images
+import learning
 import model
 import page
 import runs
@@ -452,7 +453,7 @@ def test_rounds_of_learning(folder, tmp_path, monkeypatch):
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "train_seg.py").write_text(TRAINER)
     with Site(folder) as site:
-        monkeypatch.setattr(page, "ROOT", tmp_path / "code")
+        monkeypatch.setattr(learning, "TRAINER", tmp_path / "code" / "train_seg.py")
         refused = site.ask("/learn", {"what": "start"})[1]
         assert "no image is marked" in json.loads(refused)["error"]
         for name, seed in (("a", 1), ("more_b", 2)):
@@ -463,7 +464,7 @@ def test_rounds_of_learning(folder, tmp_path, monkeypatch):
         wait_until((site.out / ".page/learn/round_1/met").exists)
         assert site.json("/news")["learning"]["state"] == "running"
     with Site(folder) as site:                                    # the page had ended meanwhile
-        monkeypatch.setattr(page, "ROOT", tmp_path / "code")
+        monkeypatch.setattr(learning, "TRAINER", tmp_path / "code" / "train_seg.py")
         assert site.json("/news")["learning"]["state"] == "stopped"
         site.json("/learn", {"what": "start"})                    # the same round goes on
         state = wait_until(lambda: (now := site.json("/news")["learning"])["state"] in

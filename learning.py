@@ -1,0 +1,223 @@
+"""Rounds of training on images that were corrected by hand, for the page.
+
+    rounds = learning.Learning(project)
+    rounds.start()                     train_seg.py on the images that are done, or on with the last
+    rounds.status()                    its state, loss and AP
+    rounds.use(weights)                those of a round, or the ones before it
+
+A round has a folder of its own: set/ with copies of images and labels, config.yaml, the run of
+train_seg.py, and round.json: its state, the weights before and after, and what both score on the
+images that were held out, in whole groups. Only better weights are used.
+"""
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import runs
+
+with runs.lazy():
+    import numpy as np
+    import yaml
+
+    import data
+    import images
+    import metrics
+    import model
+    import segment
+
+TRAINER = Path(__file__).resolve().parent / "train_seg.py"
+HELD = 0.2                      # of the images that are done, in whole groups
+SEEN = 24.0                     # px, at least: as large the network sees the median cell
+
+
+class Learning:
+    """The rounds of a page.Project, which knows images, what is done, and the weights in use."""
+
+    def __init__(self, project: Any):
+        self.project = project
+        self.folder = project.out / ".page" / "learn"
+        self.process: subprocess.Popen | None = None
+        self.watcher: threading.Thread | None = None
+        if (number := self.latest()) and self.record(number)["state"] == "running":
+            self.note(number, state="stopped")          # the page ended with it
+
+    def latest(self) -> int:
+        """Number of the last round, 0 before the first."""
+        numbers = [int(path.parent.name[6:]) for path in self.folder.glob("round_*/round.json")]
+        return max(numbers, default=0)
+
+    def of(self, number: int) -> Path:
+        return self.folder / f"round_{number}"
+
+    def record(self, number: int) -> dict:
+        return read_json(self.of(number) / "round.json")
+
+    def note(self, number: int, **values: Any) -> None:
+        path = self.of(number) / "round.json"
+        before = read_json(path) if path.exists() else {}
+        runs.write_text(path, json.dumps(before | values, indent=1))
+
+    def status(self) -> dict:
+        """Where the last round stands, with its curves."""
+        number = self.latest()
+        if not number:
+            return {"state": "none"}
+        record = self.record(number)
+        log = runs.history(self.of(number) / "runs" / "learn" / "log.jsonl")
+        return {**record, "round": number, "active": self.project.state["weights"],
+                "loss": [(line["step"], line["loss"]) for line in log if "loss" in line],
+                "AP": [(line["step"], line["val_AP@0.5"]) for line in log if "val_AP@0.5" in line]}
+
+    def start(self) -> None:
+        """Begin a round with the images that are done, or go on with one that was stopped."""
+        if self.process is not None:
+            raise ValueError("it is learning already")
+        number = self.latest()
+        if not number or self.record(number)["state"] != "stopped":
+            number += 1
+            self.prepare(number)
+        self.note(number, state="running", problem="")
+        with open(self.of(number) / "output.txt", "w", encoding="utf-8") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, str(TRAINER), str(self.of(number) / "config.yaml")],
+                stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        self.watcher = threading.Thread(target=self.watch, args=(number,), daemon=True)
+        self.watcher.start()
+
+    def prepare(self, number: int) -> None:
+        """Copy the images that are done, and write the configuration."""
+        project = self.project
+        done = [name for name in project.names if project.of(name).get("done")]
+        if not done:
+            raise ValueError("no image is marked as done yet; correct one, and press Done")
+        folder = self.of(number) / "set"
+        folder.mkdir(parents=True, exist_ok=True)
+        diameters = []
+        for name in done:
+            opened = project.open(name)
+            with opened.for_network() as source:
+                H, W = opened.size
+                pixels, labels = source.region(0, H, 0, W), opened.book.labels.copy()
+                channels = source.channels
+            diameters.append(data.median_diameter(labels))
+            # a single image is learnt from on the left; the right is held out, as the last frame
+            # of a time-lapse would be
+            parts = {"": slice(0, W)} if len(done) > 1 else {
+                "_t1": slice(0, 2 * W // 3), "_t2": slice(2 * W // 3, W)}
+            for end, part in parts.items():
+                images.write_image(folder / f"{name}{end}.tif",
+                                   images.Image(pixels[:, :, part], channels, None))
+                images.write_labels(folder / f"{name}{end}_masks.tif", labels[:, part])
+        if not any(diameters):
+            raise ValueError("the images that are done have no cells")
+        config = learning_config(Path(project.state["weights"]), folder.parent,
+                                 project.config.learn_steps)
+        runs.write_text(folder.parent / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        held = [each.name for each in data.hold_out(data.examples(folder), HELD, 0)]
+        self.note(number, state="stopped", before=project.state["weights"], images=done, held=held,
+                  steps=config["steps"], diameter_before=project.state.get("diameter"),
+                  diameter=round(float(np.median([d for d in diameters if d])), 1))
+
+    def watch(self, number: int) -> None:
+        """Wait for a run; if it came to its end, use its weights where they are better."""
+        process = self.process
+        assert process is not None
+        code = process.wait()
+        if code == 0:
+            self.note(number, state="comparing")
+            try:
+                self.compare(number)
+            except (ValueError, OSError, RuntimeError) as error:
+                self.note(number, state="failed", problem=runs.sentence(error))
+        elif code in (runs.REQUEUE, 130, -signal.SIGTERM):      # the last: before its first step
+            self.note(number, state="stopped")
+        else:
+            output = (self.of(number) / "output.txt").read_text(encoding="utf-8")
+            self.note(number, state="failed", problem=last_line(output))
+        self.process = None
+
+    def compare(self, number: int) -> None:
+        """Score old and new weights on the held-out images; the better ones are used."""
+        folder, record = self.of(number), self.record(number)
+        after = str((folder / "final_models" / "learn.pt").resolve())
+        held = [example for example in data.examples(folder / "set")
+                if example.name in record["held"]]
+        device = self.project.config.device
+        scores = {"before": held_out_scores(record["before"], held, record["diameter_before"],
+                                            device),
+                  "after": held_out_scores(after, held, record["diameter"], device)}
+        better = scores["after"]["AP"] > scores["before"]["AP"]
+        self.note(number, state="done", after=after, scores=scores, better=better)
+        if better:
+            self.use(after)
+
+    def use(self, weights: str) -> None:
+        """Use these weights, and the diameter of their cells, from now on; maps of others are made
+        anew when they are asked for."""
+        known: dict[str, float | None] = {}
+        for number in range(1, self.latest() + 1):
+            record = self.record(number)
+            known.setdefault(record["before"], record["diameter_before"])
+            if "after" in record:
+                known[record["after"]] = record["diameter"]
+        if weights not in known:
+            raise ValueError("no such weights among those that were used here")
+        with self.project.lock:
+            self.project.state |= {"weights": weights, "diameter": known[weights]}
+            self.project.remember()
+
+    def stop(self) -> None:
+        """Ask the run to save and stop."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+
+    def close(self) -> None:
+        self.stop()
+        if self.watcher is not None:
+            self.watcher.join(60)
+
+
+def learning_config(weights: Path, folder: Path, steps: int) -> dict:
+    """Configuration of train_seg.py for a few corrected images.
+
+    Their cells are scaled to the size that the network knows; two validations, for each searches
+    the best thresholds, which takes as long as a hundred steps.
+    """
+    net = model.load(weights)
+    return {"experiment": "learn", "output_base_dir": str(folder), "init": str(weights),
+            "data": {"root": str(folder), "sets": [{"path": "set"}], "share": HELD,
+                     "diameter": max(SEEN, net.settings.diameter or 0)},
+            "augment": {"scale": [0.5, 1.67]}, "cap": net.settings.cap, "crop": net.settings.tile,
+            "batch": 8, "edge_weight": 3, "seam_weight": 10, "optimiser": "muon", "lr": 5e-4,
+            "steps": steps, "warmup": min(20, steps - 1), "ema": 0.98,
+            "val_every": -(-steps // 2), "log_every": min(5, max(1, steps // 10)),
+            "save_every": max(1, steps // 10)}
+
+
+def held_out_scores(weights: str, held: list, diameter: float | None,
+                    device: str) -> dict[str, float]:
+    """AP@0.5 and AP over IoU 0.5 to 0.95, mean over the images, with the weights' own thresholds.
+    """
+    net = model.load(weights).ready(runs.pick_device(device))
+    precision = np.array([metrics.average_precision(
+        example.labels(), segment.segment(example.image().pixels, net, diameter=diameter))
+        for example in held])
+    return {"AP@0.5": float(precision[:, 0].mean()), "AP": float(precision.mean())}
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path}: damaged, no JSON; remove it, the labels stay") from None
+
+
+def last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1].removeprefix("error: ") if lines else "no word on why"

@@ -423,7 +423,8 @@ def build_network(config: Config):
         net = model.DINOCell(backbone, shape.widths, shape.last, settings, shape.stem)
     elif model.kind(config.init) == "DINOCell" and not config.new_decoder:
         net = model.load(config.init).train()
-        net.settings = dataclasses.replace(net.settings, tile=config.crop, cap=config.cap)
+        net.settings = dataclasses.replace(net.settings, tile=config.crop, cap=config.cap,
+                                           score={})        # calibrated for what it was
     else:
         net = model.DINOCell(model.load_backbone(config.init, shape.patch), shape.widths,
                              shape.last, settings, shape.stem)

@@ -496,6 +496,14 @@ def test_one_image_is_learnt_from_on_the_left(site):
     assert config.init == WEIGHTS and config.steps == 4
 
 
+def test_a_score_does_not_outlive_the_weights_it_was_fitted_for(tmp_path):
+    model.change_settings(WEIGHTS, tmp_path / "s.pt", score={"constant": 1.0})
+    config = runs.from_dict(train_seg.Config, {"init": str(tmp_path / "s.pt"), "data": {
+        "fields": 2}}, "x")
+    assert model.load(tmp_path / "s.pt").settings.score and not train_seg.build_network(
+        config).settings.score
+
+
 # ------------------------------------------------------------------------------------- the browser
 
 @pytest.fixture(scope="module")

@@ -396,7 +396,8 @@ def fit_types(config: Config, run: runs.Run) -> None:
     net = model.load(runs.export_path(config))
     ready, diameter = copy.deepcopy(net).ready(run.device), config.data.diameter
     rows, types = [], []
-    for image in data.training_images(config.data, config.seed)[0]:
+    for image in (image for read in data.training_images(config.data, config.seed)[0]
+                  for image in read()):
         own = data.median_diameter(image.labels)
         _, vector = segment.cell_vectors(image.pixels, image.labels, ready, limits=segment.UNIT,
                                          zoom=diameter / own if diameter and own else 1.0)

@@ -137,7 +137,7 @@ GOLDEN, FIRST, SECOND = (
     c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
-def scramble(z: Any) -> Any:
+def scramble_draws(z: Any) -> Any:
     """splitmix64 (Steele et al., 2014) of an int64 array or tensor; masks make shifts logical."""
     z = z + GOLDEN
     z = (z ^ (z >> 30 & (1 << 34) - 1)) * FIRST
@@ -145,7 +145,7 @@ def scramble(z: Any) -> Any:
     return z ^ (z >> 31 & (1 << 33) - 1)
 
 
-def hashed(text: str) -> int:
+def hash_for_draws(text: str) -> int:
     """64 bits, signed."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little",
                           signed=True)
@@ -159,19 +159,25 @@ class Draws:
 
     @classmethod
     def of(cls, seed: int, numbers: ArrayLike, config: Any = None) -> Draws:
-        return cls(scramble(scramble(np.array([seed], np.int64)) ^ np.asarray(numbers, np.int64)),
-                   config)
+        return cls(
+            scramble_draws(
+                scramble_draws(np.array([seed], np.int64)) ^ np.asarray(numbers, np.int64)
+            ),
+            config,
+        )
 
     def at(self, rows: np.ndarray) -> Draws:
         return Draws(self.key[rows], self.config)
 
     def streams(self, name: str, channels: int = 1, length: int = 0) -> np.ndarray:
         """(B, channels) int64, starts of sequences: hash i is scramble(start + i GOLDEN)."""
-        return scramble(self.key ^ hashed(name))[:, None] + GOLDEN * (length * np.arange(channels))
+        return scramble_draws(self.key ^ hash_for_draws(name))[:, None] + GOLDEN * (
+            length * np.arange(channels)
+        )
 
     def uniform(self, name: str, *shape: int) -> np.ndarray:
         """(B, *shape) in (0, 1)."""
-        bits = scramble(self.streams(name, math.prod(shape), 1))
+        bits = scramble_draws(self.streams(name, math.prod(shape), 1))
         return (((bits >> 12 & (1 << 52) - 1) + 0.5) * 2.0 ** -52).reshape(-1, *shape)
 
     def happens(self, name: str) -> np.ndarray:
@@ -183,23 +189,24 @@ class Draws:
         return low * (high / low) ** u if low > 0 else low + (high - low) * u
 
     def knots(self, name: str, strength: str, channels: int, n: int) -> np.ndarray:
-        """(B, channels, n, n) normal values for smooth(), their deviation drawn for each sample."""
+        """(B, channels, n, n) normal values for smoothed_knots(), their deviation drawn for each
+        sample."""
         values = scipy.special.ndtri(self.uniform(name, channels, n, n))
         return values * self.within(strength)[:, None, None, None]
 
 
 @functools.lru_cache
-def quantiles(device: torch.device) -> Tensor:
+def normal_quantiles(device: torch.device) -> Tensor:
     """65,536 equally likely values of the normal distribution."""
     values = scipy.special.ndtri((np.arange(65536) + 0.5) / 65536)
     return torch.from_numpy(values).float().to(device)
 
 
-def normal_noise(streams: Tensor, size: int) -> Tensor:
+def crop_normal_noise(streams: Tensor, size: int) -> Tensor:
     """Standard normal values (k, C, S, S) for streams (k, C); each takes 16 bits of a hash."""
     steps = GOLDEN * torch.arange(-(-size ** 2 // 4), device=streams.device)
-    bits = scramble(streams[:, :, None] + steps).view(torch.int16)[..., :size ** 2]
-    values = quantiles(streams.device).index_select(0, bits.flatten().int() + 32768)
+    bits = scramble_draws(streams[:, :, None] + steps).view(torch.int16)[..., :size ** 2]
+    values = normal_quantiles(streams.device).index_select(0, bits.flatten().int() + 32768)
     return values.view(*streams.shape, size, size)
 
 
@@ -241,10 +248,10 @@ class Resident:
                 raise ValueError(f"{name}: values {low:g} to {high:g}; expected 0 to 1")
             ids = np.unique(np.append(truth, 0))                             # background first
             truth = np.searchsorted(ids, truth).astype(np.int32)             # 0..n
-            median, centre, depth = measure(truth, len(ids))
+            median, centre, depth = measure_for_crops(truth, len(ids))
             far = np.zeros(truth.shape, np.float32) if cap is not None else \
                 watershed.distance_map(truth)
-            levels = pyramid(np.concatenate((pixels, far[None])))
+            levels = crop_pyramid(np.concatenate((pixels, far[None])))
             rows.append((median, pixels.mean(), (pixels == pixels[0]).all(), pixels.any((1, 2)),
                          len(ids) - 1, [level.shape[:2] for level in levels]))
             for level in levels:
@@ -311,7 +318,7 @@ def load_resident(config: data.TrainingData, seed: int, device: str, cap: float 
                                                             if image.held}}
     groups: list[str] = []
     types: list[np.ndarray] = []
-    wanted = data.types_wanted(config.types)
+    wanted = data.training_types(config.types)
     of_type = {image.name: image.types for image in validation if image.held}
     cells: dict[str, int] = {}
 
@@ -328,9 +335,9 @@ def load_resident(config: data.TrainingData, seed: int, device: str, cap: float 
     resident = Resident(read(), groups, device, cap, config.diameter,
                         {chosen.name: chosen.weight for chosen in config.sets}, types, limit / 2)
     data.check_cells("data.sets", cells)
-    data.check_types({name: {kind: int(np.count_nonzero(numbers == i))
-                             for i, kind in enumerate(wanted, 1)}
-                      for name, numbers in of_type.items()}, wanted)
+    data.check_training_types({name: {kind: int(np.count_nonzero(numbers == i))
+                                      for i, kind in enumerate(wanted, 1)}
+                               for name, numbers in of_type.items()}, wanted)
     return resident, validation, hashes
 
 
@@ -376,7 +383,7 @@ def take(table: Tensor, index: Tensor) -> Tensor:
     return table.index_select(0, index.flatten().to(table.device)).to(index.device)
 
 
-def measure(labels: np.ndarray, n: int) -> tuple[float, np.ndarray, np.ndarray]:
+def measure_for_crops(labels: np.ndarray, n: int) -> tuple[float, np.ndarray, np.ndarray]:
     """Of labels 0..n-1: median diameter (px, 0 without cells), centres (n, 2) and depths (n,):
     largest distances to the own edge, to half a px."""
     flat = labels.ravel()
@@ -393,7 +400,7 @@ def measure(labels: np.ndarray, n: int) -> tuple[float, np.ndarray, np.ndarray]:
     return data.disc_diameter(area[1:]), np.stack(sums, 1) / np.maximum(area, 1)[:, None], depth
 
 
-def pyramid(planes: np.ndarray) -> list[np.ndarray]:
+def crop_pyramid(planes: np.ndarray) -> list[np.ndarray]:
     """(4, H, W) -> (H, W, 4), (H/2, W/2, 4), ...: means of 2 x 2 px, edges repeated."""
     levels: list[np.ndarray] = [np.ascontiguousarray(planes.transpose(1, 2, 0), np.float32)]
     while len(levels) < LEVELS:
@@ -427,73 +434,79 @@ def sample(resident: Resident, images: ArrayLike, numbers: ArrayLike, config: Au
         raise ValueError("cap=null needs the uncapped distances: make Resident(..., cap=None)")
     images, draws = np.asarray(images), Draws.of(seed, numbers, config)
     device = resident.device
-    scale, y, x = coordinates(resident, images, draws, size)
+    scale, y, x = crop_coordinates(resident, images, draws, size)
     level = np.clip(np.round(-np.log2(scale)), 0, LEVELS - 1).astype(int)
     negative = draws.happens("negative")
     out = y.new_empty(len(images), 3, size, size)
     far = y.new_empty(len(images), 1, size, size)
-    labels = nearest(resident, images, y, x) * send(~negative, device)[:, None, None]
-    depth = depths(resident, images, scale)                                  # (B, K)
+    labels = crop_labels(resident, images, y, x) * send_crop_values(~negative,
+                                                                    device)[:, None, None]
+    depth = crop_cell_depths(resident, images, scale)                                  # (B, K)
     over = None
     if cap is not None and config.paste:
-        over = paste(resident, images, draws, size, negative, labels, depth)
+        over = paste_cells(resident, images, draws, size, negative, labels, depth)
     if over:
         labels, depth = over.labels, over.depth
     for C in (1, 3):
         rows = np.flatnonzero(resident.gray[images] == (C == 1))
         if len(rows):
-            here, some, index = images[rows], draws.at(rows), send(rows, device)
+            here, some, index = images[rows], draws.at(rows), send_crop_values(rows, device)
             wanted = [*range(C)] + [3] * (cap is None)
-            planes = bilinear(resident, here, level[rows], y[index], x[index], wanted)
-            crop = touch(planes[:, :C], some, negative[rows], background_texture)  # (k, C, S, S)
+            planes = crop_pixels(resident, here, level[rows], y[index], x[index], wanted)
+            crop = touch_crops(planes[:, :C], some, negative[rows],
+                               augment_background)  # (k, C, S, S)
             if over:
                 crop = crop.lerp(over.pixels[index, :C], over.alpha[index])
-            crop = touch(crop, some, some.happens("stain") & (C == 3), stain)
-            crop = expose(crop, some, np.where(negative[rows], 0.5, resident.mean[here]))
-            crop = recolour(crop, some, resident.alive[here, :C])            # (k, 3, S, S)
-            out.index_copy_(0, index, touch(crop, some, some.happens("tint") & (C == 1), tint))
+            crop = touch_crops(crop, some, some.happens("stain") & (C == 3), augment_stain)
+            crop = expose_crops(crop, some, np.where(negative[rows], 0.5, resident.mean[here]))
+            crop = recolour_crops(crop, some, resident.alive[here, :C])            # (k, 3, S, S)
+            out.index_copy_(0, index, touch_crops(crop, some, some.happens("tint") & (C == 1),
+                                                  augment_tint))
             far.index_copy_(0, index, planes[:, -1:])
 
     if cap is None:
-        return out, per_cell(far * (labels > 0)[:, None], labels, torch.ones_like(depth)), labels
-    return out, per_cell(capped(labels, cap), labels, depth.clamp(max=cap)), labels
+        return out, crop_distance_per_cell(far * (labels > 0)[:, None], labels,
+                                           torch.ones_like(depth)), labels
+    return out, crop_distance_per_cell(capped_crop_distance(labels, cap), labels,
+                                       depth.clamp(max=cap)), labels
 
 
-def depths(resident: Resident, images: np.ndarray, scale: np.ndarray) -> Tensor:
+def crop_cell_depths(resident: Resident, images: np.ndarray, scale: np.ndarray) -> Tensor:
     """(B, K) px of the crop: the depth of each cell of the images, background first."""
     device = resident.device
     numbers = torch.arange(int(resident.cells[images].max()) + 1, device=device)
-    cell = (send(resident.cell[images], device)[:, None] + numbers).clamp(
+    cell = (send_crop_values(resident.cell[images], device)[:, None] + numbers).clamp(
         max=len(resident.depth) - 1)
-    return resident.depth.take(cell) * send(scale, device)[:, None]
+    return resident.depth.take(cell) * send_crop_values(scale, device)[:, None]
 
 
-def types_at(resident: Resident, images: np.ndarray, place: Tensor) -> Tensor:
+def crop_cell_types(resident: Resident, images: np.ndarray, place: Tensor) -> Tensor:
     """(n,) type of cells, each of a crop and a label (n, 2), in crops of `images` (B,); 0: unknown,
     as are those that were pasted in."""
     assert resident.types is not None
     crop, label = place.unbind(1)
-    own = label <= send(resident.cells[images], place.device)[crop]
-    return resident.types.take(send(resident.cell[images], place.device)[crop] + label * own)
+    own = label <= send_crop_values(resident.cells[images], place.device)[crop]
+    return resident.types.take(send_crop_values(resident.cell[images], place.device)[crop] + label
+                               * own)
 
 
-def send(array: np.ndarray, device: torch.device) -> Tensor:
+def send_crop_values(array: np.ndarray, device: torch.device) -> Tensor:
     """A few values per sample to the device; floats as float32."""
     array = np.ascontiguousarray(array, np.float32 if array.dtype.kind == "f" else None)
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 
-def each(values: np.ndarray, like: Tensor) -> Tensor:
+def crop_values(values: np.ndarray, like: Tensor) -> Tensor:
     """(k,) or (k, C) to the device as (k, 1 or C, 1, 1)."""
-    return send(np.reshape(values, (len(values), -1, 1, 1)).astype(float), like.device)
+    return send_crop_values(np.reshape(values, (len(values), -1, 1, 1)).astype(float), like.device)
 
 
-def touch(x: Tensor, draws: Draws, which: np.ndarray,
-          change: Callable[[Tensor, Draws], Tensor]) -> Tensor:
+def touch_crops(x: Tensor, draws: Draws, which: np.ndarray,
+                change: Callable[[Tensor, Draws], Tensor]) -> Tensor:
     """x, with change(x[rows], draws.at(rows)) written over the rows where `which` (B,) is true."""
     rows = np.flatnonzero(which)
     if len(rows):
-        index = send(rows, x.device)
+        index = send_crop_values(rows, x.device)
         x.index_copy_(0, index, change(x[index], draws.at(rows)))
     return x
 
@@ -508,8 +521,9 @@ class Pasted(NamedTuple):
     depth: Tensor                       # (B, K) of both
 
 
-def paste(resident: Resident, images: np.ndarray, draws: Draws, size: int, negative: np.ndarray,
-          labels: Tensor, depth: Tensor) -> Pasted | None:
+def paste_cells(resident: Resident, images: np.ndarray, draws: Draws, size: int,
+                negative: np.ndarray,
+                labels: Tensor, depth: Tensor) -> Pasted | None:
     """About half of the cells of another image of the same set over crops; None without any.
 
     They bring their surroundings along over two pixels; cells under them lose what is covered.
@@ -520,23 +534,26 @@ def paste(resident: Resident, images: np.ndarray, draws: Draws, size: int, negat
                           & (resident.gray[other] == resident.gray[images]))
     if not len(rows):
         return None
-    other, index = other[rows], send(rows, device)
-    second = Draws(scramble(draws.key[rows]), draws.config)                  # place and turn
-    scale, y, x = coordinates(resident, other, second, size)
+    other, index = other[rows], send_crop_values(rows, device)
+    second = Draws(scramble_draws(draws.key[rows]), draws.config)                  # place and turn
+    scale, y, x = crop_coordinates(resident, other, second, size)
     level = np.clip(np.round(-np.log2(scale)), 0, LEVELS - 1).astype(int)
-    theirs = nearest(resident, other, y, x)                                  # (k, S, S)
-    whole = depths(resident, other, scale)                                   # (k, K')
+    theirs = crop_labels(resident, other, y, x)                                  # (k, S, S)
+    whole = crop_cell_depths(resident, other, scale)                                   # (k, K')
     taken = second.uniform("taken", whole.shape[1]) < 0.5
     taken[:, 0] = False
-    theirs = theirs * send(taken, device).gather(1, theirs.flatten(1).long()).view(theirs.shape)
+    theirs = theirs * send_crop_values(taken, device).gather(1, theirs.flatten(1).long()).view(
+        theirs.shape
+    )
     mask = (theirs > 0)[:, None].float()
     F = torch.nn.functional
     soft = F.avg_pool2d(F.max_pool2d(mask, 3, 1, 1), 3, 1, 1, count_include_pad=False)
     pixels = y.new_zeros(len(images), 3, size, size)
     alpha = y.new_zeros(len(images), 1, size, size)
-    pixels.index_copy_(0, index, bilinear(resident, other, level, y, x, [0, 1, 2]))
+    pixels.index_copy_(0, index, crop_pixels(resident, other, level, y, x, [0, 1, 2]))
     alpha.index_copy_(0, index, torch.maximum(mask, soft))
-    count = send(resident.cells[images[rows]], device)[:, None]              # (k, 1) cells below
+    count = send_crop_values(resident.cells[images[rows]],
+                             device)[:, None]              # (k, 1) cells below
     both = torch.where(theirs > 0, theirs + count[:, :, None], labels[index]).to(labels.dtype)
     depth = F.pad(depth, (0, whole.shape[1]))                                # theirs follow
     places = count + torch.arange(1, whole.shape[1], device=device)
@@ -546,12 +563,12 @@ def paste(resident: Resident, images: np.ndarray, draws: Draws, size: int, negat
 
 # ----------------------------------------------------------------------------------------- geometry
 
-def coordinates(resident: Resident, images: np.ndarray, draws: Draws, size: int
-                ) -> tuple[np.ndarray, Tensor, Tensor]:
+def crop_coordinates(resident: Resident, images: np.ndarray, draws: Draws, size: int
+                     ) -> tuple[np.ndarray, Tensor, Tensor]:
     """scale (B,), px of crop per px of image; y, x (B, S, S), px of each crop pixel in the image.
     """
     device, extent = resident.device, resident.shape[images, 0].astype(float)  # (B, 2) px
-    scale = resident.scale[images] * factors(resident, images, draws, size)  # (B,)
+    scale = resident.scale[images] * crop_scales(resident, images, draws, size)  # (B,)
     quarter = np.floor(4 * draws.uniform("quarter")) / 4 * draws.happens("quarter")
     turn = 2 * np.pi * np.where(draws.happens("rotate"), draws.uniform("angle"), quarter)
     mirror = np.where(draws.happens("flip"), -1, 1)
@@ -567,55 +584,58 @@ def coordinates(resident: Resident, images: np.ndarray, draws: Draws, size: int
     centre = np.where(on_cell[:, None], np.clip(beside, half, extent - half), centre)  # (B, 2) px
     centre = np.round(centre - size / 2) + (size - 1) / 2                    # on the grid
 
-    at = send(np.arange(size) - (size - 1) / 2, device)                      # (S,)
-    down, right = (send(matrix[:, :, i], device)[:, :, None] * at for i in (0, 1))  # (B, 2, S)
-    down = down + send(centre, device)[:, :, None]
+    at = send_crop_values(np.arange(size) - (size - 1) / 2, device)                      # (S,)
+    down, right = (send_crop_values(matrix[:, :, i], device)[:, :, None] * at
+                   for i in (0, 1))  # (B, 2, S)
+    down = down + send_crop_values(centre, device)[:, :, None]
     yx = [down[:, i, :, None] + right[:, i, None, :] for i in (0, 1)]        # (B, S, S) each
     rows = np.flatnonzero(draws.happens("elastic"))
     if len(rows):
         knots = draws.at(rows).knots("elastic", "elastic_px", 2, 2 + size // 32)
-        shift = smooth(send(np.einsum("kij,kjyx->kiyx", matrix[rows], knots), device), size)
+        shift = smoothed_knots(send_crop_values(np.einsum("kij,kjyx->kiyx", matrix[rows], knots),
+                                                device), size)
         for i in (0, 1):
-            yx[i].index_add_(0, send(rows, device), shift[:, i])
-    y, x = (mirrored(yx[i], send(extent[:, i], device)[:, None, None]) for i in (0, 1))
+            yx[i].index_add_(0, send_crop_values(rows, device), shift[:, i])
+    y, x = (mirrored_coordinates(yx[i], send_crop_values(extent[:, i], device)[:, None, None])
+            for i in (0, 1))
     return scale, y, x
 
 
-def factors(resident: Resident, images: np.ndarray, draws: Draws, size: int) -> np.ndarray:
+def crop_scales(resident: Resident, images: np.ndarray, draws: Draws, size: int) -> np.ndarray:
     """(B,) on the nominal scale of each image, not so small that most of a crop is mirrored."""
     side = resident.scale[images] * resident.shape[images, 0].min(1)         # px
     return np.maximum(draws.within("scale"), np.minimum(1, 0.8 * size / side))
 
 
-def mirrored(c: Tensor, extent: Tensor) -> Tensor:
+def mirrored_coordinates(c: Tensor, extent: Tensor) -> Tensor:
     """Coordinates folded into 0..extent-1: ... 1 0 1 2 1 0 ... for an extent of 3."""
     c = torch.remainder(c, 2 * (extent - 1).clamp(min=1))
     return torch.minimum(c, (2 * (extent - 1) - c).clamp(min=0)).minimum(extent - 1)
 
 
-def smooth(knots: Tensor, size: int) -> Tensor:
+def smoothed_knots(knots: Tensor, size: int) -> Tensor:
     """(k, C, n, n) -> (k, C, S, S): cubic, which is slow, up to a quarter of S, then linear."""
     quarter = max(knots.shape[-1], -(-size // 4))
-    knots = interpolated(knots, quarter, "bicubic")
-    return interpolated(knots, size, "bilinear")
+    knots = interpolated_crops(knots, quarter, "bicubic")
+    return interpolated_crops(knots, size, "bilinear")
 
 
-def interpolated(x: Tensor, side: int, mode: str, **more: Any) -> Tensor:
+def interpolated_crops(x: Tensor, side: int, mode: str, **more: Any) -> Tensor:
     return torch.nn.functional.interpolate(x, size=(side, side), mode=mode, **more)
 
 
-def nearest(resident: Resident, images: np.ndarray, y: Tensor, x: Tensor) -> Tensor:
+def crop_labels(resident: Resident, images: np.ndarray, y: Tensor, x: Tensor) -> Tensor:
     """Labels (B, S, S) int32 at y, x."""
-    start, width = (send(v, y.device)[:, None, None]
+    start, width = (send_crop_values(v, y.device)[:, None, None]
                     for v in (resident.label[images], resident.shape[images, 0, 1]))
     index = start + y.round().long() * width + x.round().long()
     return take(resident.labels, index).view(index.shape)
 
 
-def bilinear(resident: Resident, images: np.ndarray, level: np.ndarray, y: Tensor, x: Tensor,
-             planes: list[int]) -> Tensor:
+def crop_pixels(resident: Resident, images: np.ndarray, level: np.ndarray, y: Tensor, x: Tensor,
+                planes: list[int]) -> Tensor:
     """Planes of the words (k, C, S, S) in [0, 1] at y, x of the full images, from levels (k,)."""
-    start, height, width, factor = (send(v, y.device)[:, None, None] for v in (
+    start, height, width, factor = (send_crop_values(v, y.device)[:, None, None] for v in (
         resident.word[images, level], *resident.shape[images, level].T, 0.5 ** level))
     y = ((y + 0.5) * factor - 0.5).clamp(min=0).minimum(height - 1)
     x = ((x + 0.5) * factor - 0.5).clamp(min=0).minimum(width - 1)
@@ -637,31 +657,33 @@ def bilinear(resident: Resident, images: np.ndarray, level: np.ndarray, y: Tenso
 
 # ---------------------------------------------------------------------------------------- intensity
 
-def expose(x: Tensor, draws: Draws, mean: np.ndarray) -> Tensor:
+def expose_crops(x: Tensor, draws: Draws, mean: np.ndarray) -> Tensor:
     """x (k, C, S, S) in [0, 1], in place, through light, optics, camera, display; mean (k,)."""
-    x = touch(x, draws, draws.happens("halo"), halo)
-    x = touch(x, draws, draws.happens("light"), light)
-    x = touch(x, draws, draws.happens("blur"), blur)
-    x = touch(x, draws, draws.happens("coarse"), coarse)
-    x = touch(x, draws, draws.happens("noise") | draws.happens("shot"), grain).clamp_(0, 1)
-    x = touch(x, draws, draws.happens("dim"), dim)
+    x = touch_crops(x, draws, draws.happens("halo"), augment_halo)
+    x = touch_crops(x, draws, draws.happens("light"), augment_light)
+    x = touch_crops(x, draws, draws.happens("blur"), augment_blur)
+    x = touch_crops(x, draws, draws.happens("coarse"), augment_resolution)
+    x = touch_crops(x, draws, draws.happens("noise") | draws.happens("shot"),
+                    augment_noise).clamp_(0, 1)
+    x = touch_crops(x, draws, draws.happens("dim"), augment_exposure)
     invert = draws.happens("invert")                                         # then the contrast
     factor = np.where(draws.happens("contrast"), draws.within("contrast_range"), 1)
     offset = draws.within("brightness_range") * draws.happens("brightness")
     offset += invert * factor + np.where(invert, 1 - mean, mean) * (1 - factor)
-    x = x.mul_(each(np.where(invert, -factor, factor), x)).add_(each(offset, x)).clamp_(0, 1)
-    x = touch(x, draws, draws.happens("gamma"), gamma)
-    return touch(x, draws, draws.happens("blocks"), jpeg_blocks)
+    x = x.mul_(crop_values(np.where(invert, -factor, factor), x)).add_(crop_values(offset,
+                                                                                   x)).clamp_(0, 1)
+    x = touch_crops(x, draws, draws.happens("gamma"), augment_gamma)
+    return touch_crops(x, draws, draws.happens("blocks"), augment_jpeg_blocks)
 
 
-def halo(x: Tensor, draws: Draws) -> Tensor:
+def augment_halo(x: Tensor, draws: Draws) -> Tensor:
     """Sharpen with a large radius: darker beside bright places, brighter beside dark ones."""
     radii = draws.within("halo_px").astype(int)
-    around = torch.cat([box_blur(crop, r) for crop, r in zip(x.split(1), radii)])
-    return stretch(x + each(draws.within("halo_range"), x) * (x - around), least=0.1)
+    around = torch.cat([crop_box_blur(crop, r) for crop, r in zip(x.split(1), radii)])
+    return stretched_crops(x + crop_values(draws.within("halo_range"), x) * (x - around), least=0.1)
 
 
-def box_blur(x: Tensor, radius: int) -> Tensor:
+def crop_box_blur(x: Tensor, radius: int) -> Tensor:
     """(1, C, S, S) averaged twice over squares, edges repeated."""
     F, radius = torch.nn.functional, min(radius, x.shape[-1] - 1)
     for _ in range(2):
@@ -669,32 +691,32 @@ def box_blur(x: Tensor, radius: int) -> Tensor:
     return x
 
 
-def coarse(x: Tensor, draws: Draws) -> Tensor:
+def augment_resolution(x: Tensor, draws: Draws) -> Tensor:
     size = x.shape[-1]
     sides = [max(8, round(size * factor)) for factor in draws.within("coarse_range")]
-    small = [interpolated(crop, side, "bilinear", antialias=True)
+    small = [interpolated_crops(crop, side, "bilinear", antialias=True)
              for crop, side in zip(x.split(1), sides)]
-    return torch.cat([interpolated(crop, size, "bilinear") for crop in small])
+    return torch.cat([interpolated_crops(crop, size, "bilinear") for crop in small])
 
 
 DARKEST = 0.05              # of the light passes at least: an optical density of 3
 
 
-def stain(x: Tensor, draws: Draws) -> Tensor:
+def augment_stain(x: Tensor, draws: Draws) -> Tensor:
     """(k, 3, S, S) in colour: densities -log(x) mixed anew, so that dyes change their hue."""
     strength = draws.within("stain_range")[:, None, None]
     matrix = np.eye(3) + strength * scipy.special.ndtri(draws.uniform("dyes", 3, 3))  # (k, 3, 3)
     density = -(x * (1 - DARKEST) + DARKEST).log()
-    density = torch.einsum("kij,kjyx->kiyx", send(matrix, x.device), density)
-    return stretch((-density.clamp(min=-1, max=4)).exp(), least=0.05)
+    density = torch.einsum("kij,kjyx->kiyx", send_crop_values(matrix, x.device), density)
+    return stretched_crops((-density.clamp(min=-1, max=4)).exp(), least=0.05)
 
 
-def tint(x: Tensor, draws: Draws) -> Tensor:
+def augment_tint(x: Tensor, draws: Draws) -> Tensor:
     """(k, 3, S, S) gray: brightness becomes the density of a dye on white, with a counterstain."""
     dye = 0.3 + 2.5 * draws.uniform("dye", 3) ** 1.5             # (k, 3) densities at intensity 1
     beside = draws.uniform("counterstain", 3) ** 2
-    density = x * each(dye, x) + background_texture(x[:, :1], draws) * each(beside, x)
-    return stretch((-density).exp(), least=0.05)
+    density = x * crop_values(dye, x) + augment_background(x[:, :1], draws) * crop_values(beside, x)
+    return stretched_crops((-density).exp(), least=0.05)
 
 
 # ISO/IEC 10918-1, annex K: steps of the cosine coefficients of brightness and of colour
@@ -707,7 +729,7 @@ YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0
 
 
 @functools.lru_cache
-def jpeg(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def jpeg_tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cosine transform of 8 px, steps of three planes in [0, 1], colour transform and its inverse.
     """
     at = np.arange(8)
@@ -716,32 +738,33 @@ def jpeg(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     colour = np.full((8, 8), 99)
     colour[:4, :4] = COLOUR
     steps = np.stack((BRIGHTNESS, colour, colour)) / 255
-    return (send(cosines, device), send(steps, device), send(np.array(YCBCR), device),
-            send(np.linalg.inv(YCBCR), device))
+    return (send_crop_values(cosines, device), send_crop_values(steps, device),
+            send_crop_values(np.array(YCBCR), device),
+            send_crop_values(np.linalg.inv(YCBCR), device))
 
 
-def jpeg_blocks(x: Tensor, draws: Draws) -> Tensor:
+def augment_jpeg_blocks(x: Tensor, draws: Draws) -> Tensor:
     """(k, C, S, S) with the cosine coefficients of squares of 8 px rounded, as in JPEG."""
-    cosines, steps, into, back = jpeg(x.device)
+    cosines, steps, into, back = jpeg_tables(x.device)
     (C, size), pad = x.shape[1:3], -x.shape[-1] % 8
     planes = torch.nn.functional.pad(x, (0, pad, 0, pad), mode="replicate")
     if C == 3:
         planes = torch.einsum("ij,kjyx->kiyx", into, planes)
     squares = planes.unfold(2, 8, 8).unfold(3, 8, 8)  # (k, C, S/8, S/8, 8, 8)
-    strength = send(draws.within("blocks_range"), x.device)
+    strength = send_crop_values(draws.within("blocks_range"), x.device)
     step = steps[:C, None, None] * strength.view(-1, 1, 1, 1, 1, 1)
     squares = cosines.T @ ((cosines @ squares @ cosines.T / step).round() * step) @ cosines
     planes = squares.transpose(3, 4).reshape(planes.shape)[..., :size, :size]
     return (torch.einsum("ij,kjyx->kiyx", back, planes) if C == 3 else planes).clamp(0, 1)
 
 
-def light(x: Tensor, draws: Draws) -> Tensor:
+def augment_light(x: Tensor, draws: Draws) -> Tensor:
     knots = draws.knots("light", "light_range", 1, 4)
     knots = np.exp(knots - knots.max((2, 3), keepdims=True))     # up to 1: no overexposure
-    return (x * smooth(send(knots, x.device), x.shape[-1])).clamp(0, 1)
+    return (x * smoothed_knots(send_crop_values(knots, x.device), x.shape[-1])).clamp(0, 1)
 
 
-def blur(x: Tensor, draws: Draws) -> Tensor:
+def augment_blur(x: Tensor, draws: Draws) -> Tensor:
     """Separable Gaussian, edges repeated, cut at 3 of the largest sigmas for all alike."""
     radius = math.ceil(3 * draws.config.blur_px[1])
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1)
@@ -749,36 +772,38 @@ def blur(x: Tensor, draws: Draws) -> Tensor:
     weights /= weights.sum(1, keepdims=True)                                 # (k, 2 radius + 1)
     for axis, pad in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
         padded, size = torch.nn.functional.pad(x, pad, mode="replicate"), x.shape[axis]
-        terms = (each(weights[:, i], x) * padded.narrow(axis, i, size)
+        terms = (crop_values(weights[:, i], x) * padded.narrow(axis, i, size)
                  for i in range(2 * radius + 1))
         x = functools.reduce(torch.add, terms)
     return x
 
 
-def grain(x: Tensor, draws: Draws) -> Tensor:
+def augment_noise(x: Tensor, draws: Draws) -> Tensor:
     """Gaussian and shot noise: of variance sigma^2 + x / photons."""
     even = draws.within("noise_range") ** 2 * draws.happens("noise")
     shot = draws.happens("shot") / draws.within("shot_photons")
-    return x + (x * each(shot, x) + each(even, x)).sqrt() * fresh("noise", draws, x)
+    return x + (x * crop_values(shot, x) + crop_values(even, x)).sqrt() * crop_noise("noise", draws,
+                                                                                     x)
 
 
-def dim(x: Tensor, draws: Draws) -> Tensor:
-    counts = x * each(draws.within("dim_photons"), x)
-    return stretch((counts + counts.sqrt() * fresh("dim", draws, x)).round().clamp(min=0), least=1)
+def augment_exposure(x: Tensor, draws: Draws) -> Tensor:
+    counts = x * crop_values(draws.within("dim_photons"), x)
+    return stretched_crops((counts + counts.sqrt() * crop_noise("dim", draws,
+                                                                x)).round().clamp(min=0), least=1)
 
 
-def gamma(x: Tensor, draws: Draws) -> Tensor:
+def augment_gamma(x: Tensor, draws: Draws) -> Tensor:
     """x ** gamma as exp(gamma log x): pow() rounds differently at the end of a batch."""
-    return (x.clamp(min=1e-6).log() * each(draws.within("gamma_range"), x)).exp()
+    return (x.clamp(min=1e-6).log() * crop_values(draws.within("gamma_range"), x)).exp()
 
 
-def fresh(name: str, draws: Draws, like: Tensor) -> Tensor:
+def crop_noise(name: str, draws: Draws, like: Tensor) -> Tensor:
     """Standard normal noise (k, C, S, S)."""
     streams = draws.streams(name, like.shape[1], like[0, 0].numel())
-    return normal_noise(send(streams, like.device), like.shape[-1])
+    return crop_normal_noise(send_crop_values(streams, like.device), like.shape[-1])
 
 
-def stretch(x: Tensor, least: float) -> Tensor:
+def stretched_crops(x: Tensor, least: float) -> Tensor:
     """Percentiles 1 and 99.8 of each channel (k, C, S, S), of every 16th pixel, become 0 and 1.
 
     least : smallest span between them, so that noise on an even image stays small.
@@ -791,7 +816,7 @@ def stretch(x: Tensor, least: float) -> Tensor:
 SPREAD = (0.003, 0.3)       # standard deviation of texture
 
 
-def background_texture(x: Tensor, draws: Draws) -> Tensor:
+def augment_background(x: Tensor, draws: Draws) -> Tensor:
     """Fields without cells like x (k, C, S, S): noise and smooth structure on some gray.
 
     Half of them are the same in all channels, for gray noise has no cells in tissue either.
@@ -801,23 +826,25 @@ def background_texture(x: Tensor, draws: Draws) -> Tensor:
     x = torch.zeros_like(x)
     size, spread = x.shape[-1], draws.within("spread", SPREAD)
     for octave in range(6):                                      # knots every 1, 2, 4 ... 32 px
-        knots = fresh(f"octave {octave}", draws, x[..., ::2 ** octave, ::2 ** octave])
+        knots = crop_noise(f"octave {octave}", draws, x[..., ::2 ** octave, ::2 ** octave])
         if octave:
-            knots = interpolated(knots, size, "bicubic")
-        x += each(weights[:, octave] * spread, x) * knots
-    x = touch(x, draws, draws.uniform("one channel") < 0.5, lambda v, _: v[:, :1].expand_as(v))
-    x = (x + each(draws.uniform("level"), x)).clamp(0, 1)
-    x = touch(x, draws, draws.uniform("counted") < 0.3, counted)
-    return touch(x, draws, draws.uniform("stretch") < 0.6, lambda v, _: stretch(v, least=1e-3))
+            knots = interpolated_crops(knots, size, "bicubic")
+        x += crop_values(weights[:, octave] * spread, x) * knots
+    x = touch_crops(x, draws, draws.uniform("one channel") < 0.5,
+                    lambda v, _: v[:, :1].expand_as(v))
+    x = (x + crop_values(draws.uniform("level"), x)).clamp(0, 1)
+    x = touch_crops(x, draws, draws.uniform("counted") < 0.3, counted_photons)
+    return touch_crops(x, draws, draws.uniform("stretch") < 0.6,
+                       lambda v, _: stretched_crops(v, least=1e-3))
 
 
-def counted(x: Tensor, draws: Draws) -> Tensor:
+def counted_photons(x: Tensor, draws: Draws) -> Tensor:
     """Texture rounded to a few levels, as a camera in little light shows it."""
-    step = each(draws.within("spread", SPREAD) * draws.within("steps", (0.3, 4.0)), x)
+    step = crop_values(draws.within("spread", SPREAD) * draws.within("steps", (0.3, 4.0)), x)
     return ((x / step).round() * step).clamp(0, 1)
 
 
-def recolour(x: Tensor, draws: Draws, alive: np.ndarray) -> Tensor:
+def recolour_crops(x: Tensor, draws: Draws, alive: np.ndarray) -> Tensor:
     """(k, C, S, S) -> (k, 3, S, S), every new channel a weighted mean of the old ones.
 
     alive : (k, C), false for black channels, which stay black and count in no mean.
@@ -833,13 +860,13 @@ def recolour(x: Tensor, draws: Draws, alive: np.ndarray) -> Tensor:
     lucky = (luck > 0.5) & (luck > luck.min(1, keepdims=True))
     lucky |= luck == luck.max(1, keepdims=True)
     matrix = matrix * (lucky | ~draws.happens("drop")[:, None])[:, :, None]
-    return functools.reduce(torch.add, (each(matrix[:, :, c], x) * x[:, c:c + 1]
+    return functools.reduce(torch.add, (crop_values(matrix[:, :, c], x) * x[:, c:c + 1]
                                         for c in range(x.shape[1])))
 
 
 # ---------------------------------------------------------------------------------------- distances
 
-def capped(labels: Tensor, cap: float) -> Tensor:
+def capped_crop_distance(labels: Tensor, cap: float) -> Tensor:
     """min(d, cap), (B, 1, S, S) px, d from a pixel of a cell (B, S, S) to the nearest outside.
 
     Exact, in two passes over the distances k below the cap: in each column, to the nearest other
@@ -862,8 +889,8 @@ def capped(labels: Tensor, cap: float) -> Tensor:
     return (square.float().sqrt().clamp(max=cap) * (labels > 0))[:, None]
 
 
-def per_cell(d: Tensor, labels: Tensor, whole: Tensor) -> Tensor:
-    """d (B, 1, S, S) over its maximum in each cell: of capped(), watershed.distance_map.
+def crop_distance_per_cell(d: Tensor, labels: Tensor, whole: Tensor) -> Tensor:
+    """d (B, 1, S, S) over its maximum in each cell: of capped_crop_distance(), distance_map().
 
     A cell that the crop cuts is divided by no less than its maximum in the whole image, whole
     (B, K): else what is left of the rim of a large cell would look like the middle of a small one.
@@ -887,9 +914,9 @@ def main(config: Config, files: list[str]) -> None:
     if files:
         raise ValueError(f"{files[0]}: augment.py takes a configuration and key=value; give "
                          f"data={files[0]}")
-    found = find_examples(config.data)
+    found = examples_to_augment(config.data)
     output = Path(config.output)
-    record = output / "augmented.yaml"                           # data.was_augmented looks for it
+    record = output / "augmented.yaml"  # data.training_was_augmented looks for it
     same: dict[str, Any] = dict(data=("any",), output="", copies=1, overwrite=False)  # change none
     if record.exists() and not config.overwrite and (
             replace(runs.load_config(type(config), record), **same) != replace(config, **same)):
@@ -908,17 +935,19 @@ def main(config: Config, files: list[str]) -> None:
         resident = Resident([(str(example.files[0]), data.network_input(example),
                               example.labels())], diameter=config.diameter)
         for name in names:                                       # hashed, so that sets may grow
-            x, _, labels = sample(resident, [0], [hashed(name)], config.augment, config.size,
+            x, _, labels = sample(resident, [0], [hash_for_draws(name)], config.augment,
+                                  config.size,
                                   config.seed)
             pieces = skimage.measure.label(labels[0].numpy(), connectivity=1)    # of cut cells
             keep = (np.bincount(pieces.ravel()) >= PIECE) & (np.arange(pieces.max() + 1) > 0)
             data.write_labels(output / "labels" / f"{name}.tif", (keep * keep.cumsum())[pieces])
-            write_crop(output / "images" / f"{name}.tif", x[0].numpy())      # last: both are there
+            write_augmented_crop(output / "images" / f"{name}.tif",
+                                 x[0].numpy())      # last: both are there
         made += len(names)
     print(f"{output}: {made} crops made, {config.copies * len(found) - made} were there")
 
 
-def find_examples(folders: Iterable[str]) -> dict[str, data.Example]:
+def examples_to_augment(folders: Iterable[str]) -> dict[str, data.Example]:
     """{name of the crops: labelled image} of all folders, every layout of data.examples."""
     found: dict[str, data.Example] = {}
     for folder in folders:
@@ -931,7 +960,7 @@ def find_examples(folders: Iterable[str]) -> dict[str, data.Example]:
     return found
 
 
-def write_crop(path: Path, pixels: np.ndarray) -> None:
+def write_augmented_crop(path: Path, pixels: np.ndarray) -> None:
     """(3, H, W) in [0, 1] as 16-bit TIFF, whole or not at all; one channel where all are equal."""
     pixels = np.round(pixels * 65535).astype(np.uint16)
     gray = (pixels == pixels[0]).all()

@@ -38,7 +38,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import maximum
 from skimage.measure import label
 
-from images import check_labels
+from images import check_label_image
 from runs import replacing
 
 Polygons = list[list[np.ndarray]]        # [[outer ring, hole, ...], ...] of a cell; ring (K, 2) x y
@@ -68,7 +68,7 @@ class Runs(NamedTuple):
 
 def row_runs(labels: np.ndarray) -> tuple[Runs, np.ndarray]:
     """Runs of a label image, and (H + 2, W + 2) int32 with cells 1..n in a frame of background."""
-    check_labels(labels, "cells", np.iinfo(np.int64).max)
+    check_label_image(labels, "cells", np.iinfo(np.int64).max)
     H, W = labels.shape
     starts = np.ones((H, W), bool)
     np.not_equal(labels[:, 1:], labels[:, :-1], out=starts[:, 1:])
@@ -85,19 +85,20 @@ def row_runs(labels: np.ndarray) -> tuple[Runs, np.ndarray]:
     return Runs(ids[zero:], cell, y, left, left + length, first), framed
 
 
-def index_pairs(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def cell_index_pairs(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """All pairs (i, j) with low[i] <= j < high[i]."""
     count = np.maximum(high - low, 0)
     i = np.repeat(np.arange(len(low)), count)
     return i, np.arange(len(i)) - np.repeat(np.cumsum(count) - count - low, count)
 
 
-def pairs_in_blocks(low: np.ndarray, high: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def cell_pairs_in_blocks(low: np.ndarray,
+                         high: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The same, about PAIRS at a time."""
     total, begin = np.append(0, np.cumsum(np.maximum(high - low, 0))), 0
     while begin < len(low):
         end = max(begin + 1, np.searchsorted(total, total[begin] + PAIRS, side="right") - 1)
-        i, j = index_pairs(low[begin:end], high[begin:end])
+        i, j = cell_index_pairs(low[begin:end], high[begin:end])
         yield i + begin, j
         begin = end
 
@@ -128,12 +129,12 @@ def cell_borders(framed: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(entries), np.stack(np.divmod(pairs, n + 1), 1) - 1
 
 
-def near_boxes(box: np.ndarray, distance: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def near_cell_boxes(box: np.ndarray, distance: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pairs of cells whose boxes (4, n) come as near as `distance`, each once, in blocks."""
     order = np.argsort(box[0], kind="stable")  # by their tops
     top, left, bottom, right = box[:, order]
     end = np.searchsorted(top, bottom + distance, side="right")
-    for a, b in pairs_in_blocks(np.arange(1, len(top) + 1), end):
+    for a, b in cell_pairs_in_blocks(np.arange(1, len(top) + 1), end):
         gap_y = np.maximum(top[b] - bottom[a], 0)
         gap_x = np.maximum(left[b] - right[a], left[a] - right[b]).clip(0)
         near = gap_y ** 2 + gap_x ** 2 <= distance ** 2
@@ -144,12 +145,12 @@ def near_runs(r: Runs, a: np.ndarray, b: np.ndarray, distance: float) -> np.ndar
     """(P,) bool: runs of a[i] and b[i] come as near as `distance`."""
     near, size = np.zeros(len(a), bool), np.diff(r.first, append=len(r.cell))
     a, b = np.where(size[a] < size[b], (a, b), (b, a))  # look from the smaller cell
-    pair, run = index_pairs(r.first[a], r.first[a] + size[a])
+    pair, run = cell_index_pairs(r.first[a], r.first[a] + size[a])
     H, reach = r.y.max(initial=0) + 1, int(distance) + 1
     row, y = r.cell * H + r.y, r.y[run]  # row: ascending
     low = np.searchsorted(row, b[pair] * H + np.maximum(y - reach, 0))
     high = np.searchsorted(row, b[pair] * H + np.minimum(y + reach, H - 1), side="right")
-    for i, other in pairs_in_blocks(low, high):
+    for i, other in cell_pairs_in_blocks(low, high):
         one = run[i]
         gap_y = np.maximum(np.abs(r.y[one] - r.y[other]) - 1, 0)
         gap_x = np.maximum(r.left[other] - r.right[one], r.left[one] - r.right[other]).clip(0)
@@ -157,7 +158,7 @@ def near_runs(r: Runs, a: np.ndarray, b: np.ndarray, distance: float) -> np.ndar
     return near
 
 
-def near_pairs(r: Runs, distance: float) -> np.ndarray:
+def near_cell_pairs(r: Runs, distance: float) -> np.ndarray:
     """Pairs of cells (P, 2), counted from 0, at most `distance` px apart, edge to edge.
 
     How far cells reach in 16 directions, and which corners do, settles most pairs.
@@ -173,7 +174,7 @@ def near_pairs(r: Runs, distance: float) -> np.ndarray:
         there = np.flatnonzero(reached == reach[k][r.cell])
         corner[k, r.cell[there]] = np.stack((y[there], x[there]), 1)
     found = [np.empty((0, 2), np.int64)]
-    for a, b in near_boxes(cell_boxes(r), distance):
+    for a, b in near_cell_boxes(cell_boxes(r), distance):
         at_least, at_most = np.full(len(a), -np.inf), np.full(len(a), np.inf)
         for k in range(16):
             back = (k + 8) % 16
@@ -211,7 +212,7 @@ def convex_area(r: Runs) -> np.ndarray:
         chain, y, x = chain[on_hull], y[on_hull], x[on_hull]
     last = np.diff(chain, append=-1) != 0  # a chain's last point stands for itself
     h, w = np.where(last, 1, dy), np.where(last, 0, dx)
-    side, row = index_pairs(np.zeros_like(h), np.where(last, 1, h + 1))
+    side, row = cell_index_pairs(np.zeros_like(h), np.where(last, 1, h + 1))
     h, w, x, y, chain = h[side], w[side], x[side], y[side] + row, chain[side]
     outwards = np.maximum(h, np.where(row == 0, -w, np.where(row == h, w, np.abs(w))))
     leftmost = -((outwards - 2 * (x * h + row * w)) // (2 * h))  # rounded up
@@ -220,7 +221,8 @@ def convex_area(r: Runs) -> np.ndarray:
     return np.bincount(chain[begin] % n, 0.5 - leftmost, n)  # width = 1 - left - mirrored left
 
 
-def intensities(r: Runs, image: np.ndarray, channels: list[str] | None) -> dict[str, np.ndarray]:
+def cell_intensities(r: Runs, image: np.ndarray, channels: list[str]
+                     | None) -> dict[str, np.ndarray]:
     """Columns intensity_{mean,min,max,sd}_CHANNEL."""
     names = [str(c) for c in channels or range(1, len(image) + 1)]
     if len(names) != len(image):
@@ -228,7 +230,7 @@ def intensities(r: Runs, image: np.ndarray, channels: list[str] | None) -> dict[
     if len(set(names)) < len(names):  # two channels of one name are two columns
         names = [f"{name}_{i}" for i, name in enumerate(names, 1)]
     row = r.y * image.shape[2]
-    run, pixel = index_pairs(row + r.left, row + r.right)  # sorted by cell
+    run, pixel = cell_index_pairs(row + r.left, row + r.right)  # sorted by cell
     begin = np.searchsorted(r.cell[run], np.arange(len(r.ids)))
     size = np.diff(begin, append=len(pixel))
     columns: dict[str, np.ndarray] = {}
@@ -323,9 +325,9 @@ def cell_table(labels: np.ndarray, image: np.ndarray | None = None, *,
                      "equivalent_diameter"):
             columns[f"{name}_um"] = columns[f"{name}_px"] * pixel_size
     if image is not None:
-        columns |= intensities(r, image, channels)
+        columns |= cell_intensities(r, image, channels)
     columns["neighbours_touching"] = np.bincount(touching.ravel(), minlength=n)
-    columns["neighbours_near"] = np.bincount(near_pairs(r, near).ravel(), minlength=n)
+    columns["neighbours_near"] = np.bincount(near_cell_pairs(r, near).ravel(), minlength=n)
     columns["near_px"] = np.full(n, near)
     sides = np.stack((top == 0, left == 0, bottom == labels.shape[0], right == labels.shape[1]))
     columns["touches_border"] = sides[np.array(edges, bool)].any(0)
@@ -370,8 +372,8 @@ class Nesting:
             "nuclei_ids": np.array([" ".join(map(str, held[large])) for large in ids], str)}
 
 
-def map_features(labels: np.ndarray, distance: np.ndarray, diameter: float,
-                 ids: np.ndarray) -> dict[str, np.ndarray]:
+def cell_map_features(labels: np.ndarray, distance: np.ndarray, diameter: float,
+                      ids: np.ndarray) -> dict[str, np.ndarray]:
     """What a distance map (H, W) says of cells: how likely each is right depends on it.
 
     diameter : px, of a typical cell; ids : of the cells wanted, in the labels (H, W).
@@ -413,7 +415,7 @@ def neighbour_count(labels: np.ndarray) -> np.ndarray:
     return count
 
 
-def right_probability(features: dict[str, np.ndarray], score: dict[str, float]) -> np.ndarray:
+def cell_probability(features: dict[str, np.ndarray], score: dict[str, float]) -> np.ndarray:
     """Probability that a cell overlaps a true one by half (IoU >= .5): logistic in the features.
 
     score : the weight of each feature, and "constant"; fitted by `evaluate.py calibrate`.
@@ -423,7 +425,7 @@ def right_probability(features: dict[str, np.ndarray], score: dict[str, float]) 
     return 1 / (1 + np.exp(-sums))
 
 
-def write_csv(path: str | Path, columns: dict[str, np.ndarray]) -> None:
+def write_cell_table(path: str | Path, columns: dict[str, np.ndarray]) -> None:
     """Write columns of equal length as CSV: flags as 0 and 1, floats with 7 digits."""
     texts = []
     for values in map(np.asarray, columns.values()):
@@ -470,16 +472,16 @@ def polygons(labels: np.ndarray, origin: tuple[int, int] = (0, 0)) -> dict[int, 
     # Corners in a row pair up to horizontal sides, corners in a column to vertical ones. Of two
     # corners in one place the one whose side lies to the left, or above, comes first.
     row = (part * (H + 1) + y) * (W + 1) + x
-    along = partners(row * 2 + (sx * turn < 0))
-    down = partners(((part * (W + 1) + x) * (H + 1) + y) * 2 + (sy * turn < 0))
+    along = contour_partners(row * 2 + (sx * turn < 0))
+    down = contour_partners(((part * (W + 1) + x) * (H + 1) + y) * 2 + (sy * turn < 0))
     onward = np.where(sy * sx * turn > 0, along, down)  # clockwise: the cell is on the right
-    ring, _ = cycles(onward)
+    ring, _ = contour_cycles(onward)
     order = np.argsort(row, kind="stable")
     twice = np.flatnonzero((np.diff(row[order]) == 0) & (np.diff(ring[order]) == 0))
     a, b = order[twice], order[twice + 1]  # a ring that meets itself becomes two
     onward[a], onward[b] = onward[b], onward[a]
 
-    ring, order = cycles(onward)
+    ring, order = contour_cycles(onward)
     begin = np.flatnonzero(np.diff(ring[order], prepend=-1))
     area = np.add.reduceat(((x[onward] - x) * (y[onward] + y))[order], begin)  # < 0: an outer ring
     rings = np.split(np.stack((x + origin[1], y + origin[0]), 1)[order], begin[1:])
@@ -493,7 +495,7 @@ def polygons(labels: np.ndarray, origin: tuple[int, int] = (0, 0)) -> dict[int, 
     return found
 
 
-def partners(key: np.ndarray) -> np.ndarray:
+def contour_partners(key: np.ndarray) -> np.ndarray:
     """Partner of each element: by key the first has the second, the third the fourth ..."""
     order = np.argsort(key, kind="stable")
     partner = np.empty_like(order)
@@ -501,7 +503,7 @@ def partners(key: np.ndarray) -> np.ndarray:
     return partner
 
 
-def cycles(onward: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def contour_cycles(onward: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Cycles of a permutation: each element's, by its least member; an order that walks them."""
     themselves = np.arange(len(onward))
     cycle, jump = themselves, onward
@@ -521,7 +523,7 @@ def polygon_pairs(cells: Cells, origin: tuple[int, int]) -> Iterable[tuple[int, 
     return polygons(cells, origin).items() if isinstance(cells, np.ndarray) else cells
 
 
-def type_colours(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def cell_type_colours(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """A colour (red, green, blue) for each type, the same in overlay and GeoJSON."""
     return {name: tuple(bytes.fromhex(ON_BRIGHT[i % len(ON_BRIGHT)]))
             for i, name in enumerate(names)}
@@ -545,7 +547,7 @@ class GeoWriter:
     """A GeoJSON file as of write_geojson(), written while its cells come: add(), close()."""
 
     def __init__(self, path: str | Path, names: Sequence[str] = ()):
-        self.path, self.count, self.colours = Path(path), 0, type_colours(names)
+        self.path, self.count, self.colours = Path(path), 0, cell_type_colours(names)
         self.spool = tempfile.TemporaryFile(  # noqa: SIM115  # until close()
             "w+", encoding="utf-8", dir=self.path.parent)
 
@@ -635,23 +637,23 @@ def overlay(image: np.ndarray, labels: np.ndarray, max_side: int = 4096,
     types : (n,) names of the types of cells 1..n, which then have the colours of `names`, with a
         legend.
     """
-    check_labels(labels, "overlay", np.iinfo(np.int64).max)
+    check_label_image(labels, "overlay", np.iinfo(np.int64).max)
     step = -(-max(image.shape[1:]) // max_side)
     if step > 1:
-        image, labels = reduced(image, labels, step)
+        image, labels = reduced_overlay(image, labels, step)
     if labels.max(initial=0) > labels.size:  # ids with wide gaps
         ids = np.unique(labels[labels > 0])
         labels = np.where(labels > 0, np.searchsorted(ids, labels) + 1, 0)
-    rgb, count = displayed(image), int(labels.max(initial=0))
+    rgb, count = overlay_background(image), int(labels.max(initial=0))
     hexes = ON_BRIGHT if np.median(rgb[::4, ::4]) >= 128 else ON_DARK
     rim = int(np.count_nonzero(outlines(labels)))
     radius = 2 * np.count_nonzero(labels) / max(rim, 1)  # px, about that of a round cell
     colours = np.array([list(bytes.fromhex(colour)) for colour in hexes], np.uint8)
     if types is None:
-        pairs = close_pairs(labels, max(round(radius / 2), 2))
+        pairs = close_cell_pairs(labels, max(round(radius / 2), 2))
         colours = colours[colour_numbers(pairs, count, len(hexes))]  # (n, 3)
     else:
-        known = type_colours(names)
+        known = cell_type_colours(names)
         colours = np.array([known[name] for name in types], np.uint8).reshape(-1, 3)
     side = int(max(labels.shape))
     zoom = 1 if side > SMALL else min(2 * round(SMALL / side), 16)
@@ -659,13 +661,13 @@ def overlay(image: np.ndarray, labels: np.ndarray, max_side: int = 4096,
         H, W = labels.shape
         size = zoom * W // 2, zoom * H // 2
         rgb = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC))
-        labels = enlarged(labels, zoom)
+        labels = enlarged_outlines(labels, zoom)
     thick = max(1, min(round(zoom * side / 600), round(zoom * radius / 6)))
     picture = draw_outlines(rgb, labels, colours, thick)
-    return picture if types is None else with_legend(picture, type_colours(names))
+    return picture if types is None else overlay_with_legend(picture, cell_type_colours(names))
 
 
-def with_legend(rgb: np.ndarray, colours: dict[str, tuple[int, ...]]) -> np.ndarray:
+def overlay_with_legend(rgb: np.ndarray, colours: dict[str, tuple[int, ...]]) -> np.ndarray:
     """The picture, and below it names in their colours."""
     height = max(12, rgb.shape[0] // 40)
     strip = Image.new("RGB", (rgb.shape[1], math.ceil((1.5 * len(colours) + 0.5) * height)))
@@ -675,7 +677,8 @@ def with_legend(rgb: np.ndarray, colours: dict[str, tuple[int, ...]]) -> np.ndar
     return np.concatenate((rgb, np.asarray(strip)))
 
 
-def reduced(image: np.ndarray, labels: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+def reduced_overlay(image: np.ndarray, labels: np.ndarray,
+                    step: int) -> tuple[np.ndarray, np.ndarray]:
     """Image and labels at 1 / step of their size, rounded up: area means and nearest pixels."""
     if step == 1:
         return image, labels
@@ -688,7 +691,7 @@ def reduced(image: np.ndarray, labels: np.ndarray, step: int) -> tuple[np.ndarra
     return small, labels[np.ix_(y, x)]
 
 
-def displayed(image: np.ndarray) -> np.ndarray:
+def overlay_background(image: np.ndarray) -> np.ndarray:
     """(C, H, W) of any type -> (H, W, 3) uint8 to look at."""
     C, H, W = image.shape
     thin = image[:, ::-(-H // 512), ::-(-W // 512)]  # enough for percentiles
@@ -711,7 +714,7 @@ def displayed(image: np.ndarray) -> np.ndarray:
     return rgb
 
 
-def close_pairs(labels: np.ndarray, reach: int) -> np.ndarray:
+def close_cell_pairs(labels: np.ndarray, reach: int) -> np.ndarray:
     """Pairs of cells (P, 2), counted from 0, that touch or roughly come within `reach` px."""
     step = max(1, reach // 2)
     thin, count, found = labels[::step, ::step], int(labels.max(initial=0)), []
@@ -753,7 +756,7 @@ def outlines(labels: np.ndarray) -> np.ndarray:
     return rim & (labels > 0)
 
 
-def grown(mask: np.ndarray, radius: float) -> np.ndarray:
+def grown_outlines(mask: np.ndarray, radius: float) -> np.ndarray:
     """(H, W) bool: pixels within `radius` px of the mask, by a disc row by row."""
     disc, row = np.zeros_like(mask), mask.copy()
     H = len(mask)
@@ -777,7 +780,8 @@ def draw_outlines(rgb: np.ndarray, labels: np.ndarray, colours: np.ndarray, thic
     H, W, _ = rgb.shape
     k = len(labels) // H
     rim, cell = outlines(labels), labels > 0
-    line, dark = grown(rim, thick - 0.5) & cell, grown(rim, (thick + 1) // 2 + 0.5) & ~cell
+    line, dark = grown_outlines(rim, thick - 0.5) & cell, grown_outlines(rim, (thick + 1) // 2
+                                                                         + 0.5) & ~cell
     marked, fine = line | dark, [np.s_[i::k, j::k] for i in range(k) for j in range(k)]
     touched = np.flatnonzero(functools.reduce(np.logical_or, [marked[part] for part in fine]))
     picture = rgb.copy()
@@ -792,7 +796,7 @@ def draw_outlines(rgb: np.ndarray, labels: np.ndarray, colours: np.ndarray, thic
     return picture
 
 
-def enlarged(labels: np.ndarray, zoom: int) -> np.ndarray:
+def enlarged_outlines(labels: np.ndarray, zoom: int) -> np.ndarray:
     """Labels zoom times as large, with smooth borders.
 
     Every new pixel takes the label of most weight among the 3 x 3 old ones, by the quadratic

@@ -122,7 +122,7 @@ def marker_of_cells(labels: Array, marker: Array, percentile: float | None = Non
     return np.array([np.percentile(part, percentile) for part in parts])
 
 
-def read_lines(path: Path) -> list[dict]:
+def read_tile_lines(path: Path) -> list[dict]:
     """Lines of a shard, without one that is being written or that a crash cut."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -142,7 +142,7 @@ def lines_by_tile(folder: str | Path, key: str) -> dict[str, dict]:
     """
     found: dict[str, dict] = {}
     for path in sorted(Path(folder).glob("*.jsonl")):
-        for line in read_lines(path):
+        for line in read_tile_lines(path):
             if line["key"] == key and ("why" not in line or line["tile"] not in found):
                 found[line["tile"]] = line
     return found
@@ -175,13 +175,13 @@ def marker_threshold(lines: Iterable[dict], how: str, value: float = math.nan,
                              "threshold=fixed")
         return float(np.percentile(cells, CONTROLS))
     try:
-        return otsu(np.concatenate([[], *itertools.chain(*parts.values())]))
+        return otsu_threshold(np.concatenate([[], *itertools.chain(*parts.values())]))
     except ValueError as error:
         raise ValueError(f"threshold=otsu: marker intensities are {error}; use "
                          "threshold=fixed") from None
 
 
-def otsu(values: Array) -> float:
+def otsu_threshold(values: Array) -> float:
     """Otsu's threshold (1979) of the values, not of a histogram: half-way between both classes.
 
     It maximises the variance between them, n_low n_high (mean_high - mean_low)².
@@ -210,8 +210,8 @@ class Counts(NamedTuple):
         return np.stack([np.bincount(self.donor, row, len(self.donors)) for row in counts])
 
 
-def read_counts(paths: Sequence[Path], controls: Sequence[str] = (), min_tiles: int = 1,
-                min_cells: int = 1) -> Counts:
+def read_donor_counts(paths: Sequence[Path], controls: Sequence[str] = (), min_tiles: int = 1,
+                      min_cells: int = 1) -> Counts:
     """Counts from a table for each model; a donor with too little in any is flagged."""
     advice = "run `downstream.py merge` first"
     tables = [{row["tile"]: row for row in runs.read_table(
@@ -251,7 +251,7 @@ def read_donors(path: str | Path, outcomes: Sequence[str], covariates: Sequence[
         line_of[name] = number
 
     def numbers(column: str) -> list[float]:
-        return [number_in(row[column], f"{path}, line {line}, donor {name}: {column}")
+        return [donor_table_number(row[column], f"{path}, line {line}, donor {name}: {column}")
                 for row, (name, line) in zip(rows, line_of.items())]
 
     extra = [numbers(column) for column in covariates]
@@ -263,7 +263,7 @@ def read_donors(path: str | Path, outcomes: Sequence[str], covariates: Sequence[
                   np.reshape(extra, (len(extra), len(rows))))
 
 
-def number_in(text: str, where: str) -> float:
+def donor_table_number(text: str, where: str) -> float:
     """The number in a cell of a table, NaN where it is missing; `where` begins the error."""
     try:
         value = math.nan if text.lower() in MISSING else float(text)
@@ -279,10 +279,10 @@ def number_in(text: str, where: str) -> float:
 def centred_ranks(x: Array, z: ArrayLike = ()) -> Array:
     """Ranks of x (..., n) less their mean, and less what ranks of z (..., k, n) explain of them."""
     z, r = np.asarray(z), stats.rankdata(x, axis=-1) - (x.shape[-1] + 1) / 2
-    return residual(r, centred_ranks(z)) if np.size(z) else r
+    return rank_residual(r, centred_ranks(z)) if np.size(z) else r
 
 
-def residual(r: Array, z: Array) -> Array:
+def rank_residual(r: Array, z: Array) -> Array:
     """Residuals (..., n) of centred r after least squares on centred z (..., k, n).
 
     Covariates may depend on each other, as sex and clinic where one clinic sees only women.
@@ -324,7 +324,7 @@ def null_rhos(x: Array, y: Array, z: ArrayLike = (), orders: int = 9999, seed: i
         order = np.argsort(np.random.default_rng(seed).random((orders + 1, n)), 1)
         order[0] = np.arange(n)
     b = b[order]  # (orders, n)
-    return np.sort(np.abs(correlation(a, residual(b, centred_ranks(z)) if z.size else b)))
+    return np.sort(np.abs(correlation(a, rank_residual(b, centred_ranks(z)) if z.size else b)))
 
 
 def p_value(rho: Array | float, n: Array | int, k: int = 0, null: Array | None = None) -> Array:
@@ -340,7 +340,7 @@ def p_value(rho: Array | float, n: Array | int, k: int = 0, null: Array | None =
         return 2 * stats.t.sf(rho * np.sqrt(df / ((1 - rho) * (1 + rho))), df)
 
 
-def interval(rho: Array | float, n: Array | int, k: int = 0) -> tuple[Array, Array]:
+def donor_interval(rho: Array | float, n: Array | int, k: int = 0) -> tuple[Array, Array]:
     """Interval for the population's rho: Fisher's transform, with a variance that holds for ranks.
 
     tanh(atanh rho ± z sqrt((1 + rho² / 2) / (n - 3 - k))), Bonett & Wright (2000, Psychometrika
@@ -377,18 +377,18 @@ class Association(NamedTuple):
     null: Array | None = None    # what p is from, unless it is Student's t
 
 
-def complete(*rows: Array) -> Array:
+def complete_donors(*rows: Array) -> Array:
     """(rows, n) of the donors (D,) that have every value."""
     values = np.stack(rows)
     return values[:, ~np.isnan(values).any(0)]
 
 
-def association(x: Array, y: Array, z: Iterable[Array] = (), seed: int = 0) -> Association:
+def donor_association(x: Array, y: Array, z: Iterable[Array] = (), seed: int = 0) -> Association:
     """Association of a ratio x (D,) and an outcome y (D,), given covariates z (k, D).
 
     Values may be missing: NaN.
     """
-    values = complete(x, y, *z)
+    values = complete_donors(x, y, *z)
     x, y, z = values[0], values[1], values[2:]
     n, k = len(x), int(np.linalg.matrix_rank(centred_ranks(z))) if z.size else 0
     if n < 4 + k:
@@ -402,11 +402,11 @@ def association(x: Array, y: Array, z: Iterable[Array] = (), seed: int = 0) -> A
     null = null_rhos(x, y, z, seed=seed) if n < SMALL else None
     p_from = ("Student's t" if null is None else
               "exact" if n <= EXACT and not len(z) else "permutation")
-    low, high = map(float, interval(rho, n, k))
+    low, high = map(float, donor_interval(rho, n, k))
     return Association(n, k, rho, low, high, float(p_value(rho, n, k, null)), p_from, "", null)
 
 
-def redrawn(x: Array, y: Array, z: Array, whole: Association) -> tuple[Array, Array]:
+def redrawn_donors(x: Array, y: Array, z: Array, whole: Association) -> tuple[Array, Array]:
     """rho and p (B,) of each row of x (B, D), as `whole` has them of all tiles."""
     rho, fixed = np.full(len(x), np.nan), np.stack([y, *z])  # (1 + k, D)
     if whole.left_out:
@@ -421,14 +421,14 @@ def redrawn(x: Array, y: Array, z: Array, whole: Association) -> tuple[Array, Ar
     return rho, p_value(rho, have.sum(1), whole.covariates, whole.null)
 
 
-def difference(first: Array, second: Array, y: Array, z: Iterable[Array] = (),
-               resamples: int = 1000, seed: int = 0) -> tuple[int, float, float, float]:
+def donor_difference(first: Array, second: Array, y: Array, z: Iterable[Array] = (),
+                     resamples: int = 1000, seed: int = 0) -> tuple[int, float, float, float]:
     """Number of donors, rho(second, y) - rho(first, y), and its interval; (D,) each, z (k, D).
 
     Both correlations share y and the donors: the percentile bootstrap of donors with all their
     values keeps that dependence (Efron, 1979).
     """
-    values = complete(first, second, y, *z).T  # (n, 3 + k)
+    values = complete_donors(first, second, y, *z).T  # (n, 3 + k)
 
     def change(v: Array, axis: int) -> Array:  # (B, n, 3 + k) -> (B,)
         v = np.swapaxes(v, 1, 2)  # (B, 3 + k, n)
@@ -437,7 +437,7 @@ def difference(first: Array, second: Array, y: Array, z: Iterable[Array] = (),
 
     if len(values) < 2:
         return len(values), math.nan, math.nan, math.nan
-    low, high = metrics.bootstrap(values, change, resamples, seed, LEVEL)
+    low, high = metrics.bootstrap_scores(values, change, resamples, seed, LEVEL)
     return len(values), float(change(values[None], 1)[0]), low, high
 
 
@@ -453,7 +453,7 @@ def ratio_interval(positive: Array, cells: Array, resamples: int = 1000, seed: i
     def ratio(v: Array, axis: int) -> Array:  # (B, N, 2) -> (B,)
         positive, cells = v.sum(1).T
         return np.divide(positive, cells, out=np.full(len(v), np.nan), where=cells > 0)
-    return metrics.bootstrap(np.stack([positive, cells], 1), ratio, resamples, seed, LEVEL)
+    return metrics.bootstrap_scores(np.stack([positive, cells], 1), ratio, resamples, seed, LEVEL)
 
 
 def redrawn_ratios(positive: Array, cells: Array, donor: Array, share: float, redraws: int,

@@ -63,8 +63,8 @@ from images import (
     Channels,
     Image,
     Source,
-    check_labels,
-    decoding,
+    check_label_image,
+    image_decoding,
     list_files,
     natural_order,
     normalise,
@@ -173,7 +173,7 @@ def stem_of(path: Path) -> str:
     return OME.sub("", path.stem)
 
 
-def pair_key(stem: str) -> str:
+def file_pair_key(stem: str) -> str:
     """Key that an image shares with its labels and the other channels of its tile."""
     return TILE.sub(r"\1", stem.removesuffix("_img"))
 
@@ -207,10 +207,10 @@ def _matched(folder: Path, images: list[Path], labels: list[Path], choice: Choic
     shots: dict[str, list[Path]] = defaultdict(list)
     ranked: dict[str, list[tuple[int, Path]]] = defaultdict(list)  # labels of each image
     for file in images:
-        shots[pair_key(stem_of(file))].append(file)
+        shots[file_pair_key(stem_of(file))].append(file)
     for file in labels:
         for rank, end in enumerate(ENDS):
-            key = pair_key(OME.sub("", stem_of(file).removesuffix(end)))
+            key = file_pair_key(OME.sub("", stem_of(file).removesuffix(end)))
             if stem_of(file).endswith(end) and (end or apart or file.suffix.lower() == ".geojson") \
                     and key in shots and file not in shots[key] \
                     and choice.labels in (None, end[1:]):
@@ -237,17 +237,17 @@ def _matched(folder: Path, images: list[Path], labels: list[Path], choice: Choic
             partial(_joined, shot, numbers, choice.channels)
         yield Example(str(folder / stem_of(shot[0]).removesuffix("_img")), (*shot, *truth), image,
                       partial(_labels, truth[0], shot[0], choice.channels),
-                      partial(_types, truth[0], shot[0]))
+                      partial(_labelled_types, truth[0], shot[0]))
 
 
 def _labels(path: Path, image: Path, channels: Channels) -> np.ndarray:
     """(H, W) int32 from a label file of any kind."""
     if path.suffix.lower() == ".geojson":
-        return read_geojson(path, _shape(image, channels))
+        return read_geojson(path, _labelled_shape(image, channels))
     return read_seg(path) if path.name.lower().endswith("_seg.npy") else read_labels(path)
 
 
-def _shape(image: Path, channels: Channels) -> tuple[int, int]:
+def _labelled_shape(image: Path, channels: Channels) -> tuple[int, int]:
     with open_image(image, channels) as source:
         return source.shape[1:]
 
@@ -289,7 +289,7 @@ def _arrays(folder: Path, files: list[Path], choice: Choice) -> Iterator[Example
 
 
 def _array(path: Path) -> np.ndarray:
-    with decoding(path):
+    with image_decoding(path):
         return np.load(path, mmap_mode="r")                        # refuses pickled objects
 
 
@@ -300,7 +300,7 @@ def _array_image(path: Path, i: int, channels: Channels) -> Image:
 
 def _array_labels(path: Path, i: int) -> np.ndarray:
     labels = _array(path)[i]
-    check_labels(labels, f"{path}, number {i}", LARGEST)
+    check_label_image(labels, f"{path}, number {i}", LARGEST)
     return labels.astype(np.int32)
 
 
@@ -344,13 +344,13 @@ def _coco(path: Path, by_name: dict[str, list[Path]], choice: Choice) -> Iterato
 
 
 def _coco_labels(item: Listed, image: Path, channels: Channels) -> np.ndarray:
-    return coco_labels(item, _shape(image, channels))
+    return coco_labels(item, _labelled_shape(image, channels))
 
 
 def unread(root: Path, found: list[Example]) -> list[str]:
     """Problems: images and labels below root without a partner, but for frames of tracking."""
     used = {file for example in found for file in example.files}
-    keys = {file.with_name(pair_key(stem_of(file))) for file in used}
+    keys = {file.with_name(file_pair_key(stem_of(file))) for file in used}
     lonely = []
     for folder, files in walk(root):
         if any(re.fullmatch(r"\d\d(_.*)?", at.name)
@@ -359,7 +359,8 @@ def unread(root: Path, found: list[Example]) -> list[str]:
             continue
         for file in kept(files, {*IMAGES, ".geojson"}):
             ends = [end for end in ENDS if end and stem_of(file).endswith(end)]
-            other = any(folder / pair_key(stem_of(file).removesuffix(end)) in keys for end in ends)
+            other = any(folder / file_pair_key(stem_of(file).removesuffix(end)) in keys
+                        for end in ends)
             if file not in used and not other and not stem_of(file).endswith(BYPRODUCTS):
                 kind = ("a tile that lacks a channel or labels" if TILE.search(file.stem)
                         else "labels without image" if ends or file.suffix == ".geojson"
@@ -407,8 +408,8 @@ def polygon_pixels(rings: Sequence[np.ndarray], shape: tuple[int, int]) -> np.nd
     return ranges(start, end - start)
 
 
-def cell_pixels(parts: Sequence[Sequence[np.ndarray]], shape: tuple[int, int],
-                where: str) -> np.ndarray:
+def polygon_cell_pixels(parts: Sequence[Sequence[np.ndarray]], shape: tuple[int, int],
+                        where: str) -> np.ndarray:
     """Flat indices of a cell of polygons, each an outer ring and its holes."""
     points = np.concatenate([np.zeros((0, 2)), *(ring for part in parts for ring in part)])
     if not (np.abs(points) < LARGEST).all():                       # NaN too
@@ -505,7 +506,8 @@ def coco_labels(listed: Listed, shape: tuple[int, int]) -> np.ndarray:
         if isinstance(cell, dict):
             pixels.append(rle_pixels(cell, shape, where))
         elif isinstance(cell, list) and all(ring.ndim == 1 and ring.size % 2 == 0 for ring in cell):
-            pixels.append(cell_pixels([[ring.reshape(-1, 2)] for ring in cell], shape, where))
+            pixels.append(polygon_cell_pixels([[ring.reshape(-1, 2)] for ring in cell], shape,
+                                              where))
         else:
             raise ValueError(f"{where}: expected polygons [x, y, x, y, ...] or RLE with counts and "
                              "size")
@@ -536,7 +538,7 @@ def read_geojson(path: Path, shape: tuple[int, int]) -> np.ndarray:
     """(H, W) int32 of QuPath's objects."""
     pixels = []
     for i, feature in enumerate(_geojson_cells(path), 1):
-        where, geometry = f"{path}: object {i}", _part_of(feature, "geometry")
+        where, geometry = f"{path}: object {i}", _geojson_part(feature, "geometry")
         kind = geometry.get("type")
         parts: Any = geometry.get("coordinates")
         if kind not in ("Polygon", "MultiPolygon"):
@@ -547,7 +549,7 @@ def read_geojson(path: Path, shape: tuple[int, int]) -> np.ndarray:
                      for part in (parts if kind == "MultiPolygon" else [parts])]
         except (TypeError, ValueError, IndexError):
             raise ValueError(f"{where} has coordinates that are no rings of [x, y]") from None
-        pixels.append(cell_pixels(parts, shape, where))
+        pixels.append(polygon_cell_pixels(parts, shape, where))
     return painted(shape, pixels)
 
 
@@ -557,13 +559,13 @@ def _geojson_cells(path: Path) -> list[dict]:
     features = parsed.get("features", [parsed]) if isinstance(parsed, dict) else parsed
     if not isinstance(features, list) or not all(isinstance(feature, dict) for feature in features):
         raise ValueError(f"{path}: expected GeoJSON features, as QuPath exports them")
-    kinds = [_part_of(feature, "properties").get("objectType")
+    kinds = [_geojson_part(feature, "properties").get("objectType")
              or OBJECTS.get(str(feature.get("id"))) for feature in features]
     return [feature for feature, kind in zip(features, kinds)
             if kind in ("cell", "detection")] or features
 
 
-def _part_of(feature: dict, key: str) -> dict:
+def _geojson_part(feature: dict, key: str) -> dict:
     """A part of a feature; {} where it is missing or something else."""
     part = feature.get(key)
     return part if isinstance(part, dict) else {}
@@ -591,10 +593,10 @@ def read_masks(paths: Sequence[Path]) -> np.ndarray:
 TYPE_TABLES = ("_types.csv", "_classes.csv", "_cells.csv")
 
 
-def _types(labels: Path, image: Path) -> dict[int, str]:
+def _labelled_types(labels: Path, image: Path) -> dict[int, str]:
     """Class of each cell that has one: of GeoJSON, a table or a picture beside labels or image."""
     if labels.suffix.lower() == ".geojson":
-        named = [_part_of(_part_of(feature, "properties"), "classification").get("name")
+        named = [_geojson_part(_geojson_part(feature, "properties"), "classification").get("name")
                  for feature in _geojson_cells(labels)]
         return {i: str(name) for i, name in enumerate(named, 1) if name}
     stems = [folder / stem_of(image).removesuffix("_img") for folder in (image.parent,
@@ -606,7 +608,7 @@ def _types(labels: Path, image: Path) -> dict[int, str]:
                 return types
         picture = stem.with_name(f"{stem.name}_types.png")
         if picture.is_file():
-            return {i: str(number) for i, number in majority(
+            return {i: str(number) for i, number in majority_class(
                 _labels(labels, image, None), read_labels(picture), picture).items() if number}
     return {}
 
@@ -633,7 +635,7 @@ def _listed_types(listed: Listed) -> dict[int, str]:
     return {i: name for i, name in enumerate(listed.types, 1) if name}
 
 
-def majority(labels: np.ndarray, classes: np.ndarray, where: Path) -> dict[int, int]:
+def majority_class(labels: np.ndarray, classes: np.ndarray, where: Path) -> dict[int, int]:
     """The class (H, W) that most pixels of each cell have; 0 where none has one."""
     if labels.shape != classes.shape:
         raise ValueError(f"{where}: {classes.shape} px, but the labels have {labels.shape}")
@@ -647,7 +649,8 @@ def majority(labels: np.ndarray, classes: np.ndarray, where: Path) -> dict[int, 
     return {int(i): int(v.argmax()) for i, v in zip(ids, votes) if i}
 
 
-def type_numbers(example: Example, labels: np.ndarray, wanted: dict[str, list[str]]) -> np.ndarray:
+def training_type_numbers(example: Example, labels: np.ndarray,
+                          wanted: dict[str, list[str]]) -> np.ndarray:
     """(n,) of the cells by ascending id: 1 + place of their type in `wanted`, 0 for others."""
     number = {name: i for i, names in enumerate(wanted.values(), 1) for name in names}
     types = example.types()
@@ -655,7 +658,7 @@ def type_numbers(example: Example, labels: np.ndarray, wanted: dict[str, list[st
                     np.int64)
 
 
-def types_wanted(types: dict) -> dict[str, list[str]]:
+def training_types(types: dict) -> dict[str, list[str]]:
     """{type: its classes in the sets} of a configuration, with texts for numbers."""
     wanted = {str(name): [str(one) for one in (given if isinstance(given, (list, tuple))
                                                else [given])] for name, given in types.items()}
@@ -667,7 +670,7 @@ def types_wanted(types: dict) -> dict[str, list[str]]:
     return wanted
 
 
-def check_types(counts: dict[str, dict[str, int]], wanted: dict[str, list[str]]) -> None:
+def check_training_types(counts: dict[str, dict[str, int]], wanted: dict[str, list[str]]) -> None:
     """Refuse a type without cells, or with cells in one image alone; counts: image -> type -> n."""
     for name in wanted:
         images = [image for image, count in counts.items() if count.get(name)]
@@ -704,7 +707,7 @@ def read_seg(path: Path) -> np.ndarray:
                          "in it was run; save the masks as TIFF") from None
     if not pickled:
         return read_labels(path)
-    check_labels(labels, path, LARGEST)
+    check_label_image(labels, path, LARGEST)
     return labels.astype(np.int32)
 
 
@@ -863,7 +866,7 @@ class TrainingData:
         if len(known) < max(2, len(self.field_channels)):
             raise ValueError(f"data.field_channels={list(self.field_channels)}: expected two or "
                              f"more of {', '.join(synthetic.CHANNELS)}")
-        types_wanted(self.types)
+        training_types(self.types)
 
 
 FEW = 8         # images: sets with fewer held out choose thresholds on training images, too
@@ -892,13 +895,13 @@ def training_images(config: TrainingData, seed: int) -> tuple[list[Pending], lis
     """
     train: list[Pending] = []
     validation: list[Labelled] = []
-    wanted = types_wanted(config.types)
+    wanted = training_types(config.types)
 
     def read(example: Example, chosen: TrainingSet) -> list[Labelled]:
         return [read_labelled(example, chosen.name, wanted)]
 
     for chosen in config.sets:
-        kept, held = divide(examples_of(config, chosen), config, seed)
+        kept, held = split_training_examples(training_examples(config, chosen), config, seed)
         train += [partial(read, example, chosen) for example in kept]
         lot = np.random.default_rng(0).permutation(len(kept))[:max(0, FEW - len(held))]
         validation += [image for example in held for image in read(example, chosen)]
@@ -906,14 +909,14 @@ def training_images(config: TrainingData, seed: int) -> tuple[list[Pending], lis
             validation += [image._replace(held=False) for i in lot
                            for image in read(kept[i], chosen)]
     for chosen in config.validation:
-        validation += [image for example in examples_of(config, chosen)
+        validation += [image for example in training_examples(config, chosen)
                        for image in read(example, chosen)]
     held_fields = max(1, round(0.1 * config.fields)) if not config.validation else 0
     for number in range(config.fields):
         if number < held_fields:
-            validation += drawn_images(config, seed, number)
+            validation += drawn_training_images(config, seed, number)
         else:
-            train.append(partial(drawn_images, config, seed, number))
+            train.append(partial(drawn_training_images, config, seed, number))
     if not validation and config.share and len(train) == 1:
         validation = list(train[0]())
         print(f"{validation[0].name}: the only image, so that thresholds are chosen on it; scores "
@@ -937,14 +940,14 @@ def check_cells(key: str, cells: dict[str, int]) -> None:
                          "the labels all 0?")
 
 
-def examples_of(config: TrainingData, chosen: TrainingSet) -> list[Example]:
+def training_examples(config: TrainingData, chosen: TrainingSet) -> list[Example]:
     """Labelled images of a training set."""
     return examples(Path(config.root) / chosen.path, chosen.channels or config.channels,
                     chosen.match, chosen.labels)
 
 
-def divide(found: list[Example], config: TrainingData, seed: int
-           ) -> tuple[list[Example], list[Example]]:
+def split_training_examples(found: list[Example], config: TrainingData, seed: int
+                            ) -> tuple[list[Example], list[Example]]:
     """(to train on, held out): the latter are the same for every limit and seed."""
     held = [] if config.validation else hold_out(found, config.share, 0)
     names = {example.name for example in held}
@@ -958,7 +961,7 @@ def divide(found: list[Example], config: TrainingData, seed: int
 def read_labelled(example: Example, set_name: str, wanted: dict[str, list[str]]) -> Labelled:
     labels = example.labels()
     return Labelled(f"{set_name}/{example.name}", network_input(example), labels, set_name,
-                    types=type_numbers(example, labels, wanted) if wanted else None)
+                    types=training_type_numbers(example, labels, wanted) if wanted else None)
 
 
 def median_diameter(labels: np.ndarray) -> float:
@@ -971,7 +974,7 @@ def disc_diameter(areas: np.ndarray) -> float:
     return math.sqrt(4 / math.pi * np.median(areas)) if len(areas) else 0.0
 
 
-def drawn_images(config: TrainingData, seed: int, number: int) -> list[Labelled]:
+def drawn_training_images(config: TrainingData, seed: int, number: int) -> list[Labelled]:
     """Two channels of a synthetic field, by default of those that show the edges of cells."""
     key = seed * 100003 + number
     count = round(config.field_cells * np.random.default_rng(key).uniform(0.1, 1))
@@ -986,7 +989,7 @@ def drawn_images(config: TrainingData, seed: int, number: int) -> list[Labelled]
     return found
 
 
-def was_augmented(config: TrainingData) -> bool:
+def training_was_augmented(config: TrainingData) -> bool:
     """True for sets of augment.py, whose cells have been moved, turned and scaled already."""
     made = [(Path(config.root) / s.path / "augmented.yaml").is_file() for s in config.sets]
     if any(made) and (not all(made) or config.fields):
@@ -1040,12 +1043,12 @@ def _examples_in(path: str, config: Config) -> list[Example]:
 
 def convert(config: Config, source: str, target: str) -> int:
     found = _examples_in(source, config)
-    made = _write(found, source, Path(target), config)
+    made = _write_labelled(found, source, Path(target), config)
     print(f"{target}: {made} images written, {len(found) - made} were there")
     return 0
 
 
-def _write(found: list[Example], source: str, target: Path, config: Config) -> int:
+def _write_labelled(found: list[Example], source: str, target: Path, config: Config) -> int:
     """Write NAME.tif and NAME_masks.tif; the image last, so that it stands for both."""
     if target.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f"{target}: is in {source}, where it would be read as data; choose a "
@@ -1077,7 +1080,7 @@ def _claim(record: Path, text: str) -> None:
     runs.write_text(record, text)
 
 
-def unit_of(name: str, config: Config) -> str:
+def split_unit(name: str, config: Config) -> str:
     """Unit that a split keeps together."""
     if config.by == "image":
         return re.sub(r"_copy\d+$", "", name)
@@ -1092,7 +1095,7 @@ def split(config: Config, source: str) -> int:
         if config.stratify and "/" not in name:
             raise ValueError(f"{source}: stratify=dataset, but {name} lies in no folder of its own "
                              "there")
-        group, dataset = unit_of(name, config), name.rpartition("/")[0].split("/")[0]
+        group, dataset = split_unit(name, config), name.rpartition("/")[0].split("/")[0]
         rows.append({"name": name, "split": "", "group": group, "dataset": dataset})
         datasets[group].add(dataset if config.stratify else "")
     sizes = Counter(row["group"] for row in rows)
@@ -1110,7 +1113,7 @@ def split(config: Config, source: str) -> int:
     for side in sides:
         chosen = [example for example, row in zip(found, rows) if row["split"] == side]
         if config.out:
-            _write(chosen, source, table.parent / side, config)
+            _write_labelled(chosen, source, table.parent / side, config)
         units = {row["group"] for row in rows if row["split"] == side}
         print(f"{side}: {len(chosen)} images, {len(units)} {config.by}s")
     print(table)
@@ -1164,7 +1167,7 @@ def check(config: Config, *paths: str) -> int:
             if pixels.shape[1:] != labels.shape:
                 problems.append(
                     f"{where}: image of {pixels.shape[1:]} px, labels of {labels.shape}")
-            count, several = _pieces(labels)
+            count, several = _labelled_pieces(labels)
             if several:
                 problems.append(f"{where}: {len(several)} of {count} cells in pieces, "
                                 f"{several[:5]} ...")
@@ -1176,7 +1179,7 @@ def check(config: Config, *paths: str) -> int:
     return 1 if problems else 0
 
 
-def _pieces(labels: np.ndarray) -> tuple[int, list[int]]:
+def _labelled_pieces(labels: np.ndarray) -> tuple[int, list[int]]:
     """The number of cells, and those of several 8-connected pieces."""
     from skimage.measure import label
     pieces, first = np.unique(label(labels, connectivity=2), return_index=True)

@@ -118,7 +118,7 @@ class Config:
                 raise ValueError(f"model '{name}': expected different words, of A-Z a-z 0-9 _ . -")
         if self.nuclei == self.marker:
             raise ValueError(f"nuclei={self.nuclei}, marker={self.marker}: expected two channels")
-        runs.part_of(self.shard)
+        runs.shard_of(self.shard)
         if self.threshold == "fixed" and self.value is None:
             raise ValueError("threshold=fixed needs value=, in the units of the marker images")
         if self.threshold == "controls" and not self.controls:
@@ -132,8 +132,8 @@ class Config:
         return self.tiles, self.pattern, self.nuclei, self.marker, self.donor
 
     @property
-    def tile_counts(self) -> tuple:         # arguments of cohort.read_counts
-        paths = [folder_of(model, self) / "tile_counts.tsv" for model in self.models]
+    def tile_counts(self) -> tuple:         # arguments of cohort.read_donor_counts
+        paths = [outcome_folder(model, self) / "tile_counts.tsv" for model in self.models]
         return paths, self.controls, self.min_tiles, self.min_cells
 
     @property
@@ -157,20 +157,21 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
     return 0
 
 
-def folder_of(model: StudyModel, config: Config) -> Path:
+def outcome_folder(model: StudyModel, config: Config) -> Path:
     return Path(config.out) / "full_inference" / model.name
 
 
-def lines_of(model: StudyModel, config: Config) -> dict[str, dict]:
-    return cohort.lines_by_tile(folder_of(model, config) / "shards", settings_digest(model, config))
+def outcome_lines(model: StudyModel, config: Config) -> dict[str, dict]:
+    return cohort.lines_by_tile(outcome_folder(model, config) / "shards",
+                                settings_digest(model, config))
 
 
 # -------------------------------------------------------------------------------------------- infer
 
-def infer_tiles(config: Config) -> int:
+def infer_donor_tiles(config: Config) -> int:
     """Find the cells of this shard's tiles: a line for each tile and model, never done twice."""
     tiles, unusable, others = cohort.find_tiles(*config.tile_files)
-    number, count = runs.part_of(config.shard)
+    number, count = runs.shard_of(config.shard)
     mine = tiles[number - 1::count]
     print(f"{config.tiles}: {len(tiles)} tiles of {len({tile.donor for tile in tiles})} donors, "
           f"{len(mine)} in shard {config.shard}; {len(unusable)} lack a partner or a donor; "
@@ -188,7 +189,7 @@ def infer_tiles(config: Config) -> int:
             try:
                 pixels = cohort.read_tile(tile)
             except (ValueError, OSError) as error:             # of this tile alone
-                why = " ".join(runs.sentence(error).split())
+                why = " ".join(runs.error_sentence(error).split())
                 tqdm.tqdm.write(f"warning: {why}", file=sys.stderr)
                 skipped += 1
                 for shard in todo:
@@ -205,11 +206,12 @@ class Shard:
 
     def __init__(self, model: StudyModel, config: Config):
         self.model, self.config, self.key = model, config, settings_digest(model, config)
-        self.done = {name for name, line in lines_of(model, config).items() if "why" not in line}
+        self.done = {name for name, line in outcome_lines(model, config).items()
+                     if "why" not in line}
         part = f"{config.shard.replace('/', '_of_')}.jsonl"
-        self.path = folder_of(model, config) / "shards" / part
+        self.path = outcome_folder(model, config) / "shards" / part
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = [json.dumps(line) + "\n" for line in cohort.read_lines(self.path)
+        whole = [json.dumps(line) + "\n" for line in cohort.read_tile_lines(self.path)
                  if line["key"] == self.key and "why" not in line]
         runs.write_text(self.path, "".join(whole))
 
@@ -259,12 +261,12 @@ def merge_shards(config: Config) -> int:
     tiles, unusable, _ = cohort.find_tiles(*config.tile_files)
     found = []
     for model in config.models:
-        found.append(lines_of(model, config))
+        found.append(outcome_lines(model, config))
         if missing := [tile.name for tile in tiles if tile.name not in found[-1]]:
             raise ValueError(f"model '{model.name}': {len(missing)} of {len(tiles)} tiles are not "
                              f"done with these settings, such as {missing[0]}; run infer, or the "
                              "shards that did not end, and merge again")
-    print(f"positive: {rule(config)}")
+    print(f"positive: {positive_cell_rule(config)}")
     for model, line_of in zip(config.models, found):
         lines = [{**line_of[tile.name], "donor": tile.donor} for tile in tiles]   # donor= of now
         done = [line for line in lines if "why" not in line]
@@ -278,8 +280,8 @@ def merge_shards(config: Config) -> int:
                  "positive": sum(value > cut for value in line["intensity"]),
                  "area_px": line["area_px"], "seconds": line["seconds"], "model_sha256": sha256,
                  "threshold": cut} for line in done]
-        runs.write_table(folder_of(model, config) / "tile_counts.tsv", rows)
-        runs.write_table(folder_of(model, config) / "skipped.tsv",
+        runs.write_table(outcome_folder(model, config) / "tile_counts.tsv", rows)
+        runs.write_table(outcome_folder(model, config) / "skipped.tsv",
                          [{"tile": name, "why": skipped[name]} for name in sorted(skipped)],
                          ("tile", "why"))
         cells, positive = (sum(row[name] for row in rows) for name in ("cells", "positive"))
@@ -288,7 +290,7 @@ def merge_shards(config: Config) -> int:
     return 0
 
 
-def rule(config: Config) -> str:
+def positive_cell_rule(config: Config) -> str:
     """When a cell is positive, in words."""
     what = "mean" if config.percentile is None else f"{config.percentile:g}th percentile"
     return f"{what} of the marker over the cell above " + {
@@ -299,7 +301,7 @@ def rule(config: Config) -> str:
 
 def write_ratios(config: Config) -> int:
     """Write positive cells / cells of each donor: not the mean of its tiles."""
-    counts, rows = cohort.read_counts(*config.tile_counts), []
+    counts, rows = cohort.read_donor_counts(*config.tile_counts), []
     for model, cells, positive in zip(config.models, counts.cells, counts.positive):
         for d, donor in enumerate(counts.donors):
             mine = counts.donor == d
@@ -321,7 +323,7 @@ def write_ratios(config: Config) -> int:
 
 def write_associations(config: Config) -> int:
     """Write rho of every model with every outcome, over the donors that have both."""
-    counts = cohort.read_counts(*config.tile_counts)
+    counts = cohort.read_donor_counts(*config.tile_counts)
     donors = cohort.read_donors(*config.outcome_table)
     if not set(counts.donors) & set(donors.names):
         raise ValueError(f"{config.outcomes}: none of its donors ({runs.listed(donors.names)}) has "
@@ -342,8 +344,9 @@ def write_associations(config: Config) -> int:
     ratio = counts.sums(counts.positive)[:, used] / counts.sums(counts.cells)[:, used]     # (M, D)
     redrawn = cohort.redrawn_ratios(counts.positive, counts.cells, counts.donor, config.share,
                                     config.resamples, seed)[..., used]                  # (M, B, D)
-    whole = [[cohort.association(x, y, z, seed) for y in outcomes] for x in ratio]       # M times K
-    rho, p = np.array([[cohort.redrawn(x, y, z, found) for y, found in zip(outcomes, row)]
+    whole = [[cohort.donor_association(x, y, z, seed) for y in outcomes]
+             for x in ratio]       # M times K
+    rho, p = np.array([[cohort.redrawn_donors(x, y, z, found) for y, found in zip(outcomes, row)]
                        for x, row in zip(redrawn, whole)]).transpose(2, 3, 0, 1)   # (B, M, K) each
     q_whole = cohort.false_discovery(np.array([[each.p for each in row] for row in whole]))
     q = cohort.false_discovery(p)
@@ -353,10 +356,11 @@ def write_associations(config: Config) -> int:
         row = {"model": names[m], "outcome": outcome, "q": q_whole[m, i], **result}
         found.append({name: row[name] for name in SPEARMAN})
         stable.append({**{name: row[name] for name in SPEARMAN[:4]},
-                       **stability(row["rho"], rho[:, m, i], q[:, m, i])})
+                       **outcome_stability(row["rho"], rho[:, m, i], q[:, m, i])})
         if m:
-            n, *change = cohort.difference(ratio[0], ratio[m], outcomes[i], z, config.resamples,
-                                           seed)
+            n, *change = cohort.donor_difference(ratio[0], ratio[m], outcomes[i], z,
+                                                 config.resamples,
+                                                 seed)
             changes.append(dict(zip(CHANGES, (names[m], names[0], outcome, n, *change))))
     runs.write_table(out / "e5_spearman.tsv", found)
     runs.write_table(out / "e5_bootstrap_stability.tsv", stable)
@@ -370,7 +374,7 @@ def write_associations(config: Config) -> int:
     return 0
 
 
-def stability(rho: float, redrawn: np.ndarray, q: np.ndarray) -> dict[str, Any]:
+def outcome_stability(rho: float, redrawn: np.ndarray, q: np.ndarray) -> dict[str, Any]:
     """Summary of an association over redraws (B,) of the tiles."""
     have = ~np.isnan(redrawn)
     values, n = redrawn[have], int(have.sum())
@@ -383,18 +387,19 @@ def stability(rho: float, redrawn: np.ndarray, q: np.ndarray) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------- report
 
-def write_report(config: Config) -> int:
+def write_outcome_report(config: Config) -> int:
     """Write the page, from the tables of the other steps."""
-    looks = report.styles(model.name for model in config.models)
-    legend, found = report.legend(looks), read_rows(config, "e5_spearman.tsv")
-    stable = read_rows(config, "e5_bootstrap_stability.tsv")
-    forest = report.forest([report.Interval(
+    looks = report.page_styles(model.name for model in config.models)
+    legend, found = report.legend(looks), read_outcome_rows(config, "e5_spearman.tsv")
+    stable = read_outcome_rows(config, "e5_bootstrap_stability.tsv")
+    forest = report.forest_chart([report.Interval(
         row["outcome"], row["model"], row["rho"], row["low"], row["high"], row["q"] < 0.05,
         row["left_out"]) for row in found], looks, "Spearman's rho")
     corrected = ", ".join((*config.covariates, *config.categories))
     corrected = f", corrected for {corrected}" if corrected else ""
     sections = [
-        ("What was used", f"Positive: {rule(config)}.\nOnly tiles that every model has done count, "
+        ("What was used",
+         f"Positive: {positive_cell_rule(config)}.\nOnly tiles that every model has done count, "
          "and only donors that no model flags. A donor without an outcome is left out of that one.",
          *used_tables(config)),
         ("Association", "Spearman's rho of the positive fraction with each outcome, and its 95 % "
@@ -402,14 +407,14 @@ def write_report(config: Config) -> int:
          "Hochberg over the outcomes of a model.", legend, forest,
          table_of(found, "outcome", "model", "n", "rho", "p", "q", "p_from", "left_out")),
         ("Donors", "A dot is a donor: its fraction of positive cells, over its outcome.", legend,
-         report.side_by_side(*scatters(config, looks))),
+         report.side_by_side(*outcome_scatters(config, looks))),
         ("Stability", f"rho in {config.resamples} redraws of {config.share:.0%} of each donor's "
          "tiles; the dashed line is rho with all tiles. Fewer tiles are noisier, so redraws tend "
          "to lie nearer to 0. A redraw's q is taken over the same family.", legend,
-         report.side_by_side(*histograms(config, found, looks)),
+         report.side_by_side(*marker_histograms(config, found, looks)),
          table_of(stable, "outcome", "model", "median", "sd", "same_sign", "q_below_0.05"))]
     if len(config.models) > 1:
-        changes = read_rows(config, "e5_difference.tsv")
+        changes = read_outcome_rows(config, "e5_difference.tsv")
         sections.append((
             "Between models", f"rho less that of {config.models[0].name}, of the same donors; 95 % "
             f"interval from {config.resamples} resamples of the donors with all their values. "
@@ -424,13 +429,14 @@ def write_report(config: Config) -> int:
     note = f"{', '.join(looks)}; {len(config.columns)} outcomes of {Path(config.outcomes).name}"
     path = Path(config.out) / "report.html"
     runs.write_text(path, report.page(
-        "Marker-positive cells and outcomes", note, [report.section(*parts) for parts in sections],
+        "Marker-positive cells and outcomes", note,
+        [report.report_section(*parts) for parts in sections],
         f"{weights}; seed {config.seed}. The tables behind this page lie beside it."))
     print(path)
     return 0
 
 
-def read_rows(config: Config, name: str) -> list[dict[str, Any]]:
+def read_outcome_rows(config: Config, name: str) -> list[dict[str, Any]]:
     """Rows of a table of an earlier step, by outcome; NaN where there is no number."""
     path = Path(config.out) / name
     rows = [{name: text if name in WORDS else float(text or "nan") for name, text in row.items()}
@@ -451,21 +457,23 @@ def table_of(rows: list[dict[str, Any]], *columns: str) -> str:
         if name == "n":
             return f"{row[name]:.0f}"
         if name not in INTERVALS:
-            return (percent if name in ("same_sign", "q_below_0.05") else short)(row[name])
+            return (outcome_percent if name in ("same_sign", "q_below_0.05")
+                    else outcome_number)(row[name])
         low, high = (row[end] for end in INTERVALS[name])
-        return report.Cell(short(row[name]), "" if math.isnan(low) else f"{low:.3f} to {high:.3f}")
+        return report.Cell(outcome_number(row[name]), "" if math.isnan(low)
+                           else f"{low:.3f} to {high:.3f}")
 
     heads = [HEADS.get(name, name.replace("_", " ")) for name in columns]
     return report.html_table(heads, [[cell(row, name) for name in columns] for row in rows], 2)
 
 
-def short(value: float) -> str:
+def outcome_number(value: float) -> str:
     if math.isnan(value):
         return "-"
     return f"{value:.3f}" if abs(value) >= 0.001 or not value else f"{value:.0e}"
 
 
-def percent(value: float) -> str:
+def outcome_percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.0%}"
 
 
@@ -474,12 +482,13 @@ def used_tables(config: Config) -> list[str]:
     rows = []
     why: dict[str, str] = {}
     for model in config.models:
-        counts, skipped = (runs.read_table(folder_of(model, config) / name, (), "run merge first")
+        counts, skipped = (runs.read_table(outcome_folder(model, config) / name, (),
+                                           "run merge first")
                            for name in ("tile_counts.tsv", "skipped.tsv"))
         cells, positive = (sum(int(row[what]) for row in counts) for what in ("cells", "positive"))
         numbers = len(counts) + len(skipped), len(counts), len(skipped), cells, positive
         rows.append((model.name, *(f"{number:,}" for number in numbers),
-                     percent(positive / cells if cells else math.nan),
+                     outcome_percent(positive / cells if cells else math.nan),
                      f"{float(counts[0]['threshold']):.5g}"))
         why |= {row["tile"]: row["why"] for row in skipped}
     table = runs.read_table(Path(config.out) / "e5_donors.tsv", (), "run associate first")
@@ -493,24 +502,26 @@ def used_tables(config: Config) -> list[str]:
     return tables + ([report.html_table(("skipped tile", "why"), shown, 2)] if shown else [])
 
 
-def scatters(config: Config, looks: dict) -> list[str]:
+def outcome_scatters(config: Config, looks: dict) -> list[str]:
     donors = cohort.read_donors(*config.outcome_table)
     ratio = {(row["model"], row["donor"]): row["ratio"]
-             for row in read_rows(config, "donor_marker_ratio.tsv") if not row["flag"]}
+             for row in read_outcome_rows(config, "donor_marker_ratio.tsv") if not row["flag"]}
     charts = []
     for name, outcome in zip(config.columns, donors.outcomes):
         points = {model: [(x, ratio[model, donor]) for donor, x in zip(donors.names, outcome)
                           if (model, donor) in ratio] for model in looks}
-        charts.append(report.titled(name, report.dots(points, looks, name, "positive fraction")))
+        charts.append(report.titled_picture(name, report.dot_chart(points, looks, name,
+                                                                   "positive fraction")))
     return charts
 
 
-def histograms(config: Config, found: list[dict], looks: dict) -> list[str]:
-    redraws, charts = read_rows(config, "e5_redraws.tsv"), []
+def marker_histograms(config: Config, found: list[dict], looks: dict) -> list[str]:
+    redraws, charts = read_outcome_rows(config, "e5_redraws.tsv"), []
     for name in config.columns:
         values = {model: [row[name] for row in redraws if row["model"] == model] for model in looks}
         rho = {row["model"]: row["rho"] for row in found if row["outcome"] == name}
-        charts.append(report.titled(name, report.histogram(values, rho, looks, "rho", "redraws")))
+        charts.append(report.titled_picture(name, report.histogram_chart(values, rho, looks, "rho",
+                                                                         "redraws")))
     return charts
 
 
@@ -525,16 +536,18 @@ def experiments_table(config: Config, found: list[dict], stable: list[dict]) -> 
             values = defaultdict(list)
             for number, row in enumerate(rows, 2):
                 where = f"{path}, line {number}: {column}"
-                values[row["model"]].append(cohort.number_in(row[column], where))
+                values[row["model"]].append(cohort.donor_table_number(row[column], where))
             for name, each in values.items():
-                columns[f"{experiment.name} {column}"][name] = short(report.mean_defined(each))
+                columns[f"{experiment.name} {column}"][name] = outcome_number(
+                    report.chart_mean(each)
+                )
     for model in config.models:
         mine = [row for row in found if row["model"] == model.name and not math.isnan(row["rho"])]
         rho = float(np.median([abs(row["rho"]) for row in mine])) if mine else math.nan
         same = (row["same_sign"] for row in stable if row["model"] == model.name)
         few = sum(row["q"] < 0.05 for row in mine)
-        columns["E5 |rho|"][model.name] = short(rho)
-        columns["E5 same sign"][model.name] = percent(report.mean_defined(same))
+        columns["E5 |rho|"][model.name] = outcome_number(rho)
+        columns["E5 same sign"][model.name] = outcome_percent(report.chart_mean(same))
         columns["E5 q < 0.05"][model.name] = f"{few} of {len(mine)}"
     names = dict.fromkeys(name for column in columns.values() for name in column)
     return report.html_table(("model", *columns), [
@@ -554,7 +567,7 @@ def print_study(config: Config) -> int:
     for name in sorted(unusable)[:5]:
         print(f"    {name}: {unusable[name]}")
     for model in config.models:
-        lines = lines_of(model, config)
+        lines = outcome_lines(model, config)
         done = sum(tile.name in lines and "why" not in lines[tile.name] for tile in tiles)
         print(f"{model.name}: {model.weights} ({weights_digest(model)}), {done} tiles done before")
     donors = cohort.read_donors(*config.outcome_table)
@@ -565,8 +578,8 @@ def print_study(config: Config) -> int:
     return 0
 
 
-STEPS = {"infer": infer_tiles, "merge": merge_shards, "ratios": write_ratios,
-         "associate": write_associations, "report": write_report}
+STEPS = {"infer": infer_donor_tiles, "merge": merge_shards, "ratios": write_ratios,
+         "associate": write_associations, "report": write_outcome_report}
 
 if __name__ == "__main__":
     yaml_first = sorted(sys.argv[1:], key=lambda word: not word.endswith((".yaml", ".yml")))

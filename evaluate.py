@@ -95,8 +95,8 @@ class Bench:
     overwrite: bool = False                 # make every prediction anew
 
     def __post_init__(self):
-        measure.check_distinct("model", [model.name for model in self.models])
-        measure.check_distinct("set", [dataset.name for dataset in self.sets])
+        measure.check_bench_names("model", [model.name for model in self.models])
+        measure.check_bench_names("set", [dataset.name for dataset in self.sets])
         measure.check_scores(self.score, *self.columns)
 
 
@@ -106,10 +106,10 @@ def bench(config: Bench) -> None:
     documents = [(Path(path), f"bench {config.experiment}{part}") for path, part in
                  ((config.markdown, ""), (config.summary, " in short")) if path]
     for path, name in documents:
-        report.between(path, name)
+        report.text_between(path, name)
     rows = [row for model in config.models              # all files are found before one is run
             for row in measure.rows_of(model, sets, config.device, config.batch)]
-    measure.check_distinct("row", [row.name for row in rows])
+    measure.check_bench_names("row", [row.name for row in rows])
     if unknown := set(config.against) - {row.name for row in rows}:
         raise ValueError(f"against: '{min(unknown)}', expected some of "
                          f"{runs.listed([row.name for row in rows], 12)}")
@@ -126,7 +126,7 @@ def bench(config: Bench) -> None:
     table = [line for dataset in sets
              for line in measure.model_rows(dataset, rows, results[dataset.name])]
     groups = [line for dataset in sets
-              for line in measure.group_rows(dataset, results[dataset.name].values())]
+              for line in measure.bench_group_rows(dataset, results[dataset.name].values())]
     for name, lines in (("metrics_all_models", table), ("delta", compared), ("groups", groups)):
         runs.write_table(folder / f"{name}.tsv", lines)
     brief, full = measure.bench_markdown(sets, rows, results, config.columns, made_by(config),
@@ -136,8 +136,8 @@ def bench(config: Bench) -> None:
         report.put_between(path, name, brief if name.endswith(" in short") else full)
     runs.write_text(folder / "report.html", measure.bench_page(
         config.experiment, sets, rows, results, config.pictures, made_by(config)))
-    report.print_table([line for line in table if not line.get("seed")],
-                       ("set", "model", "n", *config.columns))
+    report.print_report_table([line for line in table if not line.get("seed")],
+                              ("set", "model", "n", *config.columns))
     print(f"-> {folder / 'report.html'}, {folder / 'table.md'}")
 
 
@@ -195,7 +195,7 @@ class Gating:
     score: str = "DSB"                      # what best means for the ceiling
 
     def __post_init__(self):
-        measure.check_distinct("set", [dataset.name for dataset in self.sets])
+        measure.check_bench_names("set", [dataset.name for dataset in self.sets])
         measure.check_scores(self.score)
         for window in self.windows:
             if len(window) != 2 or not 0 <= window[0] < window[1] <= 100:
@@ -216,12 +216,12 @@ def gating(config: Gating) -> None:
     for dataset in sets:
         images = predictions[dataset.name]
         rows += measure.ceiling_row(dataset, config.ceiling, config.score, folder, what=CEILING)
-        raw, _ = measure.gate(images, 0, (0, 100), "keep")
+        raw, _ = measure.gated_scores(images, 0, (0, 100), "keep")
         rows.append({"set": dataset.name, "what": "raw", "n": len(images), "min_area": 0,
                      "window": "q0-100", "border": "keep", "removed": 0,
                      **measure.score_columns(raw.scores)})
         for min_area, window, border in product(config.min_area, config.windows, config.border):
-            result, removed = measure.gate(images, min_area, window, border)
+            result, removed = measure.gated_scores(images, min_area, window, border)
             change = {f"{line['score']}_change{end}": line[value]
                       for line in measure.differences(dataset, raw, result)
                       if line["image"] == "mean" for end, value in
@@ -232,7 +232,7 @@ def gating(config: Gating) -> None:
                          **measure.score_columns(result.scores), **change})
     first = ("set", "what", "n", "min_area", "window", "border", "removed")
     runs.write_table(folder / "gating.tsv", rows, first)
-    report.print_table(rows, (*first, "AP@0.5", "AP@0.5_change", "SEG"))
+    report.print_report_table(rows, (*first, "AP@0.5", "AP@0.5_change", "SEG"))
     print(f"-> {folder / 'gating.tsv'}")
 
 
@@ -261,8 +261,8 @@ class Sweep:
     device: runs.Device = "auto"            # auto: the GPU if there is one
 
     def __post_init__(self):
-        measure.check_distinct("validation set", [part.name for part in self.validation])
-        measure.check_distinct("test set", [dataset.name for dataset in self.test])
+        measure.check_bench_names("validation set", [part.name for part in self.validation])
+        measure.check_bench_names("test set", [dataset.name for dataset in self.test])
         measure.check_scores(self.score)
         measure.threshold_grid(self)
         if not (self.tile and self.overlap and self.scale):
@@ -291,11 +291,11 @@ def sweep(config: Sweep) -> None:
     first = ("set", "choice", "n", "cap", *settings[0])
     runs.write_table(folder / "sweep.tsv", [{name: row.get(name) for name in (*first, *COMPARED)}
                                             for row in table])
-    shared, selected, compared = measure.best_setting(rows, settings, config.score), [], []
+    shared, selected, compared = measure.measured_best_setting(rows, settings, config.score), [], []
     for dataset in test:
         choices = {"shared": shared, "weights": {}}
         if its := [row for row in rows if row["set"] == dataset.name]:
-            choices["own"] = measure.best_setting(its, settings, config.score)
+            choices["own"] = measure.measured_best_setting(its, settings, config.score)
         selected += measure.ceiling_row(dataset, config.ceiling, config.score, folder / "test",
                                         choice=CEILING)
         results = {}
@@ -310,7 +310,7 @@ def sweep(config: Sweep) -> None:
                 compared += measure.differences(dataset, results["shared"], result)
     runs.write_table(folder / "selected.tsv", selected, first)
     runs.write_table(folder / "delta.tsv", compared)
-    report.print_table(selected, dict.fromkeys((*first, config.score, "AP@0.5", "SEG")))
+    report.print_report_table(selected, dict.fromkeys((*first, config.score, "AP@0.5", "SEG")))
     print(f"-> {folder / 'selected.tsv'}; by {config.score} on validation: shared by all sets, or "
           "a set's own; weights: as they are stored")
 
@@ -325,7 +325,7 @@ def sweep_rows(dataset: LabelledSet, network: measure.NetworkLabels, settings: l
         images.append(measure.cached(folder / f"{item.name}.json", key, partial(
             measure.sweep_image, item, dataset, network, settings)))
     return [{"set": dataset.name, "choice": "-", "n": len(images), **setting,
-             **{name: report.mean_defined(image[k][name] for image in images)
+             **{name: report.chart_mean(image[k][name] for image in images)
                 for name in COMPARED}} for k, setting in enumerate(settings)]
 
 
@@ -357,7 +357,7 @@ class Ceiling(Encoding):
 
     def __post_init__(self):
         super().__post_init__()
-        measure.check_distinct("set", [dataset.name for dataset in self.sets])
+        measure.check_bench_names("set", [dataset.name for dataset in self.sets])
         measure.check_scores(self.score)
         if not self.cap:
             raise ValueError("cap needs one value or more; null is one: no cap")
@@ -369,8 +369,8 @@ def ceiling(config: Ceiling) -> None:
     folder = run_folder(config)
     tables = [measure.encoding_rows(dataset, config, config.score, folder) for dataset in sets]
     runs.write_table(folder / "ceiling.tsv", [row for table in tables for row in table])
-    report.print_table([table[0] for table in tables],
-                       ("set", "n", "cap", "peak", "fill", "DSB", *measure.PAGE_SCORES))
+    report.print_report_table([table[0] for table in tables],
+                              ("set", "n", "cap", "peak", "fill", "DSB", *measure.PAGE_SCORES))
     print(f"-> {folder / 'ceiling.tsv'}; here the best of each set by {config.score}")
 
 
@@ -388,7 +388,7 @@ class Calibrate:
 
     def __post_init__(self):
         if names := [dataset.name for dataset in (*self.home, *self.abroad)]:
-            measure.check_distinct("set", names)
+            measure.check_bench_names("set", names)
 
 
 def calibrate(config: Calibrate) -> None:
@@ -396,26 +396,26 @@ def calibrate(config: Calibrate) -> None:
     into a copy of the weights."""
     net = networks.load(config.weights).ready(runs.pick_device(config.device))
     fitted = ([LabelledSet(dataset, config.root) for dataset in config.validation]
-              or measure.held_out_sets(net, config.root))
+              or measure.bench_held_out_sets(net, config.root))
     tested = {place: [LabelledSet(dataset, config.root) for dataset in sets]
               for place, sets in (("home", config.home), ("abroad", config.abroad))}
     check_apart(fitted, [dataset for sets in tested.values() for dataset in sets])
-    score = measure.fit_score([measure.judged_cells(dataset, net) for dataset in fitted])
-    networks.change_settings(config.weights, config.out, score=score)
+    score = measure.fit_cell_score([measure.judged_cells(dataset, net) for dataset in fitted])
+    networks.change_weights_settings(config.weights, config.out, score=score)
     rows = []
     for place, sets in tested.items():
         found = {dataset.name: measure.judged_cells(dataset, net) for dataset in sets}
         rows += [score_row(place, name, [judged], score) for name, judged in found.items()]
         if len(found) > 1:
             rows.append(score_row(place, "all", list(found.values()), score))
-    report.print_table(rows, ("place", "set", "cells", "right", "score", "ECE", "AUROC"))
+    report.print_report_table(rows, ("place", "set", "cells", "right", "score", "ECE", "AUROC"))
     print(f"-> {config.out}; fitted on {sum(len(each.examples) for each in fitted)} images")
 
 
 def score_row(place: str, name: str, found: list[measure.JudgedCells], score: dict) -> dict:
     """How well scores tell right cells from wrong ones, over all cells together."""
     right = np.concatenate([judged.right for judged in found])
-    given = np.concatenate([cells.right_probability(judged.features, score) for judged in found])
+    given = np.concatenate([cells.cell_probability(judged.features, score) for judged in found])
     return {"place": place, "set": name, "cells": len(right), "right": right.mean(),
             "score": given.mean(), "ECE": metrics.calibration_error(right, given),
             "AUROC": metrics.roc_area(right, given)}
@@ -465,9 +465,9 @@ class Embed:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
 
     def __post_init__(self):
-        measure.check_distinct("source", [source.name for source in self.sources])
+        measure.check_bench_names("source", [source.name for source in self.sources])
         for typed in self.sets:
-            data.types_wanted(typed.types)
+            data.training_types(typed.types)
         if self.export and (len(self.sources), len(self.sets)) != (1, 1):
             raise ValueError(f"export={self.export}: expected one source and one set, got "
                              f"{len(self.sources)} and {len(self.sets)}")
@@ -500,7 +500,7 @@ def embed(config: Embed) -> None:
     for name, table in (("embed", rows), ("fields", found)):
         if table:
             runs.write_table(folder / f"{name}.tsv", table)
-            report.print_table(table, dict.fromkeys(name for row in table for name in row))
+            report.print_report_table(table, dict.fromkeys(name for row in table for name in row))
     print(f"-> {folder}")
 
 
@@ -554,13 +554,13 @@ class TypedCells(typing.NamedTuple):
 
 def typed_cells(net, sets: tuple[data.TrainingSet, ...], typed: TypedSet, root: str) -> TypedCells:
     """Vectors and types of the true cells of a set's images."""
-    wanted, rows, types, kept = data.types_wanted(typed.types), [], [], []
+    wanted, rows, types, kept = data.training_types(typed.types), [], [], []
     counts: dict[str, dict[str, int]] = {}
     for chosen in sets:
         for example in data.examples(Path(root) / chosen.path, chosen.channels, chosen.match,
                                      chosen.labels):
             pixels, labels = example.image().pixels, example.labels()
-            own = data.type_numbers(example, labels, wanted)
+            own = data.training_type_numbers(example, labels, wanted)
             rows.append(vectors_of(net, pixels, labels))
             types.append(own)
             kept.append((pixels, labels, own))
@@ -578,7 +578,7 @@ def typed_cells(net, sets: tuple[data.TrainingSet, ...], typed: TypedSet, root: 
 
 def told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
     """Scores of the types of a set's test images."""
-    names = tuple(data.types_wanted(typed.types))
+    names = tuple(data.training_types(typed.types))
     train, test = (typed_cells(net, part, typed, config.root) for part in (typed.train, typed.test))
     known, asked = train.types > 0, test.types > 0
     truth = test.types[asked]
@@ -589,7 +589,7 @@ def told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
     scores: dict[str, Any] = {"cells": len(truth), "most": np.bincount(truth).max() / len(truth)}
     for how, answer in (("knn", nearest), ("linear", linear)):
         scores |= {f"{how}_accuracy": float((answer == truth).mean()),
-                   f"{how}_F1": report.mean_defined(
+                   f"{how}_F1": report.chart_mean(
                        metrics.type_f1(truth, answer, range(1, 1 + len(names))))}
     if net is None or net.origin is None:      # none that finds cells
         return scores
@@ -633,7 +633,7 @@ def told_fields(net, config: Embed) -> dict[str, float]:
     """Retrieval of fields across channels, and of fields of the same well, by mean vectors."""
     finder = networks.load(config.finder).ready(runs.pick_device(config.device))
     fields, names = [], []
-    for name, _, pixels in probe.comparable(probe.field_files(
+    for name, _, pixels in probe.comparable_features(probe.field_files(
             Path(str(config.fields)), config.size, config.channels, config.limit)):
         labels = segment.segment(pixels[-1], finder)
         if labels.any():
@@ -701,7 +701,7 @@ def usage(verb: str) -> str:
     for name, hint in typing.get_type_hints(cls).items():
         for part in filter(is_dataclass, (hint, *typing.get_args(hint))):
             sections[part].append(name)
-    keys = "".join(f"\n\nKeys in {' and '.join(names)}:\n{runs.describe(part)}"
+    keys = "".join(f"\n\nKeys in {' and '.join(names)}:\n{runs.config_help(part)}"
                    for part, names in sections.items())
     return f"python evaluate.py {verb} CONFIG.yaml [key=value ...]\n\n{function.__doc__}{keys}"
 

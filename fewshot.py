@@ -312,11 +312,11 @@ def fewshot(config: FewShot, folder: Path) -> None:
                         net = moved if way == "reptile" else None
                         rows.append(measure.cached(where, key, partial(
                             one_way, net, start, first, episode, new, shots, way, config, seed)))
-                        print(" ".join(f"{k} {report.shown(v)}" for k, v in rows[-1].items()),
+                        print(" ".join(f"{k} {report.shown_value(v)}" for k, v in rows[-1].items()),
                               flush=True)
     runs.write_table(folder / "fewshot.tsv", rows)
     table = summary_of(rows)
-    report.print_table(table, table[0])
+    report.print_report_table(table, table[0])
     runs.write_text(folder / "fewshot.svg", figure_of(rows))
     print(f"-> {folder}")
 
@@ -369,9 +369,9 @@ def summary_of(rows: list[dict]) -> list[dict[str, Any]]:
         own = [row for row in rows if (row["start"], row["way"]) == (start, way)]
         line: dict[str, Any] = {"start": start, "way": way}
         for name, shots in sorted({(row["set"], row["shots"]) for row in rows}):
-            line[f"{name} {shots}"] = report.mean_defined(
+            line[f"{name} {shots}"] = report.chart_mean(
                 row["AP@0.5"] for row in own if (row["set"], row["shots"]) == (name, shots))
-        table.append({**line, "mean": report.mean_defined(
+        table.append({**line, "mean": report.chart_mean(
             value for name, value in line.items() if name not in ("start", "way"))})
     return table
 
@@ -384,5 +384,5 @@ def figure_of(rows: list[dict]) -> str:
         at.setdefault(row["shots"], []).append(row["AP@0.5"])
     points = {name: [(float(shots), float(np.mean(values)))
                      for shots, values in sorted(at.items())] for name, at in series.items()}
-    looks = report.styles(points)
+    looks = report.page_styles(points)
     return report.line_chart(points, looks, "support images", "AP@0.5", log=True)

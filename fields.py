@@ -84,19 +84,19 @@ class FieldData:
             raise ValueError(f"data.square={self.square}: expected data.folders, images to cut")
 
 
-def held_out(config: FieldData, seed: int) -> tuple[tuple[str, ...], Iterator[Pixels]]:
+def held_out_fields(config: FieldData, seed: int) -> tuple[tuple[str, ...], Iterator[Pixels]]:
     """Channels and the fields to measure on."""
     if config.index:
-        _, index = split_index(config, seed)
-        return index_channels(index, config.channels), _streamed(config, index, seed)
+        _, index = split_field_index(config, seed)
+        return index_channels(index, config.channels), _streamed_fields(config, index, seed)
     channels, makers = local_fields(config, seed)
     return channels, (make() for make in makers[:config.held])
 
 
-def extent(config: FieldData, seed: int) -> tuple[int, tuple[str, ...], tuple[int, int]]:
+def field_extent(config: FieldData, seed: int) -> tuple[int, tuple[str, ...], tuple[int, int]]:
     """Number of fields to train on, channels, (H, W); of an index JUMP's, nothing is fetched."""
     if config.index:
-        train, _ = split_index(config, seed)
+        train, _ = split_field_index(config, seed)
         return len(train), index_channels(train, config.channels), (1080, 1080)
     channels, makers = local_fields(config, seed)
     return len(makers) - config.held, channels, makers[config.held]()[1].shape[1:]
@@ -195,7 +195,7 @@ def with_slash(root: str) -> str:
     return str(root).rstrip("/") + "/"
 
 
-def split_index(config: FieldData, seed: int) -> tuple[Index, Index]:
+def split_field_index(config: FieldData, seed: int) -> tuple[Index, Index]:
     """The index to train on and the one held out."""
     assert config.index
     return hold_out_plates(Index.load(config.index, config.root), config.held_share, seed)
@@ -272,7 +272,7 @@ class FieldReader:
         return body
 
 
-def _streamed(config: FieldData, index: Index, seed: int) -> Iterator[Pixels]:
+def _streamed_fields(config: FieldData, index: Index, seed: int) -> Iterator[Pixels]:
     """The first data.held fields of an index that can be read, in random order."""
     reader, channels = FieldReader(index.root, config), index_channels(index, config.channels)
     found = 0
@@ -333,14 +333,14 @@ def make_index(source: str, channels: Sequence[str] | None = None, signed: bool 
     if common in ("", "s3:/", "s3://"):
         raise ValueError(f"{source}: its tables name files in several buckets, or without a folder"
                          "; index them one by one")
-    return _index_of(rows, common, channels, counts), counts
+    return _field_index(rows, common, channels, counts), counts
 
 
 def _visit_all(visit: Callable, stop: Callable, first: str, what: str, journal: str | Path | None
                ) -> tuple[list[FoundField], Counter]:
     """All rows below `first`; each folder that a thread finished is a line of the journal."""
     from tqdm import tqdm
-    done = {} if journal is None else _read_journal(Path(journal), what)
+    done = {} if journal is None else _read_index_journal(Path(journal), what)
     rows, waiting = [], [first]
     counts: Counter[str] = Counter()
     running: dict[Future, str] = {}
@@ -374,7 +374,7 @@ def _visit_all(visit: Callable, stop: Callable, first: str, what: str, journal: 
     return rows, counts
 
 
-def _read_journal(path: Path, what: str) -> dict[str, dict]:
+def _read_index_journal(path: Path, what: str) -> dict[str, dict]:
     """Finished folders; a last line that was cut off is removed."""
     if not path.exists():
         return {}
@@ -398,7 +398,7 @@ def _visit_files(store, root: str, place: str) -> dict:
     counts: Counter[str] = Counter()
     fields: dict[tuple, dict[str, tuple[str, int]]] = defaultdict(dict)
     places: set[str] = set()
-    batch, plate, measurement = _acquisition(root + place)
+    batch, plate, measurement = _plate_acquisition(root + place)
     for folders, files in store.pages(place):
         places.update(f"{place}{folder}/" for folder in folders if folder.isprintable())
         counts["keys"] += len(files)
@@ -419,7 +419,7 @@ def _visit_files(store, root: str, place: str) -> dict:
     return {"rows": rows, "places": sorted(places), "counts": counts}
 
 
-def _acquisition(folder: str) -> tuple[str, str, str]:
+def _plate_acquisition(folder: str) -> tuple[str, str, str]:
     """.../B/images/P__2020-Measurement1/Images/ -> B, P, 2020-Measurement1 (batch, plate, ...)"""
     parts = [part for part in folder.split("/") if part]
     if parts and parts[-1].lower() == "images":
@@ -433,7 +433,7 @@ def _acquisition(folder: str) -> tuple[str, str, str]:
 def _visit_tables(store, root: str, place: str) -> dict:
     """Fields of a load_data table, or the tables and folders in a folder."""
     if place.endswith((".csv", ".csv.gz")):
-        rows = list(_table_rows(store.read(place), root + place))
+        rows = list(_plate_table_rows(store.read(place), root + place))
         keys = sum(len(files) for *_, files in rows)
         return {"rows": rows, "places": [], "counts": {"keys": keys}}
     places, tables = [], []
@@ -445,7 +445,7 @@ def _visit_tables(store, root: str, place: str) -> dict:
     return {"rows": [], "places": places, "counts": {"keys": 0}}
 
 
-def _table_rows(body: bytes, where: str) -> Iterator[tuple]:
+def _plate_table_rows(body: bytes, where: str) -> Iterator[tuple]:
     """Rows of a load_data table, with addresses or paths on the machine that wrote it."""
     try:
         text = (gzip.decompress(body) if where.endswith(".gz") else body).decode("utf-8-sig")
@@ -459,12 +459,12 @@ def _table_rows(body: bytes, where: str) -> Iterator[tuple]:
                          "no load_data table")
     for number, line in enumerate(table, 2):
         found = {label: address for label in labels
-                 if (address := _address(line, label)) and address.isprintable()}
+                 if (address := _field_address(line, label)) and address.isprintable()}
         folder = _common_folder(address.rpartition("/")[0] for address in found.values())
         files = {label: (address.removeprefix(folder), 0) for label, address in found.items()}
         batch = line.get("Metadata_Batch") or where.split("/")[-3]   # .../batch/plate/load_data.csv
         try:
-            site = _site(line)
+            site = _plate_site(line)
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{where}: line {number} has no Metadata_Well such as A01 (or Row and "
                              "Col) and whole number Metadata_Site") from None
@@ -473,7 +473,7 @@ def _table_rows(body: bytes, where: str) -> Iterator[tuple]:
         yield batch, line["Metadata_Plate"], "", *site, folder, files
 
 
-def _address(line: dict, label: str) -> str:
+def _field_address(line: dict, label: str) -> str:
     """s3://bucket/key or a path of a channel in a line of load_data, or nothing."""
     url = line.get(f"URL_Orig{label}") or ""
     if not url:
@@ -484,7 +484,7 @@ def _address(line: dict, label: str) -> str:
     return url.removeprefix("file:")
 
 
-def _site(line: dict) -> tuple[int, int, int]:
+def _plate_site(line: dict) -> tuple[int, int, int]:
     """Row and column of the well, and the field."""
     if well := WELL.fullmatch(line.get("Metadata_Well") or ""):
         letters = [ord(letter) - 64 for letter in well[1].upper()]
@@ -500,8 +500,8 @@ def _common_folder(folders: Iterable[str]) -> str:
     return "/".join(parts) + "/" if parts else ""
 
 
-def _index_of(rows: list[FoundField], root: str, channels: Sequence[str] | None, counts: Counter
-              ) -> Index:
+def _field_index(rows: list[FoundField], root: str, channels: Sequence[str] | None, counts: Counter
+                 ) -> Index:
     """An index of sorted rows; counts incomplete and repeated fields, and missing channels."""
     labels = {label for row in rows for label in row.files}
     known = [name for name in JUMP_CHANNELS if name in labels]
@@ -532,10 +532,11 @@ def _index_of(rows: list[FoundField], root: str, channels: Sequence[str] | None,
 def local_fields(config: FieldData, seed: int
                  ) -> tuple[tuple[str, ...], list[Callable[[], Pixels]]]:
     """Channels and a function for each field, first for those held out."""
-    return (_mixed if config.square else _drawn if config.fields else _whole)(config, seed)
+    return (_mixed_fields if config.square else _drawn_fields if config.fields
+            else _whole_fields)(config, seed)
 
 
-def _drawn(config: FieldData, seed: int):
+def _drawn_fields(config: FieldData, seed: int):
     known = [name.lower() for name in synthetic.CHANNELS]
     wanted = config.channels or synthetic.CHANNELS
     if unknown := [name for name in wanted if name.lower() not in known]:
@@ -544,26 +545,26 @@ def _drawn(config: FieldData, seed: int):
     rows = [known.index(name.lower()) for name in wanted]
 
     def draw(number: int) -> Pixels:
-        field = _synthetic(config, seed, number, config.field_size)
+        field = _synthetic_fields(config, seed, number, config.field_size)
         return f"synthetic {number}", np.ascontiguousarray(field.pixels[rows]), field.labels
     makers = [functools.partial(draw, number) for number in range(config.held + config.fields)]
     return tuple(synthetic.CHANNELS[i] for i in rows), makers
 
 
-def _synthetic(config: FieldData, seed: int, number: int, size: int):
+def _synthetic_fields(config: FieldData, seed: int, number: int, size: int):
     own = seed * 100003 + number
     cells = config.field_cells * np.random.default_rng(own).uniform(1 / 3, 1)
     cells = max(1, round(cells * (size / config.field_size) ** 2))
     return synthetic.field(own, size, cells, config.field_diameter)
 
 
-def _whole(config: FieldData, seed: int):
+def _whole_fields(config: FieldData, seed: int):
     """Images of one size, as they are."""
-    found = [path for folder in config.folders for path in _images_of(config, folder)]
+    found = [path for folder in config.folders for path in _field_files(config, folder)]
     channels, shape, order = _by_lot(found, config, seed)
 
     def read(path: Path) -> Pixels:
-        pixels = _pixels(path, config.channels)
+        pixels = _field_pixels(path, config.channels)
         if pixels.shape != shape:
             raise ValueError(f"{path}: {pixels.shape}, expected {shape} as in {found[0].name}; "
                              "data.square cuts images of many sizes to one")
@@ -571,19 +572,22 @@ def _whole(config: FieldData, seed: int):
     return channels, [functools.partial(read, path) for path in order]
 
 
-def _mixed(config: FieldData, seed: int):
+def _mixed_fields(config: FieldData, seed: int):
     """Fields of one size from unlike images, with the number of channels of the first folder.
 
     Squares cover an image; a smaller one is mirrored. Of more channels some are drawn, fewer are
     repeated. Random whole images of the first folder are held out.
     """
     assert config.square
-    home, *others = [_images_of(config, folder) for folder in config.folders]
+    home, *others = [_field_files(config, folder) for folder in config.folders]
     channels, (C, *_), order = _by_lot(home, config, seed)
-    side, read = config.square, functools.lru_cache(maxsize=1)(_pixels)  # squares follow each other
+    side, read = (
+        config.square,
+        functools.lru_cache(maxsize=1)(_field_pixels),
+    )  # squares follow each other
 
     def whole(path: Path) -> Pixels:
-        pixels = _pixels(path, config.channels)
+        pixels = _field_pixels(path, config.channels)
         if len(pixels) != C:
             raise ValueError(f"{path}: {len(pixels)} channels, expected {C} as in {home[0].name}; "
                              "images of the first of data.folders are measured on, and need the "
@@ -600,7 +604,7 @@ def _mixed(config: FieldData, seed: int):
         return fit(f"{path.stem} {y},{x}", read(path, used)[:, y:y + side, x:x + side])
 
     def draw(number: int) -> Pixels:
-        return fit(f"synthetic {number}", _synthetic(config, seed, number, side).pixels)
+        return fit(f"synthetic {number}", _synthetic_fields(config, seed, number, side).pixels)
 
     makers = [functools.partial(whole, path) for path in order[:config.held]]
     sources = [(path, config.channels) for path in order[config.held:]]
@@ -613,7 +617,7 @@ def _mixed(config: FieldData, seed: int):
     return channels, makers + [functools.partial(draw, number) for number in range(config.fields)]
 
 
-def _images_of(config: FieldData, folder: str) -> list[Path]:
+def _field_files(config: FieldData, folder: str) -> list[Path]:
     """Images below a folder, without labels and what programs write beside them."""
     root = Path(config.root or "", folder)
     others = (*filter(None, data.ENDS), *data.BYPRODUCTS)
@@ -640,7 +644,7 @@ def _by_lot(found: list[Path], config: FieldData, seed: int):
         return channels, first.shape, [found[i] for i in order]
 
 
-def _pixels(path: Path, channels: tuple[str, ...] = ()) -> np.ndarray:
+def _field_pixels(path: Path, channels: tuple[str, ...] = ()) -> np.ndarray:
     """(C, H, W) uint16."""
     pixels = images.read_image(path, channels or None).pixels
     if pixels.dtype not in (np.uint8, np.uint16):

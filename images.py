@@ -150,12 +150,12 @@ def read_image(path: str | Path, channels: Channels = None, plane: int | None = 
         _, H, W = source.shape
         image = Image(source.region(0, H, 0, W), source.channels, source.pixel_size)
     for notice in source.notices:
-        if said := told(path, notice):
+        if said := image_notice(path, notice):
             warnings.warn(said, stacklevel=2)
     return image
 
 
-def told(path: str | Path, notice: str) -> str | None:
+def image_notice(path: str | Path, notice: str) -> str | None:
     """The text of a notice for the 1st, 10th, 100th ... file with it, else None."""
     TOLD[notice] += 1
     count = TOLD[notice]
@@ -203,7 +203,7 @@ def stack_of(path: str | Path, letter: str) -> Stack:
     path = Path(path)
     if path.suffix.lower() not in TIFF:
         return Stack(1, "YX", None, None)
-    with decoding(path), tifffile.TiffFile(path, _multifile=False) as tif:
+    with image_decoding(path), tifffile.TiffFile(path, _multifile=False) as tif:
         series, imagej, pixels = tif.series[0], tif.imagej_metadata or {}, None
         if tif.is_ome:
             with suppress(ElementTree.ParseError):
@@ -261,7 +261,7 @@ class Source:
         if not (0 <= y0 < y1 <= H and 0 <= x0 < x1 <= W):
             raise ValueError(f"{self.path}: no region {y0}:{y1}, {x0}:{x1} in {H} x {W} px")
         wanted = self._picked + self._alpha
-        check_memory(self.path, len(wanted) * (y1 - y0) * (x1 - x0) * self.dtype.itemsize)
+        check_image_memory(self.path, len(wanted) * (y1 - y0) * (x1 - x0) * self.dtype.itemsize)
         pixels = self._read(wanted, slice(y0, y1), slice(x0, x1))
         pixels = pixels.astype(self.dtype, copy=False)
         if self._alpha:
@@ -342,7 +342,7 @@ def _select(path: Path, plane: int | None, time: int | None, by_channel: bool,
     return "".join(a for a in letters if a in "CSYX"), tuple(index)
 
 
-def check_memory(path: Path, size: float) -> None:
+def check_image_memory(path: Path, size: float) -> None:
     """Refuse pixels that do not fit; they are held three times while they are decoded."""
     if size > SMALL and 3 * size > (free := runs.free_memory()):
         raise ValueError(f"{path}: too large for memory, {size / 1e9:.3g} GB of pixels at once and "
@@ -351,7 +351,7 @@ def check_memory(path: Path, size: float) -> None:
 
 
 @contextmanager
-def decoding(path: Path, codec: str = "") -> Iterator[None]:
+def image_decoding(path: Path, codec: str = "") -> Iterator[None]:
     """Report damage and missing codecs in one line."""
     try:
         yield
@@ -364,7 +364,7 @@ def decoding(path: Path, codec: str = "") -> Iterator[None]:
                          f"copy or export it again") from None
 
 
-def _from_arrays(arrays: Iterable[np.ndarray], axes: str, **more: Any) -> dict[str, Any]:
+def _source_of_arrays(arrays: Iterable[np.ndarray], axes: str, **more: Any) -> dict[str, Any]:
     """Arguments of Source for arrays, mapped or not, with axes of C, S, Y, X in any order."""
     order = [axes.index(a) for a in "CSYX" if a in axes]
     arrays = [array.transpose(order) for array in arrays]
@@ -387,23 +387,23 @@ def _one_level(path: Path, level: Level) -> None:
 def _open_npy(path: Path, select: Selector, files: ExitStack, colours: bool, level: Level
               ) -> dict[str, Any]:
     _one_level(path, level)
-    with decoding(path):
+    with image_decoding(path):
         array = np.lib.format.open_memmap(path, mode="r")          # refuses pickled objects
     if array.ndim not in (2, 3):
         raise ValueError(f"{path}: shape {array.shape}, expected (H, W), (C, H, W) or (H, W, C)")
     axes = "YX" if array.ndim == 2 else "YXC" if array.shape[2] <= 4 < array.shape[0] else "CYX"
     select(axes, array.shape)
-    return _from_arrays([array], axes)
+    return _source_of_arrays([array], axes)
 
 
 def _open_png_jpeg(path: Path, select: Selector, files: ExitStack, colours: bool, level: Level
                    ) -> dict[str, Any]:
     _one_level(path, level)
-    with decoding(path), PIL.Image.open(path, formats=("PNG", "JPEG")) as image:
+    with image_decoding(path), PIL.Image.open(path, formats=("PNG", "JPEG")) as image:
         pixels, size = math.prod(image.size), path.stat().st_size
         if pixels > size * DENSEST[str(image.format)] * 8 / BITS.get(image.mode, 8):
             raise Damaged(f"{image.height} x {image.width} px cannot lie in {size} bytes")
-        check_memory(path, pixels * len(image.getbands()) * (4 if image.mode == "I" else 1))
+        check_image_memory(path, pixels * len(image.getbands()) * (4 if image.mode == "I" else 1))
         raw = str(image.tile[0][3])
         few = {"L;2": 85, "L;4": 17}.get(raw, 1)                   # Pillow stretches few bits to 8
         if image.mode == "P" and colours:
@@ -416,8 +416,8 @@ def _open_png_jpeg(path: Path, select: Selector, files: ExitStack, colours: bool
     select("YX", array.shape[:2])
     notices = [f"EXIF says that the camera was turned (orientation {turned}); pixels and results "
                "are as stored"] * (turned in range(2, 9))
-    return _from_arrays([array], "YXC"[:array.ndim], alpha=array.shape[2:] in ((2,), (4,)),
-                        notices=notices)
+    return _source_of_arrays([array], "YXC"[:array.ndim], alpha=array.shape[2:] in ((2,), (4,)),
+                             notices=notices)
 
 
 def _sixteen_bits(path: Path, image: Any) -> np.ndarray:
@@ -443,13 +443,13 @@ def _sixteen_bits(path: Path, image: Any) -> np.ndarray:
 
 def _open_tiff(path: Path, select: Selector, files: ExitStack, colours: bool, level: Level
                ) -> dict[str, Any]:
-    with decoding(path):
+    with image_decoding(path):
         tif = files.enter_context(tifffile.TiffFile(path, _multifile=False))   # opens no other file
-        _check_chain(path, tif)
+        _check_page_chain(path, tif)
         levels = tif.series[0].levels
         about = _tiff_metadata(tif, levels[0].keyframe)
     number, about["pixel_size"] = _level(path, levels, about["pixel_size"], level)
-    with decoding(path):
+    with image_decoding(path):
         series = levels[number - 1]
         axes, shape, dtype, offset = series.axes, series.shape, series.dtype, series.dataoffset
         page: Any = series.keyframe
@@ -464,28 +464,29 @@ def _open_tiff(path: Path, select: Selector, files: ExitStack, colours: bool, le
         raise ValueError(f"{path}: {dtype} pixels, axes {axes} of {shape} in {len(pages)} pages of "
                          f"{inner}; expected 8 to 64 bits, rows and columns in a page; save it as "
                          "ImageJ or OME-TIFF")
-    if (there := math.prod(shape)) < (promised := _promised(tif, page)):
+    if (there := math.prod(shape)) < (promised := _promised_pixels(tif, page)):
         raise ValueError(f"{path}: truncated TIFF, its metadata promise {promised} pixels and "
                          f"{there} are there; copy or export it again")
     kept, where = select(axes, shape)
     stored_as = dtype.newbyteorder(tif.byteorder)
     if offset is not None:                                 # one run of bytes; pages may be unlisted
         _check_extent(path, offset + math.prod(shape) * dtype.itemsize)
-        stored: Any = _from_arrays([np.memmap(path, stored_as, "r", offset, shape)[where]], kept)
+        stored: Any = _source_of_arrays([np.memmap(path, stored_as, "r", offset, shape)[where]],
+                                        kept)
     else:
         chosen = np.arange(len(pages)).reshape(lead)[where[:len(lead)]]
-        with decoding(path):
+        with image_decoding(path):
             pages = [pages[int(i)] for i in chosen.flat]
             mapped = all(page.is_memmappable for page in pages)
             offsets = [page.dataoffsets[0] for page in pages]
         if page.bitspersample in (2, 4) or page.bitspersample == 1 != page.compression:
-            check_memory(path, len(pages) * page.imagelength * page.imagewidth)
-            with decoding(path):
-                stored = _from_arrays(_read_by_pillow(path, pages), "YX")
+            check_image_memory(path, len(pages) * page.imagelength * page.imagewidth)
+            with image_decoding(path):
+                stored = _source_of_arrays(_read_by_pillow(path, pages), "YX")
         elif mapped:
             _check_extent(path, max(offsets) + math.prod(page.shape) * dtype.itemsize)
             maps = [np.memmap(path, stored_as, "r", start, page.shape) for start in offsets]
-            stored = _from_arrays(maps, inner)
+            stored = _source_of_arrays(maps, inner)
         else:
             shape = len(pages) * page.samplesperpixel, page.imagelength, page.imagewidth
             stored = dict(read=_Segments(path, pages), dtype=dtype, shape=shape)
@@ -494,8 +495,9 @@ def _open_tiff(path: Path, select: Selector, files: ExitStack, colours: bool, le
         if not (table % 257).any() or not (table % 256).any():
             table = (table >> 8).astype(np.uint8)          # colours of 8 bits, as nearly everywhere
         _, H, W = stored["shape"]
-        check_memory(path, 3 * H * W * table.itemsize)
-        stored = _from_arrays([table[:, stored["read"]([0], slice(0, H), slice(0, W))[0]]], "CYX")
+        check_image_memory(path, 3 * H * W * table.itemsize)
+        stored = _source_of_arrays([table[:, stored["read"]([0], slice(0, H), slice(0, W))[0]]],
+                                   "CYX")
     alpha = stored["shape"][0] == page.samplesperpixel and page.extrasamples[-1:] in ((1,), (2,))
     return dict(stored, alpha=alpha, levels=len(levels), **about)
 
@@ -575,7 +577,7 @@ def _tiff_metadata(tif: tifffile.TiffFile, page: Any) -> dict[str, Any]:
                 pixel_size=x if 0 < x < largest else None)
 
 
-def _check_chain(path: Path, tif: tifffile.TiffFile) -> None:
+def _check_page_chain(path: Path, tif: tifffile.TiffFile) -> None:
     """Follow the pages to their end, which lies behind that of the file if it was cut; so may the
     texts of the first page."""
     form, file = tif.tiff, tif.filehandle
@@ -599,7 +601,7 @@ def _check_chain(path: Path, tif: tifffile.TiffFile) -> None:
         offset = struct.unpack(form.offsetformat, file.read(form.offsetsize))[0]
 
 
-def _promised(tif: tifffile.TiffFile, page: Any) -> int:
+def _promised_pixels(tif: tifffile.TiffFile, page: Any) -> int:
     """Pixels of the first image that ImageJ's or OME's metadata announce in this file."""
     plane = page.imagelength * page.imagewidth
     if tif.is_ome:
@@ -625,7 +627,7 @@ class _Segments:
 
     def __init__(self, path: Path, pages: list[Any]):
         self.path, self.pages = path, pages
-        with decoding(path):
+        with image_decoding(path):
             self.key = key = pages[0].keyframe
             self.codec = repr(key.compression)
             self.h, self.w = min(key.rowsperstrip, key.imagelength), key.imagewidth
@@ -634,7 +636,7 @@ class _Segments:
             self.down = math.ceil(key.imagelength / self.h)
             self.across = math.ceil(key.imagewidth / self.w)
             self.separate = key.planarconfig == tifffile.PLANARCONFIG.SEPARATE
-            check_memory(path, self.h * self.w * key.samplesperpixel * key.dtype.itemsize)
+            check_image_memory(path, self.h * self.w * key.samplesperpixel * key.dtype.itemsize)
             self.decode = key.decode
             if key.compression == JPEG and key.bitspersample == 8 and isinstance(
                     tifffile.TIFF.DECOMPRESSORS, _Codecs):
@@ -678,7 +680,7 @@ class _Segments:
         place = page, index
         if place not in self.cache:
             frame = self.pages[page]
-            with decoding(self.path, self.codec):
+            with image_decoding(self.path, self.codec):
                 handle = frame.parent.filehandle
                 handle.seek(frame.dataoffsets[index])
                 data = handle.read(frame.databytecounts[index]) or None          # None: sparse file
@@ -909,7 +911,7 @@ def read_labels(path: str | Path) -> np.ndarray:
                              "labels: one channel of integers; give each cell a whole number and "
                              "save it as uint16")
         labels = source.region(0, source.shape[1], 0, source.shape[2])[0]
-    check_labels(labels, path, np.iinfo(np.int32).max)
+    check_label_image(labels, path, np.iinfo(np.int32).max)
     return labels.astype(np.int32)
 
 
@@ -917,15 +919,15 @@ def write_labels(path: str | Path, labels: np.ndarray, pixel_size: float | None 
                  record: dict | None = None) -> None:
     """Write a compressed TIFF of uint16, or uint32 if ids pass 65,535.
 
-    pixel_size : µm; record : how they were made, which record_of() gives back.
+    pixel_size : µm; record : how they were made, which label_record() gives back.
     """
-    check_labels(labels, path, np.iinfo(np.uint32).max)
+    check_label_image(labels, path, np.iinfo(np.uint32).max)
     dtype = np.uint16 if labels.max(initial=0) < 1 << 16 else np.uint32
     with runs.replacing(path) as temporary:
         tifffile.imwrite(temporary, labels.astype(dtype), **_label_options(pixel_size, record))
 
 
-def record_of(file: str | Path | bytes) -> dict | None:
+def label_record(file: str | Path | bytes) -> dict | None:
     """The record inside a label image, of which the first RECORD bytes are enough; {} if there is
     none, None if the file is damaged."""
     with suppress(*DAMAGE), tifffile.TiffFile(
@@ -1039,7 +1041,7 @@ def _label_options(pixel_size: float | None, record: dict | None = None) -> dict
     return options
 
 
-def check_labels(labels: np.ndarray, where: str | Path, largest: int) -> None:
+def check_label_image(labels: np.ndarray, where: str | Path, largest: int) -> None:
     if labels.ndim != 2 or labels.dtype.kind not in "iu":
         raise ValueError(f"{where}: labels of shape {labels.shape}, {labels.dtype}; expected (H, "
                          f"W) integers")

@@ -168,7 +168,7 @@ class Config:
                                                        "within") if getattr(self, key)]):
             raise ValueError(f"{single[0]}=true: is for single planes; leave it out with z=all and "
                              "time=all")
-        runs.part_of(self.shard)
+        runs.shard_of(self.shard)
         if self.within is not None and s3.is_remote(self.within):
             raise ValueError(f"within={self.within}: expected a file or folder here; copy it first")
 
@@ -183,8 +183,8 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
     unreadable: list[OSError] = []
     found = find_images(files or [str(root / "demo" / "*.png")], config, unreadable)
     for error in unreadable:
-        say(f"warning: {runs.sentence(error)}; nothing in this folder is done")
-    part, parts = runs.part_of(config.shard)
+        print_line(f"warning: {runs.error_sentence(error)}; nothing in this folder is done")
+    part, parts = runs.shard_of(config.shard)
     mine = found
     if parts > 1:
         mine = {path: found[path] for path in sorted(found, key=str)[part - 1::parts]}
@@ -204,7 +204,7 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
         return 0
     if not s3.is_remote(config.out):
         new = not Path(config.out).exists()
-        out = prepare(Path(config.out))
+        out = prepare_results(Path(config.out))
         runs.sweep_temporary(out)
         try:
             code = segment_all(mine, s3.OutputFolder(out), table, weights, config)
@@ -212,7 +212,7 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
             if new and parts == 1 and not any(out.iterdir()):            # nothing came of it
                 out.rmdir()
     else:
-        with s3.open_output(config.out, [table]) as shelf:
+        with s3.open_s3_output(config.out, [table]) as shelf:
             code = segment_all(mine, shelf, table, weights, config)
     return code or int(bool(unreadable))
 
@@ -232,7 +232,7 @@ def segment_all(found: Images, shelf: s3.OutputFolder, table: str, weights: Path
                              "score; `python evaluate.py calibrate` writes one into a copy")
         if (net.mean.device.type == "cpu" and config.weights == "default"
                 and weights.stem == "dinocell_s8"):
-            say("no GPU: weights=tiny is three times as fast, and hardly less accurate")
+            print_line("no GPU: weights=tiny is three times as fast, and hardly less accurate")
         start = time.perf_counter()
         try:
             code = work.do(todo, net, config, alone=len(found) == 1)
@@ -270,17 +270,17 @@ class Work:
         """The images to do. Results of another image or of other settings are not touched."""
         if config.overwrite:
             return found
-        names = {name: results(name, config) for name in found.values()}
+        names = {name: result_files(name, config) for name in found.values()}
         there = [name for name in names if self.shelf.has(names[name][:1])]
         with ThreadPoolExecutor(8) as readers:           # from S3 each takes a round trip
             heads = readers.map(partial(self.shelf.head, size=images.RECORD),
                                 (names[name][0] for name in there))
-            records = {name: images.record_of(head)
+            records = {name: images.label_record(head)
                        for name, head in zip(there, heads, strict=True)}
         todo = {}
         for path, name in found.items():
             record = records.get(name)
-            if record is not None and (reason := differs(record, path, self.made)):
+            if record is not None and (reason := result_difference(record, path, self.made)):
                 self.fail(ValueError(f"{Path(config.out) / names[name][0]}: {reason}; "
                                      "overwrite=true makes it anew, another out= keeps both"),
                           path, alone=len(found) == 1)
@@ -296,9 +296,9 @@ class Work:
         """Say why an image is not done. A mistake in an image `alone` is raised."""
         if alone:
             raise error
-        reason = "out of memory" if runs.is_memory(error) else runs.sentence(error)
+        reason = "out of memory" if runs.is_out_of_memory(error) else runs.error_sentence(error)
         reason = reason.replace(str(file or path), str(path))
-        say("warning: " + reason if str(path) in reason else f"warning: {path}: {reason}")
+        print_line("warning: " + reason if str(path) in reason else f"warning: {path}: {reason}")
         self.failed.append(str(path))
 
     def do(self, todo: Images, net, config: Config, alone: bool) -> int:
@@ -316,7 +316,7 @@ class Work:
                         raise runs.Stopped
                     if isinstance(file, OSError):
                         raise file
-                    made = {**self.made, "source": source_of(path, file)}
+                    made = {**self.made, "source": result_source(path, file)}
                     job = file, todo[path], self.shelf.folder, net, config, made
                     row = segment_stack(*job, partial(show, count), stop) if config.linked else \
                         segment_file(*job, partial(show, count))
@@ -327,7 +327,7 @@ class Work:
                     print("stopped; the same command goes on from here", file=sys.stderr)
                     return runs.REQUEUE
                 except (ValueError, OSError, MemoryError, RuntimeError) as error:
-                    if isinstance(error, RuntimeError) and not runs.is_memory(error):
+                    if isinstance(error, RuntimeError) and not runs.is_out_of_memory(error):
                         raise
                     if isinstance(error, OSError) and error.errno in runs.FULL:
                         raise self.full(error, len(todo) - count) from None
@@ -360,39 +360,39 @@ def made_with(weights: Path, config: Config) -> dict:
             "weights": {"file": weights.name, "sha256": runs.digest(weights)[:16]}}
 
 
-def source_of(path: Path | str, file: Path) -> dict:
+def result_source(path: Path | str, file: Path) -> dict:
     """An image as results remember it: name, place (hashed, for results are shared), content."""
-    size, modified = size_of(file)
-    return {"file": str(path), "place": hashed_place(path), "bytes": size,
-            "modified": None if s3.is_remote(path) else modified, "sha256": content_of(file)}
+    size, modified = source_size(file)
+    return {"file": str(path), "place": source_place(path), "bytes": size,
+            "modified": None if s3.is_remote(path) else modified, "sha256": source_content(file)}
 
 
-def size_of(file: Path) -> tuple[int, int]:
+def source_size(file: Path) -> tuple[int, int]:
     """Bytes and time of the last change (ns), of a folder those of its frames."""
-    status = [each.stat() for each in (frames_in(file) if file.is_dir() else [file])]
+    status = [each.stat() for each in (frame_files(file) if file.is_dir() else [file])]
     return sum(one.st_size for one in status), max(one.st_mtime_ns for one in status)
 
 
-def content_of(file: Path) -> str:
-    return runs.digest(*(frames_in(file) if file.is_dir() else [file]))
+def source_content(file: Path) -> str:
+    return runs.digest(*(frame_files(file) if file.is_dir() else [file]))
 
 
-def hashed_place(path: Path | str) -> str:
+def source_place(path: Path | str) -> str:
     return runs.digest(str(path) if s3.is_remote(path) else str(Path(path).resolve()))[:16]
 
 
-def differs(record: dict, path: Path | str, made: dict) -> str:
+def result_difference(record: dict, path: Path | str, made: dict) -> str:
     """How results differ from those wanted, or nothing."""
     if not record:
         return "is there and does not say how it was made"
     source = record["source"]
     if s3.is_remote(path):
-        same = source["place"] == hashed_place(path)
+        same = source["place"] == source_place(path)
     else:
-        size, modified = size_of(Path(path))
+        size, modified = source_size(Path(path))
         same = source["bytes"] == size and (
-            (source["place"], source["modified"]) == (hashed_place(path), modified)
-            or source["sha256"] == content_of(Path(path)))
+            (source["place"], source["modified"]) == (source_place(path), modified)
+            or source["sha256"] == source_content(Path(path)))
     if not same:
         return f"comes from {source['file']}, which is another image than {path}"
     old, new = ({**record_or_made["settings"], "weights": record_or_made["weights"]["file"],
@@ -424,19 +424,19 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, made: di
                 with images.open_image(path, *where, level=images.overview_level) as small:
                     pixels = small.region(0, small.shape[1], 0, small.shape[2])
                 limits = images.percentiles(pixels, net.settings.low, net.settings.high)
-                tissue = segment.tissue_of(pixels)
+                tissue = segment.tissue_map(pixels)
             else:
                 limits = images.percentiles(source, net.settings.low, net.settings.high)
         for notice in source.notices:                          # now, for all pixels have been seen
-            if said := images.told(path, notice):
-                say(said)
+            if said := images.image_notice(path, notice):
+                print_line(said)
         diameter = parse_diameter(config.diameter, source.pixel_size, path)
         with segment.timed(clock, "network"):
             plan = segment.plan_for(source, net, diameter=diameter, limits=limits, tissue=tissue,
                                     **{name: getattr(config, name) for name in PLANNED})
         results = Results(out, name, source, plan, config, clock)
         found = (segment.blocks(source, results.plan, clock, progress) if config.labels is None
-                 else segment.blocks_of(labels_for(source, name, config), results.plan))
+                 else segment.blocks_of(labels_given(source, name, config), results.plan))
         for block in found:
             results.add(block)
     return results.close(made, start)
@@ -459,7 +459,7 @@ def given_labels(config: Config, name: str) -> Path:
     return Path(config.labels or "", f"{name}_labels.tif")
 
 
-def labels_for(source, name: str, config: Config):
+def labels_given(source, name: str, config: Config):
     """(H, W) the labels given for an image."""
     path = given_labels(config, name)
     labels = images.read_labels(path)
@@ -512,7 +512,7 @@ class Results:
             table = {**table, "id": block.ids[table["id"]], **score}
             if block.vectors is not None:
                 self.vectors.append(block.vectors)
-                table |= types_of(self.plan.net, block.vectors)
+                table |= result_types(self.plan.net, block.vectors)
             self.columns.append(table)
             if self.geojson or self.config.rois:
                 new = np.zeros_like(block.ids)
@@ -523,7 +523,8 @@ class Results:
                 if self.config.rois:
                     self.polygons += polygons
             if self.picture is not None:
-                part = cells.reduced(pixels[(slice(None), *block.inner)], block.labels, self.reduce)
+                part = cells.reduced_overlay(pixels[(slice(None), *block.inner)], block.labels,
+                                             self.reduce)
                 core = tuple(slice(c.start // self.reduce, -(-c.stop // self.reduce))
                              for c in block.core)
                 self.picture[0][(slice(None), *core)], self.picture[1][core] = part
@@ -542,7 +543,7 @@ class Results:
         weights = self.plan.net.settings.score
         if not weights or self.config.labels is not None:
             return {}
-        return {"score": cells.right_probability(cells.map_features(
+        return {"score": cells.cell_probability(cells.cell_map_features(
             block.local, block.seen, self.plan.diameter, block.new), weights)}
 
     def without_unlikely(self, block: segment.Block, score: dict) -> tuple[segment.Block, dict]:
@@ -566,11 +567,11 @@ class Results:
             if self.around is not None:
                 owner, large = self.nesting.tables()
                 table["within"] = np.array([owner.get(int(i), 0) for i in table["id"]], np.int64)
-                cells.write_csv(f"{beginning}within.csv", large)
+                cells.write_cell_table(f"{beginning}within.csv", large)
                 nested = {"within": len(large["id"]), "within_none": int((large["nuclei"] == 0)
                           .sum()), "within_several": int((large["nuclei"] > 1).sum()),
                           "outside": int((table["within"] == 0).sum())}
-            cells.write_csv(f"{beginning}cells.csv", table)
+            cells.write_cell_table(f"{beginning}cells.csv", table)
             if self.config.embed:
                 weights = runs.digest(self.plan.net.origin)[:16]
                 vectors.write_vectors(f"{beginning}cells.npz", vectors.CellVectors(
@@ -621,7 +622,7 @@ def around_of(name: str, config: Config, source) -> Path | None:
     return path
 
 
-def types_of(net, rows: np.ndarray) -> dict[str, np.ndarray]:
+def result_types(net, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Columns of the likeliest type of cells with these vectors; none without a type head."""
     if net.types is None:
         return {}
@@ -637,7 +638,7 @@ class Planes:
 
     def __init__(self, path: Path, config: Config):
         self.path, self.config = path, config
-        self.files = frames_in(path, config.pattern) if path.is_dir() else [path]
+        self.files = frame_files(path, config.pattern) if path.is_dir() else [path]
         self.about = images.stack_of(self.files[0], config.linked)
         if config.spacing:
             self.about = self.about._replace(step=config.spacing)
@@ -785,7 +786,7 @@ def parse_diameter(text: str | None, pixel_size: float | None, path: Path | None
     return float(match[1]) / pixel_size
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print a line on stderr, above the progress bar if there is one."""
     tqdm.tqdm.write(text, file=sys.stderr)
 
@@ -831,7 +832,7 @@ def find_images(arguments: list[str], config: Config,
     for image, name in found.items():
         if name in names:                                 # of another folder, or another suffix
             name = found[image] = runs.flat_name(str(image).removeprefix("s3://"))
-            say(f"{image}: another image has its name; its results begin with {name}_")
+            print_line(f"{image}: another image has its name; its results begin with {name}_")
         names[name] = image
     return found
 
@@ -854,7 +855,7 @@ def images_below(folder: str, config: Config,
     return {p: runs.flat_name(os.path.splitext(name)[0]) for p, name in below.items()}
 
 
-def frames_in(folder: Path, pattern: str = "*") -> list[Path]:
+def frame_files(folder: Path, pattern: str = "*") -> list[Path]:
     """The images of a folder, in natural order."""
     files = images.image_files(folder, pattern)
     kept = images_among({path: path.relative_to(folder).as_posix() for path in files})
@@ -863,7 +864,7 @@ def frames_in(folder: Path, pattern: str = "*") -> list[Path]:
 
 def is_series(folder: Path, config: Config) -> bool:
     """Whether the images of a folder are the planes of one stack, or each a stack."""
-    frames = frames_in(folder, config.pattern)
+    frames = frame_files(folder, config.pattern)
     return bool(frames) and images.stack_of(frames[0], config.linked).planes == 1
 
 
@@ -893,7 +894,7 @@ def images_among(files: Images) -> Images:
     return {p: name for p, name in files.items() if not is_label(Path(name).stem)}
 
 
-def results(name: str, config: Config) -> list[str]:
+def result_files(name: str, config: Config) -> list[str]:
     """Files that an image gets."""
     wanted = {"_overlay.png": config.overlay, "_distance.tif": config.distance,
               ".geojson": config.geojson, "_rois.zip": config.rois, "_cells.npz": config.embed,
@@ -918,7 +919,7 @@ def find_weights(name: str, folder: Path) -> Path:
                             "weights=FILE")
 
 
-def prepare(out: Path) -> Path:
+def prepare_results(out: Path) -> Path:
     """Make the folder, and find out now whether one may write there."""
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ from instruct_data import (
     WHOLE,
     AnnotatedSet,
     TissueTile,
-    membership,
+    class_membership,
 )
 
 with runs.lazy():
@@ -147,7 +147,7 @@ def ask(config: Ask, files: list[str]) -> int:
                          f"{net.words.text}")
     zoom = segment.zoom_for(config.diameter, net) if config.diameter else 1.0
     view = instruct_net.view_of(pixels, net.to(device), zoom=zoom)
-    reply = instruct_net.respond(view, text, net.cpu(), encoder)
+    reply = instruct_net.respond_in_words(view, text, net.cpu(), encoder)
 
     out, found = Path(config.out), reply.found
     out.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ def ask(config: Ask, files: list[str]) -> int:
 
 # --------------------------------------------------------------------------------------------- make
 
-def make_set(config: Config, files: list[str]) -> int:
+def make_instruct_set(config: Config, files: list[str]) -> int:
     """Sources -> folders of one layout -> pairs. Made anew each time: seconds to minutes."""
     if not config.sources:
         raise ValueError("sources: none given; configs/instruct.yaml names some")
@@ -179,12 +179,12 @@ def make_set(config: Config, files: list[str]) -> int:
     cells: Counter[str] = Counter()
     names, tissues = set(), set()
     for number, source in enumerate(config.sources, 1):
-        for tile in instruct_data.source_tiles(source):
+        for tile in instruct_data.class_tiles(source):
             if tile.name in names:                             # two folders may each have a 1.png
                 tile = tile._replace(name=f"{number}_{tile.name}")
             names.add(tile.name)
-            for split, part in instruct_data.split_tile(tile, source.split, config.seed):
-                instruct_data.write_tile(out / split, part)
+            for split, part in instruct_data.split_class_tile(tile, source.split, config.seed):
+                instruct_data.write_class_tile(out / split, part)
                 written[split] += 1
                 if split == "train":
                     tissues.add(part.tissue)
@@ -194,7 +194,7 @@ def make_set(config: Config, files: list[str]) -> int:
         raise ValueError(f"{out}: {there} tiles lie there, {written.total()} were written; remove "
                          "those of other sources, or give another data=; rename images of one name")
     trained = [name for name, concept in instruct_data.CONCEPTS.items()
-               if concept.words and instruct_data.is_taught(name, cells, config.least)]
+               if concept.words and instruct_data.class_is_taught(name, cells, config.least)]
     if not trained:
         raise ValueError(f"least={config.least}: no concept has so many cells in train; give more "
                          "sources or a smaller least=")
@@ -206,7 +206,7 @@ def make_set(config: Config, files: list[str]) -> int:
     runs.write_text(out / "set.json", json.dumps(record, indent=1) + "\n")
     rng = np.random.default_rng(config.seed)
     for split, lot in instruct_data.LOT_OF.items():
-        tiles, path = instruct_data.read_tiles(out, split), out / f"pairs_{split}.jsonl"
+        tiles, path = instruct_data.read_class_tiles(out, split), out / f"pairs_{split}.jsonl"
         pairs = instruct_data.write_pairs(path, tiles, record, lot, config.pairs, config.llm, rng)
         print(f"{split}: {written[split]} images, {pairs} pairs with {lot} wordings")
     print(f"taught: {', '.join(trained)} -> {out}")
@@ -234,7 +234,7 @@ class Lessons:
                 names[row, words.names.index(name)] = 1
             group = (kind, len(targets), *targets[:1])
             if kind == "known":
-                belongs = membership(classes, targets, task == "exclude")
+                belongs = class_membership(classes, targets, task == "exclude")
                 member[row, 1:], group = torch.from_numpy(belongs), (kind, task, *targets)
             groups[group].append(row)
         self.known, *vain = ([torch.tensor(rows) for group, rows in groups.items()
@@ -296,9 +296,9 @@ class Crops:
 def train_instructed(config: Config, files: list[str]) -> int:
     device, record = runs.pick_device(config.device), instruct_data.read_record(config.data)
     torch.manual_seed(config.seed)
-    tiles = instruct_data.read_tiles(config.data, "train")
+    tiles = instruct_data.read_class_tiles(config.data, "train")
     encoder, classes = instruct_net.load_encoder(config.encoder), sorted(record["cells"])
-    net = build_instructed(config, record, encoder.dim).to(device)
+    net = build_instruct_network(config, record, encoder.dim).to(device)
     lines = instruct_data.read_pairs(config.data, "train")
     lessons = Lessons(lines, net.words, classes, encoder, device)
     print(f"{len(tiles)} images, {len(lessons.lines)} instructions, "
@@ -385,7 +385,7 @@ def train_instructed(config: Config, files: list[str]) -> int:
     return 0
 
 
-def build_instructed(config: Config, record: dict, text: int):
+def build_instruct_network(config: Config, record: dict, text: int):
     """The network of init= with a text side, untrained, that reads vectors of width `text`."""
     grammar, classes = instruct_data.Grammar(record["trained"], 0), sorted(record["cells"])
     names = *record["trained"], *grammar.untrained("train"), *instruct_data.WORDS.invisible["train"]
@@ -464,13 +464,13 @@ def choose_thresholds(net, lessons: Lessons, tiles: list[TissueTile], folder: st
 
     Returns the scores that they reach there.
     """
-    held = [part for tile in instruct_data.read_tiles(folder, "validation")
+    held = [part for tile in instruct_data.read_class_tiles(folder, "validation")
             for part, _ in instruct_data.tile_parts(tile)]
     scores: dict[str, float | None] = dict(fit_watershed(net, held))
     fit_tissue(net, tiles)
     named = [tile.pixels for tile in held if tile.tissue] or [tile.pixels for tile in held]
-    looks = [(instruct_net.stain_share(pixels)[0], number == 0) for real in named
-             for number, pixels in enumerate((real, *unstained(real)))]
+    looks = [(instruct_net.guardrail_stain_share(pixels)[0], number == 0) for real in named
+             for number, pixels in enumerate((real, *unstained_images(real)))]
     values, truth = zip(*looks)
     net.words.stain, scores["stain"] = best_line(values, truth)
     scores["tissue_line"] = net.words.tissue
@@ -514,13 +514,13 @@ def fit_tissue(net, tiles: list[TissueTile]) -> None:
     away = []
     for lot in lots.unique():
         if (lots != lot).any():
-            whiten(net, tokens[lots != lot])
+            whiten_texts(net, tokens[lots != lot])
             away += [net.strangeness(token) for token in tokens[lots == lot]]
-    whiten(net, tokens)
+    whiten_texts(net, tokens)
     net.words.tissue = float(np.quantile(away, 0.95)) if away else float("inf")
 
 
-def whiten(net, tokens) -> None:
+def whiten_texts(net, tokens) -> None:
     """Mean and whitening of mean tokens (n, D); their covariance is shrunk by 0.3: n is small."""
     net.centre.copy_(tokens.mean(0))
     centred = tokens - tokens.mean(0)
@@ -530,7 +530,7 @@ def whiten(net, tokens) -> None:
     net.whiten.copy_(torch.linalg.inv(torch.linalg.cholesky(covariance)))
 
 
-def unstained(pixels: np.ndarray) -> Iterator[np.ndarray]:
+def unstained_images(pixels: np.ndarray) -> Iterator[np.ndarray]:
     """No H&E, made from it: gray, negative, channels in another order, blank, noise."""
     yield np.repeat(pixels.mean(0, keepdims=True), 3, 0).astype(np.uint8)
     yield 255 - pixels
@@ -551,7 +551,7 @@ def fit_texts(net, lessons: Lessons, held: list[TissueTile], lines: list[dict], 
             mean = vectors[torch.tensor(mine)].sum(0)
             net.prototypes[row] = torch.nn.functional.normalize(mean, dim=0)
         texts = [line["instruction"] for line in lines]
-        readings = instruct_net.readings_of(texts, net.read(encoder(texts)), words)
+        readings = instruct_net.guardrail_readings(texts, net.read(encoder(texts)), words)
         known = [line["kind"] == "known" for line in lines]
         confidence = [reading.confidence for reading in readings]
         words.known, scores["known"] = best_line(confidence, known)
@@ -561,7 +561,7 @@ def fit_texts(net, lessons: Lessons, held: list[TissueTile], lines: list[dict], 
             mine = view.cells[[number - 1 for number in tile.classes]]
             sides = net.similarity(net.prototypes, mine).sigmoid().numpy()   # (names, n)
             for name, p in zip(words.trained, sides):
-                member = membership(list(tile.classes.values()), [name])
+                member = class_membership(list(tile.classes.values()), [name])
                 if name != WHOLE and len(member) and (member != 0).all():
                     cells.append(p)
                     belong.append(member > 0)
@@ -594,7 +594,7 @@ def best_line(values, truth, score: Literal["balanced", "F1"] = "balanced"
 
 # ----------------------------------------------------------------------------------------- evaluate
 
-def evaluate(config: Config, files: list[str]) -> int:
+def evaluate_instruct(config: Config, files: list[str]) -> int:
     """Test tiles, held-out wordings: masks beside both controls, counts, guardrails."""
     weights = str(config.weights or runs.export_path(config))
     net = instruct_net.load_instructed(weights)
@@ -602,7 +602,7 @@ def evaluate(config: Config, files: list[str]) -> int:
     if net.words.classes or (fixed and not fixed.words.classes):
         raise ValueError("weights= wants a network of head=text, reference= one of head=fixed")
     foreign = {place: foreign_images(place) for place in config.foreign}
-    parts = [part for tile in instruct_data.read_tiles(config.data, "test")
+    parts = [part for tile in instruct_data.read_class_tiles(config.data, "test")
              for part in instruct_data.tile_parts(tile)]
     lines = instruct_data.read_pairs(config.data, "test")
     if not parts or not lines:
@@ -617,7 +617,7 @@ def evaluate(config: Config, files: list[str]) -> int:
         exam.add_up(view)
         for line in exam.lines[(tile.name, *box)]:
             text = line["instruction"]
-            exam.judge(line, instruct_net.reply_to(view, text, exam.readings[text], net))
+            exam.judge(line, instruct_net.guardrail_reply(view, text, exam.readings[text], net))
     for place, pictures in foreign.items():
         for pixels in pictures:
             view = instruct_net.view_of(pixels, net)
@@ -628,7 +628,7 @@ def evaluate(config: Config, files: list[str]) -> int:
     out = Path(config.output_base_dir) / "runs" / config.experiment
     out.mkdir(parents=True, exist_ok=True)
     runs.write_text(out / "evaluate.json", json.dumps(result, indent=1) + "\n")
-    text = in_words(result)
+    text = exam_in_words(result)
     runs.write_text(out / "evaluate.md", text)
     print(text + f"-> {out / 'evaluate.json'}")
     return 0
@@ -647,7 +647,7 @@ class Exam:
         texts = list(dict.fromkeys(line["instruction"] for line in lines))
         with torch.inference_mode():
             said = net.read(encoder(texts))
-        self.readings = dict(zip(texts, instruct_net.readings_of(texts, said, net.words)))
+        self.readings = dict(zip(texts, instruct_net.guardrail_readings(texts, said, net.words)))
         self.lines, asked = defaultdict(list), defaultdict(set)
         for line in lines:
             self.lines[(line["image"], *line["box"])].append(line)
@@ -674,7 +674,8 @@ class Exam:
         other = instruct_net.view_of(tile.pixels, fixed) if fixed else None
         for name in self.names:
             texts, true = self.asked.get(("plain", (name,)), []), {
-                task: instruct_data.truth(tile, task, (name,)) for task in ("segment", "exclude")}
+                task: instruct_data.class_truth(tile, task, (name,))
+                for task in ("segment", "exclude")}
             if true["segment"] is None or true["exclude"] is None or len(texts) < 5:
                 continue
             found, labels = true["segment"]
@@ -683,7 +684,7 @@ class Exam:
             if others := self.asked.get(("exclude", (name,))):
                 text = str(self.rng.choice(others))
                 masks["except"] = true["exclude"][1], self.mask(view, text)
-            foils = [text for foil in self.names if instruct_data.apart(name, foil)
+            foils = [text for foil in self.names if instruct_data.classes_apart(name, foil)
                      for text in self.asked.get(("plain", (foil,)), [])]
             if foils:
                 masks["shuffled"] = labels, self.mask(view, str(self.rng.choice(foils)))
@@ -755,9 +756,9 @@ class Exam:
             classes={name: {how: class_scores(some) for how, some in tables.items() if some}
                      for name, tables in self.tables.items()},
             rates=dict(self.rates),
-            counting={"mean_absolute_error": mean_of(abs(true - said)),
-                      "mean_true_count": mean_of(true), "n": len(true)},
-            paraphrases={"mean_iou": mean_of(self.same), "pairs": len(self.same)})
+            counting={"mean_absolute_error": exam_mean(abs(true - said)),
+                      "mean_true_count": exam_mean(true), "n": len(true)},
+            paraphrases={"mean_iou": exam_mean(self.same), "pairs": len(self.same)})
 
 
 def class_scores(tables: list) -> dict[str, float | int | None]:
@@ -773,10 +774,10 @@ def fixed_mask(view, name: str, net) -> np.ndarray:
     """Labels of the cells whose likeliest class of the fixed-class control is of this concept."""
     with torch.inference_mode():
         best = net.classify(view.cells).argmax(1).tolist() if len(view.cells) else []
-    return view.only(membership([net.words.classes[i] for i in best], [name]) > 0)
+    return view.only(class_membership([net.words.classes[i] for i in best], [name]) > 0)
 
 
-def mean_of(values) -> float | None:
+def exam_mean(values) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
 
@@ -791,7 +792,7 @@ def foreign_images(folder: str) -> list[np.ndarray]:
     return [pixels if len(pixels) == 3 else pixels[:1] for pixels in corners]
 
 
-def in_words(result: dict) -> str:
+def exam_in_words(result: dict) -> str:
     """The report as Markdown."""
     def shown(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}"
@@ -814,11 +815,11 @@ def in_words(result: dict) -> str:
 
 
 VERBS: dict[str, tuple[type, Callable[..., int]]] = {
-    "ask": (Ask, ask), "make": (Config, make_set), "train": (Config, train_instructed),
-    "evaluate": (Config, evaluate)}
+    "ask": (Ask, ask), "make": (Config, make_instruct_set), "train": (Config, train_instructed),
+    "evaluate": (Config, evaluate_instruct)}
 
 
-def start(arguments: list[str]) -> None:
+def start_instruct(arguments: list[str]) -> None:
     """VERB and what follows; ask where none is named."""
     if not arguments or arguments[0] not in VERBS:
         arguments = ["ask", *arguments]
@@ -826,9 +827,9 @@ def start(arguments: list[str]) -> None:
     doc = f"{__doc__}\nKeys of {arguments[0]}:"
     if config is Config:
         for name, section in (("llm", LLM), ("each of sources", AnnotatedSet)):
-            doc += f"\n\nSection {name}:\n{runs.describe(section)}"
+            doc += f"\n\nSection {name}:\n{runs.config_help(section)}"
     runs.script(doc, config, run, arguments[1:])
 
 
 if __name__ == "__main__":
-    start(sys.argv[1:])
+    start_instruct(sys.argv[1:])

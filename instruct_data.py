@@ -106,27 +106,27 @@ CONCEPTS = {name: Concept(tuple(concept["words"]), tuple(concept.get("held-out",
 WHOLE = next(name for name, concept in CONCEPTS.items() if concept.parent is None)   # every nucleus
 
 
-def ancestors(name: str) -> tuple[str, ...]:
+def class_ancestors(name: str) -> tuple[str, ...]:
     """A class and all classes above it."""
     parent = CONCEPTS[name].parent
-    return (name, *ancestors(parent)) if parent else (name,)
+    return (name, *class_ancestors(parent)) if parent else (name,)
 
 
-def membership(classes: Sequence[str], targets: Sequence[str], exclude: bool = False
-               ) -> np.ndarray:
+def class_membership(classes: Sequence[str], targets: Sequence[str], exclude: bool = False
+                     ) -> np.ndarray:
     """(n,) int8: 1 where a cell of this class belongs to the targets, -1 where not, 0: unknown."""
-    below = {name for target in targets for name in ancestors(target)} - set(targets)
-    known = {name: 1 if set(ancestors(name)) & set(targets) else 0 if name in below else -1
+    below = {name for target in targets for name in class_ancestors(target)} - set(targets)
+    known = {name: 1 if set(class_ancestors(name)) & set(targets) else 0 if name in below else -1
              for name in set(classes)}
     return np.array([known[name] for name in classes], np.int8) * np.int8(-1 if exclude else 1)
 
 
-def apart(a: str, b: str) -> bool:
+def classes_apart(a: str, b: str) -> bool:
     """Neither concept contains the other."""
-    return a not in ancestors(b) and b not in ancestors(a)
+    return a not in class_ancestors(b) and b not in class_ancestors(a)
 
 
-def denies(text: str) -> bool:
+def words_deny(text: str) -> bool:
     """The text speaks of what is not something, in plain words; others the network has to read."""
     text = text.lower()
     names = (name.lower() for concept in CONCEPTS.values()
@@ -136,11 +136,11 @@ def denies(text: str) -> bool:
     return re.search(WORDS.denials, text) is not None
 
 
-def is_taught(concept: str, counts: dict[str, int], least: int) -> bool:
+def class_is_taught(concept: str, counts: dict[str, int], least: int) -> bool:
     """Enough cells for it and, except for the root, against it."""
     side: Counter[int] = Counter()
     for name, number in counts.items():
-        side[int(membership([name], [concept])[0])] += number
+        side[int(class_membership([name], [concept])[0])] += number
     return side[1] >= least and (side[-1] >= least or CONCEPTS[concept].parent is None)
 
 
@@ -249,8 +249,8 @@ class Found(NamedTuple):
     place: str                          # where most of them are; "" when they are spread
 
 
-def found_in(labels: np.ndarray, task: str, targets: tuple[str, ...], counts: tuple[int, ...]
-             ) -> Found:
+def found_classes(labels: np.ndarray, task: str, targets: tuple[str, ...], counts: tuple[int, ...]
+                  ) -> Found:
     """The answer to a task whose cells are those of a label image."""
     area = np.bincount(labels.ravel(), minlength=2)[1:]
     ids = np.flatnonzero(area) + 1
@@ -284,11 +284,11 @@ def label_boxes(labels: np.ndarray) -> list[list[int]]:
             for y, x in filter(None, scipy.ndimage.find_objects(labels))]
 
 
-def plural(target: str) -> str:
+def class_plural(target: str) -> str:
     return CONCEPTS[target].words[0] if target in CONCEPTS else target
 
 
-def amount(count: int, name: str) -> str:
+def amount_in_words(count: int, name: str) -> str:
     """no fibroblasts, 1 fibroblast, 2 fibroblasts; 2 areas of necrosis."""
     if name in WORDS.mass:
         name = f"areas of {name}" if count != 1 else f"area of {name}"
@@ -298,27 +298,27 @@ def amount(count: int, name: str) -> str:
     return f"{count or 'no'} {name}"
 
 
-def answer_sentence(found: Found) -> str:
+def answer_in_words(found: Found) -> str:
     """The answer in words."""
-    names = [plural(target) for target in found.targets]
+    names = [class_plural(target) for target in found.targets]
     share = f"{found.area:.1%} of the region"
     if found.task == "compare":
         (x, a), (y, b) = sorted(zip(found.counts, names), reverse=True)
         if x == y:
-            return f"Neither: I see {amount(x, a)} and {amount(y, b)}."
+            return f"Neither: I see {amount_in_words(x, a)} and {amount_in_words(y, b)}."
         return f"There are more {a} ({x}) than {b} ({y})."
     if found.task == "exclude":
         if not sum(found.counts):
-            rest = f"I outlined {amount(found.count, plural(WHOLE))}, {share}"
+            rest = f"I outlined {amount_in_words(found.count, class_plural(WHOLE))}, {share}"
             return f"I see no {' or '.join(names)} in this region; {rest}."
-        but = " and ".join(map(amount, found.counts, names))
-        others = amount(found.count, f"other {plural(WHOLE)}")
+        but = " and ".join(map(amount_in_words, found.counts, names))
+        others = amount_in_words(found.count, f"other {class_plural(WHOLE)}")
         return f"Apart from {but} I see {others}{f', {share}' * (found.count > 0)}."
     if not found.count:
         return f"I see no {' or '.join(names)} in this region."
     spread = not found.place or found.count <= 2
     where = "spread over the region" if spread else f"most of them in the {found.place}"
-    those = " and ".join(map(amount, found.counts, names))
+    those = " and ".join(map(amount_in_words, found.counts, names))
     return {"segment": f"I outlined {those}, {share}.",
             "count": f"I count {those}.",
             "locate": f"I see {those}, {where}.",
@@ -327,11 +327,11 @@ def answer_sentence(found: Found) -> str:
             "presence": f"Yes, I see {those} in this region."}[found.task]
 
 
-def refusal(kind: str, text: str, target: str | None, trained: Sequence[str]) -> str:
+def refusal_in_words(kind: str, text: str, target: str | None, trained: Sequence[str]) -> str:
     """The question back to an instruction that cannot be followed."""
-    shows = ", ".join(plural(name) for name in trained)
+    shows = ", ".join(class_plural(name) for name in trained)
     said = f'"{" ".join(text.split())[:80]}"'
-    what = plural(target) if target else f"what {said} asks for"
+    what = class_plural(target) if target else f"what {said} asks for"
     offer = f"I can show {shows}. Which of them shall I show?"
     if kind == "untrained":
         return f"I was not trained to recognise {what}; {offer}"
@@ -354,7 +354,7 @@ class LLM:
                              "the name of a model")
 
 
-def rewrite(text: str, llm: LLM) -> str:
+def rewrite_instruction(text: str, llm: LLM) -> str:
     """The instruction in other words; where the answer is no single short line, in the old ones."""
     body = {"model": llm.model, "temperature": 1.0,
             "messages": [{"role": "system", "content": WORDS.prompt},
@@ -418,7 +418,7 @@ class TissueTile(NamedTuple):
         return images.normalise(self.pixels, images.percentiles(self.pixels))
 
 
-def source_tiles(source: AnnotatedSet) -> Iterator[TissueTile]:
+def class_tiles(source: AnnotatedSet) -> Iterator[TissueTile]:
     """The images of a source, whatever its layout.
 
     consep : X.png, X_nuclei.png (instances), X_types.png (class per pixel)
@@ -433,7 +433,8 @@ def source_tiles(source: AnnotatedSet) -> Iterator[TissueTile]:
         raise FileNotFoundError(f"{source.path}: no such folder; expected a source of kind "
                                 f"{source.kind}")
     known = source.classes or WORDS.classes.get(source.kind, {name: name for name in CONCEPTS})
-    read = {"pannuke": _pannuke, "lizard": _lizard}.get(source.kind, _labelled)
+    read = {"pannuke": _pannuke_tiles, "lizard": _lizard_tiles}.get(source.kind,
+                                                                    _labelled_class_tiles)
     for name, pixels, labels, classes, tissue in itertools.islice(read(source), source.limit):
         if source.every and len(pixels) == 1:          # a gray one teaches where nuclei end, too
             pixels = np.repeat(pixels, 3, 0)
@@ -451,7 +452,7 @@ def source_tiles(source: AnnotatedSet) -> Iterator[TissueTile]:
         yield TissueTile(name, pixels, labels, named, tissue or source.tissue)
 
 
-def _labelled(source: AnnotatedSet):
+def _labelled_class_tiles(source: AnnotatedSet):
     for example in data.examples(source.path):
         image, labels = example.files[0], example.labels()
         table, types = (image.with_name(image.stem + end) for end in ("_classes.csv", "_types.png"))
@@ -464,7 +465,7 @@ def _labelled(source: AnnotatedSet):
             classes = {int(row["id"]): int(row["class"]) if row["class"].isdigit() else row["class"]
                        for row in rows}
         elif types.is_file():
-            classes = data.majority(labels, data.read_labels(types), types)
+            classes = data.majority_class(labels, data.read_labels(types), types)
         else:
             raise FileNotFoundError(f"{image}: no {table.name} (id,class) or {types.name} beside "
                                     "it; if its classes are not known, every: nuclei says so")
@@ -478,7 +479,7 @@ def _files_below(source: AnnotatedSet, pattern: str, what: str) -> list[Path]:
     return found
 
 
-def _pannuke(source: AnnotatedSet):
+def _pannuke_tiles(source: AnnotatedSet):
     for path in _files_below(source, "images.npy", "PanNuke's images.npy and masks.npy"):
         fold = path.relative_to(source.path)
         above = ("masks" if part == "images" else part for part in fold.parts[:-1])
@@ -508,7 +509,7 @@ def _pannuke(source: AnnotatedSet):
             yield f"{prefix}_{i:04d}", rgb, labels, classes, organ
 
 
-def _lizard(source: AnnotatedSet):
+def _lizard_tiles(source: AnnotatedSet):
     pictures = {path.stem: path for path in data.list_files(source.path, (".png",))}
     for path in _files_below(source, "*.mat", "Lizard's Labels/NAME.mat and NAME.png"):
         content = scipy.io.loadmat(path)
@@ -525,7 +526,7 @@ def _lizard(source: AnnotatedSet):
 
 # ----------------------------------------------------------------------------------------- the set
 
-def split_tile(tile: TissueTile, split: str, seed: int) -> Iterator[tuple[str, TissueTile]]:
+def split_class_tile(tile: TissueTile, split: str, seed: int) -> Iterator[tuple[str, TissueTile]]:
     """An image for train and validation: large ones lose their lowest rows to validation, of small
     ones some go there whole. With few images a class would else be on one side only."""
     H = len(tile.labels)
@@ -536,11 +537,11 @@ def split_tile(tile: TissueTile, split: str, seed: int) -> Iterator[tuple[str, T
         lot = int(runs.digest(f"{seed}/{tile.name}")[:8], 16) / 2**32
         yield ("validation" if lot < HELD_OUT else "train"), tile
     else:
-        yield "train", crop_tile(tile, (slice(0, last), slice(None)), 1)
-        yield "validation", crop_tile(tile, (slice(last, H), slice(None)), 1)
+        yield "train", crop_class_tile(tile, (slice(0, last), slice(None)), 1)
+        yield "validation", crop_class_tile(tile, (slice(last, H), slice(None)), 1)
 
 
-def crop_tile(tile: TissueTile, part: tuple[slice, slice], least: int = LEAST) -> TissueTile:
+def crop_class_tile(tile: TissueTile, part: tuple[slice, slice], least: int = LEAST) -> TissueTile:
     """A part of a tile, without what its edge leaves of a nucleus below `least` px."""
     labels = tile.labels[part]
     labels = labels * (np.bincount(labels.ravel()) >= least)[labels]
@@ -552,11 +553,11 @@ def tile_parts(tile: TissueTile) -> list[tuple[TissueTile, tuple[int, int, int, 
     """Parts of about PART px that fill an image, and their boxes (y0, x0, y1, x1)."""
     ys, xs = (np.linspace(0, n, max(1, round(n / PART)) + 1).round().astype(int).tolist()
               for n in tile.labels.shape)
-    return [(crop_tile(tile, (slice(y0, y1), slice(x0, x1))), (y0, x0, y1, x1))
+    return [(crop_class_tile(tile, (slice(y0, y1), slice(x0, x1))), (y0, x0, y1, x1))
             for y0, y1 in itertools.pairwise(ys) for x0, x1 in itertools.pairwise(xs)]
 
 
-def write_tile(folder: Path, tile: TissueTile) -> None:
+def write_class_tile(folder: Path, tile: TissueTile) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"id": number, "class": name} for number, name in sorted(tile.classes.items())]
     runs.write_table(folder / f"{tile.name}_classes.csv", rows, ("id", "class"))
@@ -567,16 +568,16 @@ def write_tile(folder: Path, tile: TissueTile) -> None:
     data.write_labels(folder / f"{tile.name}_labels.tif", tile.labels)
 
 
-def read_tiles(folder: str | Path, split: str) -> list[TissueTile]:
+def read_class_tiles(folder: str | Path, split: str) -> list[TissueTile]:
     """Tiles that write_tile wrote; none where there is no such split."""
     folder = Path(folder, split)
     notes = {note.name: note.read_text(encoding="utf-8").strip()
              for note in folder.glob("*_tissue.txt")}
-    tiles = source_tiles(AnnotatedSet(str(folder))) if folder.is_dir() else ()
+    tiles = class_tiles(AnnotatedSet(str(folder))) if folder.is_dir() else ()
     return [tile._replace(tissue=notes.get(f"{tile.name}_tissue.txt", "")) for tile in tiles]
 
 
-def _made(path: Path) -> str:
+def _instruct_set_file(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; make the set first: python instruct.py "
                                 "make configs/instruct.yaml")
@@ -585,30 +586,32 @@ def _made(path: Path) -> str:
 
 def read_record(folder: str | Path) -> dict:
     """set.json, which make writes: trained concepts, cells, tissues, licences."""
-    return json.loads(_made(Path(folder, "set.json")))
+    return json.loads(_instruct_set_file(Path(folder, "set.json")))
 
 
 def read_pairs(folder: str | Path, split: str) -> list[dict]:
-    return [json.loads(line) for line in _made(Path(folder, f"pairs_{split}.jsonl")).splitlines()]
+    return [json.loads(line)
+            for line in _instruct_set_file(Path(folder, f"pairs_{split}.jsonl")).splitlines()]
 
 
 # ------------------------------------------------------------------------------------------- pairs
 
-def truth(tile: TissueTile, task: str, targets: tuple[str, ...]) -> tuple[Found, np.ndarray] | None:
+def class_truth(tile: TissueTile, task: str,
+                targets: tuple[str, ...]) -> tuple[Found, np.ndarray] | None:
     """The true answer and the labels of its cells; None where classes are too coarse to say."""
     names = list(tile.classes.values())
-    belongs = membership(names, targets, task == "exclude")
+    belongs = class_membership(names, targets, task == "exclude")
     if (belongs == 0).any():
         return None
     ids = np.array(list(tile.classes), np.int64)[belongs > 0]
     labels = tile.labels * np.isin(tile.labels, ids)
-    counts = tuple(int((membership(names, [target]) > 0).sum()) for target in targets)
-    return found_in(labels, task, targets, counts), labels
+    counts = tuple(int((class_membership(names, [target]) > 0).sum()) for target in targets)
+    return found_classes(labels, task, targets, counts), labels
 
 
-def is_there(tile: TissueTile, targets: tuple[str, ...]) -> bool | None:
+def class_is_in_tile(tile: TissueTile, targets: tuple[str, ...]) -> bool | None:
     """Some cell belongs to the targets; None where nobody can say."""
-    belongs = membership(list(tile.classes.values()), targets)
+    belongs = class_membership(list(tile.classes.values()), targets)
     return None if (belongs == 0).any() else bool((belongs > 0).any())
 
 
@@ -621,7 +624,7 @@ def write_pairs(path: Path, tiles: list[TissueTile], record: dict, lot: str, cou
     trained, own = record["trained"], record["tissues"] or [""]
     grammar = Grammar(trained, int(rng.integers(2**31)))
     foreign = [name for name in TISSUES if name not in own]
-    pairs = [pair for pair in itertools.permutations(trained, 2) if apart(*pair)]
+    pairs = [pair for pair in itertools.permutations(trained, 2) if classes_apart(*pair)]
     some = [*((name,) for name in trained), *pairs[::7]]
     asked = [(task, targets) for task in TASKS for targets in (pairs if task == "compare" else some)
              if task != "exclude" or "nuclei" not in targets]
@@ -629,7 +632,7 @@ def write_pairs(path: Path, tiles: list[TissueTile], record: dict, lot: str, cou
     used: Counter[tuple] = Counter()
     for tile in tiles:
         for part, box in tile_parts(tile):
-            there = {targets: is_there(part, targets) for _, targets in asked}
+            there = {targets: class_is_in_tile(part, targets) for _, targets in asked}
             options = [(task, targets) for task, targets in asked if there[targets] is not None]
             keys = [(task, targets[0], len(targets), there[targets]) for task, targets in options]
             for _ in range(count):
@@ -644,9 +647,9 @@ def write_pairs(path: Path, tiles: list[TissueTile], record: dict, lot: str, cou
                         tissue = grammar.pick(foreign if rng.random() < 0.5 else own)
                     task, targets = options[at]
                     said = grammar.ask(lot, task, targets, tissue)
-                    answered = truth(part, task, targets)
+                    answered = class_truth(part, task, targets)
                 if llm.url and rng.random() < llm.share:
-                    said = said._replace(text=rewrite(said.text, llm))
+                    said = said._replace(text=rewrite_instruction(said.text, llm))
                 line = dict(image=tile.name, box=box, instruction=said.text, kind=said.kind,
                             task=said.task, targets=said.targets, tissue=said.tissue, wording=lot)
                 lines.append(json.dumps(line | true_answer(said, answered, record)))
@@ -662,11 +665,12 @@ def true_answer(said: Instruction, answered: tuple[Found, np.ndarray] | None, re
     line: dict[str, Any] = dict(status="question", count=None, ids=[], boxes=[], area_fraction=None)
     if answered is None:
         target = said.targets[0] if said.targets else None
-        return line | dict(response=refusal(said.kind, said.text, target, record["trained"]))
+        return line | dict(response=refusal_in_words(said.kind, said.text, target,
+                                                     record["trained"]))
     if said.tissue and record["tissues"] and said.tissue not in record["tissues"]:
         home = ", ".join(record["tissues"])
         return line | dict(response=f"You speak of {said.tissue}, but I was trained on {home}.")
     found, labels = answered
-    return dict(status="answer", response=answer_sentence(found), count=found.count,
+    return dict(status="answer", response=answer_in_words(found), count=found.count,
                 ids=np.unique(labels[labels > 0]).tolist(), boxes=label_boxes(labels),
                 area_fraction=round(found.area, 6))

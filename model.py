@@ -74,7 +74,7 @@ def rope_table(periods: Tensor, h: int, w: int, plain: int,
     return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_by_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x cos + rotate_half(x) sin: x (B, T, heads, head); cos, sin (T, head), float32."""
     half = x.shape[-1] // 2
     sin = torch.cat((-sin[:, :half], sin[:, half:]), -1).to(x.dtype)[:, None]  # (T, 1, head)
@@ -127,7 +127,7 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.qkv.weight, bias).unflatten(2, (3 * self.heads, -1))
         qk, v = qkv.split((2 * self.heads, self.heads), 2)
         # (B, heads, T, head)
-        q, k, v = (t.transpose(1, 2) for t in (*rotate(qk, *rope).chunk(2, 2), v))
+        q, k, v = (t.transpose(1, 2) for t in (*rotate_by_rope(qk, *rope).chunk(2, 2), v))
         slow_backward = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
         attend = AttentionByProducts.apply if slow_backward else F.scaled_dot_product_attention
         x = attend(q, k, v).transpose(1, 2).flatten(2)                       # (B, T, D)
@@ -364,7 +364,7 @@ class Settings:
     smooth: float = 0.0
     shape: float = 0.0
     diameter: float | None = None     # network px, median equivalent diameter of the training cells
-    score: dict = field(default_factory=dict)   # cells.right_probability's weights; none: no score
+    score: dict = field(default_factory=dict)   # cells.cell_probability's weights; none: no score
     provenance: dict = field(default_factory=dict)  # what it was trained on, how, with which scores
 
     @property
@@ -524,10 +524,10 @@ def save(model: DINOCell | ViT, path: str | Path, half: bool = False,
         torch.save(content, temporary)
 
 
-def change_settings(path: str | Path, out: str | Path, **changes: Any) -> None:
+def change_weights_settings(path: str | Path, out: str | Path, **changes: Any) -> None:
     """Write a copy of a weights file with some settings changed; its tensors stay as they are."""
     load(path)                                                # says what is wrong with it
-    content = _read_file(path)
+    content = _read_weights(path)
     content["settings"] = {**content["settings"], **changes}
     with runs.replacing(out) as temporary:
         torch.save(content, temporary)
@@ -537,39 +537,40 @@ def change_settings(path: str | Path, out: str | Path, **changes: Any) -> None:
 
 def load(path: str | Path) -> DINOCell:
     """A network written by save(), in float32, on the CPU, ready for inference."""
-    content = _read_file(path)
-    if not _is_ours(content) or content["kind"] != "DINOCell":
+    content = _read_weights(path)
+    if not _is_our_weights_file(content) or content["kind"] != "DINOCell":
         what = {"ViT": "a backbone without decoder (model.load_backbone reads it)",
                 "Instructed": "weights that answer instructions (instruct.py ask reads them)"}
         raise ValueError(f"{path}: {what.get(str(content.get('kind')), 'no DINOCell file')}; "
                          f"expected weights exported by train_seg.py")
-    shape, settings = content["architecture"], settings_of(content, path)
+    shape, settings = content["architecture"], weights_settings(content, path)
     if heads := shape.get("decoders"):
         print(f"{path}: weights of the format before, with decoders for {', '.join(heads)}; the "
               "one for all is used", file=sys.stderr)
         content["state_dict"] = {k: v for k, v in content["state_dict"].items()
                                  if not k.startswith("decoders.")}
-    with building(path), torch.device("meta"):
-        net = DINOCell(built(shape["backbone"], content["state_dict"]), tuple(shape["widths"]),
+    with building_network(path), torch.device("meta"):
+        net = DINOCell(built_backbone(shape["backbone"], content["state_dict"]),
+                       tuple(shape["widths"]),
                        shape["last"], settings, shape["stem"])
         if shape.get("size"):
             net.add_size_head()
         if names := shape.get("types"):
             net.set_types(nn.Linear(net.backbone.dim, len(names)), names)
-    check_fit(net, content["state_dict"], path)
+    check_weights_fit(net, content["state_dict"], path)
     net.to_empty(device="cpu")
     net.mean.copy_(torch.tensor(net.settings.mean).view(1, 3, 1, 1))
     net.std.copy_(torch.tensor(net.settings.std).view(1, 3, 1, 1))
-    _fill(net, content["state_dict"], path)
+    _fill_network(net, content["state_dict"], path)
     net.origin = Path(path)
     return net.eval()
 
 
-def _is_ours(content: dict) -> bool:
+def _is_our_weights_file(content: dict) -> bool:
     return content.get("format") in (FORMAT, OLD_FORMAT)
 
 
-def settings_of(content: dict, path: str | Path) -> Settings:
+def weights_settings(content: dict, path: str | Path) -> Settings:
     """Settings of a weights file; those that OLD_FORMAT alone had are passed over."""
     gone = ("kinds", "zoom", "pixel_size") if content["format"] == OLD_FORMAT else ()
     given = {k: v for k, v in content["settings"].items() if k not in gone}
@@ -580,7 +581,7 @@ def settings_of(content: dict, path: str | Path) -> Settings:
 
 
 @contextlib.contextmanager
-def building(path: str | Path) -> Iterator[None]:
+def building_network(path: str | Path) -> Iterator[None]:
     """Report an architecture that cannot be built."""
     try:
         yield
@@ -590,7 +591,7 @@ def building(path: str | Path) -> Iterator[None]:
                          f"({type(error).__name__}: {error})") from None
 
 
-def built(shape: dict, tensors: dict) -> ViT | ConvNet:
+def built_backbone(shape: dict, tensors: dict) -> ViT | ConvNet:
     """An untrained backbone of a file's architecture; tensors : the file's, which bound it."""
     shape = dict(shape)
     if shape["depth"] > len(tensors):
@@ -604,8 +605,8 @@ def load_backbone(path: str | Path, patch: int = 8, **options) -> ViT:
     A kernel of larger patches goes through shrink_patch. `options` go to ViT (rope_jitter). Hugging
     Face's file says nothing of heads and wavelengths: config.json beside it does.
     """
-    content = _read_file(path)
-    if _is_ours(content):
+    content = _read_weights(path)
+    if _is_our_weights_file(content):
         tensors = content["state_dict"]
         if content["kind"] == "DINOCell":
             tensors = {k[9:]: v for k, v in tensors.items() if k.startswith("backbone.")}
@@ -624,7 +625,7 @@ def load_backbone(path: str | Path, patch: int = 8, **options) -> ViT:
               len(tensors["register_tokens"]), **options)
     if kernel.shape[-1] != patch:
         tensors["patch_embed.weight"] = shrink_patch(kernel.float(), patch)
-    _fill(vit, tensors, path)
+    _fill_network(vit, tensors, path)
     return vit
 
 
@@ -703,7 +704,7 @@ def _tensor_of(body: memoryview, entry: dict) -> Tensor:
     return torch.frombuffer(body[start:end], dtype=dtype).view(shape)
 
 
-def _read_file(path: str | Path) -> dict:
+def _read_weights(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; train with train_seg.py or pass "
@@ -712,8 +713,8 @@ def _read_file(path: str | Path) -> dict:
         return read_safetensors(path)
     content = runs.load_torch(path)
     parts = {"kind": str, "architecture": dict, "settings": dict, "state_dict": dict}
-    if _is_ours(content) and (wrong := [name for name, kind in parts.items()
-                                        if not isinstance(content.get(name), kind)]):
+    if _is_our_weights_file(content) and (wrong := [name for name, kind in parts.items()
+                                                    if not isinstance(content.get(name), kind)]):
         raise ValueError(f"{path}: damaged weights, no {' and no '.join(wrong)} in them; export "
                          "them again")
     return content
@@ -721,8 +722,8 @@ def _read_file(path: str | Path) -> dict:
 
 def kind(path: str | Path) -> str:
     """Kind of network in a file of weights: "DINOCell" (with decoder), "ViT" or "Instructed"."""
-    content = _read_file(path)
-    return content["kind"] if _is_ours(content) else "ViT"
+    content = _read_weights(path)
+    return content["kind"] if _is_our_weights_file(content) else "ViT"
 
 
 def has_bf16(device: str) -> bool:
@@ -790,13 +791,13 @@ def _refuse_key_bias(bias: Tensor, name: str, path: str | Path) -> None:
                          "has not; its features would be wrong: give a checkpoint of DINOv3")
 
 
-def _fill(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
+def _fill_network(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
     """Load tensors, float16 ones as float32."""
-    check_fit(module, tensors, path)
+    check_weights_fit(module, tensors, path)
     module.load_state_dict({k: v.float() for k, v in tensors.items()})
 
 
-def check_fit(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
+def check_weights_fit(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
     """Compare tensors of a file with those of a network, before memory is taken for them."""
     if strange := [k for k, v in tensors.items() if not isinstance(v, Tensor)]:
         raise ValueError(f"{path}: damaged weights, {_some(strange)} no tensors")

@@ -67,7 +67,7 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and "token" not in name
 
 
-def blocks_above(name: str, vit: str, depth: int) -> int:
+def parameter_blocks_above(name: str, vit: str, depth: int) -> int:
     """Blocks from a parameter to the end of the ViT, its block included; 0 above the ViT.
 
     vit : prefix of the names of the ViT's parameters.

@@ -136,7 +136,7 @@ class Picture:
             pixels = source.region(min(top // factor, h - 1), min(-(-bottom // factor), h),
                                    min(left // factor, w - 1), min(-(-right // factor), w))
         nothing = np.zeros(pixels.shape[1:], np.uint8)
-        small = cells.reduced(pixels, nothing, step // factor)[0]
+        small = cells.reduced_overlay(pixels, nothing, step // factor)[0]
         missing = (-(-(bottom - top) // step) - small.shape[1],
                    -(-(right - left) // step) - small.shape[2])   # a size rounded down
         return np.pad(small, [(0, 0), *((0, max(0, n)) for n in missing)], mode="edge")
@@ -157,7 +157,7 @@ class Picture:
             k = self.step
             part = self.overview[:, top // k:-(-bottom // k), left // k:-(-right // k)]
             nothing = np.zeros(part.shape[1:], np.uint8)
-            pixels = cells.reduced(part, nothing, step // k)[0]
+            pixels = cells.reduced_overlay(part, nothing, step // k)[0]
         else:
             pixels = self.reduced(top, bottom, left, right, step)
         return self.for_wire(pixels).tobytes()
@@ -267,9 +267,9 @@ class Opened:
             plan = self.plan(source, net, state)
         if self.distance is None:
             self.distance = segment.cells_in_map(self.seen, plan, self.size)[1]
-        features = cells.map_features(labels, self.distance, plan.diameter, ids)
+        features = cells.cell_map_features(labels, self.distance, plan.diameter, ids)
         score = net.settings.score
-        sure = cells.right_probability(features, score) if score else features["mean"]
+        sure = cells.cell_probability(features, score) if score else features["mean"]
         sure = np.where(np.isin(ids, labels[hand]), 1.0, sure)
         self.sure = revision, dict(zip(ids.tolist(), sure.tolist()))
         return self.sure[1]
@@ -372,7 +372,7 @@ class Project:
                     each.book.save()
                 except OSError as error:
                     self.complain(f"{each.name}: the labels could not be written, "
-                                  f"{runs.sentence(error)}")
+                                  f"{runs.error_sentence(error)}")
 
     def complain(self, text: str) -> None:
         with self.lock:
@@ -425,7 +425,7 @@ class Project:
             except runs.Stopped:
                 pass
             except (ValueError, OSError, RuntimeError) as error:
-                self.complain(f"{name}: {runs.sentence(error)}")
+                self.complain(f"{name}: {runs.error_sentence(error)}")
             finally:
                 with self.lock:
                     self.working = {}
@@ -603,7 +603,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except (ValueError, OSError) as error:
             stale = runs.is_loaded("edits") and isinstance(error, edits.Stale)
             status = 409 if stale else 400
-            content, kind = (json.dumps({"error": runs.sentence(error)}).encode(),
+            content, kind = (json.dumps({"error": runs.error_sentence(error)}).encode(),
                              "application/json")
         self.send_response(status)
         if len(content) > 1000 and "deflate" in self.headers.get("Accept-Encoding", ""):

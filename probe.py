@@ -78,16 +78,16 @@ class Look(NamedTuple):
         return token_colours(self.patches, self.attention.shape[2])
 
 
-def look_at(vit, field) -> Look:
+def look_at_field(vit, field) -> Look:
     """Show a field (C, H, W) in [0, 1], array or tensor, channel by channel."""
     with torch.inference_mode():
         x = torch.as_tensor(field, dtype=torch.float32, device=vit.cls_token.device)[:, None]
-        tokens, attention = with_attention(vit, ssl_.standardise(x))
+        tokens, attention = backbone_attention(vit, ssl_.standardise_views(x))
         parts = (tokens.cls, tokens.patches, attention)
         return Look(*(part.float().cpu().numpy() for part in parts))
 
 
-def with_attention(vit, x):
+def backbone_attention(vit, x):
     """Tokens, and the attention of the last class token to patches: (B, heads, h, w).
 
     The share of class and register tokens is left out: a map sums to less than 1.
@@ -109,7 +109,7 @@ def with_attention(vit, x):
     q, k = ((y @ part.mT).view(B, T, attention.heads, -1)               # (B, T, heads, head)
             for part in attention.qkv.weight[:2 * D].split(D))
     q = q + attention.q_bias.view(attention.heads, -1)                  # keys have no bias
-    q, k = (model.rotate(part, *rope).transpose(1, 2) for part in (q, k))
+    q, k = (model.rotate_by_rope(part, *rope).transpose(1, 2) for part in (q, k))
     logits = q[:, :, :1] @ k.mT / math.sqrt(q.shape[3])
     share = logits.float().softmax(3)[:, :, 0, 1 + vit.registers:]      # (B, heads, N)
     return tokens, share.unflatten(2, (x.shape[2] // vit.patch, -1))
@@ -170,8 +170,8 @@ def channel_consistency(features) -> ChannelConsistency:
                               float(retrieval[pairs].mean()), retrieval, same / F)
 
 
-def compare(features: Sequence[np.ndarray], maps: Sequence[np.ndarray]
-            ) -> tuple[dict[str, float], ChannelConsistency, ChannelConsistency]:
+def compare_backbones(features: Sequence[np.ndarray], maps: Sequence[np.ndarray]
+                      ) -> tuple[dict[str, float], ChannelConsistency, ChannelConsistency]:
     """Compare F fields by features (C, D) and attention maps (C, h, w): numbers, details of both.
 
     Maps are compared by Pearson's correlation, whatever their brightness.
@@ -184,7 +184,7 @@ def compare(features: Sequence[np.ndarray], maps: Sequence[np.ndarray]
             "attention_control": seen.control, "attention_margin": seen.margin}, found, seen
 
 
-def agreement(maps: np.ndarray) -> float:
+def stain_agreement(maps: np.ndarray) -> float:
     """Mean correlation between the attention maps (C, h, w) of a field, over pairs of channels."""
     correlations = np.corrcoef(np.reshape(maps, (len(maps), -1)))       # (C, C)
     return float(correlations[np.triu_indices(len(maps), 1)].mean())
@@ -197,23 +197,23 @@ def attention_entropy(maps: np.ndarray) -> float:
     return float(-(p * np.log(np.maximum(p, 1e-30))).sum(1).mean() / math.log(p.shape[1]))
 
 
-def write_pictures(folder: Path, names: Sequence[str], fields: Sequence[np.ndarray],
-                   looks: Sequence[Look], channels: Sequence[str]) -> list[Path]:
+def write_probe_pictures(folder: Path, names: Sequence[str], fields: Sequence[np.ndarray],
+                         looks: Sequence[Look], channels: Sequence[str]) -> list[Path]:
     """Draw a few fields (C, H, W): attention.png and pca.png of all, heads.png of the first."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png" for name in ("attention", "pca", "heads")]
-    shots = [[cells.displayed(channel[None]) for channel in field] for field in fields]
+    shots = [[cells.overlay_background(channel[None]) for channel in field] for field in fields]
     maps, colours, titles = [], [], []
     for name, shot, look in zip(names, shots, looks, strict=True):
         mean = look.attention.mean(1)                                   # (C, h, w)
-        r = round(agreement(mean), 2) + 0.0                             # never -0.00
-        maps += [shot, list(map(report.heat, mean))]
+        r = round(stain_agreement(mean), 2) + 0.0                             # never -0.00
+        maps += [shot, list(map(report.heat_colours, mean))]
         colours += [shot, list(look.colours())]
         titles += [name, f"attention, r {r:.2f}"]
     report.mosaic(paths[0], maps, titles, channels)
     report.mosaic(paths[1], colours, [names[i // 2] if i % 2 == 0 else "components"
                                       for i in range(len(titles))], channels)
-    heads = [[shot, *map(report.heat, one)]
+    heads = [[shot, *map(report.heat_colours, one)]
              for shot, one in zip(shots[0], looks[0].attention, strict=True)]
     titles = [names[0], *(f"head {k}" for k in range(1, len(heads[0])))]
     report.mosaic(paths[2], heads, channels, titles)
@@ -255,18 +255,18 @@ def compare_channels(config: Channels, make_folder: Callable[[Channels], Path]) 
     """
     vit, features, maps = backbone_of(config), [], []
     shown: list[tuple[str, np.ndarray, Look]] = []
-    for name, known, pixels in comparable(fields_of(config)):
+    for name, known, pixels in comparable_features(probe_fields(config)):
         channels = known                                                # of all fields
-        look = look_at(vit, data.normalise(pixels, data.percentiles(pixels)))
+        look = look_at_field(vit, data.normalise(pixels, data.percentiles(pixels)))
         features.append(look.feature(config.feature))                   # (C, D)
         maps.append(look.attention.mean(1))                             # (C, h, w)
         if len(shown) < config.shown:
             shown.append((name, pixels, look))
     folder, (names, fields, looks) = make_folder(config), zip(*shown, strict=True)
-    numbers, found, seen = compare(features, maps)
+    numbers, found, seen = compare_backbones(features, maps)
     content = {"weights": config.weights or "random", "feature": config.feature,
                "fields": len(features), **numbers, "chance": 1 / len(features)}
-    pictures = write_pictures(folder, names, fields, looks, channels)
+    pictures = write_probe_pictures(folder, names, fields, looks, channels)
     runs.write_text(folder / "channels.json",
                     json.dumps({**content, "channels": channels}, indent=1) + "\n")
     matrices = {
@@ -278,8 +278,8 @@ def compare_channels(config: Channels, make_folder: Callable[[Channels], Path]) 
         rows = [dict(zip(channels, map(float, line), strict=True)) for line in matrix]
         runs.write_table(folder / f"{name}.tsv", [
             {"channel": channel, **row} for channel, row in zip(channels, rows, strict=True)])
-    report.matrices(folder / "channels.png", dict(matrices.values()), channels)
-    report.print_table([content], content)
+    report.matrix_chart(folder / "channels.png", dict(matrices.values()), channels)
+    report.print_report_table([content], content)
     print(f"-> {', '.join(map(str, (folder / 'channels.png', *pictures)))}")
 
 
@@ -294,7 +294,7 @@ def backbone_of(config: Channels):
     return vit.eval().to(runs.pick_device(config.device))
 
 
-def fields_of(config: Channels) -> Iterator[tuple[str, list[str], np.ndarray]]:
+def probe_fields(config: Channels) -> Iterator[tuple[str, list[str], np.ndarray]]:
     """(name, names of its channels, pixels (C, size, size)) of the fields to look at."""
     if config.fields is None:
         count = min(config.synthetic, config.limit or config.synthetic)
@@ -302,7 +302,7 @@ def fields_of(config: Channels) -> Iterator[tuple[str, list[str], np.ndarray]]:
     return field_files(Path(config.fields), config.size, config.channels, config.limit)
 
 
-def comparable(fields: Iterable[tuple]) -> Iterator[tuple]:
+def comparable_features(fields: Iterable[tuple]) -> Iterator[tuple]:
     """The same fields; other channels or an empty channel are an error."""
     first, count = None, 0
     for name, channels, pixels in fields:
@@ -381,12 +381,12 @@ class Windows(NamedTuple):
 
 def held_windows(config) -> Windows:
     """The windows held out by a configuration of train_ssl.py."""
-    channels, held = fields.held_out(config.data, config.seed)
-    return cut_windows(held, config.measure.window, config.measure.windows, channels)
+    channels, held = fields.held_out_fields(config.data, config.seed)
+    return cut_probe_windows(held, config.measure.window, config.measure.windows, channels)
 
 
-def cut_windows(fields: Iterable[tuple[str, np.ndarray, np.ndarray | None]], window: int,
-                count: int, channels: tuple[str, ...]) -> Windows:
+def cut_probe_windows(fields: Iterable[tuple[str, np.ndarray, np.ndarray | None]], window: int,
+                      count: int, channels: tuple[str, ...]) -> Windows:
     """Cut windows side by side: the first of each field, then the second, up to `count`."""
     by_field = []                                   # (name, pixels, limits, labels) of the windows
     for name, field, truth in fields:
@@ -409,18 +409,18 @@ def cut_windows(fields: Iterable[tuple[str, np.ndarray, np.ndarray | None]], win
                    None if labels[0] is None else np.stack(labels), channels)
 
 
-def resampled(windows: Windows, size: int) -> np.ndarray:
+def resampled_pairs(windows: Windows, size: int) -> np.ndarray:
     """Channels of windows as the network sees them: (F, C, S, S) in [0, 1]."""
     F, C, w, _ = windows.pixels.shape
     pixels = torch.from_numpy(windows.pixels.view(np.int16))
     limits, slots, one = torch.from_numpy(windows.limits), torch.arange(F), np.eye(C)
     middle, matrix = np.full((F, 2), w / 2), np.broadcast_to(np.eye(2) * w / size, (F, 2, 2))
-    return torch.cat([ssl_.cut_crops(pixels, limits, slots, one[[c] * F], middle, matrix, size)
+    return torch.cat([ssl_.cut_view_crops(pixels, limits, slots, one[[c] * F], middle, matrix, size)
                       for c in range(C)], 1).numpy()
 
 
-def without_cells(windows: Windows, size: int, spread: float = 1 / 16) -> np.ndarray:
-    """resampled() without the cells and some px around them: (F, C, S, S) in [0, 1].
+def tiles_without_cells(windows: Windows, size: int, spread: float = 1 / 16) -> np.ndarray:
+    """resampled_pairs() without the cells and some px around them: (F, C, S, S) in [0, 1].
 
     The blurred background fills the gaps; a window without any becomes its mean.
     """
@@ -429,7 +429,7 @@ def without_cells(windows: Windows, size: int, spread: float = 1 / 16) -> np.nda
                          "not have")
     w, blur = windows.pixels.shape[-1], dict(sigma=spread * size, truncate=20)
     at = ((np.arange(size) + 0.5) * w / size).astype(int)
-    shown = resampled(windows, size)
+    shown = resampled_pairs(windows, size)
     for field, truth in zip(shown, windows.labels, strict=True):
         distance = scipy.ndimage.distance_transform_edt(truth == 0)
         away = distance[np.ix_(at, at)] > 6                             # px: beyond the blur
@@ -441,11 +441,12 @@ def without_cells(windows: Windows, size: int, spread: float = 1 / 16) -> np.nda
     return shown
 
 
-def look_at_all(vit, shown: np.ndarray, keep: int = 0) -> tuple[np.ndarray, np.ndarray, list[Look]]:
+def look_at_fields(vit, shown: np.ndarray,
+                   keep: int = 0) -> tuple[np.ndarray, np.ndarray, list[Look]]:
     """Class tokens (F, C, D), attention maps (F, C, heads, h, w), and the first `keep` looks."""
     vectors, maps, looks = [], [], []
     for number, field in enumerate(shown):
-        look = look_at(vit, field)
+        look = look_at_field(vit, field)
         vectors.append(look.cls)
         maps.append(look.attention)
         if number < keep:
@@ -456,19 +457,20 @@ def look_at_all(vit, shown: np.ndarray, keep: int = 0) -> tuple[np.ndarray, np.n
 def measure_backbone(vit, windows: Windows, size: int, keep: int = 2
                      ) -> tuple[dict[str, float], list[Look]]:
     """All numbers that need no labels, and looks of the first windows."""
-    vectors, maps, looks = look_at_all(vit, resampled(windows, size), keep)
+    vectors, maps, looks = look_at_fields(vit, resampled_pairs(windows, size), keep)
     flat = torch.from_numpy(vectors).flatten(0, 1)                      # (F C, D)
-    return {**compare(list(vectors), list(maps.mean(2)))[0], "feature_std": ssl_.feature_std(flat),
+    return {**compare_backbones(list(vectors), list(maps.mean(2)))[0],
+            "feature_std": ssl_.feature_std(flat),
             "effective_rank": ssl_.effective_rank(flat),
             "attention_entropy": attention_entropy(maps)}, looks
 
 
-def leaks(vit, windows: Windows, size: int) -> dict[str, float]:
+def metadata_leaks(vit, windows: Windows, size: int) -> dict[str, float]:
     """Retrieval from the background alone, by the network and by pixels."""
-    shown = without_cells(windows, size)
+    shown = tiles_without_cells(windows, size)
     pixels = shown[:, :, ::8, ::8].reshape(*shown.shape[:2], -1)
     pixels = pixels - pixels.mean(2, keepdims=True) + 1e-9              # a flat one has a direction
-    return {"background_retrieval": channel_consistency(look_at_all(vit, shown)[0]).retrieval,
+    return {"background_retrieval": channel_consistency(look_at_fields(vit, shown)[0]).retrieval,
             "background_pixels": channel_consistency(pixels).retrieval}
 
 
@@ -523,7 +525,7 @@ class Looker:
         settings, size, end = self.config.measure, self.config.views.size, self.config.steps
         numbers, looks = measure_backbone(vit, self.windows, size)
         if self.windows.labels is not None and step in (0, end):
-            numbers |= leaks(vit, self.windows, size)
+            numbers |= metadata_leaks(vit, self.windows, size)
         if settings.probe_every and (step % settings.probe_every == 0 or step == end):
             self.labelled = self.labelled or self.labelled_images(str(vit.cls_token.device))
             train, validation = self.labelled
@@ -548,9 +550,9 @@ class Looker:
         folder, windows, n = self.run.folder / "images", self.windows, len(looks)
         few = Windows(windows.names[:n], windows.pixels[:n], windows.limits[:n], None,
                       windows.channels)
-        shown = resampled(few, self.config.views.size)
-        pictures = write_pictures(folder / f"{step:08d}", few.names, list(shown), looks,
-                                  few.channels)
+        shown = resampled_pairs(few, self.config.views.size)
+        pictures = write_probe_pictures(folder / f"{step:08d}", few.names, list(shown), looks,
+                                        few.channels)
         for path in pictures:
             if self.run.wandb:
                 self.run.log_picture(step, path.stem, skimage.io.imread(path))
@@ -571,13 +573,13 @@ LOGGED = ("retrieval", "margin", "consistency", "control", "background_retrieval
           "background_pixels", "effective_rank", "probe_AP@0.5")
 
 
-def run_rows(folder: Path) -> list[list[str]]:
+def probe_run_rows(folder: Path) -> list[list[str]]:
     """Rows of the table: numbers of a run before its first step and at its end."""
     log = folder / "log.jsonl"
     if not log.is_file():
         raise FileNotFoundError(f"no {log}; expected the folder of a run of train_ssl.py")
     found: dict[int, dict] = {}
-    for line in runs.history(log):
+    for line in runs.log_history(log):
         if "retrieval" in line or "probe_AP@0.5" in line:
             found.setdefault(line["step"], {}).update(line)
     if not found:
@@ -592,7 +594,7 @@ def run_rows(folder: Path) -> list[list[str]]:
 def main(folders: list[str]) -> int:
     if not folders:
         raise ValueError("no folders of runs; see python probe.py --help")
-    rows = [row for folder in folders for row in run_rows(Path(folder))]
+    rows = [row for folder in folders for row in probe_run_rows(Path(folder))]
     print(report.markdown(["run", "strategy", "seed", "step", *LOGGED], rows), end="")
     return 0
 

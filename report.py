@@ -1,8 +1,8 @@
 """Charts as SVG, mosaics as PNG, tables as Markdown, and all of it on one HTML page.
 
-    styles = report.styles(["ceiling", "a", "b"], reference="ceiling")
+    styles = report.page_styles(["ceiling", "a", "b"], reference="ceiling")
     chart = report.line_chart({"a": [(0.5, 0.9), (0.75, 0.6)], ...}, styles, "IoU", "AP")
-    section = report.section("Set", "a note", report.legend(styles), chart, report.html_table(...))
+    section = report.report_section("Set", "a note", report.legend(styles), chart)
     runs.write_text("report.html", report.page("Title", "a note", [section]))
 
     report.write_curves("curves.svg", {"loss": [(step, value), ...], "score": [...]})
@@ -44,7 +44,7 @@ class Style(NamedTuple):
     marker: str                         # one of MARKERS, or "" for a dashed line without
 
 
-def styles(names: Iterable[str], reference: str | None = None) -> dict[str, Style]:
+def page_styles(names: Iterable[str], reference: str | None = None) -> dict[str, Style]:
     """A colour and a marker for each name; the reference is a dashed grey line."""
     names = list(names)
     plain = [name for name in names if name != reference]
@@ -53,7 +53,7 @@ def styles(names: Iterable[str], reference: str | None = None) -> dict[str, Styl
     return {name: found.get(name, Style("#777777", "")) for name in names}
 
 
-def marker(style: Style, x: float, y: float, r: float = 3.6) -> str:
+def chart_marker(style: Style, x: float, y: float, r: float = 3.6) -> str:
     """The marker of a style, centred at x, y."""
     if style.marker == "circle":
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r}"/>'
@@ -61,15 +61,15 @@ def marker(style: Style, x: float, y: float, r: float = 3.6) -> str:
     return f'<polygon points="{points}"/>' if points else ""
 
 
-def stroke(style: Style) -> str:
+def chart_stroke(style: Style) -> str:
     dashes = "" if style.marker else ' stroke-dasharray="6 4"'
     return f'fill="none" stroke="{style.colour}" stroke-width="2" stroke-linejoin="round"{dashes}'
 
 
 def legend(styles: dict[str, Style]) -> str:
     keys = [f'<span><svg width="30" height="12" aria-hidden="true">'
-            f'<path d="M1 6h28" {stroke(style)}/>'
-            f'<g fill="{style.colour}">{marker(style, 15, 6)}</g></svg> {escape(name)}</span>'
+            f'<path d="M1 6h28" {chart_stroke(style)}/>'
+            f'<g fill="{style.colour}">{chart_marker(style, 15, 6)}</g></svg> {escape(name)}</span>'
             for name, style in styles.items()]
     return f'<p class="legend">{"".join(keys)}</p>'
 
@@ -93,13 +93,13 @@ class Frame:
         self.top, self.bottom = 10, height - 42
         self.width, self.height = width, height
         self.title, self.parts = f"{y_label} over {x_label}" if y_label else x_label, []
-        for value in log_ticks(10**self.x0, 10**self.x1) if log else ticks(self.x0, self.x1):
+        for value in log_ticks(10**self.x0, 10**self.x1) if log else axis_ticks(self.x0, self.x1):
             px = self.across(value)
             self.parts.append(f'<path class="grid" d="M{px} {self.top}V{self.bottom}"/>')
             self.text(px, self.bottom + 16, f"{value:.6g}")
         for value, name in enumerate(rows):
             self.text(self.left - 8, self.up(value) + 4, name, "end")
-        for value in [] if rows else ticks(self.y0, self.y1):
+        for value in [] if rows else axis_ticks(self.y0, self.y1):
             px = self.up(value)
             self.parts.append(f'<path class="grid" d="M{self.left} {px}H{self.right}"/>')
             self.text(self.left - 8, px + 4, f"{value:.6g}", "end")
@@ -139,7 +139,7 @@ def with_room(values: Iterable[float]) -> tuple[float, float]:
     return min(finite) - room, max(finite) + room
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
+def axis_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers from low to high."""
     rough = (high - low) / count
     unit = 10.0 ** math.floor(math.log10(rough))
@@ -168,16 +168,16 @@ def line_chart(series: Mapping[str, Points], styles: dict[str, Style], x_label: 
                 if len(each) < MANY:
                     frame.parts.append(
                         f'<g fill="{style.colour}"><title>{escape(name)}: {y:.3f} at {x:.3g}'
-                        f'</title>{marker(style, frame.across(x), frame.up(y))}</g>')
+                        f'</title>{chart_marker(style, frame.across(x), frame.up(y))}</g>')
             elif stretch:
                 if len(stretch) > 1:
-                    frame.line(stretch, stroke(style))
+                    frame.line(stretch, chart_stroke(style))
                 stretch = []
     return frame.svg()
 
 
-def dots(series: Mapping[str, Points], styles: dict[str, Style], x_label: str, y_label: str,
-         log: bool = False, means: bool = False) -> str:
+def dot_chart(series: Mapping[str, Points], styles: dict[str, Style], x_label: str, y_label: str,
+              log: bool = False, means: bool = False) -> str:
     """Points of each series; means: a line through their mean at each x."""
     points = [point for each in series.values() for point in each]
     frame = Frame([x for x, _ in points], [y for _, y in points], x_label, y_label, log=log)
@@ -189,7 +189,7 @@ def dots(series: Mapping[str, Points], styles: dict[str, Style], x_label: str, y
             f'stroke-linecap="round" stroke-opacity=".5"><title>{escape(name)}</title></path>')
         if means:
             frame.line([(x, float(np.mean([y for at, y in each if at == x])))
-                        for x in sorted({x for x, _ in each})], stroke(styles[name]))
+                        for x in sorted({x for x, _ in each})], chart_stroke(styles[name]))
     return frame.svg()
 
 
@@ -203,7 +203,7 @@ class Interval(NamedTuple):
     note: str = ""                      # stands there if there is no value
 
 
-def forest(intervals: Sequence[Interval], styles: dict[str, Style], label: str) -> str:
+def forest_chart(intervals: Sequence[Interval], styles: dict[str, Style], label: str) -> str:
     """Values with intervals: a row for each name, a line for each series; 0 is marked."""
     rows, series = list(dict.fromkeys(each.row for each in intervals)), list(styles)
     ends = [end for each in intervals for end in (each.low, each.value, each.high)]
@@ -224,12 +224,12 @@ def forest(intervals: Sequence[Interval], styles: dict[str, Style], label: str) 
         frame.parts.append(
             f'<g fill="{fill}" stroke="{style.colour}" stroke-width="1.6"><title>{name}: '
             f'{each.value:.3f}</title>'
-            f'{marker(style, frame.across(each.value), frame.up(y), 4.5)}</g>')
+            f'{chart_marker(style, frame.across(each.value), frame.up(y), 4.5)}</g>')
     return frame.svg()
 
 
-def histogram(series: Mapping[str, Sequence[float]], marked: dict[str, float],
-              styles: dict[str, Style], x_label: str, y_label: str, bins: int = 40) -> str:
+def histogram_chart(series: Mapping[str, Sequence[float]], marked: dict[str, float],
+                    styles: dict[str, Style], x_label: str, y_label: str, bins: int = 40) -> str:
     """Counts of values, in the same bins for all series; dashed: the marked value of each."""
     values = {name: [value for value in each if math.isfinite(value)]
               for name, each in series.items()}
@@ -252,7 +252,8 @@ def histogram(series: Mapping[str, Sequence[float]], marked: dict[str, float],
 
 def write_curves(path: str | Path, series: Mapping[str, Points]) -> None:
     """Write an SVG file with a chart for each series that has points, two in a row."""
-    charts = [line_chart({name: points}, styles([name]), f"step; last {points[-1][1]:.4g}", name,
+    charts = [line_chart({name: points}, page_styles([name]), f"step; last {points[-1][1]:.4g}",
+                         name,
                          share=False) for name, points in series.items() if points]
     placed = "".join(f'<g transform="translate({i % 2 * WIDTH} {i // 2 * HEIGHT})">{chart}</g>'
                      for i, chart in enumerate(charts))
@@ -273,8 +274,9 @@ def write_svg(path: str | Path, content: str, width: int, height: int) -> None:
 INK = (40, 40, 40)
 
 
-def matrices(path: str | Path, named: dict[str, np.ndarray], names: Sequence[str], cell: int = 72
-             ) -> None:
+def matrix_chart(path: str | Path, named: dict[str, np.ndarray], names: Sequence[str],
+                 cell: int = 72
+                 ) -> None:
     """Write square matrices (K, K) of values in [-1, 1] side by side; names: rows and columns."""
     from PIL import Image, ImageDraw  # comes with scikit-image
     left, top = 24 + 7 * max(map(len, names)), 56
@@ -318,7 +320,7 @@ def mosaic(path: str | Path, rows: Sequence[Sequence[np.ndarray]], row_names: Se
         canvas.save(temporary, "PNG")
 
 
-def heat(values: np.ndarray) -> np.ndarray:
+def heat_colours(values: np.ndarray) -> np.ndarray:
     """Values (h, w) as colours (h, w, 3) uint8: black, red, yellow; the top hundredth is white."""
     low, high = values.min(), np.percentile(values, 99)
     share = (values - low) / ((high - low) or np.ptp(values) or 1)
@@ -328,22 +330,22 @@ def heat(values: np.ndarray) -> np.ndarray:
 
 # ------------------------------------------------------------------------------ tables, documents
 
-def shown(value: Any, digits: int = 4) -> str:
+def shown_value(value: Any, digits: int = 4) -> str:
     """A number for people, '-' where there is none."""
     if value is None or isinstance(value, float) and math.isnan(value):
         return "-"
     return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
-def mean_defined(values: Iterable[float]) -> float:
+def chart_mean(values: Iterable[float]) -> float:
     """Mean of values that are not NaN."""
     defined = [value for value in values if not math.isnan(value)]
     return sum(defined) / len(defined) if defined else math.nan
 
 
-def print_table(rows: Sequence[dict], columns: Iterable[str]) -> None:
+def print_report_table(rows: Sequence[dict], columns: Iterable[str]) -> None:
     columns = list(columns)
-    cells = [columns, *([shown(row.get(name), 3) for name in columns] for row in rows)]
+    cells = [columns, *([shown_value(row.get(name), 3) for name in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
@@ -357,7 +359,7 @@ def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]], words: int =
                    for line in [columns, rule, *rows])
 
 
-def between(path: Path, name: str) -> tuple[str, str]:
+def text_between(path: Path, name: str) -> tuple[str, str]:
     """A document up to `<!-- begin NAME -->`, and from `<!-- end NAME -->` on."""
     begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
     whole = path.read_text(encoding="utf-8") if path.exists() else begin + end + "\n"
@@ -370,7 +372,7 @@ def between(path: Path, name: str) -> tuple[str, str]:
 
 def put_between(path: Path, name: str, text: str) -> None:
     """Replace the text between these lines; a missing document is made."""
-    before, after = between(path, name)
+    before, after = text_between(path, name)
     runs.write_text(path, before + text + after)
 
 
@@ -409,7 +411,7 @@ def picture(pixels: np.ndarray, caption: str) -> str:
             "</figure>")
 
 
-def strip(title: str, figures: Iterable[str]) -> str:
+def picture_strip(title: str, figures: Iterable[str]) -> str:
     return (f'<div class="strip"><h3>{escape(title)}</h3><div class="row">{"".join(figures)}</div>'
             "</div>")
 
@@ -418,11 +420,11 @@ def side_by_side(*blocks: str) -> str:
     return f'<div class="charts">{"".join(f"<div>{block}</div>" for block in blocks)}</div>'
 
 
-def titled(title: str, block: str) -> str:
+def titled_picture(title: str, block: str) -> str:
     return f"<h3>{escape(title)}</h3>{block}"
 
 
-def section(title: str, note: str, *blocks: str) -> str:
+def report_section(title: str, note: str, *blocks: str) -> str:
     head = f"<h2>{escape(title)}</h2>\n<p>{escape(note)}</p>"
     return "\n".join(["<section>", head, *blocks, "</section>"])
 

@@ -286,7 +286,7 @@ def parse_yaml(text: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        _count_nodes(node, (), {})
+        _count_yaml_nodes(node, (), {})
         return loader.construct_document(node)
     except ValueError as error:                               # 2024-13-45 as a date, say
         raise yaml.MarkedYAMLError(problem=str(error)) from None
@@ -294,7 +294,7 @@ def parse_yaml(text: str) -> Any:
         loader.dispose()
 
 
-def _count_nodes(node: yaml.Node, above: tuple[yaml.Node, ...], known: dict[int, int]) -> int:
+def _count_yaml_nodes(node: yaml.Node, above: tuple[yaml.Node, ...], known: dict[int, int]) -> int:
     """Values below a node, each as often as an alias names it."""
     if node in above:
         raise yaml.MarkedYAMLError(problem="an alias (*) that holds itself",
@@ -307,7 +307,7 @@ def _count_nodes(node: yaml.Node, above: tuple[yaml.Node, ...], known: dict[int,
                 raise yaml.MarkedYAMLError(problem=f"the key '{twice[0]}' stands twice",
                                            problem_mark=node.start_mark)
             below = [part for pair in below for part in pair]
-        known[id(node)] = 1 + sum(_count_nodes(part, (*above, node), known) for part in below)
+        known[id(node)] = 1 + sum(_count_yaml_nodes(part, (*above, node), known) for part in below)
         if known[id(node)] > NODES:
             raise yaml.MarkedYAMLError(problem=f"aliases (*) that grow beyond {NODES} values",
                                        problem_mark=node.start_mark)
@@ -332,11 +332,11 @@ def from_dict(cls: type[Config], values: dict[str, Any], origin: str, prefix: st
             near = difflib.get_close_matches(str(key), known, 1, 0.5)
             hint = f", did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(known)}"
             raise ValueError(f"{source}: unknown key '{prefix}{key}'{hint}")
-        result[key] = _convert(value, hints[key], f"{prefix}{key}", source)
+        result[key] = _config_value(value, hints[key], f"{prefix}{key}", source)
     for name, f in known.items():
         if name not in result and f.default is f.default_factory is dataclasses.MISSING:
             raise ValueError(f"{origin}: key '{prefix}{name}' is missing; give {prefix}{name}: "
-                             f"{_type_name(hints[name])}")
+                             f"{_config_type_name(hints[name])}")
     try:
         return cls(**result)
     except ValueError as error:  # the dataclass's own check of combinations
@@ -354,7 +354,7 @@ class _Misfit(Exception):
     """A value that its field cannot take."""
 
 
-def _convert(value: Any, hint: Any, key: str, origin: str) -> Any:
+def _config_value(value: Any, hint: Any, key: str, origin: str) -> Any:
     """A value of YAML as the field's type, or an error that names both."""
     typed = value.text.partition("=")[2] if isinstance(value, _Given) else None
     value = value.value if isinstance(value, _Given) else value
@@ -365,17 +365,17 @@ def _convert(value: Any, hint: Any, key: str, origin: str) -> Any:
             return from_dict(typing.cast(type, hint), value, origin, key + ".")
         raise ValueError(f"{origin}: {key} is {value!r}, expected a section with keys")
     try:
-        return _fitted(value, typed, hint, key, origin)
+        return _config_fit(value, typed, hint, key, origin)
     except _Misfit:
         raise ValueError(f"{origin}: " + f"{key} is {value!r}, " * (typed is None)
-                         + f"expected {_type_name(hint)}") from None
+                         + f"expected {_config_type_name(hint)}") from None
 
 
-def _fitted(value: Any, typed: str | None, hint: Any, key: str, origin: str) -> Any:
+def _config_fit(value: Any, typed: str | None, hint: Any, key: str, origin: str) -> Any:
     """The value as the type; typed : the text behind key=, if there is one."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if kind is Annotated:
-        number = _fitted(value, typed, inner[0], key, origin)
+        number = _config_fit(value, typed, inner[0], key, origin)
         if all(bound.holds(number) for bound in inner[1:]):
             return number
     elif kind in (typing.Union, types.UnionType):
@@ -384,12 +384,12 @@ def _fitted(value: Any, typed: str | None, hint: Any, key: str, origin: str) -> 
         for choice in (h for h in inner if h is not type(None)):
             with contextlib.suppress(ValueError, _Misfit):
                 given = value if typed is None else _Given(value, f"={typed}")
-                return _convert(given, choice, key, origin)
+                return _config_value(given, choice, key, origin)
     elif kind is tuple and value is not None:
         if isinstance(value, str) and typed is not None:
             value = [parse_yaml(part) for part in value.split(",")]
         parts = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_convert(part, inner[0], key, origin) for part in parts)
+        return tuple(_config_value(part, inner[0], key, origin) for part in parts)
     elif kind is typing.Literal:
         if isinstance(value, bool):  # YAML reads no, off, on as truth values
             value = typed or ("on" if value else "off")
@@ -400,7 +400,7 @@ def _fitted(value: Any, typed: str | None, hint: Any, key: str, origin: str) -> 
     raise _Misfit
 
 
-def _whole_number(value: Any, typed: str | None) -> int:
+def _config_whole_number(value: Any, typed: str | None) -> int:
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE]\+?\d+", value):
         value = float(value)  # 1e4 is text to PyYAML
     if type(value) not in (int, float) or not abs(value) < 1e18 or value != int(value):
@@ -408,7 +408,7 @@ def _whole_number(value: Any, typed: str | None) -> int:
     return int(value)
 
 
-def _number(value: Any, typed: str | None) -> float:
+def _config_number(value: Any, typed: str | None) -> float:
     if isinstance(value, bool) or value is None:  # no is not 0
         raise _Misfit
     try:
@@ -417,38 +417,39 @@ def _number(value: Any, typed: str | None) -> float:
         raise _Misfit from None
 
 
-def _text(value: Any, typed: str | None) -> str:
+def _config_text(value: Any, typed: str | None) -> str:
     if typed is None and type(value) not in (str, int, float):
         raise _Misfit
     return str(value) if typed is None else typed
 
 
-def _truth(value: Any, typed: str | None) -> bool:
+def _config_truth(value: Any, typed: str | None) -> bool:
     if not isinstance(value, bool):
         raise _Misfit
     return value
 
 
-def _section(value: Any, typed: str | None) -> dict:
+def _config_section(value: Any, typed: str | None) -> dict:
     if not isinstance(value, dict):
         raise _Misfit
     return _ungiven(value)
 
 
-PLAIN = {int: _whole_number, float: _number, str: _text, bool: _truth, dict: _section}
+PLAIN = {int: _config_whole_number, float: _config_number, str: _config_text, bool: _config_truth,
+         dict: _config_section}
 
 
-def _type_name(hint: Any) -> str:
+def _config_type_name(hint: Any) -> str:
     """A type in plain words."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if kind is Annotated:
-        return ", ".join([_type_name(inner[0]), *(bound.text for bound in inner[1:])])
+        return ", ".join([_config_type_name(inner[0]), *(bound.text for bound in inner[1:])])
     if kind in (typing.Union, types.UnionType):
-        return " or ".join("null" if h is type(None) else _type_name(h) for h in inner)
+        return " or ".join("null" if h is type(None) else _config_type_name(h) for h in inner)
     if kind is typing.Literal:
         return " or ".join(map(str, inner))
     if kind is tuple:
-        return f"a list of {_type_name(inner[0])}"
+        return f"a list of {_config_type_name(inner[0])}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text",
             dict: "a section"}.get(hint, getattr(hint, "__name__", str(hint)))
 
@@ -482,7 +483,7 @@ def key_comments(cls: type) -> dict[str, str]:
     return comments
 
 
-def describe(cls: type, prefix: str = "", given: Any = None) -> str:
+def config_help(cls: type, prefix: str = "", given: Any = None) -> str:
     """The keys of a configuration with defaults and comments from its source, for --help."""
     comments, lines = key_comments(cls), []
     hints: dict[str, Any] = typing.get_type_hints(cls, include_extras=True)
@@ -490,7 +491,7 @@ def describe(cls: type, prefix: str = "", given: Any = None) -> str:
         hint, default = hints[f.name], "..."
         nested = dataclasses.is_dataclass(hint)
         if given is None and f.default_factory is hint and nested:  # alone it may be incomplete
-            lines.append(describe(typing.cast(type, hint), f"{prefix}{f.name}."))
+            lines.append(config_help(typing.cast(type, hint), f"{prefix}{f.name}."))
             continue
         if given is not None:
             default = getattr(given, f.name)
@@ -499,7 +500,7 @@ def describe(cls: type, prefix: str = "", given: Any = None) -> str:
         elif f.default_factory is not dataclasses.MISSING:
             default = f.default_factory()
         if nested:
-            lines.append(describe(hint, f"{prefix}{f.name}.", default))
+            lines.append(config_help(hint, f"{prefix}{f.name}.", default))
             continue
         text = ("null" if default is None else str(default).lower() if isinstance(default, bool)
                 else default)
@@ -536,7 +537,8 @@ def script(doc: str, cls: type, main: Callable[..., int | None],
 
     def run() -> int:
         if {"--help", "-h"} & set(arguments):
-            print(f"{doc.strip()}\n\nKeys, as key=value or in YAML:\n{describe(cls)}", flush=True)
+            print(f"{doc.strip()}\n\nKeys, as key=value or in YAML:\n{config_help(cls)}",
+                  flush=True)
             return 0
         files, overrides = split_arguments(arguments)
         flags = {}
@@ -587,7 +589,7 @@ def stop_signals():
             signal.signal(each, handler)
 
 
-def part_of(shard: str) -> tuple[int, int]:
+def shard_of(shard: str) -> tuple[int, int]:
     """'3/16' -> 3, 16"""
     part = re.fullmatch(r"(\d+)/(\d+)", shard)
     if not part or not 1 <= int(part[1]) <= int(part[2]):
@@ -608,23 +610,23 @@ def guarded(run: Callable[[], int]) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("DINOCELL_DEBUG"):
             raise
-        print("error: " + " ".join(sentence(error).split()), file=sys.stderr)
+        print("error: " + " ".join(error_sentence(error).split()), file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
-        if not is_memory(error) or os.environ.get("DINOCELL_DEBUG"):
+        if not is_out_of_memory(error) or os.environ.get("DINOCELL_DEBUG"):
             raise
         print(f"error: out of {'GPU ' * ('OutOfMemory' in type(error).__name__)}memory; give a "
               "smaller batch= or smaller crops or tiles", file=sys.stderr)
         return 1
 
 
-def is_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out; on the CPU PyTorch says it in words alone."""
     return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
             or "can't allocate memory" in str(error))
 
 
-def sentence(error: Exception) -> str:
+def error_sentence(error: Exception) -> str:
     """OSError from the system as `file: reason`; ours and ValueError as they are."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -740,7 +742,8 @@ class Run:
         except ValueError as error:                           # the checkpoint has it as well
             print(f"warning: {error}; taken from {newest}", file=sys.stderr)
             values = parse_yaml(load_torch(newest)["config"])
-        old, new = (lasting(flatten(each)) for each in (values, parse_yaml(to_yaml(self.config))))
+        old, new = (lasting_config(flat_config(each))
+                    for each in (values, parse_yaml(to_yaml(self.config))))
         changed = {k: (old.get(k), new.get(k)) for k in {**old, **new} if old.get(k) != new.get(k)}
         text = ", ".join(f"{k}: {a} -> {b}" for k, (a, b) in changed.items())
         free = FREE
@@ -816,7 +819,7 @@ class Run:
         self.wandb.log(values, step=step)
 
     def history(self) -> list[dict]:
-        return history(self.folder / "log.jsonl")
+        return log_history(self.folder / "log.jsonl")
 
     def check_finite(self, step: int, loss: float) -> None:
         if not math.isfinite(loss):
@@ -938,7 +941,7 @@ def export_path(config: Any) -> Path:
                                            f"{config.experiment}.pt"))
 
 
-def history(log: Path) -> list[dict]:
+def log_history(log: Path) -> list[dict]:
     """Lines of a log.jsonl, but for one cut by a crash; of a step logged twice the later one."""
     lines: dict[tuple, dict] = {}
     for text in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
@@ -950,16 +953,16 @@ def history(log: Path) -> list[dict]:
     return sorted(lines.values(), key=lambda line: line["step"])
 
 
-def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
+def flat_config(values: dict, prefix: str = "") -> dict[str, Any]:
     """{'data': {'root': x}} -> {'data.root': x}"""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        flat |= flat_config(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
 
 
-def lasting(values: dict[str, Any]) -> dict[str, Any]:
+def lasting_config(values: dict[str, Any]) -> dict[str, Any]:
     """Values to compare when a run goes on: paths below output_base_dir, which may have moved."""
     base = f"{Path(values.get('output_base_dir') or '.')}/"
     return {k: v.removeprefix(base) if isinstance(v, str) else v for k, v in values.items()}

@@ -80,7 +80,7 @@ def open_store(root: str, connections: int = 16, signed: bool = False, cache: Ca
     return Bucket(root, connections, signed, cache)
 
 
-def check_size(size: int | None, largest: float) -> None:
+def check_object_size(size: int | None, largest: float) -> None:
     if size is not None and size > largest:
         raise Absent(f"wrong size, {size / 1e6:.0f} MB of at most {largest / 1e6:.0f} MB")
     if size == 0:
@@ -105,7 +105,7 @@ class Folder:
             raise Absent("a name that leads out of the folder")
         try:
             with open(self.root / name, "rb") as file:
-                check_size(os.fstat(file.fileno()).st_size, largest)
+                check_object_size(os.fstat(file.fileno()).st_size, largest)
                 return file.read()
         except Absent:
             raise
@@ -215,7 +215,7 @@ class Bucket:
         self._heard = time.monotonic()
         size: int | None = response.get("ContentLength")
         with response["Body"] as raw:
-            check_size(size, largest)
+            check_object_size(size, largest)
             read = getattr(raw, "read1", raw.read)       # urllib3 before 2.2 has no read1
             while size is None or came < size:
                 if self._stop.is_set():
@@ -228,9 +228,9 @@ class Bucket:
                 if not piece:
                     break
                 came += len(piece)
-                check_size(came, largest)
+                check_object_size(came, largest)
                 yield piece
-        check_size(came, largest)
+        check_object_size(came, largest)
 
     def write(self, name: str, file: str | Path) -> None:
         """Upload a file as object `name`."""
@@ -526,7 +526,7 @@ class OutputBucket(OutputFolder):
 
 
 @contextmanager
-def open_output(address: str, growing: Sequence[str] = ()) -> Iterator[OutputBucket]:
+def open_s3_output(address: str, growing: Sequence[str] = ()) -> Iterator[OutputBucket]:
     """The folder for results at s3://...; tables are uploaded after an interruption, too."""
     with (tempfile.TemporaryDirectory(prefix="dinocell-") as folder,
           closing(Bucket(address, 4, signed=True)) as store):

@@ -103,7 +103,7 @@ def plan_for(image, net: DINOCell, *, diameter: float | None = None, zoom: float
         thresholds["min_area"] = min_area * zoom**2
     seen = (net.settings.diameter or UNKNOWN) / zoom
     near = seen if near is None else near
-    side, shared = tile_side(net, tile, overlap, scaled(source.shape[1:], zoom))
+    side, shared = tile_side(net, tile, overlap, scaled_size(source.shape[1:], zoom))
     return Plan(net, net.settings.setting.changed(**thresholds), zoom, limits, seen, near, side,
                 shared, batch or (32 if net.mean.device.type == "cuda" else 4),
                 max(1, int(block / max(zoom, 1))),
@@ -141,7 +141,7 @@ def seen_diameter(source, net: DINOCell, limits: np.ndarray, looks: int = 2) -> 
     typical, zoom = net.settings.diameter, 1.0
     assert typical is not None                               # known where there is a size head
     for _ in range(looks):
-        tiles = sample_tiles(source, limits, scaled(source.shape[1:], zoom), net.settings.tile)
+        tiles = sample_tiles(source, limits, scaled_size(source.shape[1:], zoom), net.settings.tile)
         guess, spread = net.log_diameters(tiles.to(net.mean.device))
         weight = torch.exp(-2 * spread)
         diameter = math.exp(float((guess * weight).sum() / weight.sum())) / zoom
@@ -149,7 +149,7 @@ def seen_diameter(source, net: DINOCell, limits: np.ndarray, looks: int = 2) -> 
     return typical / zoom
 
 
-def scaled(size: tuple[int, int], zoom: float) -> tuple[int, int]:
+def scaled_size(size: tuple[int, int], zoom: float) -> tuple[int, int]:
     """(h, w) of an image of (H, W) as the network sees it."""
     H, W = size
     return max(1, round(H * zoom)), max(1, round(W * zoom))
@@ -223,7 +223,7 @@ def distances(image, net: DINOCell, **wanted) -> np.ndarray:
     rows = network_map(source, plan)                                                     # (h, w)
     scales = tuple(n / length for n, length in zip(rows.shape, size))
     grid, whole = ([slice(0, n) for n in shape] for shape in (rows.shape, size))
-    return _enlarge(rows, grid, whole, scales).cpu().numpy()
+    return _enlarge_tile_map(rows, grid, whole, scales).cpu().numpy()
 
 
 def blocks(source, plan: Plan, clock: Counter | None = None,
@@ -238,9 +238,9 @@ def blocks(source, plan: Plan, clock: Counter | None = None,
     block, halo = plan.block, plan.halo
     if max(H, W) <= block + 2 * halo:
         block = max(H, W)
-    h, w = scaled((H, W), plan.zoom)
-    pool = _pool(plan)
-    rows = _distances(source, plan, clock, progress, pool)
+    h, w = scaled_size((H, W), plan.zoom)
+    pool = _token_pool(plan)
+    rows = _tile_distances(source, plan, clock, progress, pool)
     held: Tensor | None = None                               # rows of distances at hand
     first = 0                                                # number of the first
     known = np.zeros((0, W), np.int32)           # final labels of the last `halo` rows above
@@ -248,7 +248,7 @@ def blocks(source, plan: Plan, clock: Counter | None = None,
     for top in range(0, H, block):
         bottom = min(top + block, H)
         view_y = slice(max(0, top - halo), min(H, bottom + halo))
-        net_y = _span(view_y, h / H, h)
+        net_y = _block_span(view_y, h / H, h)
         parts = [] if held is None else [held]
         while first + sum(len(part) for part in parts) < net_y.stop:
             parts.append(next(rows))
@@ -261,17 +261,17 @@ def blocks(source, plan: Plan, clock: Counter | None = None,
         for left in range(0, W, block):
             right = min(left + block, W)
             view_x = slice(max(0, left - halo), min(W, right + halo))
-            net_x = _span(view_x, w / W, w)
+            net_x = _block_span(view_x, w / W, w)
             distance = held[:net_y.stop - first, net_x]
             with timed(clock, "watershed"):
                 inner = (slice(top - view_y.start, bottom - view_y.start),
                          slice(left - view_x.start, right - view_x.start))
-                local, whole = _flooded(distance, (net_y, net_x), (view_y, view_x),
-                                        (h / H, w / W), plan)
+                local, whole = _block_labels(distance, (net_y, net_x), (view_y, view_x),
+                                             (h / H, w / W), plan)
                 local, whole = local.cpu().numpy(), whole.cpu().numpy()
                 if plan.border == "drop":
                     local = _drop_cut(local, (view_y, view_x), (H, W))
-                ids, new = _identify(local, inner, known[:, view_x], count)
+                ids, new = _block_ids(local, inner, known[:, view_x], count)
                 count += len(new)
                 alone = local[inner].shape == local.shape     # one block: its numbers are the ids
                 labels = local if alone else ids[local[inner]]
@@ -287,15 +287,16 @@ def cell_vectors(image, labels: np.ndarray, net: DINOCell, **wanted) -> tuple[np
     """Vectors of given cells (H, W): their ids (n,), ascending, and (n, D); see plan_for()."""
     source = as_source(image)
     plan = plan_for(source, net, embed=True, **wanted)
-    pool, ids = _pool(plan), np.unique(labels[labels > 0])
+    pool, ids = _token_pool(plan), np.unique(labels[labels > 0])
     assert pool
-    for _ in _distances(source, plan, Counter(), None, pool):
+    for _ in _tile_distances(source, plan, Counter(), None, pool):
         pass
-    scales = tuple(n / length for n, length in zip(scaled(labels.shape, plan.zoom), labels.shape))
+    scales = tuple(n / length for n, length in zip(scaled_size(labels.shape, plan.zoom),
+                                                   labels.shape))
     return ids, pool.of(labels, ids, (0, 0), scales)
 
 
-def _pool(plan: Plan) -> vectors.TokenPool | None:
+def _token_pool(plan: Plan) -> vectors.TokenPool | None:
     if not plan.embed:
         return None
     backbone = plan.net.backbone
@@ -325,7 +326,7 @@ def blocks_of(labels: np.ndarray, plan: Plan) -> Iterator[Block]:
 
 def network_map(source, plan: Plan, progress: Callable[[float], None] | None = None) -> Tensor:
     """The network's answer at its own scale: (h, w) distances."""
-    return torch.cat(list(_distances(source, plan, Counter(), progress)))
+    return torch.cat(list(_tile_distances(source, plan, Counter(), progress)))
 
 
 def cells_in_map(rows: Tensor, plan: Plan, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -333,23 +334,23 @@ def cells_in_map(rows: Tensor, plan: Plan, size: tuple[int, int]) -> tuple[np.nd
     without the network."""
     net, whole = ([slice(0, n) for n in shape] for shape in (rows.shape, size))
     scales = rows.shape[0] / size[0], rows.shape[1] / size[1]
-    local, distance = (x.cpu().numpy() for x in _flooded(rows, net, whole, scales, plan))
+    local, distance = (x.cpu().numpy() for x in _block_labels(rows, net, whole, scales, plan))
     if plan.border == "drop":
         local = _drop_cut(local, (whole[0], whole[1]), size)
     return local, distance
 
 
-def _flooded(distance: Tensor, net, view, scales, plan: Plan) -> tuple[Tensor, Tensor]:
+def _block_labels(distance: Tensor, net, view, scales, plan: Plan) -> tuple[Tensor, Tensor]:
     """Labels and distances at the image's scale (view) of a part of the map, at the finer of the
     two resolutions."""
-    whole = _enlarge(distance, net, view, scales)
+    whole = _enlarge_tile_map(distance, net, view, scales)
     if max(scales) <= 1:
         return without_holes(flood(whole, plan.setting, plan.zoom)), whole
     local = _nearest(without_holes(flood(distance, plan.setting)), net, view, scales)
     return drop_small(local, 1, int(local.max())), whole           # of less than a pixel
 
 
-def _identify(local: np.ndarray, inner: tuple[slice, slice], known: np.ndarray, count: int):
+def _block_ids(local: np.ndarray, inner: tuple[slice, slice], known: np.ndarray, count: int):
     """Ids for the cells of a view: what most of the cell has in blocks before, or a new one.
 
     known (rows above the core and of it, columns of the view): final labels, 0 where not yet known.
@@ -394,13 +395,14 @@ def _drop_cut(local: np.ndarray, view: tuple[slice, slice], size: tuple[int, int
 
 # -------------------------------------------------------------------------------- tiles and network
 
-def _distances(source, plan: Plan, clock: Counter, progress, pool: vectors.TokenPool | None = None
-               ) -> Iterator[Tensor]:
+def _tile_distances(source, plan: Plan, clock: Counter, progress,
+                    pool: vectors.TokenPool | None = None
+                    ) -> Iterator[Tensor]:
     """Blended distances (rows, w), top to bottom, on the network's device; each row once.
 
     The pool takes the tokens of the tiles.
     """
-    h, w = size = scaled(source.shape[1:], plan.zoom)
+    h, w = size = scaled_size(source.shape[1:], plan.zoom)
     device, tile, overlap = plan.net.mean.device, plan.tile, plan.overlap
     run = _Runner(plan.net, plan.batch, clock, pool is not None)
     ys, xs = tile_starts(h, tile, overlap), tile_starts(w, tile, overlap)
@@ -412,14 +414,15 @@ def _distances(source, plan: Plan, clock: Counter, progress, pool: vectors.Token
         across[x:x + tile] += window
     sums, weights = torch.zeros(tile, full, device=device), torch.zeros(tile, device=device)
     for i, y in enumerate(ys):
-        seen = [x for x in xs if _has_tissue(plan.tissue, size, (y, x), tile)]
+        seen = [x for x in xs if _tile_has_tissue(plan.tissue, size, (y, x), tile)]
         tiles: list[Answer] = []
         if seen:
             with timed(clock, "read"):
                 strip = _scaled_rows(source, plan.limits, size, slice(y, min(y + tile, h))
                                      ).to(device)
                 if strip.shape[1:] != (tile, full):          # (3, rows, w) -> (3, tile, full)
-                    strip = strip[:, _reflect(strip.shape[1], tile)][:, :, _reflect(w, full)]
+                    strip = strip[:, _reflected_tile(strip.shape[1],
+                                                     tile)][:, :, _reflected_tile(w, full)]
             tiles = run(strip, seen, tile)  # one (tile, tile) per x
         for x, (distance, tokens) in zip(seen, tiles):
             sums[:, x:x + tile].addcmul_(square, distance)
@@ -434,7 +437,7 @@ def _distances(source, plan: Plan, clock: Counter, progress, pool: vectors.Token
         weights = torch.cat((weights[done:], torch.zeros(done, device=device)))[:tile]
 
 
-def tissue_of(pixels: np.ndarray) -> np.ndarray | None:
+def tissue_map(pixels: np.ndarray) -> np.ndarray | None:
     """(H, W): where a small picture of a slide (3, H, W) uint8 in transmitted light shows more than
     glass, with a margin; None for other images."""
     if pixels.dtype != np.uint8 or len(pixels) != 3 or np.median(pixels) < 128:
@@ -445,8 +448,8 @@ def tissue_of(pixels: np.ndarray) -> np.ndarray | None:
     return binary_dilation(remove_small_objects(stained, max_size=4), disk(4))
 
 
-def _has_tissue(tissue: np.ndarray | None, size: tuple[int, int], corner: tuple[int, int],
-                tile: int) -> bool:
+def _tile_has_tissue(tissue: np.ndarray | None, size: tuple[int, int], corner: tuple[int, int],
+                     tile: int) -> bool:
     """Whether a tile of an image scaled to `size` shows tissue."""
     if tissue is None:
         return True
@@ -500,10 +503,10 @@ def sample_tiles(source, limits: np.ndarray, size: tuple[int, int], tile: int) -
     places = sorted({(0, 0), (0, right), (bottom // 2, right // 2), (bottom, 0), (bottom, right)})
     for y, row in groupby(places, key=itemgetter(0)):
         strip = _scaled_rows(source, limits, size, slice(y, min(y + tile, h)))
-        strip = strip[:, _reflect(strip.shape[1], tile)]
+        strip = strip[:, _reflected_tile(strip.shape[1], tile)]
         for _, x in row:
             part = strip[:, :, x:x + tile]
-            tiles.append(part[:, :, _reflect(part.shape[2], tile)])
+            tiles.append(part[:, :, _reflected_tile(part.shape[2], tile)])
     return torch.stack(tiles)
 
 
@@ -521,7 +524,7 @@ def _window(tile: int, overlap: int) -> Tensor:
     return (0.5 - 0.5 * torch.cos(math.pi * (edge / max(overlap, 1)).clamp(max=1))).clamp(min=1e-4)
 
 
-def _reflect(length: int, wanted: int) -> Tensor:
+def _reflected_tile(length: int, wanted: int) -> Tensor:
     """Indices that continue an axis by reflection: 0 1 2 1 0 1 ... for a length of 3."""
     i = torch.arange(wanted)
     if length == 1:
@@ -539,15 +542,15 @@ def _scaled_rows(source, limits, size, rows: slice) -> Tensor:
     if (h, w) == (H, W):
         pixels = images.normalise(source.region(rows.start, rows.stop, 0, W), limits)
         return torch.from_numpy(images.to_rgb(pixels))
-    y, weight_y = _taps(rows.start, rows.stop, h / H, H)
-    x, weight_x = _taps(0, w, w / W, W)
+    y, weight_y = _scale_taps(rows.start, rows.stop, h / H, H)
+    x, weight_x = _scale_taps(0, w, w / W, W)
     top = int(y.min())
     pixels = torch.from_numpy(images.normalise(source.region(top, int(y.max()) + 1, 0, W), limits))
     pixels = _resample(_resample(pixels, 1, y - top, weight_y), 2, x, weight_x)
     return torch.from_numpy(images.to_rgb(pixels.numpy()))
 
 
-def _taps(start: int, stop: int, scale: float, length: int) -> tuple[Tensor, Tensor]:
+def _scale_taps(start: int, stop: int, scale: float, length: int) -> tuple[Tensor, Tensor]:
     """Old pixels (n, K) that pixels start..stop of an axis scaled from `length` px are made of, and
     their weights.
 
@@ -569,7 +572,7 @@ def _resample(x: Tensor, axis: int, index: Tensor, weight: Tensor) -> Tensor:
                start=x.new_zeros(()))
 
 
-def _span(part: slice, scale: float, length: int) -> slice:
+def _block_span(part: slice, scale: float, length: int) -> slice:
     """Rows of the network's grid that a part of the image's grid needs."""
     if scale == 1:
         return part
@@ -577,11 +580,12 @@ def _span(part: slice, scale: float, length: int) -> slice:
                  min(length, math.ceil((part.stop - 0.5) * scale - 0.5) + 2))
 
 
-def _enlarge(distance: Tensor, net, view, scales) -> Tensor:
+def _enlarge_tile_map(distance: Tensor, net, view, scales) -> Tensor:
     """Distances on the network's grid -> on the image's."""
     for axis in (0, 1):
         if scales[axis] != 1:
-            index, weight = _taps(view[axis].start, view[axis].stop, 1 / scales[axis], 1 << 62)
+            index, weight = _scale_taps(view[axis].start, view[axis].stop, 1 / scales[axis],
+                                        1 << 62)
             index = (index - net[axis].start).clamp(0, distance.shape[axis] - 1)
             distance = _resample(distance, axis, index, weight)
     return distance

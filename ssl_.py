@@ -35,7 +35,7 @@ from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint
 
 import runs
-from augment import Augment, Draws, expose, mirrored, one_thread, send
+from augment import Augment, Draws, expose_crops, mirrored_coordinates, one_thread, send_crop_values
 from model import Settings, Tokens, ViT, rope_table
 
 # ------------------------------------------------------------------------------------------- views
@@ -53,7 +53,7 @@ GEOMETRY = ("scale", "on_cell", "flip", "quarter", "rotate", "elastic", "elastic
             "shuffle", "mix", "gray", "drop")
 
 
-def light_of(changes: dict | None = None) -> Augment:
+def view_light(changes: dict | None = None) -> Augment:
     """Changes of intensity of crops, from the section `augment` of a configuration.
 
     Keys of geometry, colour and empty fields are an error here.
@@ -72,7 +72,7 @@ class Stains(NamedTuple):
     brightfield: tuple[int, ...]
 
 
-def stains_of(channels: Sequence[str], brightfield: Sequence[str]) -> Stains:
+def view_stains(channels: Sequence[str], brightfield: Sequence[str]) -> Stains:
     """Sort channels by name, in any case; all others are fluorescence."""
     names = {name.lower() for name in brightfield}
     bright = tuple(i for i, name in enumerate(channels) if name.lower() in names)
@@ -83,7 +83,7 @@ def stains_of(channels: Sequence[str], brightfield: Sequence[str]) -> Stains:
     return Stains(len(channels), fluorescence, bright)
 
 
-def channel_weights(config, stain: Draws, crop: Draws, kinds: Stains) -> np.ndarray:
+def view_channel_weights(config, stain: Draws, crop: Draws, kinds: Stains) -> np.ndarray:
     """The share of each channel in each view: (V, B, C), rows sum to 1.
 
     stain : draws of the B samples for their global views. In a training all are equal, so that
@@ -151,7 +151,7 @@ def place_views(config, field: Draws, crop: Draws, extent: tuple[int, int]
     room = np.maximum(side[host, rows] - side[2:], 0)[:, :, None]
     offset[2:] = offset[host, rows] + (crop.uniform("within", 2).reshape(V, B, 2)[2:] - 0.5) * room
 
-    frame = frames(field, config.rotate)
+    frame = view_frames(field, config.rotate)
     corner = np.array([(y, x) for y in (-0.5, 0.5) for x in (-0.5, 0.5)])
     corners = offset[:2, :, None] + corner * side[:2, :, None, None]         # (2, B, 4, 2)
     corners = np.einsum("bij,vbkj->bvki", frame, corners).reshape(B, 8, 2)
@@ -162,7 +162,7 @@ def place_views(config, field: Draws, crop: Draws, extent: tuple[int, int]
     return centre, frame / scale[:, :, None, None]
 
 
-def frames(draws: Draws, rotate: float) -> np.ndarray:
+def view_frames(draws: Draws, rotate: float) -> np.ndarray:
     """Turns by any angle with probability `rotate`, else by quarters; half mirrored: (B, 2, 2)."""
     quarters = np.floor(4 * draws.uniform("quarter")) / 4
     turn = 2 * np.pi * np.where(draws.uniform("rotate") < rotate, draws.uniform("angle"), quarters)
@@ -171,8 +171,8 @@ def frames(draws: Draws, rotate: float) -> np.ndarray:
     return np.stack((cos, -sin * mirror, sin, cos * mirror), 1).reshape(-1, 2, 2)
 
 
-def cut_crops(pixels: Tensor, limits: Tensor, slots: Tensor, weights: np.ndarray,
-              centre: np.ndarray, matrix: np.ndarray, size: int) -> Tensor:
+def cut_view_crops(pixels: Tensor, limits: Tensor, slots: Tensor, weights: np.ndarray,
+                   centre: np.ndarray, matrix: np.ndarray, size: int) -> Tensor:
     """Crops (n, 1, S, S) in [0, 1]: weighted means of normalised channels, bilinear.
 
     pixels : (fields, C, H, W) int16 that hold the bits of uint16; mirrored beyond the border.
@@ -181,11 +181,13 @@ def cut_crops(pixels: Tensor, limits: Tensor, slots: Tensor, weights: np.ndarray
     centre, matrix : (n, 2), (n, 2, 2), see place_views.
     """
     C, H, W = pixels.shape[1:]
-    at = send(np.arange(size) - (size - 1) / 2, pixels.device)               # (S,)
-    down, right = (send(matrix[:, :, i], pixels.device)[:, :, None] * at for i in (0, 1))
-    down = down + send(centre - 0.5, pixels.device)[:, :, None]      # pixel i has its middle at i
+    at = send_crop_values(np.arange(size) - (size - 1) / 2, pixels.device)               # (S,)
+    down, right = (send_crop_values(matrix[:, :, i], pixels.device)[:, :, None] * at
+                   for i in (0, 1))
+    down = down + send_crop_values(centre - 0.5,
+                                   pixels.device)[:, :, None]      # pixel i has its middle at i
     yx = [down[:, i, :, None] + right[:, i, None, :] for i in (0, 1)]        # (n, S, S) each
-    y, x = (mirrored(v, torch.full((), float(e), device=v.device))
+    y, x = (mirrored_coordinates(v, torch.full((), float(e), device=v.device))
             for v, e in zip(yx, (H, W), strict=True))
     top, left = y.floor().clamp(max=max(H - 2, 0)), x.floor().clamp(max=max(W - 2, 0))
     down, right = y - top, x - left
@@ -200,7 +202,7 @@ def cut_crops(pixels: Tensor, limits: Tensor, slots: Tensor, weights: np.ndarray
         rows = np.flatnonzero(weights[:, c])
         if len(rows) == 0:
             continue
-        index = send(rows, pixels.device)
+        index = send_crop_values(rows, pixels.device)
         slot, r = slots[index], right[index]
         first = corner[index] + ((slot * C + c) * (H * W))[:, None, None]
         upper = torch.lerp(look(first), look(first + beside), r)
@@ -209,7 +211,8 @@ def cut_crops(pixels: Tensor, limits: Tensor, slots: Tensor, weights: np.ndarray
         low, high = limits[slot, c].unbind(1)
         share = torch.where(high > low, 1 / (high - low), 0)
         value = ((value - low[:, None, None]) * share[:, None, None]).clamp_(0, 1)
-        out.index_add_(0, index, value * send(weights[rows, c], pixels.device)[:, None, None])
+        out.index_add_(0, index, value * send_crop_values(weights[rows, c],
+                                                          pixels.device)[:, None, None])
     return out[:, None]
 
 
@@ -225,24 +228,25 @@ def draw_views(pool, slots: Tensor, numbers: np.ndarray, step: int, seed: int, c
     field = Draws.of(seed, numbers)
     crop = Draws.of(seed, (np.asarray(numbers) * V + np.arange(V)[:, None]).ravel(), light)  # (V B)
     stain = Draws.of(seed, np.full(B, -1 - step))                            # no sample's number
-    weights = channel_weights(config, stain, crop, kinds)
+    weights = view_channel_weights(config, stain, crop, kinds)
     centre, matrix = place_views(config, field, crop, tuple(pool.pixels.shape[2:]))
 
     def cut(first: int, last: int, size: int) -> Tensor:
         rows, part = np.arange(first * B, last * B), slice(first, last)
         if len(rows) == 0:
             return pool.limits.new_zeros(0, 3, size, size)
-        x = cut_crops(pool.pixels, pool.limits, slots.repeat(last - first),
-                      weights[part].reshape(len(rows), -1), centre[part].reshape(-1, 2),
-                      matrix[part].reshape(-1, 2, 2), size)
-        return standardise(expose(x, crop.at(rows), np.full(len(rows), USUAL)))
+        x = cut_view_crops(pool.pixels, pool.limits, slots.repeat(last - first),
+                           weights[part].reshape(len(rows), -1), centre[part].reshape(-1, 2),
+                           matrix[part].reshape(-1, 2, 2), size)
+        return standardise_views(expose_crops(x, crop.at(rows), np.full(len(rows), USUAL)))
 
     return cut(0, 2, config.size), cut(2, V, config.local_size)
 
 
-def standardise(x: Tensor) -> Tensor:
+def standardise_views(x: Tensor) -> Tensor:
     """(n, 1, S, S) in [0, 1] -> (n, 3, S, S): three equal channels, mean and deviation removed."""
-    mean, std = (send(np.reshape(v, (1, 3, 1, 1)), x.device) for v in (Settings.mean, Settings.std))
+    mean, std = (send_crop_values(np.reshape(v, (1, 3, 1, 1)), x.device)
+                 for v in (Settings.mean, Settings.std))
     return (x - mean) / std
 
 
@@ -533,7 +537,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
     torch._foreach_lerp_(before, new, 1 - momentum)
 
 
-def step_flops(learner: Learner, size: int, local_size: int, local_views: int) -> float:
+def student_step_flops(learner: Learner, size: int, local_size: int, local_views: int) -> float:
     """Operations of one field's step: student forward and backward, teacher forward.
 
     A multiplication and an addition are two; a backward pass is two forward ones. Heads on class

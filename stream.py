@@ -43,7 +43,7 @@ def open_pool(config: fields.FieldData, batch: int, seed: int, device: str, rank
               world: int = 1, bad_fields: Path | None = None) -> ResidentPool | FieldPool:
     """The fields to train on."""
     if config.index:
-        train, _ = fields.split_index(config, seed)
+        train, _ = fields.split_field_index(config, seed)
         return FieldPool(train, config, device, rank, world, seed, bad_fields)
     channels, makers = fields.local_fields(config, seed)
     makers = makers[config.held:]
@@ -54,7 +54,7 @@ def open_pool(config: fields.FieldData, batch: int, seed: int, device: str, rank
     return ResidentPool((make()[:2] for make in makers), channels, device, rank, world, seed)
 
 
-def check_ranks(rank: int, world: int, seed: int) -> tuple[int, int, int]:
+def check_pool_ranks(rank: int, world: int, seed: int) -> tuple[int, int, int]:
     if not 0 <= rank < world or seed < 0:
         raise ValueError(f"rank={rank} of world={world}, seed={seed}: expected 0 <= rank < world "
                          "and a seed of 0 or more")
@@ -97,7 +97,7 @@ class ResidentPool(Pool):
 
     def __init__(self, arrays: Iterable[tuple[str, np.ndarray]], channels: Sequence[str],
                  device: str | torch.device, rank: int = 0, world: int = 1, seed: int = 0):
-        self.rank, self.world, self.seed = check_ranks(rank, world, seed)
+        self.rank, self.world, self.seed = check_pool_ranks(rank, world, seed)
         self.channels, self.names = tuple(channels), []
         pixels: list[torch.Tensor] = []
         limits = []
@@ -172,9 +172,9 @@ class FieldPool(Pool):
     def __init__(self, index: fields.Index, config: fields.FieldData, device: str | torch.device,
                  rank: int = 0, world: int = 1, seed: int = 0, bad_fields: Path | None = None):
         self.index = index
-        self.rank, self.world, self.seed = check_ranks(rank, world, seed)
+        self.rank, self.world, self.seed = check_pool_ranks(rank, world, seed)
         self.channels = fields.index_channels(index, config.channels)
-        self.shard = shard(len(index), seed, rank, world)
+        self.shard = pool_shard(len(index), seed, rank, world)
         self._fields, self._least = min(config.pool, len(self.shard)), config.least
         if self._fields < 1:
             raise ValueError(f"no field for rank {rank} of {world}, for there are {len(index)}; "
@@ -423,7 +423,7 @@ class FieldPool(Pool):
         if job.name not in self.bad:
             self.bad[job.name] = job.reason
             if self._bad_file:
-                add_line(self._bad_file, job.name, job.file, job.reason)
+                log_failed_field(self._bad_file, job.name, job.file, job.reason)
         reasons = Counter(filter(None, self._recent))
         if reasons.total() > MAX_FAILED * max(len(self._recent), WINDOW // 10):
             where = f"; {self._bad_file} lists them" if self._bad_file else ""
@@ -491,7 +491,7 @@ class FieldPool(Pool):
             consumed = np.zeros(len(self.index), bool)
             for one in states:
                 ahead = one["pass"] > self._pass                   # it has visited all of its shard
-                old = shard(len(self.index), self.seed, one["rank"], one["world"])
+                old = pool_shard(len(self.index), self.seed, one["rank"], one["world"])
                 consumed[old if ahead else self._unpacked(one)] = True
             rng = np.random.default_rng((self.seed, 2, self._pass))
             left = rng.permutation(np.flatnonzero(~consumed))
@@ -543,12 +543,12 @@ class FieldPool(Pool):
         self._store.close()
 
 
-def shard(fields: int, seed: int, rank: int, world: int) -> np.ndarray:
+def pool_shard(fields: int, seed: int, rank: int, world: int) -> np.ndarray:
     """This rank's share of the rows of the index, by chance."""
     return np.random.default_rng((seed, 0)).permutation(fields)[rank::world]
 
 
-def add_line(path: Path, *cells: str) -> None:
+def log_failed_field(path: Path, *cells: str) -> None:
     """Add a line to bad_fields.tsv in one write, since processes may share it."""
     line = "\t".join(" ".join(cell.split()) for cell in cells) + "\n"
     with open(path, "ab", buffering=0) as file:
@@ -566,14 +566,14 @@ class Config:
 
 
 def main(config: Config, arguments: list[str]) -> int:
-    commands = {"index": write_index, "stats": print_stats}
+    commands = {"index": write_stream_index, "stats": print_pool_stats}
     if len(arguments) != 2 or arguments[0] not in commands:
         raise ValueError(f"got {' '.join(arguments) or 'nothing'}, expected index SOURCE out=FILE "
                          "or stats FILE; --help explains them")
     return commands[arguments[0]](config, arguments[1])
 
 
-def write_index(config: Config, source: str) -> int:
+def write_stream_index(config: Config, source: str) -> int:
     out = Path(config.out or "")
     if not config.out or not out.parent.is_dir() or out.suffix != ".gz":
         raise ValueError(f"out={config.out}: expected a file .tsv.gz in a folder that is there")
@@ -592,7 +592,7 @@ def write_index(config: Config, source: str) -> int:
     return 0
 
 
-def print_stats(config: Config, path: str) -> int:
+def print_pool_stats(config: Config, path: str) -> int:
     index = fields.Index.load(path)
     plates = list(index.plate_sizes())
     for batch, plate, count, size in plates:

@@ -66,15 +66,16 @@ def field(seed: int, size: int | tuple[int, int] = 512, cells: int = 60,
             raise ValueError(f"{name}={value}: expected {least} to {most}")
     streams = np.random.SeedSequence(seed).spawn(1 + len(CHANNELS))
     born, *rngs = map(np.random.default_rng, streams)         # of the cells, of each channel
-    population = populate(born, cells, diameter)
-    centre = place(born, (H, W), population, margin=diameter / 4)
-    labels, owner, edge = grow((H, W), population, centre, int(diameter / 2), (diameter / 6) ** 2)
-    inside = look_inside(born, population, centre, labels, owner, edge)
+    population = populate_field(born, cells, diameter)
+    centre = place_synthetic_cells(born, (H, W), population, margin=diameter / 4)
+    labels, owner, edge = grow_synthetic_cells((H, W), population, centre, int(diameter / 2),
+                                               (diameter / 6) ** 2)
+    inside = synthetic_inside(born, population, centre, labels, owner, edge)
     nuclei = np.where(spread_out(inside.deep, inside, (H, W)) > 0, labels, 0)
     pixels = np.empty((len(CHANNELS), H, W), np.uint16)
     for k, rng in enumerate(rngs):
-        pixels[k] = fluorescence(rng, population, inside, (H, W), k) if k < len(STAINS) else \
-            brightfield(rng, population, inside, (H, W), FOCUS[k - len(STAINS)])
+        pixels[k] = draw_fluorescence(rng, population, inside, (H, W), k) if k < len(STAINS) else \
+            draw_brightfield(rng, population, inside, (H, W), FOCUS[k - len(STAINS)])
     return Field(pixels, labels, nuclei, CHANNELS, PIXEL_SIZE)
 
 
@@ -105,19 +106,21 @@ def movie(seed: int, frames: int = 30, size: int = 256, cells: int = 60, diamete
                   rng.uniform(0, 1, cells), np.exp(rng.normal(0, 0.15, cells)) * cycle,
                   np.exp(rng.normal(0, 0.2, cells)), np.arange(1, cells + 1))
     for _ in range(30):                                                # make room
-        alive = alive._replace(place=alive.place + pushed(alive.place, alive.radius(diameter)))
+        alive = alive._replace(place=alive.place + pushed_synthetic_cells(alive.place,
+                                                                          alive.radius(diameter)))
     pixels = np.empty((frames, size, size), np.uint16)
     labels = np.empty(pixels.shape, np.int32)
     parent: dict[int, int] = {}
     gone, count = np.zeros(0, np.int64), cells
     for t in range(frames):
-        labels[t], image = nuclei_of(alive, diameter, size)
-        image = ndimage.gaussian_filter(image, 0.8) * (1 + 0.1 * uneven(rng, image.shape, 2))
-        pixels[t] = camera(rng, 200 + 3000 * image, gain=1.0)
+        labels[t], image = synthetic_nuclei(alive, diameter, size)
+        image = ndimage.gaussian_filter(image, 0.8) * (1 + 0.1
+                                                       * draw_uneven_light(rng, image.shape, 2))
+        pixels[t] = draw_camera_noise(rng, 200 + 3000 * image, gain=1.0)
         seen = np.unique(labels[:t + 1])
         gone = np.union1d(gone, np.setdiff1d(seen, np.append(0, np.unique(labels[t]))))
         alive = alive.of(~np.isin(alive.number, gone))
-        alive, born = moved(rng, alive, diameter, speed, cycle, count)
+        alive, born = moved_synthetic_cells(rng, alive, diameter, speed, cycle, count)
         alive = alive.of(np.all((alive.place > low) & (alive.place < high), axis=1))
         parent |= born
         count += len(born)
@@ -149,8 +152,9 @@ class Swarm(NamedTuple):
         return diameter / 2 * np.sqrt((1 + self.age) / 1.5)
 
 
-def moved(rng: Generator, alive: Swarm, diameter: float, speed: float, cycle: float, count: int
-          ) -> tuple[Swarm, dict[int, int]]:
+def moved_synthetic_cells(rng: Generator, alive: Swarm, diameter: float, speed: float, cycle: float,
+                          count: int
+                          ) -> tuple[Swarm, dict[int, int]]:
     """The swarm a frame later, and the mother of each new number; numbers above count are free."""
     heading = 0.6 * alive.heading + 0.8 * rng.normal(0, 1, alive.heading.shape)
     place = alive.place + heading * (speed * diameter / np.sqrt(np.pi / 2))    # mean length: speed
@@ -166,10 +170,11 @@ def moved(rng: Generator, alive: Swarm, diameter: float, speed: float, cycle: fl
     born = {int(number): int(mother) for side in daughters
             for number, mother in zip(side.number, mothers.number)}
     alive = Swarm(*(np.concatenate(parts) for parts in zip(others, *daughters)))
-    return alive._replace(place=alive.place + pushed(alive.place, alive.radius(diameter))), born
+    return alive._replace(place=alive.place + pushed_synthetic_cells(alive.place,
+                                                                     alive.radius(diameter))), born
 
 
-def pushed(place: Array, radius: Array) -> Array:
+def pushed_synthetic_cells(place: Array, radius: Array) -> Array:
     """(n, 2) px that cells which overlap go apart, half the overlap each."""
     shift = np.zeros_like(place)
     if len(place) < 2:
@@ -183,7 +188,7 @@ def pushed(place: Array, radius: Array) -> Array:
     return shift
 
 
-def nuclei_of(alive: Swarm, diameter: float, size: int) -> tuple[Array, Array]:
+def synthetic_nuclei(alive: Swarm, diameter: float, size: int) -> tuple[Array, Array]:
     """Labels (H, W) and light (H, W) of round nuclei; where two overlap, a pixel goes to the one
     whose centre is nearer in units of its radius."""
     level = np.ones((size, size))
@@ -191,7 +196,7 @@ def nuclei_of(alive: Swarm, diameter: float, size: int) -> tuple[Array, Array]:
     for at, r, load, number in zip(alive.place, alive.radius(diameter), alive.load, alive.number):
         if not (-r < at).all() or not (at < size + r).all():
             continue
-        window, y, x = around(at, r + 1, level.shape)
+        window, y, x = synthetic_window(at, r + 1, level.shape)
         rho = np.hypot(y[:, None], x[None]) / r
         inside = rho < level[window]
         level[window][inside] = rho[inside]
@@ -234,7 +239,7 @@ class Inside(NamedTuple):
     vesicles: Array = np.zeros(0)     # droplets, 0 to 1: no stain enters them, light shows them
 
 
-def populate(rng: Generator, n: int, diameter: float) -> Population:
+def populate_field(rng: Generator, n: int, diameter: float) -> Population:
     """Draw cells: most spread and cornered, a few rounded up in mitosis."""
     mitotic = (rng.random(n) < 0.05).astype(float)
     calm = 1 - 0.85 * mitotic[:, None]               # a mitotic cell is nearly round
@@ -243,28 +248,29 @@ def populate(rng: Generator, n: int, diameter: float) -> Population:
     axis = rng.uniform(0, TAU, n)
     turn = np.arange(A) * (TAU / A) - axis[:, None]  # (n, A) rad from the long axis
 
-    outline = ellipse(turn, 1 + calm * rng.gamma(1.6, 0.38, (n, 1)))
+    outline = synthetic_ellipse(turn, 1 + calm * rng.gamma(1.6, 0.38, (n, 1)))
     outline *= 1 + calm * rng.uniform(0, 0.3, (n, 1)) * np.cos(turn)       # nucleus off the middle
     for _ in range(5):                               # corners, blunt or drawn out to a tail
         height = calm * rng.uniform(0, 0.7, (n, 1)) * (rng.random((n, 1)) < 0.5)
         sharp = np.exp(rng.uniform(np.log(5), np.log(60), (n, 1)))
         outline *= 1 + height * np.exp(sharp * (np.cos(turn - rng.uniform(0, TAU, (n, 1))) - 1))
-    outline *= np.exp(calm * 0.07 * wobble(rng, turn, range(3, 16)))
+    outline *= np.exp(calm * 0.07 * wobble_outline(rng, turn, range(3, 16)))
     outline *= radius[:, None] / np.sqrt((outline ** 2).mean(1, keepdims=True))
 
     # Nuclei vary less than cells; the plate of a mitotic cell is a bar.
     size = 0.46 * diameter / 2 * (2 * radius / diameter) ** 0.45 * np.exp(rng.normal(0, 0.09, n))
     ratio = np.where(mitotic[:, None], 2.4, 1 + rng.gamma(2.5, 0.12, (n, 1)))
-    nucleus = ellipse(turn - rng.normal(0, 0.35, (n, 1)), ratio)
-    nucleus *= np.exp(0.05 * wobble(rng, turn, range(2, 6))) * size[:, None]
+    nucleus = synthetic_ellipse(turn - rng.normal(0, 0.35, (n, 1)), ratio)
+    nucleus *= np.exp(0.05 * wobble_outline(rng, turn, range(2, 6))) * size[:, None]
 
     size = size[:, None]
     shown = (np.arange(4) < rng.integers(1, 5, (n, 1))) & (mitotic[:, None] == 0)
-    nucleoli = spots(rng.uniform(0, TAU, (n, 4)), size * rng.uniform(0.1, 0.6, (n, 4)),
-                     size * rng.uniform(0.13, 0.27, (n, 4)) * shown)
+    nucleoli = synthetic_spots(rng.uniform(0, TAU, (n, 4)), size * rng.uniform(0.1, 0.6, (n, 4)),
+                               size * rng.uniform(0.13, 0.27, (n, 4)) * shown)
     pole = (axis + rng.normal(0, 0.8, n))[:, None]
-    golgi = spots(pole + rng.normal(0, 0.4, (n, 9)), size * rng.uniform(1.05, 1.7, (n, 9)),
-                  unit * rng.uniform(1, 3.2, (n, 9)))
+    golgi = synthetic_spots(pole + rng.normal(0, 0.4, (n, 9)),
+                            size * rng.uniform(1.05, 1.7, (n, 9)),
+                            unit * rng.uniform(1, 3.2, (n, 9)))
     return Population(unit, radius, outline, nucleus, axis, nucleoli=nucleoli, golgi=golgi,
                       mitotic=mitotic,
                       grain=np.exp(rng.normal(0, 0.22, n)),
@@ -274,17 +280,17 @@ def populate(rng: Generator, n: int, diameter: float) -> Population:
                       ramp=unit * rng.uniform(1.5, 5, n) * (1 + mitotic))
 
 
-def spots(angle: Array, distance: Array, radius: Array) -> Array:
+def synthetic_spots(angle: Array, distance: Array, radius: Array) -> Array:
     """(n, K, 3): y, x, radius."""
     return np.stack([distance * np.sin(angle), distance * np.cos(angle), radius], -1)
 
 
-def ellipse(turn: Array, ratio: Array) -> Array:
+def synthetic_ellipse(turn: Array, ratio: Array) -> Array:
     """Radius of an ellipse of area pi, at the angle `turn` from its long axis."""
     return 1 / np.sqrt(np.cos(turn) ** 2 / ratio + np.sin(turn) ** 2 * ratio)
 
 
-def wobble(rng: Generator, turn: Array, waves: range) -> Array:
+def wobble_outline(rng: Generator, turn: Array, waves: range) -> Array:
     """Random waves around the circle, the finer the smaller."""
     each = (len(waves), len(turn), 1)
     height, phase = rng.standard_normal(each), rng.uniform(0, TAU, each)
@@ -292,7 +298,8 @@ def wobble(rng: Generator, turn: Array, waves: range) -> Array:
                for k, h, at in zip(waves, height, phase))
 
 
-def place(rng: Generator, shape: tuple[int, int], cells: Population, margin: float) -> Array:
+def place_synthetic_cells(rng: Generator, shape: tuple[int, int], cells: Population,
+                          margin: float) -> Array:
     """Centres (n, 2), many beside an earlier cell; NaN without room."""
     centre = np.full((len(cells.radius), 2), np.nan)
     reach = cells.nucleus.max(1)
@@ -313,8 +320,9 @@ def place(rng: Generator, shape: tuple[int, int], cells: Population, margin: flo
     return centre
 
 
-def grow(shape: tuple[int, int], cells: Population, centre: Array, pad: int, smallest: float
-         ) -> tuple[Array, Array, Array]:
+def grow_synthetic_cells(shape: tuple[int, int], cells: Population, centre: Array, pad: int,
+                         smallest: float
+                         ) -> tuple[Array, Array, Array]:
     """Spread cells from their nuclei to their outlines or a neighbour, on a field padded by `pad`.
 
     Returns labels (H, W), the row of the population behind each label (the first is unused), px to
@@ -323,7 +331,7 @@ def grow(shape: tuple[int, int], cells: Population, centre: Array, pad: int, sma
     level = np.ones([side + 2 * pad for side in shape], np.float32)    # 0 at nuclei, 1 at outlines
     seeds = np.zeros(level.shape, np.int32)
     for i in np.flatnonzero(~np.isnan(centre[:, 0])):
-        window, y, x = around(centre[i] + pad, cells.outline[i].max() + 1, level.shape)
+        window, y, x = synthetic_window(centre[i] + pad, cells.outline[i].max() + 1, level.shape)
         rho, angle = polar(y[:, None], x[None])
         np.minimum(level[window], rho / cells.outline[i][angle], out=level[window])
         seeds[window][rho < cells.nucleus[i][angle]] = i + 1
@@ -339,8 +347,8 @@ def grow(shape: tuple[int, int], cells: Population, centre: Array, pad: int, sma
     return labels, number - 1, edge[crop]
 
 
-def around(at: Array, reach: float,
-           shape: tuple[int, int]) -> tuple[tuple[slice, slice], Array, Array]:
+def synthetic_window(at: Array, reach: float,
+                     shape: tuple[int, int]) -> tuple[tuple[slice, slice], Array, Array]:
     """Window of an image within reach of a point; y and x of its pixels from there."""
     first = [max(int(v - reach), 0) for v in at]
     last = [min(max(int(v + reach) + 2, 0), side) for v, side in zip(at, shape)]
@@ -369,8 +377,8 @@ def largest_pieces(grown: Array, smallest: float) -> tuple[Array, Array]:
     return new[piece], np.append(0, old[kept])
 
 
-def look_inside(rng: Generator, cells: Population, centre: Array, labels: Array, owner: Array,
-                edge: Array) -> Inside:
+def synthetic_inside(rng: Generator, cells: Population, centre: Array, labels: Array, owner: Array,
+                     edge: Array) -> Inside:
     """Position of every pixel in its cell, and the structures that all channels show there."""
     where = np.flatnonzero(labels)
     cell, edge = owner[labels.flat[where]], edge.flat[where].astype(np.float32)
@@ -384,7 +392,8 @@ def look_inside(rng: Generator, cells: Population, centre: Array, labels: Array,
     p = Inside(where, cell, y, x, edge, deep, nucleus, far, thick)
     crowd = rng.uniform(-2.7, -0.8, len(cells.radius))[cell] - 0.9 * far    # some cells are full
     droplets = np.clip((texture(rng, cells, p, 1.3) + crowd) * 2, 0, 1)
-    return p._replace(nucleoli=blobs(cells.nucleoli, p, 2), vesicles=droplets * (1 - nucleus))
+    return p._replace(nucleoli=synthetic_blobs(cells.nucleoli, p, 2),
+                      vesicles=droplets * (1 - nucleus))
 
 
 # ------------------------------------------------------------------------------ textures and stains
@@ -408,12 +417,12 @@ def texture(rng: Generator, cells: Population, p: Inside, size: float, stretch: 
     return tile[across, along]
 
 
-def threads(noise: Array, width: float) -> Array:
+def synthetic_threads(noise: Array, width: float) -> Array:
     """Winding lines, 0 to 1: where noise crosses zero."""
     return np.exp(-(noise / width) ** 2)
 
 
-def blobs(spots: Array, p: Inside, sharp: float) -> Array:
+def synthetic_blobs(spots: Array, p: Inside, sharp: float) -> Array:
     """Round spots (n, K, 3) as pixels (M,), 0 to 1; sharp 1 is a Gaussian, more has a rim."""
     value = np.zeros(len(p.cell), np.float32)
     for y, x, r in spots.astype(np.float32).transpose(1, 2, 0):
@@ -422,10 +431,10 @@ def blobs(spots: Array, p: Inside, sharp: float) -> Array:
     return value
 
 
-def mitochondria(rng: Generator, cells: Population, p: Inside) -> Array:
+def draw_mitochondria(rng: Generator, cells: Population, p: Inside) -> Array:
     """Worm-like threads in patches, dense by the nucleus, absent from it."""
     patches = np.clip(0.8 + 0.7 * texture(rng, cells, p, 3.5), 0, 2)
-    worms = threads(texture(rng, cells, p, 1.6, 1.7), 0.5) * patches
+    worms = synthetic_threads(texture(rng, cells, p, 1.6, 1.7), 0.5) * patches
     reach = np.exp(-(p.far / (1.4 * cells.spread[p.cell])) ** 1.5)
     absent = (1 - 0.85 * p.nucleus) * (1 - p.vesicles)
     return p.thick * (0.05 + 0.2 * reach + worms * reach) * absent
@@ -434,17 +443,18 @@ def mitochondria(rng: Generator, cells: Population, p: Inside) -> Array:
 def actin_golgi_membrane(rng: Generator, cells: Population, p: Inside) -> Array:
     """Stress fibres along the axis, a bright ruffled rim, specks, the Golgi beside the nucleus."""
     bundles = np.clip(0.4 + 0.6 * texture(rng, cells, p, 7), 0, 1.5)
-    fibres = threads(texture(rng, cells, p, 1.7, 9), 0.4) * bundles
+    fibres = synthetic_threads(texture(rng, cells, p, 1.7, 9), 0.4) * bundles
     ruffles = np.clip(0.45 + 0.45 * texture(rng, cells, p, 5), 0.05, 2)
     rim = np.exp(-p.edge / (1.6 * cells.unit)) * ruffles
     specks = np.clip(texture(rng, cells, p, 1) - 1.6, 0, 2)
-    golgi = blobs(cells.golgi, p, 1) * np.clip(0.8 + 0.6 * texture(rng, cells, p, 1.2), 0, 3)
+    golgi = synthetic_blobs(cells.golgi, p, 1) * np.clip(0.8 + 0.6 * texture(rng, cells, p, 1.2), 0,
+                                                         3)
     golgi *= (1 - 0.8 * p.nucleus) * (1 - cells.mitotic[p.cell])
     flat = 0.16 + 0.26 * p.thick + 0.12 * p.nucleus
     return (flat + 0.14 * fibres + 0.5 * rim + 0.25 * specks + 0.8 * golgi) * (1 - 0.4 * p.vesicles)
 
 
-def rna(rng: Generator, cells: Population, p: Inside) -> Array:
+def draw_rna(rng: Generator, cells: Population, p: Inside) -> Array:
     """Bright nucleoli in a dimmer nucleus; a grainy cytoplasm, brightest around it."""
     cytoplasm = p.thick * (1 + 0.1 * texture(rng, cells, p, 2.5) + 0.08 * texture(rng, cells, p, 8))
     cytoplasm *= 1 - 0.45 * p.nucleus
@@ -453,14 +463,14 @@ def rna(rng: Generator, cells: Population, p: Inside) -> Array:
 
 def endoplasmic_reticulum(rng: Generator, cells: Population, p: Inside) -> Array:
     """A net that thins out from the nucleus to the edge, and the nuclear envelope."""
-    net = threads(texture(rng, cells, p, 2), 0.7) * (1 + 0.3 * texture(rng, cells, p, 6))
+    net = synthetic_threads(texture(rng, cells, p, 2), 0.7) * (1 + 0.3 * texture(rng, cells, p, 6))
     reach = np.exp(-p.far / (1.5 * cells.spread[p.cell]))
     envelope = np.exp(-((p.deep + 0.5) / (1.2 * cells.unit)) ** 2) * (1 - cells.mitotic[p.cell])
     cytoplasm = p.thick * (0.12 + 0.55 * reach + 0.5 * net * reach)
     return cytoplasm * (1 - 0.7 * p.nucleus) * (1 - 0.7 * p.vesicles) + 0.12 * envelope
 
 
-def dna(rng: Generator, cells: Population, p: Inside) -> Array:
+def draw_dna(rng: Generator, cells: Population, p: Inside) -> Array:
     """Chromatin with dark nucleoli, condensed in mitosis; a trace of the dye in the cytoplasm."""
     chromatin = 1 + 0.12 * texture(rng, cells, p, 2.6) + 0.1 * texture(rng, cells, p, 1.1)
     lens = 0.55 + 0.45 * np.clip(p.deep / (2.5 * cells.unit), 0, 1) ** 0.5     # thin at its rim
@@ -468,25 +478,26 @@ def dna(rng: Generator, cells: Population, p: Inside) -> Array:
     return np.clip(p.deep + 0.5, 0, 1) * chromatin + 0.035 * p.thick
 
 
-STAINS = (mitochondria, actin_golgi_membrane, rna, endoplasmic_reticulum, dna)
+STAINS = (draw_mitochondria, actin_golgi_membrane, draw_rna, endoplasmic_reticulum, draw_dna)
 
 
 # ---------------------------------------------------------------------------- microscope and camera
 
-def fluorescence(rng: Generator, cells: Population, p: Inside, shape: tuple[int, int],
-                 stain: int) -> Array:
+def draw_fluorescence(rng: Generator, cells: Population, p: Inside, shape: tuple[int, int],
+                      stain: int) -> Array:
     """A stain through optics of its own: blur, haze, uneven light, gain and offset."""
     value = STAINS[stain](rng, cells, p) * cells.load[p.cell] * cells.amount[p.cell, stain]
-    image = spread_out(value, p, shape) + 0.6 * debris(rng, shape)
+    image = spread_out(value, p, shape) + 0.6 * draw_debris(rng, shape)
     image = ndimage.gaussian_filter(image, rng.uniform(0.6, 1.3))
-    image += rng.uniform(0.01, 0.06) * (1 + 0.5 * uneven(rng, shape, 6))       # dye in the medium
-    image *= 1 + rng.uniform(0.05, 0.3) * uneven(rng, shape, 2)
+    image += rng.uniform(0.01, 0.06) * (1 + 0.5 * draw_uneven_light(rng, shape,
+                                                                    6))       # dye in the medium
+    image *= 1 + rng.uniform(0.05, 0.3) * draw_uneven_light(rng, shape, 2)
     counts = rng.uniform(100, 400) + np.exp(rng.uniform(np.log(2000), np.log(6000))) * image
-    return camera(rng, counts, gain=rng.uniform(0.3, 2))
+    return draw_camera_noise(rng, counts, gain=rng.uniform(0.3, 2))
 
 
-def brightfield(rng: Generator, cells: Population, p: Inside, shape: tuple[int, int],
-                focus: float) -> Array:
+def draw_brightfield(rng: Generator, cells: Population, p: Inside, shape: tuple[int, int],
+                     focus: float) -> Array:
     """Light through the cells, `focus` px off their plane.
 
     Cells absorb a little, and bend light: off focus the intensity follows the curvature of the
@@ -499,13 +510,17 @@ def brightfield(rng: Generator, cells: Population, p: Inside, shape: tuple[int, 
     blur = rng.uniform(0.7, 1) + 0.35 * abs(focus)
     dark = load * (0.2 + 0.8 * p.thick) + p.vesicles
     dark = ndimage.gaussian_filter(spread_out(dark, p, shape), blur)
-    path = spread_out(path, p, shape) + 0.8 * debris(rng, shape)
+    path = spread_out(path, p, shape) + 0.8 * draw_debris(rng, shape)
     bent = ndimage.gaussian_laplace(path, blur) * focus * blur
     image = np.clip(1 - rng.uniform(0.035, 0.065) * dark + rng.uniform(0.12, 0.2) * bent, 0.05, 3)
-    image *= 1 + rng.uniform(0.01, 0.05) * uneven(rng, shape, 2) + 0.006 * uneven(rng, shape, 12)
+    image *= (
+        1
+        + rng.uniform(0.01, 0.05) * draw_uneven_light(rng, shape, 2)
+        + 0.006 * draw_uneven_light(rng, shape, 12)
+    )
     image += 0.001 * rng.standard_normal((1, shape[1]), np.float32)  # the sensor's columns differ
     counts = np.exp(rng.uniform(np.log(8000), np.log(20000))) * image
-    return camera(rng, counts, gain=rng.uniform(0.05, 0.4))
+    return draw_camera_noise(rng, counts, gain=rng.uniform(0.05, 0.4))
 
 
 def spread_out(values: Array, p: Inside, shape: tuple[int, int]) -> Array:
@@ -515,7 +530,7 @@ def spread_out(values: Array, p: Inside, shape: tuple[int, int]) -> Array:
     return image
 
 
-def uneven(rng: Generator, shape: tuple[int, int], waves: int) -> Array:
+def draw_uneven_light(rng: Generator, shape: tuple[int, int], waves: int) -> Array:
     """Smooth surface (H, W) in -1..1: cosines of up to `waves` half periods, finer ones smaller."""
     order = np.add.outer(np.arange(waves + 1), np.arange(waves + 1)).astype(np.float32)
     height = rng.standard_normal(order.shape, np.float32) * (order > 0) / np.maximum(order, 1)
@@ -523,7 +538,7 @@ def uneven(rng: Generator, shape: tuple[int, int], waves: int) -> Array:
     return surface / np.abs(surface).max()
 
 
-def debris(rng: Generator, shape: tuple[int, int]) -> Array:
+def draw_debris(rng: Generator, shape: tuple[int, int]) -> Array:
     """Specks in a channel's light, some far out of focus, now and then a clump of grains."""
     image = np.zeros(shape, np.float32)
     grains = []                                                        # (y, x), radius, height
@@ -536,12 +551,12 @@ def debris(rng: Generator, shape: tuple[int, int]) -> Array:
             at = at + rng.normal(0, 3, 2)
             grains.append((at, rng.uniform(1, 4), rng.uniform(0.1, 0.8)))
     for at, r, height in grains:
-        window, y, x = around(at, 3 * r, shape)
+        window, y, x = synthetic_window(at, 3 * r, shape)
         image[window] += height * np.outer(np.exp(-(y / r) ** 2), np.exp(-(x / r) ** 2))
     return image
 
 
-def camera(rng: Generator, counts: Array, gain: float) -> Array:
+def draw_camera_noise(rng: Generator, counts: Array, gain: float) -> Array:
     """Counts as uint16 with noise and hot pixels; gain in counts per electron.
 
     Shot noise is Gaussian: close to Poisson at these counts, and faster.

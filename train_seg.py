@@ -138,11 +138,11 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
 
 def train_network(config: Config, rank: int, world: int, device: str, check: bool = False) -> int:
     changes = runs.from_dict(augment.Augment, config.augment, "augment")
-    if data.was_augmented(config.data):
+    if data.training_was_augmented(config.data):
         changes = changes.still()
     torch.manual_seed(config.seed)
     images, validation, hashes = augment.load_resident(config.data, config.seed, device, config.cap)
-    net = build_network(config)
+    net = build_segmentation_net(config)
     net.settings = dataclasses.replace(net.settings, diameter=images.diameter)
     if check:
         return print_plan(config, net, images, validation, device, changes)
@@ -160,7 +160,7 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
 
     meter = Meter(config, run)
     for step in range(start, total):
-        factor, done = rate(config, step), step + 1
+        factor, done = segmentation_rate(config, step), step + 1
         sample = np.arange(config.batch)[share] + step * config.batch  # no other sample's numbers
         with meter.waiting():
             chosen = images.draw(config.seed, sample)
@@ -183,7 +183,7 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
             better = scores["score"] > best
             best, since = max(best, scores["score"]), 0 if better else since + 1
             if better and rank == 0:
-                export_weights(average.module, config, hashes, scores, done)
+                export_trained(average.module, config, hashes, scores, done)
         finished = done == total or has_lost_patience(config, since)
         stop = not finished and run.should_stop(done)
         if better or finished or stop or done % config.save_every == 0:
@@ -246,7 +246,7 @@ class Meter:
         self.begin()
 
 
-def rate(config: Config, step: int) -> float:
+def segmentation_rate(config: Config, step: int) -> float:
     """The learning rate of a step, as a factor on its highest."""
     step, end = step % config.steps, config.lr_end / config.lr
     if config.schedule == "constant":
@@ -321,7 +321,7 @@ class Trainer:
     def type_loss(self, logits, place, chosen: np.ndarray):
         """Cross-entropy of types (n, K) over the cells of known type, 0 without any."""
         assert self.balance is not None
-        types = augment.types_at(self.images, chosen, place)
+        types = augment.crop_cell_types(self.images, chosen, place)
         weight = self.balance[types]
         each = torch.nn.functional.cross_entropy(logits.float(), (types - 1).clamp(min=0),
                                                  reduction="none")
@@ -340,13 +340,13 @@ def learn_heads(config: Config, images, changes, run: runs.Run) -> bool:
     """Learn what comes after the network, types and sizes; False: a signal came."""
     if config.data.types:
         fit_types(config, run)
-    return not config.size_steps or learn_size(config, images, changes, run)
+    return not config.size_steps or train_size_head(config, images, changes, run)
 
 
 SIZES = 5.0         # the size head sees cells up to so many times larger and smaller than usual
 
 
-def learn_size(config: Config, images, changes, run: runs.Run) -> bool:
+def train_size_head(config: Config, images, changes, run: runs.Run) -> bool:
     """Train the size head on the backbone of the exported weights, and add it to them.
 
     False: a signal came, and it begins anew next time. Where there are no cells any size is as
@@ -371,12 +371,14 @@ def learn_size(config: Config, images, changes, run: runs.Run) -> bool:
         draws = augment.Draws.of(config.seed, sample, changes)
         x, _, _ = augment.sample(images, chosen, sample, changes, config.crop, config.seed,
                                  config.cap)
-        diameter = images.diameters[chosen] * augment.factors(images, chosen, draws, config.crop)
+        diameter = images.diameters[chosen] * augment.crop_scales(images, chosen, draws,
+                                                                  config.crop)
         none = draws.happens("negative") | (diameter == 0)
         diameter = np.where(none, images.diameter * draws.within("any size", (1 / SIZES, SIZES)),
                             diameter)
         guess, spread = net.log_diameters(x)
-        loss = ((guess - augment.send(np.log(diameter), run.device)).abs() / spread.exp()
+        loss = ((guess - augment.send_crop_values(np.log(diameter), run.device)).abs()
+                / spread.exp()
                 + spread).mean()    # of Laplace's distribution
         optimiser.zero_grad()
         loss.backward()
@@ -411,7 +413,7 @@ def fit_types(config: Config, run: runs.Run) -> None:
     model.save(net, runs.export_path(config), half=True)
 
 
-def build_network(config: Config):
+def build_segmentation_net(config: Config):
     """Network to train: a whole one, a backbone under a new decoder, or all from scratch."""
     shape = config.network
     settings = model.Settings(tile=config.crop, cap=config.cap)
@@ -448,7 +450,7 @@ def build_network(config: Config):
 
 
 def segmentation_optimiser(net, config: Config, device: str):
-    groups = optim.parameter_groups(net, config.lr, lambda name, parameter: traits(
+    groups = optim.parameter_groups(net, config.lr, lambda name, parameter: segmentation_traits(
         name, parameter, net.backbone.depth, config))
     if config.optimiser == "muon":
         products = torch.bfloat16 if use_bf16(config, device) else torch.float32
@@ -456,10 +458,11 @@ def segmentation_optimiser(net, config: Config, device: str):
     return torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.999), eps=config.eps, fused=True)
 
 
-def traits(name: str, parameter, depth: int, config: Config) -> dict:
+def segmentation_traits(name: str, parameter, depth: int, config: Config) -> dict:
     """Traits of a parameter's group: lr falls with depth by layer_decay; Muon takes the matrices
     between the patch embedding and the head."""
-    above, decays = optim.blocks_above(name, "backbone.", depth), optim.decays(name, parameter)
+    above, decays = optim.parameter_blocks_above(name, "backbone.", depth), optim.decays(name,
+                                                                                         parameter)
     return dict(above=above, decays=decays, matrix=decays and "patch_embed" not in name
                 and "head" not in name and not name.startswith("types"),
                 weight_decay=config.weight_decay * decays, scale=config.layer_decay ** above)
@@ -501,16 +504,17 @@ def validate(net, images: list[data.Labelled], run: runs.Run, step: int) -> dict
     labels = [cells_of(i, best) for i in held]
     tables = [metrics.overlap(images[i].labels, answer) for i, answer in zip(held, labels)]
     net.settings = dataclasses.replace(net.settings, **best._asdict())
-    sets = {name: summary(metrics.set_scores([table for table, i in zip(tables, held)
-                                              if images[i].set == name]))
+    sets = {name: validation_summary(metrics.set_scores([table for table, i in zip(tables, held)
+                                                         if images[i].set == name]))
             for name in dict.fromkeys(images[i].set for i in held)}
-    scores = {"score": score(best, held), **best._asdict(), **summary(metrics.set_scores(tables))}
+    scores = {"score": score(best, held), **best._asdict(),
+              **validation_summary(metrics.set_scores(tables))}
     if net.types is not None:
         scores["types"] = type_score([images[i] for i in held], ready)
     run.log(step, **{f"val_{k}" if k != "score" else k: v for k, v in scores.items()},
             **{f"AP@0.5 {name}": row["AP@0.5"] for name, row in sets.items() if len(sets) > 1})
     if run.rank == 0:
-        draw(run, [images[i] for i in held], labels, step)
+        draw_run_charts(run, [images[i] for i in held], labels, step)
     return {**scores, "sets": sets}
 
 
@@ -525,18 +529,18 @@ def type_score(images: list[data.Labelled], net) -> float:
         found.append(1 + net.type_probabilities(rows).argmax(1))
     truth, answer = np.concatenate(true), np.concatenate(found)
     known = truth > 0
-    return report.mean_defined(metrics.type_f1(truth[known], answer[known],
-                                               range(1, 1 + len(net.type_names))))
+    return report.chart_mean(metrics.type_f1(truth[known], answer[known],
+                                             range(1, 1 + len(net.type_names))))
 
 
-def summary(scores) -> dict[str, float]:
+def validation_summary(scores) -> dict[str, float]:
     """The few numbers worth a line: AP as mean over images, the rest pooled."""
     return {"AP@0.5": scores.mean["AP@0.5"], "AP@0.75": scores.mean["AP@0.75"],
             "AP@0.9": scores.mean["AP@0.9"],
             **{name: scores.pooled[name] for name in ("F1", "SEG", "DET", "OP_CSB")}}
 
 
-def draw(run: runs.Run, images: list[data.Labelled], labels: list, step: int) -> None:
+def draw_run_charts(run: runs.Run, images: list[data.Labelled], labels: list, step: int) -> None:
     """Draw curves of the log, and the cells of one validation image a set (two of a single set)."""
     log = run.history()
     report.write_curves(run.folder / "images" / "curves.svg", {
@@ -553,7 +557,7 @@ def draw(run: runs.Run, images: list[data.Labelled], labels: list, step: int) ->
 
 # ------------------------------------------------------------------------------------------- export
 
-def export_weights(net, config: Config, hashes: dict, scores: dict, step: int) -> None:
+def export_trained(net, config: Config, hashes: dict, scores: dict, step: int) -> None:
     """Write the weights for infer.py."""
     net = copy.deepcopy(net)
     fewshot.fold(net)

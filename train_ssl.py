@@ -149,11 +149,11 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
     rank, world, device = runs.join_group(config.device)
     if config.batch % world:
         raise ValueError(f"batch={config.batch}: expected a multiple of {world} processes")
-    light = ssl_.light_of(config.augment)
+    light = ssl_.view_light(config.augment)
     if files:
-        return measure_weights(config, files, device)
+        return measure_pretraining(config, files, device)
     torch.manual_seed(config.seed)
-    student, teacher = build_student(config)
+    student, teacher = build_pretrained_student(config)
     config = dataclasses.replace(              # the shape as it came from init
         config, lr=config.lr or (5e-4 if config.init is None else 5e-5),
         network=dataclasses.replace(config.network, **teacher.encoder.vit.architecture))
@@ -169,7 +169,7 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
     state, start = run.resume(), 0
     pool = stream.open_pool(config.data, config.batch, config.seed, device, rank, world,
                             run.folder / "bad_fields.tsv")
-    kinds = ssl_.stains_of(pool.channels, config.data.brightfield)
+    kinds = ssl_.view_stains(pool.channels, config.data.brightfield)
     optimiser = student_optimiser(student, config)
     usage = torch.zeros(config.network.prototypes, device=device)
     if state:
@@ -178,7 +178,7 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
         usage.copy_(state["usage"])
         pool.restore(state["pool"])
         start = state["step"]
-    wrapped = shared(student, device) if world > 1 else student
+    wrapped = shared_student(student, device) if world > 1 else student
     if config.compile:
         student.encoder.compile()
         teacher.encoder.compile()
@@ -193,13 +193,13 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
             looker.look(teacher.encoder.vit, 0)       # the random network, to compare all else with
         since = Since(device, start)
         for step in range(start, config.steps):
-            rates = schedules(config, step)
-            set_rates(optimiser, rates, frozen=step < config.freeze)
+            rates = pretraining_schedules(config, step)
+            set_pretraining_rates(optimiser, rates, frozen=step < config.freeze)
             sample = np.arange(config.batch)[share] + step * config.batch    # its own numbers
             try:
                 with since.cutting:
                     slots = pool.sample(config.batch // world, step)
-                    batch = make_batch(config, pool, slots, sample, step, light, kinds)
+                    batch = make_pretraining_batch(config, pool, slots, sample, step, light, kinds)
             except runs.Stopped:                    # while the pool was being filled
                 print(f"stopped at step {step}, waiting for fields; the same command goes on from "
                       "there", file=sys.stderr)
@@ -247,14 +247,14 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
     return 0
 
 
-def set_rates(optimiser, rates: dict[str, float], frozen: bool) -> None:
+def set_pretraining_rates(optimiser, rates: dict[str, float], frozen: bool) -> None:
     """Set learning rates and weight decay; prototypes may be frozen."""
     for group in optimiser.param_groups:
         group["lr"] = 0.0 if frozen and group["prototypes"] else rates["lr"] * group["scale"]
         group["weight_decay"] = rates["weight_decay"] if group["decays"] else 0.0
 
 
-def schedules(config: Config, step: int) -> dict[str, float]:
+def pretraining_schedules(config: Config, step: int) -> dict[str, float]:
     """Everything that changes with the step."""
     assert config.lr                                                         # main() sets it
     steps, end, decay = config.steps, config.lr_end / config.lr, config.weight_decay
@@ -266,7 +266,7 @@ def schedules(config: Config, step: int) -> dict[str, float]:
 
 # ----------------------------------------------------------------------------------------- network
 
-def build_student(config: Config):
+def build_pretrained_student(config: Config):
     """Student and teacher, equal at the start."""
     shape, std = config.network, config.network.init_std
     if config.init is None:
@@ -286,7 +286,7 @@ def student_optimiser(student, config: Config):
     depth = student.encoder.vit.depth
 
     def traits(name: str, parameter) -> dict:
-        above = 0 if ".norm." in name else optim.blocks_above(name, "encoder.vit.", depth)
+        above = 0 if ".norm." in name else optim.parameter_blocks_above(name, "encoder.vit.", depth)
         scale = config.layer_decay ** above * (config.patch_lr if "patch_embed" in name else 1.0)
         return dict(scale=scale, decays=optim.decays(name, parameter),
                     prototypes="prototypes" in name)
@@ -294,7 +294,7 @@ def student_optimiser(student, config: Config):
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=config.eps, fused=True)
 
 
-def shared(student, device: str):
+def shared_student(student, device: str):
     """The student with gradients averaged over the processes of the group."""
     devices = [device] if "cuda" in device else None
     return torch.nn.parallel.DistributedDataParallel(student, device_ids=devices)
@@ -305,7 +305,8 @@ def autocast_of(config: Config, device: str):
     return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16)
 
 
-def make_batch(config: Config, pool, slots, numbers: np.ndarray, step: int, light, kinds):
+def make_pretraining_batch(config: Config, pool, slots, numbers: np.ndarray, step: int, light,
+                           kinds):
     """Views, masks and jitter of the samples `numbers`, whose fields are in `slots` of the pool."""
     large, small = ssl_.draw_views(pool, slots, numbers, step, config.seed, config.views, light,
                                    kinds)
@@ -315,7 +316,7 @@ def make_batch(config: Config, pool, slots, numbers: np.ndarray, step: int, ligh
     weight = 1 / np.maximum(mask.sum(1, keepdims=True), 1) * np.ones(mask.shape)
     depth, rng = config.network.depth, np.random.default_rng((config.seed, step))
     jitter = config.network.rope_jitter ** rng.uniform(-1, 1, (depth, 2))    # the same on all ranks
-    sent = (augment.send(values, large.device)
+    sent = (augment.send_crop_values(values, large.device)
             for values in (mask, np.flatnonzero(mask), weight[mask], jitter))
     return ssl_.Batch(large, small, *sent)
 
@@ -406,14 +407,14 @@ def warn_of_collapse(config: Config, run: runs.Run, step: int, health: dict, sha
                                    "lower loss.teacher")
 
 
-def measure_weights(config: Config, files: list[str], device: str) -> int:
+def measure_pretraining(config: Config, files: list[str], device: str) -> int:
     """Measure backbones from files on the fields held out."""
     windows = probe.held_windows(config)
     for path in files:
         vit = model.load_backbone(path, config.network.patch).eval().to(device)
         numbers = probe.measure_backbone(vit, windows, config.views.size)[0]
         if windows.labels is not None:
-            numbers |= probe.leaks(vit, windows, config.views.size)
+            numbers |= probe.metadata_leaks(vit, windows, config.views.size)
         print(f"{path}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
     return 0
 
@@ -421,7 +422,7 @@ def measure_weights(config: Config, files: list[str], device: str) -> int:
 def print_ssl_plan(config: Config, student, teacher, light, device: str) -> int:
     """Print memory, work and time of a step, tried on noise; write and fetch nothing."""
     print(runs.to_yaml(config))
-    train, channels, extent = fields.extent(config.data, config.seed)
+    train, channels, extent = fields.field_extent(config.data, config.seed)
     count, on_gpu = min(train, config.data.pool) if config.data.index else train, "cuda" in device
     print(f"{train} fields to train on, {count} on the device at a time, {config.data.held} to "
           f"measure on; {extent[0]} x {extent[1]} px in {len(channels)} channels")
@@ -430,7 +431,7 @@ def print_ssl_plan(config: Config, student, teacher, light, device: str) -> int:
     noise = ((str(i), rng.integers(0, 60000, (len(channels), *extent), dtype=np.uint16))
              for i in range(tried))
     pool = stream.ResidentPool(noise, channels, device, seed=config.seed)
-    kinds = ssl_.stains_of(channels, config.data.brightfield)
+    kinds = ssl_.view_stains(channels, config.data.brightfield)
     optimiser, autocast = student_optimiser(student, config), autocast_of(config, device)
     kept, times = [], []                                      # bytes, (seconds, of them cutting)
 
@@ -446,7 +447,7 @@ def print_ssl_plan(config: Config, student, teacher, light, device: str) -> int:
             teacher.encoder.compile()
         begin = time.perf_counter()
         slots = pool.sample(tried, step)
-        batch = make_batch(config, pool, slots, np.arange(tried), step, light, kinds)
+        batch = make_pretraining_batch(config, pool, slots, np.arange(tried), step, light, kinds)
         prepared = time.perf_counter()
         with counting if step == 0 else contextlib.nullcontext(), autocast:
             found = student(teacher, batch, config.loss.teacher[0], config.loss)
@@ -470,7 +471,8 @@ def print_ssl_plan(config: Config, student, teacher, light, device: str) -> int:
     backbone, all_of_it = (sum(p.numel() for p in part.parameters()) / 1e6
                            for part in (student.encoder, student))
     views = config.views
-    work = config.batch * ssl_.step_flops(student, views.size, views.local_size, views.locals)
+    work = config.batch * ssl_.student_step_flops(student, views.size, views.local_size,
+                                                  views.locals)
     print(f"{backbone:.1f} M parameters in the backbone, {all_of_it:.1f} M with the heads; "
           f"{work / 1e12:.2f} TFLOPs a step")
     seconds = took * whole

@@ -188,9 +188,9 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
         raise ValueError(f"reach={reach}: expected 1 px or more")
     distance = distance.float()
     if smooth and distance.numel():
-        distance = gaussian(distance, smooth)
+        distance = gaussian_map(distance, smooth)
     if shape and depth and distance.numel():
-        distance = distance + shape * inwards(distance > peak, reach)
+        distance = distance + shape * push_inwards(distance > peak, reach)
     H, W = distance.shape
     S = W + 1
     d = distance.new_full((H + 2, S), -1.0, dtype=torch.float32)
@@ -203,21 +203,22 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
     node = torch.zeros_like(d, dtype=torch.int32)    # (L,) 0: background; 1..markers; see climb
     if depth and high.any():
         slope = (d > fill).nonzero().squeeze(1)
-        markers = merge(d, node, climb(d, node, 0, slope, S), slope, peak, depth, S)
+        markers = merge_basins(d, node, climb_to_summits(d, node, 0, slope, S), slope, peak, depth,
+                               S)
     else:
-        marker, label, markers = components(high, S)
+        marker, label, markers = basin_components(high, S)
         if not markers:
             return node.view(H + 2, S)[1:-1, :W].contiguous()
         node.scatter_(0, marker, label)
         slope = ((d > fill) ^ high).nonzero().squeeze(1)                     # (P,)
-        regions = climb(d, node, markers, slope, S)
+        regions = climb_to_summits(d, node, markers, slope, S)
         if regions > markers:
-            join(d, node, markers, regions, slope, S)
+            join_basins(d, node, markers, regions, slope, S)
     label = node.view(H + 2, S)[1:-1, :W]
     return drop_small(label, min_area, markers) if min_area > 1 else label.contiguous()
 
 
-def gaussian(distance: Tensor, sigma: float) -> Tensor:
+def gaussian_map(distance: Tensor, sigma: float) -> Tensor:
     """(H, W) filtered by a Gaussian cut off at 3 sigma; the border goes on outside."""
     reach = max(1, math.ceil(3 * sigma))
     weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
@@ -230,7 +231,7 @@ def gaussian(distance: Tensor, sigma: float) -> Tensor:
     return x
 
 
-def inwards(high: Tensor, reach: int) -> Tensor:
+def push_inwards(high: Tensor, reach: int) -> Tensor:
     """(H, W) bool -> px to the nearest pixel in the image that is not set, `reach` at most."""
     x = torch.arange(high.shape[1], dtype=torch.float32, device=high.device)
     before = torch.where(high, -reach, x).cummax(1).values
@@ -243,7 +244,7 @@ def inwards(high: Tensor, reach: int) -> Tensor:
     return across.sqrt()
 
 
-def climb(d: Tensor, node: Tensor, markers: int, slope: Tensor, S: int) -> int:
+def climb_to_summits(d: Tensor, node: Tensor, markers: int, slope: Tensor, S: int) -> int:
     """Write into node where every slope pixel climbs to, and return the highest number: a marker,
     or a summit without one, numbered above markers.
 
@@ -264,17 +265,18 @@ def climb(d: Tensor, node: Tensor, markers: int, slope: Tensor, S: int) -> int:
     flat = slope[best == height]  # (F,) nothing higher beside them
     basins = 0
     if len(flat):
-        summit, basin, basins = components(drain(d, parent, node, first, flat, S), S)
+        summit, basin, basins = basin_components(drain_basins(d, parent, node, first, flat, S), S)
         node[summit] = basin + (last - 1)
     # markers and summits point to themselves
     up = torch.arange(last + basins, dtype=torch.int32, device=d.device)
     up[first:last] = node.index_select(0, parent)
-    end = compress(up)[first:last]
+    end = basin_roots(up)[first:last]
     node.scatter_(0, slope, torch.where(end < first, end, end - len(slope)))
     return markers + basins
 
 
-def drain(d: Tensor, parent: Tensor, node: Tensor, first: int, flat: Tensor, S: int) -> Tensor:
+def drain_basins(d: Tensor, parent: Tensor, node: Tensor, first: int, flat: Tensor,
+                 S: int) -> Tensor:
     """On flat parts, point to the nearest pixel of the same height that climbs, ring by ring;
     changes parent. Returns (L,) bool: the flat summits, from which nothing climbs.
     """
@@ -302,8 +304,8 @@ def drain(d: Tensor, parent: Tensor, node: Tensor, first: int, flat: Tensor, S: 
     return closed
 
 
-def borders(d: Tensor, label: Tensor, pixels: Tensor, markers: int,
-            S: int) -> tuple[Tensor, Tensor, Tensor]:
+def basin_borders(d: Tensor, label: Tensor, pixels: Tensor, markers: int,
+                  S: int) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs of neighbours in two regions, each once; one at least is in `pixels`, whose regions are
     above markers.
 
@@ -323,10 +325,11 @@ def borders(d: Tensor, label: Tensor, pixels: Tensor, markers: int,
     return a, b, (saddle << 32) | (len(a) - torch.arange(len(a), device=d.device))
 
 
-def join(d: Tensor, label: Tensor, markers: int, regions: int, slope: Tensor, S: int) -> None:
+def join_basins(d: Tensor, label: Tensor, markers: int, regions: int, slope: Tensor,
+                S: int) -> None:
     """Give regions above markers to the neighbour across their highest saddle; 0 without one."""
     bare = slope[label.index_select(0, slope) > markers].int()               # their pixels
-    a, b, order = borders(d, label, bare, markers, S)                        # (E,)
+    a, b, order = basin_borders(d, label, bare, markers, S)                        # (E,)
     root = torch.arange(regions + 1, device=d.device)
     first, second = a, b
     while True:
@@ -342,14 +345,14 @@ def join(d: Tensor, label: Tensor, markers: int, regions: int, slope: Tensor, S:
         parent[chooser] = root[a[edge]] + root[b[edge]] - chooser            # the other end
         pair = chooser[(parent[parent[chooser]] == chooser) & (chooser < parent[chooser])]
         parent[pair] = pair                              # two that chose each other: one stays
-        root = compress(parent)[root]
+        root = basin_roots(parent)[root]
         first, second = root[first], root[second]
     root = torch.where(root <= markers, root, 0).int()
     label.scatter_(0, bare.long(), root[label.index_select(0, bare)])
 
 
-def merge(d: Tensor, label: Tensor, regions: int, slope: Tensor, peak: float, depth: float,
-          S: int) -> int:
+def merge_basins(d: Tensor, label: Tensor, regions: int, slope: Tensor, peak: float, depth: float,
+                 S: int) -> int:
     """Join regions, one to each summit, until all stand out; number them in raster order of their
     summits; return how many.
 
@@ -358,7 +361,7 @@ def merge(d: Tensor, label: Tensor, regions: int, slope: Tensor, peak: float, de
     """
     pixels = slope.int()
     mine = label.index_select(0, slope)
-    a, b, order = borders(d, label, pixels, 0, S)                            # (E,)
+    a, b, order = basin_borders(d, label, pixels, 0, S)                            # (E,)
     alone = torch.arange(regions + 1, device=d.device)
     top = torch.zeros(regions + 1, device=d.device)
     top.scatter_reduce_(0, mine.long(), d.index_select(0, pixels), "amax")
@@ -370,10 +373,10 @@ def merge(d: Tensor, label: Tensor, regions: int, slope: Tensor, peak: float, de
         first, second, order = (x.index_select(0, live) for x in (first, second, order))
         best = highest_saddles(root, first, second, order)
         chooser = best.nonzero().squeeze(1)
-        best, top = best[chooser], height(rank[chooser])
+        best, top = best[chooser], pass_height(rank[chooser])
         edge = len(a) - (best & 0xFFFFFFFF)
         other = root[a[edge]] + root[b[edge]] - chooser
-        joins = (top <= peak) | ((top - height(best) < depth) & (rank[other] > rank[chooser]))
+        joins = (top <= peak) | ((top - pass_height(best) < depth) & (rank[other] > rank[chooser]))
         if not joins.any():
             break
         chooser, other = chooser[joins], other[joins]
@@ -381,10 +384,10 @@ def merge(d: Tensor, label: Tensor, regions: int, slope: Tensor, peak: float, de
         parent[chooser] = other
         pair = chooser[(parent[other] == chooser) & (rank[chooser] > rank[other])]
         parent[pair] = pair                              # two that chose each other: higher stays
-        parent = compress(parent)
+        parent = basin_roots(parent)
         rank = torch.zeros_like(rank).scatter_reduce_(0, parent, rank, "amax")
         root, first, second = parent[root], parent[first], parent[second]
-    cell = ((root == alone) & (height(rank) > peak)).nonzero().squeeze(1)
+    cell = ((root == alone) & (pass_height(rank) > peak)).nonzero().squeeze(1)
     number = torch.zeros(regions + 1, dtype=torch.int32, device=d.device)
     number[cell[torch.argsort(rank[cell] & 0xFFFFFFFF, descending=True)]] = torch.arange(
         1, len(cell) + 1, dtype=torch.int32, device=d.device)
@@ -398,26 +401,26 @@ def highest_saddles(root: Tensor, first: Tensor, second: Tensor, order: Tensor) 
     return best.scatter_reduce_(0, second, order, "amax")
 
 
-def height(order: Tensor) -> Tensor:
-    """The float in the upper half of the order of borders() and of merge()'s rank."""
+def pass_height(order: Tensor) -> Tensor:
+    """The float in the upper half of the order of basin_borders() and of merge_basins()'s rank."""
     return (order >> 32).int().view(torch.float32)
 
 
-def components(mask: Tensor, S: int) -> tuple[Tensor, Tensor, int]:
+def basin_components(mask: Tensor, S: int) -> tuple[Tensor, Tensor, int]:
     """4-connected components of a flat (L,) mask: pixels (K,), labels (K,) int32, their number.
 
     Labels count from 1 in raster order of the components' first pixels. The nodes are the runs of
     set pixels in a row, a few dozen to a cell, so the union costs next to nothing.
     """
     pixels = mask.nonzero().squeeze(1)                                       # (K,)
-    start = edge_of(mask).nonzero().squeeze(1)                # (R,) first pixel of each run
-    touch = edge_of(mask[:-S] & mask[S:]).nonzero().squeeze(1)  # first pixel that two runs share
+    start = flood_edge(mask).nonzero().squeeze(1)                # (R,) first pixel of each run
+    touch = flood_edge(mask[:-S] & mask[S:]).nonzero().squeeze(1)  # first pixel that two runs share
     above = torch.searchsorted(start, touch, right=True) - 1
     below = torch.searchsorted(start, touch + S, right=True) - 1
     themselves = root = torch.arange(len(start), device=mask.device)
     while len(above):  # hook the later root to the earlier
         a, b = root[above], root[below]
-        root = compress(root.scatter_reduce(0, torch.maximum(a, b), torch.minimum(a, b), "amin"))
+        root = basin_roots(root.scatter_reduce(0, torch.maximum(a, b), torch.minimum(a, b), "amin"))
         apart = root[above] != root[below]
         above, below = above[apart], below[apart]
     number = (root == themselves).cumsum(0)                                  # (R,) counts the roots
@@ -427,14 +430,14 @@ def components(mask: Tensor, S: int) -> tuple[Tensor, Tensor, int]:
     return pixels, number[root].int().repeat_interleave(length), count
 
 
-def edge_of(mask: Tensor) -> Tensor:
+def flood_edge(mask: Tensor) -> Tensor:
     """Set pixels whose predecessor is not set."""
     edge = mask.clone()
     edge[1:] &= ~mask[:-1]
     return edge
 
 
-def compress(parent: Tensor) -> Tensor:
+def basin_roots(parent: Tensor) -> Tensor:
     """Pointer doubling until every node points to its root."""
     while True:
         grand = parent.index_select(0, parent)
@@ -452,7 +455,8 @@ def without_holes(label: Tensor) -> Tensor:
     H, W = label.shape
     S = W + 1
     node = F.pad(label, (0, 1, 1, 1)).view(-1)  # (L,) all background that is outside hangs together
-    pixels, part, parts = components(node == 0, S)                           # outside is part 1
+    pixels, part, parts = basin_components(node == 0,
+                                           S)                           # outside is part 1
     inside = (part > 1).nonzero().squeeze(1)
     if not len(inside):
         return label

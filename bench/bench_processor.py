@@ -143,7 +143,8 @@ def unsupervised(device: str) -> list[list[str]]:
     step = bench_ssl.Step(config, bench_ssl.pool_of(config, device, 1080 if on_gpu else 512),
                           device, plain=False)
     shown = config.views
-    flops = config.batch * ssl_.step_flops(step.student, shown.size, shown.local_size, shown.locals)
+    flops = config.batch * ssl_.student_step_flops(step.student, shown.size, shown.local_size,
+                                                   shown.locals)
     return [row(f"train_ssl.py, {config.batch} fields, 2 x {shown.size} and {shown.locals} x "
                 f"{shown.local_size} px", step, flops, device, 3)]
 

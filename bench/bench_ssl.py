@@ -50,7 +50,8 @@ class Step:
         import train_ssl
         torch.manual_seed(0)
         self.config, self.pool, self.device, self.number = config, pool, device, 0
-        self.student, self.teacher = (part.to(device) for part in train_ssl.build_student(config))
+        self.student, self.teacher = (part.to(device)
+                                      for part in train_ssl.build_pretrained_student(config))
         if plain:
             for part in (self.student, self.teacher):
                 part.encoder = one_by_one(part.encoder.vit)
@@ -59,7 +60,7 @@ class Step:
             self.student.encoder.compile()
             self.teacher.encoder.compile()
         self.optimiser = train_ssl.student_optimiser(self.student, config)
-        self.light, self.kinds = ssl_.light_of(), ssl_.stains_of(pool.channels,
+        self.light, self.kinds = ssl_.view_light(), ssl_.view_stains(pool.channels,
                                                                  config.data.brightfield)
         self.numbers = np.arange(config.batch)
         self.cutting = train_ssl.Stopwatch(device)
@@ -75,7 +76,8 @@ class Step:
                 self.pool.sample(config.batch, self.number),
                 self.numbers + self.number * config.batch,
             )
-            batch = train_ssl.make_batch(config, self.pool, slots, numbers, self.number, self.light,
+            batch = train_ssl.make_pretraining_batch(config, self.pool, slots, numbers, self.number,
+                                                     self.light,
                                          self.kinds)
         with torch.autocast(self.device, torch.bfloat16, enabled=config.precision == "bf16"):
             found = self.student(self.teacher, batch, 0.05, config.loss)
@@ -145,7 +147,7 @@ def ssl() -> None:
         begin = time.perf_counter()
         waiting(lambda: [step() for _ in range(steps)], device)()
         took = (time.perf_counter() - begin) / steps
-        work = ssl_.step_flops(step.student, shown.size, shown.local_size,
+        work = ssl_.student_step_flops(step.student, shown.size, shown.local_size,
                                shown.locals) * config.batch
         memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device == "cuda" else "-"
         rows.append([name, f"{took:.3f} s", f"{config.batch / took:.1f}", f"{work / 1e9:.0f}",
@@ -191,10 +193,10 @@ def operations(config, pool, device: str, rate: float, bandwidth: float) -> list
     side = shown.size // net.patch
     rope = model.rope_table(model.rope_periods(D // heads).to(device), side, side,
                             1 + net.registers)
-    ones, light = torch.ones(D, device=device, dtype=kind), ssl_.light_of()
-    kinds, numbers = ssl_.stains_of(pool.channels, config.data.brightfield), np.arange(B)
+    ones, light = torch.ones(D, device=device, dtype=kind), ssl_.view_light()
+    kinds, numbers = ssl_.view_stains(pool.channels, config.data.brightfield), np.arange(B)
     slots = pool.sample(B, 0)
-    student, teacher = (part.to(device) for part in train_ssl.build_student(config))
+    student, teacher = (part.to(device) for part in train_ssl.build_pretrained_student(config))
     for p in student.parameters():
         p.grad = torch.zeros_like(p)
     optimiser = train_ssl.student_optimiser(student, config)
@@ -207,7 +209,7 @@ def operations(config, pool, device: str, rate: float, bandwidth: float) -> list
          4 * 2 * B * T * T * D, 4 * width * large.numel()),
         ("attention in small crops", lambda: F.scaled_dot_product_attention(small, small, small),
          4 * B * shown.locals * t * t * D, 4 * width * small.numel()),
-        ("RoPE on large crops", lambda: model.rotate(large.transpose(1, 2), *rope),
+        ("RoPE on large crops", lambda: model.rotate_by_rope(large.transpose(1, 2), *rope),
          3 * large.numel(), 2 * width * large.numel()),
         ("LayerNorm, all tokens", lambda: F.layer_norm(x, (D,), ones, ones), 8 * n * D,
          2 * width * n * D),

@@ -89,7 +89,7 @@ def coverage(cohorts, seed, huge=HUGE, rhos=(0.0, 0.3, 0.5, 0.7)):
         for kind in ("normal", "ordinal"):
             y_huge, y = (outcome(rng, each, rho, ordinal=kind == "ordinal") for each in (u_huge, u))
             truth, seen = cohort.spearman(ratio_huge, y_huge), cohort.spearman(ratio, y)
-            low, high = cohort.interval(seen, DONORS)
+            low, high = cohort.donor_interval(seen, DONORS)
             fisher = np.abs(np.arctanh(seen) - np.arctanh(truth)) <= Q / math.sqrt(DONORS - 3)
             found[rho, kind] = float(truth), share((low <= truth) & (truth <= high)), share(fisher)
     return found
@@ -107,7 +107,7 @@ def partial_coverage(cohorts, seed, huge=HUGE):
 
     x, y, z = draw(huge)
     truth = cohort.spearman(x, y, z)
-    low, high = cohort.interval(cohort.spearman(*draw((cohorts, DONORS))), DONORS, 1)
+    low, high = cohort.donor_interval(cohort.spearman(*draw((cohorts, DONORS))), DONORS, 1)
     return float(cohort.spearman(x, y)), float(truth), share((low <= truth) & (truth <= high))
 
 
@@ -123,7 +123,7 @@ def difference_coverage(cohorts, seed, huge=HUGE):
 
     baseline, tuned, y = draw(huge)
     truth = float(cohort.spearman(tuned, y) - cohort.spearman(baseline, y))
-    ends = [cohort.difference(*donors, resamples=1000, seed=number)[2:]
+    ends = [cohort.donor_difference(*donors, resamples=1000, seed=number)[2:]
             for number, donors in enumerate(zip(*draw((cohorts, DONORS))))]
     return truth, share([low <= truth <= high for low, high in ends])
 

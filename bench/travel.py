@@ -43,7 +43,7 @@ class Config:
 def main(config: Config, files: list[str]) -> int:
     out = Path(config.output_base_dir) / "runs" / config.experiment / "results.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
-    part, parts = runs.part_of(config.shard)
+    part, parts = runs.shard_of(config.shard)
     jobs = [(seed, variant, group) for seed in config.seeds for variant in config.variants
             for group in config.groups]
     done = {(line["seed"], line["variant"], line["group"]) for line in lines(out)}
@@ -78,7 +78,7 @@ def left_out(config: Config, seed: int, variant: str, group: str) -> dict[str, f
     images.weigh({chosen.name: 0.0 if chosen.name in away else chosen.weight
                   for chosen in one.data.sets})
     torch.manual_seed(seed)
-    net = train_seg.build_network(one)
+    net = train_seg.build_segmentation_net(one)
     net.settings = dataclasses.replace(net.settings, diameter=images.diameter)
     trainer = train_seg.Trainer(one, net, "cpu")
     changes = runs.from_dict(augment.Augment, one.augment, "augment")
@@ -87,7 +87,7 @@ def left_out(config: Config, seed: int, variant: str, group: str) -> dict[str, f
         sample = np.arange(one.batch) + step * one.batch
         batch = augment.sample(images, images.draw(seed, sample), sample, changes, one.crop, seed,
                                one.cap)
-        losses.append(trainer.step(batch, train_seg.rate(one, step))[0].item())
+        losses.append(trainer.step(batch, train_seg.segmentation_rate(one, step))[0].item())
     ready = trainer.average.module.ready("cpu")
     return dict(scored(ready, [entry for entry in held if entry.set not in away],
                        [entry for entry in strangers if entry.set in away]),
@@ -95,7 +95,7 @@ def left_out(config: Config, seed: int, variant: str, group: str) -> dict[str, f
 
 
 def changed(config: Config, variant: str, seed: int = 0) -> train_seg.Config:
-    values = runs.flatten(config.train) | runs.flatten(config.variants[variant] or {})
+    values = runs.flat_config(config.train) | runs.flat_config(config.variants[variant] or {})
     return runs.from_dict(train_seg.Config, nested({**values, "seed": seed}), variant)
 
 
@@ -107,7 +107,7 @@ def loaded(data, cap: float, count: int) -> tuple:
     import data
     images, held, _ = augment.load_resident(data, 0, "cpu", cap)
     strangers = [data.read_labelled(example, chosen.name) for chosen in data.sets
-                 for example in lot(data.examples_of(data, chosen), count)]
+                 for example in lot(data.training_examples(data, chosen), count)]
     return images, few([e for e in held if e.held], count, data.diameter), few(strangers, count,
                                                                                data.diameter)
 

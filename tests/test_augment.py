@@ -59,8 +59,8 @@ def test_hash_is_splitmix64():
     """The published first values of splitmix64 from seed 0; arrays and tensors agree."""
     state = np.array([0, augment.GOLDEN], np.int64)
     known = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
-    assert augment.scramble(state).view(np.uint64).tolist() == known
-    assert augment.scramble(torch.from_numpy(state)).numpy().view(np.uint64).tolist() == known
+    assert augment.scramble_draws(state).view(np.uint64).tolist() == known
+    assert augment.scramble_draws(torch.from_numpy(state)).numpy().view(np.uint64).tolist() == known
 
 
 def test_uniform_is_uniform_and_independent():
@@ -79,7 +79,7 @@ def test_uniform_is_uniform_and_independent():
 
 def test_noise_is_normal_and_white():
     streams = torch.from_numpy(Draws.of(0, np.arange(2)).streams("n", 3, 101 ** 2))
-    z = augment.normal_noise(streams, 101)
+    z = augment.crop_normal_noise(streams, 101)
     assert z.shape == (2, 3, 101, 101)
     flat = z.double().flatten()
     n = len(flat)
@@ -180,9 +180,9 @@ def test_quarters_and_mirrors_lose_nothing():
 
 def test_mirroring_in_closed_form():
     c = torch.tensor([[[-4.0, -3, -2, -1, 0, 1, 2, 3, 4, 5, 1.25, 2.5]]])
-    folded = augment.mirrored(c, torch.tensor([3.0])[:, None, None])
+    folded = augment.mirrored_coordinates(c, torch.tensor([3.0])[:, None, None])
     assert folded.flatten().tolist() == [0, 1, 2, 1, 0, 1, 2, 1, 0, 1, 1.25, 1.5]
-    assert augment.mirrored(c, torch.tensor([1.0])[:, None, None]).abs().max() == 0
+    assert augment.mirrored_coordinates(c, torch.tensor([1.0])[:, None, None]).abs().max() == 0
 
 
 @pytest.mark.parametrize("changes", [
@@ -262,7 +262,8 @@ def test_distances_equal_the_oracle(cap):
                                                                     np.zeros((70, 70), np.int32)])
     stack[0, 5, 5] = 77
     labels = torch.from_numpy(stack)
-    found = augment.per_cell(augment.capped(labels, cap), labels, torch.zeros(5, 78))[:, 0].numpy()
+    found = augment.crop_distance_per_cell(augment.capped_crop_distance(labels, cap), labels,
+                                           torch.zeros(5, 78))[:, 0].numpy()
     for got, truth in zip(found, stack):
         assert np.abs(got - oracle(truth, cap)).max() < 1e-6
         assert np.abs(got - watershed.distance_map(truth, cap)).max() < 1e-6
@@ -523,12 +524,12 @@ def test_mistakes_name_the_folder(folder, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ValueError, match="empty: no labelled image"):
-        augment.find_examples([empty])
+        augment.examples_to_augment([empty])
     with pytest.raises(FileNotFoundError, match="gone"):
-        augment.find_examples([tmp_path / "gone"])
+        augment.examples_to_augment([tmp_path / "gone"])
     with pytest.raises(ValueError,
                        match="im0.tif: a second image named im0, beside .*im0.tif; names"):
-        augment.find_examples([folder, folder])
+        augment.examples_to_augment([folder, folder])
     for folders in ((), ("a", "out/")):
         with pytest.raises(ValueError, match="expected folders other than output=out"):
             augment.Config(folders, "out")

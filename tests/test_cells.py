@@ -207,7 +207,7 @@ def test_no_cells_are_no_rows(shape, tmp_path):
     some = cells.cell_table(np.ones((3, 3), int), np.ones((1, 3, 3)), pixel_size=1)
     none = cells.cell_table(empty, np.ones((1, *shape)), pixel_size=1)
     assert list(none) == list(some) and not any(map(len, none.values()))
-    cells.write_csv(tmp_path / "cells.csv", none)
+    cells.write_cell_table(tmp_path / "cells.csv", none)
     assert (tmp_path / "cells.csv").read_text() == ",".join(none) + "\n"
     assert cells.polygons(empty) == {}
 
@@ -238,12 +238,12 @@ def test_csv_reads_back_and_fails_whole(tmp_path):
     path = tmp_path / "cells.csv"
     columns = {"id": np.array([3, 70000]), "area, odd": np.array([1 / 3, 123456.789]),
                "cut": np.array([True, False]), "file": ["a\"b.tif", "c.tif"]}
-    cells.write_csv(path, columns)
+    cells.write_cell_table(path, columns)
     assert list(csv.reader(path.read_text().splitlines())) == [
         list(columns), ["3", "0.3333333", "1", "a\"b.tif"], ["70000", "123456.8", "0", "c.tif"]]
     before = path.read_bytes()
     with pytest.raises(ValueError):
-        cells.write_csv(path, {"a": np.zeros(2), "b": np.zeros(3)})
+        cells.write_cell_table(path, {"a": np.zeros(2), "b": np.zeros(3)})
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["cells.csv"]
 
 
@@ -402,39 +402,39 @@ def test_overlay_sizes():
 def test_reduced_is_the_area_mean():
     image = np.arange(2 * 6 * 9, dtype=np.uint16).reshape(2, 6, 9) * 2
     labels = np.arange(54).reshape(6, 9)
-    small, few = cells.reduced(image, labels, 3)
+    small, few = cells.reduced_overlay(image, labels, 3)
     assert np.array_equal(small, image[:, 1::3, 1::3]) and small.dtype == np.uint16  # of a ramp
     assert np.array_equal(few, labels[1::3, 1::3])
-    small, few = cells.reduced(image, labels, 4)  # sizes that do not divide round up
+    small, few = cells.reduced_overlay(image, labels, 4)  # sizes that do not divide round up
     assert small.shape == (2, 2, 3) and few.shape == (2, 3)
 
 
 def test_displayed_stretches_each_channel():
     """Closed form: percentiles 1 and 99.8 become black and full; brightfield RGB is not touched."""
     ramp = np.linspace(300, 5300, 64 * 64).reshape(1, 64, 64).astype(np.uint16)
-    gray = cells.displayed(ramp)
+    gray = cells.overlay_background(ramp)
     low, high = np.percentile(ramp, (1, 99.8))
     expected = np.clip((ramp[0] - low) / (high - low) * 255, 0, 255)
     assert np.abs(gray - expected[..., None]).max() <= 0.5 + 1e-3
-    two = cells.displayed(np.concatenate((ramp, ramp[:, ::-1])))
+    two = cells.overlay_background(np.concatenate((ramp, ramp[:, ::-1])))
     assert np.array_equal(two[..., 1], gray[..., 0])
     assert np.array_equal(two[..., 0], gray[::-1, :, 0])
     assert np.array_equal(two[..., 0], two[..., 2])
-    five = cells.displayed(np.repeat(ramp, 5, 0))
+    five = cells.overlay_background(np.repeat(ramp, 5, 0))
     assert five.shape == (64, 64, 3) and (five[-1, -1] == 255).all()
     stained = np.random.default_rng(0).integers(120, 250, (3, 64, 64), dtype=np.uint8)
-    assert np.array_equal(cells.displayed(stained), np.moveaxis(stained, 0, -1))
-    assert cells.displayed(np.full((1, 5, 5), 7.0)).max() == 0  # constant: black, no crash
+    assert np.array_equal(cells.overlay_background(stained), np.moveaxis(stained, 0, -1))
+    assert cells.overlay_background(np.full((1, 5, 5), 7.0)).max() == 0  # constant: black, no crash
     spot = np.zeros((1, 100, 100), np.uint16)
     spot[0, 50, 50] = 900
-    assert cells.displayed(spot)[50, 50, 0] == 255
+    assert cells.overlay_background(spot)[50, 50, 0] == 255
 
 
 def test_enlarged_keeps_areas_and_rounds_stairs():
     """A disc grows by the square of the zoom; its staircase border gets closer to the circle."""
     y, x = np.mgrid[:40, :40]
     disc = ((y - 19.5) ** 2 + (x - 19.5) ** 2 < 14 ** 2).astype(np.int32) * 5
-    large = cells.enlarged(disc, 8)
+    large = cells.enlarged_outlines(disc, 8)
     assert large.shape == (320, 320) and set(np.unique(large)) == {0, 5}
     assert np.count_nonzero(large) == pytest.approx(64 * np.count_nonzero(disc), rel=0.01)
     ideal = np.hypot(*(np.mgrid[:320, :320] - 159.5)) < 8 * 14
@@ -464,7 +464,7 @@ def test_grown_is_a_disc():
     y, x = np.mgrid[:9, :12]
     for radius in (0.5, 1.5, 2.5, 6.5, 20.5):
         near = (np.hypot(y - 4, x - 5) <= radius) | (np.hypot(y, x - 11) <= radius)
-        assert np.array_equal(cells.grown(mask, radius), near)
+        assert np.array_equal(cells.grown_outlines(mask, radius), near)
 
 
 def test_labels_with_wide_gaps_are_drawn_as_those_without():
@@ -483,7 +483,7 @@ def test_map_features_by_hand():
     labels[2:6, 2:6], labels[2:6, 6:10], labels[8:11, 14:17] = 1, 2, 5
     distance = np.select([labels == 1, labels == 2, labels == 5], [0.5, 0.75, 1.0], 0.0)
     distance[3, 5] = 0.9                                              # of cell 1, beside cell 2
-    found = cells.map_features(labels, distance.astype(np.float32), 4.0, np.array([1, 2, 5]))
+    found = cells.cell_map_features(labels, distance.astype(np.float32), 4.0, np.array([1, 2, 5]))
     np.testing.assert_allclose(found["summit"], [0.9, 0.75, 1.0], rtol=1e-6)
     np.testing.assert_allclose(found["mean"], [0.525, 0.75, 1.0], rtol=1e-6)
     np.testing.assert_allclose(found["spread"], [np.std([0.5] * 15 + [0.9]), 0, 0], atol=1e-6)
@@ -491,7 +491,7 @@ def test_map_features_by_hand():
     np.testing.assert_allclose(found["touching"], [4 / 12, 4 / 12, 0])
     np.testing.assert_allclose(found["size"], np.log(np.array([16, 16, 9]) / (4 * np.pi)))
     np.testing.assert_allclose(found["raggedness"], np.log([144 / 16, 144 / 16, 64 / 9]))
-    none = cells.map_features(labels * 0, distance, 4.0, np.zeros(0, int))
+    none = cells.cell_map_features(labels * 0, distance, 4.0, np.zeros(0, int))
     assert all(len(values) == 0 for values in none.values())
-    assert len(cells.right_probability(none, {"constant": 0.5, "mean": 2.0})) == 0
-    assert cells.right_probability(found, {"constant": 0.0, "mean": 0.0}).tolist() == [0.5] * 3
+    assert len(cells.cell_probability(none, {"constant": 0.5, "mean": 2.0})) == 0
+    assert cells.cell_probability(found, {"constant": 0.0, "mean": 0.0}).tolist() == [0.5] * 3

@@ -100,8 +100,8 @@ def test_thresholds():
               "intensity": list(rng.normal(centre, 1, 40))}
              for name, centre in (("a", 0), ("b", 20), ("control", 1)) for i in range(3)]
     every = np.concatenate([line["intensity"] for line in lines])
-    assert cohort.marker_threshold(lines, "otsu", controls=["zz"]) == cohort.otsu(every)
-    assert 5 < cohort.otsu(every) < 16
+    assert cohort.marker_threshold(lines, "otsu", controls=["zz"]) == cohort.otsu_threshold(every)
+    assert 5 < cohort.otsu_threshold(every) < 16
     assert cohort.marker_threshold(lines, "fixed", 7.5) == 7.5
     assert cohort.marker_threshold(lines, "controls", controls=["control"]) == pytest.approx(
         np.percentile(every[-120:], 99))
@@ -177,13 +177,14 @@ def test_false_discovery_is_scipys_also_in_rows_and_around_what_is_missing():
 @pytest.mark.smoke
 def test_interval_is_bonetts_and_wrights():
     """By hand: rho 0.5 of 103 donors: atanh 0.5 ± 1.959964 sqrt(1.125 / 100)."""
-    low, high = cohort.interval(0.5, 103)
+    low, high = cohort.donor_interval(0.5, 103)
     reach = 1.959963984540054 * math.sqrt(0.01125)
     assert low == pytest.approx(math.tanh(math.atanh(0.5) - reach), abs=1e-12)
     assert high == pytest.approx(math.tanh(math.atanh(0.5) + reach), abs=1e-12)
-    assert np.array(cohort.interval(0.5, 105, 2)) == pytest.approx(np.array([low, high]), abs=1e-14)
+    assert np.array(cohort.donor_interval(0.5, 105, 2)) == pytest.approx(np.array([low, high]),
+                                                                         abs=1e-14)
     undefined = np.array([1.0, -1.0, np.nan, 0.2]), np.array([50, 50, 50, 3])
-    assert np.isnan(cohort.interval(*undefined)).all()
+    assert np.isnan(cohort.donor_interval(*undefined)).all()
 
 
 @pytest.mark.parametrize("n", [5, 6])
@@ -192,7 +193,7 @@ def test_few_donors_have_an_exact_p(n):
     x, y = np.random.default_rng(n).integers(0, 5, (2, n)).astype(float)
     whole = abs(stats.spearmanr(x, y).statistic)
     orders = [abs(stats.spearmanr(x, order).statistic) for order in itertools.permutations(y)]
-    found = cohort.association(x, y)
+    found = cohort.donor_association(x, y)
     assert found.p_from == "exact"
     assert found.p == pytest.approx(np.mean(np.array(orders) >= whole - 1e-9), abs=1e-12)
 
@@ -202,11 +203,11 @@ def test_p_from_random_orders_agrees_with_students_where_both_serve():
     rng = np.random.default_rng(3)
     x = rng.normal(size=29)
     for strength in (0.0, 0.2, 0.4):
-        found = cohort.association(x, strength * x + rng.normal(size=29))
+        found = cohort.donor_association(x, strength * x + rng.normal(size=29))
         student = float(cohort.p_value(found.rho, 29))
         assert found.p_from == "permutation"
         assert abs(found.p - student) < 4 * math.sqrt(student / 9999) + 0.003
-    assert cohort.association(np.arange(29.0), np.arange(29.0)).p == 1 / 10000  # never 0
+    assert cohort.donor_association(np.arange(29.0), np.arange(29.0)).p == 1 / 10000  # never 0
 
 
 @pytest.mark.smoke
@@ -220,12 +221,12 @@ def test_partial_spearman_is_the_inverse_of_the_rank_correlations():
     assert cohort.spearman(x, y, z) == pytest.approx(expected, abs=1e-10)
     doubled = np.stack([*z, 1 - z[1]])  # says nothing new
     assert cohort.spearman(x, y, doubled) == pytest.approx(expected, abs=1e-10)
-    assert cohort.association(x, y, doubled).covariates == 2
-    found = cohort.association(x, y, z)
+    assert cohort.donor_association(x, y, doubled).covariates == 2
+    found = cohort.donor_association(x, y, z)
     t = abs(expected) * math.sqrt(76 / (1 - expected**2))
     assert found.covariates == 2 and found.p == pytest.approx(2 * stats.t.sf(t, 76), abs=1e-10)
-    assert cohort.association(x, z[0] ** 3, z).left_out == "covariates explain all of it"
-    few = cohort.association(x[:12], y[:12], z[:, :12])
+    assert cohort.donor_association(x, z[0] ** 3, z).left_out == "covariates explain all of it"
+    few = cohort.donor_association(x[:12], y[:12], z[:, :12])
     assert few.p_from == "permutation" and 0 < few.p <= 1 and few.n == 12
 
 
@@ -234,38 +235,38 @@ def test_donors_with_missing_values_are_left_out_pair_by_pair():
     x, y, z = rng.normal(size=(3, 60))
     y[3:9], z[20] = np.nan, np.nan
     keep = ~np.isnan(y + z)
-    assert cohort.association(x, y).n == 54
-    found = cohort.association(x, y, z[None])
+    assert cohort.donor_association(x, y).n == 54
+    found = cohort.donor_association(x, y, z[None])
     assert found.n == 53 and found.rho == cohort.spearman(x[keep], y[keep], z[None, keep])
     rows = np.stack([x, np.where(np.arange(60) == 40, np.nan, x), -x])     # one without donor 40
-    whole = cohort.association(x, y)
-    rho, p = cohort.redrawn(rows, y, (), whole)
+    whole = cohort.donor_association(x, y)
+    rho, p = cohort.redrawn_donors(rows, y, (), whole)
     assert rho[0] == whole.rho == -rho[2] and p[0] == whole.p == pytest.approx(p[2])
-    one = cohort.association(rows[1], y)
+    one = cohort.donor_association(rows[1], y)
     assert one.n == 53 and (rho[1], p[1]) == (one.rho, one.p)
-    given = cohort.association(rows[1], y, z[None])
-    rho, p = cohort.redrawn(rows, y, z[None], cohort.association(x, y, z[None]))
+    given = cohort.donor_association(rows[1], y, z[None])
+    rho, p = cohort.redrawn_donors(rows, y, z[None], cohort.donor_association(x, y, z[None]))
     assert (rho[1], p[1]) == pytest.approx((given.rho, given.p), abs=1e-12)
-    assert np.isnan(cohort.redrawn(rows, y, (), cohort.association(x, y * 0))).all()
-    assert cohort.association(x, np.full(60, 3.0)).left_out == "all 60 outcomes are 3"
-    assert cohort.association(np.zeros(60), y).left_out == "all 54 ratios are 0"
-    assert cohort.association(x[:5], y[:5]).left_out == "too few donors"
+    assert np.isnan(cohort.redrawn_donors(rows, y, (), cohort.donor_association(x, y * 0))).all()
+    assert cohort.donor_association(x, np.full(60, 3.0)).left_out == "all 60 outcomes are 3"
+    assert cohort.donor_association(np.zeros(60), y).left_out == "all 54 ratios are 0"
+    assert cohort.donor_association(x[:5], y[:5]).left_out == "too few donors"
 
 
 def test_difference_of_two_models():
     rng = np.random.default_rng(4)
     y = rng.normal(size=150)
     good, bad = y + rng.normal(size=150), y + 6 * rng.normal(size=150)
-    n, change, low, high = cohort.difference(bad, good, y)
+    n, change, low, high = cohort.donor_difference(bad, good, y)
     expected = stats.spearmanr(good, y).statistic - stats.spearmanr(bad, y).statistic
     assert change == pytest.approx(expected, abs=1e-12)
     assert 0 < low < change < high and n == 150
-    back = cohort.difference(good, bad, y)
+    back = cohort.donor_difference(good, bad, y)
     assert back[1:] == pytest.approx((-change, -high, -low), abs=1e-12)
-    assert cohort.difference(good, np.exp(good), y)[1:] == (0, 0, 0)  # ranks alone count
+    assert cohort.donor_difference(good, np.exp(good), y)[1:] == (0, 0, 0)  # ranks alone count
     y[7] = np.nan
-    assert cohort.difference(bad, good, y)[0] == 149
-    unpaired = cohort.difference(good, good + 1e-3 * rng.normal(size=150), y)
+    assert cohort.donor_difference(bad, good, y)[0] == 149
+    unpaired = cohort.donor_difference(good, good + 1e-3 * rng.normal(size=150), y)
     assert unpaired[3] - unpaired[2] < 0.01  # resampled together: no noise of the donors
 
 
@@ -278,11 +279,11 @@ def test_otsu_is_the_best_of_all_splits():
         return len(low) * len(high) * (high.mean() - low.mean()) ** 2
 
     best = max(sorted(set(values))[:-1], key=between)
-    cut = cohort.otsu(values)
+    cut = cohort.otsu_threshold(values)
     assert best < cut < values[values > best].min()
-    assert cohort.otsu(np.array([1.0, 1, 1, 5])) == 3
+    assert cohort.otsu_threshold(np.array([1.0, 1, 1, 5])) == 3
     with pytest.raises(ValueError, match="3 values that are all equal"):
-        cohort.otsu(np.array([2.0, 2, 2]))
+        cohort.otsu_threshold(np.array([2.0, 2, 2]))
 
 
 def test_redrawn_tiles():
@@ -318,11 +319,12 @@ def test_it_is_fast():
     begin = time.process_time()
     ratios = cohort.redrawn_ratios(positive, cells, donor, 0.8, 1000)
     x = np.stack([np.bincount(donor, row) for row in positive]) / 1000
-    found = np.array([[cohort.redrawn(ratios[m], each, (), cohort.association(x[m], each))
+    found = np.array([[cohort.redrawn_donors(ratios[m], each, (),
+                                             cohort.donor_association(x[m], each))
                        for each in y] for m in range(2)])
     cohort.false_discovery(found[:, :, 1].transpose(0, 2, 1))
     for each in y:
-        cohort.difference(x[0], x[1], each)
+        cohort.donor_difference(x[0], x[1], each)
     seconds = time.process_time() - begin
     assert found.shape == (2, 2, 2, 1000) and seconds < 5, f"{seconds:.1f} s"
 

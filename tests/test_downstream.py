@@ -116,9 +116,10 @@ def test_all_steps(study, whole):
         assert f"{name}: 18 tiles found = 16 done + 2 skipped" in said
         assert [row["tile"] for row in skipped] == ["donor_5/t2_b0c0", "donor_6/t2_b0c0"]
         assert len(counts) == 16 and {row["donor"] for row in counts} == set("01234567")
-        lines = {line["tile"]: line for line in cohort.read_lines(folder / "shards/1_of_1.jsonl")}
-        cut = cohort.otsu(np.concatenate([line["intensity"] for line in lines.values()
-                                          if "why" not in line]))
+        lines = {line["tile"]: line
+                 for line in cohort.read_tile_lines(folder / "shards/1_of_1.jsonl")}
+        cut = cohort.otsu_threshold(np.concatenate([line["intensity"] for line in lines.values()
+                                                    if "why" not in line]))
         for row in counts:
             above = np.array(lines[row["tile"]]["intensity"]) > cut
             assert (int(row["positive"]), int(row["cells"])) == (above.sum(), len(above))
@@ -234,14 +235,15 @@ def test_four_shards_are_one_run_also_when_one_is_killed(study, whole, tmp_path,
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(downstream.Shard, "write", killed)
         step(path, "infer", "shard=2/4")
-    assert len(cohort.read_lines(folders[1] / "shards/2_of_4.jsonl")) == 1
+    assert len(cohort.read_tile_lines(folders[1] / "shards/2_of_4.jsonl")) == 1
     for number in (1, 3, 4):
         assert step(path, "infer", f"shard={number}/4") == 0
     with pytest.raises(ValueError, match="tiles are not done with these settings"):
         step(path, "merge")
     assert step(path, "infer", "shard=2/4") == 0
     for folder in folders:
-        shards = [cohort.read_lines(file) for file in sorted(folder.glob("shards/*_of_4.jsonl"))]
+        shards = [cohort.read_tile_lines(file)
+                  for file in sorted(folder.glob("shards/*_of_4.jsonl"))]
         names = [line["tile"] for lines in shards for line in lines]
         assert len(names) == len(set(names)) == 17 and [*map(len, shards)] == [5, 4, 4, 4]
     assert step(path, "merge") == 0
@@ -260,7 +262,7 @@ def test_a_warned_shard_asks_to_be_queued_again(study, tmp_path, monkeypatch):
         return measure(self, pixels)
 
     def counted():
-        return [len(cohort.read_lines(path))
+        return [len(cohort.read_tile_lines(path))
                 for path in tmp_path.glob("results/full_inference/*/shards/*")]
 
     before = signal.getsignal(signal.SIGTERM)

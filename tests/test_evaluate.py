@@ -183,7 +183,7 @@ def test_bench_closed_forms(tmp_path, capsys):
     assert [float(empty[k]) for k in ("difference", "low", "high")] == [-1, -1, -1]
     assert empty["n"] == "12"
     assert float(half["difference"]) == pytest.approx(expected.mean["AP@0.9"] - 1, abs=1e-4)
-    low, high = metrics.bootstrap([image["AP@0.9"] - 1 for image in expected.images])
+    low, high = metrics.bootstrap_scores([image["AP@0.9"] - 1 for image in expected.images])
     assert (float(half["low"]), float(half["high"])) == pytest.approx((low, high), abs=1e-4)
     page = (folder / "report.html").read_text()
     assert page.count("<h2>") == 2 and page.count("data:image/png") == 12 and "toys" in page

@@ -219,7 +219,7 @@ def test_training_needs_a_cell(tmp_path):
     config = runs.from_dict(train_seg.Config, dict(
         data=dict(sets=[str(tmp_path)]), network=TINY, crop=64, output_base_dir=str(tmp_path),
         warmup=1, steps=2), "here")
-    with pytest.raises(ValueError, match="data.sets: no cell in . labelled images"):
+    with pytest.raises(ValueError, match="data.validation: no cell in 4 labelled images"):
         train_seg.main(config, [])
     assert not (tmp_path / "final_models").exists()
 
@@ -244,7 +244,7 @@ def test_lines_of_anything_in_a_journal_are_one_line(tmp_path, line):
     with pytest.raises(ValueError, match="remove the line"):
         cohort.lines_by_tile(tmp_path, "key")
     with pytest.raises(ValueError, match="remove it"):
-        fields._read_journal(tmp_path / "1_of_1.jsonl", "plates")
+        fields._read_index_journal(tmp_path / "1_of_1.jsonl", "plates")
 
 
 def test_a_cell_of_a_table_may_be_long_or_is_one_line(tmp_path):

@@ -84,7 +84,7 @@ def test_index_of_a_bucket_a_folder_and_load_data_are_one(server, tmp_path, caps
     config = fields.FieldData(index=str(out), held=5, held_share=0.3)
     one = fields.FieldData(**{**vars(config), "channels": ("dna",)})
     for used, channels in ((config, CHANNELS), (one, ("DNA",))):
-        found, held = fields.held_out(used, 0)
+        found, held = fields.held_out_fields(used, 0)
         held = list(held)
         assert found == channels and len(held) == 5 and len({field for field, *_ in held}) == 5
         for field, pixels, _ in held:
@@ -92,7 +92,7 @@ def test_index_of_a_bucket_a_folder_and_load_data_are_one(server, tmp_path, caps
             truth = [picture(int(plate[2:]), int(site[7:]) - 1, NUMBERS[CHANNELS.index(c)])
                      for c in channels]
             assert np.array_equal(pixels, np.stack(truth))
-    assert fields.extent(one, 0) == (27, ("DNA",), (1080, 1080))
+    assert fields.field_extent(one, 0) == (27, ("DNA",), (1080, 1080))
 
 
 def test_urls_and_other_names_of_load_data(tmp_path):
@@ -328,16 +328,16 @@ def test_what_is_measured_on_has_the_same_stains(folders, tmp_path):
     config = fields.FieldData(**{**folders, "held": 2}, square=32)
     with pytest.raises(ValueError, match="b.tif: 3 channels, expected 2 as in a.tif"):
         for seed in range(9):                                      # b is held out with most of them
-            list(fields.held_out(config, seed)[1])
+            list(fields.held_out_fields(config, seed)[1])
 
 
 def test_pool_holds_what_is_not_held_out(folders):
     config = fields.FieldData(**folders, square=32)
     pool = stream.open_pool(config, 4, 0, "cpu")
-    held = [field for field, *_ in fields.held_out(config, 0)[1]]
+    held = [field for field, *_ in fields.held_out_fields(config, 0)[1]]
     assert pool.pixels.shape == (15, 2, 32, 32)                # 2 x 4 of the stains, 6 of five, one
     assert not any(field.startswith(f"{held[0]} ") for field in pool.names) and len(held) == 1
-    assert fields.extent(config, 0) == (15, ("1", "2"), (32, 32))
+    assert fields.field_extent(config, 0) == (15, ("1", "2"), (32, 32))
     with pytest.raises(ValueError, match="batch=16: 15 fields to train on"):
         stream.open_pool(config, 16, 0, "cpu")
 

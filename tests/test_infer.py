@@ -175,7 +175,7 @@ def test_score_and_min_score(tmp_path, broad):
     whatever the blocks."""
     write(tmp_path / "a.tif", broad, "AGP")
     shipped = infer.find_weights("demo_synthetic", ROOT / "final_models")
-    model.change_settings(shipped, tmp_path / "s.pt", score={"constant": -4.0, "mean": 6.0})
+    model.change_weights_settings(shipped, tmp_path / "s.pt", score={"constant": -4.0, "mean": 6.0})
     folders = []
     for block, least in ((2048, None), (64, None), (2048, 0.5), (64, 0.5)):
         folders.append(tmp_path / f"{block}_{least}")

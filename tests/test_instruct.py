@@ -71,7 +71,7 @@ def test_init_takes_a_network_over(tmp_path, backbone):
     cells = {"nuclei": 3, "inflammatory": 2}
     record = dict(trained=["nuclei"], cells=cells, tissues=[], licence=[])
     config = instruct.Config(init=str(tmp_path / "base.pt"), crop=64)
-    net = instruct.build_instructed(config, record, Bag.dim).eval()
+    net = instruct.build_instruct_network(config, record, Bag.dim).eval()
     assert net.words.classes == ()
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -82,7 +82,8 @@ def test_init_takes_a_network_over(tmp_path, backbone):
     assert read.architecture["stem"] == 3 and type(read.backbone) is type(backbone)
     with torch.inference_mode():
         assert torch.allclose(read(x), net(x), atol=2e-2)
-    fixed = instruct.build_instructed(dataclasses.replace(config, head="fixed"), record, Bag.dim)
+    fixed = instruct.build_instruct_network(dataclasses.replace(config, head="fixed"), record,
+                                            Bag.dim)
     assert fixed.words.classes == ("inflammatory",)            # nuclei are what all of them are
 
 
@@ -97,9 +98,9 @@ def test_judged_is_the_check_that_should_have_told():
 
     def rates(made: instruct.Exam) -> dict:
         return {what: (rate["right"], rate["of"]) for what, rate in made.rates.items()}
-    stopped = instruct_net.reply_to(view(stain=0.1, looks="a gray image"), "x",
-                                    reading(kind="nonsense"), net)
-    told = instruct_net.reply_to(view(), "x", reading(kind="nonsense"), net)
+    stopped = instruct_net.guardrail_reply(view(stain=0.1, looks="a gray image"), "x",
+                                           reading(kind="nonsense"), net)
+    told = instruct_net.guardrail_reply(view(), "x", reading(kind="nonsense"), net)
     made = exam()
     made.judge(line, stopped)
     made.judge(line, told)
@@ -109,7 +110,7 @@ def test_judged_is_the_check_that_should_have_told():
     assert rates(made) == {"asked back: untrained beside a trained concept": (1, 1)}
     made = exam()
     known = dict(kind="known", targets=["inflammatory"], status="answer", task="presence", count=2)
-    for reply in (instruct_net.reply_to(view(), "x", reading(task="presence"), net), told):
+    for reply in (instruct_net.guardrail_reply(view(), "x", reading(task="presence"), net), told):
         made.judge(known, reply)
     found = rates(made)
     assert found["presence: yes or no"] == (1, 2) and made.counted == [(2, 2)]
@@ -146,7 +147,7 @@ def small():
 
 def start(*arguments: str) -> int:
     with pytest.raises(SystemExit) as stop:
-        instruct.start(list(arguments))
+        instruct.start_instruct(list(arguments))
     return stop.value.code
 
 
@@ -157,7 +158,7 @@ def toy(tmp_path_factory):
     model.save(base_network(), folder / "base.pt")
     for name, seeds in (("train", (10, 11, 12)), ("test", (13,)), ("bare", (14,))):
         for seed in seeds:
-            instruct_data.write_tile(folder / "source" / name, tissue(seed))
+            instruct_data.write_class_tile(folder / "source" / name, tissue(seed))
     for table in (folder / "source" / "bare").glob("*_classes.csv"):
         table.unlink()
     more = "tissue: colon, licence: none"
@@ -175,7 +176,7 @@ def toy(tmp_path_factory):
 
 
 def pairs_and_tiles(folder: Path, split: str) -> tuple[list[dict], dict]:
-    tiles = instruct_data.read_tiles(folder / "set", split)
+    tiles = instruct_data.read_class_tiles(folder / "set", split)
     return instruct_data.read_pairs(folder / "set", split), {tile.name: tile for tile in tiles}
 
 
@@ -197,7 +198,8 @@ def test_make_writes_whole_pairs(toy):
                 continue
             tile = tiles[line["image"]]
             names = [tile.classes[i] for i in line["ids"]]
-            belongs = instruct_data.membership(names, line["targets"], line["task"] == "exclude")
+            belongs = instruct_data.class_membership(names, line["targets"],
+                                                     line["task"] == "exclude")
             assert (belongs > 0).all() and len(names) == line["count"] == len(line["boxes"])
             y0, x0, _, _ = line["box"]
             for i, (left, top, right, bottom) in zip(line["ids"], line["boxes"]):
@@ -275,7 +277,7 @@ def test_fixed_head_and_evaluate(toy):
     skimage.io.imsave(gray / "a.png", skimage.data.camera()[:64, :64], check_contrast=False)
     assert run("evaluate", f"reference={folder}/final_models/toy_fixed.pt", f"foreign={gray}") == 0
     result = json.loads((folder / "runs" / "toy" / "evaluate.json").read_text())
-    parts = [part for tile in instruct_data.read_tiles(folder / "set", "test")
+    parts = [part for tile in instruct_data.read_class_tiles(folder / "set", "test")
              for part, _ in instruct_data.tile_parts(tile)]
     true = sum(name == "inflammatory" for part in parts for name in part.classes.values())
     ways = result["classes"]["inflammatory"]
@@ -346,7 +348,7 @@ def test_mistakes_are_one_line(toy, tmp_path, capsys):
 def test_sources_that_share_names_and_sets_that_cannot_validate(tmp_path, capsys, monkeypatch):
     for folder in ("a", "b"):
         for seed in (30, 31, 32):
-            instruct_data.write_tile(tmp_path / folder, tissue(seed, size=200))
+            instruct_data.write_class_tile(tmp_path / folder, tissue(seed, size=200))
     sources = [f"{{path: {tmp_path}/{folder}, tissue: colon}}" for folder in ("a", "b")]
 
     def make(folder: str, sources=sources) -> tuple[int, str]:
@@ -354,7 +356,7 @@ def test_sources_that_share_names_and_sets_that_cannot_validate(tmp_path, capsys
         config.write_text(f"data: {tmp_path}/{folder}\nsources: [{', '.join(sources)}]\n")
         return start("make", str(config), "least=5", "pairs=2"), capsys.readouterr().err
     assert make("set")[0] == 0
-    assert {tile.name for tile in instruct_data.read_tiles(tmp_path / "set", "train")} == {
+    assert {tile.name for tile in instruct_data.read_class_tiles(tmp_path / "set", "train")} == {
         f"{number}tissue_{seed}" for number in ("", "2_") for seed in (30, 31, 32)}
     code, error = make("set", sources[:1])
     assert code == 1 and "12 tiles lie there, 6 were written" in error
@@ -372,4 +374,4 @@ def test_the_configuration_that_ships_is_valid():
 def test_demo_tile_may_be_asked_about():
     """What `python instruct.py` alone shows exists, and passes for H&E."""
     pixels = data.read_image(ROOT / "demo" / "he_tile.png").pixels
-    assert pixels.shape[0] == 3 and instruct_net.stain_share(pixels)[0] > 0.5
+    assert pixels.shape[0] == 3 and instruct_net.guardrail_stain_share(pixels)[0] > 0.5

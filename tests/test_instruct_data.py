@@ -24,18 +24,18 @@ from instruct_data import (
     Found,
     Grammar,
     TissueTile,
-    amount,
-    answer_sentence,
-    crop_tile,
-    membership,
+    amount_in_words,
+    answer_in_words,
+    class_membership,
+    class_tiles,
+    class_truth,
+    crop_class_tile,
     place_of,
-    refusal,
-    rewrite,
-    source_tiles,
-    split_tile,
+    refusal_in_words,
+    rewrite_instruction,
+    split_class_tile,
     tile_parts,
-    truth,
-    write_tile,
+    write_class_tile,
 )
 
 KINDS = {"inflammatory": (5, (70, 35, 115)),                   # radius px, colour
@@ -66,11 +66,11 @@ def tissue(seed: int, kinds=tuple(KINDS), size: int = 192, count: int = 40) -> T
 
 def test_a_class_counts_for_its_ancestors_and_says_nothing_of_finer_ones():
     classes = ["fibroblast", "connective", "inflammatory", "nuclei", "other"]
-    assert membership(classes, ["connective"]).tolist() == [1, 1, -1, 0, -1]
-    assert membership(classes, ["fibroblast"]).tolist() == [1, 0, -1, 0, -1]
-    assert membership(classes, ["nuclei"]).tolist() == [1] * 5
-    assert membership(classes, ["connective"], exclude=True).tolist() == [-1, -1, 1, 0, 1]
-    assert membership(classes, ["fibroblast", "inflammatory"]).tolist() == [1, 0, 1, 0, -1]
+    assert class_membership(classes, ["connective"]).tolist() == [1, 1, -1, 0, -1]
+    assert class_membership(classes, ["fibroblast"]).tolist() == [1, 0, -1, 0, -1]
+    assert class_membership(classes, ["nuclei"]).tolist() == [1] * 5
+    assert class_membership(classes, ["connective"], exclude=True).tolist() == [-1, -1, 1, 0, 1]
+    assert class_membership(classes, ["fibroblast", "inflammatory"]).tolist() == [1, 0, 1, 0, -1]
 
 
 def test_every_parent_exists_and_every_class_of_a_source_is_known():
@@ -108,16 +108,16 @@ def test_grammar_repeats_itself_and_typos_change_words():
 
 def test_sentences():
     one = Found("count", ("inflammatory",), (1,), 1, 0.01, 80.0, "")
-    assert answer_sentence(one) == "I count 1 inflammatory cell."
+    assert answer_in_words(one) == "I count 1 inflammatory cell."
     none = one._replace(count=0, counts=(0,))
-    assert answer_sentence(none) == "I see no inflammatory cells in this region."
-    assert answer_sentence(one._replace(task="presence", count=3, counts=(3,),
+    assert answer_in_words(none) == "I see no inflammatory cells in this region."
+    assert answer_in_words(one._replace(task="presence", count=3, counts=(3,),
                                               targets=("nuclei",))) == \
         "Yes, I see 3 nuclei in this region."
     two = Found("compare", ("epithelial", "connective"), (4, 9), 13, 0.1, 80.0, "")
-    assert answer_sentence(two) == "There are more stromal cells (9) than epithelial cells (4)."
-    assert answer_sentence(two._replace(counts=(2, 2))).startswith("Neither")
-    assert refusal("untrained", "x", "mitotic figures", ["inflammatory"]).startswith(
+    assert answer_in_words(two) == "There are more stromal cells (9) than epithelial cells (4)."
+    assert answer_in_words(two._replace(counts=(2, 2))).startswith("Neither")
+    assert refusal_in_words("untrained", "x", "mitotic figures", ["inflammatory"]).startswith(
         "I was not trained to recognise mitotic figures; I can show inflammatory cells.")
 
 
@@ -159,15 +159,16 @@ def stub():
 def test_llm_rewrites(stub, monkeypatch):
     monkeypatch.setenv("DINOCELL_LLM_KEY", "secret")
     Stub.said = '"Kindly mark each lymphoid cell"'
-    assert rewrite("highlight the lymphocytes", stub) == "Kindly mark each lymphoid cell"
+    assert rewrite_instruction("highlight the lymphocytes",
+                               stub) == "Kindly mark each lymphoid cell"
     (path, key, body), = Stub.asked
     assert path == "/v1/chat/completions" and key == "Bearer secret" and body["model"] == "stub"
     assert body["messages"][-1] == {"role": "user", "content": "highlight the lymphocytes"}
     Stub.said = "Sure! Here are some:\n1. ..."
-    assert rewrite("highlight the lymphocytes", stub) == "highlight the lymphocytes"
+    assert rewrite_instruction("highlight the lymphocytes", stub) == "highlight the lymphocytes"
     Stub.said = None
     with pytest.raises(ValueError, match="no chat completion"):
-        rewrite("highlight the lymphocytes", stub)
+        rewrite_instruction("highlight the lymphocytes", stub)
 
 
 def test_llm_needs_a_model_and_a_web_address():
@@ -183,7 +184,7 @@ def test_llm_needs_a_model_and_a_web_address():
     (3, "necrosis", "3 areas of necrosis"), (0, "plasma cells", "no plasma cells"),
     (1, "plasma cells", "1 plasma cell")])
 def test_amounts_in_words(count, name, words):
-    assert amount(count, name) == words
+    assert amount_in_words(count, name) == words
 
 
 def test_untrained_beside_trained():
@@ -209,7 +210,7 @@ def test_pannuke(tmp_path):
         folder.mkdir(parents=True)
         np.save(folder / f"{kind}.npy", content)
     np.save(tmp_path / "fold1" / "images" / "fold1" / "types.npy", np.array(["Breast", "Colon"]))
-    first, second = source_tiles(AnnotatedSet(str(tmp_path), "pannuke"))
+    first, second = class_tiles(AnnotatedSet(str(tmp_path), "pannuke"))
     names = {i: name for i, name in first.classes.items()}
     assert collections.Counter(names.values()) == {"inflammatory": 2, "healthy epithelial": 1,
                                                    "malignant epithelial": 1}
@@ -233,12 +234,12 @@ def test_lizard(tmp_path):
     scipy.io.savemat(tmp_path / "Labels" / "dpath_1.mat", content)
     skimage.io.imsave(tmp_path / "Images" / "dpath_1.png", np.full((12, 20, 3), 90, np.uint8),
                       check_contrast=False)
-    tile, = source_tiles(AnnotatedSet(str(tmp_path), "lizard", tissue="colon"))
+    tile, = class_tiles(AnnotatedSet(str(tmp_path), "lizard", tissue="colon"))
     assert tile.classes == {2: "lymphocyte", 5: "connective"}
     assert (tile.labels == labels).all() and tile.tissue == "colon"
     (tmp_path / "Images" / "dpath_1.png").unlink()
     with pytest.raises(FileNotFoundError, match="dpath_1.png"):
-        list(source_tiles(AnnotatedSet(str(tmp_path), "lizard")))
+        list(class_tiles(AnnotatedSet(str(tmp_path), "lizard")))
 
 
 def test_consep_layout_takes_the_class_of_most_pixels(tmp_path):
@@ -248,57 +249,57 @@ def test_consep_layout_takes_the_class_of_most_pixels(tmp_path):
     images = {"a": np.zeros((8, 8, 3), np.uint8), "a_nuclei": labels, "a_types": types}
     for name, content in images.items():
         skimage.io.imsave(tmp_path / f"{name}.png", content, check_contrast=False)
-    tile, = source_tiles(AnnotatedSet(str(tmp_path), "consep"))
+    tile, = class_tiles(AnnotatedSet(str(tmp_path), "consep"))
     assert tile.classes == {4: "inflammatory", 9: "fibroblast"}
 
 
 def test_real_consep(shared):
     folder = str(shared / "data" / "he_consep" / "train")
-    tiles = list(source_tiles(AnnotatedSet(folder, "consep", limit=2)))
+    tiles = list(class_tiles(AnnotatedSet(folder, "consep", limit=2)))
     assert len(tiles) == 2 and collections.Counter(tiles[0].classes.values()) == {
         "other": 9, "inflammatory": 94, "malignant epithelial": 289, "fibroblast": 449}
 
 
 def test_own_labels_round_trip_and_mistakes(tmp_path):
     tile = tissue(1, size=64, count=9)
-    write_tile(tmp_path, tile)
+    write_class_tile(tmp_path, tile)
     source = AnnotatedSet(str(tmp_path))
-    back, = source_tiles(source)
+    back, = class_tiles(source)
     assert (back.pixels == tile.pixels).all() and (back.labels == tile.labels).all()
     assert back.classes == tile.classes
     table = tmp_path / "tissue_1_classes.csv"
     table.write_text("id,class\n1,lemon\n")
     with pytest.raises(ValueError, match="class 'lemon', expected one of nuclei"):
-        list(source_tiles(source))
+        list(class_tiles(source))
     table.write_text("id,class\n1,inflammatory\n")
     with pytest.raises(ValueError, match="cells without a class, such as 2"):
-        list(source_tiles(source))
+        list(class_tiles(source))
     table.write_text("id,class\none,inflammatory\n")
     with pytest.raises(ValueError, match="whole numbers in the column id"):
-        list(source_tiles(source))
+        list(class_tiles(source))
     table.unlink()
     with pytest.raises(FileNotFoundError, match="every: nuclei"):
-        list(source_tiles(source))
+        list(class_tiles(source))
     with pytest.raises(ValueError, match="class 'lemon' is none of"):
         AnnotatedSet("x", classes={1: "lemon"})
     with pytest.raises(ValueError, match="tissue 'spleen' is none of colon, liver"):
         AnnotatedSet("x", tissue="spleen")
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        list(source_tiles(AnnotatedSet(str(tmp_path / "nowhere"))))
+        list(class_tiles(AnnotatedSet(str(tmp_path / "nowhere"))))
 
 
 def test_truth_of_a_cut_tile():
     tile = tissue(2)
-    part = crop_tile(tile, np.s_[:96, :96])
+    part = crop_class_tile(tile, np.s_[:96, :96])
     assert set(part.classes) == set(np.unique(part.labels)) - {0}
     assert np.bincount(part.labels.ravel())[list(part.classes)].min() >= LEAST
-    found, labels = truth(part, "count", ("inflammatory",))
+    found, labels = class_truth(part, "count", ("inflammatory",))
     assert found.count == sum(name == "inflammatory" for name in part.classes.values()) > 0
-    rest, others = truth(part, "exclude", ("inflammatory",))
+    rest, others = class_truth(part, "exclude", ("inflammatory",))
     assert rest.count + found.count == len(part.classes) and not ((labels > 0) & (others > 0)).any()
     assert math.isclose(found.area + rest.area, (part.labels > 0).mean())
-    assert truth(part._replace(classes={i: "inflammatory" for i in part.classes}), "count",
-                              ("plasma",)) is None
+    assert class_truth(part._replace(classes={i: "inflammatory" for i in part.classes}), "count",
+                                    ("plasma",)) is None
 
 
 def test_a_table_may_name_cells_without_pixels(tmp_path):
@@ -306,8 +307,8 @@ def test_a_table_may_name_cells_without_pixels(tmp_path):
     tile = tissue(33)
     covered = sorted(tile.classes)[2]
     tile.labels[tile.labels == covered] = 0
-    write_tile(tmp_path, tile)
-    read, = source_tiles(AnnotatedSet(str(tmp_path)))
+    write_class_tile(tmp_path, tile)
+    read, = class_tiles(AnnotatedSet(str(tmp_path)))
     assert covered not in read.classes and read.classes.keys() == set(np.unique(read.labels)) - {0}
     assert all(read.classes[i] == tile.classes[i] for i in read.classes)
 
@@ -320,10 +321,11 @@ def test_parts_fill_a_tile_and_large_images_are_divided_by_rows(monkeypatch):
         seen[y0:y1, x0:x1] += 1
         assert part.labels.shape == (y1 - y0, x1 - x0) and abs(y1 - y0 - 64) < 16
     assert (seen == 1).all()
-    (first, upper), (second, lower) = split_tile(tile, "train", 0)
+    (first, upper), (second, lower) = split_class_tile(tile, "train", 0)
     assert (first, second) == ("train", "validation") and len(lower.labels) == 40
     assert (np.concatenate((upper.labels, lower.labels)) == tile.labels).all()
     assert set(upper.classes) | set(lower.classes) == set(tile.classes)
-    small = [next(split_tile(tissue(seed, size=32, count=0), "train", 0))[0] for seed in range(100)]
+    small = [next(split_class_tile(tissue(seed, size=32, count=0), "train", 0))[0]
+             for seed in range(100)]
     assert 8 < small.count("validation") < 35 and set(small) == {"train", "validation"}
-    assert [split for split, _ in split_tile(tile, "test", 0)] == ["test"]
+    assert [split for split, _ in split_class_tile(tile, "test", 0)] == ["test"]

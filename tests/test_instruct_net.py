@@ -30,16 +30,16 @@ from instruct_net import (
     View,
     WordPiece,
     Words,
+    answer_overview,
     cell_classes,
     cell_means,
     embeddings,
+    guardrail_readings,
+    guardrail_reply,
+    guardrail_stain_share,
     load_encoder,
     load_instructed,
-    overview,
-    readings_of,
-    reply_to,
     save_instructed,
-    stain_share,
     view_of,
 )
 
@@ -287,7 +287,7 @@ def test_weights_round_trip(tmp_path):
 # -------------------------------------------------------------------------------------- guardrails
 
 def test_stain_tells_he_from_what_is_none():
-    he = stain_share(tissue(3).pixels)[0]
+    he = guardrail_stain_share(tissue(3).pixels)[0]
     gray = skimage.data.camera()[None]
     brown = np.broadcast_to(np.array([150, 110, 60], np.uint8)[:, None, None], (3, 50, 50))
     others = {"gray": gray, "gray in colour": np.repeat(gray, 3, 0), "brown": brown,
@@ -295,11 +295,11 @@ def test_stain_tells_he_from_what_is_none():
               "black": np.zeros((3, 60, 60), np.uint8),
               "photograph": skimage.data.chelsea().transpose(2, 0, 1),
               "DAPI": np.stack([np.zeros_like(gray[0]), np.zeros_like(gray[0]), gray[0]])}
-    shares = {name: stain_share(pixels)[0] for name, pixels in others.items()}
+    shares = {name: guardrail_stain_share(pixels)[0] for name, pixels in others.items()}
     assert he > 0.9 and max(shares.values()) < 0.5, shares
-    assert stain_share(others["blank"])[1] == "an almost empty field"
-    assert stain_share(gray)[1] == "an image of 1 channel, not in colour"
-    assert stain_share(others["gray in colour"])[1] == "a gray image"
+    assert guardrail_stain_share(others["blank"])[1] == "an almost empty field"
+    assert guardrail_stain_share(gray)[1] == "an image of 1 channel, not in colour"
+    assert guardrail_stain_share(others["gray in colour"])[1] == "a gray image"
 
 
 def reading(**changes) -> Reading:
@@ -327,12 +327,13 @@ def known_net(**words) -> Instructed:
 
 
 def test_reply_counts_the_cells_of_a_class():
-    said = reply_to(view(), "count the immune cells", reading(), known_net())
+    said = guardrail_reply(view(), "count the immune cells", reading(), known_net())
     assert said.status == "answer" and said.sentence == "I count 2 inflammatory cells."
     assert set(np.unique(said.labels)) == {0, 1, 2}
     assert said.found.area == 72 / 1600
     assert instruct_data.label_boxes(said.labels) == [[5, 2, 11, 8], [5, 12, 11, 18]]
-    none = reply_to(view(cells=torch.eye(8)[4:]), "count the immune cells", reading(), known_net())
+    none = guardrail_reply(view(cells=torch.eye(8)[4:]), "count the immune cells", reading(),
+                           known_net())
     assert none.status == "answer" and none.found.count == 0 and not none.labels.any()
     assert none.sentence == "I see no inflammatory cells in this region."
 
@@ -364,7 +365,7 @@ def test_numbers_of_all_pairs_of_instructions_add_up(seed):
     seen = view(labels=labels, cells=cells, pixels=np.full((3, 40, 40), 200, np.uint8))
 
     def ask(task, *targets):
-        said = reply_to(seen, "x", reading(task=task, targets=targets), net)
+        said = guardrail_reply(seen, "x", reading(task=task, targets=targets), net)
         assert said.found.count == len(np.unique(said.labels)) - 1
         return said.found, said.labels
     counts = {name: ask("count", name)[0].count for name in names}
@@ -379,10 +380,10 @@ def test_numbers_of_all_pairs_of_instructions_add_up(seed):
         either = ask("count", a, b)[0]
         assert either.counts == ask("compare", a, b)[0].counts == (counts[a], counts[b])
         assert max(either.counts) <= either.count <= sum(either.counts)
-        assert either.count == sum(either.counts) or not instruct_data.apart(a, b)
+        assert either.count == sum(either.counts) or not instruct_data.classes_apart(a, b)
         assert either.count + ask("exclude", a, b)[0].count == 63
     first = sum(counts[name] for name in names if instruct_data.CONCEPTS[name].parent == "nuclei")
-    spoken = sum(map(int, re.findall(r"(\d+) (?!nuclei)", overview(seen, net))))
+    spoken = sum(map(int, re.findall(r"(\d+) (?!nuclei)", answer_overview(seen, net))))
     assert spoken == first <= 63
 
 
@@ -390,22 +391,22 @@ def test_numbers_of_the_shipped_network_add_up(minilm, shared):
     """In words, on a part of each test image; all of them: instruct.py evaluate counts the same."""
     net = load_instructed(ROOT / "final_models" / "instruct_tiny.pt")
     names = [name for name in net.words.trained if name != "nuclei"]
-    words = {name: instruct_data.plural(name) for name in names}
+    words = {name: instruct_data.class_plural(name) for name in names}
     texts = {("count", name): f"how many {words[name]} are there?" for name in names}
     texts |= {("exclude", name): f"outline everything except {words[name]}" for name in names}
     texts |= {("compare", *pair): f"are there more {words[pair[0]]} or {words[pair[1]]}?"
-              for pair in itertools.permutations(names, 2) if instruct_data.apart(*pair)}
+              for pair in itertools.permutations(names, 2) if instruct_data.classes_apart(*pair)}
     with torch.inference_mode():
         said = net.read(minilm(list(texts.values())))
-    asked = dict(zip(texts, readings_of(list(texts.values()), said, net.words)))
+    asked = dict(zip(texts, guardrail_readings(list(texts.values()), said, net.words)))
     readings = {key: found for key, found in asked.items() if found.kind == "known"}
     assert len(readings) >= len(texts) - 2                         # others are asked back about
     for (task, *targets), found in readings.items():
         assert (found.task, set(found.targets)) == (task, set(targets))
     source = instruct_data.AnnotatedSet(str(shared / "data" / "he_consep" / "test"), "consep")
-    for tile in instruct_data.source_tiles(source):
+    for tile in instruct_data.class_tiles(source):
         seen = view_of(tile.pixels[:, :250, :250], net)
-        found = {key: reply_to(seen, texts[key], reading, net).found
+        found = {key: guardrail_reply(seen, texts[key], reading, net).found
                  for key, reading in readings.items()}
         for key, answered in found.items():
             counts = dict(zip(answered.targets, answered.counts))
@@ -420,14 +421,14 @@ def test_numbers_of_the_shipped_network_add_up(minilm, shared):
     ("count the non-neoplastic epithelial cells", False), ("count the fibroblasts", False),
     ("notable stroma", False)])
 def test_denials(text, denied):
-    assert instruct_data.denies(text) is denied
+    assert instruct_data.words_deny(text) is denied
 
 
 def test_only_exclusions_deny():
     """No wording of another task is taken for one."""
     for task, lots in instruct_data.WORDS.templates.items():
         if task != "exclude":
-            assert not any(map(instruct_data.denies, itertools.chain(*lots.values()))), task
+            assert not any(map(instruct_data.words_deny, itertools.chain(*lots.values()))), task
 
 
 @pytest.mark.parametrize("seen, said, kind, words", [
@@ -452,7 +453,7 @@ def test_only_exclusions_deny():
 ])
 def test_guardrails_ask_back_with_an_empty_mask(seen, said, kind, words):
     net = known_net(tissue=2.0)
-    found = reply_to(view(**seen), "the words", reading(**said), net)
+    found = guardrail_reply(view(**seen), "the words", reading(**said), net)
     assert found.status == "question" and found.kind == kind
     assert words in found.sentence and "?" in found.sentence
     assert not found.labels.any() and found.found is None
@@ -463,8 +464,8 @@ def test_guardrails_ask_back_with_an_empty_mask(seen, said, kind, words):
 
 def test_a_tissue_of_the_training_is_no_contradiction_and_strange_regions_are_named():
     net = known_net(tissue=2.0)
-    assert reply_to(view(), "x", reading(tissue="colon"), net).status == "answer"
-    strange = reply_to(view(strange=9.0), "x", reading(), net)
+    assert guardrail_reply(view(), "x", reading(tissue="colon"), net).status == "answer"
+    strange = guardrail_reply(view(strange=9.0), "x", reading(), net)
     assert strange.status == "answer" and strange.tissue == "unlike"
     assert strange.sentence.endswith("Take this with care: this looks unlike colon.")
 
@@ -472,8 +473,8 @@ def test_a_tissue_of_the_training_is_no_contradiction_and_strange_regions_are_na
 def test_both_sides_of_a_comparison_are_counted_boxed_and_outlined():
     net = known_net(trained=CLASSES[:4], names=CLASSES[:4])
     net.prototypes[:] = torch.eye(8)[[7, 0, 6, 1]]
-    said = reply_to(view(), "more x or y?",
-                    reading(task="compare", targets=("inflammatory", "epithelial")), net)
+    said = guardrail_reply(view(), "more x or y?",
+                           reading(task="compare", targets=("inflammatory", "epithelial")), net)
     assert said.found.counts == (2, 2) and said.found.count == 4
     assert set(np.unique(said.labels)) == {0, 1, 2, 3, 4}
     assert said.sentence == "Neither: I see 2 inflammatory cells and 2 epithelial cells."
@@ -484,19 +485,19 @@ def test_what_is_seen_adds_up():
     names = "nuclei", "inflammatory", "epithelial"
     net = small_net(trained=names, names=names).eval()
     net.prototypes[:] = torch.eye(8)[[7, 0, 2]]
-    assert overview(view(), net) == "I see 4 nuclei here, among them 2 inflammatory cells."
+    assert answer_overview(view(), net) == "I see 4 nuclei here, among them 2 inflammatory cells."
     cells = torch.tensor([[1, 0, 0.9] + [0] * 5] * 4)
     near = view(cells=torch.nn.functional.normalize(cells))
     net.words.belongs = net.words.present = 0.01
-    assert overview(near, net) == "I see 4 nuclei here, among them 4 inflammatory cells."
-    assert overview(view(cells=torch.zeros(0, 8)), net) == "I see no nuclei here."
+    assert answer_overview(near, net) == "I see 4 nuclei here, among them 4 inflammatory cells."
+    assert answer_overview(view(cells=torch.zeros(0, 8)), net) == "I see no nuclei here."
 
 
 def test_more_than_three_channels_are_a_question():
     net = small_net().eval()
     stack = np.random.default_rng(0).integers(0, 60000, (5, 64, 64)).astype(np.uint16)
     seen = view_of(stack, net)
-    said = reply_to(seen, "count the nuclei", reading(), net)
+    said = guardrail_reply(seen, "count the nuclei", reading(), net)
     assert said.status == "question" and "I see an image of 5 channels" in said.sentence
 
 
@@ -509,7 +510,7 @@ def test_confidence_below_the_line_is_never_followed():
 
     def read(kind, names=names):
         said = Understood(AXIS[None], sure, torch.tensor([kind]), names, none)
-        return readings_of(["x"], said, net.words)[0]
+        return guardrail_readings(["x"], said, net.words)[0]
     known = read([9.0, 0, 0, 0])
     assert known.kind == "known" and known.targets == ("inflammatory",)
     assert read([0.2, 0, 0.1, 0]).kind == "invisible"

@@ -423,4 +423,4 @@ def test_what_cannot_be_linked_is_said_in_one_line(tmp_path, movie, quick, capsy
         assert code == 1 and said in error and error.count("\n") == 1, error
     assert not (tmp_path / "out").exists()
     assert go(capsys, both, "z=all", "time=2", f"out={tmp_path / 'out'}")[0] == 0
-    assert json.dumps(images.record_of(tmp_path / "out/both_labels.tif")["settings"])
+    assert json.dumps(images.label_record(tmp_path / "out/both_labels.tif")["settings"])

@@ -90,9 +90,9 @@ def test_where_leaves_images_out(tmp_path):
 @pytest.mark.smoke
 def test_names_from_data_reach_no_other_folder():
     for name in ("../x", "/etc/x", "a/b", ".hidden", "a\\b", "..", ""):
-        safe = measure.safe_name(name)
+        safe = measure.bench_image_name(name)
         assert safe and "/" not in safe and "\\" not in safe and not safe.startswith(".")
-    assert measure.safe_name("A172_Phase-3.t+1 µ") == "A172_Phase-3.t+1_µ"
+    assert measure.bench_image_name("A172_Phase-3.t+1 µ") == "A172_Phase-3.t+1_µ"
 
 
 # ------------------------------------------------------------------------------------ sources, rows
@@ -158,7 +158,7 @@ def test_the_mean_of_seeds():
     result = measure.mean_of_seeds("s", seeds)
     assert result.scores.mean["AP@0.5"] == 0.5
     assert result.runs == tuple(seeds) and result.note == "2 seeds"
-    assert np.mean([y for _, y in measure.found_by_size({"s": result})["s"]]) == pytest.approx(0.5)
+    assert np.mean([y for _, y in measure.scores_by_size({"s": result})["s"]]) == pytest.approx(0.5)
 
 
 # ------------------------------------------------------------------------------- thresholds, gating
@@ -203,9 +203,9 @@ def test_gating_removes_exactly_what_it_says(tmp_path, window, border):
     for file in (tmp_path / "peer").iterdir():
         file.rename(file.with_name(f"{file.stem}_pred.tif"))
     items = list(dataset(tmp_path, name="discs", path="set").items("test"))
-    result, removed = measure.gate([measure.read_prediction(item, tmp_path / "peer")
-                                    for item in items],
-                                   60, window, border)
+    result, removed = measure.gated_scores([measure.read_prediction(item, tmp_path / "peer")
+                                            for item in items],
+                                           60, window, border)
     preds = [eroded(item.truth, number) for number, item in enumerate(items)]
     ids = [[i for i in np.unique(pred) if i] for pred in preds]
     means = [[item.pixels[0][pred == i].mean() for i in own] for item, pred,
@@ -238,7 +238,7 @@ def test_found_by_size():
         truth[5:5 + side, 20 * k:20 * k + side] = k + 1
     tables = [metrics.overlap(truth, np.where(truth > 10, truth, 0))]
     result = measure.Result("a", "", None, ["x"], tables, metrics.set_scores(tables), [], None)
-    (small, missed), (large, hit) = measure.found_by_size({"a": result})["a"]
+    (small, missed), (large, hit) = measure.scores_by_size({"a": result})["a"]
     assert (missed, hit) == (0, 1) and small == pytest.approx(2 * (16 / np.pi) ** 0.5)
     assert large == pytest.approx(2 * (144 / np.pi) ** 0.5)
 
@@ -269,11 +269,11 @@ def judged(weights, n, rng):
 @pytest.mark.smoke
 def test_a_score_finds_the_weights_that_made_the_cells():
     rng, weights = np.random.default_rng(0), {"constant": -1.0, "mean": 1.2, "size": -0.7}
-    fitted = measure.fit_score([judged(weights, 20000, rng), judged(weights, 5000, rng)])
+    fitted = measure.fit_cell_score([judged(weights, 20000, rng), judged(weights, 5000, rng)])
     for name, weight in weights.items():
         assert fitted[name] == pytest.approx(weight, abs=0.08)
     new = judged(weights, 20000, rng)
-    given = cells.right_probability(new.features, fitted)
+    given = cells.cell_probability(new.features, fitted)
     assert metrics.calibration_error(new.right, given) < 0.02
     assert metrics.roc_area(new.right, given) > 0.8
 
@@ -281,7 +281,7 @@ def test_a_score_finds_the_weights_that_made_the_cells():
 def test_a_score_needs_right_and_wrong_cells():
     features = {"mean": np.arange(4.0)}
     with pytest.raises(ValueError, match="expected right and wrong ones"):
-        measure.fit_score([measure.JudgedCells(features, np.ones(4, bool))])
+        measure.fit_cell_score([measure.JudgedCells(features, np.ones(4, bool))])
 
 
 def test_held_out_images_are_those_that_the_weights_name(tmp_path):
@@ -290,5 +290,5 @@ def test_held_out_images_are_those_that_the_weights_name(tmp_path):
     story = {"config": "data: {sets: [{path: s, channels: null, match: null, labels: null}]}",
              "images": {"validation": {"s/2": "", "s/4": ""}}}
     net.settings.provenance.update(story)
-    found, = measure.held_out_sets(net, str(tmp_path))
+    found, = measure.bench_held_out_sets(net, str(tmp_path))
     assert [each.name for each in found.examples] == ["2", "4"]

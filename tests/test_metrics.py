@@ -239,7 +239,7 @@ def test_errors_say_what_was_expected():
     with pytest.raises(ValueError, match="no image"):
         set_scores([])
     with pytest.raises(ValueError, match="level"):
-        metrics.bootstrap([1, 2], level=95)
+        metrics.bootstrap_scores([1, 2], level=95)
 
 
 # ------------------------------------------------------------------------------------- slow oracles
@@ -410,7 +410,7 @@ def test_pooling_is_laying_the_images_side_by_side():
                               (result.pooled, result.pooled_interval)):
         assert all(intervals[name][0] <= values[name] <= intervals[name][1] for name in values)
     f1 = np.array([[2 * one["TP"], one["n_true"] + one["n_pred"]] for one in result.images])
-    ratio = metrics.bootstrap(f1, lambda drawn, axis: np.divide(*drawn.sum(axis).T), n=4000)
+    ratio = metrics.bootstrap_scores(f1, lambda drawn, axis: np.divide(*drawn.sum(axis).T), n=4000)
     assert result.pooled_interval["F1"] == pytest.approx(ratio, abs=0.03)  # other draws
     alone = set_scores([overlap(*pairs[0])])
     for name, value in alone.pooled.items():
@@ -442,19 +442,28 @@ def test_runs_are_averaged_and_drawn_together():
 
 def test_bootstrap_of_a_mean_is_its_standard_error():
     values = np.random.default_rng(0).normal(0.7, 0.1, 400)
-    low, high = metrics.bootstrap(values, n=4000)
+    low, high = metrics.bootstrap_scores(values, n=4000)
     half = 1.96 * values.std() / 20
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half),
                                         abs=0.1 * half)
-    assert metrics.bootstrap(values, n=4000, level=0.5)[1] < high
-    assert metrics.bootstrap(values) == metrics.bootstrap(values) != metrics.bootstrap(values,
-                                                                                       seed=1)
+    assert metrics.bootstrap_scores(values, n=4000, level=0.5)[1] < high
+    assert (
+        metrics.bootstrap_scores(values)
+        == metrics.bootstrap_scores(values)
+        != metrics.bootstrap_scores(values, seed=1)
+    )
 
 
 def test_bootstrap_leaves_undefined_images_out():
-    assert metrics.bootstrap([np.nan, 3, np.nan, 3]) == (3, 3)
-    assert np.isnan(metrics.bootstrap([np.nan])).all() and np.isnan(metrics.bootstrap([])).all()
-    assert metrics.bootstrap([0, 1]) == (0, 1)  # either image alone is drawn a quarter of the time
+    assert metrics.bootstrap_scores([np.nan, 3, np.nan, 3]) == (3, 3)
+    assert (
+        np.isnan(metrics.bootstrap_scores([np.nan])).all()
+        and np.isnan(metrics.bootstrap_scores([])).all()
+    )
+    assert metrics.bootstrap_scores([0, 1]) == (
+        0,
+        1,
+    )  # either image alone is drawn a quarter of the time
 
 
 def test_bootstrap_draws_n_times_in_blocks_that_fit():
@@ -464,7 +473,7 @@ def test_bootstrap_draws_n_times_in_blocks_that_fit():
         seen.append(drawn.shape)
         return drawn.mean(axis)
 
-    metrics.bootstrap(np.zeros(2**21), statistic, n=5)
+    metrics.bootstrap_scores(np.zeros(2**21), statistic, n=5)
     assert seen == [(2, 2**21), (2, 2**21), (1, 2**21)]
 
 

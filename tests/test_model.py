@@ -552,7 +552,7 @@ def test_rope_sees_relative_places_only():
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 64)
     # (36, 64)
-    q, k = (model.rotate(part.expand(-1, 36, -1, -1), cos, sin)[0, :, 0] for part in (q, k))
+    q, k = (model.rotate_by_rope(part.expand(-1, 36, -1, -1), cos, sin)[0, :, 0] for part in (q, k))
     product = (q @ k.mT).view(6, 6, 6, 6)  # row, column of the query; row, column of the key
     assert torch.allclose(product[:5, :5, 0, 0], product[1:, 1:, 1, 1], atol=1e-4)
     assert not torch.allclose(product[0, 0, 0, 1], product[0, 0, 1, 0], atol=1e-3)

@@ -122,7 +122,7 @@ def test_groups_are_those_of_equal_traits_in_the_order_of_their_first():
 def test_blocks_above_a_parameter():
     names = {"vit.blocks.0.fc1.weight": 12, "vit.blocks.11.fc1.weight": 1, "vit.norm.bias": 13,
              "vit.cls_token": 13, "head.blocks.3.weight": 0}
-    assert {name: optim.blocks_above(name, "vit.", 12) for name in names} == names
+    assert {name: optim.parameter_blocks_above(name, "vit.", 12) for name in names} == names
     assert not optim.decays("vit.register_tokens", torch.zeros(4, 8))
     assert not optim.decays("bias", torch.zeros(4)) and optim.decays("fc", torch.zeros(4, 8))
 

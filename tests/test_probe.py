@@ -29,7 +29,7 @@ def test_attention_is_the_softmax_of_the_last_block(monkeypatch):
                         lambda q, k, v: seen.append((q, k)) or kernel(q, k, v))
     vit, x = tiny_vit(), torch.rand(2, 3, 24, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        tokens, attended = probe.with_attention(vit, x)
+        tokens, attended = probe.backbone_attention(vit, x)
         q, k = seen[-1]
         weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)                    # (B, heads, T, T)
         torch.testing.assert_close(attended, weights[:, :, 0, 2:].view(2, 2, 3, 4))
@@ -110,14 +110,14 @@ def test_channels_of_synthetic_fields(tmp_path, capsys):
 def test_a_look_leaves_the_network_as_it_was():
     """Compiled or in training, it is seen at rest and plainly: the same tokens and attention."""
     vit, field = tiny_vit(), np.random.default_rng(0).random((3, 32, 24), np.float32)
-    plain = probe.look_at(vit, field)
+    plain = probe.look_at_field(vit, field)
     assert plain.cls.shape == (3, 16) and plain.attention.shape == (3, 2, 4, 3)
     assert plain.attention.sum((2, 3)).max() < 1  # the rest goes to class and register tokens
     vit.rope_jitter = 2.0
     vit.train()
     vit.compile(backend="eager")
     vit(torch.rand(3, 3, 32, 24))  # compiled before the hook is there
-    again = probe.look_at(vit, torch.from_numpy(field))
+    again = probe.look_at_field(vit, torch.from_numpy(field))
     assert vit.training and not vit.blocks[-1].attn._forward_pre_hooks
     for one, other in zip(plain, again, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
@@ -130,7 +130,7 @@ def test_attention_is_compared_as_correlation():
     rng = np.random.default_rng(0)
     maps = rng.random((5, 3, 4, 6))
     maps[:, 2] = 3 * maps[:, 0] + 1
-    numbers, _, attention = probe.compare(rng.normal(size=(5, 3, 8)), maps)
+    numbers, _, attention = probe.compare_backbones(rng.normal(size=(5, 3, 8)), maps)
     assert attention.cosine_matrix[0, 2] == pytest.approx(1)
     expected = np.mean([np.corrcoef(field.reshape(3, -1)) for field in maps], axis=0)
     np.testing.assert_allclose(attention.cosine_matrix, expected, atol=1e-12)
@@ -138,7 +138,7 @@ def test_attention_is_compared_as_correlation():
         np.corrcoef(maps[0, i].ravel(), maps[0, j].ravel())[0, 1]
         for i, j in ((0, 1), (0, 2), (1, 2))
     ]
-    assert probe.agreement(maps[0]) == pytest.approx(np.mean(pairs))
+    assert probe.stain_agreement(maps[0]) == pytest.approx(np.mean(pairs))
     assert numbers["margin"] == pytest.approx(numbers["consistency"] - numbers["control"])
 
 
@@ -245,7 +245,8 @@ def test_channels_need_fields_and_channels(shape):
 def test_windows_lie_side_by_side():
     field = np.arange(2 * 50 * 70, dtype=np.uint16).reshape(2, 50, 70)
     truth = np.arange(50 * 70).reshape(50, 70)
-    windows = probe.cut_windows([("a", field, truth), ("b", field + 1, truth)], 25, 9, ("x", "y"))
+    windows = probe.cut_probe_windows([("a", field, truth), ("b", field + 1, truth)], 25, 9,
+                                      ("x", "y"))
     assert len(windows.names) == 8 and windows.pixels.shape == (8, 2, 25, 25)
     # so that few windows show all fields
     assert windows.names[:4] == ["a 0,0", "b 0,0", "a 0,25", "b 0,25"]
@@ -253,15 +254,15 @@ def test_windows_lie_side_by_side():
         windows.labels[6], truth[25:, 25:50]
     )
     assert (
-        probe.cut_windows([("a", field, truth), ("b", field, truth)], 25, 3, ("x", "y")).names
+        probe.cut_probe_windows([("a", field, truth), ("b", field, truth)], 25, 3, ("x", "y")).names
         == windows.names[:3]
     )
-    shown = probe.resampled(windows, 25)
+    shown = probe.resampled_pairs(windows, 25)
     low, high = windows.limits[6, 0]
     assert np.allclose(
         shown[6, 0], ((field[0, 25:, 25:50] - low) / (high - low)).clip(0, 1), atol=1e-5
     )
-    assert probe.resampled(windows, 10).shape == (8, 2, 10, 10)
+    assert probe.resampled_pairs(windows, 10).shape == (8, 2, 10, 10)
 
 
 def test_a_log_that_a_crash_cut_is_read_all_the_same(tmp_path):
@@ -269,7 +270,7 @@ def test_a_log_that_a_crash_cut_is_read_all_the_same(tmp_path):
     (tmp_path / "log.jsonl").write_text(
         '{"step": 0, "retrieval": 0.25}\n{"step": 5, "retr\n{"step": 9, "retrieval": 0.5}\n'
     )
-    assert [row[1:5] for row in probe.run_rows(tmp_path)] == [
+    assert [row[1:5] for row in probe.probe_run_rows(tmp_path)] == [
         ["single", "3", "0", "0.250"],
         ["single", "3", "9", "0.500"],
     ]
@@ -286,7 +287,7 @@ def test_background_knows_nothing_of_the_cells():
     windows = probe.Windows(
         ["a", "b"], np.stack([bright, field]), limits, np.stack([truth, truth]), ("x", "y")
     )
-    left = probe.without_cells(windows, 64)
+    left = probe.tiles_without_cells(windows, 64)
     assert np.allclose(left[0], left[1], atol=1e-6)
     assert np.abs(left[0, 0] - slope / 65535).max() < 0.02
 
@@ -308,7 +309,7 @@ def test_leaks_are_found_where_there_are_some():
         windows = probe.Windows(
             [str(i) for i in range(8)], field.astype(np.uint16), limits, truth, ("a", "b")
         )
-        found = probe.leaks(model.ViT(24, 2, 2, 8, 1, layerscale=1.0), windows, 64)
+        found = probe.metadata_leaks(model.ViT(24, 2, 2, 8, 1, layerscale=1.0), windows, 64)
         assert (
             found.keys() == {"background_retrieval", "background_pixels"}
             and 0 <= found["background_retrieval"] <= 1
@@ -330,22 +331,22 @@ def test_windows_are_measured_as_fields_are():
     torch.manual_seed(0)
     vit = model.ViT(24, 2, 2, 8, 1, layerscale=1.0)
     rng = np.random.default_rng(0)
-    windows = probe.cut_windows(
+    windows = probe.cut_probe_windows(
         [(str(i), rng.integers(0, 9999, (3, 32, 32)).astype(np.uint16), None) for i in range(5)],
         32,
         5,
         ("a", "b", "c"),
     )
     numbers, looks = probe.measure_backbone(vit, windows, 32)
-    seen = [probe.look_at(vit, field) for field in probe.resampled(windows, 32)]
-    expected, *_ = probe.compare(
+    seen = [probe.look_at_field(vit, field) for field in probe.resampled_pairs(windows, 32)]
+    expected, *_ = probe.compare_backbones(
         [look.cls for look in seen], [look.attention.mean(1) for look in seen]
     )
     assert {name: numbers[name] for name in expected} == pytest.approx(expected)
     flat = torch.from_numpy(np.concatenate([look.cls for look in seen]))
     assert numbers["effective_rank"] == pytest.approx(ssl_.effective_rank(flat)) and len(looks) == 2
     with pytest.raises(ValueError, match="outlines"):
-        probe.without_cells(windows, 32)
+        probe.tiles_without_cells(windows, 32)
 
 
 def test_a_decoder_on_the_frozen_backbone_learns():

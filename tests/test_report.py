@@ -93,17 +93,17 @@ def browse(path):
 
 
 def sample():
-    styles = report.styles(["top", "a", "b <&>"], reference="top")
+    styles = report.page_styles(["top", "a", "b <&>"], reference="top")
     series = {"top": [(0.5, 1), (0.9, 1)], "a": [(0.5, 0.8), (0.9, 0.2)],
               "b <&>": [(0.5, math.nan)]}
     chart = report.line_chart(series, styles, "IoU", "AP")
     pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-    return report.page("Title & more", "note", [report.section(
+    return report.page("Title & more", "note", [report.report_section(
         "set", "its note", report.legend(styles),
-        report.side_by_side(report.titled("curve", chart)),
+        report.side_by_side(report.titled_picture("curve", chart)),
         report.html_table(["model", "AP"], [["a", report.Cell("0.5", "0.4–0.6", True)],
                                             ["b <&>", "-"]]),
-        report.strip("best", [report.picture(pixels, "truth: 3 cells")]))], "made by <me>")
+        report.picture_strip("best", [report.picture(pixels, "truth: 3 cells")]))], "made by <me>")
 
 
 def test_page_in_a_browser(tmp_path):
@@ -165,7 +165,7 @@ def lines(svg):
 @pytest.mark.smoke
 def test_lines_have_their_points_where_the_axes_say():
     """y = 0 and 1 lie on grid lines, x in proportion, on a logarithmic axis in ratio."""
-    points, styles = {"a": [(10, 0), (20, 1), (40, 0.5)]}, report.styles(["a"])
+    points, styles = {"a": [(10, 0), (20, 1), (40, 0.5)]}, report.page_styles(["a"])
     svg = report.line_chart(points, styles, "x", "y", log=True)
     (a, b, c), = lines(svg)
     grid = [float(y) for path in parsed(svg).iter("path") if path.get("class") == "grid"
@@ -181,32 +181,34 @@ def test_lines_have_their_points_where_the_axes_say():
 
 def test_lines_with_gaps_and_without_points():
     svg = report.line_chart({"a": [(1, 0.2), (2, 0.3), (3, math.nan), (4, 0.5), (5, 0.6)], "b": []},
-                            report.styles(["a", "b"]), "x", "y")
+                            report.page_styles(["a", "b"]), "x", "y")
     assert [len(line) for line in lines(svg)] == [2, 2] and "nan" not in svg.lower()
     assert len(list(parsed(svg).iter("title"))) == 4
     assert lines(report.line_chart({}, {}, "x", "y")) == []
-    assert lines(report.line_chart({"a": [(3, 0.5)]}, report.styles(["a"]), "x", "y",
+    assert lines(report.line_chart({"a": [(3, 0.5)]}, report.page_styles(["a"]), "x", "y",
                                    log=True)) == []
 
 
 def test_dots_and_the_line_through_their_means():
-    frame, styles = report.Frame([0, 10], [0, 1], "x", "y"), report.styles(["a", "b"])
+    frame, styles = report.Frame([0, 10], [0, 1], "x", "y"), report.page_styles(["a", "b"])
     assert frame.across(5) == (frame.left + frame.right) / 2
     assert frame.up(0.5) == (frame.top + frame.bottom) / 2
-    svg = report.dots({"a": [(0, 0), (10, 1), (5, math.nan)], "b": [(5, 0.5)]}, styles, "x", "y")
+    svg = report.dot_chart({"a": [(0, 0), (10, 1), (5, math.nan)], "b": [(5, 0.5)]}, styles, "x",
+                           "y")
     a, b = (path.get("d") for path in parsed(svg).iter("path") if path.get("stroke-linecap"))
     assert a == f"M{frame.across(0)} {frame.up(0)}h.01M{frame.across(10)} {frame.up(1)}h.01"
     assert b == f"M{frame.across(5)} {frame.up(.5)}h.01" and lines(svg) == []
-    svg = report.dots({"a": [(0, 0), (10, 1), (10, 0)]}, styles, "x", "y", means=True)
+    svg = report.dot_chart({"a": [(0, 0), (10, 1), (10, 0)]}, styles, "x", "y", means=True)
     assert lines(svg) == [[(frame.across(0), frame.up(0)), (frame.across(10), frame.up(0.5))]]
 
 
 def test_intervals_of_a_forest():
-    styles, nan = report.styles(["a", "b"]), math.nan
-    svg = report.forest([report.Interval("nft", "a", 0.5, 0.2, 0.8, True),
-                         report.Interval("nft", "b", -0.5, -0.8, -0.2, False),
-                         report.Interval("<&>", "a", nan, nan, nan, False, "all equal")], styles,
-                         "rho")
+    styles, nan = report.page_styles(["a", "b"]), math.nan
+    svg = report.forest_chart([report.Interval("nft", "a", 0.5, 0.2, 0.8, True),
+                               report.Interval("nft", "b", -0.5, -0.8, -0.2, False),
+                               report.Interval("<&>", "a", nan, nan, nan, False, "all equal")],
+                              styles,
+                               "rho")
     left, right = (sum(x for x, _ in line) / 2 for line in lines(svg))
     zero = next(line for line in parsed(svg).iter("polyline") if line.get("class") == "axis")
     assert abs(left
@@ -217,8 +219,8 @@ def test_intervals_of_a_forest():
 
 def test_bars_of_a_histogram():
     """Two equal values stand twice as high as one; the marked value has its line, NaN none."""
-    svg = report.histogram({"a": [0.1, 0.1, 0.2], "b": []}, {"a": 0.1, "b": math.nan},
-                           report.styles(["a", "b"]), "", "")
+    svg = report.histogram_chart({"a": [0.1, 0.1, 0.2], "b": []}, {"a": 0.1, "b": math.nan},
+                                 report.page_styles(["a", "b"]), "", "")
     bars = next(path.get("d") for path in parsed(svg).iter("path") if path.get("fill-opacity"))
     tops = [float(y) for y in re.findall(r"L[\d.]+ ([\d.]+)", bars)]
     low, high = sorted(max(tops) - y for y in tops if y < max(tops))
@@ -264,7 +266,7 @@ def read(path):
 
 def test_matrices_shade_by_value(tmp_path):
     matrix = np.array([[1.0, 0.0], [-1.0, 0.5]])
-    report.matrices(tmp_path / "m.png", {"one": matrix, "two": matrix}, ["A", "B"], cell=40)
+    report.matrix_chart(tmp_path / "m.png", {"one": matrix, "two": matrix}, ["A", "B"], cell=40)
     pixels = read(tmp_path / "m.png")
     left, top = 24 + 7, 56
     corner = pixels[top + 3::40, left + 3::40][:2, :2]  # inside the cells, beside their numbers

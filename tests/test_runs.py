@@ -106,7 +106,7 @@ def test_what_exists_is_a_file(tmp_path, monkeypatch):
 
 
 def test_describe_lists_every_key_with_its_comment():
-    text = runs.describe(Demo)
+    text = runs.config_help(Demo)
     assert (
         "steps=..." in text
         and "optimiser steps" in text
@@ -335,9 +335,9 @@ def test_bounds_stand_in_the_type(given, expected):
     with pytest.raises(ValueError, match=expected):
         runs.load_config(Bounded, overrides=[given])
     assert runs.load_config(Bounded, overrides=["share=1", "steps=1"]) == Bounded(1, 1.0)
-    assert "of a run (1 or more)" in runs.describe(Bounded) and "(from 0 to 1)" in runs.describe(
+    assert "of a run (1 or more)" in runs.config_help(
         Bounded
-    )
+    ) and "(from 0 to 1)" in runs.config_help(Bounded)
 
 
 @pytest.mark.smoke

@@ -202,7 +202,7 @@ def test_from_s3_to_s3_is_what_folders_give(cells, folder, tmp_path, capsys):
         if name.endswith("_labels.tif"):                      # their records name the source
             assert (tifffile.imread(io.BytesIO(there)) == tifffile.imread(tmp_path / "here" / name)
                     ).all(), name
-            record = images.record_of(there[:images.RECORD])
+            record = images.label_record(there[:images.RECORD])
             assert record["source"]["file"].startswith("s3://cells/raw/")
         elif name != "summary.csv":                           # it has the seconds
             assert there == (tmp_path / "here" / name).read_bytes(), name

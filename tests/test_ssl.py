@@ -331,7 +331,7 @@ def test_two_processes_with_half_the_batch_are_one_with_all(tmp_path):
 
 # -------------------------------------------------------------------------------------------- views
 
-KINDS = ssl_.stains_of(("a", "B", "c", "LowZBF"), ("lowzbf", "other"))
+KINDS = ssl_.view_stains(("a", "B", "c", "LowZBF"), ("lowzbf", "other"))
 
 
 def draws(config, B, seed=0):
@@ -351,14 +351,14 @@ def ramp(H, W):
 def test_stains():
     assert KINDS == (4, (0, 1, 2), (3,))
     with pytest.raises(ValueError, match="all are brightfield"):
-        ssl_.stains_of(("LowZBF",), ("lowzbf",))
+        ssl_.view_stains(("LowZBF",), ("lowzbf",))
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("strategy", ["average", "single", "pairs", "average_single", "all"])
 def test_strategies(strategy):
     config = train_ssl.Views(strategy=strategy, locals=6)
-    w = ssl_.channel_weights(config, *draws(config, 400), KINDS)                 # (V, B, C)
+    w = ssl_.view_channel_weights(config, *draws(config, 400), KINDS)                 # (V, B, C)
     assert w.shape == (8, 400, 4) and np.allclose(w.sum(2), 1) and (w >= 0).all()
     mean = np.allclose(0, 0) & (np.abs(w - [1 / 3, 1 / 3, 1 / 3, 0]).max(2) < 1e-9)
     one = w.max(2) == 1
@@ -389,7 +389,7 @@ def test_a_step_shows_all_fields_in_the_same_stains():
     pool.pixels[:] = torch.arange(4, dtype=torch.int16)[:, None, None] * 10000
     pool.limits = torch.tensor([0.0, 40000.0]).expand(6, 4, 2)
     changes = ("light", "blur", "noise", "shot", "dim", "contrast", "brightness", "gamma")
-    still = ssl_.light_of(dict.fromkeys(changes, 0.0))
+    still = ssl_.view_light(dict.fromkeys(changes, 0.0))
     config = train_ssl.Views(size=16, local_size=8, locals=3, strategy="pairs")
     seen = []
     for step in range(6):
@@ -446,7 +446,7 @@ def test_gather_copies_what_is_neither_turned_nor_scaled():
     # the upper half: negative as int16
     raw = rng.integers(0, 65536, (3, 2, 20, 30), dtype=np.uint16)
     limits = torch.tensor([[[100.0, 60000.0], [0.0, 65535.0]]]).expand(3, 2, 2)
-    got = ssl_.cut_crops(
+    got = ssl_.cut_view_crops(
         torch.from_numpy(raw.view(np.int16)),
         limits,
         torch.tensor([2, 0]),
@@ -471,7 +471,7 @@ def test_gather_looks_where_it_says():
     angle, centre = 0.7, np.array([40.0, 63.0])
     matrix = np.array([[np.cos(angle), np.sin(angle)], [np.sin(angle), -np.cos(angle)]]) * 1.7
     for channel in (0, 1):
-        got = ssl_.cut_crops(
+        got = ssl_.cut_view_crops(
             pixels, limits, torch.tensor([0]), np.eye(2)[[channel]], centre[None], matrix[None], 20
         )
         at = np.arange(20) - 9.5
@@ -481,11 +481,12 @@ def test_gather_looks_where_it_says():
 
 def test_gather_mixes_channels_and_mirrors_beyond_the_border():
     pixels, limits = ramp(40, 40)
-    got = ssl_.cut_crops(pixels, limits, torch.tensor([0, 1]), np.array([[0.25, 0.75], [1.0, 0.0]]),
+    got = ssl_.cut_view_crops(pixels, limits, torch.tensor([0, 1]),
+                              np.array([[0.25, 0.75], [1.0, 0.0]]),
                        np.array([[20.0, 20.0], [0.0, 20.0]]), np.stack([np.eye(2)] * 2), 10)
     y, x = np.mgrid[15:25, 15:25]
     assert np.abs(got[0, 0].numpy() * 40 - (0.25 * y + 0.75 * x)).max() < 0.01
-    upper = ssl_.cut_crops(
+    upper = ssl_.cut_view_crops(
         pixels,
         limits,
         torch.tensor([0]),
@@ -498,7 +499,7 @@ def test_gather_mixes_channels_and_mirrors_beyond_the_border():
 
 
 def test_a_channel_without_contrast_is_black():
-    got = ssl_.cut_crops(
+    got = ssl_.cut_view_crops(
         torch.full((1, 1, 9, 9), 7, dtype=torch.int16),
         torch.tensor([[[7.0, 7.0]]]),
         torch.tensor([0]),
@@ -525,7 +526,7 @@ def test_views_depend_on_their_sample_alone():
         train_ssl.Views(size=32, local_size=16, locals=3),
         np.arange(100, 106),
     )
-    light = ssl_.light_of({"noise": 0.5, "gamma": 0.5})
+    light = ssl_.view_light({"noise": 0.5, "gamma": 0.5})
     slots = torch.tensor([3, 1, 0, 5, 2, 4])
     large, small = ssl_.draw_views(pool, slots, numbers, 3, 7, config, light, KINDS)
     assert large.shape == (12, 3, 32, 32) and small.shape == (18, 3, 16, 16)
@@ -539,4 +540,4 @@ def test_views_depend_on_their_sample_alone():
 
 def test_geometry_in_the_light_is_refused():
     with pytest.raises(ValueError, match="augment.elastic"):
-        ssl_.light_of({"elastic": 0.5})
+        ssl_.view_light({"elastic": 0.5})

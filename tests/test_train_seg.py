@@ -284,7 +284,7 @@ def test_edges_and_seams_count_more_when_asked():
 def test_it_starts_from_weights(whole, tmp_path):
     path = whole / "final_models/seg.pt"
     config = runs.load_config(train_seg.Config, toy(tmp_path), [f"init={path}", "train_blocks=1"])
-    net = train_seg.build_network(config)
+    net = train_seg.build_segmentation_net(config)
     assert torch.equal(net.backbone.norm.weight, model.load(path).backbone.norm.weight)
     learns = {name.split(".")[1]
               for name, p in net.backbone.blocks.named_parameters(prefix="blocks")
@@ -297,8 +297,8 @@ def test_it_starts_from_weights(whole, tmp_path):
     assert {group["scale"] for group in groups} >= {1.0, 0.5}
     listed = [id(p) for group in groups for p in group["params"]]
     assert len(listed) == len(set(listed)) == sum(p.requires_grad for p in net.parameters())
-    old, new = model.load(path), train_seg.build_network(runs.load_config(train_seg.Config,
-                                                                          toy(tmp_path), [
+    old, new = model.load(path), train_seg.build_segmentation_net(runs.load_config(train_seg.Config,
+                                                                                   toy(tmp_path), [
         f"init={path}", "new_decoder=true", "network.widths=[8, 8]", "network.last=0",
         "network.stem=2"]))
     assert torch.equal(new.backbone.blocks[0].fc1.weight,
@@ -348,7 +348,7 @@ def test_muon_learns_the_inner_layers_and_goes_on(tmp_path):
     """Not those that meet pixels or answer, nor vectors; a run that is stopped reaches the same
     weights."""
     config = runs.load_config(train_seg.Config, toy(tmp_path), ["optimiser=muon"])
-    net = train_seg.build_network(config)
+    net = train_seg.build_segmentation_net(config)
     optimiser, names = (
         train_seg.segmentation_optimiser(net, config, "cpu"),
         {id(p): name for name, p in net.named_parameters()},
@@ -388,7 +388,7 @@ def test_the_size_head_learns_how_wide_cells_are(tmp_path):
     before = (tmp_path / "final_models/seg.pt").read_bytes()
     assert train_seg.main(config, []) == 0 and (tmp_path
                                                 / "final_models/seg.pt").read_bytes() == before
-    lines = runs.history(tmp_path / "runs/seg/log.jsonl")
+    lines = runs.log_history(tmp_path / "runs/seg/log.jsonl")
     assert [line["step"] for line in lines if "size_loss" in line] == list(range(7, 65, 3))
     net = model.load(tmp_path / "final_models/seg.pt")
     learnt = torch.load(tmp_path / "runs/seg/checkpoints/seg/best.pt", weights_only=True)["average"]
@@ -439,8 +439,8 @@ def test_parts_can_be_left_out(tmp_path):
     """The keys of configs/ablation.yaml: other weights are trained than those of the whole network.
     """
     def built(*changes):
-        return train_seg.build_network(runs.load_config(train_seg.Config, toy(tmp_path),
-                                                        list(changes)))
+        return train_seg.build_segmentation_net(runs.load_config(train_seg.Config, toy(tmp_path),
+                                                                 list(changes)))
     assert isinstance(built("network.arch=unet").backbone,
                       model.ConvNet) and len(built().decoder.stem) == 1
     assert len(built("network.stem=0").decoder.stem) == 0 and built("cap=null").settings.cap is None
@@ -455,7 +455,9 @@ def test_few_images_are_among_more(tmp_path):
         for seed in (0, 1):
             config = data.TrainingData(root=str(tmp_path), sets=(data.TrainingSet("cells"),),
                                        share=0.3, limit=limit)
-            kept, held = data.divide(data.examples_of(config, config.sets[0]), config, seed)
+            kept, held = data.split_training_examples(data.training_examples(config,
+                                                                             config.sets[0]),
+                                                      config, seed)
             lots[limit, seed] = {e.name for e in kept}
             assert len(held) == 4 and not lots[limit, seed] & {e.name for e in held}
     assert [len(lots[limit, 0]) for limit in (2, 5, None)] == [2, 5, 8]
@@ -557,12 +559,12 @@ def test_an_augmented_set_is_not_moved_again(tmp_path):
     made = tmp_path / "made"
     augment.main(augment.Config((str(cells),), str(made), 2, 32), [])
     alone = data.TrainingData(sets=(data.TrainingSet(str(made)),))
-    assert data.was_augmented(alone) and not data.was_augmented(
+    assert data.training_was_augmented(alone) and not data.training_was_augmented(
         data.TrainingData(sets=(data.TrainingSet(str(cells)),))
     )
     with pytest.raises(ValueError, match="some were written by augment.py and some were not"):
-        data.was_augmented(data.TrainingData(sets=(data.TrainingSet(str(made)),
-                                                   data.TrainingSet(str(cells)))))
+        data.training_was_augmented(data.TrainingData(sets=(data.TrainingSet(str(made)),
+                                                            data.TrainingSet(str(cells)))))
     done = run(toy(tmp_path, data=str(made), steps=6, warmup=1))
     assert done.returncode == 0, done.stderr
     still = augment.Augment().still()
@@ -581,4 +583,4 @@ def test_shipped_configurations_are_whole(name):
     config = runs.load_config(train_seg.Config, ROOT / "configs" / f"{name}.yaml")
     assert config.experiment and (config.data.sets or config.data.fields)
     if config.init is None:
-        assert train_seg.build_network(config).settings.cap == config.cap
+        assert train_seg.build_segmentation_net(config).settings.cap == config.cap

@@ -227,8 +227,8 @@ def test_classes_from_every_layout(tmp_path):
     assert example.types() == {1: "1", 2: "2", 3: "1", 4: "2"}
     (tmp_path / "s" / "a_types.csv").write_text("id,type\n1,round\n3,long\n4,\n")
     assert example.types() == {1: "round", 3: "long"}        # a table goes before a picture
-    wanted = data.types_wanted({"R": "round", "L": ["long"]})
-    assert data.type_numbers(example, labels, wanted).tolist() == [1, 0, 2, 0]
+    wanted = data.training_types({"R": "round", "L": ["long"]})
+    assert data.training_type_numbers(example, labels, wanted).tolist() == [1, 0, 2, 0]
     (tmp_path / "s" / "a_types.csv").write_text("id,type\n9,round\n")
     with pytest.raises(ValueError, match="a type for cell 9, which is not in a_masks.tif"):
         example.types()
@@ -319,7 +319,7 @@ def test_pasted_and_unknown_cells_do_not_count():
     resident = augment.Resident([("a", np.random.default_rng(0).random((3, 64, 64)), labels)] * 2,
                                 types=[np.array([2, 1]), np.array([0, 2])])
     place = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 1], [1, 2]])
-    assert augment.types_at(resident, np.array([0, 1]), place).tolist() == [2, 1, 0, 0, 2]
+    assert augment.crop_cell_types(resident, np.array([0, 1]), place).tolist() == [2, 1, 0, 0, 2]
     assert train_seg.type_balance(resident.types, 2).tolist() == pytest.approx([0, 1.5, 0.75])
 
 
@@ -328,7 +328,7 @@ def test_colours_of_types_in_the_overlay():
     labels = disks(1200, [(300, 300), (900, 900)], 80)       # large: not enlarged
     picture = cells.overlay(np.zeros((1, 1200, 1200), np.uint8), labels,
                             types=np.array(["b", "a"]), names=("a", "b"))
-    colours = cells.type_colours(("a", "b"))
+    colours = cells.cell_type_colours(("a", "b"))
     assert picture.shape[1] == 1200 < picture.shape[0]
     assert tuple(picture[300, 380]) == colours["b"] and tuple(picture[900, 980]) == colours["a"]
     assert picture[1200:].any()

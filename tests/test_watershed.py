@@ -17,11 +17,11 @@ from images import read_image
 from watershed import (
     REACH,
     Setting,
-    components,
+    basin_components,
     distance_map,
     flood,
-    gaussian,
-    inwards,
+    gaussian_map,
+    push_inwards,
     tune,
     watershed,
     without_holes,
@@ -284,7 +284,7 @@ def test_components_are_scipys():
         for density in (0.2, 0.5, 0.65, 0.9):
             mask = np.random.default_rng(seed).random((23, 31)) < density
             padded = np.pad(mask, ((1, 1), (0, 1)))
-            pixels, labels, count = components(torch.from_numpy(padded.ravel()), 32)
+            pixels, labels, count = basin_components(torch.from_numpy(padded.ravel()), 32)
             expected, n = ndimage.label(padded)
             assert count == n
             np.testing.assert_array_equal(labels.numpy(), expected.ravel()[pixels.numpy()])
@@ -297,9 +297,9 @@ def test_smoothing_is_scipys(sigma):
     distance = np.random.default_rng(0).random((37, 52)).astype(np.float32)
     wanted = ndimage.gaussian_filter(distance, sigma, mode="nearest",
                                      truncate=np.ceil(3 * sigma) / sigma)
-    np.testing.assert_allclose(gaussian(torch.from_numpy(distance), sigma), wanted, atol=1e-5)
+    np.testing.assert_allclose(gaussian_map(torch.from_numpy(distance), sigma), wanted, atol=1e-5)
     found = watershed(distance, 0.55, 0.45, smooth=sigma)
-    np.testing.assert_array_equal(found, watershed(gaussian(torch.from_numpy(distance), sigma),
+    np.testing.assert_array_equal(found, watershed(gaussian_map(torch.from_numpy(distance), sigma),
                                                    0.55, 0.45))
     assert found.max() > 1
 
@@ -311,10 +311,10 @@ def test_how_far_inside_is_scipys(share):
     wanted = ndimage.distance_transform_edt(np.pad(high, REACH, constant_values=True))[
         REACH:-REACH, REACH:-REACH
     ]
-    np.testing.assert_allclose(inwards(torch.from_numpy(high), REACH), wanted.clip(max=REACH),
+    np.testing.assert_allclose(push_inwards(torch.from_numpy(high), REACH), wanted.clip(max=REACH),
                                rtol=1e-6)
     for value in (True, False):
-        assert (inwards(torch.full((3, 2), value), REACH) == REACH * value).all()
+        assert (push_inwards(torch.full((3, 2), value), REACH) == REACH * value).all()
 
 
 def test_a_shape_parts_cells_at_their_neck():

@@ -54,7 +54,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -277,18 +277,26 @@ class Work:
                                 (names[name][0] for name in there))
             records = {name: images.label_record(head)
                        for name, head in zip(there, heads, strict=True)}
-        todo = {}
+        todo: Images = {}
+        others: dict[str, list[Path | str]] = defaultdict(list)        # reason -> images
         for path, name in found.items():
             record = records.get(name)
             if record is not None and (reason := result_difference(record, path, self.made)):
-                self.fail(ValueError(f"{Path(config.out) / names[name][0]}: {reason}; "
-                                     "overwrite=true makes it anew, another out= keeps both"),
-                          path, alone=len(found) == 1)
+                others[reason].append(path)
             elif record and self.shelf.has(names[name]):
                 self.kept += 1
                 self.summary.rows.setdefault(name, record["row"])
             else:
                 todo[path] = name
+        for reason, paths in others.items():
+            first = Path(config.out) / names[found[paths[0]]][0]
+            more = f" and of {len(paths) - 1} other images" * (len(paths) > 1)
+            error = ValueError(f"{first}{more}: {reason}; overwrite=true makes it anew, another "
+                               "out= keeps both")
+            if len(found) == 1:
+                raise error
+            print_line(f"warning: {paths[0]}: {error}")
+            self.failed += map(str, paths)
         return todo
 
     def fail(self, error: Exception, path: Path | str, file: Path | str = "", alone: bool = False

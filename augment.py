@@ -196,7 +196,7 @@ class Draws:
 
 
 @functools.lru_cache
-def normal_quantiles(device: torch.device) -> Tensor:
+def crop_noise_quantiles(device: torch.device) -> Tensor:
     """65,536 equally likely values of the normal distribution."""
     values = scipy.special.ndtri((np.arange(65536) + 0.5) / 65536)
     return torch.from_numpy(values).float().to(device)
@@ -206,7 +206,7 @@ def crop_normal_noise(streams: Tensor, size: int) -> Tensor:
     """Standard normal values (k, C, S, S) for streams (k, C); each takes 16 bits of a hash."""
     steps = GOLDEN * torch.arange(-(-size ** 2 // 4), device=streams.device)
     bits = scramble_draws(streams[:, :, None] + steps).view(torch.int16)[..., :size ** 2]
-    values = normal_quantiles(streams.device).index_select(0, bits.flatten().int() + 32768)
+    values = crop_noise_quantiles(streams.device).index_select(0, bits.flatten().int() + 32768)
     return values.view(*streams.shape, size, size)
 
 
@@ -412,7 +412,7 @@ def crop_pyramid(planes: np.ndarray) -> list[np.ndarray]:
 # ------------------------------------------------------------------------------------------- sample
 
 @contextmanager
-def one_thread():
+def crop_on_one_thread():
     """Run many small operations on one thread: several would wait for each other at each."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -422,7 +422,7 @@ def one_thread():
         torch.set_num_threads(threads)
 
 
-@one_thread()
+@crop_on_one_thread()
 def sample(resident: Resident, images: ArrayLike, numbers: ArrayLike, config: Augment, size: int,
            seed: int, cap: float | None = 4.0) -> tuple[Tensor, Tensor, Tensor]:
     """Augmented crops of `images` (B,), as the samples `numbers` (B,) of the run.

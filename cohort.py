@@ -62,13 +62,13 @@ def find_tiles(root: str | Path, pattern: str, nuclei: str = "0", marker: str = 
         group `channel` alone are one tile.
     donor : regular expression with one group, for a tile's name; None: as in donor_7.
     """
-    root, expression, others = Path(root), data.regex("pattern", pattern), 0
+    root, expression, others = Path(root), data.labelled_name_pattern("pattern", pattern), 0
     if "channel" not in expression.groupindex:
         raise ValueError(f"pattern={pattern}: has no group (?P<channel>...) around the channel")
     if not root.is_dir():
         raise FileNotFoundError(f"tiles={root}: no such folder")
     found: dict[str, dict[str, list[Path]]] = defaultdict(lambda: {nuclei: [], marker: []})
-    for folder, files in data.walk(root):
+    for folder, files in data.layout_folders(root):
         for file in files:
             tiff = file.suffix.lower() in (".tif", ".tiff")
             match = expression.search(file.stem) if tiff else None

@@ -114,9 +114,11 @@ def examples(path: str | Path, channels: Channels = None, match: str | None = No
     """
     path, choice = Path(path), Choice(channels, labels and labels.lower())
     if path.is_dir():
-        found = [example for folder, files in walk(path) for read in (_pairs, _arrays, _tracking)
+        found = [example for folder, files in layout_folders(path)
+                 for read in (_pairs, _arrays, _tracking)
                  for example in read(folder, files, choice)]
-        listed = [file for _, files in walk(path) for file in kept(files, [".json"])]
+        listed = [file for _, files in layout_folders(path)
+                  for file in layout_files(files, [".json"])]
         root = images = path
     elif path.is_file() and path.suffix.lower() == ".json":
         found, listed, root = [], [path], path.with_suffix("")
@@ -127,19 +129,20 @@ def examples(path: str | Path, channels: Channels = None, match: str | None = No
                                 "COCO .json")
     if listed:
         by_name: dict[str, list[Path]] = defaultdict(list)         # images
-        for _, files in walk(images):
-            for file in kept(files, IMAGES):
+        for _, files in layout_folders(images):
+            for file in layout_files(files, IMAGES):
                 by_name[file.name].append(file)
         found += [example for file in listed for example in _coco(file, by_name, choice)]
 
-    found = [replace(example, name=_below(Path(example.name), root)) for example in found]
+    found = [replace(example, name=_layout_name(Path(example.name), root)) for example in found]
     for name, count in Counter(example.name for example in found).items():
         if count > 1:
             alike = ", ".join(str(example.files[-1]) for example in found if example.name == name)
             raise ValueError(f"{path}: {count} images with labels are called {name} ({alike}); "
                              "keep one")
     if match is not None:
-        found = [example for example in found if regex("match", match).search(example.name)]
+        found = [example for example in found if labelled_name_pattern("match",
+                                                                       match).search(example.name)]
     if not found:
         named = f" with '{match}' in their names" if match else ""
         raise ValueError(f"{path}: no labelled images{named}; `python data.py --help` lists the "
@@ -147,7 +150,7 @@ def examples(path: str | Path, channels: Channels = None, match: str | None = No
     return sorted(found, key=lambda example: natural_order(example.name))
 
 
-def walk(root: Path) -> Iterator[tuple[Path, list[Path]]]:
+def layout_folders(root: Path) -> Iterator[tuple[Path, list[Path]]]:
     """Every folder from root down, and its files."""
     def stop(error: OSError) -> None:
         raise error
@@ -157,15 +160,15 @@ def walk(root: Path) -> Iterator[tuple[Path, list[Path]]]:
         yield Path(parent), shown
 
 
-def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    return kept(next(walk(folder))[1], suffixes) if folder.is_dir() else []
+def _layout_files_in(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    return layout_files(next(layout_folders(folder))[1], suffixes) if folder.is_dir() else []
 
 
-def kept(files: list[Path], suffixes: Collection[str]) -> list[Path]:
+def layout_files(files: list[Path], suffixes: Collection[str]) -> list[Path]:
     return [file for file in files if file.suffix.lower() in suffixes]
 
 
-def _below(path: Path, root: Path) -> str:
+def _layout_name(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path != root else root.resolve().name
 
 
@@ -178,7 +181,7 @@ def file_pair_key(stem: str) -> str:
     return TILE.sub(r"\1", stem.removesuffix("_img"))
 
 
-def regex(key: str, text: str) -> re.Pattern:
+def labelled_name_pattern(key: str, text: str) -> re.Pattern:
     try:
         return re.compile(text)
     except re.error as error:
@@ -189,11 +192,12 @@ def regex(key: str, text: str) -> re.Pattern:
 # Each reads every folder, _coco every .json. Names are paths here; examples() shortens them.
 
 def _pairs(folder: Path, files: list[Path], choice: Choice) -> Iterator[Example]:
-    yield from _matched(folder, kept(files, IMAGES), kept(files, LABELS), choice, apart=False)
-    images = _files(folder / "images", IMAGES)
+    yield from _layout_of_matches(folder, layout_files(files, IMAGES), layout_files(files, LABELS),
+                                  choice, apart=False)
+    images = _layout_files_in(folder / "images", IMAGES)
     for name in ("labels", "masks") if images else ():
-        labels = _files(folder / name, LABELS)
-        pairs = list(_matched(folder, images, labels, choice, apart=True))
+        labels = _layout_files_in(folder / name, LABELS)
+        pairs = list(_layout_of_matches(folder, images, labels, choice, apart=True))
         if name == "masks" and labels and len(images) == 1 and not pairs:  # a mask for each nucleus
             yield Example(str(folder), (*images, *labels),
                           partial(read_image, images[0], choice.channels),
@@ -201,8 +205,9 @@ def _pairs(folder: Path, files: list[Path], choice: Choice) -> Iterator[Example]
         yield from pairs
 
 
-def _matched(folder: Path, images: list[Path], labels: list[Path], choice: Choice, apart: bool
-             ) -> Iterator[Example]:
+def _layout_of_matches(folder: Path, images: list[Path], labels: list[Path], choice: Choice,
+                       apart: bool
+                       ) -> Iterator[Example]:
     """Images with their labels; apart: in another folder, where names may be the same."""
     shots: dict[str, list[Path]] = defaultdict(list)
     ranked: dict[str, list[tuple[int, Path]]] = defaultdict(list)  # labels of each image
@@ -234,7 +239,7 @@ def _matched(folder: Path, images: list[Path], labels: list[Path], choice: Choic
         if numbers and len(numbers) < len(set(number.values())):
             continue                                               # a tile without its marker
         image = partial(read_image, shot[0], choice.channels) if len(shot) == 1 else \
-            partial(_joined, shot, numbers, choice.channels)
+            partial(_layout_joined_image, shot, numbers, choice.channels)
         yield Example(str(folder / stem_of(shot[0]).removesuffix("_img")), (*shot, *truth), image,
                       partial(_labels, truth[0], shot[0], choice.channels),
                       partial(_labelled_types, truth[0], shot[0]))
@@ -252,7 +257,7 @@ def _labelled_shape(image: Path, channels: Channels) -> tuple[int, int]:
         return source.shape[1:]
 
 
-def _joined(paths: list[Path], numbers: list[int], channels: Channels) -> Image:
+def _layout_joined_image(paths: list[Path], numbers: list[int], channels: Channels) -> Image:
     """One image of channels in files of their own."""
     parts = [read_image(path) for path in paths]
     first = parts[0].pixels
@@ -263,11 +268,12 @@ def _joined(paths: list[Path], numbers: list[int], channels: Channels) -> Image:
                              "channel of the same size in each")
     names = [{0: "DAPI", 1: "marker"}.get(number, f"c{number}") for number in numbers]
     pixels = np.concatenate([part.pixels for part in parts])
-    return _chosen(paths[0], pixels, channels, names, parts[0].pixel_size)
+    return _labelled_channels(paths[0], pixels, channels, names, parts[0].pixel_size)
 
 
-def _chosen(path: Path, pixels: np.ndarray, channels: Channels, names: Sequence[str] | None = None,
-            pixel_size: float | None = None) -> Image:
+def _labelled_channels(path: Path, pixels: np.ndarray, channels: Channels,
+                       names: Sequence[str] | None = None,
+                       pixel_size: float | None = None) -> Image:
     """Channels of an array (C, H, W), with the checks that images in files pass."""
     source = Source(path, channels, lambda picked, rows, columns: pixels[picked, rows, columns],
                     pixels.shape, pixels.dtype, names, pixel_size)
@@ -278,7 +284,7 @@ def _chosen(path: Path, pixels: np.ndarray, channels: Channels, names: Sequence[
 def _arrays(folder: Path, files: list[Path], choice: Choice) -> Iterator[Example]:
     paths = folder / "imgs.npy", folder / "anns.npy"
     if set(paths) <= set(files):
-        images, labels = (_array(path).shape for path in paths)
+        images, labels = (_layout_array(path).shape for path in paths)
         if len(labels) != 3 or len(images) not in (3, 4) or images[:3] != labels:
             raise ValueError(f"{folder}: imgs.npy of {images}, anns.npy of {labels}, expected "
                              "(N, H, W[, C]) and (N, H, W)")
@@ -288,18 +294,19 @@ def _arrays(folder: Path, files: list[Path], choice: Choice) -> Iterator[Example
                           partial(_array_labels, paths[1], i))
 
 
-def _array(path: Path) -> np.ndarray:
+def _layout_array(path: Path) -> np.ndarray:
     with image_decoding(path):
         return np.load(path, mmap_mode="r")                        # refuses pickled objects
 
 
 def _array_image(path: Path, i: int, channels: Channels) -> Image:
-    pixels = _array(path)[i]
-    return _chosen(path, pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), channels)
+    pixels = _layout_array(path)[i]
+    return _labelled_channels(path, pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1),
+                              channels)
 
 
 def _array_labels(path: Path, i: int) -> np.ndarray:
-    labels = _array(path)[i]
+    labels = _layout_array(path)[i]
     check_label_image(labels, f"{path}, number {i}", LARGEST)
     return labels.astype(np.int32)
 
@@ -307,7 +314,8 @@ def _array_labels(path: Path, i: int) -> np.ndarray:
 def _tracking(folder: Path, files: list[Path], choice: Choice) -> Iterator[Example]:
     kinds = {None: ("GT", "ST"), "gt": ("GT",), "st": ("ST",)}.get(choice.labels, ())
     for sequence in sorted(below for below in folder.glob("[0-9][0-9]") if below.is_dir()):
-        truths = [_files(folder / f"{sequence.name}_{kind}" / "SEG", TIFF) for kind in kinds]
+        truths = [_layout_files_in(folder / f"{sequence.name}_{kind}" / "SEG", TIFF)
+                  for kind in kinds]
         for path in next(filter(None, truths), []):
             frame = re.fullmatch(r"man_seg_?(\d+)", path.stem)
             if not frame:
@@ -340,7 +348,7 @@ def _coco(path: Path, by_name: dict[str, list[Path]], choice: Choice) -> Iterato
         yield Example(str(path.with_suffix("") / (stem_of(image) + again)), (image, path),
                       partial(read_image, image, choice.channels),
                       partial(_coco_labels, item, image, choice.channels),
-                      partial(_listed_types, item))
+                      partial(_coco_types, item))
 
 
 def _coco_labels(item: Listed, image: Path, channels: Channels) -> np.ndarray:
@@ -352,12 +360,12 @@ def unread(root: Path, found: list[Example]) -> list[str]:
     used = {file for example in found for file in example.files}
     keys = {file.with_name(file_pair_key(stem_of(file))) for file in used}
     lonely = []
-    for folder, files in walk(root):
+    for folder, files in layout_folders(root):
         if any(re.fullmatch(r"\d\d(_.*)?", at.name)
                and any(at.parent.glob(f"{at.name[:2]}_[GS]T/SEG"))
                for at in (folder, *folder.parents)):
             continue
-        for file in kept(files, {*IMAGES, ".geojson"}):
+        for file in layout_files(files, {*IMAGES, ".geojson"}):
             ends = [end for end in ENDS if end and stem_of(file).endswith(end)]
             other = any(folder / file_pair_key(stem_of(file).removesuffix(end)) in keys
                         for end in ends)
@@ -375,7 +383,7 @@ LARGEST = np.iinfo(np.int32).max
 OBJECTS = {"PathCellObject": "cell", "PathDetectionObject": "detection"}      # of QuPath 0.2
 
 
-def painted(shape: tuple[int, int], cells: Sequence[np.ndarray]) -> np.ndarray:
+def labels_from_pixels(shape: tuple[int, int], cells: Sequence[np.ndarray]) -> np.ndarray:
     """(H, W) int32 of cells given as flat indices."""
     labels = np.zeros(math.prod(shape), np.int32)
     for i in sorted(range(len(cells)), key=lambda i: -len(cells[i])):
@@ -386,7 +394,7 @@ def painted(shape: tuple[int, int], cells: Sequence[np.ndarray]) -> np.ndarray:
     return labels.reshape(shape)
 
 
-def ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
+def coco_ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
     """start[0], start[0] + 1, ... of length[0], then start[1], ..."""
     return np.repeat(start - (np.cumsum(length) - length), length) + np.arange(length.sum())
 
@@ -400,12 +408,12 @@ def polygon_pixels(rings: Sequence[np.ndarray], shape: tuple[int, int]) -> np.nd
     (x0, y0), (x1, y1) = np.where(down, a, b).T, np.where(down, b, a).T
     first, last = (np.ceil(y - 0.5).clip(0, H).astype(np.int64) for y in (y0, y1))
     side = np.repeat(np.arange(len(a)), last - first)              # once for each row it crosses
-    row = ranges(first, last - first)
+    row = coco_ranges(first, last - first)
     x = x0[side] + (row + 0.5 - y0[side]) * ((x1 - x0)[side] / (y1 - y0)[side])
     column = np.ceil(x - 0.5).clip(0, W).astype(np.int64)          # the first on the right
     order = np.lexsort((column, row))                              # in each row: in, out, in, out
     start, end = (row * W + column)[order].reshape(-1, 2).T
-    return ranges(start, end - start)
+    return coco_ranges(start, end - start)
 
 
 def polygon_cell_pixels(parts: Sequence[Sequence[np.ndarray]], shape: tuple[int, int],
@@ -430,7 +438,7 @@ def rle_pixels(rle: dict, shape: tuple[int, int], where: str) -> np.ndarray:
         raise ValueError(f"{where}: an RLE of size {rle.get('size')} whose runs do not fill {H} x "
                          f"{W} px")
     lengths = np.array(counts, np.int64)
-    below = ranges((np.cumsum(lengths) - lengths)[1::2], lengths[1::2])
+    below = coco_ranges((np.cumsum(lengths) - lengths)[1::2], lengths[1::2])
     return below % H * W + below // H
 
 
@@ -511,7 +519,7 @@ def coco_labels(listed: Listed, shape: tuple[int, int]) -> np.ndarray:
         else:
             raise ValueError(f"{where}: expected polygons [x, y, x, y, ...] or RLE with counts and "
                              "size")
-    return painted(shape, pixels)
+    return labels_from_pixels(shape, pixels)
 
 
 def _annotation(entry: dict) -> Any:
@@ -550,7 +558,7 @@ def read_geojson(path: Path, shape: tuple[int, int]) -> np.ndarray:
         except (TypeError, ValueError, IndexError):
             raise ValueError(f"{where} has coordinates that are no rings of [x, y]") from None
         pixels.append(polygon_cell_pixels(parts, shape, where))
-    return painted(shape, pixels)
+    return labels_from_pixels(shape, pixels)
 
 
 def _geojson_cells(path: Path) -> list[dict]:
@@ -585,7 +593,7 @@ def read_masks(paths: Sequence[Path]) -> np.ndarray:
             raise ValueError(f"{path}: a mask of {mask.shape} px, but {paths[0].name} has {shape}")
         shape = mask.shape
         cells.append(np.flatnonzero(mask))
-    return painted(shape, cells)
+    return labels_from_pixels(shape, cells)
 
 
 # ------------------------------------------------------------------------------- classes of cells
@@ -631,7 +639,7 @@ def read_types(path: Path, labels: Path) -> dict[int, str]:
     return types
 
 
-def _listed_types(listed: Listed) -> dict[int, str]:
+def _coco_types(listed: Listed) -> dict[int, str]:
     return {i: name for i, name in enumerate(listed.types, 1) if name}
 
 
@@ -767,7 +775,7 @@ def donor_of(name: str, pattern: str | None = None, key: str = "pattern") -> str
 
     key : how the script calls the pattern.
     """
-    expression = regex(key, pattern or DONOR)
+    expression = labelled_name_pattern(key, pattern or DONOR)
     found = expression.search(name)
     if expression.groups != 1 or not found or not found[1]:
         raise ValueError(f"no donor in the name {name}; give {key}=REGEX with one group around "
@@ -785,12 +793,13 @@ def hold_out(examples: list[Example], share: float, seed: int) -> list[Example]:
     sizes = Counter(group_of(example.name) for example in examples)
     if len(sizes) == 1:
         return examples[-min(max(1, round(share * len(examples))), len(examples) - 1):]
-    sides = _divide({group: ("", size) for group, size in sizes.items()}, (1 - share, share), seed)
+    sides = _split_sides({group: ("", size) for group, size in sizes.items()}, (1 - share, share),
+                         seed)
     return [example for example in examples if sides[group_of(example.name)] == 1]
 
 
-def _divide(groups: dict[str, tuple[Any, int]], fractions: Sequence[float],
-            seed: int) -> dict[str, int]:
+def _split_sides(groups: dict[str, tuple[Any, int]], fractions: Sequence[float],
+                 seed: int) -> dict[str, int]:
     """A side, none empty, for each group {name: (stratum, images)}: large ones first, to the side
     that lacks most."""
     totals: Counter[Any] = Counter()
@@ -1054,7 +1063,8 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
         raise ValueError(f"{target}: is in {source}, where it would be read as data; choose a "
                          "folder outside")
     chosen = {name: getattr(config, name) for name in ("channels", "match", "labels")}
-    _claim(target / "converted.txt", f"from {Path(source).resolve()} with {chosen}\n")
+    _claim_labelled_folder(target / "converted.txt",
+                           f"from {Path(source).resolve()} with {chosen}\n")
     made = 0
     for example in tqdm.tqdm(found, target.name, unit="image", delay=1, file=sys.stderr,
                              leave=False):
@@ -1071,7 +1081,7 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
     return made
 
 
-def _claim(record: Path, text: str) -> None:
+def _claim_labelled_folder(record: Path, text: str) -> None:
     """Record how the files of a folder are made, so that no other files are mixed in."""
     if record.exists() and record.read_text(encoding="utf-8") != text:
         raise ValueError(f"{record}: written for something else before; choose another folder, or "
@@ -1103,13 +1113,13 @@ def split(config: Config, source: str) -> int:
         raise ValueError(f"{source}: {len(sizes)} {config.by}s for {len(sides)} sides; give fewer "
                          "fractions")
     groups = {group: (tuple(sorted(datasets[group])), size) for group, size in sizes.items()}
-    side_of = _divide(groups, config.fractions, config.seed)
+    side_of = _split_sides(groups, config.fractions, config.seed)
     for row in rows:
         row["split"] = sides[side_of[row["group"]]]
 
     table = Path(config.out or source) / "split.tsv"
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    _claim(table, "".join("\t".join(line) + "\n" for line in lines))
+    _claim_labelled_folder(table, "".join("\t".join(line) + "\n" for line in lines))
     for side in sides:
         chosen = [example for example, row in zip(found, rows) if row["split"] == side]
         if config.out:
@@ -1125,8 +1135,8 @@ def planes(config: Config, source: str, target: str) -> int:
     if not found:
         raise ValueError(f"{source}: no NAME_labels.tif in it or below; expected stacks NAME.tif "
                          "(Z, Y, X) with these beside them")
-    _claim(Path(target) / "converted.txt",
-           f"planes of {Path(source).resolve()}, every={config.every}\n")
+    _claim_labelled_folder(Path(target) / "converted.txt",
+                           f"planes of {Path(source).resolve()}, every={config.every}\n")
     for labelled in found:
         name = labelled.name.removesuffix("_labels.tif")
         stack = tifffile.imread(labelled.with_name(f"{name}.tif"))

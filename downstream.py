@@ -163,7 +163,7 @@ def outcome_folder(model: StudyModel, config: Config) -> Path:
 
 def outcome_lines(model: StudyModel, config: Config) -> dict[str, dict]:
     return cohort.lines_by_tile(outcome_folder(model, config) / "shards",
-                                settings_digest(model, config))
+                                outcome_settings_digest(model, config))
 
 
 # -------------------------------------------------------------------------------------------- infer
@@ -205,7 +205,7 @@ class Shard:
     """A model's file of lines in this process."""
 
     def __init__(self, model: StudyModel, config: Config):
-        self.model, self.config, self.key = model, config, settings_digest(model, config)
+        self.model, self.config, self.key = model, config, outcome_settings_digest(model, config)
         self.done = {name for name, line in outcome_lines(model, config).items()
                      if "why" not in line}
         part = f"{config.shard.replace('/', '_of_')}.jsonl"
@@ -238,15 +238,15 @@ class Shard:
             file.write(json.dumps(line) + "\n")
 
 
-def settings_digest(model: StudyModel, config: Config) -> str:
+def outcome_settings_digest(model: StudyModel, config: Config) -> str:
     """Digest of what a line depends on besides the tile: content of the weights, settings."""
     names = ("diameter", "border", "percentile", "tiles", "pattern", "nuclei", "marker")
-    settings = {**asdict(model), "name": None, "weights": weights_digest(model),
+    settings = {**asdict(model), "name": None, "weights": outcome_weights_digest(model),
                 **{name: getattr(config, name) for name in names}}
     return runs.digest(json.dumps(settings, sort_keys=True))[:16]
 
 
-def weights_digest(model: StudyModel) -> str:
+def outcome_weights_digest(model: StudyModel) -> str:
     path = Path(model.weights)
     if not path.is_file():
         raise FileNotFoundError(f"model '{model.name}': no weights at {path}; train with "
@@ -256,7 +256,7 @@ def weights_digest(model: StudyModel) -> str:
 
 # ------------------------------------------------------------------------------------ merge, ratios
 
-def merge_shards(config: Config) -> int:
+def count_positive_cells(config: Config) -> int:
     """Count the cells of all tiles, by a threshold over the cohort."""
     tiles, unusable, _ = cohort.find_tiles(*config.tile_files)
     found = []
@@ -275,7 +275,7 @@ def merge_shards(config: Config) -> int:
             raise ValueError(f"model '{model.name}': all {len(skipped)} tiles were skipped; the "
                              f"first: {next(iter(skipped.values()))}")
         cut = cohort.marker_threshold(done, config.threshold, config.value or 0.0, config.controls)
-        sha256 = weights_digest(model)
+        sha256 = outcome_weights_digest(model)
         rows = [{"donor": line["donor"], "tile": line["tile"], "cells": len(line["intensity"]),
                  "positive": sum(value > cut for value in line["intensity"]),
                  "area_px": line["area_px"], "seconds": line["seconds"], "model_sha256": sha256,
@@ -401,25 +401,25 @@ def write_outcome_report(config: Config) -> int:
         ("What was used",
          f"Positive: {positive_cell_rule(config)}.\nOnly tiles that every model has done count, "
          "and only donors that no model flags. A donor without an outcome is left out of that one.",
-         *used_tables(config)),
+         *outcome_tables_used(config)),
         ("Association", "Spearman's rho of the positive fraction with each outcome, and its 95 % "
          f"interval (Bonett and Wright){corrected}. Filled marks: q below 0.05, Benjamini and "
          "Hochberg over the outcomes of a model.", legend, forest,
-         table_of(found, "outcome", "model", "n", "rho", "p", "q", "p_from", "left_out")),
+         outcome_table(found, "outcome", "model", "n", "rho", "p", "q", "p_from", "left_out")),
         ("Donors", "A dot is a donor: its fraction of positive cells, over its outcome.", legend,
          report.side_by_side(*outcome_scatters(config, looks))),
         ("Stability", f"rho in {config.resamples} redraws of {config.share:.0%} of each donor's "
          "tiles; the dashed line is rho with all tiles. Fewer tiles are noisier, so redraws tend "
          "to lie nearer to 0. A redraw's q is taken over the same family.", legend,
          report.side_by_side(*marker_histograms(config, found, looks)),
-         table_of(stable, "outcome", "model", "median", "sd", "same_sign", "q_below_0.05"))]
+         outcome_table(stable, "outcome", "model", "median", "sd", "same_sign", "q_below_0.05"))]
     if len(config.models) > 1:
         changes = read_outcome_rows(config, "e5_difference.tsv")
         sections.append((
             "Between models", f"rho less that of {config.models[0].name}, of the same donors; 95 % "
             f"interval from {config.resamples} resamples of the donors with all their values. "
             "Where rho is negative, a negative difference is the stronger association.",
-            table_of(changes, "outcome", "model", "n", "difference")))
+            outcome_table(changes, "outcome", "model", "n", "difference")))
     if config.experiments:
         sections.append((
             "All experiments", "Means over a model's rows of the tables given. E5 is this page: "
@@ -449,7 +449,7 @@ def read_outcome_rows(config: Config, name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def table_of(rows: list[dict[str, Any]], *columns: str) -> str:
+def outcome_table(rows: list[dict[str, Any]], *columns: str) -> str:
     """Columns of read_rows for the page, those of INTERVALS with their interval below."""
     def cell(row: dict[str, Any], name: str) -> str | report.Cell:
         if name in WORDS:
@@ -477,7 +477,7 @@ def outcome_percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.0%}"
 
 
-def used_tables(config: Config) -> list[str]:
+def outcome_tables_used(config: Config) -> list[str]:
     """Tables of tiles, donors, and skipped tiles."""
     rows = []
     why: dict[str, str] = {}
@@ -569,7 +569,8 @@ def print_study(config: Config) -> int:
     for model in config.models:
         lines = outcome_lines(model, config)
         done = sum(tile.name in lines and "why" not in lines[tile.name] for tile in tiles)
-        print(f"{model.name}: {model.weights} ({weights_digest(model)}), {done} tiles done before")
+        print(f"{model.name}: {model.weights} ({outcome_weights_digest(model)}), {done} tiles done "
+              f"before")
     donors = cohort.read_donors(*config.outcome_table)
     both = [name in names for name in donors.names]
     print(f"{config.outcomes}: {len(both)} donors, {sum(both)} of them with tiles")
@@ -578,7 +579,7 @@ def print_study(config: Config) -> int:
     return 0
 
 
-STEPS = {"infer": infer_donor_tiles, "merge": merge_shards, "ratios": write_ratios,
+STEPS = {"infer": infer_donor_tiles, "merge": count_positive_cells, "ratios": write_ratios,
          "associate": write_associations, "report": write_outcome_report}
 
 if __name__ == "__main__":

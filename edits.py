@@ -60,23 +60,24 @@ def draw_cell(book: Book, outline: np.ndarray) -> Edit:
     their pixels."""
     box, inside = enclosed(outline, book.labels.shape)
     start = book.at(outline[0])
-    box, inside = widened(box, inside, book.boxes.get(start), book.labels.shape)
+    box, inside = widened_edit(box, inside, book.boxes.get(start), book.labels.shape)
     before = book.labels[box].copy()
     cell = start or book.fresh
     after = np.where(inside & (before == 0), cell, before)
     largest = largest_piece(after == cell)
     after[(after == cell) & ~largest & (before != cell)] = 0
-    return checked(Edit("draw", box, before, after), "there is no free pixel inside the outline")
+    return checked_edit(Edit("draw", box, before, after),
+                        "there is no free pixel inside the outline")
 
 
 def cut_away(book: Book, outline: np.ndarray) -> Edit:
     """What lies inside the outline becomes background; the parts of a cell become cells."""
     box, inside = enclosed(outline, book.labels.shape)
     touched = np.unique(book.labels[box][inside])
-    box, inside = widened(box, inside, book.box_of(touched[touched > 0]), book.labels.shape)
+    box, inside = widened_edit(box, inside, book.box_of(touched[touched > 0]), book.labels.shape)
     before = book.labels[box].copy()
     after = in_pieces(np.where(inside, 0, before), touched[touched > 0], book.fresh)
-    return checked(Edit("erase", box, before, after), "there is no cell inside the outline")
+    return checked_edit(Edit("erase", box, before, after), "there is no cell inside the outline")
 
 
 def remove_cells(book: Book, ids: Iterable[int]) -> Edit:
@@ -102,7 +103,7 @@ def remove_inside(book: Book, outline: np.ndarray) -> Edit:
 def split_cells(book: Book, line: np.ndarray) -> Edit:
     """Part every cell that the line crosses from edge to edge."""
     shape = book.labels.shape
-    y, x = line_pixels(lengthened(line), shape)
+    y, x = line_pixels(lengthened_line(line), shape)
     ids = np.unique(book.labels[y, x])
     box = book.box_of(ids[ids > 0])
     if box is None:
@@ -124,8 +125,8 @@ def split_cells(book: Book, line: np.ndarray) -> Edit:
         for part in np.argsort(-sizes)[1:]:                        # the largest keeps its number
             after[parts == part + 1] = fresh
             fresh += 1
-    return checked(Edit("split", box, before, after),
-                   "the line crosses no cell from edge to edge")
+    return checked_edit(Edit("split", box, before, after),
+                        "the line crosses no cell from edge to edge")
 
 
 def merge_cells(book: Book, line: np.ndarray) -> Edit:
@@ -140,7 +141,7 @@ def merge_cells(book: Book, line: np.ndarray) -> Edit:
     box = book.box_of(ids)
     assert box is not None
     first, last = np.flatnonzero(under > 0)[[0, -1]]               # of the line, between the cells
-    bridge = np.zeros(shape_of(box), bool)
+    bridge = np.zeros(edit_shape(box), bool)
     inside = ((y >= box[0].start) & (y < box[0].stop) & (x >= box[1].start) & (x < box[1].stop))
     inside[:first] = inside[last + 1:] = False
     bridge[y[inside] - box[0].start, x[inside] - box[1].start] = True
@@ -152,16 +153,16 @@ def merge_cells(book: Book, line: np.ndarray) -> Edit:
 
 def grow_cell(book: Book, cell: int) -> Edit:
     """Move a cell's edge outwards by a pixel, into the background."""
-    box = widened_by(book.box_of([cell]), 1, book.labels.shape)
+    box = edit_box_widened(book.box_of([cell]), 1, book.labels.shape)
     before = book.labels[box].copy()
     more = ndimage.binary_dilation(before == cell) & (before == 0)
-    return checked(Edit("grow", box, before, np.where(more, cell, before)),
-                   "the cell has no background beside it")
+    return checked_edit(Edit("grow", box, before, np.where(more, cell, before)),
+                        "the cell has no background beside it")
 
 
 def shrink_cell(book: Book, cell: int) -> Edit:
     """Move a cell's edge inwards by a pixel; the largest piece stays."""
-    box = widened_by(book.box_of([cell]), 1, book.labels.shape)
+    box = edit_box_widened(book.box_of([cell]), 1, book.labels.shape)
     before = book.labels[box].copy()
     mask = before == cell
     less = largest_piece(ndimage.binary_erosion(mask, border_value=1))
@@ -170,7 +171,7 @@ def shrink_cell(book: Book, cell: int) -> Edit:
     return Edit("shrink", box, before, np.where(mask & ~less, 0, before))
 
 
-def gesture(book: Book, line: np.ndarray) -> Edit:
+def edit_gesture(book: Book, line: np.ndarray) -> Edit:
     """The edit that a line by itself means: from a cell into another merges; across a cell splits;
     a loop draws a cell, or adds to the one where it begins."""
     first, last = book.at(line[0]), book.at(line[-1])
@@ -183,7 +184,7 @@ def gesture(book: Book, line: np.ndarray) -> Edit:
     return split_cells(book, line)
 
 
-def flooded(book: Book, labels: np.ndarray, what: str = "flood") -> Edit:
+def flooded_edit(book: Book, labels: np.ndarray, what: str = "flood") -> Edit:
     """New labels of the whole image around the cells that were made by hand; what was deleted by
     hand stays deleted."""
     after, hand = labels.astype(np.int32), book.by_hand()
@@ -202,7 +203,7 @@ def flooded(book: Book, labels: np.ndarray, what: str = "flood") -> Edit:
     return Edit(what, whole, book.labels.copy(), after)
 
 
-def checked(edit: Edit, reason: str) -> Edit:
+def checked_edit(edit: Edit, reason: str) -> Edit:
     if np.array_equal(edit.before, edit.after):
         raise Refused(reason)
     return edit
@@ -210,7 +211,7 @@ def checked(edit: Edit, reason: str) -> Edit:
 
 # ---------------------------------------------------------------------------------------- geometry
 
-def shape_of(box: Box) -> tuple[int, int]:
+def edit_shape(box: Box) -> tuple[int, int]:
     return box[0].stop - box[0].start, box[1].stop - box[1].start
 
 
@@ -230,15 +231,15 @@ def enclosed(outline: np.ndarray, shape: tuple[int, int]) -> tuple[Box, np.ndarr
     return (slice(top, bottom), slice(left, right)), mask
 
 
-def widened(box: Box, mask: np.ndarray, other: Box | None, shape) -> tuple[Box, np.ndarray]:
+def widened_edit(box: Box, mask: np.ndarray, other: Box | None, shape) -> tuple[Box, np.ndarray]:
     """A box that holds another, too, and its mask."""
     whole = box_around([box, other] if other else [box])
-    larger = np.zeros(shape_of(whole), bool)
+    larger = np.zeros(edit_shape(whole), bool)
     larger[tuple(slice(a.start - w.start, a.stop - w.start) for a, w in zip(box, whole))] = mask
     return whole, larger
 
 
-def widened_by(box: Box | None, margin: int, shape: tuple[int, int]) -> Box:
+def edit_box_widened(box: Box | None, margin: int, shape: tuple[int, int]) -> Box:
     if box is None:
         raise Refused("there is no cell here")
     rows, columns = (slice(max(0, side.start - margin), min(n, side.stop + margin))
@@ -252,7 +253,7 @@ def box_around(boxes: Sequence[Box]) -> Box:
     return rows, columns
 
 
-def lengthened(line: np.ndarray, px: float = 2.0) -> np.ndarray:
+def lengthened_line(line: np.ndarray, px: float = 2.0) -> np.ndarray:
     """A line that goes on by some px at both ends: hands stop a little too early."""
     ends = []
     for end, inner in ((line[0], line[min(3, len(line) - 1)]),
@@ -400,7 +401,7 @@ class Book:
             if not self.done:
                 raise Refused("nothing to undo")
             edit = unpacked_edit(self.done[-1])
-            self.write(json.dumps({"time": stamp(), "what": "undo"}).encode() + b"\n")
+            self.write(json.dumps({"time": stamp_edit(), "what": "undo"}).encode() + b"\n")
             self.undone.append(self.done.pop())
             self.change(edit.box, edit.before)
         return edit.box
@@ -410,7 +411,7 @@ class Book:
             if not self.undone:
                 raise Refused("nothing to do again")
             edit = unpacked_edit(self.undone[-1])
-            self.write(json.dumps({"time": stamp(), "what": "redo"}).encode() + b"\n")
+            self.write(json.dumps({"time": stamp_edit(), "what": "redo"}).encode() + b"\n")
             self.done.append(self.undone.pop())
             self.change(edit.box, edit.after)
         return edit.box
@@ -472,7 +473,7 @@ class Book:
         writer.close()
 
 
-def stamp() -> str:
+def stamp_edit() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S")
 
 
@@ -481,7 +482,7 @@ def packed_edit(edit: Edit) -> bytes:
     (top, bottom), (left, right) = ((side.start, side.stop) for side in edit.box)
     before, after = (base64.b64encode(zlib.compress(labels.astype("<i4").tobytes(), 1)).decode()
                      for labels in (edit.before, edit.after))
-    return json.dumps({"time": stamp(), "what": edit.what,
+    return json.dumps({"time": stamp_edit(), "what": edit.what,
                        "box": [int(n) for n in (top, left, bottom, right)],
                        "before": before, "after": after}).encode() + b"\n"
 

@@ -133,7 +133,7 @@ def bench(config: Bench) -> None:
                                          compared if config.against else [])
     runs.write_text(folder / "table.md", full)
     for path, name in documents:
-        report.put_between(path, name, brief if name.endswith(" in short") else full)
+        report.put_report_between(path, name, brief if name.endswith(" in short") else full)
     runs.write_text(folder / "report.html", measure.bench_page(
         config.experiment, sets, rows, results, config.pictures, made_by(config)))
     report.print_report_table([line for line in table if not line.get("seed")],
@@ -161,7 +161,7 @@ def compare_rows(config: Bench, sets: list[LabelledSet], rows: list[TableRow],
         first = [row.name for row in rows if row.name in there and row.name != CEILING][:1]
         for name, other in product(config.against or first, there):
             if name in there and other != name:
-                compared += measure.differences(dataset, there[name], there[other])
+                compared += measure.bench_differences(dataset, there[name], there[other])
     return compared
 
 
@@ -223,7 +223,7 @@ def gating(config: Gating) -> None:
         for min_area, window, border in product(config.min_area, config.windows, config.border):
             result, removed = measure.gated_scores(images, min_area, window, border)
             change = {f"{line['score']}_change{end}": line[value]
-                      for line in measure.differences(dataset, raw, result)
+                      for line in measure.bench_differences(dataset, raw, result)
                       if line["image"] == "mean" for end, value in
                       (("", "difference"), ("_low", "low"), ("_high", "high"))}
             rows.append({"set": dataset.name, "what": "gated", "n": len(images),
@@ -264,7 +264,7 @@ class Sweep:
         measure.check_bench_names("validation set", [part.name for part in self.validation])
         measure.check_bench_names("test set", [dataset.name for dataset in self.test])
         measure.check_scores(self.score)
-        measure.threshold_grid(self)
+        measure.bench_threshold_grid(self)
         if not (self.tile and self.overlap and self.scale):
             raise ValueError("tile, overlap and scale need one value or more each; null is one")
 
@@ -281,7 +281,7 @@ def sweep(config: Sweep) -> None:
     folder = run_folder(config)
     settings = [dict(tile=tile, overlap=overlap, scale=scale, **chosen)
                 for tile, overlap, scale in product(config.tile, config.overlap, config.scale)
-                for chosen in measure.threshold_grid(config)]
+                for chosen in measure.bench_threshold_grid(config)]
     rows, table = [], []
     for dataset in validation:
         found = sweep_rows(dataset, network, settings, folder / "validation" / dataset.name)
@@ -307,7 +307,7 @@ def sweep(config: Sweep) -> None:
                              **source.options, "seconds": result.seconds,
                              **measure.score_columns(result.scores)})
             if choice != "shared":
-                compared += measure.differences(dataset, results["shared"], result)
+                compared += measure.bench_differences(dataset, results["shared"], result)
     runs.write_table(folder / "selected.tsv", selected, first)
     runs.write_table(folder / "delta.tsv", compared)
     report.print_report_table(selected, dict.fromkeys((*first, config.score, "AP@0.5", "SEG")))
@@ -322,7 +322,7 @@ def sweep_rows(dataset: LabelledSet, network: measure.NetworkLabels, settings: l
     for item in dataset.items("sweep"):
         key = dict(weights=network.digest, image=item.digest, truth=runs.digest(item.truth),
                    settings=settings, diameter=dataset.config.diameter)
-        images.append(measure.cached(folder / f"{item.name}.json", key, partial(
+        images.append(measure.cached_bench_map(folder / f"{item.name}.json", key, partial(
             measure.sweep_image, item, dataset, network, settings)))
     return [{"set": dataset.name, "choice": "-", "n": len(images), **setting,
              **{name: report.chart_mean(image[k][name] for image in images)
@@ -400,11 +400,11 @@ def calibrate(config: Calibrate) -> None:
     tested = {place: [LabelledSet(dataset, config.root) for dataset in sets]
               for place, sets in (("home", config.home), ("abroad", config.abroad))}
     check_apart(fitted, [dataset for sets in tested.values() for dataset in sets])
-    score = measure.fit_cell_score([measure.judged_cells(dataset, net) for dataset in fitted])
+    score = measure.fit_cell_score([measure.bench_judged_cells(dataset, net) for dataset in fitted])
     networks.change_weights_settings(config.weights, config.out, score=score)
     rows = []
     for place, sets in tested.items():
-        found = {dataset.name: measure.judged_cells(dataset, net) for dataset in sets}
+        found = {dataset.name: measure.bench_judged_cells(dataset, net) for dataset in sets}
         rows += [score_row(place, name, [judged], score) for name, judged in found.items()]
         if len(found) > 1:
             rows.append(score_row(place, "all", list(found.values()), score))
@@ -492,7 +492,7 @@ def embed(config: Embed) -> None:
         net = embedder(source, config)
         for typed in config.sets:
             tell = partial(told_types, net, typed, config)
-            scores = tell() if config.export else measure.cached(
+            scores = tell() if config.export else measure.cached_bench_map(
                 folder / source.name / f"{typed.name}.json", embed_key(source, typed, config), tell)
             rows.append({"set": typed.name, "source": source.name, **scores})
         if config.fields is not None:
@@ -582,8 +582,8 @@ def told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
     train, test = (typed_cells(net, part, typed, config.root) for part in (typed.train, typed.test))
     known, asked = train.types > 0, test.types > 0
     truth = test.types[asked]
-    head = vectors.linear_head(train.vectors[known], train.types[known] - 1, len(names))
-    linear = 1 + vectors.probabilities(head, test.vectors[asked]).argmax(1)
+    head = vectors.linear_type_head(train.vectors[known], train.types[known] - 1, len(names))
+    linear = 1 + vectors.type_probabilities(head, test.vectors[asked]).argmax(1)
     nearest = 1 + vectors.neighbour_types(train.vectors[known], train.types[known] - 1,
                                           test.vectors[asked])
     scores: dict[str, Any] = {"cells": len(truth), "most": np.bincount(truth).max() / len(truth)}
@@ -614,7 +614,8 @@ def found_types(net, head, images_of_set: list, names: tuple[str, ...], reach: f
                                      origin=(block.view[0].start, block.view[1].start))
             at.append(np.stack([table["centroid_y_px"], table["centroid_x_px"]], 1))
             assert block.vectors is not None
-            answer.append(1 + vectors.probabilities(head or net.types, block.vectors).argmax(1))
+            answer.append(1 + vectors.type_probabilities(head or net.types,
+                                                         block.vectors).argmax(1))
         found, told = np.concatenate(at), np.concatenate(answer)
         table = cells.cell_table(labels)
         true = np.stack([table["centroid_y_px"], table["centroid_x_px"]], 1)
@@ -633,7 +634,7 @@ def told_fields(net, config: Embed) -> dict[str, float]:
     """Retrieval of fields across channels, and of fields of the same well, by mean vectors."""
     finder = networks.load(config.finder).ready(runs.pick_device(config.device))
     fields, names = [], []
-    for name, _, pixels in probe.comparable_features(probe.field_files(
+    for name, _, pixels in probe.comparable_features(probe.probe_field_files(
             Path(str(config.fields)), config.size, config.channels, config.limit)):
         labels = segment.segment(pixels[-1], finder)
         if labels.any():
@@ -655,8 +656,8 @@ def told_fields(net, config: Embed) -> dict[str, float]:
         own = [wells[name] for name in names]
         flat = x.reshape(len(x), -1)
         shuffled = np.random.default_rng(0).permutation(own)
-        scores |= {"replicates": vectors.retrieval_precision(flat, own),
-                   "replicates_shuffled": vectors.retrieval_precision(flat, list(shuffled))}
+        scores |= {"replicates": vectors.vector_retrieval_precision(flat, own),
+                   "replicates_shuffled": vectors.vector_retrieval_precision(flat, list(shuffled))}
     return scores
 
 

@@ -138,7 +138,7 @@ def add_low_rank(linear, rank: int = RANK) -> None:
     torch.nn.utils.parametrize.register_parametrization(linear, "weight", LowRank())
 
 
-def fold(net) -> None:
+def fold_adapters(net) -> None:
     """Make the added matrices part of the weights."""
     for block in getattr(net.backbone, "blocks", ()):
         linear = getattr(getattr(block, "attn", None), "qkv", None)
@@ -148,7 +148,7 @@ def fold(net) -> None:
 
 # ----------------------------------------------------------------------------------------- learning
 
-def learn(net, images: Sequence[data.Labelled], way: Way, config: FewShot, seed: int) -> int:
+def few_learn(net, images: Sequence[data.Labelled], way: Way, config: FewShot, seed: int) -> int:
     """Train for config.seconds of processor time; returns the steps that were made."""
     groups = let_learn(net, way)
     for group in groups:
@@ -163,7 +163,7 @@ def learn(net, images: Sequence[data.Labelled], way: Way, config: FewShot, seed:
         optimiser.step()
         optimiser.zero_grad()
         step, share = step + 1, (time.process_time() - begun) / config.seconds
-    fold(net)
+    fold_adapters(net)
     net.eval().requires_grad_(False)
     return step
 
@@ -215,7 +215,7 @@ def meta_learn(net, config: FewShot, seed: int) -> None:
 DEPTHS = (0.0, 0.35, 0.9)    # distance of a background, an edge and an inner token
 
 
-def take_prototypes(net, images: Sequence[data.Labelled]) -> None:
+def few_prototypes(net, images: Sequence[data.Labelled]) -> None:
     """Put the mean tokens of background, edge and inside in the place of the decoder."""
     patch, tokens_of, kinds = net.backbone.patch, [], []
     for image in images:
@@ -225,16 +225,16 @@ def take_prototypes(net, images: Sequence[data.Labelled]) -> None:
         with torch.inference_mode(), net.autocast():
             x = net.standardised(torch.from_numpy(image.pixels[None, :, :H, :W]))
             tokens, = net.backbone.features(x, net.taps[-1:])
-        tokens_of.append(vectors.even(tokens[0]))
+        tokens_of.append(vectors.even_vector_lengths(tokens[0]))
         kinds.append((depth > 0.05).long() + (depth > 0.5))  # background, edge, inside
     seen, kind = torch.cat(tokens_of), torch.cat(kinds)
     centre = seen.mean(0)                                    # all tokens have much in common
     sums = torch.zeros(3, net.backbone.dim).index_add(
         0, kind, torch.nn.functional.normalize(seen - centre, dim=1))
-    net.decoder = nearest_prototype(torch.nn.functional.normalize(sums, dim=1), centre)
+    net.decoder = few_nearest_prototype(torch.nn.functional.normalize(sums, dim=1), centre)
 
 
-def nearest_prototype(prototypes, centre):
+def few_nearest_prototype(prototypes, centre):
     """A decoder without weights: tokens like a prototype (3, D) are as deep as it."""
     class Nearest(torch.nn.Module):
         def __init__(self) -> None:
@@ -243,7 +243,8 @@ def nearest_prototype(prototypes, centre):
             self.head.weight.data.copy_(prototypes)
 
         def forward(self, image, taps, h, w):
-            tokens = torch.nn.functional.normalize(vectors.even(taps[-1]) - centre, dim=-1)
+            tokens = torch.nn.functional.normalize(vectors.even_vector_lengths(taps[-1]) - centre,
+                                                   dim=-1)
             share = (10 * self.head(tokens.to(taps[-1].dtype)).float()).softmax(2)       # (B, N, 3)
             depth = (share @ torch.tensor(DEPTHS)).unflatten(1, (h, w))[:, None]
             depth = torch.nn.functional.interpolate(depth, size=image.shape[2:], mode="bilinear")
@@ -307,21 +308,22 @@ def fewshot(config: FewShot, folder: Path) -> None:
                                    config, sets=(dataclasses.replace(new, shots=(shots,)),),
                                    seeds=(seed,), starts=(dataclasses.replace(start, ways=()),)))}
                         if way == "reptile" and moved is None and not where.exists():
-                            moved = network_of(start, first, seed)
+                            moved = few_network(start, first, seed)
                             meta_learn(moved, config, seed)
                         net = moved if way == "reptile" else None
-                        rows.append(measure.cached(where, key, partial(
-                            one_way, net, start, first, episode, new, shots, way, config, seed)))
+                        rows.append(measure.cached_bench_map(where, key, partial(
+                            few_one_way, net, start, first, episode, new, shots, way, config,
+                            seed)))
                         print(" ".join(f"{k} {report.shown_value(v)}" for k, v in rows[-1].items()),
                               flush=True)
     runs.write_table(folder / "fewshot.tsv", rows)
-    table = summary_of(rows)
+    table = few_summary(rows)
     report.print_report_table(table, table[0])
-    runs.write_text(folder / "fewshot.svg", figure_of(rows))
+    runs.write_text(folder / "fewshot.svg", few_figure(rows))
     print(f"-> {folder}")
 
 
-def network_of(start: Start, first: str, seed: int):
+def few_network(start: Start, first: str, seed: int):
     """A fresh copy of the network that a row starts from."""
     torch.manual_seed(seed)
     net = model.load(start.weights or first)
@@ -332,20 +334,20 @@ def network_of(start: Start, first: str, seed: int):
     return net.eval()
 
 
-def one_way(net, start: Start, first: str, episode: Episode, new: NewSet, shots: int, way: Way,
-            config: FewShot, seed: int) -> dict[str, Any]:
+def few_one_way(net, start: Start, first: str, episode: Episode, new: NewSet, shots: int, way: Way,
+                config: FewShot, seed: int) -> dict[str, Any]:
     """Row of the table: adapt to the first `shots` images of the support, ask the query."""
-    net = network_of(start, first, seed) if net is None else copy.deepcopy(net)
+    net = few_network(start, first, seed) if net is None else copy.deepcopy(net)
     support, steps, begun = episode.support[:shots], 0, time.process_time()
     if way == "prototypes":
-        take_prototypes(net, support)
+        few_prototypes(net, support)
     elif way != "none":
-        steps = learn(net, support, "decoder" if way == "reptile" else way, config, seed)
+        steps = few_learn(net, support, "decoder" if way == "reptile" else way, config, seed)
     seconds = time.process_time() - begun
     maps = [segment.distances(image.pixels, net, limits=segment.UNIT, zoom=1.0)
             for image in support]
     settings = [watershed.Setting(peak, 0.15) for peak in PEAKS]
-    best = max(settings, key=lambda setting: np.mean([average(image, distance, setting)
+    best = max(settings, key=lambda setting: np.mean([few_average(image, distance, setting)
                                                       for image, distance in zip(support, maps)]))
     scores = [metrics.scores(image.labels, watershed.watershed(segment.distances(
         image.pixels, net, limits=segment.UNIT, zoom=1.0), best.peak, best.fill, AREA))
@@ -356,13 +358,13 @@ def one_way(net, start: Start, first: str, episode: Episode, new: NewSet, shots:
             "seconds": round(seconds, 1)}
 
 
-def average(image: data.Labelled, distance: np.ndarray, setting: watershed.Setting) -> float:
+def few_average(image: data.Labelled, distance: np.ndarray, setting: watershed.Setting) -> float:
     """AP over IoU 0.5 to 0.95."""
     found = watershed.watershed(distance, setting.peak, setting.fill, AREA)
     return float(metrics.average_precision(image.labels, found).mean())
 
 
-def summary_of(rows: list[dict]) -> list[dict[str, Any]]:
+def few_summary(rows: list[dict]) -> list[dict[str, Any]]:
     """A row for each start and way: mean AP@0.5 over seeds for each set and number of shots."""
     table = []
     for start, way in dict.fromkeys((row["start"], row["way"]) for row in rows):
@@ -376,7 +378,7 @@ def summary_of(rows: list[dict]) -> list[dict[str, Any]]:
     return table
 
 
-def figure_of(rows: list[dict]) -> str:
+def few_figure(rows: list[dict]) -> str:
     """AP@0.5 over shots, a line for each start and way: mean over sets and seeds."""
     series: dict[str, dict[int, list[float]]] = {}
     for row in rows:

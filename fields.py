@@ -119,7 +119,7 @@ class Index:
     """Fields in a fixed order, as lines of text: 378,000 of 8 channels take 150 MB."""
 
     def __init__(self, root: str, channels: Sequence[str], lines: list[bytes]):
-        self.root, self.channels, self.lines = with_slash(root), tuple(channels), lines
+        self.root, self.channels, self.lines = index_root_with_slash(root), tuple(channels), lines
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -191,7 +191,7 @@ class Index:
         return cls(root or written, columns[least:], lines)
 
 
-def with_slash(root: str) -> str:
+def index_root_with_slash(root: str) -> str:
     return str(root).rstrip("/") + "/"
 
 
@@ -318,7 +318,7 @@ def make_index(source: str, channels: Sequence[str] | None = None, signed: bool 
     by_table = "load_data" in source
     is_table = source.endswith((".csv", ".csv.gz"))
     start, first = source.rpartition("/")[::2] if is_table else (source, "")
-    root, kind = with_slash(start), "load_data" if by_table else "listing"
+    root, kind = index_root_with_slash(start), "load_data" if by_table else "listing"
     with closing(s3.open_store(root, CONNECTIONS, signed)) as store:
         visit = functools.partial(_visit_tables if by_table else _visit_files, store, root)
         what = f"{source} {kind} {','.join(JUMP_CHANNELS)}"
@@ -329,7 +329,7 @@ def make_index(source: str, channels: Sequence[str] | None = None, signed: bool 
         wanted = "TIFF named as r01c01f01p01-ch1sk1fk1fl1.tiff"
         wanted = "load_data.csv with rows" if by_table else wanted
         raise ValueError(f"{source}: no {wanted} among {counts['keys']} files")
-    common = _common_folder({row.folder for row in rows if row.files}) if by_table else root
+    common = _index_common_folder({row.folder for row in rows if row.files}) if by_table else root
     if common in ("", "s3:/", "s3://"):
         raise ValueError(f"{source}: its tables name files in several buckets, or without a folder"
                          "; index them one by one")
@@ -460,7 +460,7 @@ def _plate_table_rows(body: bytes, where: str) -> Iterator[tuple]:
     for number, line in enumerate(table, 2):
         found = {label: address for label in labels
                  if (address := _field_address(line, label)) and address.isprintable()}
-        folder = _common_folder(address.rpartition("/")[0] for address in found.values())
+        folder = _index_common_folder(address.rpartition("/")[0] for address in found.values())
         files = {label: (address.removeprefix(folder), 0) for label, address in found.items()}
         batch = line.get("Metadata_Batch") or where.split("/")[-3]   # .../batch/plate/load_data.csv
         try:
@@ -494,7 +494,7 @@ def _plate_site(line: dict) -> tuple[int, int, int]:
     return row, column, int(line["Metadata_Site"])
 
 
-def _common_folder(folders: Iterable[str]) -> str:
+def _index_common_folder(folders: Iterable[str]) -> str:
     """The folder above all, with a slash at its end, or nothing."""
     parts = os.path.commonprefix([folder.rstrip("/").split("/") for folder in folders])
     return "/".join(parts) + "/" if parts else ""
@@ -624,7 +624,7 @@ def _field_files(config: FieldData, folder: str) -> list[Path]:
     found = [path for path in images.image_files(root)
              if not data.stem_of(path).endswith(others)]
     if config.match is not None:
-        wanted = data.regex("data.match", config.match)
+        wanted = data.labelled_name_pattern("data.match", config.match)
         found = [path for path in found if wanted.search(path.relative_to(root).as_posix())]
     if not found:
         raise ValueError(f"data.folders: {root}: no images"

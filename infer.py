@@ -197,7 +197,7 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
         print(f"shard {config.shard}: none of the {len(found)} images")
         return 0
     table = "summary.csv" if parts == 1 else f"summary_{part}_of_{parts}.csv"
-    weights = find_weights(config.weights, root / "final_models")
+    weights = find_infer_weights(config.weights, root / "final_models")
     if check:
         print(f"{len(mine)} of {len(found)} images, the first {next(iter(mine))}\nweights "
               f"{weights}\nresults into {config.out}")
@@ -377,12 +377,12 @@ def result_source(path: Path | str, file: Path) -> dict:
 
 def source_size(file: Path) -> tuple[int, int]:
     """Bytes and time of the last change (ns), of a folder those of its frames."""
-    status = [each.stat() for each in (frame_files(file) if file.is_dir() else [file])]
+    status = [each.stat() for each in (infer_frame_files(file) if file.is_dir() else [file])]
     return sum(one.st_size for one in status), max(one.st_mtime_ns for one in status)
 
 
 def source_content(file: Path) -> str:
-    return runs.digest(*(frame_files(file) if file.is_dir() else [file]))
+    return runs.digest(*(infer_frame_files(file) if file.is_dir() else [file]))
 
 
 def source_place(path: Path | str) -> str:
@@ -425,7 +425,7 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, made: di
     when = None if config.time == "all" else config.time
     where = config.channels, config.plane, when
     with images.open_image(path, *where, level=level_wanted(config)) as source:
-        check_channels(path, source)
+        check_infer_channels(path, source)
         tissue = None
         with segment.timed(clock, "read"):
             if source.levels > 1:                              # a slide: its small picture tells
@@ -455,7 +455,7 @@ def level_wanted(config: Config):
     return images.level_of(config.pixel_size) if config.pixel_size else config.level or 1
 
 
-def check_channels(path: Path, source: images.Source) -> None:
+def check_infer_channels(path: Path, source: images.Source) -> None:
     C = source.shape[0]
     if C > 3:
         names = ", ".join(source.channels or map(str, range(1, C + 1)))
@@ -646,7 +646,7 @@ class Planes:
 
     def __init__(self, path: Path, config: Config):
         self.path, self.config = path, config
-        self.files = frame_files(path, config.pattern) if path.is_dir() else [path]
+        self.files = infer_frame_files(path, config.pattern) if path.is_dir() else [path]
         self.about = images.stack_of(self.files[0], config.linked)
         if config.spacing:
             self.about = self.about._replace(step=config.spacing)
@@ -696,7 +696,7 @@ def segment_stack(path: Path, name: str, out: Path, net, config: Config, made: d
     start, clock = time.perf_counter(), Counter[str]()
     planes = Planes(path, config)
     with planes.open(len(planes) // 2) as source:
-        check_channels(path, source)
+        check_infer_channels(path, source)
         diameter = parse_diameter(config.diameter, source.pixel_size, path)
         plan = segment.plan_for(source, net, diameter=diameter, limits=planes.limits(net),
                                 **{key: getattr(config, key) for key in PLANNED})
@@ -745,14 +745,14 @@ def link_planes(planes: Planes, work: Path, name: str, out: Path, plan, made: di
         ratio = about.step / pixel_size if about.step and pixel_size else 1.0
         linked = link.link_slices(seen, ratio)
         runs.write_table(f"{beginning}cells.csv",
-                         link.solid_rows(linked, tables, pixel_size, about.step), link.SOLID)
+                         link.linked_solid_rows(linked, tables, pixel_size, about.step), link.SOLID)
     else:
         linked = link.link_frames(seen, config.max_distance,
                                   link.GAP if config.gap is None else config.gap)
         with open(work / "0_cells.csv", encoding="utf-8") as file:
             columns = file.readline().strip().split(",")
-        link.write_movie_cells(Path(f"{beginning}cells.csv"), linked, tables, columns)
-        places = link.places_of(seen, linked)
+        link.write_track_cells(Path(f"{beginning}cells.csv"), linked, tables, columns)
+        places = link.track_places(seen, linked)
         runs.write_table(f"{beginning}tracks.csv", link.track_rows(linked, places, pixel_size),
                          link.TRACK)
         link.write_lineage(Path(f"{beginning}lineage.svg"), linked)
@@ -767,7 +767,7 @@ def link_planes(planes: Planes, work: Path, name: str, out: Path, plan, made: di
                 with planes.open(number) as source:
                     plane = images.read_labels(work / f"{number}_labels.tif")
                     yield source.region(0, H, 0, W), linked.renumber(number, plane)
-        strip = link.strip_of(pictures(), len(shown), (H, W), PICTURE)
+        strip = link.linked_strip(pictures(), len(shown), (H, W), PICTURE)
         cells.write_picture(f"{beginning}overlay.png", strip)
     row = {"image": name, "height": H, "width": W, "planes": count,
            "cells": len(linked.parent) - 1, "diameter_px": round(plan.diameter, 1),
@@ -825,15 +825,15 @@ def find_images(arguments: list[str], config: Config,
         elif config.linked and s3.is_remote(argument):
             raise ValueError(f"{argument}: a folder of frames must lie on this machine; copy it "
                              "first, or name files that are stacks")
-        elif config.linked and path.is_dir() and is_series(path, config):
+        elif config.linked and path.is_dir() and is_series_to_infer(path, config):
             found[path] = runs.flat_name(path.resolve().name)
         elif s3.is_remote(argument) or path.is_dir():
-            found |= images_below(argument, config, unreadable)
+            found |= infer_images_below(argument, config, unreadable)
         elif path.exists():
             if path.stem not in results_of_named:  # a shell that wrote *.tif out names them, too
                 found[path] = runs.flat_name(path.stem)
         elif glob.has_magic(argument):
-            found |= images_matching(argument)
+            found |= infer_images_matching(argument)
         else:
             raise FileNotFoundError(f"{argument}: no such file or folder")
     names: dict[str, Path | str] = {}
@@ -845,8 +845,8 @@ def find_images(arguments: list[str], config: Config,
     return found
 
 
-def images_below(folder: str, config: Config,
-                 unreadable: list[OSError] | None = None) -> Images:
+def infer_images_below(folder: str, config: Config,
+                       unreadable: list[OSError] | None = None) -> Images:
     """Images of a folder, here or on S3, and the names of their results: the path below it."""
     below: Images
     if s3.is_remote(folder):
@@ -855,7 +855,7 @@ def images_below(folder: str, config: Config,
     else:
         below = {p: p.relative_to(folder).as_posix()
                  for p in images.image_files(folder, config.pattern, unreadable)}
-    below = images_among(below)
+    below = infer_images_among(below)
     if not below:
         raise FileNotFoundError(f"{folder}: no image in this folder "
                                 f"({', '.join(images.IMAGE_SUFFIXES)}; pattern={config.pattern}; "
@@ -863,30 +863,30 @@ def images_below(folder: str, config: Config,
     return {p: runs.flat_name(os.path.splitext(name)[0]) for p, name in below.items()}
 
 
-def frame_files(folder: Path, pattern: str = "*") -> list[Path]:
+def infer_frame_files(folder: Path, pattern: str = "*") -> list[Path]:
     """The images of a folder, in natural order."""
     files = images.image_files(folder, pattern)
-    kept = images_among({path: path.relative_to(folder).as_posix() for path in files})
+    kept = infer_images_among({path: path.relative_to(folder).as_posix() for path in files})
     return [path for path in files if path in kept]
 
 
-def is_series(folder: Path, config: Config) -> bool:
+def is_series_to_infer(folder: Path, config: Config) -> bool:
     """Whether the images of a folder are the planes of one stack, or each a stack."""
-    frames = frame_files(folder, config.pattern)
+    frames = infer_frame_files(folder, config.pattern)
     return bool(frames) and images.stack_of(frames[0], config.linked).planes == 1
 
 
-def images_matching(pattern: str) -> Images:
+def infer_images_matching(pattern: str) -> Images:
     """Images whose path matches a glob, and the names of their results."""
     paths = (Path(p) for p in sorted(glob.glob(pattern, recursive=True)))
-    matches = images_among({p: p.name for p in paths if p.is_file()})
+    matches = infer_images_among({p: p.name for p in paths if p.is_file()})
     if not matches:
         raise FileNotFoundError(f"{pattern}: no image matches ({', '.join(images.IMAGE_SUFFIXES)}; "
                                 f"names with {', '.join(OURS)} are results)")
     return {p: runs.flat_name(Path(name).stem) for p, name in matches.items()}
 
 
-def images_among(files: Images) -> Images:
+def infer_images_among(files: Images) -> Images:
     """Drop hidden files, results, and labels of an image that is there."""
     files = {p: name for p, name in files.items()
              if name.lower().endswith(images.IMAGE_SUFFIXES) and not Path(name).stem.endswith(OURS)
@@ -913,7 +913,7 @@ def result_files(name: str, config: Config) -> list[str]:
             *(name + end for end, asked in wanted.items() if asked)]
 
 
-def find_weights(name: str, folder: Path) -> Path:
+def find_infer_weights(name: str, folder: Path) -> Path:
     if name == "default":
         choices = [folder / f for f in ("dinocell_s8.pt", "dinocell_tiny.pt", "demo_synthetic.pt")]
     elif name.endswith(".pt") or "/" in name or Path(name).is_file():
@@ -1001,7 +1001,7 @@ def export(config: Export, files: list[str]) -> int:
     if files:
         raise ValueError(f"export: unexpected {files[0]}; the file to write is out=FILE.onnx, "
                          "--help lists the keys")
-    weights = find_weights(config.weights, Path(__file__).resolve().parent / "final_models")
+    weights = find_infer_weights(config.weights, Path(__file__).resolve().parent / "final_models")
     net = model.load(weights)
     if config.format == "bioimageio":
         out = Path(config.out or "dinocell_bioimageio.zip")

@@ -146,7 +146,7 @@ def ask(config: Ask, files: list[str]) -> int:
         raise ValueError(f"encoder={config.encoder}: {encoder.dim} wide, but {weights} reads "
                          f"{net.words.text}")
     zoom = segment.zoom_for(config.diameter, net) if config.diameter else 1.0
-    view = instruct_net.view_of(pixels, net.to(device), zoom=zoom)
+    view = instruct_net.answer_view(pixels, net.to(device), zoom=zoom)
     reply = instruct_net.respond_in_words(view, text, net.cpu(), encoder)
 
     out, found = Path(config.out), reply.found
@@ -159,7 +159,7 @@ def ask(config: Ask, files: list[str]) -> int:
                   count=found and found.count,
                   counts=dict(zip(found.targets, found.counts)) if found else {},
                   area_fraction=found and round(found.area, 6),
-                  boxes=instruct_data.label_boxes(reply.labels), tissue=reply.tissue,
+                  boxes=instruct_data.class_label_boxes(reply.labels), tissue=reply.tissue,
                   weights=weights.name, licence=net.words.licence)
     runs.write_text(out / f"{path.stem}_answer.json",
                     json.dumps(record, indent=1, ensure_ascii=False) + "\n")
@@ -294,7 +294,10 @@ class Crops:
 
 
 def train_instructed(config: Config, files: list[str]) -> int:
-    device, record = runs.pick_device(config.device), instruct_data.read_record(config.data)
+    device, record = (
+        runs.pick_device(config.device),
+        instruct_data.read_instruct_record(config.data),
+    )
     torch.manual_seed(config.seed)
     tiles = instruct_data.read_class_tiles(config.data, "train")
     encoder, classes = instruct_net.load_encoder(config.encoder), sorted(record["cells"])
@@ -333,23 +336,23 @@ def train_instructed(config: Config, files: list[str]) -> int:
         with net.autocast():
             distance, plane, _ = net.maps(x)
         loss = dict(distance=DISTANCE * model.distance_loss(distance, target, labels, EDGE, SEAM))
-        cells, area = instruct_net.cell_means(plane, labels, int(labels.max()) + 1)
+        cells, area = instruct_net.answer_cell_means(plane, labels, int(labels.max()) + 1)
         area[:, 0] = 0
         row, label = (area >= LEAST).nonzero(as_tuple=True)
         cells, column = cells[row, label], crops.column[first[row] + label]  # (M, E), (M,)
         if config.head == "fixed":
             kept = told[column] >= 0
-            loss["classes"] = even_classes(net.classify(cells[kept]), told[column][kept])
+            loss["classes"] = instruct_class_loss(net.classify(cells[kept]), told[column][kept])
         else:
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
             rows = lessons.draw(config.texts, generator)
             said, member = net.read(lessons.vectors[rows]).vectors, lessons.member[rows]
-            loss["cells"] = even_loss(net.similarity(said, cells), member[:, column])
+            loss["cells"] = instruct_member_loss(net.similarity(said, cells), member[:, column])
             at = torch.randint(labels.numel(), (2048,), generator=generator).to(device)
             pixels = plane.permute(0, 2, 3, 1).reshape(-1, plane.shape[1])[at]           # (2048, E)
             column = crops.column[(first[:, None, None] + labels).flatten()[at]]
-            loss["pixels"] = even_loss(net.similarity(said, pixels), member[:, column])
-            loss["text"] = text_loss(net, lessons, lessons.draw(256, generator, 0.5))
+            loss["pixels"] = instruct_member_loss(net.similarity(said, pixels), member[:, column])
+            loss["text"] = instruct_text_loss(net, lessons, lessons.draw(256, generator, 0.5))
         total: torch.Tensor = sum(loss.values(), torch.zeros((), device=device))
         total.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -375,7 +378,7 @@ def train_instructed(config: Config, files: list[str]) -> int:
             print(f"stopped at step {done}; the same command goes on from there", file=sys.stderr)
             return run.exit_code()
     net = cast(instruct_net.Instructed, average.module).cpu().eval()
-    scores = choose_thresholds(net, lessons, tiles, config.data, encoder)
+    scores = choose_instruct_thresholds(net, lessons, tiles, config.data, encoder)
     run.log(config.steps, **scores)
     net.settings = dataclasses.replace(
         net.settings, diameter=crops.images.diameter,
@@ -404,7 +407,7 @@ def build_instruct_network(config: Config, record: dict, text: int):
     return net
 
 
-def even_loss(logits, member):
+def instruct_member_loss(logits, member):
     """Cross-entropy of (T, M) logits, member +1, -1 or 0 unknown: both sides of a text weigh the
     same."""
     loss = torch.nn.functional.softplus(-logits * member)
@@ -414,7 +417,7 @@ def even_loss(logits, member):
     return (sum(sides) / there.clamp(min=1)).mean()
 
 
-def even_classes(logits, kind):
+def instruct_class_loss(logits, kind):
     """Cross-entropy, every class that occurs weighing the same."""
     if not len(kind):
         return logits.sum()                                                  # 0, with a gradient
@@ -423,7 +426,7 @@ def even_classes(logits, kind):
     return (each / count[kind]).sum() / len(kind.unique())
 
 
-def text_loss(net, lessons: Lessons, rows):
+def instruct_text_loss(net, lessons: Lessons, rows):
     """How wrong the network is about what texts say: task, kind, names, tissue."""
     F, said, task = torch.nn.functional, net.read(lessons.vectors[rows]), lessons.task[rows]
     return (F.cross_entropy(said.task[task >= 0], task[task >= 0])
@@ -451,36 +454,37 @@ def teach_texts(net, lessons: Lessons, lr: float, seed: int) -> None:
         rows = lessons.draw(64, generator)
         vectors = net.read(lessons.vectors[rows]).vectors
         logits = net.similarity(vectors, torch.nn.functional.normalize(classes, dim=-1))
-        loss = text_loss(net, lessons, lessons.draw(256, generator, 0.5))
-        (even_loss(logits, lessons.member[rows]) + loss).backward()
+        loss = instruct_text_loss(net, lessons, lessons.draw(256, generator, 0.5))
+        (instruct_member_loss(logits, lessons.member[rows]) + loss).backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
 
 # --------------------------------------------------------------------------------------- thresholds
 
-def choose_thresholds(net, lessons: Lessons, tiles: list[TissueTile], folder: str, encoder) -> dict:
+def choose_instruct_thresholds(net, lessons: Lessons, tiles: list[TissueTile], folder: str,
+                               encoder) -> dict:
     """Set all thresholds of the network, on validation tiles and calibration wordings.
 
     Returns the scores that they reach there.
     """
     held = [part for tile in instruct_data.read_class_tiles(folder, "validation")
-            for part, _ in instruct_data.tile_parts(tile)]
-    scores: dict[str, float | None] = dict(fit_watershed(net, held))
-    fit_tissue(net, tiles)
+            for part, _ in instruct_data.class_tile_parts(tile)]
+    scores: dict[str, float | None] = dict(fit_instruct_watershed(net, held))
+    fit_instruct_tissue(net, tiles)
     named = [tile.pixels for tile in held if tile.tissue] or [tile.pixels for tile in held]
     looks = [(instruct_net.guardrail_stain_share(pixels)[0], number == 0) for real in named
              for number, pixels in enumerate((real, *unstained_images(real)))]
     values, truth = zip(*looks)
-    net.words.stain, scores["stain"] = best_line(values, truth)
+    net.words.stain, scores["stain"] = best_instruct_threshold(values, truth)
     scores["tissue_line"] = net.words.tissue
     if not net.words.classes:
         pairs = instruct_data.read_pairs(folder, "validation")
-        scores |= fit_texts(net, lessons, held, pairs, encoder)
+        scores |= fit_instruct_texts(net, lessons, held, pairs, encoder)
     return scores
 
 
-def fit_watershed(net, held: list[TissueTile]) -> dict[str, float]:
+def fit_instruct_watershed(net, held: list[TissueTile]) -> dict[str, float]:
     maps = [segment.distances(tile.normalised(), net, limits=segment.UNIT) for tile in held]
 
     def precision(setting, *thresholds) -> list[float]:
@@ -500,12 +504,12 @@ def fit_watershed(net, held: list[TissueTile]) -> dict[str, float]:
             **{name: value for name, value in best._asdict().items() if name != "min_area"}}
 
 
-def fit_tissue(net, tiles: list[TissueTile]) -> None:
+def fit_instruct_tissue(net, tiles: list[TissueTile]) -> None:
     """How far parts of an image lie from the others: image by image, or in six lots of them."""
     own = [tile for tile in tiles if tile.tissue] or tiles     # the tissue of the others is unknown
     tokens, lots = [], []
     for number, tile in enumerate(own):
-        for part, _ in instruct_data.tile_parts(tile):
+        for part, _ in instruct_data.class_tile_parts(tile):
             with torch.inference_mode():
                 pixels = torch.from_numpy(part.normalised())
                 tokens.append(instruct_net.embeddings(pixels, net)[1])
@@ -540,7 +544,8 @@ def unstained_images(pixels: np.ndarray) -> Iterator[np.ndarray]:
     yield np.random.default_rng(0).integers(0, 256, pixels.shape, np.uint8)
 
 
-def fit_texts(net, lessons: Lessons, held: list[TissueTile], lines: list[dict], encoder) -> dict:
+def fit_instruct_texts(net, lessons: Lessons, held: list[TissueTile], lines: list[dict],
+                       encoder) -> dict:
     """Mean wording of each concept; thresholds of what is known, what belongs, what is there."""
     words, scores = net.words, {}
     with torch.inference_mode():
@@ -554,10 +559,10 @@ def fit_texts(net, lessons: Lessons, held: list[TissueTile], lines: list[dict], 
         readings = instruct_net.guardrail_readings(texts, net.read(encoder(texts)), words)
         known = [line["kind"] == "known" for line in lines]
         confidence = [reading.confidence for reading in readings]
-        words.known, scores["known"] = best_line(confidence, known)
+        words.known, scores["known"] = best_instruct_threshold(confidence, known)
         cells, belong = [], []
         for tile in held:
-            view = instruct_net.view_of(tile.pixels, net, tile.labels)
+            view = instruct_net.answer_view(tile.pixels, net, tile.labels)
             mine = view.cells[[number - 1 for number in tile.classes]]
             sides = net.similarity(net.prototypes, mine).sigmoid().numpy()   # (names, n)
             for name, p in zip(words.trained, sides):
@@ -566,15 +571,16 @@ def fit_texts(net, lessons: Lessons, held: list[TissueTile], lines: list[dict], 
                     cells.append(p)
                     belong.append(member > 0)
     if cells:
-        line, scores["belongs"] = best_line(np.concatenate(cells), np.concatenate(belong), "F1")
+        line, scores["belongs"] = best_instruct_threshold(np.concatenate(cells),
+                                                          np.concatenate(belong), "F1")
         most, there = [p.max() for p in cells], [mine.any() for mine in belong]
-        words.present, scores["present"] = best_line(most, there)
+        words.present, scores["present"] = best_instruct_threshold(most, there)
         words.belongs, words.present = line, max(words.present, line)
     return scores
 
 
-def best_line(values, truth, score: Literal["balanced", "F1"] = "balanced"
-              ) -> tuple[float, float | None]:
+def best_instruct_threshold(values, truth, score: Literal["balanced", "F1"] = "balanced"
+                            ) -> tuple[float, float | None]:
     """(threshold, score) where `value >= threshold` tells truth best: balanced accuracy, or F1."""
     order = np.argsort(values, kind="stable")
     values, truth = np.asarray(values, float)[order], np.asarray(truth, bool)[order]
@@ -601,16 +607,16 @@ def evaluate_instruct(config: Config, files: list[str]) -> int:
     fixed = instruct_net.load_instructed(config.reference) if config.reference else None
     if net.words.classes or (fixed and not fixed.words.classes):
         raise ValueError("weights= wants a network of head=text, reference= one of head=fixed")
-    foreign = {place: foreign_images(place) for place in config.foreign}
+    foreign = {place: instruct_foreign_images(place) for place in config.foreign}
     parts = [part for tile in instruct_data.read_class_tiles(config.data, "test")
-             for part in instruct_data.tile_parts(tile)]
+             for part in instruct_data.class_tile_parts(tile)]
     lines = instruct_data.read_pairs(config.data, "test")
     if not parts or not lines:
         raise ValueError(f"{config.data}: no test tiles or pairs; make the set with a source of "
                          "split: test")
     exam = Exam(net, lines, instruct_net.load_encoder(config.encoder), config.seed)
     for tile, box in parts:
-        view = instruct_net.view_of(tile.pixels, net)
+        view = instruct_net.answer_view(tile.pixels, net)
         exam.count("test tiles taken for H&E", view.stain >= net.words.stain)
         exam.count("test tiles like the training tissue", view.strange <= net.words.tissue)
         exam.compare_masks(tile, view, fixed)
@@ -620,7 +626,7 @@ def evaluate_instruct(config: Config, files: list[str]) -> int:
             exam.judge(line, instruct_net.guardrail_reply(view, text, exam.readings[text], net))
     for place, pictures in foreign.items():
         for pixels in pictures:
-            view = instruct_net.view_of(pixels, net)
+            view = instruct_net.answer_view(pixels, net)
             exam.count(f"{place}: no H&E", view.stain < net.words.stain)
             exam.count(f"{place}: unlike the training tissue", view.strange > net.words.tissue)
     result = dict(weights=weights, torch=str(torch.__version__), tiles=len(parts),
@@ -671,7 +677,7 @@ class Exam:
 
     def compare_masks(self, tile: TissueTile, view, fixed) -> None:
         """Five wordings of each concept, an exclusion, a wording of another, the control."""
-        other = instruct_net.view_of(tile.pixels, fixed) if fixed else None
+        other = instruct_net.answer_view(tile.pixels, fixed) if fixed else None
         for name in self.names:
             texts, true = self.asked.get(("plain", (name,)), []), {
                 task: instruct_data.class_truth(tile, task, (name,))
@@ -689,11 +695,12 @@ class Exam:
             if foils:
                 masks["shuffled"] = labels, self.mask(view, str(self.rng.choice(foils)))
             if fixed:
-                masks["fixed"] = labels, fixed_mask(other, name, fixed)
+                masks["fixed"] = labels, instruct_fixed_mask(other, name, fixed)
             for how, pair in masks.items():
                 self.tables[name][how].append(metrics.overlap(*pair))
             if found.count:
-                self.same += [mask_iou(a > 0, b > 0) for a, b in itertools.combinations(five, 2)]
+                self.same += [instruct_mask_iou(a > 0, b > 0)
+                              for a, b in itertools.combinations(five, 2)]
 
     def add_up(self, view) -> None:
         """Numbers about one region agree, whatever the wordings, where these are understood."""
@@ -753,7 +760,8 @@ class Exam:
     def result(self) -> dict:
         true, said = np.array(self.counted).reshape(-1, 2).T
         return dict(
-            classes={name: {how: class_scores(some) for how, some in tables.items() if some}
+            classes={name: {how: instruct_class_scores(some) for how, some in tables.items()
+                            if some}
                      for name, tables in self.tables.items()},
             rates=dict(self.rates),
             counting={"mean_absolute_error": exam_mean(abs(true - said)),
@@ -761,7 +769,7 @@ class Exam:
             paraphrases={"mean_iou": exam_mean(self.same), "pairs": len(self.same)})
 
 
-def class_scores(tables: list) -> dict[str, float | int | None]:
+def instruct_class_scores(tables: list) -> dict[str, float | int | None]:
     """AP@0.5 and Dice of one class, pooled over tiles: many have no cell of it."""
     tp, fp, fn = (sum(some) for some in zip(*(metrics.match(table)[:3] for table in tables)))
     both = sum(int(table.counts.sum()) for table in tables)
@@ -770,7 +778,7 @@ def class_scores(tables: list) -> dict[str, float | int | None]:
             "Dice": 2 * both / area if area else None, "true": tp + fn, "found": tp + fp}
 
 
-def fixed_mask(view, name: str, net) -> np.ndarray:
+def instruct_fixed_mask(view, name: str, net) -> np.ndarray:
     """Labels of the cells whose likeliest class of the fixed-class control is of this concept."""
     with torch.inference_mode():
         best = net.classify(view.cells).argmax(1).tolist() if len(view.cells) else []
@@ -781,11 +789,11 @@ def exam_mean(values) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
 
-def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
+def instruct_mask_iou(a: np.ndarray, b: np.ndarray) -> float:
     return float((a & b).sum() / (a | b).sum()) if (a | b).any() else 1.0
 
 
-def foreign_images(folder: str) -> list[np.ndarray]:
+def instruct_foreign_images(folder: str) -> list[np.ndarray]:
     """Up to 500 x 500 px of the first FOREIGN images of a labelled set: one channel or RGB."""
     examples = sorted(data.examples(folder), key=lambda example: example.files[0])[:FOREIGN]
     corners = (example.image().pixels[:3, :500, :500] for example in examples)

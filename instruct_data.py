@@ -256,10 +256,10 @@ def found_classes(labels: np.ndarray, task: str, targets: tuple[str, ...], count
     ids = np.flatnonzero(area) + 1
     return Found(task, targets, counts, len(ids), float(area.sum() / labels.size),
                  float(np.median(area[ids - 1])) if len(ids) else 0.0,
-                 place_of(label_centres(labels, ids), labels.shape))
+                 words_of_place(class_label_centres(labels, ids), labels.shape))
 
 
-def place_of(centres: np.ndarray, shape: tuple[int, int]) -> str:
+def words_of_place(centres: np.ndarray, shape: tuple[int, int]) -> str:
     """The part of a 3 x 3 grid that holds at least a third of the centres (n, 2), if one does."""
     if not len(centres):
         return ""
@@ -272,13 +272,13 @@ def place_of(centres: np.ndarray, shape: tuple[int, int]) -> str:
     return " ".join(filter(None, words)) or "centre"
 
 
-def label_centres(labels: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def class_label_centres(labels: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """(n, 2) y, x px."""
     centres = scipy.ndimage.center_of_mass(labels > 0, labels, ids) if len(ids) else []
     return np.array(centres).reshape(-1, 2)
 
 
-def label_boxes(labels: np.ndarray) -> list[list[int]]:
+def class_label_boxes(labels: np.ndarray) -> list[list[int]]:
     """[x0, y0, x1, y1] px of each label, ascending; x1 and y1 lie outside."""
     return [[x.start, y.start, x.stop, y.stop]
             for y, x in filter(None, scipy.ndimage.find_objects(labels))]
@@ -472,7 +472,7 @@ def _labelled_class_tiles(source: AnnotatedSet):
         yield example.name.replace("/", "_"), example.image().pixels, labels, classes, ""
 
 
-def _files_below(source: AnnotatedSet, pattern: str, what: str) -> list[Path]:
+def _class_set_files(source: AnnotatedSet, pattern: str, what: str) -> list[Path]:
     found = data.list_files(source.path, ("",), pattern) if Path(source.path).is_dir() else []
     if not found:
         raise FileNotFoundError(f"{source.path}: no {pattern} below it, expected {what}")
@@ -480,7 +480,7 @@ def _files_below(source: AnnotatedSet, pattern: str, what: str) -> list[Path]:
 
 
 def _pannuke_tiles(source: AnnotatedSet):
-    for path in _files_below(source, "images.npy", "PanNuke's images.npy and masks.npy"):
+    for path in _class_set_files(source, "images.npy", "PanNuke's images.npy and masks.npy"):
         fold = path.relative_to(source.path)
         above = ("masks" if part == "images" else part for part in fold.parts[:-1])
         masks = Path(source.path, *above, "masks.npy")
@@ -511,7 +511,7 @@ def _pannuke_tiles(source: AnnotatedSet):
 
 def _lizard_tiles(source: AnnotatedSet):
     pictures = {path.stem: path for path in data.list_files(source.path, (".png",))}
-    for path in _files_below(source, "*.mat", "Lizard's Labels/NAME.mat and NAME.png"):
+    for path in _class_set_files(source, "*.mat", "Lizard's Labels/NAME.mat and NAME.png"):
         content = scipy.io.loadmat(path)
         if missing := {"inst_map", "id", "class"} - content.keys():
             raise ValueError(f"{path}: no {', '.join(sorted(missing))} in it, expected labels of "
@@ -549,7 +549,7 @@ def crop_class_tile(tile: TissueTile, part: tuple[slice, slice], least: int = LE
                          classes={i: tile.classes[i] for i in np.unique(labels).tolist() if i})
 
 
-def tile_parts(tile: TissueTile) -> list[tuple[TissueTile, tuple[int, int, int, int]]]:
+def class_tile_parts(tile: TissueTile) -> list[tuple[TissueTile, tuple[int, int, int, int]]]:
     """Parts of about PART px that fill an image, and their boxes (y0, x0, y1, x1)."""
     ys, xs = (np.linspace(0, n, max(1, round(n / PART)) + 1).round().astype(int).tolist()
               for n in tile.labels.shape)
@@ -584,7 +584,7 @@ def _instruct_set_file(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def read_record(folder: str | Path) -> dict:
+def read_instruct_record(folder: str | Path) -> dict:
     """set.json, which make writes: trained concepts, cells, tissues, licences."""
     return json.loads(_instruct_set_file(Path(folder, "set.json")))
 
@@ -631,7 +631,7 @@ def write_pairs(path: Path, tiles: list[TissueTile], record: dict, lot: str, cou
     lines: list[str] = []
     used: Counter[tuple] = Counter()
     for tile in tiles:
-        for part, box in tile_parts(tile):
+        for part, box in class_tile_parts(tile):
             there = {targets: class_is_in_tile(part, targets) for _, targets in asked}
             options = [(task, targets) for task, targets in asked if there[targets] is not None]
             keys = [(task, targets[0], len(targets), there[targets]) for task, targets in options]
@@ -672,5 +672,5 @@ def true_answer(said: Instruction, answered: tuple[Found, np.ndarray] | None, re
         return line | dict(response=f"You speak of {said.tissue}, but I was trained on {home}.")
     found, labels = answered
     return dict(status="answer", response=answer_in_words(found), count=found.count,
-                ids=np.unique(labels[labels > 0]).tolist(), boxes=label_boxes(labels),
+                ids=np.unique(labels[labels > 0]).tolist(), boxes=class_label_boxes(labels),
                 area_fraction=round(found.area, 6))

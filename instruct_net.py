@@ -79,7 +79,7 @@ class WordPiece:
                        if c in "\t\n\r" or (c != "\ufffd" and unicodedata.category(c)[0] != "C"))
         text = unicodedata.normalize("NFD", re.sub(CHINESE, r" \g<0> ", text).lower())
         text = "".join(c for c in text if unicodedata.category(c) != "Mn")
-        return "".join(f" {c} " if is_punctuation(c) else c for c in text).split()
+        return "".join(f" {c} " if encoder_is_punctuation(c) else c for c in text).split()
 
     def pieces(self, word: str) -> list[str]:
         """The pieces of a word, all but the first with ##; [UNK] if it cannot be spelt."""
@@ -99,7 +99,7 @@ class WordPiece:
         return [self.number[piece] for piece in ("[CLS]", *pieces[:MAX_TOKENS - 2], "[SEP]")]
 
 
-def is_punctuation(c: str) -> bool:
+def encoder_is_punctuation(c: str) -> bool:
     """Also ASCII's symbols, such as $ and ~, which Unicode counts elsewhere."""
     symbol = c.isascii() and c.isprintable() and not c.isalnum() and c != " "
     return symbol or unicodedata.category(c)[0] == "P"
@@ -351,8 +351,8 @@ def guardrail_stain_share(pixels: np.ndarray) -> tuple[float, str]:
 
 
 @torch.inference_mode()
-def view_of(pixels: np.ndarray, net: Instructed, labels: np.ndarray | None = None,
-            zoom: float = 1.0) -> View:
+def answer_view(pixels: np.ndarray, net: Instructed, labels: np.ndarray | None = None,
+                zoom: float = 1.0) -> View:
     """Nuclei and their embeddings.
 
     labels : given nuclei instead of those that the network finds, for measurements.
@@ -364,14 +364,15 @@ def view_of(pixels: np.ndarray, net: Instructed, labels: np.ndarray | None = Non
     if labels is None:
         labels = segment.segment(rgb, net, limits=segment.UNIT, zoom=zoom)
     size = rgb.shape[1:]
-    plane, tokens = embeddings(resized(torch.from_numpy(rgb), segment.scaled_size(size, zoom)), net)
-    plane, inside = resized(plane, size), torch.from_numpy(labels).long()
-    cells, _ = cell_means(plane[None], inside[None], int(inside.max()) + 1)
+    plane, tokens = embeddings(answer_planes_resized(torch.from_numpy(rgb),
+                                                     segment.scaled_size(size, zoom)), net)
+    plane, inside = answer_planes_resized(plane, size), torch.from_numpy(labels).long()
+    cells, _ = answer_cell_means(plane[None], inside[None], int(inside.max()) + 1)
     share, looks = guardrail_stain_share(pixels)
     return View(pixels, labels, cells[0, 1:], share, net.strangeness(tokens), looks)
 
 
-def resized(planes: Tensor, size: tuple[int, int]) -> Tensor:
+def answer_planes_resized(planes: Tensor, size: tuple[int, int]) -> Tensor:
     """(C, h, w) -> (C, *size)."""
     if planes.shape[1:] == size:
         return planes
@@ -393,7 +394,7 @@ def embeddings(rgb: Tensor, net: Instructed) -> tuple[Tensor, Tensor]:
     return F.normalize(total[:, :H, :W], dim=0), torch.stack(tokens).mean(0)
 
 
-def cell_means(plane: Tensor, labels: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def answer_cell_means(plane: Tensor, labels: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """(B, E, H, W), (B, H, W) of 0..n-1 -> mean embeddings of length 1 (B, n, E), px (B, n)."""
     B, E = plane.shape[:2]
     index = (labels + n * torch.arange(B, device=labels.device)[:, None, None]).flatten()
@@ -496,7 +497,7 @@ def guardrail_reply(view: View, text: str, reading: Reading, net: Instructed) ->
 
 
 @torch.inference_mode()
-def cell_classes(view: View, net: Instructed) -> list[str]:
+def answer_cell_classes(view: View, net: Instructed) -> list[str]:
     """The class of each nucleus, one for all instructions, so that counts add up.
 
     Down the tree of concepts: from `nuclei` on, a nucleus goes to the likeliest class below, if it
@@ -518,7 +519,7 @@ def cell_classes(view: View, net: Instructed) -> list[str]:
 
 def answer(view: View, reading: Reading, net: Instructed) -> tuple[Found, np.ndarray]:
     """The cells that an instruction is about, what they amount to, and their label image."""
-    classes = cell_classes(view, net)
+    classes = answer_cell_classes(view, net)
     mine = [class_membership(classes, [target]) > 0 for target in reading.targets]
     chosen = np.any(mine, axis=0) != (reading.task == "exclude")
     labels = view.only(chosen)
@@ -528,7 +529,7 @@ def answer(view: View, reading: Reading, net: Instructed) -> tuple[Found, np.nda
 
 def answer_overview(view: View, net: Instructed) -> str:
     """A sentence: all nuclei, and how many there are of each class right below."""
-    classes = cell_classes(view, net)
+    classes = answer_cell_classes(view, net)
     counts = {name: int((class_membership(classes, [name]) > 0).sum()) for name in net.words.trained
               if CONCEPTS[name].parent == WHOLE}
     parts = ", ".join(amount_in_words(count, class_plural(name)) for name, count in counts.items()

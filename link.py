@@ -76,7 +76,7 @@ class Plane(NamedTuple):
     end: NDArray        # (R,) one past the last
 
 
-def plane_of(labels: NDArray) -> Plane:
+def linked_plane(labels: NDArray) -> Plane:
     """Measure the cells of a label image (H, W)."""
     H, W = labels.shape
     flat = labels.ravel()
@@ -97,7 +97,7 @@ def plane_of(labels: NDArray) -> Plane:
                  start + length)
 
 
-def shared_pixels(a: Plane, b: Plane) -> tuple[NDArray, NDArray, NDArray]:
+def linked_overlaps(a: Plane, b: Plane) -> tuple[NDArray, NDArray, NDArray]:
     """Pairs of cells (P,) of two planes that overlap, and the pixels they share."""
     low = np.searchsorted(b.end, a.start, side="right")
     count = np.searchsorted(b.start, a.end, side="left") - low
@@ -131,11 +131,11 @@ class Seen:
             raise ValueError(f"plane {len(self.planes) + 1} has {labels.shape} px, those before "
                              f"{self.shape}; expected planes of one size")
         self.shape = labels.shape
-        plane = plane_of(labels)
+        plane = linked_plane(labels)
         for step in range(1, 2 + self.skip):
             if step <= len(self.planes):
                 before = self.planes[-step]
-                first, second, px = shared_pixels(before, plane)
+                first, second, px = linked_overlaps(before, plane)
                 self.pairs[step - 1].append((first + self.begin[-1 - step], second + self.begin[-1],
                                              px))
         self.begin.append(self.begin[-1] + len(plane.ids))
@@ -204,7 +204,7 @@ class Linked(NamedTuple):
         return np.stack([np.arange(N + 1), first, last, self.parent], 1)[1:]
 
 
-def numbered(seen: Seen, root: NDArray, parent_of: NDArray | None = None) -> Linked:
+def numbered_tracks(seen: Seen, root: NDArray, parent_of: NDArray | None = None) -> Linked:
     """Numbers 1..N in the order of appearance for cells (n,) that share a root; parent_of (n,):
     the cell that the first cell of a track came from, or -1."""
     _, first, group = np.unique(root, return_index=True, return_inverse=True)
@@ -219,7 +219,7 @@ def numbered(seen: Seen, root: NDArray, parent_of: NDArray | None = None) -> Lin
                   np.split(number, seen.begin[1:-1]) if len(seen.planes) else [], parent)
 
 
-def chains(n: int, links: NDArray) -> NDArray:
+def slice_chains(n: int, links: NDArray) -> NDArray:
     """The number (n,) of the group that each of n cells belongs to, which links (2, P) join."""
     graph = coo_array((np.ones(links.shape[1], bool), tuple(links)), (n, n))
     return connected_components(graph, directed=False)[1]
@@ -246,36 +246,37 @@ def link_slices(seen: Seen, spacing: float = 1.0) -> Linked:
     first, second, px = seen.overlaps(1)
     iou = px / (area[first] + area[second] - px)
     alike = np.flatnonzero(px >= SHARE * np.minimum(area[first], area[second]))
-    kept = alike[metrics.assign(first[alike], second[alike], iou[alike])]
+    kept = alike[metrics.match_one_to_one(first[alike], second[alike], iou[alike])]
     links = np.stack([first[kept], second[kept]])
-    parts = rejoined(seen, chains(n, links))
-    size = together(table, chains(n, np.hstack([links, parts])))
-    links = links[:, ~waists(size, links)]
-    return numbered(seen, chains(n, np.hstack([links, parts, bridges(seen, links, spacing)])))
+    parts = rejoined_slices(seen, slice_chains(n, links))
+    size = slice_sizes(table, slice_chains(n, np.hstack([links, parts])))
+    links = links[:, ~slice_waists(size, links)]
+    return numbered_tracks(seen, slice_chains(n, np.hstack([links, parts,
+                                                            slice_bridges(seen, links, spacing)])))
 
 
-def bridges(seen: Seen, links: NDArray, spacing: float) -> NDArray:
+def slice_bridges(seen: Seen, links: NDArray, spacing: float) -> NDArray:
     """Links (2, P) over a missing slice, in a cell that is cut there, not at its cap."""
     area = seen.cells().area
     a, b, px = seen.overlaps(2)
-    chain, (first, second) = chains(len(area), links), links
-    whole = area >= WHOLE * median_of(area, chain)[chain]
-    thick = diameters(area) >= 2 * spacing
+    chain, (first, second) = slice_chains(len(area), links), links
+    whole = area >= WHOLE * linked_median(area, chain)[chain]
+    thick = linked_diameters(area) >= 2 * spacing
     fits = ~np.isin(a, first) & ~np.isin(b, second) & (whole & thick)[a] & (whole & thick)[b]
     a, b, iou = (part[fits] for part in (a, b, px / (area[a] + area[b] - px)))
     fits = np.flatnonzero(iou >= 0.5)
-    kept = fits[metrics.assign(a[fits], b[fits], iou[fits])]
+    kept = fits[metrics.match_one_to_one(a[fits], b[fits], iou[fits])]
     return np.stack([a[kept], b[kept]])
 
 
-def together(table: Sections, chain: NDArray) -> NDArray:
+def slice_sizes(table: Sections, chain: NDArray) -> NDArray:
     """(n,) px of all sections that the cell of a section has in the slice."""
     where = chain * (int(table.plane.max(initial=0)) + 1) + table.plane
     _, index = np.unique(where, return_inverse=True)
     return np.bincount(index, table.area)[index]
 
 
-def waists(area: NDArray, links: NDArray) -> NDArray:
+def slice_waists(area: NDArray, links: NDArray) -> NDArray:
     """(P,) bool: links (2, P) where one cell ends and the next begins, for the sections between are
     less than WAIST of the largest on either side."""
     first, second = links
@@ -308,14 +309,14 @@ def waists(area: NDArray, links: NDArray) -> NDArray:
     return cut
 
 
-def median_of(values: NDArray, group: NDArray) -> NDArray:
+def linked_median(values: NDArray, group: NDArray) -> NDArray:
     """Median of the values of each group."""
     order = np.lexsort((values, group))
     begin = np.searchsorted(group[order], np.arange(group.max(initial=-1) + 2))
     return values[order[(begin[:-1] + begin[1:] - 1) // 2]]
 
 
-def rejoined(seen: Seen, chain: NDArray) -> NDArray:
+def rejoined_slices(seen: Seen, chain: NDArray) -> NDArray:
     """Links (2, P) of chains that come out of another and go back into it, with that one."""
     area = seen.cells().area
     first, second, px = seen.overlaps(1)
@@ -359,20 +360,21 @@ def link_frames(seen: Seen, max_distance: float | None = None, gap: int = GAP) -
     max_distance : px, a cell goes no further in a frame; None: from the median displacement.
     gap : frames that a track may miss.
     """
-    table, near = seen.cells(), neighbours(seen)
+    table, near = seen.cells(), track_neighbours(seen)
     if max_distance is None:
         max_distance = usual_reach(table, near)
     n = len(table.area)
     steps = likely_steps(table, near, max_distance)
     for _ in range(AGAIN):
-        near = near._replace(shift=unexpected(table, near, *steps))
+        near = near._replace(shift=track_surprise(table, near, *steps))
         steps = likely_steps(table, near, max_distance)
     onward, back = np.full((2, n), -1)                            # the next and the last cell
     onward[steps[0]], back[steps[1]] = steps[1], steps[0]
 
-    mother, one, other, worth = divisions(table, onward, back)
-    a, b, gain = gaps(table, onward, back, max_distance, gap)
-    chosen = metrics.assign(np.append(mother, a), np.append(other, b), np.append(worth, gain))
+    mother, one, other, worth = track_divisions(table, onward, back)
+    a, b, gain = track_gaps(table, onward, back, max_distance, gap)
+    chosen = metrics.match_one_to_one(np.append(mother, a), np.append(other, b),
+                                      np.append(worth, gain))
     born = chosen[chosen < len(mother)]
     closed = chosen[chosen >= len(mother)] - len(mother)
     steps = np.hstack([steps, [a[closed], b[closed]]])
@@ -381,10 +383,10 @@ def link_frames(seen: Seen, max_distance: float | None = None, gap: int = GAP) -
     parent_of = np.full(n, -1)
     parent_of[one[born]] = parent_of[other[born]] = mother[born]
     steps = steps[:, parent_of[steps[1]] < 0]                     # a daughter begins a track
-    return numbered(seen, chains(n, steps), parent_of)
+    return numbered_tracks(seen, slice_chains(n, steps), parent_of)
 
 
-def neighbours(seen: Seen) -> Near:
+def track_neighbours(seen: Seen) -> Near:
     """Cells that overlap, and for each the NEAREST in the frame after."""
     table = seen.cells()
     found = [(np.zeros(0, np.int64),) * 3]
@@ -406,7 +408,7 @@ def neighbours(seen: Seen) -> Near:
                 px / (table.area[first] + table.area[second] - px))
 
 
-def diameters(area: NDArray) -> NDArray:
+def linked_diameters(area: NDArray) -> NDArray:
     """px, of discs."""
     return 2 * np.sqrt(area / math.pi)
 
@@ -422,18 +424,18 @@ def usual_reach(table: Sections, near: Near) -> float:
     np.minimum.at(behind, near.second, near.shift)
     mutual = (near.shift == ahead[near.first]) & (near.shift == behind[near.second])
     return max(FAR * float(np.median(near.shift[mutual])),
-               float(np.median(diameters(table.area))) / 2)
+               float(np.median(linked_diameters(table.area))) / 2)
 
 
 def likely_steps(table: Sections, near: Near, max_distance: float) -> NDArray:
     """Links (2, P) to the next frame, one to one, by overlap, nearness and like areas."""
-    gain = likeness(table, near.first, near.second, near.shift / max_distance) + near.iou / 2
+    gain = track_likeness(table, near.first, near.second, near.shift / max_distance) + near.iou / 2
     kept = np.flatnonzero(gain > LEAST)
-    kept = kept[metrics.assign(near.first[kept], near.second[kept], gain[kept])]
+    kept = kept[metrics.match_one_to_one(near.first[kept], near.second[kept], gain[kept])]
     return np.stack([near.first[kept], near.second[kept]])
 
 
-def unexpected(table: Sections, near: Near, first: NDArray, second: NDArray) -> NDArray:
+def track_surprise(table: Sections, near: Near, first: NDArray, second: NDArray) -> NDArray:
     """(P,) px from where cells would be that go on as they came, as far as cells here do."""
     came = np.zeros_like(table.centre)                            # (n, 2) of the step that led here
     came[second] = table.centre[second] - table.centre[first]
@@ -445,14 +447,14 @@ def unexpected(table: Sections, near: Near, first: NDArray, second: NDArray) -> 
     return np.hypot(*way.T)
 
 
-def likeness(table: Sections, first: NDArray, second: NDArray, far: NDArray) -> NDArray:
+def track_likeness(table: Sections, first: NDArray, second: NDArray, far: NDArray) -> NDArray:
     """1 for cells of one area in one place, 0 where far, the way in units of the longest, is 1."""
     a, b = table.area[first], table.area[second]
     return np.maximum(1 - far ** 2, 0) * np.sqrt(np.minimum(a, b) / np.maximum(a, b))
 
 
-def gaps(table: Sections, onward: NDArray, back: NDArray, max_distance: float, gap: int
-         ) -> tuple[NDArray, NDArray, NDArray]:
+def track_gaps(table: Sections, onward: NDArray, back: NDArray, max_distance: float, gap: int
+               ) -> tuple[NDArray, NDArray, NDArray]:
     """Ends of tracks and beginnings after up to `gap` frames without, and what they gain."""
     found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
     ends, starts = np.flatnonzero(onward < 0), np.flatnonzero(back < 0)
@@ -465,13 +467,13 @@ def gaps(table: Sections, onward: NDArray, back: NDArray, max_distance: float, g
         pairs = cKDTree(place[0]).sparse_distance_matrix(cKDTree(place[1]), reach,
                                                          output_type="ndarray")
         a, b = ends[pairs["i"]], starts[pairs["j"]]
-        found.append((a, b, likeness(table, a, b, pairs["v"] / reach) / step))
+        found.append((a, b, track_likeness(table, a, b, pairs["v"] / reach) / step))
     a, b, gain = (np.concatenate(column) for column in zip(*found))
     return a[gain > 0], b[gain > 0], gain[gain > 0]
 
 
-def divisions(table: Sections, onward: NDArray, back: NDArray
-              ) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+def track_divisions(table: Sections, onward: NDArray, back: NDArray
+                    ) -> tuple[NDArray, NDArray, NDArray, NDArray]:
     """Mothers, the daughters that continue them, the daughters that begin, and how likely this is.
 
     The daughters lie on either side of the mother, are alike, and together about as large as she
@@ -479,7 +481,7 @@ def divisions(table: Sections, onward: NDArray, back: NDArray
     """
     plane, area, centre = table.plane, table.area, table.centre
     starts = np.flatnonzero((back < 0) & (plane > 0))
-    reach = diameters(area)
+    reach = linked_diameters(area)
     found = [np.zeros((0, 3), np.int64)]
     begin = np.searchsorted(plane, np.arange(plane.max(initial=0) + 2))
     for frame in np.unique(plane[starts]):
@@ -518,7 +520,7 @@ SOLID = ("id", "z", "centroid_y_px", "centroid_x_px", "volume_px")         # fir
 TRACK = ("track", "parent", "daughters", "first", "last", "frames")
 
 
-def write_movie_cells(path: Path, linked: Linked, tables: Iterable[list[dict]],
+def write_track_cells(path: Path, linked: Linked, tables: Iterable[list[dict]],
                       columns: Sequence[str]) -> None:
     """Write a row for each cell of each frame, from the tables of the frames, whose `id` is the
     label there; t counts from 1, age from 0.
@@ -538,8 +540,8 @@ def write_movie_cells(path: Path, linked: Linked, tables: Iterable[list[dict]],
                 writer.writerow([t + 1, k, parent, t - first, *(row[name] for name in columns)])
 
 
-def solid_rows(linked: Linked, tables: Iterable[list[dict]], pixel_size: float | None,
-               step: float | None) -> list[dict]:
+def linked_solid_rows(linked: Linked, tables: Iterable[list[dict]], pixel_size: float | None,
+                      step: float | None) -> list[dict]:
     """A row for each cell of a stack, from the table of each slice.
 
     Means are over voxels. Volumes in µm³ and z in µm where pixel_size and step (µm) are known.
@@ -595,7 +597,7 @@ class Places(NamedTuple):
     area: NDArray       # (n,) px
 
 
-def places_of(seen: Seen, linked: Linked) -> Places:
+def track_places(seen: Seen, linked: Linked) -> Places:
     table = seen.cells()
     return Places(np.concatenate(linked.numbers), table.plane, table.centre, table.area)
 
@@ -684,13 +686,14 @@ def write_trackmate(path: Path, linked: Linked, places: Places, image: Path,
     A track there is a whole family. Lengths are in µm and times in s where they are known.
     """
     links = family_links(linked, places)
-    family = chains(len(places.track), links)
+    family = slice_chains(len(places.track), links)
     unit, second, frames = pixel_size or 1.0, interval or 1.0, len(linked.numbers)
     declared = "".join(f"<{kind}>" + "".join(
         f'<Feature feature="{name}" name="{name}" shortname="{name}" dimension="{dimension}" '
         f'isint="{str(name in WHOLE_NUMBERS).lower()}"/>' for name, dimension in names.items())
         + f"</{kind}>" for kind, names in TRACKMATE.items())
-    radius, begin = diameters(places.area) / 2, np.searchsorted(places.frame, np.arange(frames + 1))
+    radius, begin = linked_diameters(places.area) / 2, np.searchsorted(places.frame,
+                                                                       np.arange(frames + 1))
     by_family = np.argsort(family[links[0]], kind="stable")
     starts = np.flatnonzero(np.diff(family[links[0]][by_family], prepend=-1))
     whole = np.bincount(family)
@@ -776,8 +779,8 @@ def write_lineage(path: Path, linked: Linked) -> None:
     report.write_svg(path, picture.svg(), picture.width, picture.height)
 
 
-def strip_of(planes: Iterable[tuple[NDArray, NDArray]], count: int, size: tuple[int, int],
-             side: int = 4096) -> NDArray:
+def linked_strip(planes: Iterable[tuple[NDArray, NDArray]], count: int, size: tuple[int, int],
+                 side: int = 4096) -> NDArray:
     """Planes (C, H, W) with their labels (H, W) side by side, (h, w, 3) uint8; a cell has one
     colour in all.
 

@@ -117,10 +117,10 @@ class Encoding:
     min_area: tuple[runs.Area, ...] = (0,)  # px
 
     def __post_init__(self):
-        threshold_grid(self)
+        bench_threshold_grid(self)
 
 
-def threshold_grid(grid: Any) -> list[dict]:
+def bench_threshold_grid(grid: Any) -> list[dict]:
     """Combinations of the six thresholds that a configuration lists, with fill <= peak."""
     names = ("peak", "fill", "depth", "smooth", "shape", "min_area")
     lists = [getattr(grid, name) for name in names]
@@ -237,7 +237,8 @@ class LabelledSet:
         values = {}
         for example in self.examples:
             files = [Path(example.name), *map(Path, example.files)]
-            ends = sorted({end for file in files for end in ends_of(file)}, key=len, reverse=True)
+            ends = sorted({end for file in files for end in bench_path_ends(file)}, key=len,
+                          reverse=True)
             stems = dict.fromkeys([files[0].name, *(file.stem for file in files[1:])])
             fits = next((by_name[end] for end in ends if "/" in end and end in by_name), None) or [
                 row for stem in stems if stem in by_stem for row in by_stem[stem]]
@@ -250,7 +251,7 @@ class LabelledSet:
         return values
 
 
-def ends_of(file: Path) -> Iterator[str]:
+def bench_path_ends(file: Path) -> Iterator[str]:
     """The path with fewer and fewer folders in front, with the suffix and without."""
     for parts in (file.parts, file.with_suffix("").parts):
         yield from ("/".join(parts[start:]) for start in range(len(parts)))
@@ -267,7 +268,7 @@ def bench_image_name(name: str) -> str:
 
 # ---------------------------------------------------------------------------- records on the disk
 
-def cached(path: Path, key: dict, make: Callable[[], Any]) -> Any:
+def cached_bench_map(path: Path, key: dict, make: Callable[[], Any]) -> Any:
     """Result of make(), from the JSON file if that was written for the same key."""
     record, key = load_bench_record(path), json.loads(json.dumps(key))
     if record["key"] == key:
@@ -301,12 +302,12 @@ def load_bench_record(path: Path) -> dict:
     return record if isinstance(record, dict) and "key" in record else {"key": None}
 
 
-def without_nan(value: Any) -> Any:
+def bench_without_nan(value: Any) -> Any:
     """null for NaN, which JSON does not know."""
     if isinstance(value, dict):
-        return {key: without_nan(inner) for key, inner in value.items()}
+        return {key: bench_without_nan(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [without_nan(inner) for inner in value]
+        return [bench_without_nan(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -434,7 +435,7 @@ class JudgedCells(NamedTuple):
     right: np.ndarray                       # (n,) bool: IoU >= .5 with a true cell
 
 
-def judged_cells(dataset: LabelledSet, net) -> JudgedCells:
+def bench_judged_cells(dataset: LabelledSet, net) -> JudgedCells:
     """The cells that a network finds in a set, and whether they are right."""
     features: dict[str, list] = defaultdict(list)
     right = []
@@ -573,7 +574,7 @@ def measure_row(row: TableRow, dataset: LabelledSet, folder: Path, overwrite: bo
     sources, folder = row.sources[dataset.name], folder / row.name
     if len(sources) == 1:
         return measure_model(row.name, dataset, sources[0], folder / dataset.name, overwrite)
-    return mean_of_seeds(row.name, [
+    return bench_mean_of_seeds(row.name, [
         measure_model(seed.path.stem, dataset, seed, folder / seed.path.stem / dataset.name,
                       overwrite) for seed in sources])
 
@@ -601,14 +602,15 @@ def measure_model(model: str, dataset: LabelledSet,
     total = None if None in seconds else round(sum(seconds), 3)
     scores = metrics.set_scores(tables)
     content = {"model": model, "set": dataset.name, "note": dataset.note, "n": len(names),
-               "missing": missing, "seconds": total, **headline(scores),
+               "missing": missing, "seconds": total, **bench_headline(scores),
                "intervals": score_intervals(scores), "mean": scores.mean, "pooled": scores.pooled,
                "images": dict(zip(names, scores.images))}
-    runs.write_text(folder / "metrics.json", json.dumps(without_nan(content), indent=1) + "\n")
+    runs.write_text(folder / "metrics.json", json.dumps(bench_without_nan(content), indent=1)
+                    + "\n")
     return Result(model, source.note, folder, names, tables, scores, missing, total)
 
 
-def mean_of_seeds(name: str, seeds: Sequence[Result]) -> Result:
+def bench_mean_of_seeds(name: str, seeds: Sequence[Result]) -> Result:
     """Mean of several seeds on the same images."""
     scores = metrics.run_scores([seed.tables for seed in seeds])
     return seeds[0]._replace(model=name, note=f"{len(seeds)} seeds", tables=[], scores=scores,
@@ -617,13 +619,13 @@ def mean_of_seeds(name: str, seeds: Sequence[Result]) -> Result:
 
 # ------------------------------------------------------------------------------------------ numbers
 
-def headline(scores) -> dict[str, float]:
+def bench_headline(scores) -> dict[str, float]:
     """Each score, a mean over images, or for those in POOLED of all cells."""
     return {name: (scores.pooled if name in POOLED else scores.mean)[name] for name in scores.mean}
 
 
 def score_intervals(scores) -> dict[str, tuple[float, float]]:
-    """95 % intervals of headline(); none below ENOUGH images."""
+    """95 % intervals of bench_headline(); none below ENOUGH images."""
     if len(scores.images) < ENOUGH:
         return {}
     found = {name: (scores.pooled_interval if name in POOLED else scores.mean_interval)[name]
@@ -635,13 +637,13 @@ def score_columns(scores) -> dict[str, Any]:
     """Every score, each with its interval behind it."""
     ends = score_intervals(scores)
     columns: dict[str, Any] = {}
-    for name, value in headline(scores).items():
+    for name, value in bench_headline(scores).items():
         low, high = ends.get(name, (None, None))
         columns |= {name: value, f"{name}_low": low, f"{name}_high": high}
     return columns
 
 
-def differences(dataset: LabelledSet, first: Result, other: Result) -> list[dict]:
+def bench_differences(dataset: LabelledSet, first: Result, other: Result) -> list[dict]:
     """Other minus first on the images of both: mean and interval, or image by image if few."""
     theirs, ours = (dict(zip(result.names, result.scores.images)) for result in (first, other))
     both = [name for name in theirs if name in ours]
@@ -694,7 +696,8 @@ def model_rows(dataset: LabelledSet, rows: Sequence[TableRow],
 
 def encoding_rows(dataset: LabelledSet, grid: Encoding, score: str, folder: Path) -> list[dict]:
     """Scores of true labels after distance map and watershed: a row per setting, best first."""
-    settings = [{"cap": cap, **chosen} for cap, chosen in product(grid.cap, threshold_grid(grid))]
+    settings = [{"cap": cap, **chosen} for cap, chosen in product(grid.cap,
+                                                                  bench_threshold_grid(grid))]
 
     def measure() -> list[dict]:
         tables: list[list] = [[] for _ in settings]
@@ -706,11 +709,11 @@ def encoding_rows(dataset: LabelledSet, grid: Encoding, score: str, folder: Path
                 found.append(metrics.overlap(truth, watershed.flood(maps[chosen["cap"]], setting)))
         rows = [{**chosen, "n": len(found), **score_columns(metrics.set_scores(found))}
                 for chosen, found in zip(settings, tables)]
-        return without_nan(sorted(rows, key=lambda row: -row[score]))
+        return bench_without_nan(sorted(rows, key=lambda row: -row[score]))
 
     key = dict(settings=settings, score=score,
                truths=[runs.digest(example.labels()) for example in dataset.examples])
-    rows = cached(folder / CEILING / dataset.name / "encodings.json", key, measure)
+    rows = cached_bench_map(folder / CEILING / dataset.name / "encodings.json", key, measure)
     return [{"set": dataset.name, **row} for row in rows]   # the content counts, not the name
 
 
@@ -779,11 +782,12 @@ def read_prediction(item: Item, folder: Path) -> Prediction:
     ids, cell = np.unique(labels, return_inverse=True)
     cell = cell.ravel()
     marker = (np.bincount(cell, item.pixels[0].ravel()) / np.bincount(cell))[ids > 0]
-    return Prediction(item.name, table, marker, np.isin(table.pred_ids, at_edge(labels)),
-                      np.isin(table.truth_ids, at_edge(item.truth)))
+    return Prediction(item.name, table, marker, np.isin(table.pred_ids,
+                                                        bench_cells_at_edge(labels)),
+                      np.isin(table.truth_ids, bench_cells_at_edge(item.truth)))
 
 
-def at_edge(labels: np.ndarray) -> np.ndarray:
+def bench_cells_at_edge(labels: np.ndarray) -> np.ndarray:
     """Ids of cells that the edge of the image cuts."""
     return np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
 
@@ -803,12 +807,12 @@ def gated_scores(predictions: Sequence[Prediction], min_area: int, window: tuple
         keep = (table.pred_areas >= min_area) & (marker >= low) & (marker <= high)
         keep &= (border == "keep") | ~cut
         removed += int(np.count_nonzero(~keep))
-        tables.append(erase(table, keep, (border != "both") | ~cut_true))
+        tables.append(bench_labels_without(table, keep, (border != "both") | ~cut_true))
     names = [image.name for image in predictions]
     return Result("gated", "", Path(), names, tables, metrics.set_scores(tables), [], None), removed
 
 
-def erase(table, keep: np.ndarray, keep_true: np.ndarray):
+def bench_labels_without(table, keep: np.ndarray, keep_true: np.ndarray):
     """Table of overlaps without some cells; keep (S,), keep_true (R,) or one for all."""
     keep_true = np.broadcast_to(keep_true, table.truth_ids.shape)
     pairs = keep_true[table.rows] & keep[table.cols]
@@ -842,7 +846,7 @@ def bench_page(title: str, sets: Sequence[LabelledSet], rows: Sequence[TableRow]
         strips = [report.picture_strip(text, [report.picture(*panel) for panel in panels])
                   for text, panels in bench_example_strips(dataset, measured[:models])]
         sections.append(report.report_section(dataset.name, dataset.note, score_table(rows, there),
-                                              score_charts(there, styles), *strips))
+                                              bench_score_charts(there, styles), *strips))
     note = ("AP, PQ and AJI (AJI+) are means over images; F1, SEG, DET and OP_CSB count the cells "
             "of all images together. Small: 95 % bootstrap intervals over images, from "
             f"{ENOUGH} images on. Bold: the best model. The ceiling is the score of true labels "
@@ -854,13 +858,13 @@ def bench_score_cell(result: Result | None, name: str, best: float | None = None
     """A score with its interval, bold where it is the best."""
     if result is None:
         return report.Cell("-")
-    value, ends = headline(result.scores)[name], score_intervals(result.scores).get(name, ())
+    value, ends = bench_headline(result.scores)[name], score_intervals(result.scores).get(name, ())
     return report.Cell(shown_value(value, 3), "–".join(shown_value(end, 3) for end in ends),
                        value == best)
 
 
 def score_table(rows: Sequence[TableRow], there: dict[str, Result]) -> str:
-    models = [headline(result.scores) for name, result in there.items() if name != CEILING]
+    models = [bench_headline(result.scores) for name, result in there.items() if name != CEILING]
     best = {name: max((model[name] for model in models), default=None) for name in PAGE_SCORES}
     lines: list[list[report.Cell | str]] = []
     for row in rows:
@@ -899,7 +903,7 @@ def measured_efficiency(sets: Sequence[LabelledSet], rows: Sequence[TableRow],
         report.legend(styles), report.side_by_side(*charts))
 
 
-def score_charts(there: dict[str, Result], styles: dict[str, report.Style]) -> str:
+def bench_score_charts(there: dict[str, Result], styles: dict[str, report.Style]) -> str:
     curves = {model: [(t, result.scores.mean[f"AP@{t:g}"]) for t in metrics.THRESHOLDS]
               for model, result in there.items()}
     return report.legend({name: styles[name] for name in there}) + report.side_by_side(
@@ -948,16 +952,16 @@ def bench_example_strips(dataset: LabelledSet,
         name = first.names[i]
         example = next(e for e in dataset.examples if bench_image_name(e.name) == name)
         pixels, truth = example.image().pixels, example.labels()
-        square = crowded_square(truth)
+        square = bench_crowded_square(truth)
         found = metrics.match(first.tables[i])
-        panels = [(outline(pixels, truth, found.pairs[:, 0], square),
+        panels = [(bench_outlined_square(pixels, truth, found.pairs[:, 0], square),
                    f"true cells: {found.tp + found.fn}; orange: missed by {first.model}")]
         for result in results:
             if name in result.names:
                 at = result.names.index(name)
                 labels = data.read_labels(result.folder / f"{name}_pred.tif")
                 found = metrics.match(result.tables[at])
-                panels.append((outline(pixels, labels, found.pairs[:, 1], square),
+                panels.append((bench_outlined_square(pixels, labels, found.pairs[:, 1], square),
                                f"{result.model}: AP@0.5 {found.rates.average_precision:.2f}; "
                                f"{found.tp} found, {found.fp} false (orange), {found.fn} missed"))
         (H, W), side = truth.shape, square.px
@@ -974,7 +978,7 @@ class Square(NamedTuple):
     thick: int                              # px, of outlines then
 
 
-def crowded_square(truth: np.ndarray, side: int = 512, least: int = 14) -> Square:
+def bench_crowded_square(truth: np.ndarray, side: int = 512, least: int = 14) -> Square:
     """The square with most cells: reduced while cells keep `least` px, then cut to `side` px."""
     diameter = data.median_diameter(truth) or side
     step = max(1, min(-(-max(truth.shape) // side), int(diameter / least)))
@@ -989,8 +993,8 @@ def crowded_square(truth: np.ndarray, side: int = 512, least: int = 14) -> Squar
     return Square(*max(product(tops, lefts), key=content), px, step, thick)
 
 
-def outline(pixels: np.ndarray, labels: np.ndarray, right: np.ndarray, square: Square
-            ) -> np.ndarray:
+def bench_outlined_square(pixels: np.ndarray, labels: np.ndarray, right: np.ndarray, square: Square
+                          ) -> np.ndarray:
     """A square of the image, (h, w, 3): cells in `right` outlined in blue, others in orange."""
     from PIL import Image
     top, left, px, step, thick = square
@@ -1037,7 +1041,7 @@ def bench_markdown(sets: Sequence[LabelledSet], rows: Sequence[TableRow], result
                    ) -> tuple[str, str]:
     """One short table of all sets; and that with all columns of every model behind it.
 
-    compared : rows of differences(), for a table between them.
+    compared : rows of bench_differences(), for a table between them.
     """
     ran = [row.name for row in rows if any(row.name in there for there in results.values())]
     lines, notes = [], Footnotes()
@@ -1055,7 +1059,7 @@ def bench_markdown(sets: Sequence[LabelledSet], rows: Sequence[TableRow], result
              for dataset in sets for row in rows]
     whole = notes.under(report.markdown(("set", "model", "images", *columns), lines, words=2))
     return brief, "\n".join([made + "\n", brief,
-                             *([difference_table(compared)] if compared else []), whole])
+                             *([bench_difference_table(compared)] if compared else []), whole])
 
 
 def scores_of(row: TableRow, result: Result | None, columns: Sequence[str], notes: Footnotes
@@ -1066,7 +1070,7 @@ def scores_of(row: TableRow, result: Result | None, columns: Sequence[str], note
             *(f"{cell.text} [{cell.small}]" if cell.small else cell.text for cell in cells)]
 
 
-def difference_table(compared: Sequence[dict]) -> str:
+def bench_difference_table(compared: Sequence[dict]) -> str:
     """A row for each set and model, a column for each model that it was compared with."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in compared:

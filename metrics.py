@@ -139,16 +139,18 @@ def match(truth: Labels, pred: ArrayLike | None = None, threshold: float = 0.5) 
     if threshold <= 0.5:
         # One more pair outweighs any gain in IoU, which sums to less than `cells`.
         cells = 1 + min(len(table.truth_ids), len(table.pred_ids))
-        chosen = chosen[assign(table.rows[chosen], table.cols[chosen], cells + ious[chosen])]
+        chosen = chosen[match_one_to_one(table.rows[chosen], table.cols[chosen],
+                                         cells + ious[chosen])]
     pairs = np.stack([table.truth_ids[table.rows[chosen]], table.pred_ids[table.cols[chosen]]], 1)
     tp = len(chosen)
     return Match(tp, len(table.pred_ids) - tp, len(table.truth_ids) - tp, pairs, ious[chosen])
 
 
-def assign(rows: NDArray, cols: NDArray, weights: NDArray) -> NDArray:
+def match_one_to_one(rows: NDArray, cols: NDArray, weights: NDArray) -> NDArray:
     """Indices of the edges, no two at one cell, whose positive weights have the largest sum.
 
-    >>> assign(np.array([0, 0, 1]), np.array([0, 1, 0]), np.array([3.0, 2.0, 2.0])).tolist()
+    >>> weights = np.array([3.0, 2.0, 2.0])
+    >>> match_one_to_one(np.array([0, 0, 1]), np.array([0, 1, 0]), weights).tolist()
     [1, 2]
     """
     edges, chosen = np.arange(len(rows)), []
@@ -195,8 +197,8 @@ def _score_sums(table: Overlap, thresholds: tuple[float, ...]) -> NDArray:
     area = table.truth_areas.sum() + table.pred_areas.sum()
     matches = [match(table, threshold=t) for t in thresholds]
     # AJI+ maximises summed IoU; 2^-40 of the shared pixels decides ties, not the order of ids.
-    aji_overlap = counts[assign(rows, cols, ious + counts * 2.0**-40)].sum()
-    mma_overlap = counts[assign(rows, cols, counts.astype(float))].sum()
+    aji_overlap = counts[match_one_to_one(rows, cols, ious + counts * 2.0**-40)].sum()
+    mma_overlap = counts[match_one_to_one(rows, cols, counts.astype(float))].sum()
     covers = 2 * counts > table.truth_areas[rows]         # at most one S covers more than half of R
     detects = np.bincount(cols[covers], minlength=n_pred)  # (S,) true cells that each S detects
     splits = np.maximum(detects - 1, 0).sum()

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import runs
-from vectors import pooled, probabilities
+from vectors import pooled, type_probabilities
 from watershed import Setting
 
 FORMAT = "dinocell-2"      # first entry of every file that save() writes
@@ -435,7 +435,7 @@ class DINOCell(nn.Module):
     def type_probabilities(self, vectors: np.ndarray) -> np.ndarray:
         """(n, K) for vectors of cells (n, D)."""
         assert self.types is not None
-        return probabilities(self.types, vectors)
+        return type_probabilities(self.types, vectors)
 
     def add_size_head(self) -> None:
         self.size = SizeHead(self.backbone.dim).to(self.mean.device)
@@ -616,7 +616,8 @@ def load_backbone(path: str | Path, patch: int = 8, **options) -> ViT:
     depth = 1 + max((int(k.split(".")[1]) for k in tensors if k.startswith("blocks.")), default=-1)
     if kernel is None or depth == 0 or "register_tokens" not in tensors:
         raise ValueError(f"{path}: no vision transformer with registers in it (its first keys: "
-                         f"{_some(content)}); expected a DINOv3 checkpoint or a file of this "
+                         f"{_some_weights_names(content)}); expected a DINOv3 checkpoint or a file "
+                         f"of this "
                          f"project")
     dim = kernel.shape[0]
     if "periods" not in tensors:
@@ -733,7 +734,7 @@ def has_bf16(device: str) -> bool:
     return device == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
-def _some(names: Iterable[str], count: int = 4) -> str:
+def _some_weights_names(names: Iterable[str], count: int = 4) -> str:
     names = sorted(map(str, names))
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
@@ -800,12 +801,12 @@ def _fill_network(module: nn.Module, tensors: dict[str, Tensor], path: str | Pat
 def check_weights_fit(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
     """Compare tensors of a file with those of a network, before memory is taken for them."""
     if strange := [k for k, v in tensors.items() if not isinstance(v, Tensor)]:
-        raise ValueError(f"{path}: damaged weights, {_some(strange)} no tensors")
+        raise ValueError(f"{path}: damaged weights, {_some_weights_names(strange)} no tensors")
     wanted = module.state_dict()
     missing, surplus = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
     wrong = [f"{k} {tuple(tensors[k].shape)} instead of {tuple(v.shape)}" for k, v in wanted.items()
              if k in tensors and tensors[k].shape != v.shape]
-    problems = [f"{what}: {_some(names)}" for what, names in
+    problems = [f"{what}: {_some_weights_names(names)}" for what, names in
                 (("missing", missing), ("surplus", surplus), ("wrong shape", wrong)) if names]
     if problems:
         raise ValueError(f"{path}: does not fit the network; " + "; ".join(problems))

@@ -241,7 +241,7 @@ class Opened:
         if cell not in book.boxes:
             raise ValueError(f"no cell {cell}")
         typical = math.sqrt(4 / math.pi * book.area(cell))
-        box = edits.widened_by(book.boxes[cell], math.ceil(typical) + 1, self.size)
+        box = edits.edit_box_widened(book.boxes[cell], math.ceil(typical) + 1, self.size)
         rows, columns = box
         with self.picture.lock:
             pixels = self.picture.source.region(rows.start, rows.stop, columns.start, columns.stop)
@@ -461,7 +461,7 @@ class Project:
         with self.lock, opened.book.lock:
             opened.seen, opened.seen_key, opened.preview = seen, key, None
             opened.distance, opened.sure = None, (-1, {})
-            opened.book.do(edits.flooded(opened.book, labels, "find"))
+            opened.book.do(edits.flooded_edit(opened.book, labels, "find"))
             state |= {"map": key, "cells": len(opened.book.boxes), "weights": weights,
                       "used": {**plan.setting._asdict(), "diameter": plan.diameter,
                                "min_area": round(plan.setting.min_area / plan.zoom ** 2)}}
@@ -477,7 +477,7 @@ class Project:
             plan = opened.plan(source, net, {**state, "setting": setting})
         labels, _ = segment.cells_in_map(opened.seen, plan, opened.size)
         with self.lock, opened.book.lock:
-            edit = edits.flooded(opened.book, labels)
+            edit = edits.flooded_edit(opened.book, labels)
             if commit:
                 state["setting"], opened.preview = setting, None
                 opened.book.do(edit)
@@ -816,7 +816,7 @@ def line_of(values: dict):
 
 
 EDITS: dict[str, Callable[[Any, dict], Any]] = {
-    "gesture": lambda book, values: edits.gesture(book, line_of(values)),
+    "gesture": lambda book, values: edits.edit_gesture(book, line_of(values)),
     "draw": lambda book, values: edits.draw_cell(book, line_of(values)),
     "erase": lambda book, values: edits.cut_away(book, line_of(values)),
     "split": lambda book, values: edits.split_cells(book, line_of(values)),

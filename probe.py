@@ -253,7 +253,7 @@ def compare_channels(config: Channels, make_folder: Callable[[Channels], Path]) 
 
     make_folder : makes the folder for the results, once all fields could be read.
     """
-    vit, features, maps = backbone_of(config), [], []
+    vit, features, maps = probe_backbone(config), [], []
     shown: list[tuple[str, np.ndarray, Look]] = []
     for name, known, pixels in comparable_features(probe_fields(config)):
         channels = known                                                # of all fields
@@ -283,7 +283,7 @@ def compare_channels(config: Channels, make_folder: Callable[[Channels], Path]) 
     print(f"-> {', '.join(map(str, (folder / 'channels.png', *pictures)))}")
 
 
-def backbone_of(config: Channels):
+def probe_backbone(config: Channels):
     """The ViT of a file, or a random one."""
     if config.weights is not None:
         vit = model.load_backbone(config.weights, config.patch)
@@ -298,8 +298,8 @@ def probe_fields(config: Channels) -> Iterator[tuple[str, list[str], np.ndarray]
     """(name, names of its channels, pixels (C, size, size)) of the fields to look at."""
     if config.fields is None:
         count = min(config.synthetic, config.limit or config.synthetic)
-        return synthetic_fields(count, config.size, config.channels, config.seed)
-    return field_files(Path(config.fields), config.size, config.channels, config.limit)
+        return probe_synthetic_fields(count, config.size, config.channels, config.seed)
+    return probe_field_files(Path(config.fields), config.size, config.channels, config.limit)
 
 
 def comparable_features(fields: Iterable[tuple]) -> Iterator[tuple]:
@@ -319,8 +319,8 @@ def comparable_features(fields: Iterable[tuple]) -> Iterator[tuple]:
         raise ValueError(f"{count} field with several channels, expected two or more to compare")
 
 
-def field_files(folder: Path, size: int, channels: Sequence[str] | None, limit: int | None
-                ) -> Iterator[tuple[str, list[str], np.ndarray]]:
+def probe_field_files(folder: Path, size: int, channels: Sequence[str] | None, limit: int | None
+                      ) -> Iterator[tuple[str, list[str], np.ndarray]]:
     """The square of size x size px in the middle of each image below a folder."""
     files = data.list_files(folder, data.TIFF + data.NPY) if folder.is_dir() else []
     if not files:
@@ -338,8 +338,8 @@ def field_files(folder: Path, size: int, channels: Sequence[str] | None, limit: 
         yield name, names, pixels[:, top:top + size, left:left + size]
 
 
-def synthetic_fields(count: int, size: int, channels: Sequence[str] | None, seed: int
-                     ) -> Iterator[tuple[str, list[str], np.ndarray]]:
+def probe_synthetic_fields(count: int, size: int, channels: Sequence[str] | None, seed: int
+                           ) -> Iterator[tuple[str, list[str], np.ndarray]]:
     """Fields of synthetic.py, with all of its channels or some."""
     known = {name.lower(): i for i, name in enumerate(synthetic.CHANNELS)}
     wanted = [name.lower() for name in channels or known]
@@ -379,7 +379,7 @@ class Windows(NamedTuple):
     channels: tuple[str, ...]
 
 
-def held_windows(config) -> Windows:
+def probe_held_windows(config) -> Windows:
     """The windows held out by a configuration of train_ssl.py."""
     channels, held = fields.held_out_fields(config.data, config.seed)
     return cut_probe_windows(held, config.measure.window, config.measure.windows, channels)
@@ -460,8 +460,8 @@ def measure_backbone(vit, windows: Windows, size: int, keep: int = 2
     vectors, maps, looks = look_at_fields(vit, resampled_pairs(windows, size), keep)
     flat = torch.from_numpy(vectors).flatten(0, 1)                      # (F C, D)
     return {**compare_backbones(list(vectors), list(maps.mean(2)))[0],
-            "feature_std": ssl_.feature_std(flat),
-            "effective_rank": ssl_.effective_rank(flat),
+            "feature_std": ssl_.student_feature_std(flat),
+            "effective_rank": ssl_.student_effective_rank(flat),
             "attention_entropy": attention_entropy(maps)}, looks
 
 
@@ -515,7 +515,7 @@ class Looker:
     def __init__(self, config, run: runs.Run, export: Path):
         self.config, self.run, self.export = config, run, export
         if run.rank == 0:
-            self.windows = held_windows(config)
+            self.windows = probe_held_windows(config)
         self.labelled: Any = None           # images for the decoder, drawn when first needed
 
     def look(self, vit, step: int) -> None:

@@ -87,8 +87,8 @@ class Frame:
         rows : names at y = 0, 1, ... from the top, in place of numbers. log : x is logarithmic.
         """
         self.scale = math.log10 if log else float
-        self.x0, self.x1 = with_room(self.scale(value) for value in x if math.isfinite(value))
-        self.y0, self.y1 = (len(rows) - 0.5, -0.5) if rows else with_room(y)
+        self.x0, self.x1 = chart_range(self.scale(value) for value in x if math.isfinite(value))
+        self.y0, self.y1 = (len(rows) - 0.5, -0.5) if rows else chart_range(y)
         self.left, self.right = 20 + 7 * max(map(len, rows)) if rows else 58, width - 14
         self.top, self.bottom = 10, height - 42
         self.width, self.height = width, height
@@ -132,7 +132,7 @@ class Frame:
                 f'{"".join(self.parts)}</svg>')
 
 
-def with_room(values: Iterable[float]) -> tuple[float, float]:
+def chart_range(values: Iterable[float]) -> tuple[float, float]:
     """The smallest and the largest finite value, with room around them."""
     finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     room = 0.04 * (max(finite) - min(finite)) or 0.5
@@ -234,7 +234,7 @@ def histogram_chart(series: Mapping[str, Sequence[float]], marked: dict[str, flo
     values = {name: [value for value in each if math.isfinite(value)]
               for name, each in series.items()}
     pooled = [*(value for each in values.values() for value in each), *marked.values()]
-    edges = np.linspace(*with_room(pooled), bins + 1)
+    edges = np.linspace(*chart_range(pooled), bins + 1)
     counts = {name: np.histogram(each, edges)[0] for name, each in values.items()}
     frame = Frame(pooled, [0, *(count.max() for count in counts.values())], x_label, y_label)
     for name, count in counts.items():
@@ -370,7 +370,7 @@ def text_between(path: Path, name: str) -> tuple[str, str]:
     return before + begin, end + after
 
 
-def put_between(path: Path, name: str, text: str) -> None:
+def put_report_between(path: Path, name: str, text: str) -> None:
     """Replace the text between these lines; a missing document is made."""
     before, after = text_between(path, name)
     runs.write_text(path, before + text + after)

@@ -141,7 +141,8 @@ def seen_diameter(source, net: DINOCell, limits: np.ndarray, looks: int = 2) -> 
     typical, zoom = net.settings.diameter, 1.0
     assert typical is not None                               # known where there is a size head
     for _ in range(looks):
-        tiles = sample_tiles(source, limits, scaled_size(source.shape[1:], zoom), net.settings.tile)
+        tiles = sampled_tiles(source, limits, scaled_size(source.shape[1:], zoom),
+                              net.settings.tile)
         guess, spread = net.log_diameters(tiles.to(net.mean.device))
         weight = torch.exp(-2 * spread)
         diameter = math.exp(float((guess * weight).sum() / weight.sum())) / zoom
@@ -496,7 +497,7 @@ class _Runner:
             return [(distance, None) for distance in self.net(x)[:, 0]]
 
 
-def sample_tiles(source, limits: np.ndarray, size: tuple[int, int], tile: int) -> Tensor:
+def sampled_tiles(source, limits: np.ndarray, size: tuple[int, int], tile: int) -> Tensor:
     """Tiles (1 to 5, 3, tile, tile) from corners and middle of an image scaled to `size`."""
     (h, w), tiles = size, []
     bottom, right = max(0, h - tile), max(0, w - tile)

@@ -35,7 +35,14 @@ from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint
 
 import runs
-from augment import Augment, Draws, expose_crops, mirrored_coordinates, one_thread, send_crop_values
+from augment import (
+    Augment,
+    Draws,
+    crop_on_one_thread,
+    expose_crops,
+    mirrored_coordinates,
+    send_crop_values,
+)
 from model import Settings, Tokens, ViT, rope_table
 
 # ------------------------------------------------------------------------------------------- views
@@ -216,7 +223,7 @@ def cut_view_crops(pixels: Tensor, limits: Tensor, slots: Tensor, weights: np.nd
     return out[:, None]
 
 
-@one_thread()
+@crop_on_one_thread()
 def draw_views(pool, slots: Tensor, numbers: np.ndarray, step: int, seed: int, config,
                light: Augment, kinds: Stains) -> tuple[Tensor, Tensor]:
     """Global (2 B, 3, S, S) and local (L B, 3, s, s) views of the fields in `slots` (B,).
@@ -298,7 +305,7 @@ def of_all_ranks(x: Tensor) -> Tensor:
     return torch.cat(all_gather(x.contiguous())) if in_group() else x
 
 
-def _log_sum_of_ranks(x: Tensor) -> Tensor:
+def _sinkhorn_log_sum(x: Tensor) -> Tensor:
     """log of the sum of exp(x) over the processes, element by element."""
     if not in_group():
         return x
@@ -331,7 +338,7 @@ def sinkhorn(parts: Callable[[], Iterable[Tensor]], iterations: int = 3) -> Tens
             part = logits.logsumexp(0)                                           # (K,)
             total = part if total is None else torch.logaddexp(total, part)
         assert total is not None
-        log_a = -_log_sum_of_ranks(total)
+        log_a = -_sinkhorn_log_sum(total)
     assert log_a is not None
     return log_a
 
@@ -569,7 +576,7 @@ def perplexity(counts: Tensor) -> float:
     return _exp_entropy(counts)
 
 
-def effective_rank(x: Tensor) -> float:
+def student_effective_rank(x: Tensor) -> float:
     """exp of the entropy of the singular values of the centred rows (Roy & Vetterli, 2007).
 
     (B, D) -> 1 to min(B - 1, D).
@@ -577,7 +584,7 @@ def effective_rank(x: Tensor) -> float:
     return _exp_entropy(torch.linalg.svdvals((x - x.mean(0)).cpu().double()))
 
 
-def feature_std(x: Tensor) -> float:
+def student_feature_std(x: Tensor) -> float:
     """Deviation of normalised rows times sqrt(D): 1 for directions spread evenly, 0 for one."""
     x = F.normalize(x.cpu().double(), dim=-1)
     return (x.std(0).mean() * math.sqrt(x.shape[1])).item()

@@ -343,7 +343,7 @@ def grow_synthetic_cells(shape: tuple[int, int], cells: Population, centre: Arra
         inner[b] &= grown[a] == grown[b]
     edge = ndimage.distance_transform_edt(inner) + 0.5
     crop = tuple(slice(pad, pad + side) for side in shape)
-    labels, number = largest_pieces(grown[crop], smallest)
+    labels, number = synthetic_largest_pieces(grown[crop], smallest)
     return labels, number - 1, edge[crop]
 
 
@@ -361,7 +361,7 @@ def polar(y: Array, x: Array) -> tuple[Array, Array]:
     return np.hypot(y, x), (np.arctan2(y, x) * (A / TAU)).astype(np.int32) % A
 
 
-def largest_pieces(grown: Array, smallest: float) -> tuple[Array, Array]:
+def synthetic_largest_pieces(grown: Array, smallest: float) -> tuple[Array, Array]:
     """The largest piece of each cell that the edge cut up, as 1..n; and their old numbers."""
     piece = label(grown, connectivity=1)
     area = np.bincount(piece.ravel())

@@ -260,7 +260,7 @@ class Trainer:
     """A network, its optimiser and its running average, and the step that changes all three."""
 
     def __init__(self, config: Config, net, device: str, world: int = 1, images=None):
-        bf16 = use_bf16(config, device)
+        bf16 = segmentation_uses_bf16(config, device)
         self.config, self.net, self.images = config, net, images
         self.balance: torch.Tensor | None = None               # (1 + K,) weight of each type
         if net.types is not None:
@@ -407,8 +407,8 @@ def fit_types(config: Config, run: runs.Run) -> None:
         rows.append(vector)
         types.append(image.types)
     known = np.concatenate(types) > 0
-    head = vectors.linear_head(np.concatenate(rows)[known], np.concatenate(types)[known] - 1,
-                               len(net.type_names))
+    head = vectors.linear_type_head(np.concatenate(rows)[known], np.concatenate(types)[known] - 1,
+                                    len(net.type_names))
     net.set_types(head, net.type_names)
     model.save(net, runs.export_path(config), half=True)
 
@@ -453,7 +453,7 @@ def segmentation_optimiser(net, config: Config, device: str):
     groups = optim.parameter_groups(net, config.lr, lambda name, parameter: segmentation_traits(
         name, parameter, net.backbone.depth, config))
     if config.optimiser == "muon":
-        products = torch.bfloat16 if use_bf16(config, device) else torch.float32
+        products = torch.bfloat16 if segmentation_uses_bf16(config, device) else torch.float32
         return optim.Muon(groups, config.lr, eps=config.eps, products=products)
     return torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.999), eps=config.eps, fused=True)
 
@@ -468,7 +468,7 @@ def segmentation_traits(name: str, parameter, depth: int, config: Config) -> dic
                 weight_decay=config.weight_decay * decays, scale=config.layer_decay ** above)
 
 
-def use_bf16(config: Config, device: str) -> bool:
+def segmentation_uses_bf16(config: Config, device: str) -> bool:
     return config.precision == "bf16" or (config.precision == "auto" and model.has_bf16(device))
 
 
@@ -510,7 +510,7 @@ def validate(net, images: list[data.Labelled], run: runs.Run, step: int) -> dict
     scores = {"score": score(best, held), **best._asdict(),
               **validation_summary(metrics.set_scores(tables))}
     if net.types is not None:
-        scores["types"] = type_score([images[i] for i in held], ready)
+        scores["types"] = segmentation_type_score([images[i] for i in held], ready)
     run.log(step, **{f"val_{k}" if k != "score" else k: v for k, v in scores.items()},
             **{f"AP@0.5 {name}": row["AP@0.5"] for name, row in sets.items() if len(sets) > 1})
     if run.rank == 0:
@@ -518,7 +518,7 @@ def validate(net, images: list[data.Labelled], run: runs.Run, step: int) -> dict
     return {**scores, "sets": sets}
 
 
-def type_score(images: list[data.Labelled], net) -> float:
+def segmentation_type_score(images: list[data.Labelled], net) -> float:
     """Mean F1 over the types, of the true cells of known type."""
     true, found = [], []
     for image in images:
@@ -560,7 +560,7 @@ def draw_run_charts(run: runs.Run, images: list[data.Labelled], labels: list, st
 def export_trained(net, config: Config, hashes: dict, scores: dict, step: int) -> None:
     """Write the weights for infer.py."""
     net = copy.deepcopy(net)
-    fewshot.fold(net)
+    fewshot.fold_adapters(net)
     story = runs.provenance(config, step, scores=scores, images=hashes)
     net.settings = dataclasses.replace(net.settings, provenance=story)
     model.save(net, runs.export_path(config), half=True)

@@ -221,8 +221,9 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
                 means = since.means(done, world)
                 run.check_finite(done, means["loss"])
                 cls = found["cls"]
-                health = dict(usage=ssl_.perplexity(usage), feature_std=ssl_.feature_std(cls),
-                              effective_rank=ssl_.effective_rank(cls))
+                health = dict(usage=ssl_.perplexity(usage),
+                              feature_std=ssl_.student_feature_std(cls),
+                              effective_rank=ssl_.student_effective_rank(cls))
                 run.log(done, **means, **health, **rates, gradient=norm.item(),
                         **since.speed(done, config.batch), **pool.stats())
                 warn_of_collapse(config, run, done, {**means, **health}, cls.shape)
@@ -409,7 +410,7 @@ def warn_of_collapse(config: Config, run: runs.Run, step: int, health: dict, sha
 
 def measure_pretraining(config: Config, files: list[str], device: str) -> int:
     """Measure backbones from files on the fields held out."""
-    windows = probe.held_windows(config)
+    windows = probe.probe_held_windows(config)
     for path in files:
         vit = model.load_backbone(path, config.network.patch).eval().to(device)
         numbers = probe.measure_backbone(vit, windows, config.views.size)[0]

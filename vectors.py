@@ -43,7 +43,7 @@ def token_sums(cell: Tensor, token: Tensor, weight: Tensor, tokens: Tensor, n: i
     return sums, weight.new_zeros(n).index_add(0, row, weight)
 
 
-def even(tokens: Tensor) -> Tensor:
+def even_vector_lengths(tokens: Tensor) -> Tensor:
     """Tokens (..., D) with mean 0 and variance 1 each, float32."""
     return F.layer_norm(tokens.float(), tokens.shape[-1:])
 
@@ -60,7 +60,7 @@ def pooled(tokens: Tensor, labels: Tensor, patch: int) -> tuple[Tensor, Tensor]:
     cells, cell = torch.unique(key, return_inverse=True)                     # (n,), (P,)
     token = b * N + (y // patch) * across + x // patch
     sums, area = token_sums(cell, token, torch.ones_like(cell, dtype=torch.float32),
-                            even(tokens).flatten(0, 1), len(cells))
+                            even_vector_lengths(tokens).flatten(0, 1), len(cells))
     number = int(labels.max()) + 1
     return sums / area[:, None], torch.stack((cells // number, cells % number), 1)
 
@@ -74,7 +74,7 @@ class TokenPool:
 
     def add(self, y: int, x: int, tokens: Tensor) -> None:
         """Keep the tokens (N, D) of the tile whose corner is there, in px of the network."""
-        self.tiles.append((y, x, even(tokens).half().cpu()))
+        self.tiles.append((y, x, even_vector_lengths(tokens).half().cpu()))
 
     def forget(self, row: int) -> None:
         """Drop the tiles that end above a row of the network."""
@@ -149,8 +149,8 @@ def read_vectors(*paths: str | Path) -> CellVectors:
 
 # -------------------------------------------------------------------------------------------- types
 
-def linear_head(vectors: np.ndarray, types: np.ndarray, count: int, penalty: float = PENALTY
-                ) -> nn.Linear:
+def linear_type_head(vectors: np.ndarray, types: np.ndarray, count: int, penalty: float = PENALTY
+                     ) -> nn.Linear:
     """Linear map from vectors (n, D) to `count` types, from cells of known type (n,) 0..count - 1.
 
     Multinomial logistic regression on standardised vectors, every type of the same total weight;
@@ -185,7 +185,7 @@ def linear_head(vectors: np.ndarray, types: np.ndarray, count: int, penalty: flo
 
 
 @torch.inference_mode()
-def probabilities(head: nn.Linear, vectors: np.ndarray) -> np.ndarray:
+def type_probabilities(head: nn.Linear, vectors: np.ndarray) -> np.ndarray:
     """(n, K) float32 of vectors (n, D)."""
     weight, bias = head.weight.float().cpu(), head.bias.float().cpu()
     x = torch.from_numpy(np.asarray(vectors, np.float32)).reshape(-1, weight.shape[1])
@@ -211,14 +211,14 @@ def types_from_marks(vectors: np.ndarray, ids: np.ndarray, marks: Mapping[int, s
                          "more")
     marked = np.array([row[identity] for identity in marks])
     types = np.array([names.index(name) for name in marks.values()])
-    head = linear_head(vectors[marked], types, len(names))
-    share = probabilities(head, vectors)
+    head = linear_type_head(vectors[marked], types, len(names))
+    share = type_probabilities(head, vectors)
     return FoundTypes(names, share.argmax(1), share.max(1), head)
 
 
 # ------------------------------------------------------------------------ neighbours and retrieval
 
-def directions(vectors: np.ndarray) -> np.ndarray:
+def vector_directions(vectors: np.ndarray) -> np.ndarray:
     """Vectors (n, D) of length 1."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
@@ -228,7 +228,7 @@ def neighbour_types(known: np.ndarray, types: np.ndarray, asked: np.ndarray, k: 
     """Type (m,) of each of `asked` (m, D): that of most of its k nearest `known` (n, D), by cosine
     of vectors standardised by the known ones."""
     mean, spread = known.mean(0), np.maximum(known.std(0), 1e-6)
-    known, asked = (directions((part - mean) / spread) for part in (known, asked))
+    known, asked = (vector_directions((part - mean) / spread) for part in (known, asked))
     k, found = max(1, min(k, int(np.bincount(types).min()))), []     # the rarest can win
     for begin in range(0, len(asked), 1024):
         nearest = np.argpartition(-(asked[begin:begin + 1024] @ known.T), k - 1, axis=1)[:, :k]
@@ -237,12 +237,12 @@ def neighbour_types(known: np.ndarray, types: np.ndarray, asked: np.ndarray, k: 
     return np.concatenate([np.zeros(0, int), *found])
 
 
-def retrieval_precision(vectors: np.ndarray, names: Sequence[str]) -> float:
+def vector_retrieval_precision(vectors: np.ndarray, names: Sequence[str]) -> float:
     """Mean average precision of finding, by cosine, the other rows of the same name.
 
     Rows whose name stands alone are searched among, but ask nothing.
     """
-    x, names = directions(vectors), np.asarray(names)
+    x, names = vector_directions(vectors), np.asarray(names)
     scores = []
     for i, name in enumerate(names):
         others = np.delete(np.arange(len(names)), i)

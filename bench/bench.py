@@ -205,7 +205,7 @@ def segment() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, size in (("tiny", 1024), ("tiny", 2048),
                            ("s8", 1024 if device == "cpu" else 2048)):
-            weights = infer.find_weights(name, Path(infer.__file__).parent / "final_models")
+            weights = infer.find_infer_weights(name, Path(infer.__file__).parent / "final_models")
             network = model.load(weights).ready(device)
             path = whole_image(size, Path(folder))
             times = []
@@ -261,7 +261,7 @@ def seams(size: int = 4096) -> None:
     import model
     import segment
     from metrics import average_precision
-    weights = infer.find_weights("tiny", Path(infer.__file__).parent / "final_models")
+    weights = infer.find_infer_weights("tiny", Path(infer.__file__).parent / "final_models")
     net = model.load(weights)
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -65,7 +65,7 @@ def learn(folder: Path, examples: list, count: int, config: Config) -> dict:
     with project:
         for name, labels in truth.items():
             book = project.open(name).book
-            book.do(edits.flooded(book, labels, "find"))
+            book.do(edits.flooded_edit(book, labels, "find"))
             project.of(name)["done"] = True
         project.learning.start()
         project.learning.watcher.join()

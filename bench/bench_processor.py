@@ -86,7 +86,7 @@ def inference(device: str) -> list[list[str]]:
     import segment
     rows, image = [], np.random.default_rng(0).random((3, SIZE, SIZE), np.float32)
     for name in ("s8", "tiny"):
-        net = model.load(infer.find_weights(name, ROOT / "final_models"))
+        net = model.load(infer.find_infer_weights(name, ROOT / "final_models"))
         flops = sum(part[2] for part in model.cost(net, SIZE // 4)) * 16  # without what tiles share
         net = net.ready(device)
         rows.append(row(f"dinocell_{name}", lambda: segment.distances(image, net,

@@ -122,7 +122,8 @@ def test_an_image_that_has_labels_is_none_of_another(tmp_path):
 
 def test_cells_without_a_pixel_are_told_of():
     with pytest.warns(UserWarning, match="2 of 3 cells have no pixel of their own"):
-        labels = data.painted((3, 4), [np.array([0, 1, 2]), np.array([], int), np.array([0, 1, 2])])
+        labels = data.labels_from_pixels((3, 4), [np.array([0, 1, 2]), np.array([], int),
+                                                  np.array([0, 1, 2])])
     assert np.unique(labels).tolist() == [0, 3]
 
 
@@ -672,7 +673,7 @@ def test_hold_out_of_few():
 def test_sides_are_balanced_by_images(sizes, fractions):
     """No side is empty, and each is as large as wanted to within the largest group."""
     groups = {f"g{i}": ("", size) for i, size in enumerate(sizes)}
-    sides = data._divide(groups, fractions, seed=1)
+    sides = data._split_sides(groups, fractions, seed=1)
     assert sides.keys() == groups.keys()
     for side, fraction in enumerate(fractions):
         have = sum(groups[group][1] for group in sides if sides[group] == side)

@@ -118,7 +118,7 @@ def test_grow_then_shrink_of_a_disc_gives_it_back(book):
 @pytest.mark.smoke
 def test_gestures(book):
     def does(line):
-        return edits.gesture(book, np.asarray(line, float)).what
+        return edits.edit_gesture(book, np.asarray(line, float)).what
     assert does([[30, 30], [54, 30]]) == "merge"
     assert does([[95, 40], [95, 80]]) == "split"
     assert does(circle(60, 20, 10)) == "draw"
@@ -193,7 +193,7 @@ def test_new_thresholds_keep_what_hands_have_made(book):
     flooded[(y - 60) ** 2 + (x - 95) ** 2 < 100] = 2            # deleted by hand: stays so
     flooded[(y - 60) ** 2 + (x - 20) ** 2 < 64] = 3             # drawn by hand: stays larger
     flooded[70:78, 60:70] = 4
-    book.do(edits.flooded(book, flooded))
+    book.do(edits.flooded_edit(book, flooded))
     assert len(cells_of(book)) == 3 and gone[60, 95] and book.labels[60, 95] == 0
     cell = book.labels[60, 20]
     np.testing.assert_array_equal(book.labels == cell, mine)

@@ -41,7 +41,7 @@ def test_adapters_change_nothing_at_first_and_fold_in():
             p.add_(0.1)
         changed = net.backbone(x).patches
     assert not torch.allclose(changed, before)
-    fewshot.fold(net)
+    fewshot.fold_adapters(net)
     assert set(net.state_dict()) == set(network().state_dict())
     with torch.inference_mode():
         torch.testing.assert_close(net.backbone(x).patches, changed)
@@ -105,7 +105,7 @@ def test_prototypes_find_what_stands_out(tmp_path):
     write_set(tmp_path / "s", 3)
     new = fewshot.NewSet("s", data.TrainingSet("s"), shots=(1,), query=1)
     episode, net = fewshot.episode_of(new, str(tmp_path), 30.0, 0), network()
-    fewshot.take_prototypes(net, episode.support)
+    fewshot.few_prototypes(net, episode.support)
     image = episode.query[0]
     distance = segment.distances(image.pixels, net, limits=segment.UNIT, zoom=1.0)
     truth = watershed.distance_map(image.labels, 4)
@@ -125,7 +125,7 @@ def test_a_table_that_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     rows = (tmp_path / "runs" / "fewshot" / "fewshot.tsv").read_text().splitlines()
     assert len(rows) == 1 + 2 * 8
     assert (tmp_path / "runs" / "fewshot" / "fewshot.svg").read_text().startswith("<svg")
-    monkeypatch.setattr(fewshot, "one_way", lambda *_: pytest.fail("made anew"))
+    monkeypatch.setattr(fewshot, "few_one_way", lambda *_: pytest.fail("made anew"))
     evaluate.adapt(config)
     assert (tmp_path / "runs" / "fewshot" / "fewshot.tsv").read_text().splitlines() == rows
     with pytest.raises(ValueError, match="known is empty, but reptile"):

@@ -37,26 +37,26 @@ def base_network(**settings) -> model.DINOCell:
 def test_even_loss_closed_form():
     """Logits 0 cost log 2 on either side, however many stand there; unknown ones cost nothing."""
     member = torch.tensor([[1, -1, -1, -1, 0]], dtype=torch.int8)
-    even = instruct.even_loss(torch.zeros(1, 5), member).item()
+    even = instruct.instruct_member_loss(torch.zeros(1, 5), member).item()
     assert math.isclose(even, math.log(2), rel_tol=1e-6)
     sure = torch.tensor([[0.0, 30, 30, 30, 99]])                         # all negatives wrong by 30
-    wrong = instruct.even_loss(sure, member).item()
+    wrong = instruct.instruct_member_loss(sure, member).item()
     assert math.isclose(wrong, (math.log(2) + 30) / 2, rel_tol=1e-5)
     empty = torch.full((1, 5), -1, dtype=torch.int8)                  # absent: only negatives count
-    absent = instruct.even_loss(torch.zeros(1, 5), empty).item()
+    absent = instruct.instruct_member_loss(torch.zeros(1, 5), empty).item()
     assert math.isclose(absent, math.log(2), rel_tol=1e-6)
 
 
 def test_best_line():
     values, truth = np.array([0.1, 0.2, 0.3, 0.7, 0.9, 0.4]), np.array([0, 0, 0, 1, 1, 1], bool)
-    line, score = instruct.best_line(values, truth)
+    line, score = instruct.best_instruct_threshold(values, truth)
     assert math.isclose(line, 0.35) and score == 1
     for kind, count in (("balanced", lambda hit, false: 0.5 * (hit / 3 + 1 - false / 3)),
                         ("F1", lambda hit, false: 2 * hit / (hit + false + 3))):
         values, truth = np.array([0.1, 0.8, 0.3, 0.7, 0.9, 0.2]), np.array([0, 0, 0, 1, 1, 1], bool)
         every = [count((truth & (values >= t)).sum(), (~truth & (values >= t)).sum())
                  for t in np.arange(0.15, 0.9, 0.1)]
-        line, score = instruct.best_line(values, truth, kind)
+        line, score = instruct.best_instruct_threshold(values, truth, kind)
         assert math.isclose(score, max(every)) and math.isclose(
             count((truth & (values >= line)).sum(), (~truth & (values >= line)).sum()), score)
 
@@ -122,7 +122,7 @@ def test_scores_of_a_class_are_pooled_over_tiles():
     true = np.array([[1, 1, 2, 2], [1, 1, 2, 2]])
     pairs = (true, true), (true, true * (true == 1)), (true, true * 0), (true * 0, true)
     tables = [metrics.overlap(*pair) for pair in pairs]
-    scores = instruct.class_scores(tables)
+    scores = instruct.instruct_class_scores(tables)
     assert scores == {"AP@0.5": 3 / 8, "Dice": 2 * 12 / (24 + 20), "true": 6, "found": 5}
 
 
@@ -244,9 +244,9 @@ def test_texts_are_learned_before_the_images():
     classes = ["inflammatory", "epithelial"]
     lessons = instruct.Lessons(lines, net.words, classes, Bag(), "cpu")
     assert lessons.member[lessons.names[:, 1] > 0].unique(dim=0).tolist() == [[-1, 1, -1]]
-    before = instruct.text_loss(net.eval(), lessons, torch.arange(len(lessons.lines)))
+    before = instruct.instruct_text_loss(net.eval(), lessons, torch.arange(len(lessons.lines)))
     instruct.teach_texts(net.train(), lessons, 3e-3, 0)
-    after = instruct.text_loss(net.eval(), lessons, torch.arange(len(lessons.lines)))
+    after = instruct.instruct_text_loss(net.eval(), lessons, torch.arange(len(lessons.lines)))
     assert after < 0.2 * before
     vectors = net.read(lessons.vectors).vectors
     like, own = vectors @ vectors.T, lessons.names @ lessons.names.T > 0
@@ -258,7 +258,7 @@ def test_the_text_decides_which_cells_belong(toy):
     folder, _ = toy
     net = instruct_net.load_instructed(folder / "final_models" / "toy.pt")
     tile = tissue(13)
-    seen = instruct_net.view_of(tile.pixels, net, tile.labels)
+    seen = instruct_net.answer_view(tile.pixels, net, tile.labels)
     kinds = np.array([tile.classes[i] for i in sorted(tile.classes)])
     for name in ("inflammatory", "malignant epithelial"):
         near = net.similarity(net.wordings_of([name]), seen.cells)[0].detach().numpy()
@@ -278,7 +278,7 @@ def test_fixed_head_and_evaluate(toy):
     assert run("evaluate", f"reference={folder}/final_models/toy_fixed.pt", f"foreign={gray}") == 0
     result = json.loads((folder / "runs" / "toy" / "evaluate.json").read_text())
     parts = [part for tile in instruct_data.read_class_tiles(folder / "set", "test")
-             for part, _ in instruct_data.tile_parts(tile)]
+             for part, _ in instruct_data.class_tile_parts(tile)]
     true = sum(name == "inflammatory" for part in parts for name in part.classes.values())
     ways = result["classes"]["inflammatory"]
     assert set(ways) == {"text", "except", "shuffled", "fixed"} and ways["text"]["true"] == true

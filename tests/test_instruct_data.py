@@ -27,14 +27,14 @@ from instruct_data import (
     amount_in_words,
     answer_in_words,
     class_membership,
+    class_tile_parts,
     class_tiles,
     class_truth,
     crop_class_tile,
-    place_of,
     refusal_in_words,
     rewrite_instruction,
     split_class_tile,
-    tile_parts,
+    words_of_place,
     write_class_tile,
 )
 
@@ -122,9 +122,9 @@ def test_sentences():
 
 
 def test_place():
-    assert place_of(np.array([[1, 1], [2, 2], [99, 99]]), (100, 100)) == "upper left"
-    assert place_of(np.array([[50.0, 50.0]]), (100, 100)) == "centre"
-    assert place_of(np.argwhere(np.ones((9, 9))) * 11, (100, 100)) == ""
+    assert words_of_place(np.array([[1, 1], [2, 2], [99, 99]]), (100, 100)) == "upper left"
+    assert words_of_place(np.array([[50.0, 50.0]]), (100, 100)) == "centre"
+    assert words_of_place(np.argwhere(np.ones((9, 9))) * 11, (100, 100)) == ""
 
 
 # --------------------------------------------------------------------------------------------- llm
@@ -317,7 +317,7 @@ def test_parts_fill_a_tile_and_large_images_are_divided_by_rows(monkeypatch):
     monkeypatch.setattr(instruct_data, "PART", 64)
     tile = tissue(5, size=200)
     seen = np.zeros(tile.labels.shape, int)
-    for part, (y0, x0, y1, x1) in tile_parts(tile):
+    for part, (y0, x0, y1, x1) in class_tile_parts(tile):
         seen[y0:y1, x0:x1] += 1
         assert part.labels.shape == (y1 - y0, x1 - x0) and abs(y1 - y0 - 64) < 16
     assert (seen == 1).all()

@@ -30,9 +30,10 @@ from instruct_net import (
     View,
     WordPiece,
     Words,
+    answer_cell_classes,
+    answer_cell_means,
     answer_overview,
-    cell_classes,
-    cell_means,
+    answer_view,
     embeddings,
     guardrail_readings,
     guardrail_reply,
@@ -40,7 +41,6 @@ from instruct_net import (
     load_encoder,
     load_instructed,
     save_instructed,
-    view_of,
 )
 
 REFERENCE = json.loads(Path(__file__).with_name("minilm_reference.json").read_text("utf-8"))["rows"]
@@ -229,7 +229,7 @@ def test_pooled_is_the_mean_of_each_label():
     generator = torch.Generator().manual_seed(0)
     plane = torch.randn(2, 5, 8, 8, generator=generator)
     labels = torch.randint(0, 4, (2, 8, 8), generator=generator)
-    mean, area = cell_means(plane, labels, 4)
+    mean, area = answer_cell_means(plane, labels, 4)
     for b in range(2):
         for i in range(4):
             direct = plane[b][:, labels[b] == i].mean(1)
@@ -331,7 +331,7 @@ def test_reply_counts_the_cells_of_a_class():
     assert said.status == "answer" and said.sentence == "I count 2 inflammatory cells."
     assert set(np.unique(said.labels)) == {0, 1, 2}
     assert said.found.area == 72 / 1600
-    assert instruct_data.label_boxes(said.labels) == [[5, 2, 11, 8], [5, 12, 11, 18]]
+    assert instruct_data.class_label_boxes(said.labels) == [[5, 2, 11, 8], [5, 12, 11, 18]]
     none = guardrail_reply(view(cells=torch.eye(8)[4:]), "count the immune cells", reading(),
                            known_net())
     assert none.status == "answer" and none.found.count == 0 and not none.labels.any()
@@ -342,9 +342,9 @@ def test_a_class_is_there_when_one_cell_is_sure():
     """Cells above `belongs` are of no class while none is above `present`."""
     net = known_net(belongs=0.4, present=0.9)
     net.temperature.data, net.offset.data = torch.tensor(0.0), torch.tensor(0.0)   # cosine 1 is .73
-    assert cell_classes(view(), net) == ["nuclei"] * 4
+    assert answer_cell_classes(view(), net) == ["nuclei"] * 4
     net.words.present = 0.7
-    assert cell_classes(view(), net) == ["inflammatory"] * 4       # cosine 0 is .5, above .4
+    assert answer_cell_classes(view(), net) == ["inflammatory"] * 4       # cosine 0 is .5, above .4
 
 
 CLASSES = ("nuclei", "inflammatory", "lymphocyte", "epithelial", "malignant epithelial",
@@ -405,7 +405,7 @@ def test_numbers_of_the_shipped_network_add_up(minilm, shared):
         assert (found.task, set(found.targets)) == (task, set(targets))
     source = instruct_data.AnnotatedSet(str(shared / "data" / "he_consep" / "test"), "consep")
     for tile in instruct_data.class_tiles(source):
-        seen = view_of(tile.pixels[:, :250, :250], net)
+        seen = answer_view(tile.pixels[:, :250, :250], net)
         found = {key: guardrail_reply(seen, texts[key], reading, net).found
                  for key, reading in readings.items()}
         for key, answered in found.items():
@@ -496,7 +496,7 @@ def test_what_is_seen_adds_up():
 def test_more_than_three_channels_are_a_question():
     net = small_net().eval()
     stack = np.random.default_rng(0).integers(0, 60000, (5, 64, 64)).astype(np.uint16)
-    seen = view_of(stack, net)
+    seen = answer_view(stack, net)
     said = guardrail_reply(seen, "count the nuclei", reading(), net)
     assert said.status == "question" and "I see an image of 5 channels" in said.sentence
 

@@ -118,11 +118,11 @@ def test_overlaps_are_those_of_metrics():
     rng = np.random.default_rng(0)
     for _ in range(20):
         a, b = rng.integers(0, 6, (2, 9, 11)) * rng.integers(0, 2, (2, 9, 11))
-        one, other = link.plane_of(a), link.plane_of(b)
+        one, other = link.linked_plane(a), link.linked_plane(b)
         table = metrics.overlap(a, b)
         assert one.ids.tolist() == table.truth_ids.tolist()
         assert one.area.tolist() == table.truth_areas.tolist()
-        first, second, px = link.shared_pixels(one, other)
+        first, second, px = link.linked_overlaps(one, other)
         theirs = sorted(zip(table.rows.tolist(), table.cols.tolist(), table.counts.tolist()))
         assert list(zip(first.tolist(), second.tolist(), px.tolist())) == theirs
         for k, centre in zip(one.ids, one.centre):
@@ -313,7 +313,7 @@ def test_others_read_the_tracks(tmp_path, movie, quick, capsys, monkeypatch):
     peaks = reader.trackmate_peak_import(str(out / "a_trackmate.xml"), get_tracks=True)
     assert len(peaks) == len(spots)
     first = peaks[peaks["t_stamp"] == 0].sort_values("spot_id")
-    centres = link.plane_of(labels[0]).centre
+    centres = link.linked_plane(labels[0]).centre
     np.testing.assert_allclose(np.sort(first[["y", "x"]].to_numpy(), 0), np.sort(centres, 0), 1e-5)
 
 

@@ -155,7 +155,7 @@ def test_the_mean_of_seeds():
     tables = [metrics.overlap(truth, truth), metrics.overlap(truth, 0 * truth)]
     seeds = [measure.Result(f"s{i}", "", None, ["x"], [table], metrics.set_scores([table]), [], 1.0)
              for i, table in enumerate(tables)]
-    result = measure.mean_of_seeds("s", seeds)
+    result = measure.bench_mean_of_seeds("s", seeds)
     assert result.scores.mean["AP@0.5"] == 0.5
     assert result.runs == tuple(seeds) and result.note == "2 seeds"
     assert np.mean([y for _, y in measure.scores_by_size({"s": result})["s"]]) == pytest.approx(0.5)
@@ -166,7 +166,7 @@ def test_the_mean_of_seeds():
 @pytest.mark.smoke
 def test_thresholds_are_every_pair_that_can_be():
     grid = measure.Encoding(peak=(0.4, 0.9), fill=(0.1, 0.5), depth=(0.0, 0.1))
-    found = measure.threshold_grid(grid)
+    found = measure.bench_threshold_grid(grid)
     pairs = [(one["peak"], one["fill"]) for one in found[::2]]
     assert pairs == [(0.4, 0.1), (0.9, 0.1), (0.9, 0.5)]
     assert list(found[0]) == ["peak", "fill", "depth", "smooth", "shape",
@@ -250,7 +250,7 @@ def test_square_worth_showing(shape, cell, expected):
     """Whole images where cells stay visible; otherwise the square that holds the cells."""
     truth = np.zeros(shape, np.int32)
     truth[-60:-60 + cell, -90:-90 + cell] = 1
-    top, left, px, step, _ = square = measure.crowded_square(truth)
+    top, left, px, step, _ = square = measure.bench_crowded_square(truth)
     if expected:
         assert square[:4] == expected
     else:

@@ -344,7 +344,10 @@ def test_windows_are_measured_as_fields_are():
     )
     assert {name: numbers[name] for name in expected} == pytest.approx(expected)
     flat = torch.from_numpy(np.concatenate([look.cls for look in seen]))
-    assert numbers["effective_rank"] == pytest.approx(ssl_.effective_rank(flat)) and len(looks) == 2
+    assert (
+        numbers["effective_rank"] == pytest.approx(ssl_.student_effective_rank(flat))
+        and len(looks) == 2
+    )
     with pytest.raises(ValueError, match="outlines"):
         probe.tiles_without_cells(windows, 32)
 

@@ -249,13 +249,13 @@ def test_markdown_and_its_place(tmp_path):
     text = report.markdown(["a", "b"], [["x|y", "1"]])
     assert text == "| a | b |\n| --- | --: |\n| x\\|y | 1 |\n"
     path = tmp_path / "d.md"
-    report.put_between(path, "t", text)                               # a new document
+    report.put_report_between(path, "t", text)                               # a new document
     assert path.read_text() == f"<!-- begin t -->\n{text}<!-- end t -->\n"
     path.write_text("head\n" + path.read_text() + "tail")
-    report.put_between(path, "t", "new\n")
+    report.put_report_between(path, "t", "new\n")
     assert path.read_text() == "head\n<!-- begin t -->\nnew\n<!-- end t -->\ntail"
     with pytest.raises(ValueError, match="d.md: expected the lines <!-- begin u -->"):
-        report.put_between(path, "u", text)
+        report.put_report_between(path, "u", text)
 
 
 # ---------------------------------------------------------------------------------------------- PNG

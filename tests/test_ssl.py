@@ -241,12 +241,12 @@ def test_measures_of_health():
     assert ssl_.perplexity(torch.tensor([5.0, 5, 5, 5, 0])) == pytest.approx(4)
     assert ssl_.perplexity(torch.tensor([0.0, 7, 0])) == pytest.approx(1)
     corners = torch.cat((torch.eye(6), -torch.eye(6)))  # centred, all directions alike
-    assert ssl_.effective_rank(corners) == pytest.approx(6)
+    assert ssl_.student_effective_rank(corners) == pytest.approx(6)
     line = torch.tensor([[1.0, 1], [3, 3], [4, 4]])
-    assert ssl_.effective_rank(line) == pytest.approx(1, abs=1e-6)
+    assert ssl_.student_effective_rank(line) == pytest.approx(1, abs=1e-6)
     wide = torch.randn(20000, 16, generator=torch.Generator().manual_seed(0))
-    assert ssl_.feature_std(wide) == pytest.approx(1, abs=0.02)
-    assert ssl_.feature_std(torch.ones(9, 4)) == pytest.approx(0, abs=1e-9)
+    assert ssl_.student_feature_std(wide) == pytest.approx(1, abs=0.02)
+    assert ssl_.student_feature_std(torch.ones(9, 4)) == pytest.approx(0, abs=1e-9)
 
 
 # ------------------------------------------------------------------------------------------ encoder

@@ -81,7 +81,7 @@ def test_a_cell_cut_in_two_by_the_edge_keeps_its_larger_piece():
     grown = np.array([[5, 5, 0, 5, 5],
                       [5, 0, 0, 5, 5],
                       [2, 0, 7, 2, 2]])
-    labels, number = synthetic.largest_pieces(grown, smallest=2)
+    labels, number = synthetic.synthetic_largest_pieces(grown, smallest=2)
     assert len(np.unique(labels)) == 3 and labels.max() == 2  # 7 shows a single pixel
     np.testing.assert_array_equal(number[labels], [[0, 0, 0, 5, 5], [0, 0, 0, 5, 5],
                                                    [0, 0, 0, 2, 2]])

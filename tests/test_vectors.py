@@ -46,7 +46,7 @@ def test_a_vector_is_the_mean_token_of_the_pixels():
     labels = rng.integers(0, 4, (2, 16, 24))
     tokens = torch.from_numpy(rng.normal(size=(2, 6, 5))).float()
     rows, place = vectors.pooled(tokens, torch.from_numpy(labels), 8)
-    normal = vectors.even(tokens).numpy()
+    normal = vectors.even_vector_lengths(tokens).numpy()
     for row, (b, label) in zip(rows.numpy(), place.tolist()):
         own = [normal[b, y // 8 * 3 + x // 8] for y, x in zip(*np.nonzero(labels[b] == label))]
         np.testing.assert_allclose(row, np.mean(own, 0), atol=1e-5)
@@ -132,11 +132,12 @@ def test_the_linear_head_is_scikit_learns():
     rng = np.random.default_rng(0)
     types = rng.choice(3, 120, p=(0.6, 0.3, 0.1))
     x = rng.normal(size=(120, 6)) + types[:, None] * rng.normal(size=6)
-    head = vectors.linear_head(x, types, 3, penalty=0.1)
+    head = vectors.linear_type_head(x, types, 3, penalty=0.1)
     z = (x - x.mean(0)) / x.std(0)
     theirs = linear.LogisticRegression(C=1 / (0.1 * 120), class_weight="balanced", tol=1e-8,
                                        max_iter=1000).fit(z, types)
-    np.testing.assert_allclose(vectors.probabilities(head, x), theirs.predict_proba(z), atol=2e-3)
+    np.testing.assert_allclose(vectors.type_probabilities(head, x), theirs.predict_proba(z),
+                               atol=2e-3)
 
 
 @pytest.mark.smoke
@@ -162,10 +163,10 @@ def test_neighbours_and_retrieval_by_hand():
                                    k=2).tolist() == [0, 1]
     # a and b alike: each a finds the other a second, each b finds the other b first
     rows = np.array([[1, 0], [0, 1], [0.1, 1], [0, 1.0]])
-    got = vectors.retrieval_precision(rows, ["a", "b", "a", "b"])
+    got = vectors.vector_retrieval_precision(rows, ["a", "b", "a", "b"])
     # row 0: order 2 1 3 -> 1; row 1: 3 -> 1; row 2: 1 3 0 -> 1/3; row 3: 1 -> 1
     assert got == pytest.approx((1 + 1 + 1 / 3 + 1) / 4)
-    assert np.isnan(vectors.retrieval_precision(rows, ["a", "b", "c", "d"]))
+    assert np.isnan(vectors.vector_retrieval_precision(rows, ["a", "b", "c", "d"]))
 
 
 def reference_scores(true_xy, true_type, found_xy, found_type, types):

@@ -109,7 +109,7 @@ class Config:
     gap: runs.Whole | None = None                        # frames that a track may miss; null: 2
     # of a slide that is stored in several sizes: which, from 1, the largest; null: pixel_size's
     level: runs.Count | None = None
-    pixel_size: runs.Positive | None = None  # µm: the coarsest size with such pixels; null: level 1
+    pixel_size: runs.Positive | None = None  # µm: the coarsest size with these; null: level 1
     # how large cells are here: 40 (px), 12um or auto; null: auto if the weights can tell
     diameter: str | None = None
     # a cell's marker lies above this distance; null: the weights' own

@@ -302,15 +302,6 @@ def load_bench_record(path: Path) -> dict:
     return record if isinstance(record, dict) and "key" in record else {"key": None}
 
 
-def bench_without_nan(value: Any) -> Any:
-    """null for NaN, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: bench_without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [bench_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 # ------------------------------------------------------------------------------ sources of labels
 
 class NetworkLabels:
@@ -605,7 +596,7 @@ def measure_model(model: str, dataset: LabelledSet,
                "missing": missing, "seconds": total, **bench_headline(scores),
                "intervals": score_intervals(scores), "mean": scores.mean, "pooled": scores.pooled,
                "images": dict(zip(names, scores.images))}
-    runs.write_text(folder / "metrics.json", json.dumps(bench_without_nan(content), indent=1)
+    runs.write_text(folder / "metrics.json", json.dumps(runs.without_nan(content), indent=1)
                     + "\n")
     return Result(model, source.note, folder, names, tables, scores, missing, total)
 
@@ -709,7 +700,7 @@ def encoding_rows(dataset: LabelledSet, grid: Encoding, score: str, folder: Path
                 found.append(metrics.overlap(truth, watershed.flood(maps[chosen["cap"]], setting)))
         rows = [{**chosen, "n": len(found), **score_columns(metrics.set_scores(found))}
                 for chosen, found in zip(settings, tables)]
-        return bench_without_nan(sorted(rows, key=lambda row: -row[score]))
+        return runs.without_nan(sorted(rows, key=lambda row: -row[score]))
 
     key = dict(settings=settings, score=score,
                truths=[runs.digest(example.labels()) for example in dataset.examples])

@@ -677,16 +677,7 @@ def called(function: Callable[[Any, Any], Any], project: Project,
         raise Refusal(400, f"a request without what it needs: {error}") from None
     if isinstance(answer, bytes):
         return answer, "application/octet-stream"
-    return json.dumps(plain(answer)).encode(), "application/json"
-
-
-def plain(value: Any) -> Any:
-    """null for NaN, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(runs.without_nan(answer)).encode(), "application/json"
 
 
 # ---------------------------------------------------------------------------- requests

@@ -1090,6 +1090,15 @@ def read_table(path: str | Path, needed: Iterable[str] = (),
     return [dict(zip(names, row)) for row in rows[1:]]
 
 
+def without_nan(value: Any) -> Any:
+    """null for NaN, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def listed(names: Sequence[str], count: int = 5) -> str:
     """The first names and the number of others."""
     rest = len(names) - count

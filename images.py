@@ -999,8 +999,8 @@ def write_label_stack(path: str | Path, planes: Iterable[np.ndarray], shape: tup
                       step: float | None = None, record: dict | None = None) -> None:
     """Write labels (Z or T, H, W), one plane in memory, as a compressed OME-TIFF.
 
-    axes : ZYX or TYX; largest : the largest label; pixel_size, step : µm in a plane and to the next
-    one, or seconds for frames; record : as of write_labels.
+    axes : ZYX or TYX; largest : the largest label; pixel_size, step : µm in a plane and to the
+    next one, or seconds for frames; record : as of write_labels.
     """
     dtype = np.uint16 if largest < 1 << 16 else np.uint32
     words: dict[str, Any] = {"axes": axes}

@@ -399,3 +399,8 @@ def test_devices_are_picked_by_what_is_there(monkeypatch):
     assert runs.pick_device("auto") == "cuda"
     with torch.autocast("mps", torch.bfloat16, enabled=False):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_nan_is_null_in_json_at_any_depth():
+    given = {"a": [1.5, float("nan"), {"b": (float("inf"), "text", None, 3)}]}
+    assert runs.without_nan(given) == {"a": [1.5, None, {"b": [None, "text", None, 3]}]}

@@ -219,6 +219,11 @@ def test_from_s3_to_s3_is_what_folders_give(cells, folder, tmp_path, capsys):
     assert len(list(csv.DictReader(io.StringIO(get(cells, "out1/summary.csv").decode())))) == 4
     assert listed(cells, "out1/") == here
 
+    cells.client.delete_object(Bucket="cells", Key="out1/summary.csv")   # a kill before its upload
+    assert infer.main(config, ["s3://cells/raw"]) == 0
+    again = list(csv.DictReader(io.StringIO(get(cells, "out1/summary.csv").decode())))
+    assert sorted(row["image"] for row in again) == ["p10_c", "p1_a", "p1_b", "p1_deep_d"]
+
 
 def test_a_folder_is_no_prefix_and_an_object_is_itself(cells, tmp_path):
     config = Config()

@@ -32,13 +32,10 @@ def hardware() -> str:
 
 
 def versions() -> str:
-    import numpy  # noqa: E401
-    import scipy
-    import skimage
-    import torch
-    return (f"Python {platform.python_version()}, torch {torch.__version__}, numpy "
-            f"{numpy.__version__}, "
-            f"scipy {scipy.__version__}, scikit-image {skimage.__version__}")
+    from importlib.metadata import version
+    packages = ("torch", "numpy", "scipy", "scikit-image")
+    return ", ".join([f"Python {platform.python_version()}",
+                      *(f"{name} {version(name)}" for name in packages)])
 
 
 def seconds(run, repeats: int = 5) -> float:
@@ -92,9 +89,9 @@ def watershed() -> None:
 
     from watershed import watershed as ours
     rows = []
-    for name, options in (("smooth", {}), ("capped at 4 px", dict(cap=4.0)),
-                          ("capped at 6 px, 16 levels", dict(cap=6.0, levels=16))):
-        d = cells_map(2048, 2000, **options)
+    for name, cap, levels in (("smooth", None, None), ("capped at 4 px", 4.0, None),
+                              ("capped at 6 px, 16 levels", 6.0, 16)):
+        d = cells_map(2048, 2000, cap=cap, levels=levels)
         reference = seconds(lambda: theirs(-d, ndimage.label(d > 0.47)[0], mask=d > 0.09), 3)
         expected, got = theirs(-d, ndimage.label(d > 0.47)[0], mask=d > 0.09), ours(d)
         took = seconds(lambda: ours(d), 7)
@@ -124,7 +121,7 @@ def cell_pair(size: int = 2048, cells: int = 5000, move: float = 2.0, seed: int 
     pitch = size / across  # px
     grid = np.stack(np.divmod(np.arange(cells), across), axis=1)
     centres = (grid + 0.5 + rng.uniform(-0.25, 0.25, (cells, 2))) * pitch
-    pixels = np.stack(np.mgrid[:size, :size], axis=-1).reshape(-1, 2)
+    pixels = np.indices((size, size)).transpose(1, 2, 0).reshape(-1, 2)
     for points in (centres, centres + rng.normal(0, move, (cells, 2))):
         distance, nearest = cKDTree(points).query(pixels, workers=2)
         yield np.where(distance < 0.6 * pitch, nearest + 1, 0).reshape(size, size).astype(np.int32)
@@ -148,7 +145,7 @@ def metrics() -> None:
         from cellpose.metrics import average_precision
         from stardist.matching import matching
         matching(truth[:64, :64], pred[:64, :64])            # numba compiles on the first call
-        theirs = {}
+        theirs: dict = {}
         for name, run in (("stardist.matching",
                            lambda: theirs.update(s=matching(truth, pred, thresh=THRESHOLDS))),
                           ("cellpose.metrics.average_precision",
@@ -210,9 +207,9 @@ def segment() -> None:
             path = whole_image(size, Path(folder))
             times = []
             for _ in range(3):
-                clock, start = Counter(), time.perf_counter()
+                clock, start = Counter[str](), time.perf_counter()
                 infer.segment_file(path, path.stem, Path(folder), network,
-                                   infer.Config(kind="shared"), clock=clock)
+                                   infer.Config(), clock=clock)
                 times.append((time.perf_counter() - start, clock))
             took, clock = sorted(times, key=lambda one: one[0])[1]
             rows.append([weights.stem, f"{size} x {size}", f"{took:.2f} s",

@@ -49,7 +49,7 @@ def main(config: Config, files: list[str]) -> None:
 def learn(folder: Path, examples: list, count: int, config: Config) -> dict:
     """Replay the corrections and press the button; returns the round's record, with seconds."""
     folder.mkdir(parents=True)
-    truth = {}
+    truth: dict = {}
     for half in (1, 2):                                       # first a half of every image
         for example in examples[:max(0, count - len(truth))]:
             image, labels = example.image(), example.labels()
@@ -68,7 +68,9 @@ def learn(folder: Path, examples: list, count: int, config: Config) -> dict:
             book.do(edits.flooded_edit(book, labels, "find"))
             project.of(name)["done"] = True
         project.learning.start()
-        project.learning.watcher.join()
+        watcher = project.learning.watcher
+        if watcher:
+            watcher.join()
         record = project.learning.status()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if record["state"] != "done":

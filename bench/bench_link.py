@@ -96,7 +96,8 @@ def laptrack_of(planes, cutoff: float, splitting: float | bool):
         found = found.reset_index()
     time_of = "frame" if "frame" in found else "frame_y"
     parents = dict(zip(splits["child_track_id"], splits["parent_track_id"])) if len(splits) else {}
-    volume, spans = np.zeros((len(planes), *planes[0].shape), np.int32), {}
+    volume = np.zeros((len(planes), *planes[0].shape), np.int32)
+    spans: dict = {}
     for t, label, track in zip(found[time_of], found["label"], found["track_id"]):
         volume[t][planes[t] == label] = track + 1
         first, last = spans.get(track, (t, t))

@@ -109,7 +109,7 @@ def supervised(device: str) -> list[list[str]]:
     config = runs.load_config(script.Config, ROOT / "configs" / "dinocell_s8.yaml")
     images, *_ = augment.load_resident(data.TrainingData(fields=20, field_size=384), 0, device,
                                        config.cap)
-    trainer = script.Trainer(config, script.build_network(config), device)
+    trainer = script.Trainer(config, script.build_segmentation_net(config), device)
     changes = runs.from_dict(augment.Augment, config.augment, "augment")
     flops = 3 * config.batch * sum(part[2] for part in model.cost(trainer.net, config.crop))
     number = 0
@@ -118,8 +118,9 @@ def supervised(device: str) -> list[list[str]]:
         nonlocal number
         sample = np.arange(config.batch) + number * config.batch
         number += 1
-        trainer.step(augment.sample(images, images.draw(0, sample), sample, changes, config.crop, 0,
-                                    config.cap), 1.0)
+        chosen = images.draw(0, sample)
+        trainer.step(augment.sample(images, chosen, sample, changes, config.crop, 0, config.cap),
+                     1.0, chosen)
     torch.manual_seed(0)
     return [row(f"train_seg.py, {config.batch} crops of {config.crop} px, {config.optimiser}", step,
                 flops, device)]
@@ -212,7 +213,7 @@ def threads() -> None:
     with tempfile.TemporaryDirectory() as folder:
         image = whole_image(SIZE, Path(folder))
         for weights in ("tiny", "s8"):
-            took = {}
+            took: dict = {}
             for busy in (0, count, 0, count):
                 others = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
                           for _ in range(busy)]

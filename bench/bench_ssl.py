@@ -144,8 +144,12 @@ def ssl() -> None:
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         step.cutting.spent.clear()
+
+        def several(step=step) -> None:
+            for _ in range(steps):
+                step()
         begin = time.perf_counter()
-        waiting(lambda: [step() for _ in range(steps)], device)()
+        waiting(several, device)()
         took = (time.perf_counter() - begin) / steps
         work = ssl_.student_step_flops(step.student, shown.size, shown.local_size,
                                shown.locals) * config.batch
@@ -153,7 +157,7 @@ def ssl() -> None:
         rows.append([name, f"{took:.3f} s", f"{config.batch / took:.1f}", f"{work / 1e9:.0f}",
                      f"{work / took / rate:.1%}", f"{step.cutting.seconds() / steps / took:.1%}",
                      memory])
-        step = None                                            # frees its memory
+        del step                                               # frees its memory
     table(f"Pretraining, {config.network.dim} wide, {config.network.depth} blocks, {config.batch} "
           f"fields, "
           f"2 x {shown.size} and {shown.locals} x {shown.local_size} px, {config.precision}, on "

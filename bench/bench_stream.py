@@ -15,6 +15,7 @@ import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -122,7 +123,8 @@ class Files:
     """A worker's connection, made where it is used."""
 
     def __init__(self, url: str, index):
-        self.url, self.index, self.client = url, index, None
+        self.url, self.index = url, index
+        self.client: Any = None
 
     def image(self, row: int, channel: str) -> np.ndarray:
         import tifffile
@@ -139,7 +141,8 @@ class WithLRU:
     """
 
     def __init__(self, url: str, index, images: int = 1000):
-        self.files, self.images, self.kept = Files(url, index), images, OrderedDict()
+        self.files, self.images = Files(url, index), images
+        self.kept: OrderedDict = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.files.index)
@@ -200,11 +203,12 @@ def waits(url: str, index, seconds: float, connections: int):
         def __iter__(self):
             return crops_of(url, index, 100, torch.utils.data.get_worker_info().id)
 
-    lru = DataLoader(WithLRU(url, index), batch_size=None, shuffle=True, num_workers=10)
+    fields: Any = WithLRU(url, index)
+    lru: DataLoader = DataLoader(fields, batch_size=None, shuffle=True, num_workers=10)
     crops = DataLoader(Crops(), batch_size=None, num_workers=10)
     for name, loader in (("Dataset + DataLoader, 10 workers, LRU of 1,000 images each", lru),
                          ("the same, 100 crops from each field fetched", crops)):
-        answers = iter(loader)
+        answers: Any = iter(loader)
         yield name, demand(lambda: next(answers), 1, 500, seconds)
         answers._shutdown_workers()
     with pool_of(url, index, connections, 64) as pool:

@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -85,10 +86,12 @@ def left_out(config: Config, seed: int, variant: str, group: str) -> dict[str, f
     losses = []
     for step in range(one.steps):
         sample = np.arange(one.batch) + step * one.batch
-        batch = augment.sample(images, images.draw(seed, sample), sample, changes, one.crop, seed,
-                               one.cap)
-        losses.append(trainer.step(batch, train_seg.segmentation_rate(one, step))[0].item())
-    ready = trainer.average.module.ready("cpu")
+        chosen = images.draw(seed, sample)
+        batch = augment.sample(images, chosen, sample, changes, one.crop, seed, one.cap)
+        factor = train_seg.segmentation_rate(one, step)
+        losses.append(trainer.step(batch, factor, chosen)[0].item())
+    average: Any = trainer.average.module
+    ready = average.ready("cpu")
     return dict(scored(ready, [entry for entry in held if entry.set not in away],
                        [entry for entry in strangers if entry.set in away]),
                 loss=float(np.mean(losses[-50:])))
@@ -172,7 +175,7 @@ def scored(net, home: list, strangers: list) -> dict[str, float]:
     best = tune(lambda setting: float(np.mean(list(by_set(home, setting).values()))),
                 depth=(0.0, 0.05, 0.1, 0.2),
                 smooth=(0.0, 1.0), shape=(0.0,), min_area=(0,))
-    scores = {}
+    scores: dict[str, float] = {}
     for side, entries in (("home", home), ("abroad", strangers)):
         found = by_set(entries, best, [0.5])
         scores |= {side: float(np.mean(list(found.values()))),

@@ -472,7 +472,9 @@ def test_ready_is_the_same_network_in_the_type_of_the_hardware(monkeypatch):
 
 
 @pytest.mark.smoke
-def test_attention_by_products_has_the_gradient_of_attention():
+@pytest.mark.parametrize("heads", [100, 4, 1])      # at a time, of the six
+def test_attention_by_products_is_attention_and_its_gradient(monkeypatch, heads):
+    monkeypatch.setattr(model, "PIECE", heads * 17 * 17 * 8)
     torch.manual_seed(0)
     parts = [torch.randn(2, 3, 17, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     weight = torch.randn(2, 3, 17, 8, dtype=torch.float64)

@@ -362,6 +362,11 @@ class Book:
 
     # ----------------------------------------------------------------------------------- questions
 
+    def numbering(self) -> int:
+        """Another number whenever the network has numbered all cells anew."""
+        with self.lock:
+            return zlib.crc32(next((line for line in reversed(self.done) if is_whole(line)), b""))
+
     def at(self, point: np.ndarray) -> int:
         """The cell under a point (x, y), 0 for none."""
         x, y = np.floor(point).astype(int)

@@ -227,6 +227,11 @@ def stack_of(path: str | Path, letter: str) -> Stack:
     return Stack(int(count), series.axes, *known)
 
 
+def plane_name(name: str, axis: str, place: int, count: int) -> str:
+    """Name of a plane (axis Z) or frame (T) of a stack, from 1: embryo_z03, movie_t007."""
+    return f"{name}_{axis.lower()}{place:0{len(str(count))}d}"
+
+
 class Source:
     """An open image: path, shape (C, H, W), dtype, channels, pixel_size (µm) and notices.
 
@@ -903,9 +908,10 @@ def write_image(path: Path, image: Image) -> None:
                          ome=known, metadata={"axes": "CYX", **(ome if known else {})})
 
 
-def read_labels(path: str | Path) -> np.ndarray:
+def read_labels(path: str | Path, plane: int | None = None, time: int | None = None
+                ) -> np.ndarray:
     """(H, W) int32 labels from TIFF, PNG or .npy."""
-    with open_image(path, colours=False) as source:
+    with open_image(path, None, plane, time, colours=False) as source:
         if source.shape[0] != 1 or source.dtype.kind == "f":
             raise ValueError(f"{path}: {source.shape[0]} channels of {source.dtype}, expected "
                              "labels: one channel of integers; give each cell a whole number and "

@@ -144,7 +144,8 @@ class Config:
     device: runs.Device = "auto"            # auto: the GPU if there is one
     overwrite: bool = False                         # make results anew
     shard: str = "1/1"                              # which part of the images: 3/16
-    # folder with NAME_labels.tif, corrected by hand say: these cells are measured, none are found
+    # folder with NAME_labels.tif, corrected by hand say: these cells are measured, none are found;
+    # of a stack or movie planes as NAME_z03_labels.tif, NAME_t007_labels.tif: others are found
     labels: str | None = None
     signed: bool = False  # read from S3 with your AWS credentials; public buckets need none
 
@@ -189,10 +190,12 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
     if parts > 1:
         mine = {path: found[path] for path in sorted(found, key=str)[part - 1::parts]}
     if config.labels is not None:
-        mine = {path: name for path, name in mine.items() if given_labels(config, name).is_file()}
+        end = f"_{config.linked.lower()}*" if config.linked else ""         # of single planes
+        mine = {path: name for path, name in mine.items()
+                if any(Path(config.labels).glob(f"{glob.escape(name)}{end}_labels.tif"))}
         if not mine:
-            raise FileNotFoundError(f"labels={config.labels}: no NAME_labels.tif for any of the "
-                                    f"{len(found)} images")
+            raise FileNotFoundError(f"labels={config.labels}: no NAME{end}_labels.tif for any of "
+                                    f"the {len(found)} images")
     if not mine:
         print(f"shard {config.shard}: none of the {len(found)} images")
         return 0
@@ -444,7 +447,7 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, made: di
                                     **{name: getattr(config, name) for name in PLANNED})
         results = Results(out, name, source, plan, config, clock)
         found = (segment.blocks(source, results.plan, clock, progress) if config.labels is None
-                 else segment.blocks_of(labels_given(source, name, config), results.plan))
+                 else segment.blocks_of(labels_given(source, name, config), source, results.plan))
         for block in found:
             results.add(block)
     return results.close(made, start)
@@ -711,9 +714,13 @@ def segment_stack(path: Path, name: str, out: Path, net, config: Config, made: d
         if stop:
             raise runs.Stopped
         if not (work / f"{number}_labels.tif").exists():
+            flat = images.plane_name(name, config.linked, number + 1, len(planes))
             with planes.open(number) as source:
                 results = Results(work, str(number), source, plan, alone, clock)
-                for block in segment.blocks(source, results.plan, clock):
+                known = config.labels is not None and given_labels(config, flat).is_file()
+                found = (segment.blocks_of(labels_given(source, flat, config), source, results.plan)
+                         if known else segment.blocks(source, results.plan, clock))
+                for block in found:
                     results.add(block)
             results.close(None, start)
         if progress:

@@ -1,9 +1,13 @@
-"""Rounds of training on images that were corrected by hand, for the page.
+"""What the page learns: rounds of training on images that were corrected by hand, and types of
+cells from a few that were marked.
 
     rounds = learning.Learning(project)
     rounds.start()                     train_seg.py on the images that are done, or on with the last
     rounds.status()                    its state, loss and AP
     rounds.use(weights)                those of a round, or the ones before it
+    types = learning.Types(project)
+    types.teach()                      a linear head on vectors of the marked cells of all images
+    types.of(opened)                   the type of each cell of an image
 
 A round has a folder of its own: set/ with copies of images and labels, config.yaml, the run of
 train_seg.py, and round.json: its state, the weights before and after, and what both score on the
@@ -16,6 +20,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +31,13 @@ with runs.lazy():
     import numpy as np
     import yaml
 
+    import cells
     import data
     import images
     import metrics
     import model
     import segment
+    import vectors
 
 TRAINER = Path(__file__).resolve().parent / "train_seg.py"
 HELD = 0.2                      # of the images that are done, in whole groups
@@ -181,6 +189,86 @@ class Learning:
         self.stop()
         if self.watcher is not None:
             self.watcher.join(60)
+
+
+class Types:
+    """Types of cells for a page.Project, from the cells that were marked."""
+
+    def __init__(self, project: Any):
+        self.project = project
+        self.net: Any = None                            # a network that tells types
+        self.net_file = ""
+
+    def names(self) -> list[str]:
+        """Those that the weights in use tell, then those of the marks, the first marked first."""
+        return list(dict.fromkeys([*self.project.network().type_names,
+                                   *self.project.state.get("type_order", [])]))
+
+    def known(self) -> list[dict]:
+        """Name, colour and number of marks of each type."""
+        counts = Counter(name for state in self.project.state["images"].values()
+                         for _, _, name in state.get("marks", ()))
+        colours = cells.cell_type_colours(self.names())
+        return [{"name": name, "colour": "#" + bytes(colour).hex(), "marks": counts[name]}
+                for name, colour in colours.items()]
+
+    def note(self, name: str) -> None:
+        """Remember a type."""
+        order = self.project.state.setdefault("type_order", [])
+        if name not in order:
+            order.append(name)
+
+    @property
+    def version(self) -> int:
+        return self.project.state.get("types", {}).get("version", 0)
+
+    def file(self) -> str | None:
+        """Weights that tell types: those taught for the weights in use, or these themselves."""
+        taught, weights = self.project.state.get("types", {}), self.project.state["weights"]
+        if taught.get("weights") == weights and Path(taught["file"]).is_file():
+            return taught["file"]
+        return weights if self.project.network().type_names else None
+
+    def teach(self) -> None:
+        """Learn from the marks in all images; the result is a file of weights that tells types."""
+        project, net = self.project, self.project.network()
+        begin, rows, types = time.perf_counter(), [], []
+        for name in (name for name in project.names if project.of(name).get("marks")):
+            opened = project.open(name)
+            found = opened.cell_vectors(net, project.of(name), project.progress)
+            marks = opened.marked(project.of(name))
+            for cell, row in zip(found.ids.tolist(), found.vectors):
+                if cell in marks:
+                    rows.append(row)
+                    types.append(marks[cell])
+        names = [name for name in self.names() if name in types]
+        if len(names) < 2:
+            raise ValueError(f"cells of {runs.listed(names) or 'no type'} are marked, expected two "
+                             "types or more")
+        head = vectors.linear_type_head(
+            np.stack(rows), np.array([names.index(name) for name in types]), len(names))
+        weights = project.net_file
+        typed, file = model.load(weights), project.out / f"{Path(weights).stem}_types.pt"
+        typed.set_types(head, names)
+        model.save(typed, file, half=True)
+        with project.lock:
+            self.net, self.net_file = typed, str(file)
+            project.state["types"] = {
+                "file": str(file), "weights": weights, "marks": len(types),
+                "version": self.version + 1, "seconds": round(time.perf_counter() - begin, 2)}
+            project.remember()
+
+    def of(self, opened: Any) -> dict[int, tuple[str, float]] | None:
+        """Type and probability of each cell of an image; None: they are not known yet."""
+        file, found = self.file(), opened.known_vectors()
+        if file is None or found is None:
+            return None
+        if self.net_file != file:
+            self.net, self.net_file = model.load(file), file
+        share = self.net.type_probabilities(found.vectors)
+        names = [self.net.type_names[i] for i in share.argmax(1)]
+        told = zip(found.ids.tolist(), names, share.max(1).round(3).tolist())
+        return {cell: (name, value) for cell, name, value in told if cell in opened.book.boxes}
 
 
 def learning_config(weights: Path, folder: Path, steps: int) -> dict:

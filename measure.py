@@ -432,7 +432,7 @@ def bench_judged_cells(dataset: LabelledSet, net) -> JudgedCells:
     right = []
     for item in dataset.items("cells"):
         plan = segment.plan_for(item.pixels, net, diameter=dataset.config.diameter)
-        seen = segment.network_map(segment.as_source(item.pixels), plan)
+        seen, _ = segment.network_map(segment.as_source(item.pixels), plan)
         labels, distance = segment.cells_in_map(seen, plan, item.truth.shape)
         ids = np.arange(1, int(labels.max(initial=0)) + 1)
         for name, values in cells.cell_map_features(labels, distance, plan.diameter, ids).items():

@@ -10,19 +10,26 @@ address, and nothing is fetched from elsewhere. For each image NAME it keeps in 
 
     NAME_labels.tif      the cells, as infer.py writes them; written anew within a second of an edit
     NAME_journal.jsonl   every edit, to undo it also tomorrow
-    page.json            which images are done, thresholds, diameters, weights
+    page.json            which images are done, thresholds, diameters, types, weights
+    WEIGHTS_types.pt     the weights in use with the types that were taught; for infer.py, too
     .page/               maps, and a folder for each round of learning: images, run, weights
 
+Planes of a stack and frames of a movie are images that a slider goes through: NAME_z03, NAME_t003.
+
 and export writes what infer.py writes of the corrected cells: NAME_cells.csv, NAME_overlay.png,
-NAME.geojson, summary.csv. An image that infer.py out=FOLDER/cells has seen opens with its cells.
+NAME.geojson, summary.csv; of a stack or a movie with its cells linked. An image that infer.py
+out=FOLDER/cells has seen opens with its cells.
 """
 from __future__ import annotations
 
+import functools
+import glob
 import http.server
 import json
 import math
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,10 +38,10 @@ import urllib.parse
 import webbrowser
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import learning
 import runs
@@ -49,6 +56,7 @@ with runs.lazy():
     import images
     import model
     import segment
+    import vectors
 
 ROOT = Path(__file__).resolve().parent
 TILE = 512                      # px, side of what the browser asks for at once
@@ -99,17 +107,31 @@ def main(config: Config, files: list[str]) -> int:
 
 # ------------------------------------------------------------------------------------------- image
 
+class Entry(NamedTuple):
+    """An image of the folder, which may be a plane of a stack or a frame of a movie."""
+    path: Path
+    plane: int | None                   # from 1; None: the file has one
+    time: int | None
+    stack: str = ""                     # name of the stack or movie; "" for an image of its own
+    axis: str = ""                      # along which its planes lie, Z or T
+    place: int = 1                      # which of them, from 1
+    planes: int = 1                     # how many there are
+
+    def open(self, channels: tuple[str, ...] | None, level: int) -> images.Source:
+        return images.open_image(self.path, channels, self.plane, self.time, level=level)
+
+
 class Picture:
     """An open image for the screen: tiles of TILE px, each pixel the mean of 2 ** z x 2 ** z."""
 
-    def __init__(self, path: Path, config: Config):
+    def __init__(self, entry: Entry, config: Config):
         level = config.level or 1
-        self.source = images.open_image(path, None, config.plane, config.time, level=level)
+        self.source = entry.open(None, level)
         self.lock = threading.Lock()                    # a Source is not thread-safe
         C, H, W = self.source.shape
         self.sizes = {1: self.source}                   # how much smaller -> the slide so stored
         for number in range(level + 1, self.source.levels + 1):
-            small = images.open_image(path, None, config.plane, config.time, level=number)
+            small = entry.open(None, number)
             factor = round(H / small.shape[1])
             if factor & (factor - 1) == 0 and abs(small.shape[2] - W / factor) <= 1:
                 self.sizes[factor] = small
@@ -188,16 +210,21 @@ class Picture:
 class Opened:
     """An image of the folder with its cells, its map and its thresholds."""
 
-    def __init__(self, path: Path, name: str, project: Project):
-        self.path, self.name, self.project, self.config = path, name, project, project.config
-        self.picture = Picture(path, project.config)
+    def __init__(self, entry: Entry, name: str, project: Project):
+        self.entry, self.path, self.name = entry, entry.path, name
+        self.project, self.config = project, project.config
+        self.picture = Picture(entry, project.config)
         source = self.picture.source
         self.size = source.shape[1:]
         if math.prod(self.size) > LARGEST:
             self.picture.close()
-            raise ValueError(f"{path}: {self.size[0]} x {self.size[1]} px, expected at most "
+            raise ValueError(f"{self.path}: {self.size[0]} x {self.size[1]} px, expected at most "
                              f"{LARGEST / 1e9:.2g} gigapixels; start with level=2 or more if it is "
                              "a slide, or cut out a part")
+        linked = project.linked_file(entry)
+        if linked and not project.labels_file(name).exists():      # as infer.py z=all found them
+            images.write_labels(project.labels_file(name), images.read_labels(
+                linked, entry.plane, entry.time), source.pixel_size)
         self.book = edits.Book(project.out / name, self.size, source.pixel_size)
         self.seen: Any = None                           # (h, w) distances, as the network gave them
         self.seen_key = ""                              # what they were made with
@@ -206,6 +233,7 @@ class Opened:
         self.preview: Any = None                        # (H, W) labels while a slider moves
         self.previews = 0
         self.sure: tuple[int, dict] = (-1, {})          # revision, id -> how sure
+        self.rows: Any = None                           # vectors.CellVectors of the cells
 
     def close(self) -> None:
         self.book.save()
@@ -216,15 +244,14 @@ class Opened:
         return self.book.labels if self.preview is None else self.preview
 
     def for_network(self):
-        return images.open_image(self.path, self.config.channels, self.config.plane,
-                                 self.config.time, level=self.config.level or 1)
+        return self.entry.open(self.config.channels, self.config.level or 1)
 
-    def plan(self, source, net, state: dict):
+    def plan(self, source, net, state: dict, embed: bool = False):
         """What the image gets, with its own thresholds and diameter."""
         if self.limits is None:
             self.limits = images.percentiles(source, net.settings.low, net.settings.high)
         return segment.plan_for(source, net, diameter=self.project.diameter_of(state),
-                                limits=self.limits, **state.get("setting", {}))
+                                limits=self.limits, embed=embed, **state.get("setting", {}))
 
     def tile(self, z: int, row: int, column: int) -> bytes:
         """(h, w) int32 labels of a tile, nearest pixels."""
@@ -275,6 +302,50 @@ class Opened:
         return self.sure[1]
 
 
+    # --------------------------------------------------------------------------------------- types
+
+    def known_vectors(self):
+        """The vectors of cells that are known, in memory or on the disk; None: there are none. A
+        cell that was grown keeps its number and its vector, one that was split has others."""
+        file = self.project.vectors_file(self.name)
+        if self.rows is None and file.exists():
+            self.rows = vectors.read_vectors(file)
+        fits = self.rows is not None and self.rows.weights == self.vectors_key()
+        return self.rows if fits else None
+
+    def vectors_key(self) -> str:
+        """What vectors depend on: the network, and the numbers of the cells."""
+        return f"{self.project.map_key(self)}-{self.book.numbering()}"
+
+    def keep_vectors(self, pool, labels, plan) -> None:
+        file = self.project.vectors_file(self.name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.rows = vectors.CellVectors(*segment.pooled_vectors(pool, labels, plan),
+                                        self.vectors_key())
+        vectors.write_vectors(file, self.rows)
+
+    def cell_vectors(self, net, state: dict, progress: Callable[[float], None]):
+        """The vectors of all cells; the network runs where one is not known."""
+        known = self.known_vectors()
+        if known is not None and self.book.boxes.keys() <= set(known.ids.tolist()):
+            return known
+        if math.prod(self.size) > edits.LARGE:
+            raise ValueError(f"{self.size[0]} x {self.size[1]} px, expected at most "
+                             f"{edits.LARGE / 1e6:.0f} megapixels to tell types; cut out a part")
+        with self.book.lock:
+            labels = self.book.labels.copy()
+        with self.for_network() as source:
+            plan = self.plan(source, net, state, embed=True)
+            self.keep_vectors(segment.network_map(source, plan, progress)[1], labels, plan)
+        return self.rows
+
+    def marked(self, state: dict) -> dict[int, str]:
+        """The type of each cell that was marked: what is marked is a place, so that a cell may
+        change its number."""
+        return {int(self.book.labels[int(y), int(x)]): name for x, y, name in state.get("marks", ())
+                if self.book.labels[int(y), int(x)]}
+
+
 # ----------------------------------------------------------------------------------------- project
 
 class Project:
@@ -285,7 +356,7 @@ class Project:
             raise FileNotFoundError(f"{folder}: no such folder; expected one with images")
         self.folder, self.config = folder, config
         self.out = Path(config.out) if config.out else folder / "cells"
-        self.names = images_of(folder, self.out, config.pattern)
+        self.names = images_of(folder, self.out, config)
         self.out.mkdir(parents=True, exist_ok=True)
         self.state: dict[str, Any] = {"images": {}, "weights": str(weights_file(config))}
         if (self.out / "page.json").exists():
@@ -295,6 +366,8 @@ class Project:
         self.lock, self.loading = threading.RLock(), threading.Lock()
         self.opened: OrderedDict[str, Opened] = OrderedDict()
         self.queue: list[str] = []                      # images to search
+        self.untyped: list[str] = []                    # images whose cells want a type
+        self.teaching = False                           # types are to be learnt from the marks
         self.working: dict[str, Any] = {}               # what the network does now
         self.problems: list[str] = []                   # the latest last
         self.stopping = threading.Event()               # what the network does
@@ -302,7 +375,7 @@ class Project:
         self.awake = threading.Condition(self.lock)
         self.net: Any = None
         self.net_file = ""
-        self.learning = learning.Learning(self)
+        self.learning, self.types = learning.Learning(self), learning.Types(self)
         self.threads = [threading.Thread(target=target, daemon=True)
                         for target in (self.work, self.keep)]
 
@@ -381,25 +454,36 @@ class Project:
 
     # --------------------------------------------------------------------------------- the network
 
+    def labels_file(self, name: str) -> Path:
+        return self.out / f"{name}_labels.tif"
+
+    def linked_file(self, entry: Entry) -> Path | None:
+        """The labels of the whole stack, if infer.py wrote them."""
+        file = self.labels_file(entry.stack)
+        return file if entry.stack and file.exists() else None
+
     def is_to_search(self, name: str) -> bool:
         """Whether cells were not found with the weights in use; those of other programs count."""
         state = self.of(name)
         if state.get("done") or name in self.queue:
             return False
         if "weights" not in state:
-            return not (self.out / f"{name}_labels.tif").exists()
+            return not (self.labels_file(name).exists() or self.linked_file(self.names[name]))
         return state["weights"] != self.state["weights"]
 
     def map_key(self, opened: Opened) -> str:
         """What the map of an image depends on."""
         weights, stat = Path(self.state["weights"]), opened.path.stat()
         return runs.digest(str(weights), weights.stat().st_mtime_ns, stat.st_size,
-                           stat.st_mtime_ns, str(self.config.channels), str(self.config.plane),
-                           str(self.config.time), str(self.config.level),
+                           stat.st_mtime_ns, str(self.config.channels), str(opened.entry.plane),
+                           str(opened.entry.time), str(self.config.level),
                            str(self.diameter_of(self.of(opened.name))))[:16]
 
     def map_file(self, opened: Opened) -> Path:
         return self.out / ".page" / "maps" / f"{opened.name}.npy"
+
+    def vectors_file(self, name: str) -> Path:
+        return self.out / ".page" / "vectors" / f"{name}.npz"
 
     def recall_map(self, opened: Opened) -> None:
         """Take the map of an earlier session."""
@@ -409,19 +493,25 @@ class Project:
             opened.seen_key = self.map_key(opened)
 
     def work(self) -> None:
-        """Search image after image, until the end."""
+        """Search image after image, teach types, tell them, until the end."""
         self.network()                                  # while the first image is looked at
         while not self.ending.is_set():
             with self.awake:
-                while not self.queue and not self.ending.is_set():
+                while not (self.queue or self.teaching or self.untyped or self.ending.is_set()):
                     self.awake.wait()
                 if self.ending.is_set():
                     return
-                name = self.queue.pop(0)
+                job: Callable[[], None]
+                if self.teaching:
+                    name, job, self.teaching = "types", self.types.teach, False
+                else:
+                    run = self.find if self.queue else self.embed
+                    name = (self.queue or self.untyped).pop(0)
+                    job = functools.partial(run, name)
                 self.working = {"image": name, "share": 0.0}
                 self.stopping.clear()
             try:
-                self.find(name)
+                job()
             except runs.Stopped:
                 pass
             except (ValueError, OSError, RuntimeError) as error:
@@ -446,9 +536,10 @@ class Project:
                 known = ", ".join(source.channels or map(str, source.numbers))
                 raise ValueError(f"{source.shape[0]} channels ({known}); start with up to three "
                                  "that the network sees, such as channels=1,2")
-            plan = opened.plan(source, net, state)
-            if math.prod(opened.size) <= edits.LARGE:
-                seen = segment.network_map(source, plan, self.progress)
+            small = math.prod(opened.size) <= edits.LARGE
+            plan, pool = opened.plan(source, net, state, embed=small), None
+            if small:
+                seen, pool = segment.network_map(source, plan, self.progress)
                 labels, _ = segment.cells_in_map(seen, plan, opened.size)
             else:
                 seen, labels = None, np.zeros(opened.size, np.int32)
@@ -466,6 +557,8 @@ class Project:
                       "used": {**plan.setting._asdict(), "diameter": plan.diameter,
                                "min_area": round(plan.setting.min_area / plan.zoom ** 2)}}
             self.remember()
+            if pool:
+                opened.keep_vectors(pool, opened.book.labels, plan)
 
     def flood(self, name: str, setting: dict, commit: bool) -> dict:
         """Cells of the map at other thresholds: a preview, or for good."""
@@ -489,48 +582,91 @@ class Project:
         return {"cells": int(np.count_nonzero(np.bincount(edit.after.ravel())[1:])),
                 "version": version_of(opened)}
 
+    def embed(self, name: str) -> None:
+        """Find the vectors of the cells of an image, for their types."""
+        self.open(name).cell_vectors(self.network(), self.of(name), self.progress)
+
     # --------------------------------------------------------------------------------------- export
 
     def export(self) -> dict:
         """Write what infer.py writes, of the cells as they are now."""
         for opened in list(self.opened.values()):
             opened.book.save()
-        command = [sys.executable, str(ROOT / "infer.py"), str(self.folder), f"out={self.out}",
-                   f"labels={self.out}", f"weights={self.state['weights']}", "geojson=true",
-                   "overwrite=true", f"pattern={self.config.pattern}"]
-        command += [f"{key}={value}" for key, value in (
-            ("channels", ",".join(self.config.channels or ())), ("plane", self.config.plane),
-            ("time", self.config.time), ("level", self.config.level)) if value]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(learning.last_line(done.stderr))
-        written = sum((self.out / f"{name}_cells.csv").exists() for name in self.names)
-        return {"written": written, "folder": str(self.out)}
+        labels = self.out / ".page" / "export"          # a stack's own labels are not among them
+        shutil.rmtree(labels, ignore_errors=True)
+        labels.mkdir(parents=True)
+        corrected = [name for name in self.names if self.labels_file(name).exists()]
+        for name in corrected:
+            shutil.copy(self.labels_file(name), labels)
+        weights = self.types.file() or self.state["weights"]
+        stacks = {entry.stack: entry for entry in map(self.names.get, corrected)
+                  if entry and entry.stack}
+        given = {"channels": ",".join(self.config.channels or ()), "plane": self.config.plane,
+                 "time": self.config.time, "level": self.config.level}
+        alone = sum(not self.names[name].stack for name in corrected)
+        jobs = [given | {"pattern": self.config.pattern, "geojson": "true"}] if alone else []
+        for entry in stacks.values():
+            jobs.append(given | {"z" if entry.axis == "Z" else "time": "all",
+                                 "pattern": glob.escape(entry.path.name)})
+        for more in jobs:
+            keys = {"out": self.out, "labels": labels, "weights": weights, "overwrite": "true"}
+            command = [sys.executable, str(ROOT / "infer.py"), str(self.folder),
+                       *(f"{key}={value}" for key, value in (keys | more).items() if value)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise ValueError(learning.last_line(done.stderr))
+        return {"written": alone + len(stacks), "folder": str(self.out)}
 
 
-def images_of(folder: Path, out: Path, pattern: str) -> dict[str, Path]:
+def images_of(folder: Path, out: Path, config: Config) -> dict[str, Entry]:
     """Name of its results -> image; no results, no labels of others, nothing that a link leads out
     of the folder."""
+    pattern = config.pattern
     inside, results = folder.resolve(), out.resolve()
     found = [path for path in images.image_files(folder, pattern)
              if inside in path.resolve().parents and results not in path.resolve().parents]
     stems = {path.with_suffix("") for path in found}
     ends = tuple(end for end in (*data.ENDS, *data.BYPRODUCTS) if end)
-    names: dict[str, Path] = {}
+    names: dict[str, Entry] = {}
     for path in found:
         stem = path.with_suffix("")
         if any(stem.name.endswith(end) and stem.with_name(stem.name[:-len(end)]) in stems
                for end in ends if stem.name != end):
             continue
         name = runs.flat_name(path.relative_to(folder).with_suffix("").as_posix())
-        if name in names:
-            raise ValueError(f"{names[name]} and {path} would both have the labels "
-                             f"{name}_labels.tif; choose with pattern=*{path.suffix}")
-        names[name] = path
+        for one, entry in entries_of(path, name, config):
+            if one in names:
+                raise ValueError(f"{names[one].path} and {path} would both have the labels "
+                                 f"{one}_labels.tif; choose with pattern=*{path.suffix}")
+            names[one] = entry
     if not names:
         raise FileNotFoundError(f"{folder}: no image in this folder "
                                 f"({', '.join(images.IMAGE_SUFFIXES)}; pattern={pattern})")
     return names
+
+
+def entries_of(path: Path, name: str, config: Config) -> Iterator[tuple[str, Entry]]:
+    """The images of a file, with their names: one, or the planes of a stack."""
+    given = {"Z": config.plane, "T": config.time}
+    axis, count = "", 1
+    try:
+        stacks = {letter: images.stack_of(path, letter) for letter in "ZT" if given[letter] is None}
+    except (ValueError, OSError):
+        stacks = {}                                     # damaged: it says so when it is opened
+    for letter, stack in stacks.items():
+        named = letter in stack.axes
+        if stack.planes > 1 and (named or not (axis or config.channels or any(given.values()))):
+            if axis:                                    # planes and frames: one must be given
+                axis = ""
+                break
+            axis, count = letter, stack.planes
+    if not axis:
+        yield name, Entry(path, config.plane, config.time)
+        return
+    for place in range(1, count + 1):
+        plane, time = (place, config.time) if axis == "Z" else (config.plane, place)
+        yield (images.plane_name(name, axis, place, count),
+               Entry(path, plane, time, name, axis, place, count))
 
 
 def weights_file(config: Config) -> Path:
@@ -687,14 +823,15 @@ def get_news(project: Project, query: dict[str, str]) -> dict:
     with project.lock:
         shown = project.opened.get(query.get("image", ""))
         return {"images": [{"name": name, "cells": state.get("cells"),
-                            "done": bool(state.get("done")), "queued": name in project.queue}
-                           for name in project.names
+                            "done": bool(state.get("done")), "queued": name in project.queue,
+                            "stack": entry.stack, "axis": entry.axis.lower(), "place": entry.place}
+                           for name, entry in project.names.items()
                            for state in [project.state["images"].get(name, {})]],
                 "working": project.working, "queue": len(project.queue),
                 "version": version_of(shown) if shown else None,
                 "saved": all(opened.book.saved for opened in project.opened.values()),
                 "problems": project.problems[-3:], "problem_count": len(project.problems),
-                "learning": project.learning.status(),
+                "learning": project.learning.status(), "types": project.types.version,
                 "weights": Path(project.state["weights"]).stem}
 
 
@@ -726,7 +863,9 @@ def get_cell(project: Project, query: dict[str, str]) -> dict:
     net = project.network()
     sure = opened.certainty(net, project.of(opened.name)).get(cell)
     kind = "score" if net.settings.score else "certainty"
-    return {**opened.numbers(cell), **({} if sure is None else {kind: round(sure, 3)})}
+    told = (project.types.of(opened) or {}).get(cell)
+    return {**opened.numbers(cell), **({} if sure is None else {kind: round(sure, 3)}),
+            **({} if told is None else {"type": told[0], "type_probability": told[1]})}
 
 
 def get_least(project: Project, query: dict[str, str]) -> list:
@@ -739,6 +878,22 @@ def get_least(project: Project, query: dict[str, str]) -> list:
         found.append((cell, (rows.start + rows.stop) / 2, (columns.start + columns.stop) / 2,
                       max(rows.stop - rows.start, columns.stop - columns.start)))
     return found
+
+
+def get_types(project: Project, query: dict[str, str]) -> dict:
+    """Types that were marked in any image, marks in this one, and what type its cells are; where
+    that is not known yet the network is asked, and `cells` is null."""
+    opened = project.open(query["image"])
+    told, file = project.types.of(opened), project.types.file()
+    if file and not opened.book.boxes.keys() <= (told or {}).keys():
+        with project.awake:
+            if opened.name not in (*project.untyped, project.working.get("image")):
+                project.untyped.append(opened.name)
+                project.awake.notify_all()
+    return {"types": project.types.known(), "marks": project.of(opened.name).get("marks", []),
+            "revision": opened.book.revision, "version": project.types.version,
+            "taught": {**project.state.get("types", {}), "file": Path(file).name} if file else None,
+            "cells": told and [(cell, *type_) for cell, type_ in told.items()]}
 
 
 def tile_place(query: dict[str, str]) -> tuple[int, int, int]:
@@ -825,6 +980,36 @@ def post_done(project: Project, values: dict) -> dict:
     return {}
 
 
+def post_mark(project: Project, values: dict) -> dict:
+    """Mark the cell at a place as of a type; the same mark again takes it away."""
+    opened, state, type_ = project.open(values["image"]), project.of(values["image"]), str(
+        values["type"]).strip()
+    x, y = float(values["x"]), float(values["y"])
+    H, W = opened.size
+    if not 0 < len(type_) <= 60 or not type_.isprintable():
+        raise ValueError("a type has a name of 1 to 60 letters")
+    cell = opened.book.labels[int(y), int(x)] if 0 <= x < W and 0 <= y < H else 0
+    if not cell:
+        raise ValueError("there is no cell here; click into one")
+    with project.lock:
+        before = opened.marked(state).get(int(cell))
+        state["marks"] = [mark for mark in state.get("marks", ())
+                          if opened.book.labels[int(mark[1]), int(mark[0])] != cell]
+        if before != type_:
+            state["marks"].append([x, y, type_])
+            project.types.note(type_)
+        project.remember()
+    return {"marks": state["marks"], "types": project.types.known()}
+
+
+def post_teach(project: Project, values: dict) -> dict:
+    """Learn types from what is marked in all images."""
+    with project.awake:
+        project.teaching = True
+        project.awake.notify_all()
+    return {}
+
+
 def post_export(project: Project, values: dict) -> dict:
     return project.export()
 
@@ -843,10 +1028,11 @@ def post_learn(project: Project, values: dict) -> dict:
 
 GETS: dict[str, Callable[[Project, dict[str, str]], Any]] = {
     "/news": get_news, "/image": get_image, "/pixels": get_pixels, "/labels": get_labels,
-    "/cell": get_cell, "/least": get_least}
+    "/cell": get_cell, "/least": get_least, "/types": get_types}
 POSTS: dict[str, Callable[[Project, dict], Any]] = {
     "/find": post_find, "/stop": post_stop, "/flood": post_flood, "/edit": post_edit,
-    "/done": post_done, "/export": post_export, "/learn": post_learn}
+    "/done": post_done, "/export": post_export, "/learn": post_learn, "/mark": post_mark,
+    "/teach": post_teach}
 
 
 if __name__ == "__main__":

@@ -220,8 +220,8 @@ def segment(image, net: DINOCell, **wanted) -> np.ndarray:
 def distances(image, net: DINOCell, **wanted) -> np.ndarray:
     """The network's answer, before the watershed: (H, W) float32 in [0, 1]."""
     source = as_source(image)
-    plan, size = plan_for(source, net, **wanted), source.shape[1:]
-    rows = network_map(source, plan)                                                     # (h, w)
+    plan, size = plan_for(source, net, **wanted)._replace(embed=False), source.shape[1:]
+    rows, _ = network_map(source, plan)                                                  # (h, w)
     scales = tuple(n / length for n, length in zip(rows.shape, size))
     grid, whole = ([slice(0, n) for n in shape] for shape in (rows.shape, size))
     return _enlarge_tile_map(rows, grid, whole, scales).cpu().numpy()
@@ -288,10 +288,14 @@ def cell_vectors(image, labels: np.ndarray, net: DINOCell, **wanted) -> tuple[np
     """Vectors of given cells (H, W): their ids (n,), ascending, and (n, D); see plan_for()."""
     source = as_source(image)
     plan = plan_for(source, net, embed=True, **wanted)
-    pool, ids = _token_pool(plan), np.unique(labels[labels > 0])
-    assert pool
-    for _ in _tile_distances(source, plan, Counter(), None, pool):
-        pass
+    return pooled_vectors(network_map(source, plan)[1], labels, plan)
+
+
+def pooled_vectors(pool: vectors.TokenPool | None, labels: np.ndarray, plan: Plan
+                   ) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (n,) and vectors (n, D) of the cells of labels (H, W) from the tokens of their image."""
+    assert pool is not None                                        # plan.embed was set
+    ids = np.unique(labels[labels > 0])
     scales = tuple(n / length for n, length in zip(scaled_size(labels.shape, plan.zoom),
                                                    labels.shape))
     return ids, pool.of(labels, ids, (0, 0), scales)
@@ -304,9 +308,13 @@ def _token_pool(plan: Plan) -> vectors.TokenPool | None:
     return vectors.TokenPool(backbone.patch, backbone.dim, _window(plan.tile, plan.overlap))
 
 
-def blocks_of(labels: np.ndarray, plan: Plan) -> Iterator[Block]:
-    """Blocks of labels (H, W) that are known, as blocks() gives them; their map is empty."""
+def blocks_of(labels: np.ndarray, source, plan: Plan) -> Iterator[Block]:
+    """Blocks of labels (H, W) that are known, as blocks() gives them; their map is empty. The
+    network runs only where the plan asks for vectors."""
     H, W = labels.shape
+    given = None
+    if plan.embed:
+        number, given = pooled_vectors(network_map(source, plan)[1], labels, plan)
     known = np.zeros(int(labels.max(initial=0)) + 1, bool)         # met in a block before
     block = plan.block if max(H, W) > plan.block + 2 * plan.halo else max(H, W)
     for top in range(0, H, block):
@@ -322,12 +330,15 @@ def blocks_of(labels: np.ndarray, plan: Plan) -> Iterator[Block]:
             new = np.searchsorted(ids, new[new > 0])
             known[ids[new]] = True
             yield Block(core, (rows, columns), local.astype(np.int32), ids.astype(np.int32), new,
-                        labels[core], np.zeros(local.shape, np.float32))
+                        labels[core], np.zeros(local.shape, np.float32),
+                        None if given is None else given[np.searchsorted(number, ids[new])])
 
 
-def network_map(source, plan: Plan, progress: Callable[[float], None] | None = None) -> Tensor:
-    """The network's answer at its own scale: (h, w) distances."""
-    return torch.cat(list(_tile_distances(source, plan, Counter(), progress)))
+def network_map(source, plan: Plan, progress: Callable[[float], None] | None = None
+                ) -> tuple[Tensor, vectors.TokenPool | None]:
+    """The network's answer at its own scale: (h, w) distances, and tokens where plan.embed."""
+    pool = _token_pool(plan)
+    return torch.cat(list(_tile_distances(source, plan, Counter(), progress, pool))), pool
 
 
 def cells_in_map(rows: Tensor, plan: Plan, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -197,7 +197,7 @@ def test_tiles_are_the_image(tmp_path, dtype):
     pixels = rng.integers(0, 250, (2, 700, 600)).astype(dtype)
     tifffile.imwrite(tmp_path / "x.tif", pixels, metadata={"axes": "CYX"}, imagej=dtype != np.int16,
                      ome=dtype == np.int16)
-    picture = page.Picture(tmp_path / "x.tif", page.Config())
+    picture = page.Picture(page.Entry(tmp_path / "x.tif", None, None), page.Config())
     about = picture.about()
     kind = np.uint8 if about["bits"] == 8 else np.uint16
     tile = np.frombuffer(picture.tile(0, 1, 1), kind).reshape(2, 700 - 512, 600 - 512)
@@ -220,7 +220,7 @@ def test_a_slide_in_several_sizes_is_shown_from_the_smallest_that_will_do(tmp_pa
     y, x = np.mgrid[:size[0], :size[1]]
     pixels = np.stack([y / 10, x / 11, (y + x) / 20], 2).astype(np.uint8)
     test_images.slide(tmp_path / "s.svs", pixels)
-    picture = page.Picture(tmp_path / "s.svs", page.Config())
+    picture = page.Picture(page.Entry(tmp_path / "s.svs", None, None), page.Config())
     assert sorted(picture.sizes) == [1, 2, 4] and picture.step == 2
     for z in range(4):
         tile = np.frombuffer(picture.tile(z, 0, 0), np.uint8)
@@ -428,6 +428,121 @@ def test_a_slide_is_read_by_region_and_edited(slide):
         square = [[15000, 9000], [15100, 9000], [15100, 9100], [15000, 9100]]
         assert site.edit("slide", "draw", 0, line=square)["cells"] == 1
         assert site.json("/cell", image="slide", cell=1)["area_px"] == 10000
+
+
+@pytest.fixture
+def stack(tmp_path):
+    """Three planes (Z, Y, X) in which one drawn field moves, beside an image of its own."""
+    pixels, labels = drawn(3, (128, 128), 6)
+    planes = np.stack([np.roll(pixels, 3 * z, 1) for z in range(3)])
+    tifffile.imwrite(tmp_path / "embryo.tif", planes, imagej=True, metadata={"axes": "ZYX"})
+    tifffile.imwrite(tmp_path / "flat.tif", pixels)
+    with Site(tmp_path) as site:
+        site.truth = [np.roll(labels, 3 * z, 1) for z in range(3)]
+        yield site
+
+
+def test_planes_of_a_stack_are_images_and_one_result(stack):
+    names = ["embryo_z1", "embryo_z2", "embryo_z3", "flat"]
+    news = stack.json("/news")["images"]
+    assert [(each["name"], each["stack"], each["place"]) for each in news] == [
+        (name, "embryo" * (i < 3), i + 1 if i < 3 else 1) for i, name in enumerate(names)]
+    first, third = (np.frombuffer(stack.ask("/pixels", image=name, z=0, row=0, column=0)[1],
+                                  np.uint16).reshape(128, 128) for name in (names[0], names[2]))
+    np.testing.assert_array_equal(np.roll(first, 6, 1), third)
+    for name, labels in zip(names, [*stack.truth, stack.truth[0]]):
+        images.write_labels(stack.out / f"{name}_labels.tif", labels)
+    stack.edit("embryo_z2", "remove", cell=1)
+    assert stack.json("/export", {})["written"] == 2
+    linked = tifffile.imread(stack.out / "embryo_labels.tif")
+    assert linked.shape == (3, 128, 128)
+    for z, labels in enumerate(stack.truth):
+        np.testing.assert_array_equal(linked[z] > 0, (labels > 0) & ((labels != 1) | (z != 1)))
+    at = [np.argwhere(labels == 2)[0] for labels in stack.truth]
+    assert len({int(linked[z][tuple(place)]) for z, place in enumerate(at)}) == 1
+    assert len(runs.read_table(stack.out / "flat_cells.csv", ["id"])) == len(
+        np.unique(stack.truth[0])) - 1
+    assert not (stack.out / "embryo_z1_cells.csv").exists()
+
+
+def test_linked_cells_of_a_stack_are_there_plane_by_plane(stack):
+    images.write_label_stack(stack.out / "embryo_labels.tif", iter(stack.truth), (3, 128, 128),
+                             "ZYX", 6)
+    assert stack.json("/find", {})["queued"] == 1                 # the flat one alone
+    for z, labels in enumerate(stack.truth):
+        opened = stack.project.open(f"embryo_z{z + 1}")
+        np.testing.assert_array_equal(opened.book.labels, labels)
+
+
+@pytest.mark.parametrize("axes,keys,count", [
+    ("TZYX", {}, 1), ("TZYX", {"plane": 2}, 2), ("TZYX", {"time": 1}, 3), ("ZYX", {"plane": 1}, 1),
+    ("TYX", {}, 2), ("YX", {}, 1)])
+def test_what_is_a_plane(tmp_path, axes, keys, count):
+    shape = [{"T": 2, "Z": 3, "Y": 16, "X": 16}[axis] for axis in axes]
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros(shape, np.uint8), imagej=True,
+                     metadata={"axes": axes})
+    found = page.images_of(tmp_path, tmp_path / "cells", page.Config(**keys))
+    assert len(found) == count and {entry.planes for entry in found.values()} == {count}
+
+
+@pytest.fixture
+def two_types(tmp_path):
+    """Bright round cells on the left, dim ones on the right, in two images, with their labels."""
+    rng, folder = np.random.default_rng(0), tmp_path / "images"
+    (folder / "cells").mkdir(parents=True)
+    for name in "ab":
+        y, x = np.mgrid[:192, :256]
+        labels = np.zeros((192, 256), np.int32)
+        centres = [(cy, cx) for cy in (32, 96, 160) for cx in (32, 96, 160, 224)]
+        for i, (cy, cx) in enumerate(centres, 1):
+            labels[(y - cy) ** 2 + (x - cx) ** 2 < 300] = i
+        light = np.where(labels > 0, np.where(x < 128, 40000, 12000), 2000)
+        tifffile.imwrite(folder / f"{name}.tif", (light + rng.integers(0, 900, light.shape)).astype(
+            np.uint16))
+        images.write_labels(folder / "cells" / f"{name}_labels.tif", labels)
+    with Site(folder) as site:
+        site.bright = {int(i) for i in np.unique(labels[:, :128]) if i}
+        yield site
+
+
+def taught(site, image="a"):
+    return wait_until(lambda: (got := site.json("/types", image=image))["cells"] and got, 60,
+                      "types")
+
+
+def test_types_from_a_few_marks(two_types):
+    site = two_types
+    assert site.json("/types", image="a")["types"] == []
+    for x, name in ((32, "bright"), (96, "bright"), (160, "dim"), (224, "dim")):
+        site.json("/mark", {"image": "a", "x": x, "y": 32, "type": name})
+    got = site.json("/mark", {"image": "a", "x": 100, "y": 35, "type": "bright"})     # taken back
+    assert len(got["marks"]) == 3 and [t["marks"] for t in got["types"]] == [1, 2]
+    site.json("/teach", {})
+    for image in "ab":                                            # the second had no mark at all
+        types = {cell: name for cell, name, _ in taught(site, image)["cells"]}
+        assert {cell for cell, name in types.items() if name == "bright"} == site.bright
+        assert len(types) == 12
+    row = site.json("/cell", image="b", cell=1)
+    assert row["type"] == "bright" and row["type_probability"] > 0.5
+    site.edit("a", "split", line=[[160, 5], [160, 60]])           # its parts are told anew
+    wait_until(lambda: len(site.json("/types", image="a")["cells"]) == 13, 60)
+    assert site.json("/export", {})["written"] == 2
+    rows = runs.read_table(site.out / "b_cells.csv", ["id", "type"])
+    assert {int(row["id"]) for row in rows if row["type"] == "bright"} == site.bright
+    with Site(site.folder) as again:                              # after a restart
+        assert len(taught(again, "b")["cells"]) == 12
+
+
+def test_marks_that_mean_nothing(two_types):
+    for values in ({"x": 1, "y": 1, "type": "a"}, {"x": -5, "y": 9e6, "type": "a"},
+                   {"x": 32, "y": 32, "type": " "}, {"x": 32, "y": 32, "type": "a" * 61},
+                   {"x": 32, "y": 32}, {"x": "left", "y": 32, "type": "a"}):
+        assert two_types.ask("/mark", {"image": "a", **values})[0] == 400
+    two_types.json("/mark", {"image": "a", "x": 32, "y": 32, "type": "<b>one</b>"})
+    two_types.json("/teach", {})
+    problem = wait_until(lambda: two_types.json("/news")["problems"], 60)[-1]
+    assert "expected two types or more" in problem
+    assert two_types.json("/types", image="a")["taught"] is None
 
 
 TRAINER = """
@@ -667,6 +782,55 @@ def test_search_sliders_and_done(chrome, site):
     assert chrome.find_element("id", "help").is_displayed()
     assert not [line for line in chrome.get_log("browser") if line["level"] == "SEVERE"
                 and line["source"] != "intervention"]         # a quick reload in a test, no person
+
+
+def test_a_slider_goes_through_a_stack(chrome, stack):
+    for z, labels in enumerate(stack.truth):
+        images.write_labels(stack.out / f"embryo_z{z + 1}_labels.tif", labels)
+    person = Person(chrome, stack.server.address)
+    rows = chrome.find_elements("css selector", "#list > div")
+    assert [row.text.split()[0] for row in rows] == ["embryo", "flat"]
+    assert chrome.find_element("id", "where").text == "1 of 3"
+    scale = person.js("at.scale = at.scale * 2")
+    person.press(".")
+    person.until("image.name === 'embryo_z2' && labels.size > 0")
+    assert person.js("at.scale") == scale                         # the view stays
+    slider = chrome.find_element("id", "plane")
+    person.actions().click_and_hold(slider).move_by_offset(300, 0).release().perform()
+    person.until("image.name === 'embryo_z3' && pixels.get('0,0,0').name === 'embryo_z3'")
+    person.press("n")
+    person.until("image.name === 'flat'")
+    assert not chrome.find_element("id", "stack").is_displayed()
+    person.press("p")
+    person.until("image.name === 'embryo_z3'", "the plane that was left")
+
+
+def test_types_by_clicks(chrome, two_types):
+    from selenium.webdriver.common.keys import Keys
+    person = Person(chrome, two_types.server.address)
+    for name in ("bright", "dim"):
+        chrome.find_element("id", "newtype").send_keys(name, Keys.ENTER)
+    assert person.js("tool") == "type" and person.js("chosen") == "dim"
+    person.drag((160, 32))
+    person.drag((224, 96))
+    person.until("kinds.marks.length === 2")
+    person.press("1")
+    person.until("kinds.types[0].name === 'dim' ? chosen === 'dim' : chosen === 'bright'")
+    chrome.execute_script("choose('bright')")
+    person.drag((32, 32))
+    person.drag((96, 96))
+    person.until("kinds.marks.length === 4")
+    person.press("r")
+    person.until("byType && kinds.cells && kinds.cells.length === 12", "types")
+    colours = person.js("[1, 4].map(cell => palette[colourOf(cell)])")
+    assert colours == person.js("['bright', 'dim'].map("
+                                "name => kinds.types.find(t => t.name === name).colour)")
+    assert "6 here" in chrome.find_element("id", "types").text
+    person.point(32, 96)
+    person.until("document.getElementById('numbers').textContent.includes('typebright')")
+    person.click("bytype")
+    assert person.js("byType") is False
+    assert not [line for line in chrome.get_log("browser") if line["level"] == "SEVERE"]
 
 
 def test_two_windows_do_not_destroy_each_others_edits(chrome, discs):

@@ -133,8 +133,9 @@ class _LazyModule(types.ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         spec = self.__dict__.get("__spec__")
-        if spec is None or name.startswith("__") and (name != "__path__"
-                                                      or not getattr(spec.loader, "found", True)):
+        hidden = name.startswith("__") and name != "__version__"
+        if spec is None or hidden and (name != "__path__"
+                                       or not getattr(spec.loader, "found", True)):
             raise AttributeError(name)
         with self.lock:
             if isinstance(spec.loader, _LazyLoader):

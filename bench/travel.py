@@ -103,16 +103,16 @@ def changed(config: Config, variant: str, seed: int = 0) -> train_seg.Config:
 
 
 @functools.cache
-def loaded(data, cap: float, count: int) -> tuple:
+def loaded(wanted, cap: float | None, count: int) -> tuple:
     """(all sets for training, their held-out images, images of theirs to score when they are left
     out), once a process."""
     import augment
     import data
-    images, held, _ = augment.load_resident(data, 0, "cpu", cap)
-    strangers = [data.read_labelled(example, chosen.name) for chosen in data.sets
-                 for example in lot(data.training_examples(data, chosen), count)]
-    return images, few([e for e in held if e.held], count, data.diameter), few(strangers, count,
-                                                                               data.diameter)
+    images, held, _ = augment.load_resident(wanted, 0, "cpu", cap)
+    strangers = [data.read_labelled(example, chosen.name, {}) for chosen in wanted.sets
+                 for example in lot(data.training_examples(wanted, chosen), count)]
+    held = [entry for entry in held if entry.held]
+    return images, *(few(some, count, wanted.diameter) for some in (held, strangers))
 
 
 def lot(items: list, count: int) -> list:

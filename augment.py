@@ -313,13 +313,11 @@ def load_resident(config: data.TrainingData, seed: int, device: str, cap: float 
     One image after the other is read and packed, so that all of them may be more than the memory.
     """
     pending, validation = data.training_images(config, seed)
-    hashes: dict[str, dict[str, str]] = {"train": {}, "validation": {image.name: content_hash(image)
-                                                            for image in validation
-                                                            if image.held}}
+    held = [image for image in validation if image.held]
+    hashes = {"train": {}, "validation": {image.name: content_hash(image) for image in held}}
     groups: list[str] = []
     types: list[np.ndarray] = []
-    wanted = data.training_types(config.types)
-    of_type = {image.name: image.types for image in validation if image.held}
+    of_type = {image.name: image.types for image in held}
     cells: dict[str, int] = {}
 
     def read() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -335,9 +333,7 @@ def load_resident(config: data.TrainingData, seed: int, device: str, cap: float 
     resident = Resident(read(), groups, device, cap, config.diameter,
                         {chosen.name: chosen.weight for chosen in config.sets}, types, limit / 2)
     data.check_cells("data.sets", cells)
-    data.check_training_types({name: {kind: int(np.count_nonzero(numbers == i))
-                                      for i, kind in enumerate(wanted, 1)}
-                               for name, numbers in of_type.items()}, wanted)
+    data.check_training_types(of_type, data.training_types(config.types))
     return resident, validation, hashes
 
 

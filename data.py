@@ -39,7 +39,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 import re
 import sys
@@ -65,6 +64,7 @@ from images import (
     Source,
     check_label_image,
     image_decoding,
+    layout_folders,
     list_files,
     natural_order,
     normalise,
@@ -117,8 +117,7 @@ def examples(path: str | Path, channels: Channels = None, match: str | None = No
         found = [example for folder, files in layout_folders(path)
                  for read in (_pairs, _arrays, _tracking)
                  for example in read(folder, files, choice)]
-        listed = [file for _, files in layout_folders(path)
-                  for file in layout_files(files, [".json"])]
+        listed = list_files(path, (".json",))
         root = images = path
     elif path.is_file() and path.suffix.lower() == ".json":
         found, listed, root = [], [path], path.with_suffix("")
@@ -129,9 +128,8 @@ def examples(path: str | Path, channels: Channels = None, match: str | None = No
                                 "COCO .json")
     if listed:
         by_name: dict[str, list[Path]] = defaultdict(list)         # images
-        for _, files in layout_folders(images):
-            for file in layout_files(files, IMAGES):
-                by_name[file.name].append(file)
+        for file in list_files(images, IMAGES):
+            by_name[file.name].append(file)
         found += [example for file in listed for example in _coco(file, by_name, choice)]
 
     found = [replace(example, name=_layout_name(Path(example.name), root)) for example in found]
@@ -141,23 +139,13 @@ def examples(path: str | Path, channels: Channels = None, match: str | None = No
             raise ValueError(f"{path}: {count} images with labels are called {name} ({alike}); "
                              "keep one")
     if match is not None:
-        found = [example for example in found if labelled_name_pattern("match",
-                                                                       match).search(example.name)]
+        pattern = labelled_name_pattern("match", match)
+        found = [example for example in found if pattern.search(example.name)]
     if not found:
         named = f" with '{match}' in their names" if match else ""
         raise ValueError(f"{path}: no labelled images{named}; `python data.py --help` lists the "
                          "layouts that are read")
     return sorted(found, key=lambda example: natural_order(example.name))
-
-
-def layout_folders(root: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """Every folder from root down, and its files."""
-    def stop(error: OSError) -> None:
-        raise error
-    for parent, below, files in os.walk(root, onerror=stop):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        shown = [Path(parent, name) for name in sorted(files) if not name.startswith(".")]
-        yield Path(parent), shown
 
 
 def _layout_files_in(folder: Path, suffixes: Sequence[str]) -> list[Path]:
@@ -206,19 +194,18 @@ def _pairs(folder: Path, files: list[Path], choice: Choice) -> Iterator[Example]
 
 
 def _layout_of_matches(folder: Path, images: list[Path], labels: list[Path], choice: Choice,
-                       apart: bool
-                       ) -> Iterator[Example]:
+                       apart: bool) -> Iterator[Example]:
     """Images with their labels; apart: in another folder, where names may be the same."""
     shots: dict[str, list[Path]] = defaultdict(list)
     ranked: dict[str, list[tuple[int, Path]]] = defaultdict(list)  # labels of each image
     for file in images:
         shots[file_pair_key(stem_of(file))].append(file)
     for file in labels:
+        stem = stem_of(file)
         for rank, end in enumerate(ENDS):
-            key = file_pair_key(OME.sub("", stem_of(file).removesuffix(end)))
-            if stem_of(file).endswith(end) and (end or apart or file.suffix.lower() == ".geojson") \
-                    and key in shots and file not in shots[key] \
-                    and choice.labels in (None, end[1:]):
+            key = file_pair_key(OME.sub("", stem.removesuffix(end)))
+            if stem.endswith(end) and (end or apart or file.suffix.lower() == ".geojson") \
+                    and file not in shots.get(key, [file]) and choice.labels in (None, end[1:]):
                 ranked[key].append((rank, file))
                 break
     # a_cells beside a_cells_masks is an image, not labels of a
@@ -275,10 +262,8 @@ def _labelled_channels(path: Path, pixels: np.ndarray, channels: Channels,
                        names: Sequence[str] | None = None,
                        pixel_size: float | None = None) -> Image:
     """Channels of an array (C, H, W), with the checks that images in files pass."""
-    source = Source(path, channels, lambda picked, rows, columns: pixels[picked, rows, columns],
-                    pixels.shape, pixels.dtype, names, pixel_size)
-    return Image(source.region(0, pixels.shape[1], 0, pixels.shape[2]), source.channels,
-                 source.pixel_size)
+    return Source(path, channels, lambda picked, rows, columns: pixels[picked, rows, columns],
+                  pixels.shape, pixels.dtype, names, pixel_size).whole()
 
 
 def _arrays(folder: Path, files: list[Path], choice: Choice) -> Iterator[Example]:
@@ -289,8 +274,8 @@ def _arrays(folder: Path, files: list[Path], choice: Choice) -> Iterator[Example
             raise ValueError(f"{folder}: imgs.npy of {images}, anns.npy of {labels}, expected "
                              "(N, H, W[, C]) and (N, H, W)")
         for i in range(labels[0]):
-            image = partial(_array_image, paths[0], i, choice.channels)
-            yield Example(str(folder / f"{i:04d}"), paths, image,
+            yield Example(str(folder / f"{i:04d}"), paths,
+                          partial(_array_image, paths[0], i, choice.channels),
                           partial(_array_labels, paths[1], i))
 
 
@@ -323,8 +308,8 @@ def _tracking(folder: Path, files: list[Path], choice: Choice) -> Iterator[Examp
                                  "read")
             image = sequence / f"t{frame[1]}{path.suffix}"
             if not image.is_file():
-                raise FileNotFoundError(
-                    f"{path}: its frame {sequence.name}/{image.name} is missing")
+                raise FileNotFoundError(f"{path}: its frame {sequence.name}/{image.name} is "
+                                        "missing")
             yield Example(str(sequence / image.stem), (image, path),
                           partial(read_image, image, choice.channels), partial(read_labels, path))
 
@@ -347,12 +332,8 @@ def _coco(path: Path, by_name: dict[str, list[Path]], choice: Choice) -> Iterato
         again = f"_copy{seen[image]}" if seen[image] > 1 else ""
         yield Example(str(path.with_suffix("") / (stem_of(image) + again)), (image, path),
                       partial(read_image, image, choice.channels),
-                      partial(_coco_labels, item, image, choice.channels),
-                      partial(_coco_types, item))
-
-
-def _coco_labels(item: Listed, image: Path, channels: Channels) -> np.ndarray:
-    return coco_labels(item, _labelled_shape(image, channels))
+                      partial(coco_labels, item, image, choice.channels),
+                      partial(numbered_types, item.types))
 
 
 def unread(root: Path, found: list[Example]) -> list[str]:
@@ -468,7 +449,7 @@ class Listed(NamedTuple):
     file_name: str                                  # as written there: not to be trusted
     shape: tuple[int | None, int | None]            # (H, W)
     cells: list[Any]                                # each a list of polygons or RLE
-    types: list[str]                                # category of each cell
+    types: list[str]                                # category of each cell, or ""
     where: str                                      # file and image, for errors
 
 
@@ -504,8 +485,9 @@ def read_coco(path: Path) -> list[Listed] | None:
                    f"{path}: {image['file_name']}") for image in images]
 
 
-def coco_labels(listed: Listed, shape: tuple[int, int]) -> np.ndarray:
-    """(H, W) int32 for an image of this shape."""
+def coco_labels(listed: Listed, image: Path, channels: Channels) -> np.ndarray:
+    """(H, W) int32 of the cells of an image."""
+    shape = _labelled_shape(image, channels)
     if listed.shape not in ((None, None), shape):
         raise ValueError(f"{listed.where} is {listed.shape} px there, but the image has {shape}")
     pixels = []
@@ -523,8 +505,7 @@ def coco_labels(listed: Listed, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _annotation(entry: dict) -> Any:
-    """An annotation as (image id, segmentation, category) in arrays, for lists would fill the
-    memory."""
+    """(image id, segmentation, category) in arrays: lists would fill the memory."""
     if not {"image_id", "segmentation"} <= entry.keys():
         return entry
     cell = entry["segmentation"]
@@ -536,8 +517,8 @@ def _json(path: Path, hook: Callable[[dict], Any] | None = None) -> Any:
     try:
         return json.loads(path.read_bytes(), object_hook=hook)
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: no JSON that can be read ({error}); truncated? export it again") from None
+        raise ValueError(f"{path}: no JSON that can be read ({error}); truncated? export it again"
+                         ) from None
 
 
 # -------------------------------------------------------------------------- GeoJSON, masks in files
@@ -550,8 +531,7 @@ def read_geojson(path: Path, shape: tuple[int, int]) -> np.ndarray:
         kind = geometry.get("type")
         parts: Any = geometry.get("coordinates")
         if kind not in ("Polygon", "MultiPolygon"):
-            raise ValueError(f"{where} is a {kind}, expected Polygon or MultiPolygon; delete it in "
-                             "QuPath")
+            raise ValueError(f"{where} is a {kind}, expected Polygon or MultiPolygon; delete it")
         try:                                                       # a third number is a height
             parts = [[np.array(ring, np.float64)[:, :2] for ring in part]
                      for part in (parts if kind == "MultiPolygon" else [parts])]
@@ -604,15 +584,14 @@ TYPE_TABLES = ("_types.csv", "_classes.csv", "_cells.csv")
 def _labelled_types(labels: Path, image: Path) -> dict[int, str]:
     """Class of each cell that has one: of GeoJSON, a table or a picture beside labels or image."""
     if labels.suffix.lower() == ".geojson":
-        named = [_geojson_part(_geojson_part(feature, "properties"), "classification").get("name")
-                 for feature in _geojson_cells(labels)]
-        return {i: str(name) for i, name in enumerate(named, 1) if name}
-    stems = [folder / stem_of(image).removesuffix("_img") for folder in (image.parent,
-                                                                         labels.parent)]
-    for stem in stems:
+        return numbered_types(
+            [_geojson_part(_geojson_part(feature, "properties"), "classification").get("name")
+             for feature in _geojson_cells(labels)])
+    for folder in (image.parent, labels.parent):
+        stem = folder / stem_of(image).removesuffix("_img")
         for end in TYPE_TABLES:
             table = stem.with_name(stem.name + end)
-            if table.is_file() and (types := read_types(table, labels)):
+            if table.is_file() and (types := read_types(table, labels, image)):
                 return types
         picture = stem.with_name(f"{stem.name}_types.png")
         if picture.is_file():
@@ -621,26 +600,24 @@ def _labelled_types(labels: Path, image: Path) -> dict[int, str]:
     return {}
 
 
-def read_types(path: Path, labels: Path) -> dict[int, str]:
+def numbered_types(names: Sequence[Any]) -> dict[int, str]:
+    """{number of the cell, from 1: its class}, without cells that have none."""
+    return {i: str(name) for i, name in enumerate(names, 1) if name}
+
+
+def read_types(path: Path, labels: Path, image: Path) -> dict[int, str]:
     """Classes of a CSV with the columns id, and type or class; empty: no type is known."""
     rows = runs.read_table(path, ["id"])
     column = next((name for name in ("type", "class") if rows and name in rows[0]), None)
     if column is None:
         return {}
     if wrong := [row["id"] for row in rows if not row["id"].isdigit()]:
-        raise ValueError(f"{path}: id '{wrong[0]}', expected the whole numbers of "
-                         f"{labels.name}")
+        raise ValueError(f"{path}: id '{wrong[0]}', expected the whole numbers of {labels.name}")
     types = {int(row["id"]): row[column] for row in rows if row[column]}
-    ids = np.unique(read_seg(labels) if labels.name.lower().endswith("_seg.npy")
-                    else read_labels(labels))
+    ids = np.unique(_labels(labels, image, None))
     if strangers := sorted(types.keys() - set(ids.tolist())):
-        raise ValueError(f"{path}: a type for cell {strangers[0]}, which is not in {labels.name}; "
-                         "expected ids of its cells")
+        raise ValueError(f"{path}: a type for cell {strangers[0]}, which is not in {labels.name}")
     return types
-
-
-def _coco_types(listed: Listed) -> dict[int, str]:
-    return {i: name for i, name in enumerate(listed.types, 1) if name}
 
 
 def majority_class(labels: np.ndarray, classes: np.ndarray, where: Path) -> dict[int, int]:
@@ -651,8 +628,7 @@ def majority_class(labels: np.ndarray, classes: np.ndarray, where: Path) -> dict
     votes = np.zeros((len(ids), int(classes.max()) + 1), np.int64)
     np.add.at(votes, (index.ravel(), classes.ravel()), 1)
     if classes.any() and not votes[ids > 0, 1:].any():
-        raise ValueError(f"{where}: classes where there is no cell; expected them on the cells of "
-                         "the labels beside it")
+        raise ValueError(f"{where}: classes where there is no cell of the labels beside it")
     votes[:, 0] = 0                                            # background is no class
     return {int(i): int(v.argmax()) for i, v in zip(ids, votes) if i}
 
@@ -668,8 +644,8 @@ def training_type_numbers(example: Example, labels: np.ndarray,
 
 def training_types(types: dict) -> dict[str, list[str]]:
     """{type: its classes in the sets} of a configuration, with texts for numbers."""
-    wanted = {str(name): [str(one) for one in (given if isinstance(given, (list, tuple))
-                                               else [given])] for name, given in types.items()}
+    wanted = {str(name): list(map(str, given if isinstance(given, (list, tuple)) else [given]))
+              for name, given in types.items()}
     listed = [one for names in wanted.values() for one in names]
     if twice := [one for one in listed if listed.count(one) > 1]:
         raise ValueError(f"types: class '{twice[0]}' is listed twice; expected each once")
@@ -678,17 +654,16 @@ def training_types(types: dict) -> dict[str, list[str]]:
     return wanted
 
 
-def check_training_types(counts: dict[str, dict[str, int]], wanted: dict[str, list[str]]) -> None:
-    """Refuse a type without cells, or with cells in one image alone; counts: image -> type -> n."""
-    for name in wanted:
-        images = [image for image, count in counts.items() if count.get(name)]
+def check_training_types(types: dict[str, np.ndarray | None], wanted: dict[str, list[str]]) -> None:
+    """Refuse a type without cells, or with cells in one image alone; types: those of each image."""
+    for i, (name, classes) in enumerate(wanted.items(), 1):
+        images = [image for image, numbers in types.items() if np.any(numbers == i)]
         if not images:
-            raise ValueError(f"types: no cell is '{name}' ({', '.join(wanted[name])}) in the "
-                             f"{len(counts)} images; check the class, or leave the type out")
-        if len(images) == 1 and len(counts) > 1:
-            raise ValueError(f"types: all cells of '{name}' are in {images[0]}, so that it cannot "
-                             "be both learnt and validated; label another image or leave the type "
-                             "out")
+            raise ValueError(f"types: no cell is '{name}' ({', '.join(classes)}) in the "
+                             f"{len(types)} images; check the class, or leave the type out")
+        if len(images) == 1 and len(types) > 1:
+            raise ValueError(f"types: all cells of '{name}' are in {images[0]}; to learn and "
+                             "validate it takes two images: label another or leave the type out")
 
 
 # ----------------------------------------------------------------------------------------- Cellpose
@@ -746,15 +721,10 @@ class _Unpickler(pickle.Unpickler):
 
 DONOR = r"(?i).*(?<![a-z])(?:donor|patient|subject|case)(?:[-_ ]|(?=\d))([a-z0-9]+)"
 MOMENT = re.compile(r"(?i)[-_. ]?\d+d\d+h\d+m.*")      # 01d04h00m_2 of LIVECell: time, quarter
-FRAME = re.compile(
-    r"(?i)(?<![a-z0-9])(?:t|tp|time|frame|copy|crop|z|slice|plane|w|ch|channel)"
-    r"[-_]?\d+(?=xy|[^a-z0-9]|$)"
-)
-FIELD = re.compile(                                    # of a well
-    r"(?i)(?<![a-z0-9])(r\d+c\d+|[a-p]\d\d?)"
-    r"(?:[-_]?(?:s|f|site|field|pos)[-_]?|[-_])\d+(?:[pd]\d+)?"
-    r"(?![a-z0-9])"
-)
+FRAME = re.compile(r"(?i)(?<![a-z0-9])(?:t|tp|time|frame|copy|crop|z|slice|plane|w|ch|channel)"
+                   r"[-_]?\d+(?=xy|[^a-z0-9]|$)")
+FIELD = re.compile(r"(?i)(?<![a-z0-9])(r\d+c\d+|[a-p]\d\d?)"          # of a well
+                   r"(?:[-_]?(?:s|f|site|field|pos)[-_]?|[-_])\d+(?:[pd]\d+)?(?![a-z0-9])")
 
 
 def group_of(name: str) -> str:
@@ -800,8 +770,8 @@ def hold_out(examples: list[Example], share: float, seed: int) -> list[Example]:
 
 def _split_sides(groups: dict[str, tuple[Any, int]], fractions: Sequence[float],
                  seed: int) -> dict[str, int]:
-    """A side, none empty, for each group {name: (stratum, images)}: large ones first, to the side
-    that lacks most."""
+    """Side of each group {name: (stratum, images)}, none empty: large ones first, to that which
+    lacks most."""
     totals: Counter[Any] = Counter()
     for stratum, size in groups.values():
         totals[stratum] += size
@@ -906,38 +876,35 @@ def training_images(config: TrainingData, seed: int) -> tuple[list[Pending], lis
     validation: list[Labelled] = []
     wanted = training_types(config.types)
 
-    def read(example: Example, chosen: TrainingSet) -> list[Labelled]:
-        return [read_labelled(example, chosen.name, wanted)]
+    def read(found: list[Example], chosen: TrainingSet) -> list[Labelled]:
+        return [read_labelled(example, chosen.name, wanted) for example in found]
 
     for chosen in config.sets:
         kept, held = split_training_examples(training_examples(config, chosen), config, seed)
-        train += [partial(read, example, chosen) for example in kept]
-        lot = np.random.default_rng(0).permutation(len(kept))[:max(0, FEW - len(held))]
-        validation += [image for example in held for image in read(example, chosen)]
+        train += [partial(read, [example], chosen) for example in kept]
+        validation += read(held, chosen)
         if held:
-            validation += [image._replace(held=False) for i in lot
-                           for image in read(kept[i], chosen)]
+            lot = np.random.default_rng(0).permutation(len(kept))[:max(0, FEW - len(held))]
+            validation += [image._replace(held=False)
+                           for image in read([kept[i] for i in lot], chosen)]
     for chosen in config.validation:
-        validation += [image for example in training_examples(config, chosen)
-                       for image in read(example, chosen)]
-    held_fields = max(1, round(0.1 * config.fields)) if not config.validation else 0
-    for number in range(config.fields):
-        if number < held_fields:
-            validation += drawn_training_images(config, seed, number)
-        else:
-            train.append(partial(drawn_training_images, config, seed, number))
+        validation += read(training_examples(config, chosen), chosen)
+    drawn = [partial(drawn_training_images, config, seed, i) for i in range(config.fields)]
+    held_fields = 0 if config.validation else max(1, round(0.1 * config.fields))
+    for draw in drawn[:held_fields]:
+        validation += draw()
+    train += drawn[held_fields:]
     if not validation and config.share and len(train) == 1:
         validation = list(train[0]())
-        print(f"{validation[0].name}: the only image, so that thresholds are chosen on it; scores "
-              "flatter", file=sys.stderr)
+        print(f"{validation[0].name}: the only image chooses thresholds, too; scores flatter",
+              file=sys.stderr)
     if config.diameter:
         validation = [image._replace(zoom=config.diameter / diameter)
                       if (diameter := median_diameter(image.labels)) else image
                       for image in validation]
     check_cells("data.validation", {image.name: int(image.labels.max()) for image in validation})
     if not validation:
-        raise ValueError("no validation images; give data.validation, or data.share so large that "
-                         "some are held out")
+        raise ValueError("no validation images; give data.validation or a larger data.share")
     return train, validation
 
 
@@ -945,19 +912,17 @@ def check_cells(key: str, cells: dict[str, int]) -> None:
     """Refuse images (name: cells) without any."""
     if cells and not any(cells.values()):
         raise ValueError(f"{key}: no cell in {len(cells)} labelled images "
-                         f"({runs.listed(list(cells), 3)}); nothing can be learned or scored. Are "
-                         "the labels all 0?")
+                         f"({runs.listed(list(cells), 3)}); are the labels all 0?")
 
 
 def training_examples(config: TrainingData, chosen: TrainingSet) -> list[Example]:
-    """Labelled images of a training set."""
     return examples(Path(config.root) / chosen.path, chosen.channels or config.channels,
                     chosen.match, chosen.labels)
 
 
 def split_training_examples(found: list[Example], config: TrainingData, seed: int
                             ) -> tuple[list[Example], list[Example]]:
-    """(to train on, held out): the latter are the same for every limit and seed."""
+    """(to train on, held out); held out are the same for every limit and seed."""
     held = [] if config.validation else hold_out(found, config.share, 0)
     names = {example.name for example in held}
     kept = [example for example in found if example.name not in names]
@@ -992,7 +957,7 @@ def drawn_training_images(config: TrainingData, seed: int, number: int) -> list[
     for name in np.random.default_rng((seed, number)).choice(config.field_channels, 2, False):
         pixels = drawn.pixels[drawn.channels.index(name)][None]
         pixels = to_rgb(normalise(pixels, percentiles(pixels)))
-        unknown = np.zeros(len(np.unique(drawn.labels)) - 1, np.int64) if config.types else None
+        unknown = np.zeros(drawn.labels.max(), np.int64) if config.types else None
         found.append(Labelled(f"synthetic {number} {name}", pixels, drawn.labels, "synthetic",
                               types=unknown))
     return found
@@ -1003,7 +968,7 @@ def training_was_augmented(config: TrainingData) -> bool:
     made = [(Path(config.root) / s.path / "augmented.yaml").is_file() for s in config.sets]
     if any(made) and (not all(made) or config.fields):
         raise ValueError("data.sets: some were written by augment.py and some were not; train on "
-                         "one kind, or write all of them with augment.py")
+                         "one kind")
     return any(made)
 
 
@@ -1060,8 +1025,7 @@ def convert(config: Config, source: str, target: str) -> int:
 def _write_labelled(found: list[Example], source: str, target: Path, config: Config) -> int:
     """Write NAME.tif and NAME_masks.tif; the image last, so that it stands for both."""
     if target.resolve().is_relative_to(Path(source).resolve()):
-        raise ValueError(f"{target}: is in {source}, where it would be read as data; choose a "
-                         "folder outside")
+        raise ValueError(f"{target}: would be read as data of {source}; choose a folder outside")
     chosen = {name: getattr(config, name) for name in ("channels", "match", "labels")}
     _claim_labelled_folder(target / "converted.txt",
                            f"from {Path(source).resolve()} with {chosen}\n")
@@ -1084,14 +1048,12 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
 def _claim_labelled_folder(record: Path, text: str) -> None:
     """Record how the files of a folder are made, so that no other files are mixed in."""
     if record.exists() and record.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{record}: written for something else before; choose another folder, or "
-                         "remove it with all that was made beside it")
+        raise ValueError(f"{record}: written for something else before; choose another folder")
     record.parent.mkdir(parents=True, exist_ok=True)
     runs.write_text(record, text)
 
 
 def split_unit(name: str, config: Config) -> str:
-    """Unit that a split keeps together."""
     if config.by == "image":
         return re.sub(r"_copy\d+$", "", name)
     return donor_of(name, config.pattern) if config.by == "donor" else group_of(name)
@@ -1100,32 +1062,30 @@ def split_unit(name: str, config: Config) -> str:
 def split(config: Config, source: str) -> int:
     found = _examples_in(source, config)
     sides = ("train", "validation", "test")[:len(config.fractions)]
-    rows, datasets = [], defaultdict(set)                          # datasets: of a group
-    for name in (example.name for example in found):
-        if config.stratify and "/" not in name:
-            raise ValueError(f"{source}: stratify=dataset, but {name} lies in no folder of its own "
-                             "there")
-        group, dataset = split_unit(name, config), name.rpartition("/")[0].split("/")[0]
-        rows.append({"name": name, "split": "", "group": group, "dataset": dataset})
-        datasets[group].add(dataset if config.stratify else "")
-    sizes = Counter(row["group"] for row in rows)
+    names = [example.name for example in found]
+    units = [split_unit(name, config) for name in names]
+    datasets = [name.rpartition("/")[0].split("/")[0] for name in names]
+    if config.stratify and "" in datasets:
+        raise ValueError(f"{source}: stratify=dataset, but {names[datasets.index('')]} lies in no "
+                         "folder of its own there")
+    sizes, strata = Counter(units), defaultdict(set)
     if len(sizes) < len(sides):
         raise ValueError(f"{source}: {len(sizes)} {config.by}s for {len(sides)} sides; give fewer "
                          "fractions")
-    groups = {group: (tuple(sorted(datasets[group])), size) for group, size in sizes.items()}
+    for unit, dataset in zip(units, datasets):
+        strata[unit].add(dataset if config.stratify else "")
+    groups = {unit: (tuple(sorted(strata[unit])), size) for unit, size in sizes.items()}
     side_of = _split_sides(groups, config.fractions, config.seed)
-    for row in rows:
-        row["split"] = sides[side_of[row["group"]]]
+    chosen = [sides[side_of[unit]] for unit in units]
 
     table = Path(config.out or source) / "split.tsv"
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    _claim_labelled_folder(table, "".join("\t".join(line) + "\n" for line in lines))
-    for side in sides:
-        chosen = [example for example, row in zip(found, rows) if row["split"] == side]
+    rows = [("name", "split", "group", "dataset"), *zip(names, chosen, units, datasets)]
+    _claim_labelled_folder(table, "".join("\t".join(row) + "\n" for row in rows))
+    for i, side in enumerate(sides):
+        images = [example for example, own in zip(found, chosen) if own == side]
         if config.out:
-            _write_labelled(chosen, source, table.parent / side, config)
-        units = {row["group"] for row in rows if row["split"] == side}
-        print(f"{side}: {len(chosen)} images, {len(units)} {config.by}s")
+            _write_labelled(images, source, table.parent / side, config)
+        print(f"{side}: {len(images)} images, {list(side_of.values()).count(i)} {config.by}s")
     print(table)
     return 0
 
@@ -1133,8 +1093,7 @@ def split(config: Config, source: str) -> int:
 def planes(config: Config, source: str, target: str) -> int:
     made, found = 0, list_files(source, ("_labels.tif",))
     if not found:
-        raise ValueError(f"{source}: no NAME_labels.tif in it or below; expected stacks NAME.tif "
-                         "(Z, Y, X) with these beside them")
+        raise ValueError(f"{source}: no NAME_labels.tif in it or below, beside stacks NAME.tif")
     _claim_labelled_folder(Path(target) / "converted.txt",
                            f"planes of {Path(source).resolve()}, every={config.every}\n")
     for labelled in found:
@@ -1175,8 +1134,8 @@ def check(config: Config, *paths: str) -> int:
             content = runs.digest(pixels)
             seen[content].append(where)
             if pixels.shape[1:] != labels.shape:
-                problems.append(
-                    f"{where}: image of {pixels.shape[1:]} px, labels of {labels.shape}")
+                problems.append(f"{where}: image of {pixels.shape[1:]} px, labels of "
+                                f"{labels.shape}")
             count, several = _labelled_pieces(labels)
             if several:
                 problems.append(f"{where}: {len(several)} of {count} cells in pieces, "
@@ -1200,8 +1159,7 @@ def _labelled_pieces(labels: np.ndarray) -> tuple[int, list[int]]:
 def _straddling(table: Path) -> list[str]:
     """Groups of a split.tsv that are on two sides."""
     sides = defaultdict(set)
-    for row in runs.read_table(table, ["name", "split", "group"],
-                               "`split` writes it") if table.is_file() else []:
+    for row in runs.read_table(table, ["split", "group"]) if table.is_file() else []:
         sides[row["group"]].add(row["split"])
     return [f"{table}: {group} is in {' and in '.join(sorted(parts))}"
             for group, parts in sides.items() if len(parts) > 1]

@@ -16,9 +16,9 @@ Axes are read from the file and never guessed. C and samples (RGB) are channels.
 1 must be chosen. Pages without metadata are an error, unless plane= says that they are a stack or
 channels= that they are channels. A 3-D .npy is (C, H, W), or (H, W, C) if only its last axis is 4
 or less. Alpha is dropped with a notice. A palette becomes RGB, unless ImageJ wrote it, whose lookup
-tables only colour the screen. MinIsWhite and EXIF's orientation are said, not applied: pixels as
-stored. Sizes are compared with the bytes that are there and the memory that is free before pixels
-are decoded, and no decoder gives more than its file claims.
+tables only colour the screen. MinIsWhite and EXIF's orientation are said, not applied. Sizes are
+compared with the bytes there are and the free memory before pixels are decoded, and no decoder
+gives more than its file claims.
 """
 from __future__ import annotations
 
@@ -66,7 +66,6 @@ OVERVIEW = 1 << 24      # pixels of the size of a slide that says how bright it 
 COUNTED = 1 << 22                       # pixels of a channel that percentiles() counts together
 DENSEST = {"PNG": 1032, "JPEG": 64 * 8}    # pixels of a channel that a byte can hold, at most
 SMALL = 64 << 20                    # bytes that are asked for without a look at the memory
-BITS = {"1": 1}                        # of a pixel in a channel, where Pillow has not 8
 LIBTIFF = (5, 32773, 50000)             # LZW, PackBits, zstd
 JPEG = 7                                # in TIFF
 ORIENTATION = 274                       # the tag of EXIF
@@ -89,13 +88,12 @@ PIL.Image.MAX_IMAGE_PIXELS = None                                 # a slide is n
 
 Channels = Sequence[int | str] | None                           # numbers from 1 or names; None: all
 Read = Callable[[Sequence[int], slice, slice], np.ndarray]         # channels from 0, rows, columns
-# of a slide: a number from 1, or what chooses one by heights, widths and pixel sizes
-Level = int | Callable[[list[int], list[int], list[float | None]], int]
+Sizes = list[tuple[int, int, float | None]]                 # of a slide: H, W, µm of a pixel
+Level = int | Callable[[Sizes], int]                       # of them, from 1; or what chooses one
 Selector = Callable[[str, Sequence[int]], tuple[str, tuple[int | slice, ...]]]   # see _select
 
 
 class Image(NamedTuple):
-    """An image, from read_image."""
     pixels: np.ndarray                                             # (C, H, W) in the file's dtype
     channels: tuple[str, ...] | None                               # names
     pixel_size: float | None                                       # µm
@@ -121,21 +119,26 @@ def image_files(folder: str | Path, pattern: str = "*",
 def list_files(folder: str | Path, suffixes: tuple[str, ...], pattern: str = "*",
                unreadable: list[OSError] | None = None) -> list[Path]:
     """Files in a folder and below it, sorted, but for hidden ones; see image_files()."""
+    return sorted(path for _, files in layout_folders(folder, unreadable) for path in files
+                  if path.name.lower().endswith(suffixes) and fnmatch(path.name, pattern))
+
+
+def layout_folders(root: str | Path, unreadable: list[OSError] | None = None
+                   ) -> Iterator[tuple[Path, list[Path]]]:
+    """Every folder from root down, and its files; nothing hidden."""
     def note(error: OSError) -> None:
-        if unreadable is None or error.filename == str(folder):
+        if unreadable is None or error.filename == str(root):
             raise error
         unreadable.append(error)
 
-    found = []
-    for parent, below, names in os.walk(folder, onerror=note):
-        below[:] = [name for name in below if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if not name.startswith(".")
-                  and name.lower().endswith(suffixes) and fnmatch(name, pattern)]
-    return sorted(found)
+    for parent, below, names in os.walk(root, onerror=note):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        yield Path(parent), [Path(parent, name) for name in sorted(names)
+                             if not name.startswith(".")]
 
 
 def natural_order(name: str) -> tuple[list[str | int], str]:
-    """A key for sorted(): numbers by their value."""
+    """Key for sorted(): numbers by their value."""
     parts: list[str | int] = re.split("([0-9]+)", name)
     parts[1::2] = map(int, parts[1::2])
     return parts, name
@@ -147,8 +150,7 @@ def read_image(path: str | Path, channels: Channels = None, plane: int | None = 
                time: int | None = None) -> Image:
     """A whole image; arguments as for open_image, whose notices become warnings here."""
     with open_image(path, channels, plane, time) as source:
-        _, H, W = source.shape
-        image = Image(source.region(0, H, 0, W), source.channels, source.pixel_size)
+        image = source.whole()
     for notice in source.notices:
         if said := image_notice(path, notice):
             warnings.warn(said, stacklevel=2)
@@ -165,28 +167,33 @@ def image_notice(path: str | Path, notice: str) -> str | None:
 
 
 def open_image(path: str | Path, channels: Channels = None, plane: int | None = None,
-               time: int | None = None, colours: bool = True,
-               level: Level = 1) -> Source:
+               time: int | None = None, colours: bool = True, level: Level = 1) -> Source:
     """Open an image without decoding it (PNG and JPEG are decoded now and kept).
 
     channels : numbers from 1 or names in any case, in the order wanted; None for all.
     plane, time : of a stack, from 1; colours : False keeps the numbers of a palette.
-    level : of a slide that is stored in several sizes, from 1, the largest; or a function that
-        chooses one by heights, widths and pixel sizes.
+    level : of a slide that is stored in several sizes, from 1, the largest; or what chooses one.
     """
     path = Path(path)
     with open(path, "rb") as file:                       # the system says if missing, a folder, ...
         if not file.read(1):
             raise ValueError(f"{path}: an empty file, 0 bytes; copy or export it again")
-    for suffixes, opener in ((TIFF, _open_tiff), (NPY, _open_npy), (PNG_JPEG, _open_png_jpeg)):
-        if path.suffix.lower() in suffixes:
-            with ExitStack() as files:
-                select = partial(_select, path, plane, time, channels is not None)
-                source = Source(path, channels, **opener(path, select, files, colours, level))
-                source.close = files.pop_all().close
-                return source
-    raise ValueError(f"{path}: unknown suffix '{path.suffix}', expected "
-                     f"{' '.join(IMAGE_SUFFIXES)}; save the image as TIFF")
+    suffix, select = path.suffix.lower(), partial(_select, path, plane, time, channels is not None)
+    if suffix not in IMAGE_SUFFIXES:
+        raise ValueError(f"{path}: unknown suffix '{path.suffix}', expected "
+                         f"{' '.join(IMAGE_SUFFIXES)}; save the image as TIFF")
+    with ExitStack() as files:
+        if suffix in TIFF:
+            parts = _open_tiff(path, select, files, colours, level)
+        elif level != 1 and not callable(level):
+            raise ValueError(f"{path}: level={level}, but the image is stored in one size; leave "
+                             "level= out")
+        else:
+            parts = _open_npy(path, select) if suffix in NPY else \
+                _open_png_jpeg(path, select, colours)
+        source = Source(path, channels, **parts)
+        source.close = files.pop_all().close
+        return source
 
 
 class Stack(NamedTuple):
@@ -204,32 +211,39 @@ def stack_of(path: str | Path, letter: str) -> Stack:
     if path.suffix.lower() not in TIFF:
         return Stack(1, "YX", None, None)
     with image_decoding(path), tifffile.TiffFile(path, _multifile=False) as tif:
-        series, imagej, pixels = tif.series[0], tif.imagej_metadata or {}, None
-        if tif.is_ome:
-            with suppress(ElementTree.ParseError):
-                pixels = ElementTree.fromstring(tif.ome_metadata or "").find(".//{*}Pixels")
+        series, imagej, pixels = tif.series[0], tif.imagej_metadata or {}, _ome_pixels(tif)
     lengths = dict(zip(series.axes, series.shape))
     unknown = [n for a, n in lengths.items() if a not in "CSYXZT" and n > 1]
     count = lengths.get(letter, unknown[0] if len(unknown) == 1 else 1)
-    step, interval = imagej.get("spacing"), imagej.get("finterval")
-    units = str(imagej.get("unit", "")), str(imagej.get("tunit", "s"))
+    step = _in_unit(imagej.get("spacing"), imagej.get("unit"), MICROMETRES)
+    interval = _in_unit(imagej.get("finterval"), imagej.get("tunit", "s"), SECONDS)
     if pixels is not None:
-        step, interval = pixels.get("PhysicalSizeZ"), pixels.get("TimeIncrement")
-        units = pixels.get("PhysicalSizeZUnit", "µm"), pixels.get("TimeIncrementUnit", "s")
-    factors = MICROMETRES.get(units[0].lower(), 0), SECONDS.get(units[1].lower(), 0)
-    known = []
-    for value, factor in zip((step, interval), factors):
-        try:
-            size = abs(float(value or 0)) * factor
-        except (TypeError, ValueError):
-            size = 0.0
-        known.append(size if 0 < size < math.inf else None)
+        step = _in_unit(pixels.get("PhysicalSizeZ"), pixels.get("PhysicalSizeZUnit", "µm"),
+                        MICROMETRES)
+        interval = _in_unit(pixels.get("TimeIncrement"), pixels.get("TimeIncrementUnit", "s"),
+                            SECONDS)
+    known = [abs(size) if 0 < abs(size) < math.inf else None for size in (step, interval)]
     return Stack(int(count), series.axes, *known)
 
 
 def plane_name(name: str, axis: str, place: int, count: int) -> str:
     """Name of a plane (axis Z) or frame (T) of a stack, from 1: embryo_z03, movie_t007."""
     return f"{name}_{axis.lower()}{place:0{len(str(count))}d}"
+
+
+def _ome_pixels(tif: tifffile.TiffFile) -> ElementTree.Element | None:
+    """What OME's metadata say of the first image."""
+    with suppress(ElementTree.ParseError):
+        return ElementTree.fromstring(tif.ome_metadata or "").find(".//{*}Pixels")
+    return None
+
+
+def _in_unit(value: Any, unit: Any, units: dict[str, float]) -> float:
+    """A number of metadata in µm or s; 0 if it or its unit is not known, NaN if it is none."""
+    try:
+        return float(value or 0) * units.get(str(unit).lower(), 0)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 class Source:
@@ -244,8 +258,8 @@ class Source:
                  shape: tuple[int, int, int], dtype: np.dtype, names: Sequence[str] | None = None,
                  pixel_size: float | None = None, notices: Sequence[str] = (), alpha: bool = False,
                  levels: int = 1):
-        """shape counts all channels of read(), of which the last may be alpha; levels : sizes in
-        which the image is stored."""
+        """shape : with all channels of read(), of which the last may be alpha; levels : sizes that
+        are stored."""
         if 0 in shape or dtype.kind not in "buif" or dtype.itemsize > 8:
             raise ValueError(f"{path}: pixels of {dtype}, (C, H, W) = {shape}; expected at least "
                              "one pixel, integers or floats of at most 64 bits")
@@ -281,6 +295,10 @@ class Source:
                              "(numpy.nan_to_num), save it")
         return pixels
 
+    def whole(self) -> Image:
+        _, H, W = self.shape
+        return Image(self.region(0, H, 0, W), self.channels, self.pixel_size)
+
     def __enter__(self) -> Source:
         return self
 
@@ -288,8 +306,7 @@ class Source:
         self.close()
 
 
-def _pick_channels(path: Path, channels: Channels, count: int,
-                   names: Sequence[str]) -> list[int]:
+def _pick_channels(path: Path, channels: Channels, count: int, names: Sequence[str]) -> list[int]:
     """Channel numbers from 0."""
     if channels is None:
         return list(range(count))
@@ -352,7 +369,7 @@ def check_image_memory(path: Path, size: float) -> None:
     if size > SMALL and 3 * size > (free := runs.free_memory()):
         raise ValueError(f"{path}: too large for memory, {size / 1e9:.3g} GB of pixels at once and "
                          f"{free / 1e9:.3g} GB free, of which a third may be used; save it as a "
-                         "tiled TIFF, which is read in parts, or take a machine with more memory")
+                         "tiled TIFF, which is read in parts")
 
 
 @contextmanager
@@ -365,8 +382,8 @@ def image_decoding(path: Path, codec: str = "") -> Iterator[None]:
         if "imagecodecs" in reason or isinstance(error, ImportError):
             raise ValueError(f"{path}: {codec or reason}; to read it pip install imagecodecs, or "
                              "save the image again with deflate") from None
-        raise ValueError(f"{path}: damaged, truncated or no {path.suffix} ({reason}); "
-                         f"copy or export it again") from None
+        raise ValueError(f"{path}: damaged, truncated or no {path.suffix} ({reason}); copy or "
+                         "export it again") from None
 
 
 def _source_of_arrays(arrays: Iterable[np.ndarray], axes: str, **more: Any) -> dict[str, Any]:
@@ -383,15 +400,7 @@ def _source_of_arrays(arrays: Iterable[np.ndarray], axes: str, **more: Any) -> d
 
 # --------------------------------------------------------------------------------- .npy, PNG, JPEG
 
-def _one_level(path: Path, level: Level) -> None:
-    if not callable(level) and level != 1:
-        raise ValueError(f"{path}: level={level}, but the image is stored in one size; leave "
-                         "level= out")
-
-
-def _open_npy(path: Path, select: Selector, files: ExitStack, colours: bool, level: Level
-              ) -> dict[str, Any]:
-    _one_level(path, level)
+def _open_npy(path: Path, select: Selector) -> dict[str, Any]:
     with image_decoding(path):
         array = np.lib.format.open_memmap(path, mode="r")          # refuses pickled objects
     if array.ndim not in (2, 3):
@@ -401,12 +410,11 @@ def _open_npy(path: Path, select: Selector, files: ExitStack, colours: bool, lev
     return _source_of_arrays([array], axes)
 
 
-def _open_png_jpeg(path: Path, select: Selector, files: ExitStack, colours: bool, level: Level
-                   ) -> dict[str, Any]:
-    _one_level(path, level)
+def _open_png_jpeg(path: Path, select: Selector, colours: bool) -> dict[str, Any]:
     with image_decoding(path), PIL.Image.open(path, formats=("PNG", "JPEG")) as image:
         pixels, size = math.prod(image.size), path.stat().st_size
-        if pixels > size * DENSEST[str(image.format)] * 8 / BITS.get(image.mode, 8):
+        bits = 1 if image.mode == "1" else 8                       # of a pixel in a channel
+        if pixels > size * DENSEST[str(image.format)] * 8 / bits:
             raise Damaged(f"{image.height} x {image.width} px cannot lie in {size} bytes")
         check_image_memory(path, pixels * len(image.getbands()) * (4 if image.mode == "I" else 1))
         raw = str(image.tile[0][3])
@@ -510,50 +518,41 @@ def _open_tiff(path: Path, select: Selector, files: ExitStack, colours: bool, le
 def _level(path: Path, levels: Sequence[Any], pixel_size: float | None, wanted: Level
            ) -> tuple[int, float | None]:
     """The number of the size wanted of a slide, and its pixel size; others have one size."""
-    heights, widths = ([getattr(one.keyframe, name) for one in levels]
-                       for name in ("imagelength", "imagewidth"))
-    sizes = [pixel_size and pixel_size * widths[0] / width for width in widths]
-    number = wanted(heights, widths, sizes) if callable(wanted) else wanted
+    shapes = [(one.keyframe.imagelength, one.keyframe.imagewidth) for one in levels]
+    sizes = [(h, w, pixel_size and pixel_size * shapes[0][1] / w) for h, w in shapes]
+    number = wanted(sizes) if callable(wanted) else wanted
     if not 1 <= number <= len(levels):
         raise ValueError(f"{path}: level={number}, expected 1..{len(levels)} ("
-                         + ", ".join(f"{h} x {w}" for h, w in zip(heights, widths)) + " px)")
-    return number, sizes[number - 1]
+                         + ", ".join(f"{h} x {w}" for h, w in shapes) + " px)")
+    return number, sizes[number - 1][2]
 
 
 def level_of(pixel_size: float) -> Level:
     """The coarsest size of a slide whose pixels (µm) are no larger."""
-    def choose(heights: list[int], widths: list[int], sizes: list[float | None]) -> int:
-        if sizes[0] is None:
+    def choose(sizes: Sizes) -> int:
+        if sizes[0][2] is None:
             raise ValueError(f"pixel_size={pixel_size:g}: the file does not say how large a pixel "
                              f"is; give level=1..{len(sizes)}")
-        return max((i + 1 for i, size in enumerate(sizes) if size and size <= 1.05 * pixel_size),
-                   default=1)
+        return max((number for number, (_, _, size) in enumerate(sizes, 1)
+                    if size and size <= 1.05 * pixel_size), default=1)
     return choose
 
 
-def overview_level(heights: list[int], widths: list[int], sizes: list[float | None]) -> int:
+def overview_level(sizes: Sizes) -> int:
     """The smallest size of a slide that has OVERVIEW pixels, or the largest there is."""
-    return max((i + 1 for i, (h, w) in enumerate(zip(heights, widths)) if h * w >= OVERVIEW),
+    return max((number for number, (h, w, _) in enumerate(sizes, 1) if h * w >= OVERVIEW),
                default=1)
 
 
 def _tiff_metadata(tif: tifffile.TiffFile, page: Any) -> dict[str, Any]:
     """Channel names, pixel size and notices, from OME, else ImageJ, else resolution tags."""
     sizes, largest, notices = [], math.inf, []
-    pixels = None                                                  # of the first image
-    if tif.is_ome:
-        with suppress(ElementTree.ParseError):
-            pixels = ElementTree.fromstring(tif.ome_metadata or "").find(".//{*}Pixels")
-    if pixels is not None:
+    if (pixels := _ome_pixels(tif)) is not None:
         names = [channel.get("Name") for channel in pixels.iterfind("{*}Channel")]
         if tif.series[0].kind != "ome":        # one file of a set: its channels are not known
             names = None
-        for key in ("PhysicalSizeX", "PhysicalSizeY"):
-            unit = MICROMETRES.get(pixels.get(key + "Unit", "µm").lower(), 0)
-            try:
-                sizes.append(float(pixels.get(key, 0)) * unit)
-            except ValueError:
-                sizes.append(math.nan)
+        sizes = [_in_unit(pixels.get(key), pixels.get(f"{key}Unit", "µm"), MICROMETRES)
+                 for key in ("PhysicalSizeX", "PhysicalSizeY")]
     else:
         imagej = tif.imagej_metadata or {}
         names = imagej.get("Labels")
@@ -565,8 +564,8 @@ def _tiff_metadata(tif: tifffile.TiffFile, page: Any) -> dict[str, Any]:
         else:
             unit, largest = {2: 25400.0, 3: 1e4}.get(int(page.tags.valueof(296, 2)), 0), CALIBRATED
         for tag in (282, 283):                                # XResolution, YResolution: a fraction
-            pixels, units = page.tags.valueof(tag, (0, 1))
-            sizes.append(unit * units / pixels if pixels else 0)
+            pixel_count, units = page.tags.valueof(tag, (0, 1))
+            sizes.append(unit * units / pixel_count if pixel_count else 0)
         if aperio := re.search(r"\bMPP = ([0-9.]+)", page.description if tif.is_svs else ""):
             sizes = [float(aperio[1])] * 2
     x, y = sizes
@@ -610,10 +609,10 @@ def _promised_pixels(tif: tifffile.TiffFile, page: Any) -> int:
     """Pixels of the first image that ImageJ's or OME's metadata announce in this file."""
     plane = page.imagelength * page.imagewidth
     if tif.is_ome:
-        with suppress(ElementTree.ParseError, ValueError):
-            pixels = ElementTree.fromstring(tif.ome_metadata or "").find(".//{*}Pixels")
-            # several files of one set name each other
-            if pixels is not None and pixels.find("{*}TiffData/{*}UUID[@FileName]") is None:
+        pixels = _ome_pixels(tif)
+        # several files of one set name each other
+        if pixels is not None and pixels.find("{*}TiffData/{*}UUID[@FileName]") is None:
+            with suppress(ValueError):
                 return plane * math.prod([int(pixels.get(f"Size{axis}", "1")) for axis in "CZT"])
     elif tif.is_imagej:
         count = (tif.imagej_metadata or {}).get("images", 1)
@@ -916,7 +915,7 @@ def read_labels(path: str | Path, plane: int | None = None, time: int | None = N
             raise ValueError(f"{path}: {source.shape[0]} channels of {source.dtype}, expected "
                              "labels: one channel of integers; give each cell a whole number and "
                              "save it as uint16")
-        labels = source.region(0, source.shape[1], 0, source.shape[2])[0]
+        labels = source.whole().pixels[0]
     check_label_image(labels, path, np.iinfo(np.int32).max)
     return labels.astype(np.int32)
 
@@ -959,9 +958,8 @@ class LabelWriter:
     def __init__(self, path: str | Path, size: tuple[int, int], pixel_size: float | None = None):
         self.path, self.size, self.pixel_size = Path(path), size, pixel_size
         self.whole: np.ndarray | None = None                       # the only part
-        self.band = np.zeros((0, size[1]), np.uint32)  # rows that are not compressed yet
-        # compressed tiles, until close()
-        self.spool = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
+        self.band = np.zeros((0, size[1]), np.uint32)              # rows not compressed yet
+        self.spool = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115  # of tiles
         self.lengths: list[int] = []                               # their bytes
 
     def add(self, core: tuple[slice, slice], labels: np.ndarray) -> None:
@@ -983,7 +981,6 @@ class LabelWriter:
                 self.band = self.band[LABEL_TILE:]
 
     def close(self, record: dict | None = None) -> None:
-        """Write the file."""
         if self.whole is not None:
             self.spool.close()
             return write_labels(self.path, self.whole, self.pixel_size, record)
@@ -995,9 +992,9 @@ class LabelWriter:
         self.spool.seek(0)
         with self.spool, runs.replacing(self.path) as temporary:
             tifffile.imwrite(temporary, (self.spool.read(length) for length in self.lengths),
-                             shape=self.size, dtype=np.uint32,
-                             tile=(LABEL_TILE, LABEL_TILE), bigtiff=4 * H * W > CLASSIC,
-                             byteorder="<", **_label_options(self.pixel_size, record))
+                             shape=self.size, dtype=np.uint32, tile=(LABEL_TILE, LABEL_TILE),
+                             bigtiff=4 * H * W > CLASSIC, byteorder="<",
+                             **_label_options(self.pixel_size, record))
 
 
 def write_label_stack(path: str | Path, planes: Iterable[np.ndarray], shape: tuple[int, int, int],
@@ -1021,8 +1018,7 @@ def write_label_stack(path: str | Path, planes: Iterable[np.ndarray], shape: tup
     words["UUID"] = uuid.uuid5(uuid.NAMESPACE_URL, Path(path).name).urn
     with runs.replacing(path) as temporary:
         tifffile.imwrite(temporary, (plane.astype(dtype) for plane in planes), shape=shape,
-                         dtype=dtype, ome=True, metadata=words, photometric="minisblack",
-                         compression="zlib", compressionargs={"level": 3},
+                         dtype=dtype, ome=True, metadata=words, **_label_options(),
                          bigtiff=math.prod(shape) * dtype().itemsize > CLASSIC)
 
 
@@ -1036,10 +1032,10 @@ def _empty_tile() -> bytes:
     return _label_tile(np.zeros((LABEL_TILE, LABEL_TILE)))
 
 
-def _label_options(pixel_size: float | None, record: dict | None = None) -> dict[str, Any]:
-    options: dict[str, Any] = dict(
-        compression="zlib", photometric="minisblack",
-        compressionargs={"level": 3})  # a third less would take three times as long
+def _label_options(pixel_size: float | None = None, record: dict | None = None) -> dict[str, Any]:
+    # level 3: a third less would take three times as long
+    options: dict[str, Any] = dict(photometric="minisblack", compression="zlib",
+                                   compressionargs={"level": 3})
     if record:
         options |= dict(description=json.dumps(record), metadata=None)
     if pixel_size:
@@ -1049,8 +1045,8 @@ def _label_options(pixel_size: float | None, record: dict | None = None) -> dict
 
 def check_label_image(labels: np.ndarray, where: str | Path, largest: int) -> None:
     if labels.ndim != 2 or labels.dtype.kind not in "iu":
-        raise ValueError(f"{where}: labels of shape {labels.shape}, {labels.dtype}; expected (H, "
-                         f"W) integers")
+        raise ValueError(f"{where}: labels of {labels.dtype}, {labels.shape}; expected integers "
+                         "(H, W)")
     if labels.min(initial=0) < 0 or labels.max(initial=0) > largest:
         raise ValueError(f"{where}: labels from {labels.min()} to {labels.max()}, expected 0 to "
                          f"{largest}")

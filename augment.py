@@ -13,9 +13,9 @@ In training nothing is decoded, resized or drawn per pixel on the CPU:
     chosen = resident.draw(seed, numbers)
     x, target, labels = sample(resident, chosen, numbers, Augment(), 256, seed, cap=4)
 
-Every random value is a hash of (seed, number of the sample, name of the value): a sample does not
-depend on its batch, on ranks or workers. The few values per sample are drawn on the host, which
-knows what each operation touches and never waits for a GPU; noise is drawn on the device.
+Every random value is a hash of (seed, number of the sample, name of the value): a sample depends
+on no batch, rank or worker. The few values per sample are drawn on the host, which never waits for
+a GPU; noise is drawn on the device.
 
 Letters: N images, B samples, k some of them, S side of a crop, C channels worked on: 1 for gray
 images, whose three channels are equal, noise included.
@@ -159,21 +159,16 @@ class Draws:
 
     @classmethod
     def of(cls, seed: int, numbers: ArrayLike, config: Any = None) -> Draws:
-        return cls(
-            scramble_draws(
-                scramble_draws(np.array([seed], np.int64)) ^ np.asarray(numbers, np.int64)
-            ),
-            config,
-        )
+        run = scramble_draws(np.array([seed], np.int64))
+        return cls(scramble_draws(run ^ np.asarray(numbers, np.int64)), config)
 
     def at(self, rows: np.ndarray) -> Draws:
         return Draws(self.key[rows], self.config)
 
     def streams(self, name: str, channels: int = 1, length: int = 0) -> np.ndarray:
         """(B, channels) int64, starts of sequences: hash i is scramble(start + i GOLDEN)."""
-        return scramble_draws(self.key ^ hash_for_draws(name))[:, None] + GOLDEN * (
-            length * np.arange(channels)
-        )
+        first = scramble_draws(self.key ^ hash_for_draws(name))[:, None]
+        return first + GOLDEN * (length * np.arange(channels))
 
     def uniform(self, name: str, *shape: int) -> np.ndarray:
         """(B, *shape) in (0, 1)."""
@@ -265,9 +260,8 @@ class Resident:
         # (N, LEVELS, 2) px
         diameters, self.mean, self.gray, self.alive, self.cells, self.shape = (
             np.array(column) for column in zip(*rows))
-        self.word, self.label, self.cell = (
-            words.offsets().reshape(-1, LEVELS), labels.offsets(),
-            np.cumsum([0, *map(len, depths[:-1])]))
+        self.word, self.label = words.offsets().reshape(-1, LEVELS), labels.offsets()
+        self.cell = np.cumsum([0, *map(len, depths[:-1])])
         self.centre = np.concatenate(centres)                    # (cells, 2) px, background first
         self.scale = np.ones(len(rows))                                      # (N,) nominal
         seen = diameters > 0
@@ -278,9 +272,10 @@ class Resident:
         self.words, self.labels = words.tensor(device), labels.tensor(device)
         self.depth = torch.from_numpy(np.concatenate(depths)).to(device)
         self.device = self.depth.device
-        # (cells,) background first, as depth
-        self.types = torch.from_numpy(np.concatenate([np.append(0, own) for own in types])).to(
-            device) if types else None
+        self.types = None                                        # (cells,) background first
+        if types:
+            flat = np.concatenate([np.append(0, own) for own in types])
+            self.types = torch.from_numpy(flat).to(device)
         # (groups,), (N,)
         self.groups, self.group = np.unique(groups or ["all"] * len(rows), return_inverse=True)
         self.weigh(weights or {})
@@ -385,10 +380,7 @@ def measure_for_crops(labels: np.ndarray, n: int) -> tuple[float, np.ndarray, np
     flat = labels.ravel()
     area = np.bincount(flat, minlength=n)
     sums = [np.bincount(flat, at.ravel(), minlength=n) for at in np.indices(labels.shape)]
-    edge = np.zeros(labels.shape, bool)
-    for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
-        edge[a] |= labels[a] != labels[b]
-        edge[b] |= labels[a] != labels[b]
+    edge = skimage.segmentation.find_boundaries(labels, connectivity=1)
     away = (scipy.ndimage.distance_transform_edt(~edge) if edge.any()
             else np.full(edge.shape, math.hypot(*edge.shape)))
     depth = np.zeros(n, np.float32)
@@ -431,13 +423,12 @@ def sample(resident: Resident, images: ArrayLike, numbers: ArrayLike, config: Au
     images, draws = np.asarray(images), Draws.of(seed, numbers, config)
     device = resident.device
     scale, y, x = crop_coordinates(resident, images, draws, size)
-    level = np.clip(np.round(-np.log2(scale)), 0, LEVELS - 1).astype(int)
     negative = draws.happens("negative")
     out = y.new_empty(len(images), 3, size, size)
     far = y.new_empty(len(images), 1, size, size)
-    labels = crop_labels(resident, images, y, x) * send_crop_values(~negative,
-                                                                    device)[:, None, None]
-    depth = crop_cell_depths(resident, images, scale)                                  # (B, K)
+    labels = crop_labels(resident, images, y, x)
+    labels = labels * send_crop_values(~negative, device)[:, None, None]
+    depth = crop_cell_depths(resident, images, scale)            # (B, K)
     over = None
     if cap is not None and config.paste:
         over = paste_cells(resident, images, draws, size, negative, labels, depth)
@@ -448,23 +439,22 @@ def sample(resident: Resident, images: ArrayLike, numbers: ArrayLike, config: Au
         if len(rows):
             here, some, index = images[rows], draws.at(rows), send_crop_values(rows, device)
             wanted = [*range(C)] + [3] * (cap is None)
-            planes = crop_pixels(resident, here, level[rows], y[index], x[index], wanted)
-            crop = touch_crops(planes[:, :C], some, negative[rows],
-                               augment_background)  # (k, C, S, S)
+            planes = crop_pixels(resident, here, scale[rows], y[index], x[index], wanted)
+            crop = touch_crops(planes[:, :C], some, negative[rows], augment_background)
             if over:
                 crop = crop.lerp(over.pixels[index, :C], over.alpha[index])
             crop = touch_crops(crop, some, some.happens("stain") & (C == 3), augment_stain)
             crop = expose_crops(crop, some, np.where(negative[rows], 0.5, resident.mean[here]))
-            crop = recolour_crops(crop, some, resident.alive[here, :C])            # (k, 3, S, S)
-            out.index_copy_(0, index, touch_crops(crop, some, some.happens("tint") & (C == 1),
-                                                  augment_tint))
+            crop = recolour_crops(crop, some, resident.alive[here, :C])  # (k, C -> 3, S, S)
+            crop = touch_crops(crop, some, some.happens("tint") & (C == 1), augment_tint)
+            out.index_copy_(0, index, crop)
             far.index_copy_(0, index, planes[:, -1:])
 
     if cap is None:
-        return out, crop_distance_per_cell(far * (labels > 0)[:, None], labels,
-                                           torch.ones_like(depth)), labels
-    return out, crop_distance_per_cell(capped_crop_distance(labels, cap), labels,
-                                       depth.clamp(max=cap)), labels
+        far, depth = far * (labels > 0)[:, None], torch.ones_like(depth)
+    else:
+        far, depth = capped_crop_distance(labels, cap), depth.clamp(max=cap)
+    return out, crop_distance_per_cell(far, labels, depth), labels
 
 
 def crop_cell_depths(resident: Resident, images: np.ndarray, scale: np.ndarray) -> Tensor:
@@ -481,9 +471,9 @@ def crop_cell_types(resident: Resident, images: np.ndarray, place: Tensor) -> Te
     as are those that were pasted in."""
     assert resident.types is not None
     crop, label = place.unbind(1)
-    own = label <= send_crop_values(resident.cells[images], place.device)[crop]
-    return resident.types.take(send_crop_values(resident.cell[images], place.device)[crop] + label
-                               * own)
+    first, count = (send_crop_values(values[images], place.device)[crop]
+                    for values in (resident.cell, resident.cells))
+    return resident.types.take(first + label * (label <= count))
 
 
 def send_crop_values(array: np.ndarray, device: torch.device) -> Tensor:
@@ -518,8 +508,7 @@ class Pasted(NamedTuple):
 
 
 def paste_cells(resident: Resident, images: np.ndarray, draws: Draws, size: int,
-                negative: np.ndarray,
-                labels: Tensor, depth: Tensor) -> Pasted | None:
+                negative: np.ndarray, labels: Tensor, depth: Tensor) -> Pasted | None:
     """About half of the cells of another image of the same set over crops; None without any.
 
     They bring their surroundings along over two pixels; cells under them lose what is covered.
@@ -533,23 +522,20 @@ def paste_cells(resident: Resident, images: np.ndarray, draws: Draws, size: int,
     other, index = other[rows], send_crop_values(rows, device)
     second = Draws(scramble_draws(draws.key[rows]), draws.config)                  # place and turn
     scale, y, x = crop_coordinates(resident, other, second, size)
-    level = np.clip(np.round(-np.log2(scale)), 0, LEVELS - 1).astype(int)
     theirs = crop_labels(resident, other, y, x)                                  # (k, S, S)
     whole = crop_cell_depths(resident, other, scale)                                   # (k, K')
     taken = second.uniform("taken", whole.shape[1]) < 0.5
     taken[:, 0] = False
-    theirs = theirs * send_crop_values(taken, device).gather(1, theirs.flatten(1).long()).view(
-        theirs.shape
-    )
+    keep = send_crop_values(taken, device).gather(1, theirs.flatten(1).long())
+    theirs = theirs * keep.view(theirs.shape)
     mask = (theirs > 0)[:, None].float()
     F = torch.nn.functional
     soft = F.avg_pool2d(F.max_pool2d(mask, 3, 1, 1), 3, 1, 1, count_include_pad=False)
     pixels = y.new_zeros(len(images), 3, size, size)
     alpha = y.new_zeros(len(images), 1, size, size)
-    pixels.index_copy_(0, index, crop_pixels(resident, other, level, y, x, [0, 1, 2]))
+    pixels.index_copy_(0, index, crop_pixels(resident, other, scale, y, x, [0, 1, 2]))
     alpha.index_copy_(0, index, torch.maximum(mask, soft))
-    count = send_crop_values(resident.cells[images[rows]],
-                             device)[:, None]              # (k, 1) cells below
+    count = send_crop_values(resident.cells[images[rows]], device)[:, None]  # (k, 1) cells below
     both = torch.where(theirs > 0, theirs + count[:, :, None], labels[index]).to(labels.dtype)
     depth = F.pad(depth, (0, whole.shape[1]))                                # theirs follow
     places = count + torch.arange(1, whole.shape[1], device=device)
@@ -581,15 +567,14 @@ def crop_coordinates(resident: Resident, images: np.ndarray, draws: Draws, size:
     centre = np.round(centre - size / 2) + (size - 1) / 2                    # on the grid
 
     at = send_crop_values(np.arange(size) - (size - 1) / 2, device)                      # (S,)
-    down, right = (send_crop_values(matrix[:, :, i], device)[:, :, None] * at
-                   for i in (0, 1))  # (B, 2, S)
+    down, right = (send_crop_values(matrix[:, :, i], device)[:, :, None] * at for i in (0, 1))
     down = down + send_crop_values(centre, device)[:, :, None]
     yx = [down[:, i, :, None] + right[:, i, None, :] for i in (0, 1)]        # (B, S, S) each
     rows = np.flatnonzero(draws.happens("elastic"))
     if len(rows):
         knots = draws.at(rows).knots("elastic", "elastic_px", 2, 2 + size // 32)
-        shift = smoothed_knots(send_crop_values(np.einsum("kij,kjyx->kiyx", matrix[rows], knots),
-                                                device), size)
+        knots = np.einsum("kij,kjyx->kiyx", matrix[rows], knots)
+        shift = smoothed_knots(send_crop_values(knots, device), size)
         for i in (0, 1):
             yx[i].index_add_(0, send_crop_values(rows, device), shift[:, i])
     y, x = (mirrored_coordinates(yx[i], send_crop_values(extent[:, i], device)[:, None, None])
@@ -611,8 +596,7 @@ def mirrored_coordinates(c: Tensor, extent: Tensor) -> Tensor:
 
 def smoothed_knots(knots: Tensor, size: int) -> Tensor:
     """(k, C, n, n) -> (k, C, S, S): cubic, which is slow, up to a quarter of S, then linear."""
-    quarter = max(knots.shape[-1], -(-size // 4))
-    knots = interpolated_crops(knots, quarter, "bicubic")
+    knots = interpolated_crops(knots, max(knots.shape[-1], -(-size // 4)), "bicubic")
     return interpolated_crops(knots, size, "bilinear")
 
 
@@ -628,9 +612,11 @@ def crop_labels(resident: Resident, images: np.ndarray, y: Tensor, x: Tensor) ->
     return take(resident.labels, index).view(index.shape)
 
 
-def crop_pixels(resident: Resident, images: np.ndarray, level: np.ndarray, y: Tensor, x: Tensor,
+def crop_pixels(resident: Resident, images: np.ndarray, scale: np.ndarray, y: Tensor, x: Tensor,
                 planes: list[int]) -> Tensor:
-    """Planes of the words (k, C, S, S) in [0, 1] at y, x of the full images, from levels (k,)."""
+    """Planes of the words (k, C, S, S) in [0, 1] at y, x of the full images; scale of crops (k,).
+    """
+    level = np.clip(np.round(-np.log2(scale)), 0, LEVELS - 1).astype(int)
     start, height, width, factor = (send_crop_values(v, y.device)[:, None, None] for v in (
         resident.word[images, level], *resident.shape[images, level].T, 0.5 ** level))
     y = ((y + 0.5) * factor - 0.5).clamp(min=0).minimum(height - 1)
@@ -655,20 +641,17 @@ def crop_pixels(resident: Resident, images: np.ndarray, level: np.ndarray, y: Te
 
 def expose_crops(x: Tensor, draws: Draws, mean: np.ndarray) -> Tensor:
     """x (k, C, S, S) in [0, 1], in place, through light, optics, camera, display; mean (k,)."""
-    x = touch_crops(x, draws, draws.happens("halo"), augment_halo)
-    x = touch_crops(x, draws, draws.happens("light"), augment_light)
-    x = touch_crops(x, draws, draws.happens("blur"), augment_blur)
-    x = touch_crops(x, draws, draws.happens("coarse"), augment_resolution)
-    x = touch_crops(x, draws, draws.happens("noise") | draws.happens("shot"),
-                    augment_noise).clamp_(0, 1)
-    x = touch_crops(x, draws, draws.happens("dim"), augment_exposure)
+    for name, change in (("halo", augment_halo), ("light", augment_light), ("blur", augment_blur),
+                         ("coarse", augment_resolution)):
+        x = touch_crops(x, draws, draws.happens(name), change)
+    x = touch_crops(x, draws, draws.happens("noise") | draws.happens("shot"), augment_noise)
+    x = touch_crops(x.clamp_(0, 1), draws, draws.happens("dim"), augment_exposure)
     invert = draws.happens("invert")                                         # then the contrast
     factor = np.where(draws.happens("contrast"), draws.within("contrast_range"), 1)
     offset = draws.within("brightness_range") * draws.happens("brightness")
     offset += invert * factor + np.where(invert, 1 - mean, mean) * (1 - factor)
-    x = x.mul_(crop_values(np.where(invert, -factor, factor), x)).add_(crop_values(offset,
-                                                                                   x)).clamp_(0, 1)
-    x = touch_crops(x, draws, draws.happens("gamma"), augment_gamma)
+    x = x.mul_(crop_values(np.where(invert, -factor, factor), x)).add_(crop_values(offset, x))
+    x = touch_crops(x.clamp_(0, 1), draws, draws.happens("gamma"), augment_gamma)
     return touch_crops(x, draws, draws.happens("blocks"), augment_jpeg_blocks)
 
 
@@ -734,9 +717,9 @@ def jpeg_tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     colour = np.full((8, 8), 99)
     colour[:4, :4] = COLOUR
     steps = np.stack((BRIGHTNESS, colour, colour)) / 255
-    return (send_crop_values(cosines, device), send_crop_values(steps, device),
-            send_crop_values(np.array(YCBCR), device),
-            send_crop_values(np.linalg.inv(YCBCR), device))
+    cosines, steps, into, back = (send_crop_values(table, device) for table in (
+        cosines, steps, np.array(YCBCR), np.linalg.inv(YCBCR)))
+    return cosines, steps, into, back
 
 
 def augment_jpeg_blocks(x: Tensor, draws: Draws) -> Tensor:
@@ -763,8 +746,8 @@ def augment_light(x: Tensor, draws: Draws) -> Tensor:
 def augment_blur(x: Tensor, draws: Draws) -> Tensor:
     """Separable Gaussian, edges repeated, cut at 3 of the largest sigmas for all alike."""
     radius = math.ceil(3 * draws.config.blur_px[1])
-    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1)
-                             / draws.within("blur_px")[:, None]) ** 2)
+    at = np.arange(-radius, radius + 1)
+    weights = np.exp(-0.5 * (at / draws.within("blur_px")[:, None]) ** 2)
     weights /= weights.sum(1, keepdims=True)                                 # (k, 2 radius + 1)
     for axis, pad in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
         padded, size = torch.nn.functional.pad(x, pad, mode="replicate"), x.shape[axis]
@@ -778,14 +761,14 @@ def augment_noise(x: Tensor, draws: Draws) -> Tensor:
     """Gaussian and shot noise: of variance sigma^2 + x / photons."""
     even = draws.within("noise_range") ** 2 * draws.happens("noise")
     shot = draws.happens("shot") / draws.within("shot_photons")
-    return x + (x * crop_values(shot, x) + crop_values(even, x)).sqrt() * crop_noise("noise", draws,
-                                                                                     x)
+    sigma = (x * crop_values(shot, x) + crop_values(even, x)).sqrt()
+    return x + sigma * crop_noise("noise", draws, x)
 
 
 def augment_exposure(x: Tensor, draws: Draws) -> Tensor:
     counts = x * crop_values(draws.within("dim_photons"), x)
-    return stretched_crops((counts + counts.sqrt() * crop_noise("dim", draws,
-                                                                x)).round().clamp(min=0), least=1)
+    counts = counts + counts.sqrt() * crop_noise("dim", draws, x)
+    return stretched_crops(counts.round().clamp(min=0), least=1)
 
 
 def augment_gamma(x: Tensor, draws: Draws) -> Tensor:
@@ -908,8 +891,8 @@ PIECE = 5               # px, smaller pieces of cells that were cut or turned ar
 
 def main(config: Config, files: list[str]) -> None:
     if files:
-        raise ValueError(f"{files[0]}: augment.py takes a configuration and key=value; give "
-                         f"data={files[0]}")
+        raise ValueError(f"{files[0]}: augment.py takes a configuration and key=value; give data="
+                         f"{files[0]}")
     found = examples_to_augment(config.data)
     output = Path(config.output)
     record = output / "augmented.yaml"  # data.training_was_augmented looks for it
@@ -924,21 +907,20 @@ def main(config: Config, files: list[str]) -> None:
     made = 0
     for stem, example in tqdm.tqdm(found.items(), unit="image"):
         names = [f"{stem}_crop{copy:03d}" for copy in range(config.copies)]
-        names = [n for n in names if config.overwrite
-                 or not (output / "images" / f"{n}.tif").exists()]
+        names = [name for name in names if config.overwrite
+                 or not (output / "images" / f"{name}.tif").exists()]
         if not names:
             continue
-        resident = Resident([(str(example.files[0]), data.network_input(example),
-                              example.labels())], diameter=config.diameter)
+        image = str(example.files[0]), data.network_input(example), example.labels()
+        resident = Resident([image], diameter=config.diameter)
         for name in names:                                       # hashed, so that sets may grow
             x, _, labels = sample(resident, [0], [hash_for_draws(name)], config.augment,
-                                  config.size,
-                                  config.seed)
+                                  config.size, config.seed)
             pieces = skimage.measure.label(labels[0].numpy(), connectivity=1)    # of cut cells
             keep = (np.bincount(pieces.ravel()) >= PIECE) & (np.arange(pieces.max() + 1) > 0)
             data.write_labels(output / "labels" / f"{name}.tif", (keep * keep.cumsum())[pieces])
-            write_augmented_crop(output / "images" / f"{name}.tif",
-                                 x[0].numpy())      # last: both are there
+            # last: both are there
+            write_augmented_crop(output / "images" / f"{name}.tif", x[0].numpy())
         made += len(names)
     print(f"{output}: {made} crops made, {config.copies * len(found) - made} were there")
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tifffile
@@ -30,7 +30,7 @@ from numpy.random import Generator
 from scipy import fft, ndimage
 from scipy.spatial import cKDTree
 from skimage.measure import label
-from skimage.segmentation import watershed
+from skimage.segmentation import find_boundaries, watershed
 
 import runs
 
@@ -60,10 +60,8 @@ def field(seed: int, size: int | tuple[int, int] = 512, cells: int = 60,
     diameter : of a disc as large as the average cell that has room, 8 to 1000 px.
     """
     H, W = size if isinstance(size, (tuple, list)) else (size, size)
-    for name, value, least, most in (("size", min(H, W), 32, 10 ** 5), ("cells", cells, 0, 10 ** 6),
-                                     ("diameter", diameter, 8, 1000), ("seed", seed, 0, 2 ** 64)):
-        if not least <= value <= most:
-            raise ValueError(f"{name}={value}: expected {least} to {most}")
+    check_synthetic(("size", min(H, W), 32, 10 ** 5), ("cells", cells, 0, 10 ** 6),
+                    ("diameter", diameter, 8, 1000), ("seed", seed, 0, 2 ** 64))
     streams = np.random.SeedSequence(seed).spawn(1 + len(CHANNELS))
     born, *rngs = map(np.random.default_rng, streams)         # of the cells, of each channel
     population = populate_field(born, cells, diameter)
@@ -77,6 +75,12 @@ def field(seed: int, size: int | tuple[int, int] = 512, cells: int = 60,
         pixels[k] = draw_fluorescence(rng, population, inside, (H, W), k) if k < len(STAINS) else \
             draw_brightfield(rng, population, inside, (H, W), FOCUS[k - len(STAINS)])
     return Field(pixels, labels, nuclei, CHANNELS, PIXEL_SIZE)
+
+
+def check_synthetic(*bounds: tuple[str, float, float, float]) -> None:
+    for name, value, least, most in bounds:
+        if not least <= value <= most:
+            raise ValueError(f"{name}={value}: expected {least} to {most}")
 
 
 class Movie(NamedTuple):
@@ -95,27 +99,24 @@ def movie(seed: int, frames: int = 30, size: int = 256, cells: int = 60, diamete
     cycle : frames from one division to the next, on average.
     A cell that has left does not come back.
     """
-    for name, value, least, most in (("frames", frames, 1, 10 ** 5), ("size", size, 32, 10 ** 5),
-                                     ("cells", cells, 0, 10 ** 5), ("diameter", diameter, 6, 1000),
-                                     ("speed", speed, 0, 10), ("cycle", cycle, 2, 10 ** 9)):
-        if not least <= value <= most:
-            raise ValueError(f"{name}={value}: expected {least} to {most}")
+    check_synthetic(("frames", frames, 1, 10 ** 5), ("size", size, 32, 10 ** 5),
+                    ("cells", cells, 0, 10 ** 5), ("diameter", diameter, 6, 1000),
+                    ("speed", speed, 0, 10), ("cycle", cycle, 2, 10 ** 9))
     rng = np.random.default_rng(seed)
     low, high = -size / 4, 1.25 * size
     alive = Swarm(rng.uniform(low, high, (cells, 2)), rng.normal(0, 1, (cells, 2)),
                   rng.uniform(0, 1, cells), np.exp(rng.normal(0, 0.15, cells)) * cycle,
                   np.exp(rng.normal(0, 0.2, cells)), np.arange(1, cells + 1))
     for _ in range(30):                                                # make room
-        alive = alive._replace(place=alive.place + pushed_synthetic_cells(alive.place,
-                                                                          alive.radius(diameter)))
+        alive = pushed_synthetic_cells(alive, diameter)
     pixels = np.empty((frames, size, size), np.uint16)
     labels = np.empty(pixels.shape, np.int32)
     parent: dict[int, int] = {}
     gone, count = np.zeros(0, np.int64), cells
     for t in range(frames):
         labels[t], image = synthetic_nuclei(alive, diameter, size)
-        image = ndimage.gaussian_filter(image, 0.8) * (1 + 0.1
-                                                       * draw_uneven_light(rng, image.shape, 2))
+        light = 1 + 0.1 * draw_uneven_light(rng, image.shape, 2)
+        image = ndimage.gaussian_filter(image, 0.8) * light
         pixels[t] = draw_camera_noise(rng, 200 + 3000 * image, gain=1.0)
         seen = np.unique(labels[:t + 1])
         gone = np.union1d(gone, np.setdiff1d(seen, np.append(0, np.unique(labels[t]))))
@@ -128,11 +129,10 @@ def movie(seed: int, frames: int = 30, size: int = 256, cells: int = 60, diamete
     for k in np.unique(labels[labels > 0]).tolist():
         at = np.flatnonzero((labels == k).any((1, 2)))
         rows.append((k, at[0], at[-1], parent.get(k, 0)))
-    tracks = np.array(rows, np.int64).reshape(-1, 4)
-    ends = dict(tracks[:, [0, 2]].tolist())
-    seen_before = [ends.get(mother) == first - 1 for _, first, _, mother in tracks.tolist()]
-    tracks[~np.array(seen_before, bool), 3] = 0                        # a mother behind the edge
-    return Movie(pixels, labels, tracks)
+    ends = {k: last for k, _, last, _ in rows}                         # none behind the edge
+    tracks = [(k, first, last, mother if ends.get(mother) == first - 1 else 0)
+              for k, first, last, mother in rows]
+    return Movie(pixels, labels, np.array(tracks, np.int64).reshape(-1, 4))
 
 
 class Swarm(NamedTuple):
@@ -153,39 +153,37 @@ class Swarm(NamedTuple):
 
 
 def moved_synthetic_cells(rng: Generator, alive: Swarm, diameter: float, speed: float, cycle: float,
-                          count: int
-                          ) -> tuple[Swarm, dict[int, int]]:
+                          count: int) -> tuple[Swarm, dict[int, int]]:
     """The swarm a frame later, and the mother of each new number; numbers above count are free."""
     heading = 0.6 * alive.heading + 0.8 * rng.normal(0, 1, alive.heading.shape)
     place = alive.place + heading * (speed * diameter / np.sqrt(np.pi / 2))    # mean length: speed
     alive = alive._replace(place=place, heading=heading, age=alive.age + 1 / alive.cycle)
     old = alive.age >= 1
-    mothers, others = alive.of(old), alive.of(~old)
-    angle = rng.uniform(0, TAU, len(mothers.age))
+    mothers, others, n = alive.of(old), alive.of(~old), old.sum()
+    angle = rng.uniform(0, TAU, n)
     apart = 0.3 * diameter * np.stack([np.sin(angle), np.cos(angle)], 1)
-    n = len(mothers.age)
     daughters = [Swarm(mothers.place + side * apart, rng.normal(0, 1, (n, 2)), np.zeros(n),
                        cycle * np.exp(rng.normal(0, 0.15, n)), mothers.load,
                        count + 1 + np.arange(n) * 2 + k) for k, side in enumerate((-1, 1))]
     born = {int(number): int(mother) for side in daughters
             for number, mother in zip(side.number, mothers.number)}
     alive = Swarm(*(np.concatenate(parts) for parts in zip(others, *daughters)))
-    return alive._replace(place=alive.place + pushed_synthetic_cells(alive.place,
-                                                                     alive.radius(diameter))), born
+    return pushed_synthetic_cells(alive, diameter), born
 
 
-def pushed_synthetic_cells(place: Array, radius: Array) -> Array:
-    """(n, 2) px that cells which overlap go apart, half the overlap each."""
-    shift = np.zeros_like(place)
+def pushed_synthetic_cells(alive: Swarm, diameter: float) -> Swarm:
+    """Move cells that overlap apart, half the overlap each."""
+    place, radius = alive.place, alive.radius(diameter)
     if len(place) < 2:
-        return shift
+        return alive
+    shift = np.zeros_like(place)
     a, b = cKDTree(place).query_pairs(2 * radius.max(), output_type="ndarray").T
     line = place[a] - place[b]
     length = np.maximum(np.hypot(*line.T), 1e-6)
     push = np.maximum(radius[a] + radius[b] - length, 0)[:, None] / 2 * line / length[:, None]
     np.add.at(shift, a, push)
     np.add.at(shift, b, -push)
-    return shift
+    return alive._replace(place=place + shift)
 
 
 def synthetic_nuclei(alive: Swarm, diameter: float, size: int) -> tuple[Array, Array]:
@@ -272,8 +270,7 @@ def populate_field(rng: Generator, n: int, diameter: float) -> Population:
                             size * rng.uniform(1.05, 1.7, (n, 9)),
                             unit * rng.uniform(1, 3.2, (n, 9)))
     return Population(unit, radius, outline, nucleus, axis, nucleoli=nucleoli, golgi=golgi,
-                      mitotic=mitotic,
-                      grain=np.exp(rng.normal(0, 0.22, n)),
+                      mitotic=mitotic, grain=np.exp(rng.normal(0, 0.22, n)),
                       load=np.exp(rng.normal(0, 0.3, n) + 0.55 * mitotic),
                       amount=np.exp(rng.normal(0, 0.22, (n, len(STAINS)))),
                       spread=rng.uniform(0.6, 1.5, n) + mitotic,
@@ -321,8 +318,7 @@ def place_synthetic_cells(rng: Generator, shape: tuple[int, int], cells: Populat
 
 
 def grow_synthetic_cells(shape: tuple[int, int], cells: Population, centre: Array, pad: int,
-                         smallest: float
-                         ) -> tuple[Array, Array, Array]:
+                         smallest: float) -> tuple[Array, Array, Array]:
     """Spread cells from their nuclei to their outlines or a neighbour, on a field padded by `pad`.
 
     Returns labels (H, W), the row of the population behind each label (the first is unused), px to
@@ -337,10 +333,7 @@ def grow_synthetic_cells(shape: tuple[int, int], cells: Population, centre: Arra
         seeds[window][rho < cells.nucleus[i][angle]] = i + 1
     level[seeds > 0] = 0
     grown = watershed(level, seeds, mask=level < 1)                    # 4-connected cells
-    inner = grown > 0
-    for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
-        inner[a] &= grown[a] == grown[b]
-        inner[b] &= grown[a] == grown[b]
+    inner = (grown > 0) & ~find_boundaries(grown, connectivity=1)
     edge = ndimage.distance_transform_edt(inner) + 0.5
     crop = tuple(slice(pad, pad + side) for side in shape)
     labels, number = synthetic_largest_pieces(grown[crop], smallest)
@@ -411,10 +404,9 @@ def texture(rng: Generator, cells: Population, p: Inside, size: float, stretch: 
     step = sigma / (size * cells.unit * cells.grain)                   # (n,) px of the tile per px
     start = rng.uniform(0, side, (2, len(step))) + 64 * side           # positive, for & to wrap it
     c, s, k = np.cos(cells.axis) * step, np.sin(cells.axis) * step, p.cell
-    along = (p.x * (c / stretch)[k] + p.y * (s / stretch)[k]
-             + start[0][k]).astype(np.int32) & side - 1
-    across = (p.y * c[k] - p.x * s[k] + start[1][k]).astype(np.int32) & side - 1
-    return tile[across, along]
+    along = p.x * (c / stretch)[k] + p.y * (s / stretch)[k] + start[0][k]
+    across = p.y * c[k] - p.x * s[k] + start[1][k]
+    return tile[across.astype(np.int32) & side - 1, along.astype(np.int32) & side - 1]
 
 
 def synthetic_threads(noise: Array, width: float) -> Array:
@@ -447,8 +439,8 @@ def actin_golgi_membrane(rng: Generator, cells: Population, p: Inside) -> Array:
     ruffles = np.clip(0.45 + 0.45 * texture(rng, cells, p, 5), 0.05, 2)
     rim = np.exp(-p.edge / (1.6 * cells.unit)) * ruffles
     specks = np.clip(texture(rng, cells, p, 1) - 1.6, 0, 2)
-    golgi = synthetic_blobs(cells.golgi, p, 1) * np.clip(0.8 + 0.6 * texture(rng, cells, p, 1.2), 0,
-                                                         3)
+    golgi = synthetic_blobs(cells.golgi, p, 1)
+    golgi = golgi * np.clip(0.8 + 0.6 * texture(rng, cells, p, 1.2), 0, 3)
     golgi *= (1 - 0.8 * p.nucleus) * (1 - cells.mitotic[p.cell])
     flat = 0.16 + 0.26 * p.thick + 0.12 * p.nucleus
     return (flat + 0.14 * fibres + 0.5 * rim + 0.25 * specks + 0.8 * golgi) * (1 - 0.4 * p.vesicles)
@@ -489,8 +481,8 @@ def draw_fluorescence(rng: Generator, cells: Population, p: Inside, shape: tuple
     value = STAINS[stain](rng, cells, p) * cells.load[p.cell] * cells.amount[p.cell, stain]
     image = spread_out(value, p, shape) + 0.6 * draw_debris(rng, shape)
     image = ndimage.gaussian_filter(image, rng.uniform(0.6, 1.3))
-    image += rng.uniform(0.01, 0.06) * (1 + 0.5 * draw_uneven_light(rng, shape,
-                                                                    6))       # dye in the medium
+    medium = rng.uniform(0.01, 0.06)                                   # dye in it
+    image += medium * (1 + 0.5 * draw_uneven_light(rng, shape, 6))
     image *= 1 + rng.uniform(0.05, 0.3) * draw_uneven_light(rng, shape, 2)
     counts = rng.uniform(100, 400) + np.exp(rng.uniform(np.log(2000), np.log(6000))) * image
     return draw_camera_noise(rng, counts, gain=rng.uniform(0.3, 2))
@@ -513,11 +505,8 @@ def draw_brightfield(rng: Generator, cells: Population, p: Inside, shape: tuple[
     path = spread_out(path, p, shape) + 0.8 * draw_debris(rng, shape)
     bent = ndimage.gaussian_laplace(path, blur) * focus * blur
     image = np.clip(1 - rng.uniform(0.035, 0.065) * dark + rng.uniform(0.12, 0.2) * bent, 0.05, 3)
-    image *= (
-        1
-        + rng.uniform(0.01, 0.05) * draw_uneven_light(rng, shape, 2)
-        + 0.006 * draw_uneven_light(rng, shape, 12)
-    )
+    image *= (1 + rng.uniform(0.01, 0.05) * draw_uneven_light(rng, shape, 2)
+              + 0.006 * draw_uneven_light(rng, shape, 12))
     image += 0.001 * rng.standard_normal((1, shape[1]), np.float32)  # the sensor's columns differ
     counts = np.exp(rng.uniform(np.log(8000), np.log(20000))) * image
     return draw_camera_noise(rng, counts, gain=rng.uniform(0.05, 0.4))
@@ -597,11 +586,15 @@ def main(config: Config, files: list[str]) -> int:
         drawn = field(k, (int(sides[1]), int(sides[2] or sides[1])), config.cells, config.diameter)
         for name, image, more in ((f"field_{k}_cells", drawn.labels.astype(np.uint16), {}),
                                   (f"field_{k}", drawn.pixels, named)):
-            with runs.replacing(folder / f"{name}.tif") as temporary:
-                tifffile.imwrite(temporary, image, photometric="minisblack", imagej=True,
-                                 resolution=(1 / PIXEL_SIZE, 1 / PIXEL_SIZE),
-                                 metadata={"unit": "um", **more})
+            write_synthetic(folder / f"{name}.tif", image, {"unit": "um", **more},
+                            resolution=(1 / PIXEL_SIZE, 1 / PIXEL_SIZE))
     return 0
+
+
+def write_synthetic(path: Path, image: Array, metadata: dict, **options: Any) -> None:
+    with runs.replacing(path) as temporary:
+        tifffile.imwrite(temporary, image, photometric="minisblack", imagej=True,
+                         metadata=metadata, **options)
 
 
 def write_movies(config: Config, folder: Path, size: int) -> int:
@@ -611,9 +604,7 @@ def write_movies(config: Config, folder: Path, size: int) -> int:
         drawn = movie(k, config.frames, size, config.cells, config.diameter)
         for name, image in ((f"movie_{k}_cells", drawn.labels.astype(np.uint16)),
                             (f"movie_{k}", drawn.pixels)):
-            with runs.replacing(folder / f"{name}.tif") as temporary:
-                tifffile.imwrite(temporary, image, photometric="minisblack", imagej=True,
-                                 metadata={"axes": "TYX"})
+            write_synthetic(folder / f"{name}.tif", image, {"axes": "TYX"})
         runs.write_text(folder / f"movie_{k}_tracks.txt",
                         "".join(f"{' '.join(map(str, row))}\n" for row in drawn.tracks.tolist()))
     return 0

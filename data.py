@@ -212,11 +212,10 @@ def _layout_of_matches(folder: Path, images: list[Path], labels: list[Path], cho
     labelled = {file for key in ranked for file in shots[key]}
     number = {file: int(found[2]) for file in images if (found := TILE.search(stem_of(file)))}
     for key, candidates in ranked.items():
-        candidates = [(rank, file) for rank, file in candidates if file not in labelled]
-        if not candidates:
+        left = [(rank, file) for rank, file in candidates if file not in labelled]
+        truth = [file for rank, file in left if rank == min(left)[0]]
+        if not truth:
             continue
-        first = min(rank for rank, _ in candidates)
-        truth = [file for rank, file in candidates if rank == first]
         shot = sorted(shots[key], key=lambda file: number.get(file, 0))
         numbers = sorted({number[file] for file in shot if file in number})
         if len(truth) > 1 or len(shot) != max(1, len(numbers)):
@@ -316,7 +315,7 @@ def _tracking(folder: Path, files: list[Path], choice: Choice) -> Iterator[Examp
 
 def _coco(path: Path, by_name: dict[str, list[Path]], choice: Choice) -> Iterator[Example]:
     """Names in the JSON are only looked up among files below the folder: they lead nowhere else."""
-    listed = read_coco(path) or []
+    listed = read_coco(path)
     names = [PurePosixPath(item.file_name.replace("\\", "/")) for item in listed]
     if missing := sorted({name.name for name in names} - by_name.keys()):
         raise FileNotFoundError(f"{path}: {len(missing)} of its images are missing, such as "
@@ -453,15 +452,15 @@ class Listed(NamedTuple):
     where: str                                      # file and image, for errors
 
 
-def read_coco(path: Path) -> list[Listed] | None:
-    """Images of a COCO file with their annotations; None for JSON of another kind.
+def read_coco(path: Path) -> list[Listed]:
+    """Images of a COCO file with their annotations; none for JSON of another kind.
 
     Every annotation is a cell, iscrowd too, which exporters set on all RLE. Some files of LIVECell
     have annotations in a dictionary, and images twice under two ids, for two annotators.
     """
     parsed = _json(path, _annotation)
     if not isinstance(parsed, dict) or not {"images", "annotations"} <= parsed.keys():
-        return None
+        return []
     images, annotations = parsed["images"], parsed["annotations"]
     annotations = list(annotations.values()) if isinstance(annotations, dict) else annotations
     if not isinstance(images, list) or not isinstance(annotations, list) or not all(
@@ -796,7 +795,7 @@ def network_input(example: Example) -> np.ndarray:
     pixels = example.image().pixels
     try:
         return to_rgb(normalise(pixels, percentiles(pixels)))
-    except ValueError as error:                                    # such as too many channels
+    except ValueError as error:                                    # too many channels
         raise ValueError(f"{example.files[0]}: {error}") from None
 
 
@@ -953,11 +952,11 @@ def drawn_training_images(config: TrainingData, seed: int, number: int) -> list[
     key = seed * 100003 + number
     count = round(config.field_cells * np.random.default_rng(key).uniform(0.1, 1))
     drawn = synthetic.field(key, config.field_size, count, config.field_diameter)
+    unknown = np.zeros(drawn.labels.max(), np.int64) if config.types else None
     found = []
     for name in np.random.default_rng((seed, number)).choice(config.field_channels, 2, False):
         pixels = drawn.pixels[drawn.channels.index(name)][None]
         pixels = to_rgb(normalise(pixels, percentiles(pixels)))
-        unknown = np.zeros(drawn.labels.max(), np.int64) if config.types else None
         found.append(Labelled(f"synthetic {number} {name}", pixels, drawn.labels, "synthetic",
                               types=unknown))
     return found

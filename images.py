@@ -71,11 +71,10 @@ JPEG = 7                                # in TIFF
 ORIENTATION = 274                       # the tag of EXIF
 SMALLEST = 1e-5             # µm; no microscope has smaller pixels
 CALIBRATED = 20.0           # µm; a larger pixel in resolution tags is a printer's (1200 dpi: 21)
-MICROMETRES = {**dict.fromkeys(("µm", "μm", "\\u00b5m", "um", "micron", "microns"), 1.0),
-               "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25400.0, "in": 25400.0}
-SECONDS = {"s": 1.0, "sec": 1.0, "second": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3,
-           "min": 60.0, "minute": 60.0, "minutes": 60.0, "h": 3600.0, "hour": 3600.0,
-           "hours": 3600.0}
+UNITS = {**dict.fromkeys(("µm", "μm", "\\u00b5m", "um", "micron", "microns"), 1.0),     # in µm
+         "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25400.0, "in": 25400.0,
+         **dict.fromkeys(("s", "sec", "second", "seconds"), 1.0), "ms": 1e-3, "msec": 1e-3,  # in s
+         "min": 60.0, "minute": 60.0, "minutes": 60.0, "h": 3600.0, "hour": 3600.0, "hours": 3600.0}
 # errors of decoders when bytes are wrong or missing
 DAMAGE = (MemoryError, tokenize.TokenError, ValueError, LookupError, TypeError, ArithmeticError,
           RuntimeError, AssertionError, AttributeError, OSError, SyntaxError, ImportError,
@@ -205,8 +204,7 @@ class Stack(NamedTuple):
 
 
 def stack_of(path: str | Path, letter: str) -> Stack:
-    """The planes (letter Z) or frames (T) of a file; pages that it does not name are taken for
-    them."""
+    """The planes (letter Z) or frames (T) of a file; pages without a name are taken for them."""
     path = Path(path)
     if path.suffix.lower() not in TIFF:
         return Stack(1, "YX", None, None)
@@ -215,13 +213,11 @@ def stack_of(path: str | Path, letter: str) -> Stack:
     lengths = dict(zip(series.axes, series.shape))
     unknown = [n for a, n in lengths.items() if a not in "CSYXZT" and n > 1]
     count = lengths.get(letter, unknown[0] if len(unknown) == 1 else 1)
-    step = _in_unit(imagej.get("spacing"), imagej.get("unit"), MICROMETRES)
-    interval = _in_unit(imagej.get("finterval"), imagej.get("tunit", "s"), SECONDS)
-    if pixels is not None:
-        step = _in_unit(pixels.get("PhysicalSizeZ"), pixels.get("PhysicalSizeZUnit", "µm"),
-                        MICROMETRES)
-        interval = _in_unit(pixels.get("TimeIncrement"), pixels.get("TimeIncrementUnit", "s"),
-                            SECONDS)
+    if pixels is None:
+        step = _in_unit(imagej.get("spacing"), imagej.get("unit"))
+        interval = _in_unit(imagej.get("finterval"), imagej.get("tunit", "s"))
+    else:
+        step, interval = _ome_size(pixels, "PhysicalSizeZ"), _ome_size(pixels, "TimeIncrement", "s")
     known = [abs(size) if 0 < abs(size) < math.inf else None for size in (step, interval)]
     return Stack(int(count), series.axes, *known)
 
@@ -238,10 +234,14 @@ def _ome_pixels(tif: tifffile.TiffFile) -> ElementTree.Element | None:
     return None
 
 
-def _in_unit(value: Any, unit: Any, units: dict[str, float]) -> float:
+def _ome_size(pixels: ElementTree.Element, key: str, unit: str = "µm") -> float:
+    return _in_unit(pixels.get(key), pixels.get(f"{key}Unit", unit))
+
+
+def _in_unit(value: Any, unit: Any) -> float:
     """A number of metadata in µm or s; 0 if it or its unit is not known, NaN if it is none."""
     try:
-        return float(value or 0) * units.get(str(unit).lower(), 0)
+        return float(value or 0) * UNITS.get(str(unit).lower(), 0)
     except (TypeError, ValueError):
         return math.nan
 
@@ -334,12 +334,10 @@ def _select(path: Path, plane: int | None, time: int | None, by_channel: bool,
     """The axes C, S(amples), Y, X of an array, and the index that selects the plane wanted."""
     letters, index, missing = list(axes), [], []
     unknown = [i for i, a in enumerate(axes) if a not in "CSYXZT" and shape[i] > 1]
-    if len(unknown) == 1 and plane is not None and "Z" not in axes:
-        letters[unknown.pop()] = "Z"
-    elif len(unknown) == 1 and time is not None and "T" not in axes:
-        letters[unknown.pop()] = "T"
-    elif len(unknown) == 1 and by_channel and not {"C", "S"} & set(axes):
-        letters[unknown.pop()] = "C"
+    asked = {"Z": plane is not None, "T": time is not None, "C": by_channel and "S" not in axes}
+    free = [letter for letter, wanted in asked.items() if wanted and letter not in axes]
+    if len(unknown) == 1 and free:
+        letters[unknown.pop()] = free[0]
     if unknown:
         n = " x ".join(str(shape[i]) for i in unknown)
         raise ValueError(f"{path}: {n} pages and no word on what they are (axes {axes}); " + (
@@ -551,21 +549,20 @@ def _tiff_metadata(tif: tifffile.TiffFile, page: Any) -> dict[str, Any]:
         names = [channel.get("Name") for channel in pixels.iterfind("{*}Channel")]
         if tif.series[0].kind != "ome":        # one file of a set: its channels are not known
             names = None
-        sizes = [_in_unit(pixels.get(key), pixels.get(f"{key}Unit", "µm"), MICROMETRES)
-                 for key in ("PhysicalSizeX", "PhysicalSizeY")]
+        sizes = [_ome_size(pixels, key) for key in ("PhysicalSizeX", "PhysicalSizeY")]
     else:
         imagej = tif.imagej_metadata or {}
         names = imagej.get("Labels")
         if names and any(re.match(r"[czt]:\d+/\d+|.*\n", str(name)) for name in names):
             names = None                                         # titles of slices, each file's own
         if "unit" in imagej:
-            unit = MICROMETRES.get(str(imagej["unit"]).lower(), 0)
+            unit = _in_unit(1, imagej["unit"])
             largest = CALIBRATED if unit >= 1e4 else math.inf     # cm and inch are a printer's, too
         else:
             unit, largest = {2: 25400.0, 3: 1e4}.get(int(page.tags.valueof(296, 2)), 0), CALIBRATED
         for tag in (282, 283):                                # XResolution, YResolution: a fraction
-            pixel_count, units = page.tags.valueof(tag, (0, 1))
-            sizes.append(unit * units / pixel_count if pixel_count else 0)
+            across, units = page.tags.valueof(tag, (0, 1))
+            sizes.append(unit * units / across if across else 0)
         if aperio := re.search(r"\bMPP = ([0-9.]+)", page.description if tif.is_svs else ""):
             sizes = [float(aperio[1])] * 2
     x, y = sizes
@@ -582,7 +579,7 @@ def _tiff_metadata(tif: tifffile.TiffFile, page: Any) -> dict[str, Any]:
 
 
 def _check_page_chain(path: Path, tif: tifffile.TiffFile) -> None:
-    """Follow the pages to their end, which lies behind that of the file if it was cut; so may the
+    """Follow the pages to their end, which lies behind that of a file that was cut, as may the
     texts of the first page."""
     form, file = tif.tiff, tif.filehandle
     visited: set[int] = set()

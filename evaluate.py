@@ -7,7 +7,6 @@
     calibrate  how likely a cell is right: fitted on validation images, written into weights
     channels   does a backbone see the same field in each channel? features and attention maps
     embed      what a vector per cell is worth: types of cells, the same field in other channels
-    fewshot    a new kind of cell from a few images: which way of adapting helps most
 
 `python evaluate.py VERB --help` lists the keys of each. All files go to runs/<experiment>/:
 
@@ -20,7 +19,6 @@
     channels   channels.json, cosine.tsv, retrieval.tsv, attention.tsv, channels.png,
                attention.png, heads.png, pca.png
     embed      embed.tsv, fields.tsv; with export= weights that tell types
-    fewshot    fewshot.tsv, fewshot.svg
 
 The same command goes on where it was stopped, and makes anew what has changed: content of weights
 or images, options. Every table begins with the best ceiling, the limit of any network. Scores of a
@@ -46,7 +44,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import data
-import fewshot
 import measure
 import probe
 import report
@@ -661,20 +658,12 @@ def told_fields(net, config: Embed) -> dict[str, float]:
     return scores
 
 
-# ----------------------------------------------------------------------------------------- fewshot
-
-def adapt(config: fewshot.FewShot) -> None:
-    """A new kind of cell from a few labelled images: every way in the same time, one table."""
-    fewshot.fewshot(config, run_folder(config))
-
-
 # ----------------------------------------------------------------------------------------- command
 
 VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "bench": (Bench, bench), "gating": (Gating, gating), "sweep": (Sweep, sweep),
     "ceiling": (Ceiling, ceiling), "calibrate": (Calibrate, calibrate),
-    "channels": (probe.Channels, channels), "embed": (Embed, embed),
-    "fewshot": (fewshot.FewShot, adapt)}
+    "channels": (probe.Channels, channels), "embed": (Embed, embed)}
 
 
 def main(arguments: list[str]) -> int:

@@ -33,7 +33,6 @@ with runs.lazy():
 
     import augment
     import cells
-    import fewshot
     import metrics
     import model
     import optim
@@ -67,7 +66,7 @@ class Config:
     # weights to start from: a backbone (DINOv3, train_ssl.py) or a whole network
     init: str | None = None
     new_decoder: bool = False               # take the backbone of init alone
-    # few labelled images: only that of init learns which brings most then (fewshot.BEST)
+    # few labelled images: of init only the decoder learns (docs/results.md, few examples)
     few: bool = False
     # what is built from scratch
     network: NetworkShape = field(default_factory=NetworkShape)
@@ -438,7 +437,8 @@ def build_segmentation_net(config: Config):
         if model.kind(str(config.init)) != "DINOCell":
             raise ValueError(f"few=true, init={config.init}: a backbone without decoder; expected "
                              "a whole network")
-        fewshot.let_learn(net, fewshot.BEST)
+        net.requires_grad_(False)
+        net.decoder.requires_grad_(True)
         if net.types is not None and config.data.types:
             net.types.requires_grad_(True)
     if config.train_blocks is not None:
@@ -560,7 +560,6 @@ def draw_run_charts(run: runs.Run, images: list[data.Labelled], labels: list, st
 def export_trained(net, config: Config, hashes: dict, scores: dict, step: int) -> None:
     """Write the weights for infer.py."""
     net = copy.deepcopy(net)
-    fewshot.fold_adapters(net)
     story = runs.provenance(config, step, scores=scores, images=hashes)
     net.settings = dataclasses.replace(net.settings, provenance=story)
     model.save(net, runs.export_path(config), half=True)

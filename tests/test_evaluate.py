@@ -630,7 +630,7 @@ def test_command():
     wrong = command("evaluate.py", "brench", "x.yaml")
     assert (wrong.returncode, wrong.stderr) == (
         1, "error: unknown verb 'brench', expected one of bench, gating, sweep, ceiling, "
-        "calibrate, channels, embed, fewshot\n")
+        "calibrate, channels, embed\n")
     helped = command("evaluate.py", "sweep", "--help")
     assert helped.returncode == 0
     assert "min_area" in helped.stdout and "evaluate.py sweep CONFIG" in helped.stdout

@@ -1,19 +1,21 @@
-"""fewshot.py: adapters that fold in, what learns, episodes, prototypes, one table."""
+"""bench/fewshot.py: adapters that fold in, what learns, episodes, prototypes, one table."""
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import cells
 import data
-import evaluate
-import fewshot
 import images
 import model
 import segment
-import train_seg
 import watershed
+
+sys.path.insert(0, str(ROOT / "bench"))
+import fewshot  # noqa: E402
 
 
 def network():
@@ -105,7 +107,7 @@ def test_prototypes_find_what_stands_out(tmp_path):
     write_set(tmp_path / "s", 3)
     new = fewshot.NewSet("s", data.TrainingSet("s"), shots=(1,), query=1)
     episode, net = fewshot.episode_of(new, str(tmp_path), 30.0, 0), network()
-    fewshot.few_prototypes(net, episode.support)
+    fewshot.put_prototypes(net, episode.support)
     image = episode.query[0]
     distance = segment.distances(image.pixels, net, limits=segment.UNIT, zoom=1.0)
     truth = watershed.distance_map(image.labels, 4)
@@ -115,42 +117,18 @@ def test_prototypes_find_what_stands_out(tmp_path):
 def test_a_table_that_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     write_set(tmp_path / "s", 3)
     model.save(network(), tmp_path / "n.pt")
-    config = fewshot.FewShot(
+    config = fewshot.Config(
         starts=(fewshot.Start("n", str(tmp_path / "n.pt")),
                 fewshot.Start("random", None, ("whole",))),
         sets=(fewshot.NewSet("s", data.TrainingSet("s"), shots=(1, 2), query=1),),
         known=(data.TrainingSet("s"),), root=str(tmp_path), output_base_dir=str(tmp_path),
         seeds=(0,), seconds=0.02, batch=2, crop=32, rounds=1, inner=1)
-    evaluate.adapt(config)
+    fewshot.main(config, [])
     rows = (tmp_path / "runs" / "fewshot" / "fewshot.tsv").read_text().splitlines()
     assert len(rows) == 1 + 2 * 8
     assert (tmp_path / "runs" / "fewshot" / "fewshot.svg").read_text().startswith("<svg")
-    monkeypatch.setattr(fewshot, "few_one_way", lambda *_: pytest.fail("made anew"))
-    evaluate.adapt(config)
+    monkeypatch.setattr(fewshot, "one_way", lambda *_: pytest.fail("made anew"))
+    fewshot.main(config, [])
     assert (tmp_path / "runs" / "fewshot" / "fewshot.tsv").read_text().splitlines() == rows
     with pytest.raises(ValueError, match="known is empty, but reptile"):
         dataclasses.replace(config, known=())
-
-
-@pytest.mark.parametrize("way", ["decoder", "adapters"])
-def test_train_seg_few(tmp_path, monkeypatch, capsys, way):
-    """From one image: what is written loads, and only what may learn has changed."""
-    monkeypatch.setattr(fewshot, "BEST", way)
-    write_set(tmp_path / "s", 1)
-    model.save(network(), tmp_path / "n.pt")
-    config = train_seg.Config(
-        experiment="few", output_base_dir=str(tmp_path), init=str(tmp_path / "n.pt"), few=True,
-        crop=32, batch=2, steps=2, warmup=1, val_every=2, ema=0.1, device="cpu", lr=0.01,
-        precision="float32", data=data.TrainingData(sets=(data.TrainingSet("s"),),
-                                                    root=str(tmp_path)))
-    assert train_seg.main(config, []) == 0
-    assert "the only image" in capsys.readouterr().err
-    old, new = (model.load(tmp_path / name).state_dict()
-                for name in ("n.pt", "final_models/few.pt"))
-    changed = {name for name in old if (old[name] - new[name]).abs().max() > 2e-3}
-    assert any(name.startswith("decoder.") for name in changed)
-    backbone = {name for name in changed if name.startswith("backbone.")}
-    assert all(name.endswith("attn.qkv.weight") for name in backbone)
-    assert bool(backbone) == (way == "adapters")
-    with pytest.raises(ValueError, match="few=true chooses what learns of a whole network"):
-        dataclasses.replace(config, init=None)

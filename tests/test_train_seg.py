@@ -305,6 +305,18 @@ def test_it_starts_from_weights(whole, tmp_path):
                        old.backbone.blocks[0].fc1.weight) and new.decoder.grain == 2
 
 
+def test_few_images_teach_the_decoder_alone(whole, tmp_path):
+    """few=true, from one image: all else is as it was."""
+    labelled_folder(tmp_path / "cells", 1)
+    init = whole / "final_models/seg.pt"
+    done = run(toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"]), init=str(init),
+                   few=True, steps=2, warmup=1, val_every=2, ema=0.1, lr=0.01))
+    assert done.returncode == 0 and "the only image" in done.stderr, done.stderr
+    old, new = model.load(init).state_dict(), weights(tmp_path)
+    changed = {name for name in old if (old[name] - new[name].float()).abs().max() > 2e-3}
+    assert changed and {name.split(".")[0] for name in changed} == {"decoder"}
+
+
 def test_steps_may_change_until_a_constant_rate_falls(tmp_path):
     labelled_folder(tmp_path / "cells", 4)
     path = toy(tmp_path, data=dict(root=str(tmp_path), sets=["cells"], share=0.3), steps=20,
@@ -491,6 +503,7 @@ def test_wandb_means_the_same_in_every_script(script, example, word, mode, tmp_p
     (["lr=0"], "lr=0: expected a number, above 0"), (["crop=0"], "crop=0: expected a whole number"),
     (["steps=.inf"], "steps=.inf: expected a whole number"),
     (["network.heads=0"], "heads=0: expected a whole number"),
+    (["few=true"], "few=true chooses what learns of a whole network"),
     (["cycles=2", "patience=3"], "cycles=2: expected patience=null"),
     (["wandb=on"], "pip install wandb"), (["wandb=yes"], "expected off or on or online or offline"),
     (["data.fields=1"], "no images to")])

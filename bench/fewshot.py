@@ -1,7 +1,6 @@
 """A new kind of cell from a few labelled images: what helps most in the same time?
 
-    python evaluate.py fewshot configs/fewshot.yaml
-    let_learn(net, "adapters")                    # which parameters learn; fold(net) when they have
+    python bench/fewshot.py configs/fewshot.yaml [key=value ...]
 
 Each way starts from the same network and learns from the same `shots` images for the same seconds
 of processor time, which does not count what else the machine does. Images are split by file, never
@@ -18,12 +17,15 @@ the watershed that is best on the support.
     reptile        the trained decoder, moved before towards what learns fast on the training sets
                    (Reptile, Nichol et al., 2018)
     prototypes     no training: tokens of background, edge and inside, the nearest says how deep
+
+runs/<experiment>/ gets fewshot.tsv and fewshot.svg; ways that are done are read from their files.
 """
 from __future__ import annotations
 
 import copy
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,10 +35,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-import data
-import measure
-import report
-import runs
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data  # noqa: E402  (the folder above)
+import evaluate  # noqa: E402
+import measure  # noqa: E402
+import report  # noqa: E402
+import runs  # noqa: E402
 
 with runs.lazy():
     import torch
@@ -52,7 +57,6 @@ RANK = 4                # of the matrices added to q and v
 PEAKS = (0.3, 0.45, 0.6, 0.75)      # the best on the support is taken
 AREA = 20               # px, smaller ones are no cells
 Way = Literal["none", "new_decoder", "decoder", "whole", "adapters", "reptile", "prototypes"]
-BEST: Way = "decoder"   # what train_seg.py few=true does: docs/results.md, few examples
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class FewShot:
+class Config:
     starts: tuple[Start, ...]               # networks to start from
     sets: tuple[NewSet, ...]                # kinds of cells that they have not seen
     known: tuple[data.TrainingSet, ...] = ()   # sets of the training, for reptile
@@ -148,7 +152,7 @@ def fold_adapters(net) -> None:
 
 # ----------------------------------------------------------------------------------------- learning
 
-def few_learn(net, images: Sequence[data.Labelled], way: Way, config: FewShot, seed: int) -> int:
+def learn(net, images: Sequence[data.Labelled], way: Way, config: Config, seed: int) -> int:
     """Train for config.seconds of processor time; returns the steps that were made."""
     groups = let_learn(net, way)
     for group in groups:
@@ -171,7 +175,7 @@ def few_learn(net, images: Sequence[data.Labelled], way: Way, config: FewShot, s
 class Batches:
     """Augmented crops of a few images, by the number of the step."""
 
-    def __init__(self, images: Sequence[data.Labelled], config: FewShot, seed: int,
+    def __init__(self, images: Sequence[data.Labelled], config: Config, seed: int,
                  cap: float | None):
         self.resident = augment.Resident(((i.name, i.pixels, i.labels) for i in images), cap=cap)
         self.config, self.seed, self.cap = config, seed, cap
@@ -189,7 +193,7 @@ class Batches:
         return model.distance_loss(distance.float(), target, labels, 3.0, 10.0)
 
 
-def meta_learn(net, config: FewShot, seed: int) -> None:
+def meta_learn(net, config: Config, seed: int) -> None:
     """Move the decoder towards where `inner` steps on each known set lead: first-order, by hand."""
     known = [[scaled_example(example, chosen.name, net.settings.diameter)
               for example in data.examples(Path(config.root) / chosen.path, chosen.channels,
@@ -215,7 +219,7 @@ def meta_learn(net, config: FewShot, seed: int) -> None:
 DEPTHS = (0.0, 0.35, 0.9)    # distance of a background, an edge and an inner token
 
 
-def few_prototypes(net, images: Sequence[data.Labelled]) -> None:
+def put_prototypes(net, images: Sequence[data.Labelled]) -> None:
     """Put the mean tokens of background, edge and inside in the place of the decoder."""
     patch, tokens_of, kinds = net.backbone.patch, [], []
     for image in images:
@@ -231,10 +235,10 @@ def few_prototypes(net, images: Sequence[data.Labelled]) -> None:
     centre = seen.mean(0)                                    # all tokens have much in common
     sums = torch.zeros(3, net.backbone.dim).index_add(
         0, kind, torch.nn.functional.normalize(seen - centre, dim=1))
-    net.decoder = few_nearest_prototype(torch.nn.functional.normalize(sums, dim=1), centre)
+    net.decoder = nearest_prototype(torch.nn.functional.normalize(sums, dim=1), centre)
 
 
-def few_nearest_prototype(prototypes, centre):
+def nearest_prototype(prototypes, centre):
     """A decoder without weights: tokens like a prototype (3, D) are as deep as it."""
     class Nearest(torch.nn.Module):
         def __init__(self) -> None:
@@ -288,11 +292,11 @@ def episode_of(new: NewSet, root: str, diameter: float | None, seed: int) -> Epi
                      for part in (support, query)))
 
 
-def fewshot(config: FewShot, folder: Path) -> None:
-    """Write fewshot.tsv and fewshot.svg: AP of each way after each number of shots.
-
-    Ways that are done are read from their files.
-    """
+def main(config: Config, files: list[str]) -> int:
+    """Write a table and a figure: AP of each way after each number of shots."""
+    if files:
+        raise ValueError(f"{files[0]}: fewshot.py takes a configuration and key=value")
+    folder = evaluate.run_folder(config)
     first = next(start.weights for start in config.starts if start.weights)
     rows: list[dict[str, Any]] = []
     for start in config.starts:
@@ -308,22 +312,22 @@ def fewshot(config: FewShot, folder: Path) -> None:
                                    config, sets=(dataclasses.replace(new, shots=(shots,)),),
                                    seeds=(seed,), starts=(dataclasses.replace(start, ways=()),)))}
                         if way == "reptile" and moved is None and not where.exists():
-                            moved = few_network(start, first, seed)
+                            moved = starting_network(start, first, seed)
                             meta_learn(moved, config, seed)
                         net = moved if way == "reptile" else None
                         rows.append(measure.cached_bench_map(where, key, partial(
-                            few_one_way, net, start, first, episode, new, shots, way, config,
-                            seed)))
+                            one_way, net, start, first, episode, new, shots, way, config, seed)))
                         print(" ".join(f"{k} {report.shown_value(v)}" for k, v in rows[-1].items()),
                               flush=True)
     runs.write_table(folder / "fewshot.tsv", rows)
-    table = few_summary(rows)
+    table = summary(rows)
     report.print_report_table(table, table[0])
-    runs.write_text(folder / "fewshot.svg", few_figure(rows))
+    runs.write_text(folder / "fewshot.svg", figure(rows))
     print(f"-> {folder}")
+    return 0
 
 
-def few_network(start: Start, first: str, seed: int):
+def starting_network(start: Start, first: str, seed: int):
     """A fresh copy of the network that a row starts from."""
     torch.manual_seed(seed)
     net = model.load(start.weights or first)
@@ -334,20 +338,20 @@ def few_network(start: Start, first: str, seed: int):
     return net.eval()
 
 
-def few_one_way(net, start: Start, first: str, episode: Episode, new: NewSet, shots: int, way: Way,
-                config: FewShot, seed: int) -> dict[str, Any]:
+def one_way(net, start: Start, first: str, episode: Episode, new: NewSet, shots: int, way: Way,
+                config: Config, seed: int) -> dict[str, Any]:
     """Row of the table: adapt to the first `shots` images of the support, ask the query."""
-    net = few_network(start, first, seed) if net is None else copy.deepcopy(net)
+    net = starting_network(start, first, seed) if net is None else copy.deepcopy(net)
     support, steps, begun = episode.support[:shots], 0, time.process_time()
     if way == "prototypes":
-        few_prototypes(net, support)
+        put_prototypes(net, support)
     elif way != "none":
-        steps = few_learn(net, support, "decoder" if way == "reptile" else way, config, seed)
+        steps = learn(net, support, "decoder" if way == "reptile" else way, config, seed)
     seconds = time.process_time() - begun
     maps = [segment.distances(image.pixels, net, limits=segment.UNIT, zoom=1.0)
             for image in support]
     settings = [watershed.Setting(peak, 0.15) for peak in PEAKS]
-    best = max(settings, key=lambda setting: np.mean([few_average(image, distance, setting)
+    best = max(settings, key=lambda setting: np.mean([mean_precision(image, distance, setting)
                                                       for image, distance in zip(support, maps)]))
     scores = [metrics.scores(image.labels, watershed.watershed(segment.distances(
         image.pixels, net, limits=segment.UNIT, zoom=1.0), best.peak, best.fill, AREA))
@@ -358,13 +362,13 @@ def few_one_way(net, start: Start, first: str, episode: Episode, new: NewSet, sh
             "seconds": round(seconds, 1)}
 
 
-def few_average(image: data.Labelled, distance: np.ndarray, setting: watershed.Setting) -> float:
+def mean_precision(image: data.Labelled, distance: np.ndarray, setting: watershed.Setting) -> float:
     """AP over IoU 0.5 to 0.95."""
     found = watershed.watershed(distance, setting.peak, setting.fill, AREA)
     return float(metrics.average_precision(image.labels, found).mean())
 
 
-def few_summary(rows: list[dict]) -> list[dict[str, Any]]:
+def summary(rows: list[dict]) -> list[dict[str, Any]]:
     """A row for each start and way: mean AP@0.5 over seeds for each set and number of shots."""
     table = []
     for start, way in dict.fromkeys((row["start"], row["way"]) for row in rows):
@@ -378,7 +382,7 @@ def few_summary(rows: list[dict]) -> list[dict[str, Any]]:
     return table
 
 
-def few_figure(rows: list[dict]) -> str:
+def figure(rows: list[dict]) -> str:
     """AP@0.5 over shots, a line for each start and way: mean over sets and seeds."""
     series: dict[str, dict[int, list[float]]] = {}
     for row in rows:
@@ -388,3 +392,7 @@ def few_figure(rows: list[dict]) -> str:
                      for shots, values in sorted(at.items())] for name, at in series.items()}
     looks = report.page_styles(points)
     return report.line_chart(points, looks, "support images", "AP@0.5", log=True)
+
+
+if __name__ == "__main__":
+    runs.script(__doc__, Config, main)

@@ -187,15 +187,12 @@ def _rival_match(ends: NDArray, weights: NDArray) -> NDArray:
 
 # --------------------------------------------------------------------- scores as ratios of sums
 
-def _score_sums(table: Overlap, thresholds: tuple[float, ...]) -> NDArray:
-    """Sums (9 + thresholds,) whose ratios are the scores, and which add up over images.
-
-    The first threshold is 0.5.
-    """
+def _score_sums(table: Overlap) -> NDArray:
+    """Sums (19,) whose ratios are the scores, and which add up over images."""
     rows, cols, counts, ious = table.rows, table.cols, table.counts, table.ious
     n_true, n_pred = len(table.truth_ids), len(table.pred_ids)
     area = table.truth_areas.sum() + table.pred_areas.sum()
-    matches = [match(table, threshold=t) for t in thresholds]
+    matches = [match(table, threshold=t) for t in THRESHOLDS]
     # AJI+ maximises summed IoU; 2^-40 of the shared pixels decides ties, not the order of ids.
     aji_overlap = counts[match_one_to_one(rows, cols, ious + counts * 2.0**-40)].sum()
     mma_overlap = counts[match_one_to_one(rows, cols, counts.astype(float))].sum()
@@ -207,15 +204,15 @@ def _score_sums(table: Overlap, thresholds: tuple[float, ...]) -> NDArray:
                      mma_overlap, ious[covers].sum(), aogm, *(m.tp for m in matches)], float)
 
 
-def _score_ratios(sums: NDArray, thresholds: tuple[float, ...]) -> dict[str, NDArray]:
-    """Scores of sums ([[runs,] rows,] 9 + thresholds), by name: ([rows[, runs]])."""
+def _score_ratios(sums: NDArray) -> dict[str, NDArray]:
+    """Scores of sums ([[runs,] rows,] 19), by name: ([rows[, runs]])."""
     (n_true, n_pred, paired_iou, area, union, aji_overlap, mma_overlap, covered_iou,
      aogm) = sums.T[:9]
-    at = {t: match_rates(tp, n_pred - tp, n_true - tp) for t, tp in zip(thresholds, sums.T[9:])}
+    at = {t: match_rates(tp, n_pred - tp, n_true - tp) for t, tp in zip(THRESHOLDS, sums.T[9:])}
     tp, half, empty = sums.T[9], at[0.5], (n_true + n_pred == 0).astype(float)
     seg_score = _score_ratio(covered_iou, n_true, np.nan)
     det_score = 1 - np.minimum(_score_ratio(aogm, 10 * n_true, np.nan), 1)
-    return {**{f"AP@{t:g}": at[t].average_precision for t in thresholds},
+    return {**{f"AP@{t:g}": rates.average_precision for t, rates in at.items()},
             "precision": half.precision, "recall": half.recall, "F1": half.f1,
             "TP": tp, "FP": n_pred - tp, "FN": n_true - tp, "n_true": n_true, "n_pred": n_pred,
             "PQ": _score_ratio(paired_iou, (n_true + n_pred) / 2, empty), "RQ": half.f1,
@@ -223,7 +220,7 @@ def _score_ratios(sums: NDArray, thresholds: tuple[float, ...]) -> dict[str, NDA
             "AJI": _score_ratio(aji_overlap, area - aji_overlap, empty),
             "MMA": _score_ratio(mma_overlap, union, empty),
             "SEG": seg_score, "DET": det_score, "OP_CSB": (seg_score + det_score) / 2,
-            "DSB": np.mean([at[t].average_precision for t in THRESHOLDS], axis=0),
+            "DSB": np.mean([rates.average_precision for rates in at.values()], axis=0),
             "error_rate": _score_ratio(n_true + n_pred - 2 * tp, n_true, np.nan),
             "count_error": np.abs(n_pred - n_true)}
 
@@ -250,22 +247,19 @@ def _score_ratio(part: NDArray, whole: NDArray, otherwise: ArrayLike) -> NDArray
 
 # ------------------------------------------------------------------------------ one image, one set
 
-def scores(truth: Labels, pred: ArrayLike | None = None,
-           thresholds: Iterable[float] = ()) -> dict[str, float]:
+def scores(truth: Labels, pred: ArrayLike | None = None) -> dict[str, float]:
     """Every score of one image.
 
-    AP@0.5 ... AP@0.95 and AP@t of further `thresholds`; at 0.5 precision, recall, F1, TP, FP, FN,
-    PQ, SQ, RQ, error_rate = (FP + FN) / n_true; n_true, n_pred, count_error = |n_pred - n_true|;
-    AJI (AJI+); MMA, paired for the largest overlap, shared pixels / pixels of any cell; SEG, DET,
-    OP_CSB; DSB, the mean AP over 0.5 ... 0.95 (Data Science Bowl 2018).
+    AP@0.5 ... AP@0.95; at 0.5 precision, recall, F1, TP, FP, FN, PQ, SQ, RQ, error_rate =
+    (FP + FN) / n_true; n_true, n_pred, count_error = |n_pred - n_true|; AJI (AJI+); MMA, paired for
+    the largest overlap, shared pixels / pixels of any cell; SEG, DET, OP_CSB; DSB, the mean AP over
+    0.5 ... 0.95 (Data Science Bowl 2018).
 
     >>> one = scores([[1, 1, 1, 1], [0, 0, 2, 2]], [[3, 3, 3, 0], [0, 0, 0, 0]])
     >>> one["AP@0.75"], one["AP@0.8"], one["PQ"], one["FN"], one["MMA"], one["DSB"]
     (0.5, 0.0, 0.5, 1, 0.5, 0.3)
     """
-    thresholds = _standard_thresholds(thresholds)
-    return _plain_scores(_score_ratios(_score_sums(_overlap_table(truth, pred), thresholds),
-                                       thresholds))
+    return _plain_scores(_score_ratios(_score_sums(_overlap_table(truth, pred))))
 
 
 class SetScores(NamedTuple):
@@ -276,7 +270,7 @@ class SetScores(NamedTuple):
     pooled_interval: dict[str, tuple[float, float]]
 
 
-def set_scores(tables: Iterable[Overlap], thresholds: Iterable[float] = ()) -> SetScores:
+def set_scores(tables: Iterable[Overlap]) -> SetScores:
     """Every score of a set: image by image, their mean, pooled, and 95 % intervals of both.
 
     SEG, DET and OP_CSB of a set are the pooled ones by definition; DSB and count_error are means
@@ -286,10 +280,10 @@ def set_scores(tables: Iterable[Overlap], thresholds: Iterable[float] = ()) -> S
     >>> both.mean["AP@0.5"], round(both.pooled["AP@0.5"], 3), both.mean_interval["AP@0.5"]
     (0.5, 0.667, (0.0, 1.0))
     """
-    return run_scores([tables], thresholds)
+    return run_scores([tables])
 
 
-def run_scores(runs: Iterable[Iterable[Overlap]], thresholds: Iterable[float] = ()) -> SetScores:
+def run_scores(runs: Iterable[Iterable[Overlap]]) -> SetScores:
     """Scores of several runs on the same images, such as seeds: means over runs.
 
     Intervals are over images: a resample draws an image with what every run made of it.
@@ -298,18 +292,16 @@ def run_scores(runs: Iterable[Iterable[Overlap]], thresholds: Iterable[float] = 
     >>> run_scores([[right, half], [half, half]]).mean["AP@0.5"]
     0.625
     """
-    thresholds = _standard_thresholds(thresholds)
-    rows = [[_score_sums(table, thresholds) for table in tables] for tables in runs]
+    rows = [[_score_sums(table) for table in tables] for tables in runs]
     if not any(rows):
         raise ValueError("no image to score, expected at least one overlap table")
     if len({len(row) for row in rows}) > 1:
         raise ValueError(f"{', '.join(str(len(row)) for row in rows)} images to score, "
                          "expected as many of each run")
-    sums = np.array(rows)                                     # (runs, images, 9 + thresholds)
+    sums = np.array(rows)                                     # (runs, images, 19)
 
-    def over_runs(sums: NDArray) -> dict[str, NDArray]:       # (runs[, rows], ...) -> ([rows])
-        return {name: np.mean(values, -1) for name, values in _score_ratios(sums,
-                                                                            thresholds).items()}
+    def over_runs(sums: NDArray) -> dict[str, NDArray]:       # (runs[, rows], 19) -> ([rows])
+        return {name: np.mean(values, -1) for name, values in _score_ratios(sums).items()}
 
     columns = over_runs(sums)                                 # name: (images,)
     images = [_plain_scores({name: column[i] for name, column in columns.items()})
@@ -329,8 +321,7 @@ def run_scores(runs: Iterable[Iterable[Overlap]], thresholds: Iterable[float] = 
 
 
 def bootstrap_scores(values: ArrayLike, statistic: Callable = np.mean, n: int = RESAMPLES,
-                     seed: int = 0,
-                     level: float = 0.95) -> tuple[float, float]:
+                     seed: int = 0, level: float = 0.95) -> tuple[float, float]:
     """Percentile bootstrap interval of a statistic over images (Efron, 1979): (low, high).
 
     values : (images,) or (images, ...); an image with a NaN is left out.
@@ -368,19 +359,11 @@ def _plain_scores(values: dict[str, Any]) -> dict[str, float]:
             for name, value in values.items()}
 
 
-def _standard_thresholds(thresholds: Iterable[float]) -> tuple[float, ...]:
-    """The ten of the DSB score, then the others, rounded: arange's 0.6000000000000001 is 0.6."""
-    return (*THRESHOLDS, *sorted({round(float(t), 6) for t in thresholds} - set(THRESHOLDS)))
-
-
 # -------------------------------------------------------------------------------- types of cells
 
-REACH = 12.0        # px, at 40 x: centres so near are of the same nucleus
-
-
-def match_centres(truth: ArrayLike, pred: ArrayLike, reach: float = REACH) -> NDArray:
-    """Pairs (n, 2) of places in truth (R, 2) and pred (S, 2), as HoVer-Net's authors match them:
-    the assignment of the least summed distance, then pairs no further apart than `reach` px.
+def match_centres(truth: ArrayLike, pred: ArrayLike, reach: float = 12.0) -> NDArray:
+    """Pairs (n, 2) of places in truth (R, 2) and pred (S, 2), as HoVer-Net's authors match them at
+    40 x: the assignment of the least summed distance, then pairs no further apart than `reach` px.
 
     >>> match_centres([[0, 0], [50, 50]], [[3, 4], [90, 90], [50, 49]]).tolist()
     [[0, 0], [1, 2]]
@@ -444,16 +427,16 @@ def roc_area(right: ArrayLike, score: ArrayLike) -> float:
     return float((rank[right].sum() - yes * (yes + 1) / 2) / (yes * no)) if yes and no else np.nan
 
 
-def calibration_error(right: ArrayLike, probability: ArrayLike, bins: int = 10) -> float:
-    """Expected calibration error: over bins of equal width, the gap between mean probability and
-    share of right ones, weighted by their number (Guo et al., ICML 2017).
+def calibration_error(right: ArrayLike, probability: ArrayLike) -> float:
+    """Expected calibration error: over ten bins of equal width, the gap between mean probability
+    and share of right ones, weighted by their number (Guo et al., ICML 2017).
 
     >>> calibration_error([True, False], [0.75, 0.75])
     0.25
     """
     right, probability = np.asarray(right, float), np.asarray(probability, float)
-    chosen = np.minimum((probability * bins).astype(int), bins - 1)
-    gaps = np.abs(np.bincount(chosen, right - probability, bins))
+    chosen = np.minimum((probability * 10).astype(int), 9)
+    gaps = np.abs(np.bincount(chosen, right - probability, 10))
     return float(gaps.sum() / len(right)) if len(right) else np.nan
 
 
@@ -536,9 +519,9 @@ def op_csb(truths: Iterable, preds: Iterable | None = None) -> float:
 def _score_frames(truths: Iterable, preds: Iterable | None) -> dict[str, float]:
     if isinstance(truths, Overlap) or (isinstance(truths, np.ndarray) and truths.ndim == 2):
         truths, preds = [truths], None if preds is None else [preds]
-    total = sum((_score_sums(table, THRESHOLDS) for table in _overlap_tables(truths, preds)),
+    total = sum((_score_sums(table) for table in _overlap_tables(truths, preds)),
                 np.zeros(9 + len(THRESHOLDS)))
-    return _plain_scores(_score_ratios(total, THRESHOLDS))
+    return _plain_scores(_score_ratios(total))
 
 
 # ------------------------------------------------------------------------------------------ tracks
@@ -552,15 +535,15 @@ class Graph(NamedTuple):
 
 
 def track_scores(truths: Iterable, preds: Iterable | None = None,
-                 truth_tracks: ArrayLike | None = None, pred_tracks: ArrayLike | None = None,
-                 tolerance: int = 3) -> dict[str, float]:
+                 truth_tracks: ArrayLike | None = None, pred_tracks: ArrayLike | None = None
+                 ) -> dict[str, float]:
     """Every score of a tracked movie, as the Cell Tracking Challenge defines them.
 
     TRA = 1 - AOGM / AOGM of no answer, and LNK the same of edges alone; AOGM = 5 NS + 10 FN + FP +
     ED + 1.5 EA + EC, whose counts are among the scores: missing splits, cells missing and too many,
     edges too many, missing, and of the wrong kind. CT, the share of tracks that are right from end
     to end (an F1); TF, the longest stretch of a track that one predicted track follows; BC(i), F1
-    of divisions up to i frames late or early; SEG, DET, CSB = (SEG + DET) / 2, CTB = (SEG + TRA) /
+    of divisions up to i = 0 ... 3 frames off; SEG, DET, CSB = (SEG + DET) / 2, CTB = (SEG + TRA) /
     2. NaN where the truth has no cell, no edge or no division.
 
     truths, preds : label images of the frames, whose labels are tracks, or overlap tables and None.
@@ -574,29 +557,25 @@ def track_scores(truths: Iterable, preds: Iterable | None = None,
     (1, 0.667, 1.0, 1.0, 0.0)
     """
     tables = _overlap_tables(truths, preds)
-    truth_tracks, pred_tracks = (
-        _score_tracks(given, [ids(table) for table in tables], side) for given, ids, side in (
-            (truth_tracks, lambda table: table.truth_ids, "truth"),
-            (pred_tracks, lambda table: table.pred_ids, "prediction")))
-    truth = _track_graph([table.truth_ids for table in tables], truth_tracks)
-    pred = _track_graph([table.pred_ids for table in tables], pred_tracks)
+    true_ids, found_ids = [t.truth_ids for t in tables], [t.pred_ids for t in tables]
+    truth_tracks = _score_tracks(truth_tracks, true_ids, "truth")
+    pred_tracks = _score_tracks(pred_tracks, found_ids, "prediction")
+    truth, pred = _track_graph(true_ids, truth_tracks), _track_graph(found_ids, pred_tracks)
     found = _found_in_frames(tables)  # (V of truth,) vertex of pred, or -1
     counts = _track_corrections(truth, pred, found)
     frames = _score_frames(tables, None)
     cells, links = 10.0 * len(truth.label), 1.5 * len(truth.edges)
     wrong_links = counts["ED"] + 1.5 * counts["EA"] + counts["EC"]
     aogm = 5 * counts["NS"] + 10 * counts["FN"] + counts["FP"] + wrong_links
-    result: dict[str, float] = {"SEG": frames["SEG"], "DET": frames["DET"]}
-    result["TRA"] = 1 - min(aogm, cells + links) / (cells + links) if cells else np.nan
-    result["LNK"] = 1 - min(wrong_links, links) / links if links else np.nan
+    tra = 1 - min(aogm, cells + links) / (cells + links) if cells else np.nan
     followed = _followed_tracks(truth, pred, found, truth_tracks)
-    result["CT"] = _complete_tracks(followed, truth_tracks, pred_tracks)
-    result["TF"] = _track_fractions(followed)
-    for late in range(tolerance + 1):
-        result[f"BC({late})"] = _branching_score(truth, pred, found, truth_tracks, pred_tracks,
-                                                 late)
-    result["CSB"], result["CTB"] = frames["OP_CSB"], (result["SEG"] + result["TRA"]) / 2
-    return {**result, "AOGM": aogm, **counts}
+    branching = {f"BC({late})": _branching_score(followed, truth_tracks, pred_tracks, late)
+                 for late in range(4)}
+    return {"SEG": frames["SEG"], "DET": frames["DET"], "TRA": tra,
+            "LNK": 1 - min(wrong_links, links) / links if links else np.nan,
+            "CT": _complete_tracks(followed, truth_tracks, pred_tracks),
+            "TF": _track_fractions(followed), **branching, "CSB": frames["OP_CSB"],
+            "CTB": (frames["SEG"] + tra) / 2, "AOGM": aogm, **counts}
 
 
 def _overlap_tables(truths: Iterable, preds: Iterable | None) -> list[Overlap]:
@@ -729,20 +708,15 @@ def _track_fractions(followed: dict) -> float:
     return float(np.mean(list(best.values()))) if best else 0.0
 
 
-def _branching_score(truth: Graph, pred: Graph, found: NDArray, truth_tracks: NDArray,
-                     pred_tracks: NDArray, late: int) -> float:
+def _branching_score(followed: dict, truth_tracks: NDArray, pred_tracks: NDArray, late: int
+                     ) -> float:
     """BC(i): F1 of divisions; one is right if mother and daughters are found, at most i frames
     off."""
-    answers = np.append(pred.label, 0)[found]                  # label of the answer, where found
-    frames: list[dict[int, int]] = [{} for _ in range(int(truth.frame.max(initial=-1)) + 1)]
-    for t, k, v, answer in zip(*(part.tolist() for part in (truth.frame, truth.label, found,
-                                                            answers))):
-        if v >= 0:
-            frames[t][k] = answer
+    begin_of = dict(truth_tracks[:, :2].tolist())
 
-    def finds(t: int, true: int, answer: int) -> bool:         # it, and no other
-        return (t < len(frames) and frames[t].get(true) == answer
-                and sum(each == answer for each in frames[t].values()) == 1)
+    def finds(t: int, true: int, answer: int) -> bool:
+        at = t - begin_of[true]
+        return 0 <= at < len(followed[true]) and followed[true][at] == answer
 
     def born(tracks: NDArray) -> dict[int, tuple[int, dict[int, int]]]:
         """Mother -> its last frame, and the first frames of its daughters."""
@@ -767,6 +741,4 @@ def _branching_score(truth: Graph, pred: Graph, found: NDArray, truth_tracks: ND
                         met.add(other)
                         break
             right += len(met) == len(daughters)
-    if not true:
-        return np.nan
-    return 2 * right / (len(true) + len(answered))
+    return 2 * right / (len(true) + len(answered)) if true else np.nan

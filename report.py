@@ -18,6 +18,7 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,11 +47,8 @@ class Style(NamedTuple):
 
 def page_styles(names: Iterable[str], reference: str | None = None) -> dict[str, Style]:
     """A colour and a marker for each name; the reference is a dashed grey line."""
-    names = list(names)
-    plain = [name for name in names if name != reference]
-    found = {name: Style(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
-             for i, name in enumerate(plain)}
-    return {name: found.get(name, Style("#777777", "")) for name in names}
+    plain = map(Style, cycle(COLOURS), cycle(MARKERS))
+    return {name: Style("#777777", "") if name == reference else next(plain) for name in names}
 
 
 def chart_marker(style: Style, x: float, y: float, r: float = 3.6) -> str:
@@ -139,9 +137,9 @@ def chart_range(values: Iterable[float]) -> tuple[float, float]:
     return min(finite) - room, max(finite) + room
 
 
-def axis_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers from low to high."""
-    rough = (high - low) / count
+def axis_ticks(low: float, high: float) -> list[float]:
+    """About five round numbers from low to high."""
+    rough = (high - low) / 5
     unit = 10.0 ** math.floor(math.log10(rough))
     step = unit * min((1, 2, 5, 10), key=lambda m: abs(m * unit - rough))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
@@ -211,30 +209,27 @@ def forest_chart(intervals: Sequence[Interval], styles: dict[str, Style], label:
                   height=60 + len(rows) * (16 + 14 * len(series)))
     frame.line([(0, frame.y0), (0, frame.y1)], 'class="axis"')
     for each in intervals:
-        style = styles[each.series]
-        line = series.index(each.series) - (len(series) - 1) / 2
+        style, line = styles[each.series], series.index(each.series) - (len(series) - 1) / 2
         y = rows.index(each.row) + 0.7 * line / len(series)
         if math.isnan(each.value):
             frame.text(frame.across(0) + 8, frame.up(y) + 4, f"{each.series}: {each.note}", "start")
             continue
         if not math.isnan(each.low):
-            frame.line([(each.low, y), (each.high, y)],
-                       f'stroke="{style.colour}" stroke-width="2"')
+            frame.line([(each.low, y), (each.high, y)], f'stroke="{style.colour}" stroke-width="2"')
         fill, name = style.colour if each.full else "#fff", escape(f"{each.series}, {each.row}")
-        frame.parts.append(
-            f'<g fill="{fill}" stroke="{style.colour}" stroke-width="1.6"><title>{name}: '
-            f'{each.value:.3f}</title>'
-            f'{chart_marker(style, frame.across(each.value), frame.up(y), 4.5)}</g>')
+        frame.parts.append(f'<g fill="{fill}" stroke="{style.colour}" stroke-width="1.6">'
+                           f'<title>{name}: {each.value:.3f}</title>'
+                           f'{chart_marker(style, frame.across(each.value), frame.up(y), 4.5)}</g>')
     return frame.svg()
 
 
 def histogram_chart(series: Mapping[str, Sequence[float]], marked: dict[str, float],
-                    styles: dict[str, Style], x_label: str, y_label: str, bins: int = 40) -> str:
-    """Counts of values, in the same bins for all series; dashed: the marked value of each."""
+                    styles: dict[str, Style], x_label: str, y_label: str) -> str:
+    """Counts of values, in the same 40 bins for all series; dashed: the marked value of each."""
     values = {name: [value for value in each if math.isfinite(value)]
               for name, each in series.items()}
     pooled = [*(value for each in values.values() for value in each), *marked.values()]
-    edges = np.linspace(*chart_range(pooled), bins + 1)
+    edges = np.linspace(*chart_range(pooled), 41)
     counts = {name: np.histogram(each, edges)[0] for name, each in values.items()}
     frame = Frame(pooled, [0, *(count.max() for count in counts.values())], x_label, y_label)
     for name, count in counts.items():
@@ -253,8 +248,7 @@ def histogram_chart(series: Mapping[str, Sequence[float]], marked: dict[str, flo
 def write_curves(path: str | Path, series: Mapping[str, Points]) -> None:
     """Write an SVG file with a chart for each series that has points, two in a row."""
     charts = [line_chart({name: points}, page_styles([name]), f"step; last {points[-1][1]:.4g}",
-                         name,
-                         share=False) for name, points in series.items() if points]
+                         name, share=False) for name, points in series.items() if points]
     placed = "".join(f'<g transform="translate({i % 2 * WIDTH} {i // 2 * HEIGHT})">{chart}</g>'
                      for i, chart in enumerate(charts))
     write_svg(path, placed, WIDTH * min(2, len(charts) or 1),
@@ -264,9 +258,8 @@ def write_curves(path: str | Path, series: Mapping[str, Points]) -> None:
 def write_svg(path: str | Path, content: str, width: int, height: int) -> None:
     """Write charts as a picture of its own."""
     runs.write_text(path, f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" '
-                          f'height="{height}"><style>svg {{ background: #fff; --soft: #5b6675; '
-                          f'--ink: #1d2530; --rule: #d9dee5; }}{SVG_STYLE}</style>{content}'
-                          '</svg>\n')
+                          f'height="{height}"><style>svg {{ background: #fff; }}{SVG_STYLE}</style>'
+                          f'{content}</svg>\n')
 
 
 # -------------------------------------------------------------------------------- pictures as PNG
@@ -275,8 +268,7 @@ INK = (40, 40, 40)
 
 
 def matrix_chart(path: str | Path, named: dict[str, np.ndarray], names: Sequence[str],
-                 cell: int = 72
-                 ) -> None:
+                 cell: int = 72) -> None:
     """Write square matrices (K, K) of values in [-1, 1] side by side; names: rows and columns."""
     from PIL import Image, ImageDraw  # comes with scikit-image
     left, top = 24 + 7 * max(map(len, names)), 56
@@ -445,12 +437,12 @@ def page(title: str, note: str, sections: Iterable[str], foot: str = "") -> str:
 
 
 SVG_STYLE = """
+:root { --ink: #1d2530; --soft: #5b6675; --rule: #d9dee5; }
 svg text { font: 12px system-ui, "Segoe UI", Roboto, Arial, sans-serif; fill: var(--soft); }
 svg .label { fill: var(--ink); } .grid { stroke: var(--rule); } .axis { stroke: var(--ink); }
 """
 
 PAGE_STYLE = """
-:root { --ink: #1d2530; --soft: #5b6675; --rule: #d9dee5; }
 * { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, "Segoe UI", Roboto, Arial, sans-serif; color: var(--ink);
        background: #fff; max-width: 1180px; margin: 0 auto; padding: 32px 28px 60px; }

@@ -36,7 +36,7 @@ import shlex
 import sys
 import typing
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import partial
 from itertools import product
@@ -92,8 +92,8 @@ class Bench:
     overwrite: bool = False                 # make every prediction anew
 
     def __post_init__(self):
-        measure.check_bench_names("model", [model.name for model in self.models])
-        measure.check_bench_names("set", [dataset.name for dataset in self.sets])
+        measure.check_bench_names("model", self.models)
+        measure.check_bench_names("set", self.sets)
         measure.check_scores(self.score, *self.columns)
 
 
@@ -106,12 +106,15 @@ def bench(config: Bench) -> None:
         report.text_between(path, name)
     rows = [row for model in config.models              # all files are found before one is run
             for row in measure.rows_of(model, sets, config.device, config.batch)]
-    measure.check_bench_names("row", [row.name for row in rows])
+    measure.check_bench_names("row", rows)
     if unknown := set(config.against) - {row.name for row in rows}:
         raise ValueError(f"against: '{min(unknown)}', expected some of "
                          f"{runs.listed([row.name for row in rows], 12)}")
     folder = run_folder(config)
-    rows = [*ceiling_rows(config, sets, folder), *rows]
+    if config.ceiling.cap:
+        best = {dataset.name: (measure.EncodedLabels(measure.encoding_rows(
+            dataset, config.ceiling, config.score, folder)[0]),) for dataset in sets}
+        rows.insert(0, TableRow(CEILING, "of the encoding", best))
     results: measure.BenchResults = {dataset.name: {} for dataset in sets}
     for row in rows:
         for dataset in sets:
@@ -138,15 +141,6 @@ def bench(config: Bench) -> None:
     print(f"-> {folder / 'report.html'}, {folder / 'table.md'}")
 
 
-def ceiling_rows(config: Bench, sets: list[LabelledSet], folder: Path) -> Iterator[TableRow]:
-    """Row of the encoding, on each set with its best setting."""
-    if config.ceiling.cap:
-        best = {dataset.name: measure.encoding_rows(dataset, config.ceiling, config.score,
-                                                    folder)[0] for dataset in sets}
-        yield TableRow(CEILING, "of the encoding",
-                       {name: (measure.EncodedLabels(row),) for name, row in best.items()})
-
-
 def compare_rows(config: Bench, sets: list[LabelledSet], rows: list[TableRow],
                  results: measure.BenchResults) -> list[dict]:
     """Differences of every row from those in `against`, or from the first model that ran."""
@@ -166,8 +160,7 @@ def made_by(config: Bench) -> str:
     """Command, machine and versions."""
     about = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
     cpu = re.search(r"model name\s*: (.*)", about)
-    machine = cpu[1] if cpu else platform.processor() or platform.machine()
-    machine += f", {os.cpu_count()} cores"
+    machine = f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores"
     if config.device != "cpu" and torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -192,7 +185,7 @@ class Gating:
     score: str = "DSB"                      # what best means for the ceiling
 
     def __post_init__(self):
-        measure.check_bench_names("set", [dataset.name for dataset in self.sets])
+        measure.check_bench_names("set", self.sets)
         measure.check_scores(self.score)
         for window in self.windows:
             if len(window) != 2 or not 0 <= window[0] < window[1] <= 100:
@@ -258,8 +251,8 @@ class Sweep:
     device: runs.Device = "auto"            # auto: the GPU if there is one
 
     def __post_init__(self):
-        measure.check_bench_names("validation set", [part.name for part in self.validation])
-        measure.check_bench_names("test set", [dataset.name for dataset in self.test])
+        measure.check_bench_names("validation set", self.validation)
+        measure.check_bench_names("test set", self.test)
         measure.check_scores(self.score)
         measure.bench_threshold_grid(self)
         if not (self.tile and self.overlap and self.scale):
@@ -338,8 +331,7 @@ def check_apart(validation: list[LabelledSet], test: list[LabelledSet]) -> None:
         for example in dataset.examples:
             if twins := [seen[content] for content in contents(example) if content in seen]:
                 raise ValueError(f"test image {dataset.name}/{example.name} ({dataset.config.path})"
-                                 f" is in validation too, as {twins[0]}; what chose the setting "
-                                 "flatters, give other images")
+                                 f" is in validation too, as {twins[0]}; give another")
 
 
 # ----------------------------------------------------------------------------------------- ceiling
@@ -354,7 +346,7 @@ class Ceiling(Encoding):
 
     def __post_init__(self):
         super().__post_init__()
-        measure.check_bench_names("set", [dataset.name for dataset in self.sets])
+        measure.check_bench_names("set", self.sets)
         measure.check_scores(self.score)
         if not self.cap:
             raise ValueError("cap needs one value or more; null is one: no cap")
@@ -381,11 +373,11 @@ class Calibrate:
     home: tuple[DataSet, ...] = ()          # reported on: images like those trained on
     abroad: tuple[DataSet, ...] = ()        # reported on: unlike them
     root: str = "."                         # folder that the sets are in
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    device: runs.Device = "auto"            # auto: the GPU if there is one
 
     def __post_init__(self):
-        if names := [dataset.name for dataset in (*self.home, *self.abroad)]:
-            measure.check_bench_names("set", names)
+        if sets := (*self.home, *self.abroad):
+            measure.check_bench_names("set", sets)
 
 
 def calibrate(config: Calibrate) -> None:
@@ -459,21 +451,20 @@ class Embed:
     output_base_dir: str = "."              # where runs/ is made
     root: str = "."                         # folder that the sets are in
     seed: runs.Whole = 0                    # of random weights
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    device: runs.Device = "auto"            # auto: the GPU if there is one
 
     def __post_init__(self):
-        measure.check_bench_names("source", [source.name for source in self.sources])
+        measure.check_bench_names("source", self.sources)
         for typed in self.sets:
             data.training_types(typed.types)
         if self.export and (len(self.sources), len(self.sets)) != (1, 1):
             raise ValueError(f"export={self.export}: expected one source and one set, got "
                              f"{len(self.sources)} and {len(self.sets)}")
         if self.export and self.sources[0].weights in ("pixels", "random"):
-            raise ValueError(f"export={self.export}: {self.sources[0].weights} are no weights; "
-                             "expected a source of a whole network")
+            raise ValueError(f"export={self.export}: {self.sources[0].weights} are no weights of a "
+                             "network")
         if not self.sets and self.fields is None:
-            raise ValueError("sets and fields are empty; give typed sets, a folder of fields or "
-                             "both")
+            raise ValueError("no sets and no fields; give one of the two or both")
 
 
 def embed(config: Embed) -> None:
@@ -502,10 +493,9 @@ def embed(config: Embed) -> None:
 
 
 def embed_key(source: VectorSource, typed: TypedSet, config: Embed) -> dict[str, Any]:
-    """What the scores of a source on a set were made from."""
-    files = [file for chosen in (*typed.train, *typed.test) for example in data.examples(
-        Path(config.root) / chosen.path, chosen.channels, chosen.match, chosen.labels)
-        for file in example.files]
+    """What the scores of a source on a set are made from."""
+    files = [file for example in typed_examples((*typed.train, *typed.test), config.root)
+             for file in example.files]
     weights = source.weights if source.weights in ("pixels", "random") else Path(source.weights)
     return {"set": asdict(typed), "files": runs.digest(*files), "weights": runs.digest(weights),
             "seed": config.seed}
@@ -546,31 +536,32 @@ def vectors_of(net, pixels: np.ndarray, labels: np.ndarray, only: str = "") -> n
 class TypedCells(typing.NamedTuple):
     vectors: np.ndarray                     # (n, D)
     types: np.ndarray                       # (n,) from 1; 0 unknown
-    images: list                            # (pixels, labels, types of its cells), if kept
+    images: list                            # (pixels, labels, types of its cells)
 
 
-def typed_cells(net, sets: tuple[data.TrainingSet, ...], typed: TypedSet, root: str) -> TypedCells:
+def typed_examples(sets: Sequence[data.TrainingSet], root: str) -> list[data.Example]:
+    return [example for chosen in sets for example in data.examples(
+        Path(root) / chosen.path, chosen.channels, chosen.match, chosen.labels)]
+
+
+def typed_cells(net, sets: Sequence[data.TrainingSet], typed: TypedSet, root: str) -> TypedCells:
     """Vectors and types of the true cells of a set's images."""
-    wanted, rows, types, kept = data.training_types(typed.types), [], [], []
-    counts: dict[str, dict[str, int]] = {}
-    for chosen in sets:
-        for example in data.examples(Path(root) / chosen.path, chosen.channels, chosen.match,
-                                     chosen.labels):
-            pixels, labels = example.image().pixels, example.labels()
-            own = data.training_type_numbers(example, labels, wanted)
-            rows.append(vectors_of(net, pixels, labels))
-            types.append(own)
-            kept.append((pixels, labels, own))
-            counts[example.name] = {name: int(np.count_nonzero(own == i))
-                                    for i, name in enumerate(wanted, 1)}
-    for name in wanted:
-        if not any(count[name] for count in counts.values()):
-            raise ValueError(f"types: no cell is '{name}' ({', '.join(wanted[name])}) in "
-                             f"{runs.listed(list(counts))}; check the class, or leave it out")
+    wanted, rows, images = data.training_types(typed.types), [], []
+    examples = typed_examples(sets, root)
+    for example in examples:
+        pixels, labels = example.image().pixels, example.labels()
+        rows.append(vectors_of(net, pixels, labels))
+        images.append((pixels, labels, data.training_type_numbers(example, labels, wanted)))
+    types = np.concatenate([np.zeros(0, int), *(own for _, _, own in images)])
+    for number, (name, classes) in enumerate(wanted.items(), 1):
+        if number not in types:
+            raise ValueError(f"types: no cell is '{name}' ({', '.join(classes)}) in "
+                             f"{runs.listed([example.name for example in examples])}; check the "
+                             "class, or leave it out")
     if len({part.shape[1] for part in rows}) > 1:
         raise ValueError(f"set '{typed.name}': images of different channels; choose the same of "
                          "all with channels=")
-    return TypedCells(np.concatenate(rows), np.concatenate(types), kept)
+    return TypedCells(np.concatenate(rows), types, images)
 
 
 def told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
@@ -599,6 +590,11 @@ def told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
     return scores | found_types(net, None if own else head, test.images, names, typed.reach)
 
 
+def cell_centres(table: dict[str, np.ndarray]) -> np.ndarray:
+    """(n, 2) of a cells.cell_table, in px."""
+    return np.stack([table["centroid_y_px"], table["centroid_x_px"]], 1)
+
+
 def found_types(net, head, images_of_set: list, names: tuple[str, ...], reach: float
                 ) -> dict[str, float]:
     """F_d and F_c of the cells that the network finds; `head`: None, if it tells types itself."""
@@ -607,16 +603,13 @@ def found_types(net, head, images_of_set: list, names: tuple[str, ...], reach: f
         plan = segment.plan_for(pixels, net, embed=True)
         at, answer = [np.zeros((0, 2))], [np.zeros(0, int)]
         for block in segment.blocks(segment.as_source(pixels), plan):
-            table = cells.cell_table(block.local, ids=block.new,
-                                     origin=(block.view[0].start, block.view[1].start))
-            at.append(np.stack([table["centroid_y_px"], table["centroid_x_px"]], 1))
+            corner = block.view[0].start, block.view[1].start
+            at.append(cell_centres(cells.cell_table(block.local, ids=block.new, origin=corner)))
             assert block.vectors is not None
-            answer.append(1 + vectors.type_probabilities(head or net.types,
-                                                         block.vectors).argmax(1))
-        found, told = np.concatenate(at), np.concatenate(answer)
-        table = cells.cell_table(labels)
-        true = np.stack([table["centroid_y_px"], table["centroid_x_px"]], 1)
-        rows, columns = metrics.match_centres(true, found, reach).T
+            shares = vectors.type_probabilities(head or net.types, block.vectors)
+            answer.append(1 + shares.argmax(1))
+        told, true = np.concatenate(answer), cell_centres(cells.cell_table(labels))
+        rows, columns = metrics.match_centres(true, np.concatenate(at), reach).T
         pairs.append(np.stack((types[rows], told[columns])))
         missed.append(np.delete(types, rows))
         extra.append(np.delete(told, columns))

@@ -3,7 +3,7 @@
     nuclei = LabelledSet(DataSet("nuclei", "nuclei_fluo_dsb2018/test"), root="../shared/data")
     network = NetworkLabels("final_models/dinocell_tiny.pt")
     result = measure_model("tiny", nuclei, network, folder)      # NAME_pred.tif, metrics.json
-    result.scores.mean["AP@0.5"], intervals(result.scores), differences(nuclei, first, result)
+    result.scores.mean["AP@0.5"], score_intervals(result.scores)
 
 Beside every prediction lies what it was made from: hashes of weights and image, and every option.
 As long as these are the same it is read, not made again.
@@ -139,9 +139,11 @@ def check_name(name: str) -> None:
         raise ValueError(f"name '{name}': it becomes a folder; expected letters, digits, _ . + -")
 
 
-def check_bench_names(what: str, names: Sequence[str]) -> None:
-    if not names:
+def check_bench_names(what: str, things: Sequence[Any]) -> None:
+    """Refuse none, and two things, or names, that are called the same."""
+    if not things:
         raise ValueError(f"no {what}; give at least one")
+    names = [thing if isinstance(thing, str) else thing.name for thing in things]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two {what}s are called '{twice[0]}'; give each a name of its own")
 
@@ -202,24 +204,25 @@ class LabelledSet:
         if self.config.manifest:
             groups = self._column(group)
         else:
-            pattern = self._expression("group", group, "; to mean a column, give its manifest")
+            pattern = self._expression("group", group)
             hits = {bench_image_name(e.name): pattern.search(e.name) for e in self.examples}
             groups = {name: hit[1 if pattern.groups else 0] for name, hit in hits.items() if hit}
         if not groups:
             raise ValueError(f"set '{self.name}': group '{group}' fits none of its "
-                             f"{len(self.examples)} images, such as {self.examples[0].name}")
+                             f"{len(self.examples)} images, such as {self.examples[0].name}; to "
+                             "mean a column, give its manifest")
         return groups
 
     @property
     def _manifest(self) -> Path:
         return self.root / str(self.config.manifest)
 
-    def _expression(self, key: str, text: str, advice: str = "") -> re.Pattern:
+    def _expression(self, key: str, text: str) -> re.Pattern:
         try:
             return re.compile(text)
         except re.error as error:
             raise ValueError(f"set '{self.name}': {key} '{text}' is no regular expression ({error})"
-                             f"{advice}") from None
+                             ) from None
 
     def _column(self, column: str) -> dict[str, str]:
         """Image -> its value in a column of the manifest; images without a row are left out.
@@ -227,9 +230,9 @@ class LabelledSet:
         A row names an image by the end of its path, with or without suffix, or by its stem alone.
         """
         rows = runs.read_table(self._manifest, [column], f"it is the manifest of set '{self.name}'")
-        names = list(rows[0]) if rows else []
-        image = next((name for name in ("image", "file", "filename", "name", *names)
-                      if name in names), "")
+        names = list(rows[0]) if rows else [""]
+        image = next(name for name in ("image", "file", "filename", "name", *names)
+                     if name in names)
         by_name, by_stem = defaultdict(list), defaultdict(list)
         for row in rows:
             by_name[row[image]].append(row)
@@ -237,11 +240,10 @@ class LabelledSet:
         values = {}
         for example in self.examples:
             files = [Path(example.name), *map(Path, example.files)]
-            ends = sorted({end for file in files for end in bench_path_ends(file)}, key=len,
-                          reverse=True)
+            ends = sorted({end for file in files for end in bench_path_ends(file)}, key=len)
             stems = dict.fromkeys([files[0].name, *(file.stem for file in files[1:])])
-            fits = next((by_name[end] for end in ends if "/" in end and end in by_name), None) or [
-                row for stem in stems if stem in by_stem for row in by_stem[stem]]
+            fits = next((by_name[end] for end in reversed(ends) if end in by_name), None) or [
+                row for stem in stems for row in by_stem.get(stem, ())]
             if len({row[column] for row in fits}) > 1:
                 raise ValueError(f"{self._manifest}: {len(fits)} rows may be that of {example.name}"
                                  f" ({runs.listed([row[image] for row in fits], 3)}) and differ in "
@@ -254,7 +256,7 @@ class LabelledSet:
 def bench_path_ends(file: Path) -> Iterator[str]:
     """The path with fewer and fewer folders in front, with the suffix and without."""
     for parts in (file.parts, file.with_suffix("").parts):
-        yield from ("/".join(parts[start:]) for start in range(len(parts)))
+        yield from ("/".join(parts[start:]) for start in range(len(parts) - 1))
 
 
 def bench_progress(things: Iterable, what: str) -> Iterable:
@@ -270,8 +272,7 @@ def bench_image_name(name: str) -> str:
 
 def cached_bench_map(path: Path, key: dict, make: Callable[[], Any]) -> Any:
     """Result of make(), from the JSON file if that was written for the same key."""
-    record, key = load_bench_record(path), json.loads(json.dumps(key))
-    if record["key"] == key:
+    if record := load_bench_record(path, key):
         return record["value"]
     value = make()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -282,24 +283,24 @@ def cached_bench_map(path: Path, key: dict, make: Callable[[], Any]) -> Any:
 def load_or_predict(path: Path, key: dict, predict: Callable, overwrite: bool
                     ) -> tuple[np.ndarray, float | None]:
     """Labels and their seconds, from NAME_pred.tif if NAME_pred.json has the same key."""
-    record, key = path.with_suffix(".json"), json.loads(json.dumps(key))
-    before = load_bench_record(record)
-    if before["key"] == key and path.exists() and not overwrite:
-        return data.read_labels(path), before["seconds"]
-    record.unlink(missing_ok=True)          # first: it must not vouch for labels that come later
+    beside = path.with_suffix(".json")
+    if path.exists() and not overwrite and (record := load_bench_record(beside, key)):
+        return data.read_labels(path), record["seconds"]
+    beside.unlink(missing_ok=True)          # first: it must not vouch for labels that come later
     labels, seconds = predict()
     data.write_labels(path, labels)
-    runs.write_text(record, json.dumps({"key": key, "seconds": seconds}))
+    runs.write_text(beside, json.dumps({"key": key, "seconds": seconds}))
     return labels, seconds
 
 
-def load_bench_record(path: Path) -> dict:
-    """A record with its key; a missing or damaged one fits no key."""
+def load_bench_record(path: Path, key: dict) -> dict | None:
+    """The record, if it was written for this key; a missing or damaged one was not."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
-        record = None
-    return record if isinstance(record, dict) and "key" in record else {"key": None}
+        return None
+    same = isinstance(record, dict) and record.get("key") == json.loads(json.dumps(key))
+    return record if same else None
 
 
 # ------------------------------------------------------------------------------ sources of labels
@@ -341,23 +342,22 @@ class NetworkLabels:
 
 def segment_bench_item(item: Item, dataset: LabelledSet, net, scale: float,
                        channels: tuple[int, ...] | None = None, **wanted) -> np.ndarray:
-    diameter = dataset.config.diameter
-    if channels and max(channels) > len(item.pixels):
-        raise ValueError(f"{dataset.name}/{item.name}: {len(item.pixels)} channels, but a model "
-                         f"has channels: {list(channels)}; they count from 1 among the set's")
+    pixels, diameter = item.pixels, dataset.config.diameter
     if channels:
-        item = item._replace(pixels=item.pixels[[number - 1 for number in channels]])
+        if max(channels) > len(pixels):
+            raise ValueError(f"{dataset.name}/{item.name}: {len(pixels)} channels, but a model has "
+                             f"channels: {list(channels)}; they count from 1 among the set's")
+        pixels = pixels[[number - 1 for number in channels]]
     try:
-        zoom = segment.zoom_for(diameter, net) if diameter else 1.0
-        zoom = None if scale == 1 else scale * zoom
-        return segment.segment(item.pixels, net, diameter=diameter, zoom=zoom, **wanted)
+        zoom = None if scale == 1 else scale * (segment.zoom_for(diameter, net) if diameter else 1)
+        return segment.segment(pixels, net, diameter=diameter, zoom=zoom, **wanted)
     except ValueError as error:             # segment knows no names
         raise ValueError(f"{dataset.name}/{item.name}: {error}") from None
 
 
 class PeerLabels:
     """Label images of any other program, found by the stems of their names."""
-    note, images = "", 0
+    note = ""
 
     def __init__(self, folder: Path, dataset: LabelledSet):
         folder = folder / dataset.name if (folder / dataset.name).is_dir() else folder
@@ -368,7 +368,7 @@ class PeerLabels:
         names = {bench_image_name(tail): bench_image_name(name) for name in examples
                  for tail in (name, name.rpartition("/")[2]) if tail == name or tails[tail] == 1}
         candidates = defaultdict(list)
-        for path in data.list_files(folder, tuple(LABEL_SUFFIXES)):
+        for path in data.list_files(folder, LABEL_SUFFIXES):
             stem = bench_image_name(path.relative_to(folder).with_suffix("").as_posix())
             if name := names.get(stem) or names.get(LABEL_ENDS.sub("", stem)):
                 candidates[name].append(path)
@@ -396,7 +396,6 @@ class PeerLabels:
 
 class EncodedLabels:
     """True labels, made a distance map and found again in it: a row of encoding_rows()."""
-    images = 0
 
     def __init__(self, row: dict):
         self.cap = row["cap"]
@@ -443,12 +442,11 @@ def bench_judged_cells(dataset: LabelledSet, net) -> JudgedCells:
                        np.concatenate(right))
 
 
-def fit_cell_score(sets: Sequence[JudgedCells], penalty: float = 1.0, rounds: int = 50
-                   ) -> dict[str, float]:
+def fit_cell_score(sets: Sequence[JudgedCells]) -> dict[str, float]:
     """Weights of cells.cell_probability: logistic regression by Newton's method.
 
     A set counts by the root of its cells, so that none drowns the others. The penalty on squared
-    weights is for features divided by their standard deviations.
+    weights, 1, is for features divided by their standard deviations.
     """
     names = list(sets[0].features)
     x = np.concatenate([np.stack([each.features[name] for name in names], 1) for each in sets])
@@ -456,14 +454,14 @@ def fit_cell_score(sets: Sequence[JudgedCells], penalty: float = 1.0, rounds: in
     if not 0 < right.sum() < len(right):
         raise ValueError(f"{len(right)} cells, {right.sum():.0f} of them right: expected right and "
                          "wrong ones, to tell them apart; give more validation images")
-    share = np.concatenate([np.full(len(each.right), max(len(each.right), 1) ** -0.5)
-                            for each in sets])
+    counts = np.array([len(each.right) for each in sets])
+    share = np.repeat(np.maximum(counts, 1) ** -0.5, counts)
     share *= len(share) / share.sum()
     mean, spread = x.mean(0), x.std(0) + 1e-9
     x = np.column_stack(((x - mean) / spread, np.ones(len(x))))                  # (n, F + 1)
-    ridge = np.diag([*[penalty] * len(names), 1e-9])
+    ridge = np.diag([*[1.0] * len(names), 1e-9])
     weights = np.zeros(len(names) + 1)
-    for _ in range(rounds):
+    for _ in range(50):
         p = 1 / (1 + np.exp(-x @ weights))
         slope = x.T @ (share * (p - right)) + ridge @ weights
         weights -= np.linalg.solve((x.T * (share * p * (1 - p))) @ x + ridge, slope)
@@ -485,7 +483,8 @@ def bench_held_out_sets(net, root: str) -> list[LabelledSet]:
                                       chosen.labels, chosen.match), root)
         dataset.examples = [each for each in dataset.examples
                             if f"{chosen.name}/{each.name}" in held]
-        sets += [dataset] if dataset.examples else []
+        if dataset.examples:
+            sets.append(dataset)
     if not sets:
         raise ValueError("the weights do not name labelled images that were held out in training; "
                          "give validation sets")
@@ -527,8 +526,8 @@ def network_rows(model: Model, weights: str, sets: Sequence[str], device: str,
                  batch: int | None) -> list[TableRow]:
     options = {name: getattr(model, name)
                for name in (*watershed.Setting._fields, "tile", "overlap", "scale", "channels")}
-    several = any(letter in weights for letter in "*?[")
-    paths = sorted(glob(weights, recursive=True)) if several else [weights]
+    pattern = any(letter in weights for letter in "*?[")
+    paths = sorted(glob(weights, recursive=True)) if pattern else [weights]
     if not paths:
         raise FileNotFoundError(f"no weights fit {weights}, of model '{model.name}'")
     check_bench_names("file of weights", [Path(path).stem for path in paths])
@@ -536,11 +535,10 @@ def network_rows(model: Model, weights: str, sets: Sequence[str], device: str,
     for path in paths:
         network = NetworkLabels(path, device, batch, **options)
         trained_on[network.images].append(network)
-    if len(trained_on) == 1:
-        (images, seeds), = trained_on.items()
-        return [TableRow(model.name, model.note, dict.fromkeys(sets, tuple(seeds)), images)]
-    return [TableRow(f"{model.name}_{images}", model.note, dict.fromkeys(sets, tuple(seeds)),
-                     images, model.name) for images, seeds in sorted(trained_on.items())]
+    several = len(trained_on) > 1
+    return [TableRow(f"{model.name}_{images}" if several else model.name, model.note,
+                     dict.fromkeys(sets, tuple(seeds)), images, model.name if several else "")
+            for images, seeds in sorted(trained_on.items())]
 
 
 class Result(NamedTuple):
@@ -596,8 +594,8 @@ def measure_model(model: str, dataset: LabelledSet,
                "missing": missing, "seconds": total, **bench_headline(scores),
                "intervals": score_intervals(scores), "mean": scores.mean, "pooled": scores.pooled,
                "images": dict(zip(names, scores.images))}
-    runs.write_text(folder / "metrics.json", json.dumps(runs.without_nan(content), indent=1)
-                    + "\n")
+    runs.write_text(folder / "metrics.json",
+                    json.dumps(runs.without_nan(content), indent=1) + "\n")
     return Result(model, source.note, folder, names, tables, scores, missing, total)
 
 
@@ -687,17 +685,17 @@ def model_rows(dataset: LabelledSet, rows: Sequence[TableRow],
 
 def encoding_rows(dataset: LabelledSet, grid: Encoding, score: str, folder: Path) -> list[dict]:
     """Scores of true labels after distance map and watershed: a row per setting, best first."""
-    settings = [{"cap": cap, **chosen} for cap, chosen in product(grid.cap,
-                                                                  bench_threshold_grid(grid))]
+    pairs = list(product(grid.cap, bench_threshold_grid(grid)))
+    settings = [{"cap": cap, **chosen} for cap, chosen in pairs]
 
     def measure() -> list[dict]:
         tables: list[list] = [[] for _ in settings]
         for example in bench_progress(dataset.examples, f"{CEILING} of {dataset.name}"):
             truth = example.labels()
             maps = {cap: watershed.distance_map(truth, cap) for cap in grid.cap}
-            for found, chosen in zip(tables, settings):
-                setting = watershed.Setting(**{k: v for k, v in chosen.items() if k != "cap"})
-                found.append(metrics.overlap(truth, watershed.flood(maps[chosen["cap"]], setting)))
+            for found, (cap, chosen) in zip(tables, pairs):
+                labels = watershed.flood(maps[cap], watershed.Setting(**chosen))
+                found.append(metrics.overlap(truth, labels))
         rows = [{**chosen, "n": len(found), **score_columns(metrics.set_scores(found))}
                 for chosen, found in zip(settings, tables)]
         return runs.without_nan(sorted(rows, key=lambda row: -row[score]))
@@ -773,8 +771,8 @@ def read_prediction(item: Item, folder: Path) -> Prediction:
     ids, cell = np.unique(labels, return_inverse=True)
     cell = cell.ravel()
     marker = (np.bincount(cell, item.pixels[0].ravel()) / np.bincount(cell))[ids > 0]
-    return Prediction(item.name, table, marker, np.isin(table.pred_ids,
-                                                        bench_cells_at_edge(labels)),
+    return Prediction(item.name, table, marker,
+                      np.isin(table.pred_ids, bench_cells_at_edge(labels)),
                       np.isin(table.truth_ids, bench_cells_at_edge(item.truth)))
 
 
@@ -784,8 +782,7 @@ def bench_cells_at_edge(labels: np.ndarray) -> np.ndarray:
 
 
 def gated_scores(predictions: Sequence[Prediction], min_area: int, window: tuple[float, ...],
-                 border: str
-                 ) -> tuple[Result, int]:
+                 border: str) -> tuple[Result, int]:
     """Scores without small cells, cells outside the window of marker intensity, or cut cells.
 
     Returns also the number of cells removed.
@@ -860,11 +857,10 @@ def score_table(rows: Sequence[TableRow], there: dict[str, Result]) -> str:
     lines: list[list[report.Cell | str]] = []
     for row in rows:
         result = there.get(row.name)
-        cells = (bench_score_cell(result, score, None if row.name == CEILING else best[score])
-                 for score in PAGE_SCORES)
-        note = bench_row_notes(row, result)
-        lines.append([report.Cell(row.name, note), bench_image_count(result), *cells,
-                      shown_value(result and result.seconds, 1)])
+        scores = (bench_score_cell(result, score, None if row.name == CEILING else best[score])
+                  for score in PAGE_SCORES)
+        note, seconds = bench_row_notes(row, result), shown_value(result and result.seconds, 1)
+        lines.append([report.Cell(row.name, note), bench_image_count(result), *scores, seconds])
     return report.html_table(["model", "images", *PAGE_SCORES, "seconds"], lines)
 
 
@@ -927,6 +923,7 @@ def scores_by_size(there: dict[str, Result]) -> dict[str, list[tuple[float, floa
 
 # ----------------------------------------------------------------------------- pictures on the page
 
+SIDE = 512                                           # px, of a picture
 RIGHT, WRONG = (0, 160, 255), (255, 130, 0)          # colours of outlines
 
 
@@ -969,17 +966,17 @@ class Square(NamedTuple):
     thick: int                              # px, of outlines then
 
 
-def bench_crowded_square(truth: np.ndarray, side: int = 512, least: int = 14) -> Square:
-    """The square with most cells: reduced while cells keep `least` px, then cut to `side` px."""
-    diameter = data.median_diameter(truth) or side
-    step = max(1, min(-(-max(truth.shape) // side), int(diameter / least)))
-    px = side * step
+def bench_crowded_square(truth: np.ndarray) -> Square:
+    """The square with most cells: reduced while cells keep 14 px, then cut to SIDE px."""
+    diameter = data.median_diameter(truth) or SIDE
+    step = max(1, min(-(-max(truth.shape) // SIDE), int(diameter / 14)))
+    px = SIDE * step
     tops, lefts = ([*range(0, max(1, n - px), px // 4), max(0, n - px)] for n in truth.shape)
 
     def content(at: tuple[int, int]) -> int:
         return int(np.count_nonzero(truth[at[0]:at[0] + px, at[1]:at[1] + px]))
 
-    zoom = max(1, side // max(truth.shape))
+    zoom = max(1, SIDE // max(truth.shape))
     thick = 1 if diameter * zoom / step < 24 else 2
     return Square(*max(product(tops, lefts), key=content), px, step, thick)
 
@@ -995,7 +992,7 @@ def bench_outlined_square(pixels: np.ndarray, labels: np.ndarray, right: np.ndar
     numbers = numbers[1:].reshape(rgb.shape[:2]).astype(np.int32)            # 0..n without gaps
     small, numbers = cells.reduced_overlay(np.moveaxis(rgb, 2, 0), numbers, step)
     rgb, (h, w) = np.ascontiguousarray(np.moveaxis(small, 0, 2)), numbers.shape
-    if (zoom := 512 // max(h, w)) > 1:
+    if (zoom := SIDE // max(h, w)) > 1:
         size = zoom * w, zoom * h
         rgb = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC))
         numbers = cells.enlarged_outlines(numbers, zoom)
@@ -1028,8 +1025,7 @@ class Footnotes:
 
 
 def bench_markdown(sets: Sequence[LabelledSet], rows: Sequence[TableRow], results: BenchResults,
-                   columns: Sequence[str], made: str, compared: Sequence[dict] = ()
-                   ) -> tuple[str, str]:
+                   columns: Sequence[str], made: str, compared: Sequence[dict]) -> tuple[str, str]:
     """One short table of all sets; and that with all columns of every model behind it.
 
     compared : rows of bench_differences(), for a table between them.
@@ -1056,22 +1052,22 @@ def bench_markdown(sets: Sequence[LabelledSet], rows: Sequence[TableRow], result
 def scores_of(row: TableRow, result: Result | None, columns: Sequence[str], notes: Footnotes
               ) -> list[str]:
     """Cells of a model on a set: name, images, scores with their intervals."""
-    cells = [bench_score_cell(result, score) for score in columns]
+    scores = [bench_score_cell(result, score) for score in columns]
     return [notes.mark(row.name, bench_row_notes(row, result)), bench_image_count(result),
-            *(f"{cell.text} [{cell.small}]" if cell.small else cell.text for cell in cells)]
+            *(f"{cell.text} [{cell.small}]" if cell.small else cell.text for cell in scores)]
 
 
 def bench_difference_table(compared: Sequence[dict]) -> str:
     """A row for each set and model, a column for each model that it was compared with."""
-    cells: dict[tuple[str, str], dict[str, str]] = {}
+    found: dict[tuple[str, str], dict[str, str]] = {}
     for row in compared:
         if ((row["score"], row["image"]) == (BRIEF[0], "mean") and row["model"] != CEILING
                 and row["difference"] is not None):
             ends = f" [{row['low']:+.3f} to {row['high']:+.3f}]" if row["low"] is not None else ""
-            line = cells.setdefault((row["set"], row["model"]), {})
+            line = found.setdefault((row["set"], row["model"]), {})
             line[row["against"]] = f"{row['difference']:+.3f}{ends}"
-    firsts = list(dict.fromkeys(name for there in cells.values() for name in there))
-    lines = [(*key, *(there.get(first, "-") for first in firsts)) for key, there in cells.items()]
+    firsts = list(dict.fromkeys(name for there in found.values() for name in there))
+    lines = [(*key, *(there.get(first, "-") for first in firsts)) for key, there in found.items()]
     columns = ("set", "model", *(f"against {first}" for first in firsts))
     return (f"Difference in {BRIEF[0]}, image by image.\n\n"
             + report.markdown(columns, lines, words=2))

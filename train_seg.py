@@ -162,9 +162,7 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
         factor, done = segmentation_rate(config, step), step + 1
         sample = np.arange(config.batch)[share] + step * config.batch  # no other sample's numbers
         with meter.waiting():
-            chosen = images.draw(config.seed, sample)
-            batch = augment.sample(images, chosen, sample, changes, config.crop, config.seed,
-                                   config.cap)
+            chosen, batch = training_crops(config, images, changes, sample)
         look = functools.partial(run.log_gradients, done) if done % config.log_every == 0 else None
         loss, norm = trainer.step(batch, factor, chosen, look)
         meter.losses.append(loss)
@@ -193,9 +191,9 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
         if stop:
             print(f"stopped at step {done}; the same command goes on from there", file=sys.stderr)
             return run.exit_code()
-    if rank == 0 and not learn_heads(config, images, changes, run):
-        return run.exit_code()
     if rank == 0:
+        if not learn_heads(config, images, changes, run):
+            return run.exit_code()
         print(f"best validation score {best:.4f} -> {runs.export_path(config)}")
     run.close()
     return 0
@@ -204,6 +202,13 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
 def has_lost_patience(config: Config, since: int) -> bool:
     """Tell whether so many validations brought nothing that the run ends."""
     return config.patience is not None and since >= config.patience
+
+
+def training_crops(config: Config, images, changes, sample: np.ndarray) -> tuple:
+    """The images that samples (B,) are cut from, and x, targets and labels of the crops."""
+    chosen = images.draw(config.seed, sample)
+    return chosen, augment.sample(images, chosen, sample, changes, config.crop, config.seed,
+                                  config.cap)
 
 
 class Meter:
@@ -362,30 +367,27 @@ def train_size_head(config: Config, images, changes, run: runs.Run) -> bool:
     changes = dataclasses.replace(changes, scale=(1 / SIZES, SIZES), paste=0.0, negative=0.1)
     optimiser = torch.optim.AdamW(net.size.parameters(), 2e-3, weight_decay=0.01)
     losses: list[float] = []
-    for step in range(config.size_steps):
-        optimiser.param_groups[0]["lr"] = 2e-3 * optim.cosine(step, config.size_steps, 1.0, 0.01,
-                                                              min(50, config.size_steps - 1))
-        sample = np.arange(config.batch) + (config.steps * config.cycles + step) * config.batch
-        chosen = images.draw(config.seed, sample)
+    steps, before = config.size_steps, config.steps * config.cycles
+    for step in range(steps):
+        optimiser.param_groups[0]["lr"] = 2e-3 * optim.cosine(step, steps, 1.0, 0.01,
+                                                              min(50, steps - 1))
+        sample = np.arange(config.batch) + (before + step) * config.batch
+        chosen, (x, _, _) = training_crops(config, images, changes, sample)
         draws = augment.Draws.of(config.seed, sample, changes)
-        x, _, _ = augment.sample(images, chosen, sample, changes, config.crop, config.seed,
-                                 config.cap)
-        diameter = images.diameters[chosen] * augment.crop_scales(images, chosen, draws,
-                                                                  config.crop)
+        scale = augment.crop_scales(images, chosen, draws, config.crop)
+        diameter = images.diameters[chosen] * scale
         none = draws.happens("negative") | (diameter == 0)
-        diameter = np.where(none, images.diameter * draws.within("any size", (1 / SIZES, SIZES)),
+        diameter = np.where(none, images.diameter * draws.within("any size", changes.scale),
                             diameter)
         guess, spread = net.log_diameters(x)
-        loss = ((guess - augment.send_crop_values(np.log(diameter), run.device)).abs()
-                / spread.exp()
-                + spread).mean()    # of Laplace's distribution
+        error = (guess - augment.send_crop_values(np.log(diameter), run.device)).abs()
+        loss = (error / spread.exp() + spread).mean()          # of Laplace's distribution
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
         if (step + 1) % config.log_every == 0:
-            run.log(config.steps * config.cycles + step + 1,
-                    size_loss=float(np.mean(losses[-config.log_every:])))
+            run.log(before + step + 1, size_loss=float(np.mean(losses[-config.log_every:])))
             if run.stopping:
                 return False
     model.save(net, runs.export_path(config), half=True)
@@ -435,8 +437,8 @@ def build_segmentation_net(config: Config):
                       list(map(str, config.data.types)))
     if config.few:
         if model.kind(str(config.init)) != "DINOCell":
-            raise ValueError(f"few=true, init={config.init}: a backbone without decoder; expected "
-                             "a whole network")
+            raise ValueError(f"few=true, init={config.init}: a backbone alone, expected a whole "
+                             "network")
         net.requires_grad_(False)
         net.decoder.requires_grad_(True)
         if net.types is not None and config.data.types:
@@ -461,8 +463,8 @@ def segmentation_optimiser(net, config: Config, device: str):
 def segmentation_traits(name: str, parameter, depth: int, config: Config) -> dict:
     """Traits of a parameter's group: lr falls with depth by layer_decay; Muon takes the matrices
     between the patch embedding and the head."""
-    above, decays = optim.parameter_blocks_above(name, "backbone.", depth), optim.decays(name,
-                                                                                         parameter)
+    above = optim.parameter_blocks_above(name, "backbone.", depth)
+    decays = optim.decays(name, parameter)
     return dict(above=above, decays=decays, matrix=decays and "patch_embed" not in name
                 and "head" not in name and not name.startswith("types"),
                 weight_decay=config.weight_decay * decays, scale=config.layer_decay ** above)
@@ -577,10 +579,7 @@ def print_plan(config: Config, net, images, validation: list, device: str, chang
     times = []
     for _ in range(5):  # the first two compile, measure, take memory
         begin = time.perf_counter()
-        sample = np.arange(config.batch)
-        chosen = images.draw(config.seed, sample)
-        batch = augment.sample(images, chosen, sample, changes, config.crop, config.seed,
-                               config.cap)
+        chosen, batch = training_crops(config, images, changes, np.arange(config.batch))
         prepared = time.perf_counter()
         trainer.step(batch, 1.0, chosen)
         if "cuda" in device:
@@ -591,8 +590,7 @@ def print_plan(config: Config, net, images, validation: list, device: str, chang
     print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, "
           f"{trainable / 1e6:.1f} M of them learn; {flops / 1e9:.0f} GFLOPs a step")
     print(f"{took:.3f} s a step on {device}{', compiled' * compiled} ({prepared / took:.0%} of it "
-          f"crops and augmentation): {total} steps take about {total * took / 3600:.1f} h, "
-          f"validation aside")
+          f"crops): {total} steps take about {total * took / 3600:.1f} h, validation aside")
     if "cuda" in device:
         print(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory at most")
     unit = 1 if sys.platform == "darwin" else 1024

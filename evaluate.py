@@ -82,7 +82,6 @@ class Bench:
     root: str = "."                         # folder that the sets are in
     against: tuple[str, ...] = ()           # rows that others are compared with; empty: the first
     ceiling: Encoding = field(default_factory=Encoding)  # settings whose best stands first
-    score: str = "DSB"                      # what best means for the ceiling
     pictures: int = 3                       # models shown on the page, from the first on
     columns: tuple[str, ...] = ("AP@0.5", "AP@0.75", "F1", "SEG", "DET", "OP_CSB")  # in table.md
     markdown: str | None = None             # document for table.md, between two lines of comment
@@ -94,7 +93,7 @@ class Bench:
     def __post_init__(self):
         measure.check_bench_names("model", self.models)
         measure.check_bench_names("set", self.sets)
-        measure.check_scores(self.score, *self.columns)
+        measure.check_scores(*self.columns)
 
 
 def bench(config: Bench) -> None:
@@ -113,7 +112,7 @@ def bench(config: Bench) -> None:
     folder = run_folder(config)
     if config.ceiling.cap:
         best = {dataset.name: (measure.EncodedLabels(measure.encoding_rows(
-            dataset, config.ceiling, config.score, folder)[0]),) for dataset in sets}
+            dataset, config.ceiling, folder)[0]),) for dataset in sets}
         rows.insert(0, TableRow(CEILING, "of the encoding", best))
     results: measure.BenchResults = {dataset.name: {} for dataset in sets}
     for row in rows:
@@ -182,11 +181,9 @@ class Gating:
     marker: str = "1"                       # channel of the file, whose mean over a cell counts
     border: tuple[Literal["keep", "drop", "both"], ...] = ("keep", "drop", "both")  # both: true too
     ceiling: Encoding = field(default_factory=Encoding)  # as in bench
-    score: str = "DSB"                      # what best means for the ceiling
 
     def __post_init__(self):
         measure.check_bench_names("set", self.sets)
-        measure.check_scores(self.score)
         for window in self.windows:
             if len(window) != 2 or not 0 <= window[0] < window[1] <= 100:
                 raise ValueError(f"windows: {list(window)}, expected two percentiles such as "
@@ -205,7 +202,7 @@ def gating(config: Gating) -> None:
     folder, rows = run_folder(config), []
     for dataset in sets:
         images = predictions[dataset.name]
-        rows += measure.ceiling_row(dataset, config.ceiling, config.score, folder, what=CEILING)
+        rows += measure.ceiling_row(dataset, config.ceiling, folder, what=CEILING)
         raw, _ = measure.gated_scores(images, 0, (0, 100), "keep")
         rows.append({"set": dataset.name, "what": "raw", "n": len(images), "min_area": 0,
                      "window": "q0-100", "border": "keep", "removed": 0,
@@ -275,7 +272,7 @@ def sweep(config: Sweep) -> None:
     rows, table = [], []
     for dataset in validation:
         found = sweep_rows(dataset, network, settings, folder / "validation" / dataset.name)
-        table += measure.ceiling_row(dataset, config.ceiling, config.score, folder / "validation",
+        table += measure.ceiling_row(dataset, config.ceiling, folder / "validation",
                                      choice=CEILING) + found
         rows += found
     first = ("set", "choice", "n", "cap", *settings[0])
@@ -286,8 +283,7 @@ def sweep(config: Sweep) -> None:
         choices = {"shared": shared, "weights": {}}
         if its := [row for row in rows if row["set"] == dataset.name]:
             choices["own"] = measure.measured_best_setting(its, settings, config.score)
-        selected += measure.ceiling_row(dataset, config.ceiling, config.score, folder / "test",
-                                        choice=CEILING)
+        selected += measure.ceiling_row(dataset, config.ceiling, folder / "test", choice=CEILING)
         results = {}
         for choice, setting in choices.items():
             source = network.with_options(**setting)
@@ -342,12 +338,10 @@ class Ceiling(Encoding):
     experiment: str = "ceiling"             # name of the run
     output_base_dir: str = "."              # where runs/ is made
     root: str = "."                         # folder that the sets are in
-    score: str = "DSB"                      # what best means, mean over images
 
     def __post_init__(self):
         super().__post_init__()
         measure.check_bench_names("set", self.sets)
-        measure.check_scores(self.score)
         if not self.cap:
             raise ValueError("cap needs one value or more; null is one: no cap")
 
@@ -356,11 +350,11 @@ def ceiling(config: Ceiling) -> None:
     """What the encoding can reach: true labels -> distance map -> watershed -> scores."""
     sets = [LabelledSet(dataset, config.root) for dataset in config.sets]
     folder = run_folder(config)
-    tables = [measure.encoding_rows(dataset, config, config.score, folder) for dataset in sets]
+    tables = [measure.encoding_rows(dataset, config, folder) for dataset in sets]
     runs.write_table(folder / "ceiling.tsv", [row for table in tables for row in table])
     report.print_report_table([table[0] for table in tables],
                               ("set", "n", "cap", "peak", "fill", "DSB", *measure.PAGE_SCORES))
-    print(f"-> {folder / 'ceiling.tsv'}; here the best of each set by {config.score}")
+    print(f"-> {folder / 'ceiling.tsv'}; here the best of each set by DSB")
 
 
 # --------------------------------------------------------------------------------------- calibrate

@@ -683,8 +683,8 @@ def model_rows(dataset: LabelledSet, rows: Sequence[TableRow],
 
 # ----------------------------------------------------------------------- ceiling, sweep of settings
 
-def encoding_rows(dataset: LabelledSet, grid: Encoding, score: str, folder: Path) -> list[dict]:
-    """Scores of true labels after distance map and watershed: a row per setting, best first."""
+def encoding_rows(dataset: LabelledSet, grid: Encoding, folder: Path) -> list[dict]:
+    """Scores of true labels after distance map and watershed: a row per setting, best DSB first."""
     pairs = list(product(grid.cap, bench_threshold_grid(grid)))
     settings = [{"cap": cap, **chosen} for cap, chosen in pairs]
 
@@ -698,18 +698,17 @@ def encoding_rows(dataset: LabelledSet, grid: Encoding, score: str, folder: Path
                 found.append(metrics.overlap(truth, labels))
         rows = [{**chosen, "n": len(found), **score_columns(metrics.set_scores(found))}
                 for chosen, found in zip(settings, tables)]
-        return runs.without_nan(sorted(rows, key=lambda row: -row[score]))
+        return runs.without_nan(sorted(rows, key=lambda row: -row["DSB"]))
 
-    key = dict(settings=settings, score=score,
+    key = dict(settings=settings, score="DSB",        # as records of before have it
                truths=[runs.digest(example.labels()) for example in dataset.examples])
     rows = cached_bench_map(folder / CEILING / dataset.name / "encodings.json", key, measure)
     return [{"set": dataset.name, **row} for row in rows]   # the content counts, not the name
 
 
-def ceiling_row(dataset: LabelledSet, grid: Encoding, score: str, folder: Path, **first: str
-                ) -> list[dict]:
+def ceiling_row(dataset: LabelledSet, grid: Encoding, folder: Path, **first: str) -> list[dict]:
     """Best row of the encoding, to stand before the rows of a set; none without cap."""
-    rows = encoding_rows(dataset, grid, score, folder)[:1] if grid.cap else []
+    rows = encoding_rows(dataset, grid, folder)[:1] if grid.cap else []
     return [{"set": best["set"], **first, "n": best["n"], **best} for best in rows]
 
 

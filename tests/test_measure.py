@@ -181,7 +181,7 @@ def test_the_encoding_knows_all_thresholds(tmp_path):
     """Rows are true labels encoded and decoded by hand, best first."""
     folder = a_set(tmp_path / "set", range(3))
     grid = measure.Encoding((None, 3.0), (0.4,), (0.1,), (0.0, 0.1), (0.0, 1.0), (0.05,), (0, 40))
-    rows = measure.encoding_rows(dataset(tmp_path, name="discs", path="set"), grid, "DSB", tmp_path)
+    rows = measure.encoding_rows(dataset(tmp_path, name="discs", path="set"), grid, tmp_path)
     assert len(rows) == 16 and [row["DSB"] for row in rows] == sorted((row["DSB"] for row in rows),
                                                                       reverse=True)
     assert rows[0]["DSB"] > rows[-1]["DSB"]

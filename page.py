@@ -41,7 +41,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import learning
 import runs
@@ -82,7 +82,7 @@ class Config:
     port: Annotated[int, runs.within(0, 65535)] = 0  # of the address; 0: a free one
     browser: bool = True                # open the page
     learn_steps: runs.Count = 300       # optimiser steps of a round of learning
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    device: runs.Device = "auto"        # auto: the GPU if there is one
 
 
 def main(config: Config, files: list[str]) -> int:

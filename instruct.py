@@ -72,9 +72,9 @@ WEIGHT_DECAY = 0.05             # AdamW; none on biases, norms and scales
 DISTANCE = 5.0                  # weight of the distance's error beside the similarity's
 EDGE, SEAM = 3.0, 10.0          # of model.distance_loss, as dinocell_tiny is trained with
 # Nothing that changes one stain into another; colours may differ as scanners and dyes do.
-STAINED = dict(scale=(0.8, 1.25), invert=0.0, negative=0.0, shuffle=0.0, mix=0.0, gray=0.0,
-               drop=0.0, dim=0.0, shot=0.1, noise=0.2, elastic=0.2, light=0.2, blur=0.2,
-               on_cell=0.5)
+STAINED: dict[str, Any] = dict(
+    scale=(0.8, 1.25), invert=0.0, negative=0.0, shuffle=0.0, mix=0.0, gray=0.0, drop=0.0, dim=0.0,
+    shot=0.1, noise=0.2, elastic=0.2, light=0.2, blur=0.2, on_cell=0.5)
 
 
 @dataclass(frozen=True)
@@ -129,22 +129,21 @@ def ask(config: Ask, files: list[str]) -> int:
         files = [str(ROOT / "demo" / "he_tile.png"), "how many nuclei are there?"]
         print(f'{files[0]}: "{files[1]}"')
     if len(files) != 2:
-        raise ValueError(f"got {len(files)} arguments, expected an image and an instruction in "
-                         'quotes: ask roi.png "count the inflammatory cells"')
+        raise ValueError(f"got {len(files)} arguments, expected an image and an instruction: "
+                         'ask roi.png "count the inflammatory cells"')
     path, text = Path(files[0]), files[1]
     with images.open_image(path) as source:
         _, H, W = source.shape
         if max(H, W) > REGION:
-            raise ValueError(f"{path}: {W} x {H} px, expected a region of up to {REGION} px; crop "
-                             "what you ask about")
+            raise ValueError(f"{path}: {W} x {H} px; crop a region of up to {REGION} px")
         pixels = source.region(0, H, 0, W)
     device = runs.pick_device(config.device)
     weights = Path(config.weights or ROOT / "final_models" / "instruct_tiny.pt")
     net = instruct_net.load_instructed(weights)
     encoder = instruct_net.load_encoder(config.encoder)
     if encoder.dim != net.words.text:
-        raise ValueError(f"encoder={config.encoder}: {encoder.dim} wide, but {weights} reads "
-                         f"{net.words.text}")
+        raise ValueError(f"encoder={config.encoder}: vectors of {encoder.dim} numbers, but "
+                         f"{weights} reads {net.words.text}")
     zoom = segment.zoom_for(config.diameter, net) if config.diameter else 1.0
     view = instruct_net.answer_view(pixels, net.to(device), zoom=zoom)
     reply = instruct_net.respond_in_words(view, text, net.cpu(), encoder)
@@ -176,7 +175,7 @@ def make_instruct_set(config: Config, files: list[str]) -> int:
         raise ValueError("sources: none given; configs/instruct.yaml names some")
     out = Path(config.data)
     written: Counter[str] = Counter()
-    cells: Counter[str] = Counter()
+    counts: Counter[str] = Counter()                           # cells of each class in train
     names, tissues = set(), set()
     for number, source in enumerate(config.sources, 1):
         for tile in instruct_data.class_tiles(source):
@@ -188,20 +187,21 @@ def make_instruct_set(config: Config, files: list[str]) -> int:
                 written[split] += 1
                 if split == "train":
                     tissues.add(part.tissue)
-                    cells.update(part.classes.values())
+                    counts.update(part.classes.values())
     there = sum(1 for split in instruct_data.LOT_OF for _ in (out / split).glob("*_labels.tif"))
     if there != written.total():
-        raise ValueError(f"{out}: {there} tiles lie there, {written.total()} were written; remove "
-                         "those of other sources, or give another data=; rename images of one name")
+        raise ValueError(f"{out}: {there} tiles lie there, {written.total()} were written; give "
+                         "another data=, remove tiles of other sources, or rename images of one "
+                         "name")
     trained = [name for name, concept in instruct_data.CONCEPTS.items()
-               if concept.words and instruct_data.class_is_taught(name, cells, config.least)]
+               if concept.words and instruct_data.class_is_taught(name, counts, config.least)]
     if not trained:
-        raise ValueError(f"least={config.least}: no concept has so many cells in train; give more "
-                         "sources or a smaller least=")
+        raise ValueError(f"least={config.least}: no concept has so many cells in train; give a "
+                         "smaller least= or more sources")
     if not written["validation"]:
-        raise ValueError(f"{out}: no image is left for validation, where thresholds are chosen; "
-                         "give more or larger images, or another seed=")
-    record = dict(trained=trained, cells=dict(cells), tissues=sorted(tissues - {""}),
+        raise ValueError(f"{out}: no image is left for validation; give more or larger images, or "
+                         "another seed=")
+    record = dict(trained=trained, cells=dict(counts), tissues=sorted(tissues - {""}),
                   licence=sorted({source.licence for source in config.sources} - {""}))
     runs.write_text(out / "set.json", json.dumps(record, indent=1) + "\n")
     rng = np.random.default_rng(config.seed)
@@ -279,8 +279,7 @@ class Crops:
                                     ("", *(tile.classes[i] for i in sorted(tile.classes)))],
                                    device=device)                            # in Resident's order
         self.batch, self.device = config.batch, device
-        changes: dict[str, Any] = STAINED
-        self.options: dict[str, Any] = dict(config=augment.Augment(**changes), size=config.crop,
+        self.options: dict[str, Any] = dict(config=augment.Augment(**STAINED), size=config.crop,
                                             seed=config.seed, cap=cap)
 
     def sample(self, step: int):
@@ -294,10 +293,8 @@ class Crops:
 
 
 def train_instructed(config: Config, files: list[str]) -> int:
-    device, record = (
-        runs.pick_device(config.device),
-        instruct_data.read_instruct_record(config.data),
-    )
+    device = runs.pick_device(config.device)
+    record = instruct_data.read_instruct_record(config.data)
     torch.manual_seed(config.seed)
     tiles = instruct_data.read_class_tiles(config.data, "train")
     encoder, classes = instruct_net.load_encoder(config.encoder), sorted(record["cells"])
@@ -332,6 +329,7 @@ def train_instructed(config: Config, files: list[str]) -> int:
         lr = optim.cosine(step, config.steps, config.lr, 0.01 * config.lr, config.warmup)
         for group in optimiser.param_groups:
             group["lr"] = lr
+        done = step + 1
         x, target, labels, first = crops.sample(step)
         with net.autocast():
             distance, plane, _ = net.maps(x)
@@ -356,12 +354,11 @@ def train_instructed(config: Config, files: list[str]) -> int:
         total: torch.Tensor = sum(loss.values(), torch.zeros((), device=device))
         total.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        if (step + 1) % config.log_every == 0:
-            run.log_gradients(step + 1, net)
+        if done % config.log_every == 0:
+            run.log_gradients(done, net)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         average.update_parameters(net)
-        done = step + 1
         logged.update({f"loss_{name}": value.detach() for name, value in loss.items()})
         if done % config.log_every == 0:
             means = {name: float(value) / config.log_every for name, value in logged.items()}
@@ -399,7 +396,7 @@ def build_instruct_network(config: Config, record: dict, text: int):
     if config.crop % base.backbone.patch:
         raise ValueError(f"crop={config.crop}: expected a multiple of the patch, "
                          f"{base.backbone.patch} px")
-    shape: dict[str, Any] = base.architecture
+    shape: Any = base.architecture
     settings = dataclasses.replace(base.settings, tile=config.crop)
     net = instruct_net.Instructed(base.backbone, shape["widths"], shape["last"], settings, words,
                                   shape["stem"])
@@ -428,7 +425,8 @@ def instruct_class_loss(logits, kind):
 
 def instruct_text_loss(net, lessons: Lessons, rows):
     """How wrong the network is about what texts say: task, kind, names, tissue."""
-    F, said, task = torch.nn.functional, net.read(lessons.vectors[rows]), lessons.task[rows]
+    F = torch.nn.functional
+    said, task = net.read(lessons.vectors[rows]), lessons.task[rows]
     return (F.cross_entropy(said.task[task >= 0], task[task >= 0])
             + F.cross_entropy(said.kind, lessons.kind[rows])
             + 10 * F.binary_cross_entropy_with_logits(said.names, lessons.names[rows])
@@ -499,9 +497,10 @@ def fit_instruct_watershed(net, held: list[TissueTile]) -> dict[str, float]:
         return float(np.mean([np.mean(values) for values in tissues.values()]))
 
     best = watershed.tune(score, min_area=(LEAST,))
-    net.settings = dataclasses.replace(net.settings, **best._asdict())
-    return {"val_AP@0.5": float(np.mean(precision(best, (0.5,)))),
-            **{name: value for name, value in best._asdict().items() if name != "min_area"}}
+    chosen = best._asdict()
+    net.settings = dataclasses.replace(net.settings, **chosen)
+    del chosen["min_area"]                                     # it is given
+    return {"val_AP@0.5": float(np.mean(precision(best, (0.5,)))), **chosen}
 
 
 def fit_instruct_tissue(net, tiles: list[TissueTile]) -> None:
@@ -518,13 +517,13 @@ def fit_instruct_tissue(net, tiles: list[TissueTile]) -> None:
     away = []
     for lot in lots.unique():
         if (lots != lot).any():
-            whiten_texts(net, tokens[lots != lot])
+            whiten_tissue(net, tokens[lots != lot])
             away += [net.strangeness(token) for token in tokens[lots == lot]]
-    whiten_texts(net, tokens)
+    whiten_tissue(net, tokens)
     net.words.tissue = float(np.quantile(away, 0.95)) if away else float("inf")
 
 
-def whiten_texts(net, tokens) -> None:
+def whiten_tissue(net, tokens) -> None:
     """Mean and whitening of mean tokens (n, D); their covariance is shrunk by 0.3: n is small."""
     net.centre.copy_(tokens.mean(0))
     centred = tokens - tokens.mean(0)
@@ -612,8 +611,7 @@ def evaluate_instruct(config: Config, files: list[str]) -> int:
              for part in instruct_data.class_tile_parts(tile)]
     lines = instruct_data.read_pairs(config.data, "test")
     if not parts or not lines:
-        raise ValueError(f"{config.data}: no test tiles or pairs; make the set with a source of "
-                         "split: test")
+        raise ValueError(f"{config.data}: no test tiles; give make a source of split: test")
     exam = Exam(net, lines, instruct_net.load_encoder(config.encoder), config.seed)
     for tile, box in parts:
         view = instruct_net.answer_view(tile.pixels, net)
@@ -679,17 +677,17 @@ class Exam:
         """Five wordings of each concept, an exclusion, a wording of another, the control."""
         other = instruct_net.answer_view(tile.pixels, fixed) if fixed else None
         for name in self.names:
-            texts, true = self.asked.get(("plain", (name,)), []), {
-                task: instruct_data.class_truth(tile, task, (name,))
-                for task in ("segment", "exclude")}
-            if true["segment"] is None or true["exclude"] is None or len(texts) < 5:
+            texts = self.asked.get(("plain", (name,)), [])
+            true = instruct_data.class_truth(tile, "segment", (name,))
+            rest = instruct_data.class_truth(tile, "exclude", (name,))
+            if true is None or rest is None or len(texts) < 5:
                 continue
-            found, labels = true["segment"]
+            found, labels = true
             five = [self.mask(view, str(text)) for text in self.rng.choice(texts, 5, False)]
             masks = {"text": (labels, five[0])}
             if others := self.asked.get(("exclude", (name,))):
                 text = str(self.rng.choice(others))
-                masks["except"] = true["exclude"][1], self.mask(view, text)
+                masks["except"] = rest[1], self.mask(view, text)
             foils = [text for foil in self.names if instruct_data.classes_apart(name, foil)
                      for text in self.asked.get(("plain", (foil,)), [])]
             if foils:
@@ -801,7 +799,6 @@ def instruct_foreign_images(folder: str) -> list[np.ndarray]:
 
 
 def exam_in_words(result: dict) -> str:
-    """The report as Markdown."""
     def shown(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}"
     columns = [(key, how) for key in ("AP@0.5", "Dice") for how in HOW]

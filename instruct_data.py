@@ -2,12 +2,12 @@
 
     grammar = Grammar(trained, seed)
     grammar.ask("train", "count", ("inflammatory",)).text   # "how many leukocytes do you see?"
-    answer_sentence(found)                                  # "I count 12 inflammatory cells."
+    answer_in_words(found)                                  # "I count 12 inflammatory cells."
 
-    for tile in source_tiles(AnnotatedSet(path="../shared/data/he_consep/train", kind="consep")):
-        ...                             # .pixels (3, H, W) uint8, .labels, .classes {id: class}
-    write_tile(folder / "train", tile)  # one layout for all; read_tiles(folder, "train") reads it
-    write_pairs(path, tiles, ...)       # instructions about parts of the tiles, and the truth
+    for tile in class_tiles(AnnotatedSet(path="../shared/data/he_consep/train", kind="consep")):
+        ...                                 # .pixels (3, H, W) uint8, .labels, .classes {id: class}
+    write_class_tile(folder / "train", tile)    # one layout for all; read_class_tiles() reads it
+    write_pairs(path, tiles, ...)           # instructions about parts of the tiles, and the truth
 
 The words are in configs/instruct_words.yaml. A cell counts for its class and all classes above it:
 a fibroblast is a connective cell. A coarse class says nothing of a finer one, either way: an
@@ -85,20 +85,6 @@ class Vocabulary:
     organs: dict
     prompt: str
 
-    def __post_init__(self):
-        lists = dict(untrained=self.untrained, invisible=self.invisible, chatter=self.chatter,
-                     **{f"templates.{task}": lots for task, lots in self.templates.items()})
-        for name, lots in lists.items():
-            if tuple(lots) != LOTS:
-                raise ValueError(f"{name}: {', '.join(lots)}; expected {', '.join(LOTS)}")
-        if set(self.templates) != set(TASKS):
-            raise ValueError(f"templates: {', '.join(self.templates)}; expected {', '.join(TASKS)}")
-        for name, concept in self.concepts.items():
-            parent = concept.get("parent", name)
-            if parent not in self.concepts or concept.keys() - {"words", "held-out", "parent"}:
-                raise ValueError(f"concepts.{name}: {concept}; expected words, held-out and a "
-                                 "parent that is a concept")
-
 
 WORDS = runs.load_config(Vocabulary, Path(__file__).with_name("configs") / "instruct_words.yaml")
 CONCEPTS = {name: Concept(tuple(concept["words"]), tuple(concept.get("held-out", ())),
@@ -115,8 +101,8 @@ def class_ancestors(name: str) -> tuple[str, ...]:
 def class_membership(classes: Sequence[str], targets: Sequence[str], exclude: bool = False
                      ) -> np.ndarray:
     """(n,) int8: 1 where a cell of this class belongs to the targets, -1 where not, 0: unknown."""
-    below = {name for target in targets for name in class_ancestors(target)} - set(targets)
-    known = {name: 1 if set(class_ancestors(name)) & set(targets) else 0 if name in below else -1
+    above = {name for target in targets for name in class_ancestors(target)}
+    known = {name: 1 if set(class_ancestors(name)) & set(targets) else 0 if name in above else -1
              for name in set(classes)}
     return np.array([known[name] for name in classes], np.int8) * np.int8(-1 if exclude else 1)
 
@@ -207,7 +193,6 @@ class Grammar:
         return [*WORDS.untrained[lot], *(dry if lot == "train" else ())]
 
     def nonsense(self, lot: str) -> str:
-        """Letters, words or sentences that are no instruction."""
         what = self.pick(("letters", "salad", "chatter", "chatter"))
         if what == "letters":
             alphabet = list("abcdefghijklmnopqrstuvwxyz")
@@ -252,17 +237,17 @@ class Found(NamedTuple):
 def found_classes(labels: np.ndarray, task: str, targets: tuple[str, ...], counts: tuple[int, ...]
                   ) -> Found:
     """The answer to a task whose cells are those of a label image."""
-    area = np.bincount(labels.ravel(), minlength=2)[1:]
+    area = np.bincount(labels.ravel())[1:]
     ids = np.flatnonzero(area) + 1
+    if not len(ids):
+        return Found(task, targets, counts, 0, 0.0, 0.0, "")
+    centres = np.array(scipy.ndimage.center_of_mass(labels > 0, labels, ids))            # (n, 2)
     return Found(task, targets, counts, len(ids), float(area.sum() / labels.size),
-                 float(np.median(area[ids - 1])) if len(ids) else 0.0,
-                 words_of_place(class_label_centres(labels, ids), labels.shape))
+                 float(np.median(area[ids - 1])), words_of_place(centres, labels.shape))
 
 
 def words_of_place(centres: np.ndarray, shape: tuple[int, int]) -> str:
     """The part of a 3 x 3 grid that holds at least a third of the centres (n, 2), if one does."""
-    if not len(centres):
-        return ""
     grid = np.minimum((centres * 3 / np.array(shape)).astype(int), 2)
     number = np.bincount(grid[:, 0] * 3 + grid[:, 1], minlength=9)
     if 3 * number.max() < len(centres):
@@ -270,12 +255,6 @@ def words_of_place(centres: np.ndarray, shape: tuple[int, int]) -> str:
     row, column = divmod(int(number.argmax()), 3)
     words = ("upper", "", "lower")[row], ("left", "", "right")[column]
     return " ".join(filter(None, words)) or "centre"
-
-
-def class_label_centres(labels: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """(n, 2) y, x px."""
-    centres = scipy.ndimage.center_of_mass(labels > 0, labels, ids) if len(ids) else []
-    return np.array(centres).reshape(-1, 2)
 
 
 def class_label_boxes(labels: np.ndarray) -> list[list[int]]:
@@ -299,7 +278,6 @@ def amount_in_words(count: int, name: str) -> str:
 
 
 def answer_in_words(found: Found) -> str:
-    """The answer in words."""
     names = [class_plural(target) for target in found.targets]
     share = f"{found.area:.1%} of the region"
     if found.task == "compare":
@@ -373,8 +351,7 @@ def rewrite_instruction(text: str, llm: LLM) -> str:
             refused = getattr(error, "code", 500)
             if pause is None or (refused < 500 and refused != 429):
                 raise OSError(f"llm.url={llm.url}, model {llm.model}: {error}; is it running, and "
-                              "its key in DINOCELL_LLM_KEY? Leave llm out to keep the grammar's "
-                              "own wordings") from None
+                              "its key in DINOCELL_LLM_KEY?") from None
             time.sleep(pause)
     try:
         said = json.loads(raw)["choices"][0]["message"]["content"].strip().strip('"')
@@ -389,7 +366,7 @@ def rewrite_instruction(text: str, llm: LLM) -> str:
 @dataclass(frozen=True)
 class AnnotatedSet:
     path: str                                   # folder
-    kind: Literal["consep", "pannuke", "lizard", "labels"] = "labels"   # layout, see source_tiles
+    kind: Literal["consep", "pannuke", "lizard", "labels"] = "labels"   # layout, see class_tiles
     split: Literal["train", "test"] = "train"   # what it serves
     tissue: str = ""                            # where all images are of one: colon
     licence: str = ""                           # as its authors state it; the weights keep it
@@ -433,8 +410,8 @@ def class_tiles(source: AnnotatedSet) -> Iterator[TissueTile]:
         raise FileNotFoundError(f"{source.path}: no such folder; expected a source of kind "
                                 f"{source.kind}")
     known = source.classes or WORDS.classes.get(source.kind, {name: name for name in CONCEPTS})
-    read = {"pannuke": _pannuke_tiles, "lizard": _lizard_tiles}.get(source.kind,
-                                                                    _labelled_class_tiles)
+    layouts = {"pannuke": _pannuke_tiles, "lizard": _lizard_tiles}
+    read = layouts.get(source.kind, _labelled_class_tiles)
     for name, pixels, labels, classes, tissue in itertools.islice(read(source), source.limit):
         if source.every and len(pixels) == 1:          # a gray one teaches where nuclei end, too
             pixels = np.repeat(pixels, 3, 0)
@@ -473,7 +450,7 @@ def _labelled_class_tiles(source: AnnotatedSet):
 
 
 def _class_set_files(source: AnnotatedSet, pattern: str, what: str) -> list[Path]:
-    found = data.list_files(source.path, ("",), pattern) if Path(source.path).is_dir() else []
+    found = data.list_files(source.path, ("",), pattern)
     if not found:
         raise FileNotFoundError(f"{source.path}: no {pattern} below it, expected {what}")
     return found
@@ -514,11 +491,9 @@ def _lizard_tiles(source: AnnotatedSet):
     for path in _class_set_files(source, "*.mat", "Lizard's Labels/NAME.mat and NAME.png"):
         content = scipy.io.loadmat(path)
         if missing := {"inst_map", "id", "class"} - content.keys():
-            raise ValueError(f"{path}: no {', '.join(sorted(missing))} in it, expected labels of "
-                             "Lizard")
+            raise ValueError(f"{path}: no {', '.join(sorted(missing))}, expected labels of Lizard")
         if path.stem not in pictures:
-            raise FileNotFoundError(f"{path}: its image {path.stem}.png is missing below "
-                                    f"{source.path}")
+            raise FileNotFoundError(f"{path}: no {path.stem}.png below {source.path}")
         ids, kinds = (content[key].ravel().astype(int).tolist() for key in ("id", "class"))
         pixels, labels = images.read_image(pictures[path.stem]).pixels, content["inst_map"]
         yield path.stem, pixels, labels.astype(np.int32), dict(zip(ids, kinds)), ""
@@ -569,7 +544,7 @@ def write_class_tile(folder: Path, tile: TissueTile) -> None:
 
 
 def read_class_tiles(folder: str | Path, split: str) -> list[TissueTile]:
-    """Tiles that write_tile wrote; none where there is no such split."""
+    """Tiles that write_class_tile wrote; none where there is no such split."""
     folder = Path(folder, split)
     notes = {note.name: note.read_text(encoding="utf-8").strip()
              for note in folder.glob("*_tissue.txt")}
@@ -596,8 +571,8 @@ def read_pairs(folder: str | Path, split: str) -> list[dict]:
 
 # ------------------------------------------------------------------------------------------- pairs
 
-def class_truth(tile: TissueTile, task: str,
-                targets: tuple[str, ...]) -> tuple[Found, np.ndarray] | None:
+def class_truth(tile: TissueTile, task: str, targets: tuple[str, ...]
+                ) -> tuple[Found, np.ndarray] | None:
     """The true answer and the labels of its cells; None where classes are too coarse to say."""
     names = list(tile.classes.values())
     belongs = class_membership(names, targets, task == "exclude")
@@ -663,13 +638,14 @@ def true_answer(said: Instruction, answered: tuple[Found, np.ndarray] | None, re
     Boxes are [x0, y0, x1, y1] in px of the part, ids those of the image's labels.
     """
     line: dict[str, Any] = dict(status="question", count=None, ids=[], boxes=[], area_fraction=None)
+    own = record["tissues"]
     if answered is None:
         target = said.targets[0] if said.targets else None
-        return line | dict(response=refusal_in_words(said.kind, said.text, target,
-                                                     record["trained"]))
-    if said.tissue and record["tissues"] and said.tissue not in record["tissues"]:
-        home = ", ".join(record["tissues"])
-        return line | dict(response=f"You speak of {said.tissue}, but I was trained on {home}.")
+        back = refusal_in_words(said.kind, said.text, target, record["trained"])
+        return line | dict(response=back)
+    if said.tissue and own and said.tissue not in own:
+        back = f"You speak of {said.tissue}, but I was trained on {', '.join(own)}."
+        return line | dict(response=back)
     found, labels = answered
     return dict(status="answer", response=answer_in_words(found), count=found.count,
                 ids=np.unique(labels[labels > 0]).tolist(), boxes=class_label_boxes(labels),

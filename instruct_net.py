@@ -1,8 +1,8 @@
 """A region of H&E and an instruction -> cells and a sentence, or a question back.
 
     net, encoder = load_instructed("final_models/instruct_tiny.pt"), load_encoder()
-    view = view_of(pixels, net)             # once per region: its nuclei, and what each is like
-    reply = respond(view, "count the inflammatory cells", net, encoder)
+    view = answer_view(pixels, net)         # once per region: its nuclei, and what each is like
+    reply = respond_in_words(view, "count the inflammatory cells", net, encoder)
     reply.sentence, reply.labels            # "I count 12 inflammatory cells.", (H, W)
 
 Sentences become vectors by WordPiece and MiniLM-L6, a small sentence transformer: BERT (Devlin et
@@ -211,7 +211,7 @@ class Understood(NamedTuple):
 
 class Instructed(model.DINOCell):
     """DINOCell with an embedding per pixel and a text side. forward() gives the distance alone."""
-    prototypes: Tensor                  # (trained concepts, E)
+    prototypes: Tensor                  # (trained concepts, E), mean vectors of their wordings
     centre: Tensor                      # (D,)
     whiten: Tensor                      # (D, D)
 
@@ -270,10 +270,6 @@ class Instructed(model.DINOCell):
         """(n, E) -> (n, classes) logits of the fixed-class control."""
         return embeddings @ F.normalize(self.fixed, dim=-1).T * self.temperature.exp()
 
-    def wordings_of(self, names: Sequence[str]) -> Tensor:
-        """(len(names), E): the mean vector of the wordings of trained concepts."""
-        return self.prototypes[[self.words.trained.index(name) for name in names]]
-
     def strangeness(self, tokens: Tensor) -> float:
         """Mahalanobis distance over sqrt(D) of a mean token (D,) from the training tissue's."""
         away = self.whiten @ (tokens.to(self.centre.device) - self.centre)
@@ -289,9 +285,8 @@ def save_instructed(net: Instructed, path: str | Path) -> None:
 def load_instructed(path: str | Path) -> Instructed:
     """A network that save_instructed wrote, in float32 on the CPU, ready to be asked."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no weights at {path}; train them: python instruct.py make "
-                                "configs/instruct.yaml && python instruct.py train "
-                                "configs/instruct.yaml, or give weights=FILE")
+        raise FileNotFoundError(f"no weights at {path}; give weights=FILE, or train them with "
+                                "instruct.py make and instruct.py train")
     if model.kind(path) != "Instructed":
         raise ValueError(f"{path}: weights of another kind, expected those of instruct.py train")
     content = runs.load_torch(Path(path))
@@ -300,14 +295,12 @@ def load_instructed(path: str | Path) -> Instructed:
     if words.pop("regions", ()):            # files of the version before have this and `pixel`
         raise ValueError(f"{path}: weights for areas, which this version does not know; train anew")
     words.pop("pixel", None)
-    if strange := set(words) ^ {f.name for f in fields(Words)}:
-        raise ValueError(f"{path}: written by another version of this code "
-                         f"({', '.join(sorted(strange))}); train it anew")
+    if strange := words.keys() ^ {f.name for f in fields(Words)}:
+        raise ValueError(f"{path}: of another version ({', '.join(sorted(strange))}); train anew")
     with model.building_network(path):
         net = Instructed(model.built_backbone(shape["backbone"], content["state_dict"]),
                          tuple(shape["widths"]), shape["last"],
-                         model.weights_settings(content, path),
-                         Words(**words), shape["stem"])
+                         model.weights_settings(content, path), Words(**words), shape["stem"])
     net.load_state_dict({name: tensor.float() for name, tensor in content["state_dict"].items()})
     return net.eval()
 
@@ -316,7 +309,6 @@ def load_instructed(path: str | Path) -> Instructed:
 
 class View(NamedTuple):
     """A region as the network sees it, before any instruction."""
-    pixels: np.ndarray                  # (C, H, W) as given
     labels: np.ndarray                  # (H, W) int32, 1..n: every nucleus
     cells: Tensor                       # (n, E) mean embedding of each, length 1
     stain: float                        # see guardrail_stain_share()
@@ -364,12 +356,12 @@ def answer_view(pixels: np.ndarray, net: Instructed, labels: np.ndarray | None =
     if labels is None:
         labels = segment.segment(rgb, net, limits=segment.UNIT, zoom=zoom)
     size = rgb.shape[1:]
-    plane, tokens = embeddings(answer_planes_resized(torch.from_numpy(rgb),
-                                                     segment.scaled_size(size, zoom)), net)
+    scaled = answer_planes_resized(torch.from_numpy(rgb), segment.scaled_size(size, zoom))
+    plane, tokens = embeddings(scaled, net)
     plane, inside = answer_planes_resized(plane, size), torch.from_numpy(labels).long()
     cells, _ = answer_cell_means(plane[None], inside[None], int(inside.max()) + 1)
     share, looks = guardrail_stain_share(pixels)
-    return View(pixels, labels, cells[0, 1:], share, net.strangeness(tokens), looks)
+    return View(labels, cells[0, 1:], share, net.strangeness(tokens), looks)
 
 
 def answer_planes_resized(planes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -465,7 +457,8 @@ def guardrail_reply(view: View, text: str, reading: Reading, net: Instructed) ->
     """The guardrails in order - the image, the text, the tissue - and then the answer."""
     words, home = net.words, ", ".join(net.words.tissues)
     tissue = "like" if view.strange <= words.tissue else "unlike"
-    tissue = "" if math.isinf(words.tissue) else tissue
+    if math.isinf(words.tissue):
+        tissue = ""
     looks = f"this looks {tissue} {home}" if tissue and home else ""
 
     def question(kind: str, sentence: str) -> Reply:
@@ -485,10 +478,9 @@ def guardrail_reply(view: View, text: str, reading: Reading, net: Instructed) ->
         doubt = f"but {looks or 'I was trained on ' + home}"
         if tissue == "unlike" and not own:                     # it may be so: nobody here can say
             doubt = f"and {looks}, so that I cannot tell whether it is {reading.tissue}"
-        return question("tissue",
-                        f"You speak of {reading.tissue}, {doubt}. {answer_overview(view, net)} "
-                                  f"Shall I look for {class_plural(reading.targets[0])} all the "
-                                  f"same?")
+        return question("tissue", f"You speak of {reading.tissue}, {doubt}. "
+                                  f"{answer_overview(view, net)} Shall I look for "
+                                  f"{class_plural(reading.targets[0])} all the same?")
     found, labels = answer(view, reading, net)
     sentence = instruct_data.answer_in_words(found)
     if tissue == "unlike":
@@ -504,7 +496,7 @@ def answer_cell_classes(view: View, net: Instructed) -> list[str]:
     is likely enough. A class of which no nucleus is sure is not there.
     """
     words, found = net.words, [WHOLE] * len(view.cells)
-    p = net.similarity(net.wordings_of(words.trained), view.cells).sigmoid().numpy()     # (K, n)
+    p = net.similarity(net.prototypes, view.cells).sigmoid().numpy()      # (K, n) of K concepts
     p *= (p >= words.present).any(1, keepdims=True)
     above = [next((a for a in class_ancestors(name)[1:] if a in words.trained), WHOLE)
              for name in words.trained]
@@ -530,10 +522,7 @@ def answer(view: View, reading: Reading, net: Instructed) -> tuple[Found, np.nda
 def answer_overview(view: View, net: Instructed) -> str:
     """A sentence: all nuclei, and how many there are of each class right below."""
     classes = answer_cell_classes(view, net)
-    counts = {name: int((class_membership(classes, [name]) > 0).sum()) for name in net.words.trained
-              if CONCEPTS[name].parent == WHOLE}
-    parts = ", ".join(amount_in_words(count, class_plural(name)) for name, count in counts.items()
-                      if count)
-    return (
-        f"I see {amount_in_words(len(classes), 'nuclei')} here{parts and f', among them {parts}'}."
-    )
+    below = [name for name in net.words.trained if CONCEPTS[name].parent == WHOLE]
+    counts = [int((class_membership(classes, [name]) > 0).sum()) for name in below]
+    parts = ", ".join(amount_in_words(n, class_plural(name)) for n, name in zip(counts, below) if n)
+    return f"I see {amount_in_words(len(classes), WHOLE)} here{parts and f', among them {parts}'}."

@@ -261,7 +261,8 @@ def test_the_text_decides_which_cells_belong(toy):
     seen = instruct_net.answer_view(tile.pixels, net, tile.labels)
     kinds = np.array([tile.classes[i] for i in sorted(tile.classes)])
     for name in ("inflammatory", "malignant epithelial"):
-        near = net.similarity(net.wordings_of([name]), seen.cells)[0].detach().numpy()
+        row = net.words.trained.index(name)
+        near = net.similarity(net.prototypes, seen.cells)[row].detach().numpy()
         own, other = near[kinds == name], near[kinds != name]
         assert len(own) > 3 and (own[:, None] > other).mean() > 0.9, (name, own, other)
 

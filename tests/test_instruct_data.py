@@ -18,6 +18,7 @@ from instruct_data import (
     CONCEPTS,
     LEAST,
     LLM,
+    LOTS,
     TASKS,
     WORDS,
     AnnotatedSet,
@@ -78,11 +79,15 @@ def test_every_parent_exists_and_every_class_of_a_source_is_known():
     assert {c.parent for c in concepts.values()} - {None} <= concepts.keys()
     assert [name for name, c in concepts.items() if c.parent is None] == ["nuclei"]
     assert all(name in concepts for table in WORDS.classes.values() for name in table.values())
+    assert all(c.keys() <= {"words", "held-out", "parent"} for c in WORDS.concepts.values())
 
 
 def test_lots_share_no_template_and_held_out_words_are_not_trained():
-    for task, lots in WORDS.templates.items():
-        assert task in TASKS and len(set().union(*lots.values())) == sum(map(len, lots.values()))
+    assert WORDS.templates.keys() == set(TASKS)
+    for lots in (*WORDS.templates.values(), WORDS.untrained, WORDS.invisible, WORDS.chatter):
+        assert tuple(lots) == LOTS
+    for lots in WORDS.templates.values():
+        assert len(set().union(*lots.values())) == sum(map(len, lots.values()))
     words = [set(c.words) | set(c.held_out) for c in CONCEPTS.values()]
     assert sum(map(len, words)) == len(set().union(*words))               # no word means two things
     for table in (WORDS.untrained, WORDS.invisible, WORDS.chatter):

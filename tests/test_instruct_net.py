@@ -313,7 +313,7 @@ def view(**changes) -> View:
         labels[at:at + 6, 5:11] = i
     cells = torch.zeros(4, 8)
     cells[:2, 0] = cells[2:, 1] = 1
-    return View(tissue(4, size=40, count=0).pixels, labels, cells, 0.9, 1.0, "")._replace(**changes)
+    return View(labels, cells, 0.9, 1.0, "")._replace(**changes)
 
 
 AXIS = torch.eye(8)[0]
@@ -362,7 +362,7 @@ def test_numbers_of_all_pairs_of_instructions_add_up(seed):
         torch.randn(len(names), 4, generator=generator), dim=1)
     labels = np.kron(np.arange(64).reshape(8, 8), np.ones((5, 5), int)).astype(np.int32)
     cells = torch.nn.functional.normalize(torch.randn(63, 4, generator=generator), dim=1)
-    seen = view(labels=labels, cells=cells, pixels=np.full((3, 40, 40), 200, np.uint8))
+    seen = view(labels=labels, cells=cells)
 
     def ask(task, *targets):
         said = guardrail_reply(seen, "x", reading(task=task, targets=targets), net)

@@ -6,9 +6,9 @@
     cut = marker_threshold(lines.values(), "otsu")                # cells above it are positive
     donors = read_donors("outcomes.tsv", ["braaksc"])             # .names, .outcomes (K, D)
 
-    found = association(ratio, outcome)          # (D,) each, NaN where missing: rho, interval, p
-    rho, p = redrawn(ratios[m], outcome, (), found)   # the same for redrawn tiles: how stable it is
-    q = false_discovery(p)                            # over the last axis
+    found = donor_association(ratio, outcome)  # (D,) each, NaN where missing: rho, interval, p
+    rho, p = redrawn_donors(ratios[m], outcome, z, found)     # the same for redrawn tiles
+    q = false_discovery(p)                                    # over the last axis
 
 M models, K outcomes, k covariates, D donors, n donors with every value, N tiles of all donors,
 B redraws or resamples.
@@ -80,8 +80,7 @@ def find_tiles(root: str | Path, pattern: str, nuclei: str = "0", marker: str = 
                 others += 1
     if not found:
         raise ValueError(f"tiles={root}: no tiles; none of its {others} files is a .tif or .tiff "
-                         f"of channel {nuclei} or {marker} with '{pattern}' in its name; give "
-                         "pattern=")
+                         f"of channel {nuclei} or {marker} by pattern={pattern}")
     tiles, unusable = [], {}
     for name, images in sorted(found.items()):
         try:
@@ -129,8 +128,8 @@ def read_tile_lines(path: Path) -> list[dict]:
         with contextlib.suppress(json.JSONDecodeError):
             line = json.loads(text)
             if not (isinstance(line, dict) and {"tile", "key", "donor"} <= line.keys()):
-                raise ValueError(f"{path}: a line {text[:40]}, expected one that `downstream.py "
-                                 "segment` wrote, with tile, donor and key; remove the line")
+                raise ValueError(f"{path}: a line {text[:40]}, expected one with tile, donor and "
+                                 "key, as `downstream.py infer` writes; remove the line")
             lines.append(line)
     return lines
 
@@ -161,7 +160,7 @@ def marker_threshold(lines: Iterable[dict], how: str, value: float = math.nan,
         dtypes.setdefault(line["dtype"], line["tile"])
     if len(dtypes) > 1:
         both = ", ".join(f"{dtype} ({tile})" for dtype, tile in dtypes.items())
-        raise ValueError(f"tiles have pixels of {both}: no one threshold fits both; export them "
+        raise ValueError(f"tiles have pixels of {both}, which no one threshold fits; export them "
                          "alike")
     if how == "fixed":
         return value
@@ -171,14 +170,12 @@ def marker_threshold(lines: Iterable[dict], how: str, value: float = math.nan,
                              f"{runs.listed(sorted(parts))}")
         cells = np.concatenate([part for donor in controls for part in parts[donor]])
         if not len(cells):
-            raise ValueError(f"controls={','.join(controls)}: no cells in their tiles; use "
-                             "threshold=fixed")
+            raise ValueError(f"controls={','.join(controls)}: no cells in their tiles")
         return float(np.percentile(cells, CONTROLS))
     try:
         return otsu_threshold(np.concatenate([[], *itertools.chain(*parts.values())]))
     except ValueError as error:
-        raise ValueError(f"threshold=otsu: marker intensities are {error}; use "
-                         "threshold=fixed") from None
+        raise ValueError(f"threshold=otsu: marker intensities are {error}") from None
 
 
 def otsu_threshold(values: Array) -> float:
@@ -189,7 +186,7 @@ def otsu_threshold(values: Array) -> float:
     x = np.sort(np.asarray(values, float))
     total, below = np.cumsum(x), np.flatnonzero(x[1:] > x[:-1]) + 1  # sizes of the lower class
     if not len(below):
-        raise ValueError(f"{len(x)} values that are all equal: Otsu's threshold needs two classes")
+        raise ValueError(f"{len(x)} values that are all equal; use threshold=fixed")
     above = len(x) - below
     apart = (total[-1] - total[below - 1]) / above - total[below - 1] / below
     size = below[np.argmax(below * 1.0 * above * apart ** 2)]
@@ -213,9 +210,8 @@ class Counts(NamedTuple):
 def read_donor_counts(paths: Sequence[Path], controls: Sequence[str] = (), min_tiles: int = 1,
                       min_cells: int = 1) -> Counts:
     """Counts from a table for each model; a donor with too little in any is flagged."""
-    advice = "run `downstream.py merge` first"
-    tables = [{row["tile"]: row for row in runs.read_table(
-        path, ("donor", "tile", "cells", "positive"), advice)} for path in paths]
+    needed, advice = ("donor", "tile", "cells", "positive"), "run `downstream.py merge` first"
+    tables = [{row["tile"]: row for row in runs.read_table(path, needed, advice)} for path in paths]
     names = [name for name in tables[0] if all(name in table for table in tables)]
     donors, donor = np.unique([tables[0][name]["donor"] for name in names], return_inverse=True)
     cells, positive = (np.array([[int(table[name][what]) for name in names] for table in tables])
@@ -243,11 +239,10 @@ def read_donors(path: str | Path, outcomes: Sequence[str], covariates: Sequence[
     line_of: dict[str, int] = {}
     for number, row in enumerate(rows, 2):
         if not (name := row["donor"]):
-            raise ValueError(f"{path}, line {number}: no donor in column donor; name it or remove "
-                             "the line")
+            raise ValueError(f"{path}, line {number}: no donor in column donor; name it")
         if name in line_of:
             raise ValueError(f"{path}, line {number}: donor {name} stands in line {line_of[name]} "
-                             "already; keep one line for each")
+                             "already; keep one")
         line_of[name] = number
 
     def numbers(column: str) -> list[float]:
@@ -311,17 +306,17 @@ def spearman(x: Array, y: Array, z: ArrayLike = ()) -> Array:
     return correlation(centred_ranks(x, z), centred_ranks(y, z))
 
 
-def null_rhos(x: Array, y: Array, z: ArrayLike = (), orders: int = 9999, seed: int = 0) -> Array:
+def null_rhos(x: Array, y: Array, z: ArrayLike = (), seed: int = 0) -> Array:
     """|rho| under the null hypothesis, ascending: y (n,) in other orders against x (n,).
 
-    All n! orders up to EXACT donors, else the given one and `orders` random ones. With covariates
+    All n! orders up to EXACT donors, else the given one and 9,999 random ones. With covariates
     the residuals of y's ranks are reordered and regressed on z again (Freedman & Lane, 1983).
     """
     z, n, a, b = np.asarray(z), len(x), centred_ranks(x, z), centred_ranks(y, z)
     if n <= EXACT and not z.size:
         order = np.array(list(itertools.permutations(range(n))))
     else:
-        order = np.argsort(np.random.default_rng(seed).random((orders + 1, n)), 1)
+        order = np.argsort(np.random.default_rng(seed).random((10000, n)), 1)
         order[0] = np.arange(n)
     b = b[order]  # (orders, n)
     return np.sort(np.abs(correlation(a, rank_residual(b, centred_ranks(z)) if z.size else b)))
@@ -386,7 +381,7 @@ def complete_donors(*rows: Array) -> Array:
 def donor_association(x: Array, y: Array, z: Iterable[Array] = (), seed: int = 0) -> Association:
     """Association of a ratio x (D,) and an outcome y (D,), given covariates z (k, D).
 
-    Values may be missing: NaN.
+    Missing values are NaN.
     """
     values = complete_donors(x, y, *z)
     x, y, z = values[0], values[1], values[2:]

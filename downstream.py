@@ -127,18 +127,15 @@ class Config:
         if twice := [name for name, count in used.items() if count > 1]:
             raise ValueError(f"column {twice[0]} is used twice; expected one use of each column")
 
-    @property
-    def tile_files(self) -> tuple:          # arguments of cohort.find_tiles
-        return self.tiles, self.pattern, self.nuclei, self.marker, self.donor
+    def find_tiles(self) -> tuple[list[cohort.TilePair], dict[str, str], int]:
+        return cohort.find_tiles(self.tiles, self.pattern, self.nuclei, self.marker, self.donor)
 
-    @property
-    def tile_counts(self) -> tuple:         # arguments of cohort.read_donor_counts
+    def read_counts(self) -> cohort.Counts:
         paths = [outcome_folder(model, self) / "tile_counts.tsv" for model in self.models]
-        return paths, self.controls, self.min_tiles, self.min_cells
+        return cohort.read_donor_counts(paths, self.controls, self.min_tiles, self.min_cells)
 
-    @property
-    def outcome_table(self) -> tuple:       # arguments of cohort.read_donors
-        return self.outcomes, self.columns, self.covariates, self.categories
+    def read_donors(self) -> cohort.Donors:
+        return cohort.read_donors(self.outcomes, self.columns, self.covariates, self.categories)
 
 
 def main(config: Config, files: list[str], check: bool = False) -> int:
@@ -150,7 +147,7 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
     if check:
         return print_study(config)
     if step is None:
-        cohort.read_donors(*config.outcome_table)              # a mistake there must not cost hours
+        config.read_donors()                                   # a mistake there must not cost hours
     for run in STEPS.values() if step is None else [STEPS[step]]:
         if code := run(config):
             return code
@@ -170,7 +167,7 @@ def outcome_lines(model: StudyModel, config: Config) -> dict[str, dict]:
 
 def infer_donor_tiles(config: Config) -> int:
     """Find the cells of this shard's tiles: a line for each tile and model, never done twice."""
-    tiles, unusable, others = cohort.find_tiles(*config.tile_files)
+    tiles, unusable, others = config.find_tiles()
     number, count = runs.shard_of(config.shard)
     mine = tiles[number - 1::count]
     print(f"{config.tiles}: {len(tiles)} tiles of {len({tile.donor for tile in tiles})} donors, "
@@ -249,8 +246,8 @@ def outcome_settings_digest(model: StudyModel, config: Config) -> str:
 def outcome_weights_digest(model: StudyModel) -> str:
     path = Path(model.weights)
     if not path.is_file():
-        raise FileNotFoundError(f"model '{model.name}': no weights at {path}; train with "
-                                "train_seg.py or give another file")
+        raise FileNotFoundError(f"model '{model.name}': no weights at {path}; train_seg.py writes "
+                                "them")
     return runs.digest(path)[:16]
 
 
@@ -258,14 +255,14 @@ def outcome_weights_digest(model: StudyModel) -> str:
 
 def count_positive_cells(config: Config) -> int:
     """Count the cells of all tiles, by a threshold over the cohort."""
-    tiles, unusable, _ = cohort.find_tiles(*config.tile_files)
+    tiles, unusable, _ = config.find_tiles()
     found = []
     for model in config.models:
         found.append(outcome_lines(model, config))
         if missing := [tile.name for tile in tiles if tile.name not in found[-1]]:
             raise ValueError(f"model '{model.name}': {len(missing)} of {len(tiles)} tiles are not "
-                             f"done with these settings, such as {missing[0]}; run infer, or the "
-                             "shards that did not end, and merge again")
+                             f"done with these settings, such as {missing[0]}; run infer, or what "
+                             "is left of its shards")
     print(f"positive: {positive_cell_rule(config)}")
     for model, line_of in zip(config.models, found):
         lines = [{**line_of[tile.name], "donor": tile.donor} for tile in tiles]   # donor= of now
@@ -301,7 +298,7 @@ def positive_cell_rule(config: Config) -> str:
 
 def write_ratios(config: Config) -> int:
     """Write positive cells / cells of each donor: not the mean of its tiles."""
-    counts, rows = cohort.read_donor_counts(*config.tile_counts), []
+    counts, rows = config.read_counts(), []
     for model, cells, positive in zip(config.models, counts.cells, counts.positive):
         for d, donor in enumerate(counts.donors):
             mine = counts.donor == d
@@ -323,12 +320,11 @@ def write_ratios(config: Config) -> int:
 
 def write_associations(config: Config) -> int:
     """Write rho of every model with every outcome, over the donors that have both."""
-    counts = cohort.read_donor_counts(*config.tile_counts)
-    donors = cohort.read_donors(*config.outcome_table)
+    counts, donors = config.read_counts(), config.read_donors()
     if not set(counts.donors) & set(donors.names):
         raise ValueError(f"{config.outcomes}: none of its donors ({runs.listed(donors.names)}) has "
                          f"tiles, which are of {runs.listed(counts.donors)}; name them alike, or "
-                         "give another donor=")
+                         "give donor=")
     out, names, seed = Path(config.out), [model.name for model in config.models], config.seed
     status = dict.fromkeys(donors.names, "no tiles") | {
         name: flag or ("used" if name in donors.names else f"not in {Path(config.outcomes).name}")
@@ -344,8 +340,7 @@ def write_associations(config: Config) -> int:
     ratio = counts.sums(counts.positive)[:, used] / counts.sums(counts.cells)[:, used]     # (M, D)
     redrawn = cohort.redrawn_ratios(counts.positive, counts.cells, counts.donor, config.share,
                                     config.resamples, seed)[..., used]                  # (M, B, D)
-    whole = [[cohort.donor_association(x, y, z, seed) for y in outcomes]
-             for x in ratio]       # M times K
+    whole = [[cohort.donor_association(x, y, z, seed) for y in outcomes] for x in ratio]    # M x K
     rho, p = np.array([[cohort.redrawn_donors(x, y, z, found) for y, found in zip(outcomes, row)]
                        for x, row in zip(redrawn, whole)]).transpose(2, 3, 0, 1)   # (B, M, K) each
     q_whole = cohort.false_discovery(np.array([[each.p for each in row] for row in whole]))
@@ -358,10 +353,9 @@ def write_associations(config: Config) -> int:
         stable.append({**{name: row[name] for name in SPEARMAN[:4]},
                        **outcome_stability(row["rho"], rho[:, m, i], q[:, m, i])})
         if m:
-            n, *change = cohort.donor_difference(ratio[0], ratio[m], outcomes[i], z,
-                                                 config.resamples,
-                                                 seed)
-            changes.append(dict(zip(CHANGES, (names[m], names[0], outcome, n, *change))))
+            change = cohort.donor_difference(ratio[0], ratio[m], outcomes[i], z, config.resamples,
+                                             seed)
+            changes.append(dict(zip(CHANGES, (names[m], names[0], outcome, *change))))
     runs.write_table(out / "e5_spearman.tsv", found)
     runs.write_table(out / "e5_bootstrap_stability.tsv", stable)
     runs.write_table(out / "e5_redraws.tsv", [
@@ -388,7 +382,6 @@ def outcome_stability(rho: float, redrawn: np.ndarray, q: np.ndarray) -> dict[st
 # ------------------------------------------------------------------------------------------- report
 
 def write_outcome_report(config: Config) -> int:
-    """Write the page, from the tables of the other steps."""
     looks = report.page_styles(model.name for model in config.models)
     legend, found = report.legend(looks), read_outcome_rows(config, "e5_spearman.tsv")
     stable = read_outcome_rows(config, "e5_bootstrap_stability.tsv")
@@ -398,10 +391,9 @@ def write_outcome_report(config: Config) -> int:
     corrected = ", ".join((*config.covariates, *config.categories))
     corrected = f", corrected for {corrected}" if corrected else ""
     sections = [
-        ("What was used",
-         f"Positive: {positive_cell_rule(config)}.\nOnly tiles that every model has done count, "
-         "and only donors that no model flags. A donor without an outcome is left out of that one.",
-         *outcome_tables_used(config)),
+        ("What was used", f"Positive: {positive_cell_rule(config)}.\nOnly tiles that every model "
+         "has done count, and only donors that no model flags. A donor without an outcome is left "
+         "out of that one.", *outcome_tables_used(config)),
         ("Association", "Spearman's rho of the positive fraction with each outcome, and its 95 % "
          f"interval (Bonett and Wright){corrected}. Filled marks: q below 0.05, Benjamini and "
          "Hochberg over the outcomes of a model.", legend, forest,
@@ -443,25 +435,24 @@ def read_outcome_rows(config: Config, name: str) -> list[dict[str, Any]]:
             for row in runs.read_table(path, advice="run `downstream.py associate` first")]
     if rows and "outcome" in rows[0]:
         if unknown := {row["outcome"] for row in rows} ^ set(config.columns):
-            raise ValueError(f"{path}: {min(unknown)} is an outcome of the table or the "
-                             "configuration alone; run associate again")
+            raise ValueError(f"{path}: {min(unknown)} is in the table or in columns= alone; run "
+                             "associate again")
         rows.sort(key=lambda row: config.columns.index(row["outcome"]))
     return rows
 
 
 def outcome_table(rows: list[dict[str, Any]], *columns: str) -> str:
-    """Columns of read_rows for the page, those of INTERVALS with their interval below."""
+    """Columns of read_outcome_rows for the page, those of INTERVALS with their interval below."""
     def cell(row: dict[str, Any], name: str) -> str | report.Cell:
         if name in WORDS:
             return row[name] or "-"
         if name == "n":
             return f"{row[name]:.0f}"
-        if name not in INTERVALS:
-            return (outcome_percent if name in ("same_sign", "q_below_0.05")
-                    else outcome_number)(row[name])
-        low, high = (row[end] for end in INTERVALS[name])
-        return report.Cell(outcome_number(row[name]), "" if math.isnan(low)
-                           else f"{low:.3f} to {high:.3f}")
+        if name in ("same_sign", "q_below_0.05"):
+            return outcome_percent(row[name])
+        low, high = (row[end] for end in INTERVALS.get(name, (name, name)))
+        below = name in INTERVALS and not math.isnan(low)
+        return report.Cell(outcome_number(row[name]), f"{low:.3f} to {high:.3f}" * below)
 
     heads = [HEADS.get(name, name.replace("_", " ")) for name in columns]
     return report.html_table(heads, [[cell(row, name) for name in columns] for row in rows], 2)
@@ -503,7 +494,7 @@ def outcome_tables_used(config: Config) -> list[str]:
 
 
 def outcome_scatters(config: Config, looks: dict) -> list[str]:
-    donors = cohort.read_donors(*config.outcome_table)
+    donors = config.read_donors()
     ratio = {(row["model"], row["donor"]): row["ratio"]
              for row in read_outcome_rows(config, "donor_marker_ratio.tsv") if not row["flag"]}
     charts = []
@@ -529,18 +520,15 @@ def experiments_table(config: Config, found: list[dict], stable: list[dict]) -> 
     """A row for each model, with columns of all experiments."""
     columns: dict[str, dict[str, str]] = defaultdict(dict)
     for experiment in config.experiments:
-        path = experiment.table
-        rows = runs.read_table(path, ("model", *experiment.columns),
+        rows = runs.read_table(experiment.table, ("model", *experiment.columns),
                                f"it is the table of {experiment.name}")
         for column in experiment.columns:
             values = defaultdict(list)
             for number, row in enumerate(rows, 2):
-                where = f"{path}, line {number}: {column}"
+                where = f"{experiment.table}, line {number}: {column}"
                 values[row["model"]].append(cohort.donor_table_number(row[column], where))
-            for name, each in values.items():
-                columns[f"{experiment.name} {column}"][name] = outcome_number(
-                    report.chart_mean(each)
-                )
+            columns[f"{experiment.name} {column}"] = {
+                name: outcome_number(report.chart_mean(each)) for name, each in values.items()}
     for model in config.models:
         mine = [row for row in found if row["model"] == model.name and not math.isnan(row["rho"])]
         rho = float(np.median([abs(row["rho"]) for row in mine])) if mine else math.nan
@@ -557,9 +545,8 @@ def experiments_table(config: Config, found: list[dict], stable: list[dict]) -> 
 # -------------------------------------------------------------------------------------------- check
 
 def print_study(config: Config) -> int:
-    """Print what is there, without running."""
     print(runs.to_yaml(config))
-    tiles, unusable, others = cohort.find_tiles(*config.tile_files)
+    tiles, unusable, others = config.find_tiles()
     names = sorted({tile.donor for tile in tiles})
     print(f"{len(tiles)} tiles of {len(names)} donors ({runs.listed(names)}), such as "
           f"{' and '.join(path.name for path in tiles[0].files)}")
@@ -569,9 +556,8 @@ def print_study(config: Config) -> int:
     for model in config.models:
         lines = outcome_lines(model, config)
         done = sum(tile.name in lines and "why" not in lines[tile.name] for tile in tiles)
-        print(f"{model.name}: {model.weights} ({outcome_weights_digest(model)}), {done} tiles done "
-              f"before")
-    donors = cohort.read_donors(*config.outcome_table)
+        print(f"{model.name}: {model.weights} ({outcome_weights_digest(model)}), {done} tiles done")
+    donors = config.read_donors()
     both = [name in names for name in donors.names]
     print(f"{config.outcomes}: {len(both)} donors, {sum(both)} of them with tiles")
     for name, values in zip(config.columns, donors.outcomes[:, both]):

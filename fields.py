@@ -1,8 +1,8 @@
 """Unlabelled fields to pretrain on: an index of plates in S3, folders of images, or drawn ones.
 
     index = Index.load("jump.tsv.gz", root="/mirror")       # root: where the files lie now
-    train, held = split_index(config, seed)                 # indexes of other plates
-    channels, fields = held_out(config, seed)               # to measure on; never in the pool
+    train, held = split_field_index(config, seed)           # indexes of other plates
+    channels, fields = held_out_fields(config, seed)        # to measure on; never in the pool
     channels, makers = local_fields(config, seed)      # of folders and drawn: held out, then others
 
 `FieldData` is the section `data` of train_ssl.py's configuration. An index is gzipped text with
@@ -78,8 +78,7 @@ class FieldData:
         given = [name for name in ("index", "folders", "fields") if getattr(self, name)]
         if len(given) != 1 and not (self.square and given == ["folders", "fields"]):
             raise ValueError(f"data: {' and '.join(given) or 'nothing'} given, expected one of "
-                             "data.index (stream.py index), data.folders (TIFF) and data.fields "
-                             "(synthetic)")
+                             "data.index, data.folders and data.fields")
         if self.square and not self.folders:
             raise ValueError(f"data.square={self.square}: expected data.folders, images to cut")
 
@@ -171,8 +170,8 @@ class Index:
     def load(cls, path: str | Path, root: str | None = None) -> Index:
         again = "write the index again with `python stream.py index`"
         if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such index; write one with `python stream.py "
-                                    f"index SOURCE out={path}`")
+            raise FileNotFoundError(f"{path}: no such index; `python stream.py index SOURCE "
+                                    f"out={path}` writes one")
         try:
             with gzip.open(path, "rb") as file:
                 mark, _, written = file.readline().decode().rstrip("\n").partition("\t")
@@ -326,13 +325,13 @@ def make_index(source: str, channels: Sequence[str] | None = None, signed: bool 
     if not rows:
         if journal is not None:
             Path(journal).unlink()
-        wanted = "TIFF named as r01c01f01p01-ch1sk1fk1fl1.tiff"
-        wanted = "load_data.csv with rows" if by_table else wanted
+        wanted = ("load_data.csv with rows" if by_table else
+                  "TIFF named as r01c01f01p01-ch1sk1fk1fl1.tiff")
         raise ValueError(f"{source}: no {wanted} among {counts['keys']} files")
     common = _index_common_folder({row.folder for row in rows if row.files}) if by_table else root
     if common in ("", "s3:/", "s3://"):
-        raise ValueError(f"{source}: its tables name files in several buckets, or without a folder"
-                         "; index them one by one")
+        raise ValueError(f"{source}: its tables name files without a folder or in several buckets; "
+                         "index them one by one")
     return _field_index(rows, common, channels, counts), counts
 
 
@@ -383,12 +382,10 @@ def _read_index_journal(path: Path, what: str) -> dict[str, dict]:
     lines: list[Any] = [None]
     with contextlib.suppress(ValueError):
         lines = [json.loads(line) for line in whole.splitlines()]
-    if not all(isinstance(line, dict) for line in lines) or any("place" not in line
-                                                                for line in lines[1:]):
+    if not all(isinstance(line, dict) and ("place" in line or line is lines[0]) for line in lines):
         raise ValueError(f"{path}: damaged; remove it, and the index is made anew")
     if lines and lines[0] != {"what": what}:
-        raise ValueError(f"{path}: begun for {lines[0].get('what')}; remove it, or give another "
-                         "out=")
+        raise ValueError(f"{path}: begun for {lines[0].get('what')}; remove it or change out=")
     os.truncate(path, len(whole))
     return {line["place"]: line for line in lines[1:]}
 
@@ -455,8 +452,8 @@ def _plate_table_rows(body: bytes, where: str) -> Iterator[tuple]:
     labels = [re.sub(r"^(URL|FileName)_Orig", "", column) for column in table.fieldnames or ()
               if re.match(r"(URL|FileName)_Orig", column)]
     if not labels or "Metadata_Plate" not in (table.fieldnames or ()):
-        raise ValueError(f"{where}: no columns Metadata_Plate and FileName_Orig... or URL_Orig...; "
-                         "no load_data table")
+        raise ValueError(f"{where}: no load_data table with columns Metadata_Plate and "
+                         "FileName_Orig... or URL_Orig...")
     for number, line in enumerate(table, 2):
         found = {label: address for label in labels
                  if (address := _field_address(line, label)) and address.isprintable()}
@@ -532,26 +529,31 @@ def _field_index(rows: list[FoundField], root: str, channels: Sequence[str] | No
 def local_fields(config: FieldData, seed: int
                  ) -> tuple[tuple[str, ...], list[Callable[[], Pixels]]]:
     """Channels and a function for each field, first for those held out."""
-    return (_mixed_fields if config.square else _drawn_fields if config.fields
-            else _whole_fields)(config, seed)
+    make = _mixed_fields if config.square else _drawn_fields if config.fields else _whole_fields
+    return make(config, seed)
+
+
+def synthetic_channels(channels: Sequence[str]) -> list[int]:
+    """Numbers of the channels of synthetic.py that have these names; of all for none."""
+    known = [name.lower() for name in synthetic.CHANNELS]
+    wanted = channels or synthetic.CHANNELS
+    if unknown := [name for name in wanted if name.lower() not in known]:
+        raise ValueError(f"channels: '{unknown[0]}', expected some of "
+                         f"{', '.join(synthetic.CHANNELS)}")
+    return [known.index(name.lower()) for name in wanted]
 
 
 def _drawn_fields(config: FieldData, seed: int):
-    known = [name.lower() for name in synthetic.CHANNELS]
-    wanted = config.channels or synthetic.CHANNELS
-    if unknown := [name for name in wanted if name.lower() not in known]:
-        raise ValueError(f"data.channels: '{unknown[0]}', expected some of "
-                         f"{', '.join(synthetic.CHANNELS)}")
-    rows = [known.index(name.lower()) for name in wanted]
+    rows = synthetic_channels(config.channels)
 
     def draw(number: int) -> Pixels:
-        field = _synthetic_fields(config, seed, number, config.field_size)
+        field = _synthetic_field(config, seed, number, config.field_size)
         return f"synthetic {number}", np.ascontiguousarray(field.pixels[rows]), field.labels
     makers = [functools.partial(draw, number) for number in range(config.held + config.fields)]
     return tuple(synthetic.CHANNELS[i] for i in rows), makers
 
 
-def _synthetic_fields(config: FieldData, seed: int, number: int, size: int):
+def _synthetic_field(config: FieldData, seed: int, number: int, size: int):
     own = seed * 100003 + number
     cells = config.field_cells * np.random.default_rng(own).uniform(1 / 3, 1)
     cells = max(1, round(cells * (size / config.field_size) ** 2))
@@ -581,17 +583,13 @@ def _mixed_fields(config: FieldData, seed: int):
     assert config.square
     home, *others = [_field_files(config, folder) for folder in config.folders]
     channels, (C, *_), order = _by_lot(home, config, seed)
-    side, read = (
-        config.square,
-        functools.lru_cache(maxsize=1)(_field_pixels),
-    )  # squares follow each other
+    side, read = config.square, functools.lru_cache(maxsize=1)(_field_pixels)  # squares in a row
 
     def whole(path: Path) -> Pixels:
         pixels = _field_pixels(path, config.channels)
         if len(pixels) != C:
-            raise ValueError(f"{path}: {len(pixels)} channels, expected {C} as in {home[0].name}; "
-                             "images of the first of data.folders are measured on, and need the "
-                             "same stains")
+            raise ValueError(f"{path}: {len(pixels)} channels, expected {C} as in {home[0].name}, "
+                             "since images of the first of data.folders are measured on")
         return path.stem, pixels, None
 
     def fit(name: str, pixels: np.ndarray) -> Pixels:                 # (c, h, w) -> (C, side, side)
@@ -604,7 +602,7 @@ def _mixed_fields(config: FieldData, seed: int):
         return fit(f"{path.stem} {y},{x}", read(path, used)[:, y:y + side, x:x + side])
 
     def draw(number: int) -> Pixels:
-        return fit(f"synthetic {number}", _synthetic_fields(config, seed, number, side).pixels)
+        return fit(f"synthetic {number}", _synthetic_field(config, seed, number, side).pixels)
 
     makers = [functools.partial(whole, path) for path in order[:config.held]]
     sources = [(path, config.channels) for path in order[config.held:]]
@@ -621,14 +619,13 @@ def _field_files(config: FieldData, folder: str) -> list[Path]:
     """Images below a folder, without labels and what programs write beside them."""
     root = Path(config.root or "", folder)
     others = (*filter(None, data.ENDS), *data.BYPRODUCTS)
-    found = [path for path in images.image_files(root)
-             if not data.stem_of(path).endswith(others)]
+    found = [path for path in images.image_files(root) if not data.stem_of(path).endswith(others)]
     if config.match is not None:
         wanted = data.labelled_name_pattern("data.match", config.match)
         found = [path for path in found if wanted.search(path.relative_to(root).as_posix())]
     if not found:
-        raise ValueError(f"data.folders: {root}: no images"
-                         + (f" with '{config.match}' in their path" if config.match else ""))
+        what = f" with '{config.match}' in their path" if config.match else ""
+        raise ValueError(f"data.folders: {root}: no images{what}")
     return sorted(found, key=lambda path: (path.parent.parts, path.name))   # before the draw
 
 

@@ -1,12 +1,12 @@
 """Is a backbone good? Told without labels, from the channels of fields that it never saw.
 
-    look = look_at(vit, field)                          # field (C, H, W) in [0, 1]
-    compare(features, maps)                             # of all fields: consistency, retrieval, ...
-    write_pictures(folder, names, fields, looks, channels)
+    look = look_at_field(vit, field)                    # field (C, H, W) in [0, 1]
+    compare_backbones(features, maps)                   # of all fields: consistency, retrieval, ...
+    write_probe_pictures(folder, names, fields, looks, channels)
 
-    windows = cut_windows(fields, window=224, count=256, channels)
+    windows = cut_probe_windows(fields, window=224, count=256, channels)
     numbers, looks = measure_backbone(vit, windows, size=224)
-    leaks(vit, windows, size=224)                       # retrieval from the background alone
+    metadata_leaks(vit, windows, size=224)              # retrieval from the background alone
     train_probe(vit, train, validation, steps=200)      # AP of a decoder on the frozen backbone
 
     python probe.py runs/a runs/b ...                   table of what runs logged, first and last
@@ -57,7 +57,6 @@ with runs.lazy():
     import watershed
 
 
-Feature = Literal["cls", "patches"]
 AtLeastTwo = Annotated[int, runs.at_least(2)]
 
 
@@ -67,15 +66,7 @@ class Look(NamedTuple):
     """Features of each channel of a field, shown by itself."""
     cls: np.ndarray                     # (C, D) class tokens
     patches: np.ndarray                 # (C, N, D)
-    attention: np.ndarray               # (C, heads, h, w), see with_attention
-
-    def feature(self, which: Feature) -> np.ndarray:
-        """(C, D): the class token, or the mean of the patch tokens."""
-        return self.cls if which == "cls" else self.patches.mean(1)
-
-    def colours(self) -> np.ndarray:
-        """(C, h, w, 3) uint8."""
-        return token_colours(self.patches, self.attention.shape[2])
+    attention: np.ndarray               # (C, heads, h, w), see backbone_attention
 
 
 def look_at_field(vit, field) -> Look:
@@ -208,7 +199,7 @@ def write_probe_pictures(folder: Path, names: Sequence[str], fields: Sequence[np
         mean = look.attention.mean(1)                                   # (C, h, w)
         r = round(stain_agreement(mean), 2) + 0.0                             # never -0.00
         maps += [shot, list(map(report.heat_colours, mean))]
-        colours += [shot, list(look.colours())]
+        colours += [shot, list(token_colours(look.patches, mean.shape[1]))]
         titles += [name, f"attention, r {r:.2f}"]
     report.mosaic(paths[0], maps, titles, channels)
     report.mosaic(paths[1], colours, [names[i // 2] if i % 2 == 0 else "components"
@@ -234,7 +225,7 @@ class Channels:
     patch: Count = 8                        # px
     experiment: str = "channels"            # name of the run
     output_base_dir: str = "."              # where runs/ is made
-    feature: Feature = "cls"                # the class token, or the mean of the patch tokens
+    feature: Literal["cls", "patches"] = "cls"  # the class token, or the mean of the patch tokens
     size: Count = 256                       # px, side of the square in the middle that is seen
     limit: AtLeastTwo | None = None         # only the first so many fields
     shown: Count = 4                        # fields in the pictures
@@ -258,26 +249,26 @@ def compare_channels(config: Channels, make_folder: Callable[[Channels], Path]) 
     for name, known, pixels in comparable_features(probe_fields(config)):
         channels = known                                                # of all fields
         look = look_at_field(vit, data.normalise(pixels, data.percentiles(pixels)))
-        features.append(look.feature(config.feature))                   # (C, D)
+        features.append(look.cls if config.feature == "cls" else look.patches.mean(1))   # (C, D)
         maps.append(look.attention.mean(1))                             # (C, h, w)
         if len(shown) < config.shown:
             shown.append((name, pixels, look))
     folder, (names, fields, looks) = make_folder(config), zip(*shown, strict=True)
     numbers, found, seen = compare_backbones(features, maps)
+    chance = 1 / len(features)
     content = {"weights": config.weights or "random", "feature": config.feature,
-               "fields": len(features), **numbers, "chance": 1 / len(features)}
+               "fields": len(features), **numbers, "chance": chance}
     pictures = write_probe_pictures(folder, names, fields, looks, channels)
     runs.write_text(folder / "channels.json",
                     json.dumps({**content, "channels": channels}, indent=1) + "\n")
     matrices = {
         "cosine": ("cosine of features", found.cosine_matrix),
-        "retrieval": (f"retrieval of column by row (chance {content['chance']:.2f})",
-                      found.retrieval_matrix),
+        "retrieval": (f"retrieval of column by row (chance {chance:.2f})", found.retrieval_matrix),
         "attention": ("correlation of attention", seen.cosine_matrix)}
     for name, (_, matrix) in matrices.items():
-        rows = [dict(zip(channels, map(float, line), strict=True)) for line in matrix]
         runs.write_table(folder / f"{name}.tsv", [
-            {"channel": channel, **row} for channel, row in zip(channels, rows, strict=True)])
+            {"channel": channel, **dict(zip(channels, map(float, line), strict=True))}
+            for channel, line in zip(channels, matrix, strict=True)])
     report.matrix_chart(folder / "channels.png", dict(matrices.values()), channels)
     report.print_report_table([content], content)
     print(f"-> {', '.join(map(str, (folder / 'channels.png', *pictures)))}")
@@ -297,8 +288,7 @@ def probe_backbone(config: Channels):
 def probe_fields(config: Channels) -> Iterator[tuple[str, list[str], np.ndarray]]:
     """(name, names of its channels, pixels (C, size, size)) of the fields to look at."""
     if config.fields is None:
-        count = min(config.synthetic, config.limit or config.synthetic)
-        return probe_synthetic_fields(count, config.size, config.channels, config.seed)
+        return itertools.islice(probe_synthetic_fields(config), config.limit)
     return probe_field_files(Path(config.fields), config.size, config.channels, config.limit)
 
 
@@ -309,7 +299,7 @@ def comparable_features(fields: Iterable[tuple]) -> Iterator[tuple]:
         first, count = first or channels, count + 1
         if channels != first:
             raise ValueError(f"{name}: channels {', '.join(channels)}, the fields before have "
-                             f"{', '.join(first)}; choose the same of all with channels=")
+                             f"{', '.join(first)}; choose the same of all by channels=")
         for channel, image in zip(channels, pixels, strict=True):
             if image.min() == image.max():
                 raise ValueError(f"{name}: channel {channel} is {image[0, 0]} in every pixel seen; "
@@ -324,8 +314,7 @@ def probe_field_files(folder: Path, size: int, channels: Sequence[str] | None, l
     """The square of size x size px in the middle of each image below a folder."""
     files = data.list_files(folder, data.TIFF + data.NPY) if folder.is_dir() else []
     if not files:
-        raise FileNotFoundError(f"{folder}: no such folder, or no TIFF or .npy in it; expected "
-                                "images with several channels")
+        raise FileNotFoundError(f"{folder}: no such folder, or no TIFF or .npy in it")
     for path in files[:limit]:
         pixels, names, _ = data.read_image(path, channels)
         C, H, W = pixels.shape
@@ -338,17 +327,11 @@ def probe_field_files(folder: Path, size: int, channels: Sequence[str] | None, l
         yield name, names, pixels[:, top:top + size, left:left + size]
 
 
-def probe_synthetic_fields(count: int, size: int, channels: Sequence[str] | None, seed: int
-                           ) -> Iterator[tuple[str, list[str], np.ndarray]]:
+def probe_synthetic_fields(config: Channels) -> Iterator[tuple[str, list[str], np.ndarray]]:
     """Fields of synthetic.py, with all of its channels or some."""
-    known = {name.lower(): i for i, name in enumerate(synthetic.CHANNELS)}
-    wanted = [name.lower() for name in channels or known]
-    if unknown := [name for name in wanted if name not in known]:
-        raise ValueError(f"channels: '{unknown[0]}', expected some of "
-                         f"{', '.join(synthetic.CHANNELS)}")
-    rows = [known[name] for name in wanted]
-    for number in range(count):
-        drawn = synthetic.field(seed + number, size, max(2, size**2 // 4000))
+    rows, size = fields.synthetic_channels(config.channels or ()), config.size
+    for number in range(config.synthetic):
+        drawn = synthetic.field(config.seed + number, size, max(2, size**2 // 4000))
         yield f"field {number}", [synthetic.CHANNELS[i] for i in rows], drawn.pixels[rows]
 
 
@@ -392,8 +375,7 @@ def cut_probe_windows(fields: Iterable[tuple[str, np.ndarray, np.ndarray | None]
     for name, field, truth in fields:
         H, W = field.shape[1:]
         if min(H, W) < window:
-            raise ValueError(f"{name}: {H} x {W} px, expected {window} px or more, to measure on "
-                             "(measure.window)")
+            raise ValueError(f"{name}: {H} x {W} px, expected {window} px or more (measure.window)")
         limits, corners = data.percentiles(field), itertools.product(
             range(0, H - window + 1, window), range(0, W - window + 1, window))
         by_field.append([
@@ -402,8 +384,8 @@ def cut_probe_windows(fields: Iterable[tuple[str, np.ndarray, np.ndarray | None]
     turns = itertools.zip_longest(*by_field)
     chosen = [window for turn in turns for window in turn if window is not None][:count]
     if len(chosen) < 2:
-        raise ValueError(f"{len(chosen)} windows of held-out fields, expected two or more; give a "
-                         "larger data.held")
+        raise ValueError(f"{len(chosen)} window of held-out fields, expected two or more; raise "
+                         "data.held")
     names, pixels, limits, labels = zip(*chosen, strict=True)
     return Windows(list(names), np.stack(pixels), np.stack(limits).astype(np.float32),
                    None if labels[0] is None else np.stack(labels), channels)
@@ -419,15 +401,14 @@ def resampled_pairs(windows: Windows, size: int) -> np.ndarray:
                       for c in range(C)], 1).numpy()
 
 
-def tiles_without_cells(windows: Windows, size: int, spread: float = 1 / 16) -> np.ndarray:
+def tiles_without_cells(windows: Windows, size: int) -> np.ndarray:
     """resampled_pairs() without the cells and some px around them: (F, C, S, S) in [0, 1].
 
     The blurred background fills the gaps; a window without any becomes its mean.
     """
     if windows.labels is None:
-        raise ValueError("the background alone needs the outlines of cells, which these fields do "
-                         "not have")
-    w, blur = windows.pixels.shape[-1], dict(sigma=spread * size, truncate=20)
+        raise ValueError("the background alone needs outlines of cells, which these fields lack")
+    w, blur = windows.pixels.shape[-1], dict(sigma=size / 16, truncate=20)
     at = ((np.arange(size) + 0.5) * w / size).astype(int)
     shown = resampled_pairs(windows, size)
     for field, truth in zip(shown, windows.labels, strict=True):
@@ -441,23 +422,21 @@ def tiles_without_cells(windows: Windows, size: int, spread: float = 1 / 16) -> 
     return shown
 
 
-def look_at_fields(vit, shown: np.ndarray,
-                   keep: int = 0) -> tuple[np.ndarray, np.ndarray, list[Look]]:
-    """Class tokens (F, C, D), attention maps (F, C, heads, h, w), and the first `keep` looks."""
+def look_at_fields(vit, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Look]]:
+    """Class tokens (F, C, D), attention maps (F, C, heads, h, w), and the first two looks."""
     vectors, maps, looks = [], [], []
     for number, field in enumerate(shown):
         look = look_at_field(vit, field)
         vectors.append(look.cls)
         maps.append(look.attention)
-        if number < keep:
+        if number < 2:                                                  # all would fill the memory
             looks.append(look)
     return np.stack(vectors), np.stack(maps), looks
 
 
-def measure_backbone(vit, windows: Windows, size: int, keep: int = 2
-                     ) -> tuple[dict[str, float], list[Look]]:
-    """All numbers that need no labels, and looks of the first windows."""
-    vectors, maps, looks = look_at_fields(vit, resampled_pairs(windows, size), keep)
+def measure_backbone(vit, windows: Windows, size: int) -> tuple[dict[str, float], list[Look]]:
+    """All numbers that need no labels, and looks of the first two windows."""
+    vectors, maps, looks = look_at_fields(vit, resampled_pairs(windows, size))
     flat = torch.from_numpy(vectors).flatten(0, 1)                      # (F C, D)
     return {**compare_backbones(list(vectors), list(maps.mean(2)))[0],
             "feature_std": ssl_.student_feature_std(flat),
@@ -540,19 +519,18 @@ class Looker:
     def labelled_images(self, device: str):
         """Synthetic images to train the decoder on and to score it on, with cells as in views."""
         diameter = self.config.data.field_diameter * self.config.views.zoom
-        given = data.TrainingData(fields=self.config.measure.probe_images, field_size=256,
-                                  field_diameter=diameter,
-                                  field_cells=round((256 / diameter) ** 2))
+        given = data.TrainingData(
+            fields=self.config.measure.probe_images, field_size=256, field_diameter=diameter,
+            field_cells=round((256 / diameter) ** 2))
         return augment.load_resident(given, self.config.seed, device, 4.0)[:2]
 
     def draw(self, step: int, looks: list[Look]) -> None:
         """Draw the curves, and attention and components of the first windows."""
         folder, windows, n = self.run.folder / "images", self.windows, len(looks)
-        few = Windows(windows.names[:n], windows.pixels[:n], windows.limits[:n], None,
-                      windows.channels)
-        shown = resampled_pairs(few, self.config.views.size)
-        pictures = write_probe_pictures(folder / f"{step:08d}", few.names, list(shown), looks,
-                                        few.channels)
+        few = windows._replace(pixels=windows.pixels[:n], limits=windows.limits[:n])
+        shown = list(resampled_pairs(few, self.config.views.size))
+        pictures = write_probe_pictures(folder / f"{step:08d}", windows.names[:n], shown, looks,
+                                        windows.channels)
         for path in pictures:
             if self.run.wandb:
                 self.run.log_picture(step, path.stem, skimage.io.imread(path))

@@ -75,7 +75,7 @@ def open_store(root: str, connections: int = 16, signed: bool = False, cache: Ca
     if not is_remote(root):
         if "://" in root:
             raise ValueError(f"{root}: expected s3://bucket/prefix or a folder; AWS_ENDPOINT_URL "
-                             "in the environment names another server")
+                             "names another server")
         return Folder(root)
     return Bucket(root, connections, signed, cache)
 
@@ -97,8 +97,7 @@ class Folder:
         self.counts: Counter[str] = Counter()
         self.notice: Callable[[str], None] = print       # but there are no notices
         if not self.root.is_dir():
-            raise FileNotFoundError(f"{root}: no such folder; give one with images, or an s3:// "
-                                    "address")
+            raise FileNotFoundError(f"{root}: no such folder; give one, or an s3:// address")
 
     def read(self, name: str, largest: float = math.inf, fresh: bool = False) -> bytes:
         if name.startswith("/") or "\0" in name or ".." in name.split("/"):
@@ -312,8 +311,7 @@ class Bucket:
         return reason
 
     def _alive(self) -> bool:
-        """Whether the server still gives the last good object, or knows its bucket, if there was
-        none yet."""
+        """The server still gives the last good object, or knows its bucket, if none came yet."""
         known = botocore.exceptions
         try:
             if self._good:
@@ -479,7 +477,7 @@ class OutputFolder:
         self.folder = folder
 
     def has(self, names: Sequence[str]) -> bool:
-        """Whether all are there, and none is empty."""
+        """All are there, and none is empty."""
         return all((self.folder / name).is_file() and (self.folder / name).stat().st_size
                    for name in names)
 

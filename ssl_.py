@@ -1,6 +1,6 @@
 """Pretraining without labels, the whole method: views, masks, losses, student and teacher.
 
-    kinds = stains_of(pool.channels, ("HighZBF", "LowZBF", "Brightfield"))
+    kinds = view_stains(pool.channels, ("HighZBF", "LowZBF", "Brightfield"))
     large, small = draw_views(pool, slots, numbers, step, seed, config.views, light, kinds)
     masks = block_masks(seed, numbers, h, w)                  # patches hidden from the student
     student = Learner(vit, prototypes=8192)
@@ -67,8 +67,8 @@ def view_light(changes: dict | None = None) -> Augment:
     """
     if wrong := [key for key in changes or {} if key in GEOMETRY]:
         known = [f.name for f in fields(Augment) if f.name not in GEOMETRY]
-        raise ValueError(f"augment.{wrong[0]}: views are cut by the section `views`; here expected "
-                         f"some of {', '.join(known)}")
+        raise ValueError(f"augment.{wrong[0]}: views are cut by the section `views`; expected some "
+                         f"of {', '.join(known)}")
     return runs.from_dict(Augment, {**LIGHT, **(changes or {})}, "augment")
 
 
@@ -85,8 +85,8 @@ def view_stains(channels: Sequence[str], brightfield: Sequence[str]) -> Stains:
     bright = tuple(i for i, name in enumerate(channels) if name.lower() in names)
     fluorescence = tuple(i for i in range(len(channels)) if i not in bright)
     if not fluorescence:
-        raise ValueError(f"channels {', '.join(channels)}: all are brightfield, expected one of "
-                         "fluorescence or more")
+        raise ValueError(f"channels {', '.join(channels)}: all are brightfield, expected "
+                         "fluorescence, too")
     return Stains(len(channels), fluorescence, bright)
 
 
@@ -191,8 +191,7 @@ def cut_view_crops(pixels: Tensor, limits: Tensor, slots: Tensor, weights: np.nd
     at = send_crop_values(np.arange(size) - (size - 1) / 2, pixels.device)               # (S,)
     down, right = (send_crop_values(matrix[:, :, i], pixels.device)[:, :, None] * at
                    for i in (0, 1))
-    down = down + send_crop_values(centre - 0.5,
-                                   pixels.device)[:, :, None]      # pixel i has its middle at i
+    down = down + send_crop_values(centre - 0.5, pixels.device)[:, :, None]  # pixel i: middle at i
     yx = [down[:, i, :, None] + right[:, i, None, :] for i in (0, 1)]        # (n, S, S) each
     y, x = (mirrored_coordinates(v, torch.full((), float(e), device=v.device))
             for v, e in zip(yx, (H, W), strict=True))
@@ -218,8 +217,8 @@ def cut_view_crops(pixels: Tensor, limits: Tensor, slots: Tensor, weights: np.nd
         low, high = limits[slot, c].unbind(1)
         share = torch.where(high > low, 1 / (high - low), 0)
         value = ((value - low[:, None, None]) * share[:, None, None]).clamp_(0, 1)
-        out.index_add_(0, index, value * send_crop_values(weights[rows, c],
-                                                          pixels.device)[:, None, None])
+        weight = send_crop_values(weights[rows, c], pixels.device)
+        out.index_add_(0, index, value * weight[:, None, None])
     return out[:, None]
 
 
@@ -295,7 +294,7 @@ def block_masks(seed: int, numbers: np.ndarray, h: int, w: int,
 # across all processes of the group, so that n processes learn what one with the whole batch learns.
 
 def in_group() -> bool:
-    """Whether this process is one of several."""
+    """This process is one of several."""
     group = distributed.is_available() and distributed.is_initialized()
     return group and distributed.get_world_size() > 1
 
@@ -427,8 +426,7 @@ class Prototypes(nn.Linear):
 class Head(nn.Module):
     """Token -> unit vector of `bottleneck` numbers; `prototypes` makes logits of it."""
 
-    def __init__(self, dim: int, prototypes: int = 8192, hidden: int = 2048, bottleneck: int = 256,
-                 unit: bool = False):
+    def __init__(self, dim: int, prototypes: int, hidden: int, bottleneck: int, unit: bool):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden),
                                  nn.GELU(), nn.Linear(hidden, bottleneck))
@@ -565,23 +563,19 @@ def student_step_flops(learner: Learner, size: int, local_size: int, local_views
 
 # ---------------------------------------------------------------------------- is it still learning
 
-def _exp_entropy(p: Tensor) -> float:
-    p = p.cpu().double()                                       # mps has no doubles
+def perplexity(counts: Tensor) -> float:
+    """exp of the entropy, (K,) -> 1 to K: of how often each was chosen, the prototypes in use."""
+    p = counts.cpu().double()                                  # mps has no doubles
     p = p / p.sum().clamp(min=1e-12)
     return math.exp(-(p * p.clamp(min=1e-300).log()).sum().item())
 
 
-def perplexity(counts: Tensor) -> float:
-    """Prototypes in use: exp of the entropy of how often each was chosen, (K,) -> 1 to K."""
-    return _exp_entropy(counts)
-
-
 def student_effective_rank(x: Tensor) -> float:
-    """exp of the entropy of the singular values of the centred rows (Roy & Vetterli, 2007).
+    """Perplexity of the singular values of the centred rows (Roy & Vetterli, 2007).
 
     (B, D) -> 1 to min(B - 1, D).
     """
-    return _exp_entropy(torch.linalg.svdvals((x - x.mean(0)).cpu().double()))
+    return perplexity(torch.linalg.svdvals((x - x.mean(0)).cpu().double()))
 
 
 def student_feature_std(x: Tensor) -> float:

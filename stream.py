@@ -49,8 +49,8 @@ def open_pool(config: fields.FieldData, batch: int, seed: int, device: str, rank
     makers = makers[config.held:]
     if len(makers) < batch:
         raise ValueError(f"batch={batch}: {len(makers)} fields to train on beside data.held="
-                         f"{config.held}; a batch takes no field twice, so give more fields or a "
-                         "smaller batch")
+                         f"{config.held}, and none is taken twice; give more fields or a smaller "
+                         "batch")
     return ResidentPool((make()[:2] for make in makers), channels, device, rank, world, seed)
 
 
@@ -118,8 +118,8 @@ class ResidentPool(Pool):
         together = batch * self.world
         if not 1 <= together <= len(self.names):
             raise ValueError(f"batch={batch} on {self.world} processes: {together} fields of "
-                             f"{len(self.names)}, expected at most as many, since a field is taken "
-                             "once; give more fields or a smaller batch")
+                             f"{len(self.names)}, and none is taken twice; give more fields or a "
+                             "smaller batch")
         slots = np.random.default_rng((self.seed, step)).choice(len(self.names), together, False)
         return self._sent(slots[self.rank * batch:(self.rank + 1) * batch])
 
@@ -128,8 +128,7 @@ class ResidentPool(Pool):
 
     def restore(self, state: dict | Sequence[dict]) -> None:
         if any([state] if isinstance(state, dict) else state):
-            raise ValueError("the checkpoint's fields were streamed, here all are resident; keep "
-                             "the data as it was")
+            raise ValueError("the checkpoint's fields were streamed, these are not; keep the data")
 
     def stats(self) -> dict[str, float]:
         return {}
@@ -177,8 +176,8 @@ class FieldPool(Pool):
         self.shard = pool_shard(len(index), seed, rank, world)
         self._fields, self._least = min(config.pool, len(self.shard)), config.least
         if self._fields < 1:
-            raise ValueError(f"no field for rank {rank} of {world}, for there are {len(index)}; "
-                             "start fewer processes")
+            raise ValueError(f"no field for rank {rank} of {world}, of {len(index)}; start fewer "
+                             "processes")
         self._floor = self._fields // 2
         self._threads = config.threads
         self._limit = 2 * math.ceil(config.threads / len(self.channels)) + 2   # fields on their way
@@ -243,8 +242,7 @@ class FieldPool(Pool):
         """(batch,) int64 distinct slots on the device; their pixels stay until the next call."""
         if not 1 <= batch <= self._fields or batch == self._fields < len(self.shard):
             raise ValueError(f"batch={batch} of {self._fields} fields in the pool: expected fewer, "
-                             "since the fields of a batch cannot be replaced; give data.pool="
-                             f"{2 * batch} or more, or a smaller batch")
+                             f"since those of a batch stay; give data.pool={2 * batch} or more")
         with self._changed:
             self._floor = max(self._floor, batch)
             self._start()
@@ -476,13 +474,13 @@ class FieldPool(Pool):
             raise ValueError("restore() after sample(): expected before the first one")
         for one in states:
             if (one["index"], one["seed"]) != (self.index.digest, self.seed):
-                raise ValueError(f"the checkpoint's pool had another index or seed ({one['seed']})"
-                                 "; give the same ones, or begin a new experiment")
+                raise ValueError("the checkpoint's pool had another index or seed "
+                                 f"({one['seed']}); keep them, or begin a new experiment")
         own = [one for one in states if (one["rank"], one["world"]) == (self.rank, self.world)]
         if not own and len(states) != states[0]["world"]:
             raise ValueError(f"the checkpoint's pool is of rank {states[0]['rank']} of "
-                             f"{states[0]['world']}, here rank {self.rank} of {self.world} goes on"
-                             "; give restore() the states of all ranks")
+                             f"{states[0]['world']}, here rank {self.rank} of {self.world} goes "
+                             "on; give restore() the states of all ranks")
         if own:
             self._pass, consumed = own[0]["pass"], self._unpacked(own[0])
             left = [row for row in self._order_of(self._pass) if not consumed[row]]
@@ -523,7 +521,7 @@ class FieldPool(Pool):
             self._last = time.monotonic(), self._counts["fields"], counts["bytes"]
             seconds, arrived, loaded = np.subtract(self._last, last)
             here, seconds = int(self._ready.sum()), max(seconds, 1e-9)
-            visited = 1 - len(self._order) / max(1, len(self.shard))
+            visited = 1 - len(self._order) / len(self.shard)
             return {"fields_per_s": float(arrived / seconds),
                     "mb_per_s": float(loaded / 1e6 / seconds),
                     "bytes": float(self._bytes()), "resident": float(here),
@@ -569,7 +567,7 @@ def main(config: Config, arguments: list[str]) -> int:
     commands = {"index": write_stream_index, "stats": print_pool_stats}
     if len(arguments) != 2 or arguments[0] not in commands:
         raise ValueError(f"got {' '.join(arguments) or 'nothing'}, expected index SOURCE out=FILE "
-                         "or stats FILE; --help explains them")
+                         "or stats FILE")
     return commands[arguments[0]](config, arguments[1])
 
 
@@ -583,12 +581,12 @@ def write_stream_index(config: Config, source: str) -> int:
     journal.unlink()
     missing = ", ".join(f"{name[8:]} {n:,}" for name, n in sorted(counts.items())
                         if name.startswith("without "))
+    missing = missing and f" (missing {missing})"
     print(f"{out}: {len(index):,} fields of {len(set(index.plates))} plates, {len(index.channels)} "
           f"channels, from {counts['keys']:,} files")
-    print(f"left out: {counts['incomplete']:,} incomplete fields"
-          + (f" (missing {missing})" if missing else "")
-          + f", {counts['other']:,} other files, {counts['repeated']:,} further planes or time "
-          f"points, {counts['twice']:,} fields listed twice")
+    print(f"left out: {counts['incomplete']:,} incomplete fields{missing}, {counts['other']:,} "
+          f"other files, {counts['repeated']:,} further planes or time points, "
+          f"{counts['twice']:,} fields listed twice")
     return 0
 
 

@@ -74,8 +74,7 @@ class Views:
             raise ValueError(f"views.scale={list(self.scale)}: expected two numbers, low and high")
         if self.zoom * self.scale[0] < 0.33:
             raise ValueError(f"views.zoom={self.zoom:g}, views.scale from {self.scale[0]:g}: "
-                             "expected a product of 0.33 or more, below it bilinear sampling skips "
-                             "pixels of the field")
+                             "expected a product of 0.33 or more, below it pixels are skipped")
 
 
 @dataclass(frozen=True)
@@ -140,9 +139,9 @@ class Config:
                 raise ValueError(f"views.{name}={side}: expected a multiple of the patch, "
                                  f"{patch} px")
         if self.measure.probe_every and (self.network.depth < stages or 2 ** (stages - 1) != patch):
-            raise ValueError(f"measure.probe_every={self.measure.probe_every}: the decoder of the "
-                             f"probe needs a patch of 2, 4, 8 ... px and {stages} blocks, here "
-                             f"{patch} px and {self.network.depth} blocks")
+            raise ValueError(f"measure.probe_every={self.measure.probe_every}: its decoder needs a "
+                             f"patch of 2, 4, 8 ... px and {stages} blocks, here {patch} px and "
+                             f"{self.network.depth} blocks")
 
 
 def main(config: Config, files: list[str], check: bool = False) -> int:
@@ -193,6 +192,7 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
             looker.look(teacher.encoder.vit, 0)       # the random network, to compare all else with
         since = Since(device, start)
         for step in range(start, config.steps):
+            done = step + 1
             rates = pretraining_schedules(config, step)
             set_pretraining_rates(optimiser, rates, frozen=step < config.freeze)
             sample = np.arange(config.batch)[share] + step * config.batch    # its own numbers
@@ -208,14 +208,13 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
                 found = wrapped(teacher, batch, rates["temperature"], config.loss)
             found["loss"].backward()
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip)
-            if (step + 1) % config.log_every == 0:
-                run.log_gradients(step + 1, student)
+            if done % config.log_every == 0:
+                run.log_gradients(done, student)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             ssl_.update_teacher(teacher, student, rates["momentum"])
             since.add(found)
             usage = usage * 0.999 + found["chosen"]                  # the last 1000 steps, fading
-            done = step + 1
 
             if done % config.log_every == 0:
                 means = since.means(done, world)
@@ -378,11 +377,11 @@ class Since:
     def speed(self, step: int, batch: int) -> dict[str, float]:
         """Images a second, the share of the time spent cutting views, and the GPU's memory."""
         took = time.perf_counter() - self.clock
-        memory = {}
+        found = dict(images_per_s=(step - self.step) * batch / took,
+                     data_share=self.cutting.seconds() / took)
         if self.cutting.on_gpu:
-            memory["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return dict(images_per_s=(step - self.step) * batch / took,
-                    data_share=self.cutting.seconds() / took, **memory)
+            found["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return found
 
 
 # Collapse: below these shares of the prototypes and the effective rank that could be reached, or
@@ -424,7 +423,8 @@ def print_ssl_plan(config: Config, student, teacher, light, device: str) -> int:
     """Print memory, work and time of a step, tried on noise; write and fetch nothing."""
     print(runs.to_yaml(config))
     train, channels, extent = fields.field_extent(config.data, config.seed)
-    count, on_gpu = min(train, config.data.pool) if config.data.index else train, "cuda" in device
+    count = min(train, config.data.pool) if config.data.index else train
+    on_gpu = "cuda" in device
     print(f"{train} fields to train on, {count} on the device at a time, {config.data.held} to "
           f"measure on; {extent[0]} x {extent[1]} px in {len(channels)} channels")
     tried = config.batch if on_gpu else min(config.batch, 4)  # fields; all would take minutes
@@ -472,10 +472,9 @@ def print_ssl_plan(config: Config, student, teacher, light, device: str) -> int:
     backbone, all_of_it = (sum(p.numel() for p in part.parameters()) / 1e6
                            for part in (student.encoder, student))
     views = config.views
-    work = config.batch * ssl_.student_step_flops(student, views.size, views.local_size,
-                                                  views.locals)
+    flops = ssl_.student_step_flops(student, views.size, views.local_size, views.locals)
     print(f"{backbone:.1f} M parameters in the backbone, {all_of_it:.1f} M with the heads; "
-          f"{work / 1e12:.2f} TFLOPs a step")
+          f"{config.batch * flops / 1e12:.2f} TFLOPs a step")
     seconds = took * whole
     print(f"{seconds:.3f} s a step on {device}{', compiled' * compiled}, tried with {tried} fields "
           f"({cutting / took:.0%} of it cutting views): {config.steps} steps take about "

@@ -150,14 +150,12 @@ class Index:
 
     def plate_sizes(self) -> Iterator[tuple[str, str, int, int]]:
         """batch, plate, fields, bytes of each plate."""
-        fields: Counter[tuple[bytes, bytes]] = Counter()
-        sizes: Counter[tuple[bytes, bytes]] = Counter()
+        sizes: dict[tuple[str, str], list[int]] = defaultdict(list)
         for line in self.lines:
-            batch, plate, _, _, _, _, size, _ = line.split(b"\t", 7)
-            fields[batch, plate] += 1
-            sizes[batch, plate] += int(size)
-        for batch, plate in sorted(fields):
-            yield batch.decode(), plate.decode(), fields[batch, plate], sizes[batch, plate]
+            batch, plate, *_, size, _ = line.decode().split("\t", 7)
+            sizes[batch, plate].append(int(size))
+        for (batch, plate), some in sorted(sizes.items()):
+            yield batch, plate, len(some), sum(some)
 
     def save(self, path: str | Path) -> None:
         head = f"#root\t{self.root}\n" + "\t".join((*COLUMNS, *self.channels)) + "\n"

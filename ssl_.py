@@ -110,10 +110,9 @@ def view_channel_weights(config, stain: Draws, crop: Draws, kinds: Stains) -> np
         return values
 
     u = draw("channel")
-    if config.strategy == "average":
-        return np.broadcast_to(mean, (V, B, C)).copy()
-    if config.strategy == "single":                                          # as others do it
-        return np.broadcast_to(pick(u[0], range(C)), (V, B, C)).copy()
+    if config.strategy in ("average", "single"):                             # single: as others do
+        same = mean if config.strategy == "average" else pick(u[0], range(C))
+        return np.broadcast_to(same, (V, B, C)).copy()
     if config.strategy == "pairs":
         first = (u[0] * C).astype(int)
         second = (first + 1 + (u[1] * (C - 1)).astype(int)) % C

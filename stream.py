@@ -178,10 +178,8 @@ class FieldPool(Pool):
         if self._fields < 1:
             raise ValueError(f"no field for rank {rank} of {world}, of {len(index)}; start fewer "
                              "processes")
-        self._floor = self._fields // 2
-        self._threads = config.threads
+        self._floor, self._threads, self._bad_file = self._fields // 2, config.threads, bad_fields
         self._limit = 2 * math.ceil(config.threads / len(self.channels)) + 2   # fields on their way
-        self._bad_file = bad_fields
         self.bad: dict[str, str] = {}                              # name: reason
         self._slot_of: dict[int, int] = {}                       # row: slot of those that are ready
         self._reader = fields.FieldReader(index.root, config)
@@ -453,11 +451,11 @@ class FieldPool(Pool):
         """State for the checkpoint: fields visited in the pass, and residents."""
         with self._changed:
             here = np.flatnonzero(self._ready)
-            rows = [*self._rows[here].tolist(), *(row for row, _ in self._refill)]
-            uses = [*self._uses[here].tolist(), *(uses for _, uses in self._refill)]
-            for job in self._flight.values():
-                if not job.visit:
-                    rows, uses = [*rows, job.row], [*uses, job.uses]
+            rows, uses = self._rows[here].tolist(), self._uses[here].tolist()
+            returning = [(job.row, job.uses) for job in self._flight.values() if not job.visit]
+            for row, used in [*self._refill, *returning]:
+                rows.append(row)
+                uses.append(used)
             return {"index": self.index.digest, "seed": self.seed, "rank": self.rank,
                     "world": self.world, "pass": self._pass,
                     "consumed": torch.from_numpy(np.packbits(self._consumed)),

@@ -1,10 +1,9 @@
 """Image of any size -> labels: plan, tiles, blocks.
 
-    labels = segment(image, net)                   image (H, W), (C, H, W) or an open images.Source;
-                                                   labels (H, W) int32
-    plan = plan_for(source, net, diameter=30)      what the image gets, decided once
-    for block in blocks(source, plan): ...         the same labels piece by piece, in memory bounded
-                                                   by the block
+    labels = segment(image, net)                 image (H, W), (C, H, W) or an open images.Source
+    plan = plan_for(source, net, diameter=30)    what the image gets, decided once
+    for block in blocks(source, plan): ...       the same labels (H, W) int32 piece by piece, in
+                                                 memory bounded by the block
 
 What happens to an image of H x W px:
 
@@ -22,7 +21,8 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -30,9 +30,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import binary_dilation, gaussian_filter
 from skimage.filters import threshold_otsu
-from skimage.morphology import binary_dilation, disk, remove_small_objects
+from skimage.morphology import disk, remove_small_objects
 from torch import Tensor
 
 import images
@@ -46,38 +46,37 @@ HALO = 256              # px around a block, at least
 UNKNOWN = 40.0          # px, taken as the diameter of cells by networks that do not know it
 UNIT = np.array([[0.0, 1.0]] * 3)      # limits of an image (3, H, W) that is normalised already
 
+Region = tuple[slice, slice]    # rows and columns
+
 
 # --------------------------------------------------------------------------------------------- plan
 
 class Plan(NamedTuple):
     """Network, thresholds, scale and tiles of an image."""
     net: DINOCell
-    setting: Setting                # thresholds of the watershed, lengths in px of the network
-    zoom: float                     # px of the network for each px of the image
-    limits: np.ndarray              # (C, 2) intensities that become 0 and 1
-    diameter: float                 # px of the image, of a typical cell
-    near: float                     # px of the image, cells nearer than this are neighbours
-    tile: int                       # px of the network, side of the tiles
-    overlap: int                    # px of the network that neighbouring tiles share
-    batch: int                      # tiles at once
-    block: int                      # px of the image, side of the blocks
-    halo: int                       # px of the image, margin around a block
-    border: str                     # keep, or drop: leave out cells cut by the edge of the image
-    tissue: np.ndarray | None = None   # (h, w) bool, of any size; other tiles are not looked at
-    embed: bool = False             # blocks bring a vector for each cell
+    setting: Setting           # thresholds of the watershed, lengths in px of the network
+    zoom: float                # px of the network for each px of the image
+    limits: np.ndarray         # (C, 2) intensities that become 0 and 1
+    diameter: float            # px of the image, of a typical cell
+    near: float                # px of the image, cells nearer than this are neighbours
+    tile: int                  # px of the network, side of the tiles
+    overlap: int               # px of the network that neighbouring tiles share
+    batch: int                 # tiles at once
+    block: int                 # px of the image, side of the blocks
+    halo: int                  # px of the image, margin around a block
+    border: str                # keep, or drop: leave out cells cut by the edge of the image
+    tissue: np.ndarray | None = None  # (h, w) bool, of any size; other tiles are not looked at
+    embed: bool = False        # blocks bring a vector for each cell
 
 
 def plan_for(image, net: DINOCell, *, diameter: float | None = None, zoom: float | None = None,
              limits: np.ndarray | None = None, tile: int | None = None, overlap: int | None = None,
              batch: int | None = None, block: int = 2048, halo: int | None = None,
-             near: float | None = None,
-             border: Literal["keep", "drop"] = "keep", tissue: np.ndarray | None = None,
-             embed: bool = False,
+             near: float | None = None, border: Literal["keep", "drop"] = "keep",
+             tissue: np.ndarray | None = None, embed: bool = False,
              **thresholds: float | None) -> Plan:
     """Decide what an image gets; None: chosen here.
 
-    Parameters
-    ----------
     diameter : px, of the cells in the image, which is scaled so that they have the size the network
         knows. None: as the network's size head sees them; without one the image is not scaled.
     zoom : px of the network for each px of the image, in place of a diameter.
@@ -120,16 +119,12 @@ def zoom_for(diameter: float, net: DINOCell) -> float:
     if not diameter > 0:
         raise ValueError(f"diameter={diameter:g}: expected more than 0 px")
     zoom = typical / diameter
-    if zoom > 10:
-        raise ValueError(f"diameter={diameter:g}: the image would be enlarged {zoom:.0f} times, "
-                         f"for these weights know cells of {typical:.3g} px; expected "
-                         f"{typical / 10:.2g} px or more")
-    if zoom < 1 / 32:
-        raise ValueError(f"diameter={diameter:g}: the image would be reduced {1 / zoom:.0f} times, "
-                         f"for these weights know cells of {typical:.3g} px; expected "
-                         f"{32 * typical:.3g} px or less")
-    # under 5 %: resampling would cost more than it brings
-    return 1.0 if abs(math.log(zoom)) < 0.05 else zoom
+    if not 1 / 32 <= zoom <= 10:
+        change = f"enlarged {zoom:.0f}" if zoom > 1 else f"reduced {1 / zoom:.0f}"
+        raise ValueError(f"diameter={diameter:g}: the image would be {change} times, for these "
+                         f"weights know cells of {typical:.3g} px; expected {typical / 10:.2g} to "
+                         f"{32 * typical:.3g} px")
+    return 1.0 if abs(math.log(zoom)) < 0.05 else zoom  # resampling would cost more than it brings
 
 
 @torch.inference_mode()
@@ -139,10 +134,10 @@ def seen_diameter(source, net: DINOCell, limits: np.ndarray, looks: int = 2) -> 
     It looks at a few tiles as they are, then at the zoom that this suggests; sure ones count more.
     """
     typical, zoom = net.settings.diameter, 1.0
-    assert typical is not None                               # known where there is a size head
+    assert typical is not None  # known where there is a size head
     for _ in range(looks):
-        tiles = sampled_tiles(source, limits, scaled_size(source.shape[1:], zoom),
-                              net.settings.tile)
+        size = scaled_size(source.shape[1:], zoom)
+        tiles = sampled_tiles(source, limits, size, net.settings.tile)
         guess, spread = net.log_diameters(tiles.to(net.mean.device))
         weight = torch.exp(-2 * spread)
         diameter = math.exp(float((guess * weight).sum() / weight.sum())) / zoom
@@ -184,13 +179,13 @@ def tile_side(net: DINOCell, tile: int | None, overlap: int | None,
 class Block:
     """Part of the labels; cells that are new here lie whole in its view, if the halo fits them."""
 
-    core: tuple[slice, slice]      # rows and columns of the image that this block answers for
-    view: tuple[slice, slice]      # the same with the margin
-    local: np.ndarray              # (view) int32: every cell in view, numbered 1..n here
-    ids: np.ndarray                # (n + 1,) int32: local number -> id; 0: does not reach the core
-    new: np.ndarray                # local numbers of the cells first met here
-    labels: np.ndarray             # (core) int32, ids of the whole image
-    seen: np.ndarray               # (view) float32, distances in [0, 1]
+    core: Region              # rows and columns of the image that this block answers for
+    view: Region              # the same with the margin
+    local: np.ndarray         # (view) int32: every cell in view, numbered 1..n here
+    ids: np.ndarray           # (n + 1,) int32: local number -> id; 0: does not reach the core
+    new: np.ndarray           # local numbers of the cells first met here
+    labels: np.ndarray        # (core) int32, ids of the whole image
+    seen: np.ndarray          # (view) float32, distances in [0, 1]
     vectors: np.ndarray | None = None  # (len(new), D) float32, where the plan asks for them
 
     @property
@@ -199,11 +194,15 @@ class Block:
         return self.seen[self.inner]
 
     @property
-    def inner(self) -> tuple[slice, slice]:
+    def inner(self) -> Region:
         """The core within the view."""
-        rows, columns = (slice(core.start - view.start, core.stop - view.start)
-                         for core, view in zip(self.core, self.view))
-        return rows, columns
+        return _within(self.core, self.view)
+
+
+def _within(part: Region, whole: Region) -> Region:
+    """Where a part of the image lies in a larger one."""
+    rows, columns = (slice(a.start - b.start, a.stop - b.start) for a, b in zip(part, whole))
+    return rows, columns
 
 
 def segment(image, net: DINOCell, **wanted) -> np.ndarray:
@@ -220,11 +219,9 @@ def segment(image, net: DINOCell, **wanted) -> np.ndarray:
 def distances(image, net: DINOCell, **wanted) -> np.ndarray:
     """The network's answer, before the watershed: (H, W) float32 in [0, 1]."""
     source = as_source(image)
-    plan, size = plan_for(source, net, **wanted)._replace(embed=False), source.shape[1:]
-    rows, _ = network_map(source, plan)                                                  # (h, w)
-    scales = tuple(n / length for n, length in zip(rows.shape, size))
-    grid, whole = ([slice(0, n) for n in shape] for shape in (rows.shape, size))
-    return _enlarge_tile_map(rows, grid, whole, scales).cpu().numpy()
+    plan = plan_for(source, net, **wanted)._replace(embed=False)
+    rows, _ = network_map(source, plan)                                      # (h, w)
+    return _enlarge_tile_map(rows, *_whole_regions(rows.shape, source.shape[1:])).cpu().numpy()
 
 
 def blocks(source, plan: Plan, clock: Counter | None = None,
@@ -236,20 +233,19 @@ def blocks(source, plan: Plan, clock: Counter | None = None,
     """
     clock = Counter() if clock is None else clock
     _, H, W = source.shape
-    block, halo = plan.block, plan.halo
-    if max(H, W) <= block + 2 * halo:
-        block = max(H, W)
+    block, halo = _block_side(plan, H, W), plan.halo
     h, w = scaled_size((H, W), plan.zoom)
-    pool = _token_pool(plan)
+    scales = h / H, w / W
+    pool = _token_pool(plan) if plan.embed else None
     rows = _tile_distances(source, plan, clock, progress, pool)
-    held: Tensor | None = None                               # rows of distances at hand
-    first = 0                                                # number of the first
-    known = np.zeros((0, W), np.int32)           # final labels of the last `halo` rows above
+    held: Tensor | None = None  # rows of distances at hand
+    first = 0  # number of the first
+    known = np.zeros((0, W), np.int32)  # final labels of the last `halo` rows above
     count = 0
     for top in range(0, H, block):
         bottom = min(top + block, H)
         view_y = slice(max(0, top - halo), min(H, bottom + halo))
-        net_y = _block_span(view_y, h / H, h)
+        net_y = _block_span(view_y, scales[0], h)
         parts = [] if held is None else [held]
         while first + sum(len(part) for part in parts) < net_y.stop:
             parts.append(next(rows))
@@ -262,29 +258,27 @@ def blocks(source, plan: Plan, clock: Counter | None = None,
         for left in range(0, W, block):
             right = min(left + block, W)
             view_x = slice(max(0, left - halo), min(W, right + halo))
-            net_x = _block_span(view_x, w / W, w)
+            net_x = _block_span(view_x, scales[1], w)
             distance = held[:net_y.stop - first, net_x]
+            core, view = (slice(top, bottom), slice(left, right)), (view_y, view_x)
             with timed(clock, "watershed"):
-                inner = (slice(top - view_y.start, bottom - view_y.start),
-                         slice(left - view_x.start, right - view_x.start))
-                local, whole = _block_labels(distance, (net_y, net_x), (view_y, view_x),
-                                             (h / H, w / W), plan)
-                local, whole = local.cpu().numpy(), whole.cpu().numpy()
+                inner = _within(core, view)
+                local, whole = (x.cpu().numpy() for x in _block_labels(
+                    distance, (net_y, net_x), view, scales, plan))
                 if plan.border == "drop":
-                    local = _drop_cut(local, (view_y, view_x), (H, W))
+                    local = _drop_cut(local, view, (H, W))
                 ids, new = _block_ids(local, inner, known[:, view_x], count)
                 count += len(new)
-                alone = local[inner].shape == local.shape     # one block: its numbers are the ids
-                labels = local if alone else ids[local[inner]]
+                # one block: its numbers are the ids
+                labels = local if core == view else ids[local[inner]]
                 known[top - view_y.start:, left:right] = labels
-                found = pool.of(local, new, (view_y.start, view_x.start),
-                                (h / H, w / W)) if pool else None
-            yield Block((slice(top, bottom), slice(left, right)), (view_y, view_x), local, ids, new,
-                        labels, whole, found)
+                found = (pool.of(local, new, (view_y.start, view_x.start), scales)
+                         if pool else None)
+            yield Block(core, view, local, ids, new, labels, whole, found)
 
 
-def cell_vectors(image, labels: np.ndarray, net: DINOCell, **wanted) -> tuple[np.ndarray,
-                                                                             np.ndarray]:
+def cell_vectors(image, labels: np.ndarray, net: DINOCell, **wanted
+                 ) -> tuple[np.ndarray, np.ndarray]:
     """Vectors of given cells (H, W): their ids (n,), ascending, and (n, D); see plan_for()."""
     source = as_source(image)
     plan = plan_for(source, net, embed=True, **wanted)
@@ -296,14 +290,16 @@ def pooled_vectors(pool: vectors.TokenPool | None, labels: np.ndarray, plan: Pla
     """Ids (n,) and vectors (n, D) of the cells of labels (H, W) from the tokens of their image."""
     assert pool is not None                                        # plan.embed was set
     ids = np.unique(labels[labels > 0])
-    scales = tuple(n / length for n, length in zip(scaled_size(labels.shape, plan.zoom),
-                                                   labels.shape))
+    *_, scales = _whole_regions(scaled_size(labels.shape, plan.zoom), labels.shape)
     return ids, pool.of(labels, ids, (0, 0), scales)
 
 
-def _token_pool(plan: Plan) -> vectors.TokenPool | None:
-    if not plan.embed:
-        return None
+def _block_side(plan: Plan, H: int, W: int) -> int:
+    """Side of the blocks; an image that is not much larger is one."""
+    return plan.block if max(H, W) > plan.block + 2 * plan.halo else max(H, W)
+
+
+def _token_pool(plan: Plan) -> vectors.TokenPool:
     backbone = plan.net.backbone
     return vectors.TokenPool(backbone.patch, backbone.dim, _window(plan.tile, plan.overlap))
 
@@ -315,8 +311,8 @@ def blocks_of(labels: np.ndarray, source, plan: Plan) -> Iterator[Block]:
     given = None
     if plan.embed:
         number, given = pooled_vectors(network_map(source, plan)[1], labels, plan)
-    known = np.zeros(int(labels.max(initial=0)) + 1, bool)         # met in a block before
-    block = plan.block if max(H, W) > plan.block + 2 * plan.halo else max(H, W)
+    known = np.zeros(int(labels.max(initial=0)) + 1, bool)  # met in a block before
+    block = _block_side(plan, H, W)
     for top in range(0, H, block):
         for left in range(0, W, block):
             core = slice(top, min(top + block, H)), slice(left, min(left + block, W))
@@ -324,7 +320,7 @@ def blocks_of(labels: np.ndarray, source, plan: Plan) -> Iterator[Block]:
                              for part, n in zip(core, (H, W)))
             ids, local = np.unique(labels[rows, columns], return_inverse=True)
             local = local.reshape(rows.stop - rows.start, columns.stop - columns.start)
-            if ids[0] != 0:                                        # there is no background
+            if ids[0] != 0:  # there is no background
                 ids, local = np.insert(ids, 0, 0), local + 1
             new = np.setdiff1d(np.unique(labels[core]), np.flatnonzero(known))
             new = np.searchsorted(ids, new[new > 0])
@@ -344,25 +340,32 @@ def network_map(source, plan: Plan, progress: Callable[[float], None] | None = N
 def cells_in_map(rows: Tensor, plan: Plan, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Labels and distances (H, W) of a network_map(): blocks() of an image that is one block,
     without the network."""
-    net, whole = ([slice(0, n) for n in shape] for shape in (rows.shape, size))
-    scales = rows.shape[0] / size[0], rows.shape[1] / size[1]
+    net, whole, scales = _whole_regions(rows.shape, size)
     local, distance = (x.cpu().numpy() for x in _block_labels(rows, net, whole, scales, plan))
     if plan.border == "drop":
-        local = _drop_cut(local, (whole[0], whole[1]), size)
+        local = _drop_cut(local, whole, size)
     return local, distance
 
 
-def _block_labels(distance: Tensor, net, view, scales, plan: Plan) -> tuple[Tensor, Tensor]:
+def _whole_regions(small: Sequence[int], size: Sequence[int]
+                   ) -> tuple[Region, Region, tuple[float, float]]:
+    """All of the map (h, w) and of the image (H, W), and px of the map for each px of the image."""
+    return ((slice(0, small[0]), slice(0, small[1])), (slice(0, size[0]), slice(0, size[1])),
+            (small[0] / size[0], small[1] / size[1]))
+
+
+def _block_labels(distance: Tensor, net: Region, view: Region, scales: tuple[float, float],
+                  plan: Plan) -> tuple[Tensor, Tensor]:
     """Labels and distances at the image's scale (view) of a part of the map, at the finer of the
     two resolutions."""
     whole = _enlarge_tile_map(distance, net, view, scales)
     if max(scales) <= 1:
         return without_holes(flood(whole, plan.setting, plan.zoom)), whole
     local = _nearest(without_holes(flood(distance, plan.setting)), net, view, scales)
-    return drop_small(local, 1, int(local.max())), whole           # of less than a pixel
+    return drop_small(local, 1, int(local.max())), whole  # of less than a pixel
 
 
-def _block_ids(local: np.ndarray, inner: tuple[slice, slice], known: np.ndarray, count: int):
+def _block_ids(local: np.ndarray, inner: Region, known: np.ndarray, count: int):
     """Ids for the cells of a view: what most of the cell has in blocks before, or a new one.
 
     known (rows above the core and of it, columns of the view): final labels, 0 where not yet known.
@@ -379,12 +382,12 @@ def _block_ids(local: np.ndarray, inner: tuple[slice, slice], known: np.ndarray,
     decided = (slice(0, rows.start), slice(None)), (rows, slice(0, columns.start))
     before, mine = (np.concatenate([labels[part].ravel() for part in decided])
                     for labels in (known, local))
-    total = np.bincount(mine, minlength=n + 1)               # px of each cell that are decided
+    total = np.bincount(mine, minlength=n + 1)  # px of each cell that are decided
     both = (before > 0) & (mine > 0)
     if both.any():
         pairs, px = np.unique(mine[both].astype(np.int64) << 32 | before[both], return_counts=True)
         cell, old = pairs >> 32, (pairs & 0xFFFFFFFF).astype(np.int32)
-        most = np.argsort(px, kind="stable")                  # the largest overlap is written last
+        most = np.argsort(px, kind="stable")  # the largest overlap is written last
         most = most[2 * px[most] > total[cell[most]]]
         ids[cell[most]] = old[most]
     new = np.flatnonzero(reaching & (ids == 0))
@@ -393,7 +396,7 @@ def _block_ids(local: np.ndarray, inner: tuple[slice, slice], known: np.ndarray,
     return ids, new
 
 
-def _drop_cut(local: np.ndarray, view: tuple[slice, slice], size: tuple[int, int]) -> np.ndarray:
+def _drop_cut(local: np.ndarray, view: Region, size: tuple[int, int]) -> np.ndarray:
     """Drop cells that touch the edge of the image and number the others 1..n."""
     keep = np.ones(int(local.max(initial=0)) + 1, bool)
     for axis, (part, length) in enumerate(zip(view, size)):
@@ -408,20 +411,17 @@ def _drop_cut(local: np.ndarray, view: tuple[slice, slice], size: tuple[int, int
 # -------------------------------------------------------------------------------- tiles and network
 
 def _tile_distances(source, plan: Plan, clock: Counter, progress,
-                    pool: vectors.TokenPool | None = None
-                    ) -> Iterator[Tensor]:
-    """Blended distances (rows, w), top to bottom, on the network's device; each row once.
-
-    The pool takes the tokens of the tiles.
-    """
+                    pool: vectors.TokenPool | None = None) -> Iterator[Tensor]:
+    """Blended distances (rows, w), top to bottom, on the network's device; each row once. The pool
+    takes the tokens of the tiles."""
     h, w = size = scaled_size(source.shape[1:], plan.zoom)
     device, tile, overlap = plan.net.mean.device, plan.tile, plan.overlap
     run = _Runner(plan.net, plan.batch, clock, pool is not None)
     ys, xs = tile_starts(h, tile, overlap), tile_starts(w, tile, overlap)
-    window = _window(tile, overlap).to(device)                               # (tile,)
-    square = window[:, None] * window                                        # (tile, tile)
+    window = _window(tile, overlap).to(device)  # (tile,)
+    square = window[:, None] * window  # (tile, tile)
     full = max(w, tile)
-    across = torch.zeros(full, device=device)                # sum of the windows over a column
+    across = torch.zeros(full, device=device)  # sum of the windows over a column
     for x in xs:
         across[x:x + tile] += window
     sums, weights = torch.zeros(tile, full, device=device), torch.zeros(tile, device=device)
@@ -430,11 +430,8 @@ def _tile_distances(source, plan: Plan, clock: Counter, progress,
         tiles: list[Answer] = []
         if seen:
             with timed(clock, "read"):
-                strip = _scaled_rows(source, plan.limits, size, slice(y, min(y + tile, h))
-                                     ).to(device)
-                if strip.shape[1:] != (tile, full):          # (3, rows, w) -> (3, tile, full)
-                    strip = strip[:, _reflected_tile(strip.shape[1],
-                                                     tile)][:, :, _reflected_tile(w, full)]
+                strip = _scaled_rows(source, plan.limits, size, slice(y, min(y + tile, h)))
+                strip = _reflected(strip, (tile, full)).to(device)
             tiles = run(strip, seen, tile)  # one (tile, tile) per x
         for x, (distance, tokens) in zip(seen, tiles):
             sums[:, x:x + tile].addcmul_(square, distance)
@@ -454,7 +451,7 @@ def tissue_map(pixels: np.ndarray) -> np.ndarray | None:
     glass, with a margin; None for other images."""
     if pixels.dtype != np.uint8 or len(pixels) != 3 or np.median(pixels) < 128:
         return None
-    density = -np.log10((pixels.min(0).astype(np.float32) + 1) / 256)     # of the darkest channel
+    density = -np.log10((pixels.min(0).astype(np.float32) + 1) / 256)  # of the darkest channel
     density = gaussian_filter(density, 1.0)
     stained = density > max(GLASS, 0.5 * threshold_otsu(density))
     return binary_dilation(remove_small_objects(stained, max_size=4), disk(4))
@@ -492,7 +489,7 @@ class _Runner:
                 except torch.cuda.OutOfMemoryError:
                     if self.batch == 1:
                         raise ValueError(f"out of GPU memory with one tile of {tile} px; use "
-                                         f"device=cpu or a smaller tile=") from None
+                                         "device=cpu or a smaller tile=") from None
                     self.batch //= 2
                     torch.cuda.empty_cache()
         rest = iter(answers)
@@ -515,10 +512,7 @@ def sampled_tiles(source, limits: np.ndarray, size: tuple[int, int], tile: int) 
     places = sorted({(0, 0), (0, right), (bottom // 2, right // 2), (bottom, 0), (bottom, right)})
     for y, row in groupby(places, key=itemgetter(0)):
         strip = _scaled_rows(source, limits, size, slice(y, min(y + tile, h)))
-        strip = strip[:, _reflected_tile(strip.shape[1], tile)]
-        for _, x in row:
-            part = strip[:, :, x:x + tile]
-            tiles.append(part[:, :, _reflected_tile(part.shape[2], tile)])
+        tiles += [_reflected(strip[:, :, x:x + tile], (tile, tile)) for _, x in row]
     return torch.stack(tiles)
 
 
@@ -536,13 +530,17 @@ def _window(tile: int, overlap: int) -> Tensor:
     return (0.5 - 0.5 * torch.cos(math.pi * (edge / max(overlap, 1)).clamp(max=1))).clamp(min=1e-4)
 
 
+def _reflected(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(C, h, w) -> (C, *size), continued by reflection."""
+    for axis, wanted in enumerate(size, 1):
+        if x.shape[axis] != wanted:
+            x = x.index_select(axis, _reflected_tile(x.shape[axis], wanted))
+    return x
+
+
 def _reflected_tile(length: int, wanted: int) -> Tensor:
     """Indices that continue an axis by reflection: 0 1 2 1 0 1 ... for a length of 3."""
-    i = torch.arange(wanted)
-    if length == 1:
-        return torch.zeros_like(i)
-    i = i % (2 * length - 2)
-    return torch.where(i < length, i, 2 * length - 2 - i)
+    return torch.from_numpy(np.pad(np.arange(length), (0, wanted - length), mode="reflect"))
 
 
 # ------------------------------------------------------------------------------------------ scaling
@@ -579,9 +577,9 @@ def _scale_taps(start: int, stop: int, scale: float, length: int) -> tuple[Tenso
 def _resample(x: Tensor, axis: int, index: Tensor, weight: Tensor) -> Tensor:
     shape = [1] * x.ndim
     shape[axis] = -1
-    return sum((x.index_select(axis, index[:, k].to(x.device))
-                * weight[:, k].to(x.device).view(shape) for k in range(index.shape[1])),
-               start=x.new_zeros(()))
+    index, weight = index.to(x.device), weight.to(x.device)
+    return sum((x.index_select(axis, index[:, k]) * weight[:, k].view(shape)
+                for k in range(index.shape[1])), start=x.new_zeros(()))
 
 
 def _block_span(part: slice, scale: float, length: int) -> slice:
@@ -596,8 +594,8 @@ def _enlarge_tile_map(distance: Tensor, net, view, scales) -> Tensor:
     """Distances on the network's grid -> on the image's."""
     for axis in (0, 1):
         if scales[axis] != 1:
-            index, weight = _scale_taps(view[axis].start, view[axis].stop, 1 / scales[axis],
-                                        1 << 62)
+            part, scale = view[axis], 1 / scales[axis]
+            index, weight = _scale_taps(part.start, part.stop, scale, 1 << 62)
             index = (index - net[axis].start).clamp(0, distance.shape[axis] - 1)
             distance = _resample(distance, axis, index, weight)
     return distance
@@ -627,7 +625,7 @@ class _Array:
             pixels = pixels[None]
         if pixels.ndim != 3 or 0 in pixels.shape or pixels.dtype.kind not in "buif":
             raise ValueError(f"image of shape {pixels.shape}, {pixels.dtype}: expected (H, W) or "
-                             f"(C, H, W) numbers")
+                             "(C, H, W) numbers")
         if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
             raise ValueError("the image holds NaN or infinite values; replace them first")
         self.pixels, self.shape, self.dtype = pixels, pixels.shape, pixels.dtype
@@ -636,16 +634,11 @@ class _Array:
         return self.pixels[:, y0:y1, x0:x1]
 
 
-class timed:
+@contextmanager
+def timed(clock: Counter, name: str) -> Iterator[None]:
     """Add the seconds of a with block to clock[name], the GPU's work included."""
-
-    def __init__(self, clock: Counter, name: str):
-        self.clock, self.name = clock, name
-
-    def __enter__(self):
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_):
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        self.clock[self.name] += time.perf_counter() - self.start
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    clock[name] += time.perf_counter() - start  # type: ignore[assignment]  # any number will do

@@ -744,9 +744,7 @@ def link_planes(planes: Planes, work: Path, name: str, out: Path, plan, made: di
     with planes.open(0) as source:
         (_, H, W), pixel_size = source.shape, source.pixel_size
     about, beginning = planes.about, f"{out / name}_"
-    seen = link.Seen(skip=axis == "Z")
-    for plane in labels():
-        seen.add(plane)
+    seen = link.Seen(labels(), skip=axis == "Z")
     tables = (runs.read_table(work / f"{number}_cells.csv", ["id"]) for number in range(count))
     if axis == "Z":
         ratio = about.step / pixel_size if about.step and pixel_size else 1.0
@@ -759,11 +757,11 @@ def link_planes(planes: Planes, work: Path, name: str, out: Path, plan, made: di
         with open(work / "0_cells.csv", encoding="utf-8") as file:
             columns = file.readline().strip().split(",")
         link.write_track_cells(Path(f"{beginning}cells.csv"), linked, tables, columns)
-        places = link.track_places(seen, linked)
-        runs.write_table(f"{beginning}tracks.csv", link.track_rows(linked, places, pixel_size),
+        table = seen.cells()
+        runs.write_table(f"{beginning}tracks.csv", link.track_rows(linked, table, pixel_size),
                          link.TRACK)
         link.write_lineage(Path(f"{beginning}lineage.svg"), linked)
-        link.write_trackmate(Path(f"{beginning}trackmate.xml"), linked, places, planes.path,
+        link.write_trackmate(Path(f"{beginning}trackmate.xml"), linked, table, planes.path,
                              (H, W), pixel_size, about.interval)
         link.write_challenge(out / f"{name}_ctc" / "01_RES", linked, numbered())
     if config.overlay:

@@ -5,12 +5,10 @@ of a movie.
     movie, tracks = track(planes)                 (T, H, W): one number a track; a division ends the
                                                   mother's and begins two, whose parent it is
 
-Both are two calls, of which the first sees one plane at a time, so that a stack larger than memory
-is linked in the memory of three planes and a table of its cells:
+A stack larger than memory is linked in the memory of three planes and a table of its cells:
 
-    seen = Seen()
-    for labels in planes: seen.add(labels)        (H, W) integers, 0 is background
-    linked = link_slices(seen)                    or link_frames(seen)
+    seen = Seen(planes)                           (H, W) integers each, 0 is background
+    linked = link_slices(seen)                    or link_frames(Seen(planes, skip=False))
     for i, labels in enumerate(planes): linked.renumber(i, labels)
 
 *Slices*: the sections of a cell overlap. Pairs of sections in neighbouring slices are taken one to
@@ -22,16 +20,15 @@ other. A section that comes out of a cell and goes back into it is a part of it.
 neighbouring frames, gaining by overlap, nearness and like areas; then the ends of these tracks with
 the beginnings of others, over gaps or as divisions. How far a cell goes is taken from the movie.
 
-What is written of movies: tracks as a table, as a folder of the Cell Tracking Challenge, as XML for
-TrackMate in Fiji, and as a picture of who descends from whom.
-
 Letters: n cells, P pairs, R runs, the stretches of one cell in one row of a plane.
 """
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.sax.saxutils import quoteattr
@@ -47,6 +44,7 @@ import cells
 import metrics
 import report
 import runs
+from images import check_label_image
 
 SHARE = 0.7             # of the smaller section: two that share less are two cells
 WHOLE = 0.5             # of a cell's median section: one so large is cut, not its cap
@@ -99,10 +97,8 @@ def linked_plane(labels: NDArray) -> Plane:
 
 def linked_overlaps(a: Plane, b: Plane) -> tuple[NDArray, NDArray, NDArray]:
     """Pairs of cells (P,) of two planes that overlap, and the pixels they share."""
-    low = np.searchsorted(b.end, a.start, side="right")
-    count = np.searchsorted(b.start, a.end, side="left") - low
-    run = np.repeat(np.arange(len(a.start)), count)                     # of a, once for each of b
-    other = np.arange(len(run)) - np.repeat(np.cumsum(count) - count - low, count)
+    run, other = cells.cell_index_pairs(np.searchsorted(b.end, a.start, side="right"),
+                                        np.searchsorted(b.start, a.end))
     px = np.minimum(a.end[run], b.end[other]) - np.maximum(a.start[run], b.start[other])
     width = max(len(b.ids), 1)
     pair, where = np.unique(a.cell[run] * width + b.cell[other], return_inverse=True)
@@ -112,32 +108,29 @@ def linked_overlaps(a: Plane, b: Plane) -> tuple[NDArray, NDArray, NDArray]:
 class Seen:
     """The cells of all planes, and which overlap in neighbouring planes and in the next but one."""
 
-    def __init__(self, skip: bool = True):
+    def __init__(self, planes: Iterable[NDArray] = (), skip: bool = True):
         """skip: also look at the next plane but one, which slices need."""
-        self.planes: list[Plane] = []                   # runs only of the last two
-        self.pairs: tuple[list, list] = ([], [])        # (first, second, px) one and two planes on
-        self.begin = [0]                                # number of each plane's first cell
+        self.planes: list[Plane] = []  # runs only of the last two
+        self.pairs: tuple[list, list] = ([], [])  # (first, second, px) one and two planes on
+        self.begin = [0]  # number of each plane's first cell
         self.shape: tuple[int, ...] | None = None
         self.skip = skip
+        for labels in planes:
+            self.add(labels)
 
     def add(self, labels: NDArray) -> None:
         """Take the next plane."""
-        labels = np.asarray(labels)
-        if labels.ndim != 2 or labels.dtype.kind not in "iu" or (
-                labels.dtype.kind == "i" and labels.min(initial=0) < 0):
-            raise ValueError(f"plane {len(self.planes) + 1}: labels of shape {labels.shape}, "
-                             f"{labels.dtype}; expected (H, W) integers, 0 or more")
+        labels, name = np.asarray(labels), f"plane {len(self.planes) + 1}"
+        check_label_image(labels, name, np.iinfo(np.int64).max)
         if self.shape not in (None, labels.shape):
-            raise ValueError(f"plane {len(self.planes) + 1} has {labels.shape} px, those before "
-                             f"{self.shape}; expected planes of one size")
+            raise ValueError(f"{name}: {labels.shape} px, those before have {self.shape}; expected "
+                             "planes of one size")
         self.shape = labels.shape
         plane = linked_plane(labels)
-        for step in range(1, 2 + self.skip):
-            if step <= len(self.planes):
-                before = self.planes[-step]
-                first, second, px = linked_overlaps(before, plane)
-                self.pairs[step - 1].append((first + self.begin[-1 - step], second + self.begin[-1],
-                                             px))
+        for step in range(1, min(1 + self.skip, len(self.planes)) + 1):
+            first, second, px = linked_overlaps(self.planes[-step], plane)
+            self.pairs[step - 1].append((first + self.begin[-1 - step], second + self.begin[-1],
+                                         px))
         self.begin.append(self.begin[-1] + len(plane.ids))
         self.planes.append(plane)
         if len(self.planes) > 2:
@@ -150,9 +143,8 @@ class Seen:
             raise ValueError("no planes to link; expected at least one")
         counts = np.diff(self.begin)
         return Sections(np.repeat(np.arange(len(counts)), counts),
-                        np.concatenate([plane.area for plane in self.planes]),
-                        np.concatenate([plane.centre for plane in self.planes]),
-                        np.concatenate([plane.edge for plane in self.planes]))
+                        *(np.concatenate([getattr(plane, name) for plane in self.planes])
+                          for name in ("area", "centre", "edge")))
 
     def overlaps(self, step: int) -> tuple[NDArray, NDArray, NDArray]:
         """Pairs of cells (P,), `step` planes apart, and the pixels they share."""
@@ -163,7 +155,7 @@ class Seen:
 
 class Sections(NamedTuple):
     """Cells of all planes, in the order of the planes."""
-    plane: NDArray      # (n,)
+    plane: NDArray      # (n,) from 0
     area: NDArray       # (n,) px
     centre: NDArray     # (n, 2) y, x in px
     edge: NDArray       # (n,) bool
@@ -175,15 +167,20 @@ class Linked(NamedTuple):
     numbers: list[NDArray]      # of each plane: the numbers of these
     parent: NDArray             # (N + 1,) number of the mother; 0: none
 
+    @property
+    def track(self) -> NDArray:
+        """(n,) the numbers of all planes, in the order of Sections."""
+        return np.concatenate(self.numbers)
+
     def renumber(self, plane: int, labels: NDArray, out: NDArray | None = None) -> NDArray:
         """Labels (H, W) int32 of a plane with the numbers of the whole."""
         ids, numbers = self.ids[plane], self.numbers[plane]
         if not len(ids):
             return np.zeros(labels.shape, np.int32)
-        if ids[-1] <= labels.size:                      # a table of all labels fits
+        if ids[-1] <= labels.size:  # a table of all labels fits
             table = np.zeros(int(ids[-1]) + 1, np.int32)
             table[ids] = numbers
-            return table.take(labels, out=out, mode="clip")    # in range all; twice as fast
+            return table.take(labels, out=out, mode="clip")  # in range all; twice as fast
         return np.append(0, numbers)[np.searchsorted(np.append(0, ids), labels)].astype(np.int32)
 
     def volume(self, planes: list[NDArray]) -> NDArray:
@@ -216,7 +213,7 @@ def numbered_tracks(seen: Seen, root: NDArray, parent_of: NDArray | None = None)
         born = np.flatnonzero(parent_of >= 0)
         parent[number[born]] = number[parent_of[born]]
     return Linked([plane.ids for plane in seen.planes],
-                  np.split(number, seen.begin[1:-1]) if len(seen.planes) else [], parent)
+                  np.split(number, seen.begin[1:-1]), parent)
 
 
 def slice_chains(n: int, links: NDArray) -> NDArray:
@@ -230,16 +227,13 @@ def slice_chains(n: int, links: NDArray) -> NDArray:
 def stitch(planes: Iterable[NDArray], spacing: float = 1.0) -> NDArray:
     """Link the labels of slices: (Z, H, W) int32; spacing: px from one slice to the next."""
     planes = list(planes)
-    seen = Seen()
-    for labels in planes:
-        seen.add(labels)
-    return link_slices(seen, spacing).volume(planes)
+    return link_slices(Seen(planes), spacing).volume(planes)
 
 
 def link_slices(seen: Seen, spacing: float = 1.0) -> Linked:
     """One number for the sections of a cell.
 
-    spacing : px from one slice to the next; a cell thinner than two steps has no gap.
+    spacing : px from one slice to the next; cells thinner than two steps are not bridged.
     """
     table = seen.cells()
     n, area = len(table.area), table.area
@@ -251,8 +245,8 @@ def link_slices(seen: Seen, spacing: float = 1.0) -> Linked:
     parts = rejoined_slices(seen, slice_chains(n, links))
     size = slice_sizes(table, slice_chains(n, np.hstack([links, parts])))
     links = links[:, ~slice_waists(size, links)]
-    return numbered_tracks(seen, slice_chains(n, np.hstack([links, parts,
-                                                            slice_bridges(seen, links, spacing)])))
+    bridges = slice_bridges(seen, links, spacing)
+    return numbered_tracks(seen, slice_chains(n, np.hstack([links, parts, bridges])))
 
 
 def slice_bridges(seen: Seen, links: NDArray, spacing: float) -> NDArray:
@@ -283,16 +277,16 @@ def slice_waists(area: NDArray, links: NDArray) -> NDArray:
     link_of = np.full(len(area), -1)
     link_of[first] = np.arange(len(first))
     cut = np.zeros(len(first), bool)
-    for section in np.setdiff1d(first, second):                   # the first of each chain
+    for section in np.setdiff1d(first, second):  # the first of each chain
         chain, sections = [], [section]
         while (link := link_of[section]) >= 0:
             section = second[link]
             chain.append(link)
             sections.append(section)
         size = area[sections]
-        smooth = size.copy()                                      # one odd section is no waist ...
+        smooth = size.copy()  # one odd section is no waist ...
         smooth[1:-1] = np.median([size[:-2], size[1:-1], size[2:]], axis=0)
-        smooth = np.where(size < THIN * smooth, size, smooth)     # ... but a very thin one
+        smooth = np.where(size < THIN * smooth, size, smooth)  # ... but a very thin one
         peak = low = smooth[0]
         since = 0
         for i, here in enumerate(smooth):
@@ -302,7 +296,7 @@ def slice_waists(area: NDArray, links: NDArray) -> NDArray:
                 peak = low = here
                 since = i
             elif low <= WAIST * min(peak, here):
-                sums = size[since:i] + size[since + 1:i + 1]      # of the two sides of a link
+                sums = size[since:i] + size[since + 1:i + 1]  # of the two sides of a link
                 cut[chain[since + int(np.argmin(sums))]] = True
                 peak = low = here
                 since = i
@@ -322,12 +316,12 @@ def rejoined_slices(seen: Seen, chain: NDArray) -> NDArray:
     first, second, px = seen.overlaps(1)
     count = int(chain.max(initial=-1)) + 1
     heads, tails = np.full((2, count), -1)
-    heads[chain[::-1]] = np.arange(len(chain))[::-1]              # its first and its last section
+    heads[chain[::-1]] = np.arange(len(chain))[::-1]  # its first and its last section
     tails[chain] = np.arange(len(chain))
     other = chain[first] != chain[second]
     out = np.flatnonzero(other & (heads[chain[second]] == second) & (px >= SHARE * area[second]))
     into = np.flatnonzero(other & (tails[chain[first]] == first) & (px >= SHARE * area[first]))
-    leaves = chain[second[out]] * count + chain[first[out]]       # (a part, the chain it was in)
+    leaves = chain[second[out]] * count + chain[first[out]]  # (a part, the chain it was in)
     returns = chain[first[into]] * count + chain[second[into]]
     found = out[np.isin(leaves, returns)]
     return np.stack([first[found], second[found]])
@@ -347,10 +341,7 @@ def track(planes: Iterable[NDArray], max_distance: float | None = None, gap: int
           ) -> tuple[NDArray, NDArray]:
     """Link the labels of frames: (T, H, W) int32, and tracks (N, 4) as Linked.tracks has them."""
     planes = list(planes)
-    seen = Seen(skip=False)
-    for labels in planes:
-        seen.add(labels)
-    linked = link_frames(seen, max_distance, gap)
+    linked = link_frames(Seen(planes, skip=False), max_distance, gap)
     return linked.volume(planes), linked.tracks
 
 
@@ -368,7 +359,7 @@ def link_frames(seen: Seen, max_distance: float | None = None, gap: int = GAP) -
     for _ in range(AGAIN):
         near = near._replace(shift=track_surprise(table, near, *steps))
         steps = likely_steps(table, near, max_distance)
-    onward, back = np.full((2, n), -1)                            # the next and the last cell
+    onward, back = np.full((2, n), -1)  # the next and the last cell
     onward[steps[0]], back[steps[1]] = steps[1], steps[0]
 
     mother, one, other, worth = track_divisions(table, onward, back)
@@ -382,7 +373,7 @@ def link_frames(seen: Seen, max_distance: float | None = None, gap: int = GAP) -
     born = born[~taken]
     parent_of = np.full(n, -1)
     parent_of[one[born]] = parent_of[other[born]] = mother[born]
-    steps = steps[:, parent_of[steps[1]] < 0]                     # a daughter begins a track
+    steps = steps[:, parent_of[steps[1]] < 0]  # a daughter begins a track
     return numbered_tracks(seen, slice_chains(n, steps), parent_of)
 
 
@@ -437,7 +428,7 @@ def likely_steps(table: Sections, near: Near, max_distance: float) -> NDArray:
 
 def track_surprise(table: Sections, near: Near, first: NDArray, second: NDArray) -> NDArray:
     """(P,) px from where cells would be that go on as they came, as far as cells here do."""
-    came = np.zeros_like(table.centre)                            # (n, 2) of the step that led here
+    came = np.zeros_like(table.centre)  # (n, 2) of the step that led here
     came[second] = table.centre[second] - table.centre[first]
     before, after = came[first], came[second]
     moving = before.any(1)
@@ -458,12 +449,10 @@ def track_gaps(table: Sections, onward: NDArray, back: NDArray, max_distance: fl
     """Ends of tracks and beginnings after up to `gap` frames without, and what they gain."""
     found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
     ends, starts = np.flatnonzero(onward < 0), np.flatnonzero(back < 0)
-    for step in range(2, gap + 2):
-        reach = max_distance * math.sqrt(step)                    # of a random walk
+    for step in range(2, gap + 2) if len(ends) and len(starts) else ():
+        reach = max_distance * math.sqrt(step)  # of a random walk
         place = [np.column_stack([table.centre[side], (table.plane[side] + shift) * 4 * reach])
                  for side, shift in ((ends, step), (starts, 0))]
-        if not (len(ends) and len(starts)):
-            break
         pairs = cKDTree(place[0]).sparse_distance_matrix(cKDTree(place[1]), reach,
                                                          output_type="ndarray")
         a, b = ends[pairs["i"]], starts[pairs["j"]]
@@ -494,7 +483,7 @@ def track_divisions(table: Sections, onward: NDArray, back: NDArray
         new, mother = born[i], mothers[j]
         goes_on = onward[mother] >= 0
         found.append(np.stack([mother, onward[mother], new], 1)[goes_on])
-        for m in np.unique(mother[~goes_on]):                     # both daughters are new
+        for m in np.unique(mother[~goes_on]):  # both daughters are new
             beside = new[mother == m]
             found.append(np.array([(m, a, b) for a in beside for b in beside if a != b],
                                   np.int64).reshape(-1, 3))
@@ -522,22 +511,26 @@ TRACK = ("track", "parent", "daughters", "first", "last", "frames")
 
 def write_track_cells(path: Path, linked: Linked, tables: Iterable[list[dict]],
                       columns: Sequence[str]) -> None:
-    """Write a row for each cell of each frame, from the tables of the frames, whose `id` is the
-    label there; t counts from 1, age from 0.
-
-    columns : of these tables, for a movie without cells.
-    """
+    """Write a row for each cell of each frame, from the tables of the frames, which have `columns`
+    and whose `id` is the label there; t counts from 1, age from 0."""
     tracks, columns = linked.tracks, [name for name in columns if name != "id"]
     with runs.replacing(path) as temporary, open(temporary, "w", newline="",
                                                  encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["t", "track", "parent", "age", *columns])
-        for t, (ids, numbers, rows) in enumerate(zip(linked.ids, linked.numbers, tables,
-                                                     strict=True)):
-            number = dict(zip(ids.tolist(), numbers.tolist()))
-            for row in sorted(rows, key=lambda row: number[int(row["id"])]):
-                k, first, _, parent = tracks[number[int(row["id"])] - 1].tolist()
-                writer.writerow([t + 1, k, parent, t - first, *(row[name] for name in columns)])
+        for t, rows in enumerate(numbered_rows(linked, tables)):
+            for number, row in sorted(rows, key=itemgetter(0)):
+                _, first, _, parent = tracks[number - 1].tolist()
+                writer.writerow([t + 1, number, parent, t - first,
+                                 *(row[name] for name in columns)])
+
+
+def numbered_rows(linked: Linked, tables: Iterable[list[dict]]
+                  ) -> Iterator[list[tuple[int, dict]]]:
+    """The rows of each plane's table, whose `id` is the label there, with their numbers."""
+    for ids, numbers, rows in zip(linked.ids, linked.numbers, tables, strict=True):
+        number = dict(zip(ids.tolist(), numbers.tolist()))
+        yield [(number[int(row["id"])], row) for row in rows]
 
 
 def linked_solid_rows(linked: Linked, tables: Iterable[list[dict]], pixel_size: float | None,
@@ -547,37 +540,36 @@ def linked_solid_rows(linked: Linked, tables: Iterable[list[dict]], pixel_size: 
     Means are over voxels. Volumes in µm³ and z in µm where pixel_size and step (µm) are known.
     """
     solids: dict[int, dict[str, Any]] = {}
-    for z, (ids, numbers, rows) in enumerate(zip(linked.ids, linked.numbers, tables, strict=True)):
-        number = dict(zip(ids.tolist(), numbers.tolist()))
-        for row in rows:
-            k, area = number[int(row["id"])], float(row["area_px"])
-            cell = solids.setdefault(k, {"first": z, "planes": set(), "area": [], "sums": {},
-                                         "low": {}, "high": {}, "border": False})
+    for z, rows in enumerate(numbered_rows(linked, tables), 1):
+        for number, row in rows:
+            cell = solids.setdefault(number, {"area": 0.0, "largest": 0.0, "planes": set(),
+                                              "sums": Counter(), "low": {}, "high": {},
+                                              "border": False})
+            area = float(row["area_px"])
+            cell["area"] += area
+            cell["largest"] = max(cell["largest"], area)
             cell["planes"].add(z)
-            cell["area"].append(area)
-            values = {"z": z + 1.0, "y": float(row["centroid_y_px"]),
-                      "x": float(row["centroid_x_px"])}
+            cell["sums"]["z"] += area * z
             for name, text in row.items():
-                if name.startswith("intensity_mean_"):
-                    values[name] = float(text)
+                if name.startswith(("intensity_mean_", "centroid_")):
+                    cell["sums"][name] += area * float(text)
                 elif name.startswith("intensity_min_"):
                     cell["low"][name] = min(cell["low"].get(name, math.inf), float(text))
                 elif name.startswith("intensity_max_"):
                     cell["high"][name] = max(cell["high"].get(name, -math.inf), float(text))
-            for name, value in values.items():
-                cell["sums"][name] = cell["sums"].get(name, 0.0) + area * value
             cell["border"] |= bool(int(row["touches_border"]))
-    return [_solid_row(k, solids[k], len(linked.ids), pixel_size, step) for k in sorted(solids)]
+    return [_solid_row(number, cell, len(linked.ids), pixel_size, step)
+            for number, cell in sorted(solids.items())]
 
 
 def _solid_row(number: int, cell: dict[str, Any], planes: int, pixel_size: float | None,
                step: float | None) -> dict:
-    volume = sum(cell["area"])
-    means = {name: total / volume for name, total in cell["sums"].items()}
-    seen = sorted(cell["planes"])
-    row = {"id": number, "z": means.pop("z"), "centroid_y_px": means.pop("y"),
-           "centroid_x_px": means.pop("x"), "first_z": seen[0] + 1, "last_z": seen[-1] + 1,
-           "planes": len(seen), "volume_px": int(volume), "largest_area_px": int(max(cell["area"]))}
+    volume, first, last = cell["area"], min(cell["planes"]), max(cell["planes"])
+    mean = {name: total / volume for name, total in cell["sums"].items()}
+    row = {"id": number, "z": mean["z"], "centroid_y_px": mean["centroid_y_px"],
+           "centroid_x_px": mean["centroid_x_px"], "first_z": first, "last_z": last,
+           "planes": len(cell["planes"]), "volume_px": int(volume),
+           "largest_area_px": int(cell["largest"])}
     if pixel_size:
         row |= {"centroid_y_um": row["centroid_y_px"] * pixel_size,
                 "centroid_x_um": row["centroid_x_px"] * pixel_size}
@@ -585,35 +577,23 @@ def _solid_row(number: int, cell: dict[str, Any], planes: int, pixel_size: float
         cubic = volume * pixel_size ** 2 * step
         row |= {"z_um": (row["z"] - 1) * step, "volume_um3": cubic,
                 "equivalent_diameter_um": (6 * cubic / math.pi) ** (1 / 3)}
-    return {**row, **means, **cell["low"], **cell["high"],
-            "touches_border": int(cell["border"] or seen[0] == 0 or seen[-1] == planes - 1)}
+    row |= {name: mean[name] for name in mean if name.startswith("intensity_")}
+    return {**row, **cell["low"], **cell["high"],
+            "touches_border": int(cell["border"] or first == 1 or last == planes)}
 
 
-class Places(NamedTuple):
-    """Where the cells of a movie are, in the order of the frames."""
-    track: NDArray      # (n,)
-    frame: NDArray      # (n,) from 0
-    centre: NDArray     # (n, 2) y, x in px
-    area: NDArray       # (n,) px
-
-
-def track_places(seen: Seen, linked: Linked) -> Places:
-    table = seen.cells()
-    return Places(np.concatenate(linked.numbers), table.plane, table.centre, table.area)
-
-
-def track_rows(linked: Linked, places: Places, pixel_size: float | None = None) -> list[dict]:
+def track_rows(linked: Linked, table: Sections, pixel_size: float | None = None) -> list[dict]:
     """A row for each track: its family, its frames (counted from 1) and how far it went."""
-    order = np.argsort(places.track, kind="stable")
-    parts = np.split(order, np.cumsum(np.bincount(places.track, minlength=1)[1:])[:-1])
+    order = np.argsort(linked.track, kind="stable")
+    parts = np.split(order, np.cumsum(np.bincount(linked.track, minlength=1)[1:])[:-1])
     daughters = np.bincount(linked.parent, minlength=len(linked.parent))
     rows = []
     for (k, first, last, parent), part in zip(linked.tracks.tolist(), parts):
-        way = np.hypot(*np.diff(places.centre[part], axis=0).T)
-        net = float(np.hypot(*(places.centre[part[-1]] - places.centre[part[0]])))
+        way = np.hypot(*np.diff(table.centre[part], axis=0).T)
+        net = float(np.hypot(*(table.centre[part[-1]] - table.centre[part[0]])))
         row = {"track": k, "parent": parent, "daughters": int(daughters[k]), "first": first + 1,
                "last": last + 1, "frames": len(part), "missed": last - first + 1 - len(part),
-               "mean_area_px": float(places.area[part].mean()), "path_px": float(way.sum()),
+               "mean_area_px": float(table.area[part].mean()), "path_px": float(way.sum()),
                "displacement_px": net, "straightness": net / way.sum() if way.sum() else None,
                "speed_px": float(way.sum()) / (last - first) if last > first else None}
         if pixel_size:
@@ -635,7 +615,7 @@ def write_challenge(folder: Path, linked: Linked, planes: Iterable[NDArray]) -> 
             frames_of.setdefault(k, []).append(t)
     free, rows = len(linked.parent), []
     renamed: list[dict[int, int]] = [{} for _ in linked.numbers]
-    last_name: dict[int, int] = {}                      # of a track, for its daughters
+    last_name: dict[int, int] = {}  # of a track, for its daughters
     for k, at in sorted(frames_of.items()):
         stretches = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
         name, parent = k, last_name.get(int(linked.parent[k]), 0)
@@ -656,11 +636,11 @@ def write_challenge(folder: Path, linked: Linked, planes: Iterable[NDArray]) -> 
     runs.write_text(folder / "res_track.txt", text)
 
 
-def family_links(linked: Linked, places: Places) -> NDArray:
+def family_links(linked: Linked) -> NDArray:
     """(2, L) cells, earlier and later: each to the next of its track, mothers to daughters."""
-    order = np.lexsort((places.frame, places.track))
-    track = places.track[order]
-    first = order[np.flatnonzero(np.diff(track, prepend=-1))]     # of tracks 1..N
+    order = np.argsort(linked.track, kind="stable")
+    track = linked.track[order]
+    first = order[np.flatnonzero(np.diff(track, prepend=-1))]  # of tracks 1..N
     last = order[np.flatnonzero(np.diff(track, append=-1))]
     onward = track[1:] == track[:-1]
     born = np.flatnonzero(linked.parent[1:])
@@ -678,22 +658,22 @@ WHOLE_NUMBERS = ("FRAME", "VISIBILITY", "SPOT_SOURCE_ID", "SPOT_TARGET_ID", "TRA
                  "NUMBER_SPOTS")
 
 
-def write_trackmate(path: Path, linked: Linked, places: Places, image: Path,
+def write_trackmate(path: Path, linked: Linked, table: Sections, image: Path,
                     size: tuple[int, int], pixel_size: float | None, interval: float | None
                     ) -> None:
     """Write cells and links as XML of TrackMate (Fiji: Plugins > Tracking > Load a TrackMate file).
 
     A track there is a whole family. Lengths are in µm and times in s where they are known.
     """
-    links = family_links(linked, places)
-    family = slice_chains(len(places.track), links)
-    unit, second, frames = pixel_size or 1.0, interval or 1.0, len(linked.numbers)
+    links, track, frames = family_links(linked), linked.track, len(linked.numbers)
+    family = slice_chains(len(track), links)
+    unit, second = pixel_size or 1.0, interval or 1.0
     declared = "".join(f"<{kind}>" + "".join(
         f'<Feature feature="{name}" name="{name}" shortname="{name}" dimension="{dimension}" '
         f'isint="{str(name in WHOLE_NUMBERS).lower()}"/>' for name, dimension in names.items())
         + f"</{kind}>" for kind, names in TRACKMATE.items())
-    radius, begin = linked_diameters(places.area) / 2, np.searchsorted(places.frame,
-                                                                       np.arange(frames + 1))
+    radius = linked_diameters(table.area) / 2
+    begin = np.searchsorted(table.plane, np.arange(frames + 1))
     by_family = np.argsort(family[links[0]], kind="stable")
     starts = np.flatnonzero(np.diff(family[links[0]][by_family], prepend=-1))
     whole = np.bincount(family)
@@ -705,8 +685,8 @@ def write_trackmate(path: Path, linked: Linked, places: Places, image: Path,
         for t in range(frames):
             file.write(f'<SpotsInFrame frame="{t}">\n')
             for i in range(begin[t], begin[t + 1]):
-                y, x = (places.centre[i] * unit).tolist()
-                file.write(f'<Spot ID="{i}" name="{places.track[i]}" QUALITY="1.0" '
+                y, x = (table.centre[i] * unit).tolist()
+                file.write(f'<Spot ID="{i}" name="{track[i]}" QUALITY="1.0" '
                            f'POSITION_X="{x:.7g}" POSITION_Y="{y:.7g}" POSITION_Z="0.0" '
                            f'POSITION_T="{t * second:.7g}" FRAME="{t}" '
                            f'RADIUS="{radius[i] * unit:.7g}" VISIBILITY="1"/>\n')
@@ -780,12 +760,9 @@ def write_lineage(path: Path, linked: Linked) -> None:
 
 
 def linked_strip(planes: Iterable[tuple[NDArray, NDArray]], count: int, size: tuple[int, int],
-                 side: int = 4096) -> NDArray:
-    """Planes (C, H, W) with their labels (H, W) side by side, (h, w, 3) uint8; a cell has one
-    colour in all.
-
-    count, size : how many, and (H, W); each is reduced when it comes.
-    """
+                 side: int) -> NDArray:
+    """`count` planes (C, H, W) of a size (H, W) with their labels side by side, (h, w, 3) uint8, at
+    most `side` px; a cell has one colour in all."""
     step = max(1, -(-max(size[0], count * (size[1] + MARGIN)) // side))
     small = [cells.reduced_overlay(image, labels, step) for image, labels in planes]
     C, h, _ = small[0][0].shape

@@ -96,7 +96,7 @@ def test_empty_planes_and_one_plane():
     assert volume[2].tolist() == [[0, 1], [2, 2]] and tracks.tolist() == [[1, 0, 2, 0],
                                                                           [2, 0, 2, 0]]
     for planes, said in (([], "no planes"), ([one, one[:1]], "of one size"),
-                         ([one.astype(float)], "integers"), ([-one], "0 or more")):
+                         ([one.astype(float)], "integers"), ([-one], "expected 0 to")):
         with pytest.raises(ValueError, match=said):
             link.track(planes)
 

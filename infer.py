@@ -4,24 +4,22 @@
     python infer.py plate1/ "scans/*.tif" out=cells   folders (every image in them) and globs
     python infer.py img.tif channels=DNA,AGP diameter=auto geojson=true
     python infer.py slide.svs pixel_size=0.5 geojson=true      a slide, at the size that suits
-    python infer.py s3://bucket/plate out=s3://bucket/cells shard=3/16     the third of 16 equal
-    parts (slurm/array.sh)
-    python infer.py stack.tif z=all                   cells through all slices of a stack;
-    python infer.py movie.tif time=all                tracks through all frames of a movie, with
-    divisions; a folder of frames is a movie, too
-    python infer.py export out=dinocell.onnx          the network for other programs; `export
-                                                      --help` has its keys
+    python infer.py s3://bucket/plate out=s3://bucket/cells shard=3/16     the third of 16 parts
+    python infer.py stack.tif z=all                   cells through all slices of a stack
+    python infer.py movie.tif time=all                tracks and divisions through all frames of a
+                                                      movie; a folder of frames is one, too
+    python infer.py export out=dinocell.onnx          the network for other programs; see
+                                                      `export --help`
 
 For each image NAME it writes into out=
 
     NAME_labels.tif      every cell its own number, 0 is background (uint16; uint32 past 65,535
                          cells and over some 2,500 px)
-    NAME_cells.csv       one row per cell: place, size, shape, intensity per channel, neighbours; in
-                         µm where known; score, the probability that a cell is right, where the
-                         weights have it
+    NAME_cells.csv       one row per cell: place, size, shape, intensity per channel, neighbours;
+                         score, the probability that a cell is right, where the weights have it
     NAME_overlay.png     the image with coloured outlines
-    NAME_distance.tif, NAME.geojson (QuPath), NAME_rois.zip (ImageJ)      with distance=, geojson=,
-    rois=true
+    NAME_distance.tif, NAME.geojson (QuPath), NAME_rois.zip (ImageJ)
+                         with distance=true, geojson=true, rois=true
     NAME_cells.npz       a vector per cell (ids, vectors, weights), with embed=true
     NAME_within.csv      one row per cell of within=: the nuclei found in it, their number and area
     summary.csv          one row per image: cells, mean area, confluency, diameter, seconds
@@ -35,10 +33,10 @@ has volumes or t, track, parent and age; the picture shows some planes side by s
     NAME_ctc/01_RES/     as the Cell Tracking Challenge has it
 
 With --check it says what there is to do, and stops.
-Results of the same image, settings and weights are kept unless overwrite=true, so that the same
-command goes on where it stopped; NAME_labels.tif says inside how it was made. Channels, planes and
-time points are counted from 1. Reading from S3 is anonymous unless signed=true; writing uses your
-AWS credentials. A shard writes summary_3_of_16.csv.
+Results of the same image, settings and weights are kept unless overwrite=true: the same command
+goes on where it stopped. NAME_labels.tif says inside how it was made. Channels, planes and time
+points are counted from 1. Reading from S3 is anonymous unless signed=true; writing uses your AWS
+credentials. A shard writes summary_3_of_16.csv.
 """
 from __future__ import annotations
 
@@ -95,18 +93,18 @@ SAMPLED = 1 << 25  # px, planes that say how bright a stack is have so many toge
 
 @dataclass(frozen=True)
 class Config:
-    out: str = "results"                            # folder for all results, or s3://bucket/folder
+    out: str = "results"  # folder for all results, or s3://bucket/folder
     weights: str = "default"  # file, or the name of one in final_models/ (tiny)
     # names or numbers, one to three: what the network sees; null: all
     channels: tuple[str, ...] | None = None
-    plane: runs.Count | None = None                      # which z plane of a stack
-    z: Literal["all"] | None = None                      # all: every plane, with linked cells
+    plane: runs.Count | None = None  # which z plane of a stack
+    z: Literal["all"] | None = None  # all: every plane, with linked cells
     # which time point of a stack; all: every one, with tracks
     time: runs.Count | Literal["all"] | None = None
     spacing: runs.Positive | None = None  # µm from one plane to the next; null: as the file says
     # px, a cell goes no further in a frame; null: from the median displacement
     max_distance: runs.Positive | None = None
-    gap: runs.Whole | None = None                        # frames that a track may miss; null: 2
+    gap: runs.Whole | None = None  # frames that a track may miss; null: 2
     # of a slide that is stored in several sizes: which, from 1, the largest; null: pixel_size's
     level: runs.Count | None = None
     pixel_size: runs.Positive | None = None  # µm: the coarsest size with these; null: level 1
@@ -123,27 +121,26 @@ class Config:
     # added per px inside a cell, so that necks part; null: the weights' own
     shape: runs.Share | None = None
     min_area: runs.Area | None = None  # px, smaller cells are dropped; null: the weights' own
-    # drop cells that are less likely right (column score); null: none
-    min_score: runs.Share | None = None
+    min_score: runs.Share | None = None  # drop cells less likely right (column score); null: none
     border: Literal["keep", "drop"] = "keep"  # drop: leave out cells cut by the edge of the image
     # px, neighbours are counted within this distance; null: a cell's diameter
     near: runs.Reach | None = None
-    geojson: bool = False                           # polygons for QuPath
-    rois: bool = False                              # ImageJ ROI zip
-    distance: bool = False                          # the distance map the network predicts
-    overlay: bool = True                            # the picture
-    embed: bool = False                             # a vector per cell, to compare or sort cells by
+    geojson: bool = False  # polygons for QuPath
+    rois: bool = False  # ImageJ ROI zip
+    distance: bool = False  # the distance map the network predicts
+    overlay: bool = True  # the picture
+    embed: bool = False  # a vector per cell, to compare or sort cells by
     # label image of the cells whose nuclei are found here, or a folder with NAME_labels.tif
     within: str | None = None
     tile: runs.Side | None = None  # px, side of the network's tiles; null: as trained
     # px shared by tiles; null: a cell's diameter, from an eighth to half the tile
     overlap: runs.Whole | None = None
-    batch: runs.Batch | None = None                 # tiles at once; null: 4 on the CPU, 32 on a GPU
+    batch: runs.Batch | None = None  # tiles at once; null: 4 on the CPU, 32 on a GPU
     block: runs.Count = 2048  # px, larger images are worked off in blocks of this side
-    pattern: str = "*"                              # which files of a folder, such as *_w1.tif
-    device: runs.Device = "auto"            # auto: the GPU if there is one
-    overwrite: bool = False                         # make results anew
-    shard: str = "1/1"                              # which part of the images: 3/16
+    pattern: str = "*"  # which files of a folder, such as *_w1.tif
+    device: runs.Device = "auto"  # auto: the GPU if there is one
+    overwrite: bool = False  # make results anew
+    shard: str = "1/1"  # which part of the images: 3/16
     # folder with NAME_labels.tif, corrected by hand say: these cells are measured, none are found;
     # of a stack or movie planes as NAME_z03_labels.tif, NAME_t007_labels.tif: others are found
     labels: str | None = None
@@ -151,24 +148,20 @@ class Config:
 
     def __post_init__(self):
         if self.peak is not None and self.fill is not None and self.fill > self.peak:
-            raise ValueError(f"fill={self.fill:g} is above peak={self.peak:g}: cells would end "
-                             "above their markers")
+            raise ValueError(f"fill={self.fill:g}: expected at most peak={self.peak:g}")
         if self.level and self.pixel_size:
-            raise ValueError(f"level={self.level} and pixel_size={self.pixel_size:g}: expected one "
-                             "of the two")
+            raise ValueError(f"level={self.level} and pixel_size={self.pixel_size:g}: expected one")
         if self.labels is not None and (self.distance or self.min_score is not None):
-            raise ValueError(f"labels={self.labels}: labels that are given have no distance map "
-                             "and no score; leave out distance= and min_score=")
+            raise ValueError(f"labels={self.labels}: leave out distance= and min_score=, which "
+                             "labels that are given do not have")
         parse_diameter(self.diameter, 1.0, None)
         if self.z and self.time == "all":
-            raise ValueError("z=all and time=all: a stack that moves is not linked; choose one "
-                             "plane=3 or one time=3")
+            raise ValueError("z=all and time=all: choose one plane=3 or one time=3")
         if self.z and self.plane:
             raise ValueError(f"z=all and plane={self.plane}: expected one of the two")
-        if self.linked and (single := [key for key in ("geojson", "rois", "distance", "embed",
-                                                       "within") if getattr(self, key)]):
-            raise ValueError(f"{single[0]}=true: is for single planes; leave it out with z=all and "
-                             "time=all")
+        for key in ("geojson", "rois", "distance", "embed", "within"):
+            if self.linked and getattr(self, key):
+                raise ValueError(f"{key}= is for single planes; leave it out with z=all, time=all")
         runs.shard_of(self.shard)
         if self.within is not None and s3.is_remote(self.within):
             raise ValueError(f"within={self.within}: expected a file or folder here; copy it first")
@@ -178,19 +171,28 @@ class Config:
         """The axis along which cells are linked: Z, T or none."""
         return "Z" if self.z else "T" if self.time == "all" else ""
 
+    @property
+    def frame(self) -> int | None:
+        """The one time point that is wanted."""
+        return None if self.time == "all" else self.time
+
+    @property
+    def size(self) -> images.Level:
+        """Which size of a slide, as open_image takes it."""
+        return images.level_of(self.pixel_size) if self.pixel_size else self.level or 1
+
 
 def main(config: Config, files: list[str], check: bool = False) -> int:
     root = Path(__file__).resolve().parent
     unreadable: list[OSError] = []
-    found = find_images(files or [str(root / "demo" / "*.png")], config, unreadable)
+    mine = found = find_images(files or [str(root / "demo" / "*.png")], config, unreadable)
     for error in unreadable:
         print_line(f"warning: {runs.error_sentence(error)}; nothing in this folder is done")
     part, parts = runs.shard_of(config.shard)
-    mine = found
     if parts > 1:
         mine = {path: found[path] for path in sorted(found, key=str)[part - 1::parts]}
     if config.labels is not None:
-        end = f"_{config.linked.lower()}*" if config.linked else ""         # of single planes
+        end = f"_{config.linked.lower()}*" if config.linked else ""  # of single planes
         mine = {path: name for path, name in mine.items()
                 if any(Path(config.labels).glob(f"{glob.escape(name)}{end}_labels.tif"))}
         if not mine:
@@ -202,17 +204,23 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
     table = "summary.csv" if parts == 1 else f"summary_{part}_of_{parts}.csv"
     weights = find_infer_weights(config.weights, root / "final_models")
     if check:
-        print(f"{len(mine)} of {len(found)} images, the first {next(iter(mine))}\nweights "
-              f"{weights}\nresults into {config.out}")
+        print(f"{len(mine)} of {len(found)} images, the first {next(iter(mine))}",
+              f"weights {weights}", f"results into {config.out}", sep="\n")
         return 0
     if not s3.is_remote(config.out):
-        new = not Path(config.out).exists()
-        out = prepare_results(Path(config.out))
+        out = Path(config.out)
+        new = not out.exists()
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=out).close()
+        except OSError as error:
+            raise OSError(f"out={out}: cannot write there ({error.strerror}); choose another folder"
+                          ) from None
         runs.sweep_temporary(out)
         try:
             code = segment_all(mine, s3.OutputFolder(out), table, weights, config)
         finally:
-            if new and parts == 1 and not any(out.iterdir()):            # nothing came of it
+            if new and parts == 1 and not any(out.iterdir()):  # nothing came of it
                 out.rmdir()
     else:
         with s3.open_s3_output(config.out, [table]) as shelf:
@@ -224,15 +232,14 @@ def segment_all(found: Images, shelf: s3.OutputFolder, table: str, weights: Path
                 config: Config) -> int:
     """Segment the images that have no results yet; one that fails does not stop the others."""
     work, code = Work(shelf, Summary(shelf.folder / table), made_with(weights, config)), 0
-    todo = work.without_results(found, config)
-    if todo:
+    if todo := work.without_results(found, config):
         net = model.load(weights).ready(runs.pick_device(config.device))
         if config.diameter == "auto" and net.size is None:
             raise ValueError(f"diameter=auto: {weights.name} cannot tell how large cells are; give "
                              "px (40) or µm (12um)")
         if config.min_score is not None and not net.settings.score:
             raise ValueError(f"min_score={config.min_score:g}: {weights.name} has no calibrated "
-                             "score; `python evaluate.py calibrate` writes one into a copy")
+                             "score; `evaluate.py calibrate` writes one into a copy")
         if (net.mean.device.type == "cpu" and config.weights == "default"
                 and weights.stem == "dinocell_s8"):
             print_line("no GPU: weights=tiny is three times as fast, and hardly less accurate")
@@ -240,7 +247,7 @@ def segment_all(found: Images, shelf: s3.OutputFolder, table: str, weights: Path
         try:
             code = work.do(todo, net, config, alone=len(found) == 1)
         finally:
-            with suppress(OSError):                            # the next run brings the rows back
+            with suppress(OSError):  # the next run brings the rows back
                 work.summary.write()
         seconds = time.perf_counter() - start
     else:
@@ -262,7 +269,7 @@ def segment_all(found: Images, shelf: s3.OutputFolder, table: str, weights: Path
 
 
 class Work:
-    """Images that were done, those that have their results, and those that failed."""
+    """Counts images that were done, that have their results, that failed."""
 
     def __init__(self, shelf: s3.OutputFolder, summary: Summary, made: dict):
         self.shelf, self.summary, self.made = shelf, summary, made
@@ -275,13 +282,12 @@ class Work:
             return found
         names = {name: result_files(name, config) for name in found.values()}
         there = [name for name in names if self.shelf.has(names[name][:1])]
-        with ThreadPoolExecutor(8) as readers:           # from S3 each takes a round trip
+        with ThreadPoolExecutor(8) as readers:  # from S3 each takes a round trip
             heads = readers.map(partial(self.shelf.head, size=images.RECORD),
                                 (names[name][0] for name in there))
-            records = {name: images.label_record(head)
-                       for name, head in zip(there, heads, strict=True)}
+            records = dict(zip(there, map(images.label_record, heads), strict=True))
         todo: Images = {}
-        others: dict[str, list[Path | str]] = defaultdict(list)        # reason -> images
+        others: dict[str, list[Path | str]] = defaultdict(list)  # reason -> images
         for path, name in found.items():
             record = records.get(name)
             if record is not None and (reason := result_difference(record, path, self.made)):
@@ -294,17 +300,16 @@ class Work:
         for reason, paths in others.items():
             first = Path(config.out) / names[found[paths[0]]][0]
             more = f" and of {len(paths) - 1} other images" * (len(paths) > 1)
-            error = ValueError(f"{first}{more}: {reason}; overwrite=true makes it anew, another "
-                               "out= keeps both")
+            text = f"{first}{more}: {reason}; overwrite=true makes it anew, another out= keeps both"
             if len(found) == 1:
-                raise error
-            print_line(f"warning: {paths[0]}: {error}")
+                raise ValueError(text)
+            print_line(f"warning: {paths[0]}: {text}")
             self.failed += map(str, paths)
         return todo
 
     def fail(self, error: Exception, path: Path | str, file: Path | str = "", alone: bool = False
              ) -> None:
-        """Say why an image is not done. A mistake in an image `alone` is raised."""
+        """Say why an image is not done; raise it if the image is alone."""
         if alone:
             raise error
         reason = "out of memory" if runs.is_out_of_memory(error) else runs.error_sentence(error)
@@ -314,10 +319,10 @@ class Work:
 
     def do(self, todo: Images, net, config: Config, alone: bool) -> int:
         """Exit code, REQUEUE after a signal."""
+        form = "{l_bar}{bar}| {n:.2f}/{total} images [{elapsed}<{remaining}]"
         with (runs.stop_signals() as stop,
-              tqdm.tqdm(total=len(todo), unit="image", delay=1, file=sys.stderr, smoothing=0.05,
-                        bar_format="{l_bar}{bar}| {n:.2f}/{total} images "
-                                   "[{elapsed}<{remaining}]") as bar):
+              tqdm.tqdm(total=len(todo), delay=1, file=sys.stderr, smoothing=0.05,
+                        bar_format=form) as bar):
             def show(count: int, share: float) -> None:
                 bar.update(count + share - bar.n)
 
@@ -327,10 +332,9 @@ class Work:
                         raise runs.Stopped
                     if isinstance(file, OSError):
                         raise file
-                    made = {**self.made, "source": result_source(path, file)}
-                    job = file, todo[path], self.shelf.folder, net, config, made
-                    row = segment_stack(*job, partial(show, count), stop) if config.linked else \
-                        segment_file(*job, partial(show, count))
+                    job = (file, todo[path], self.shelf.folder, net, config,
+                           {**self.made, "source": result_source(path, file)}, partial(show, count))
+                    row = segment_stack(*job, stop) if config.linked else segment_file(*job)
                     self.summary.add(row)
                     self.shelf.deliver()
                 except runs.Stopped:
@@ -356,9 +360,10 @@ class Work:
         written = sum(file.stat().st_size for name in self.summary.fresh
                       for file in folder.glob(f"{glob.escape(name)}[_.]*"))
         needed = f"; some {written / self.done * left / 1e6:.3g} MB" if self.done else ""
-        return OSError(f"{error.filename or folder}: no space left on this disk, "
-                       f"{shutil.disk_usage(folder).free / 1e6:.3g} MB free{needed} for the "
-                       f"{left} images left; make room, then the same command goes on")
+        free = shutil.disk_usage(folder).free / 1e6
+        return OSError(f"{error.filename or folder}: no space left on this disk, {free:.3g} MB free"
+                       f"{needed} for the {left} images left; make room, then the same command "
+                       "goes on")
 
 
 # ------------------------------------------------------------------------------- how results came
@@ -375,21 +380,22 @@ def result_source(path: Path | str, file: Path) -> dict:
     """An image as results remember it: name, place (hashed, for results are shared), content."""
     size, modified = source_size(file)
     return {"file": str(path), "place": source_place(path), "bytes": size,
-            "modified": None if s3.is_remote(path) else modified, "sha256": source_content(file)}
+            "modified": None if s3.is_remote(path) else modified,
+            "sha256": runs.digest(*source_files(file))}
+
+
+def source_files(file: Path) -> list[Path]:
+    return infer_frame_files(file) if file.is_dir() else [file]
 
 
 def source_size(file: Path) -> tuple[int, int]:
-    """Bytes and time of the last change (ns), of a folder those of its frames."""
-    status = [each.stat() for each in (infer_frame_files(file) if file.is_dir() else [file])]
+    """Bytes and time of the last change (ns)."""
+    status = [each.stat() for each in source_files(file)]
     return sum(one.st_size for one in status), max(one.st_mtime_ns for one in status)
 
 
-def source_content(file: Path) -> str:
-    return runs.digest(*(infer_frame_files(file) if file.is_dir() else [file]))
-
-
 def source_place(path: Path | str) -> str:
-    return runs.digest(str(path) if s3.is_remote(path) else str(Path(path).resolve()))[:16]
+    return runs.digest(path if s3.is_remote(path) else str(Path(path).resolve()))[:16]
 
 
 def result_difference(record: dict, path: Path | str, made: dict) -> str:
@@ -397,18 +403,16 @@ def result_difference(record: dict, path: Path | str, made: dict) -> str:
     if not record:
         return "is there and does not say how it was made"
     source = record["source"]
-    if s3.is_remote(path):
-        same = source["place"] == source_place(path)
-    else:
+    same = source["place"] == source_place(path)
+    if not s3.is_remote(path):
         size, modified = source_size(Path(path))
         same = source["bytes"] == size and (
-            (source["place"], source["modified"]) == (source_place(path), modified)
-            or source["sha256"] == source_content(Path(path)))
+            same and source["modified"] == modified
+            or source["sha256"] == runs.digest(*source_files(Path(path))))
     if not same:
         return f"comes from {source['file']}, which is another image than {path}"
-    old, new = ({**record_or_made["settings"], "weights": record_or_made["weights"]["file"],
-                 "their content": record_or_made["weights"]["sha256"]}
-                for record_or_made in (record, made))
+    old, new = ({**one["settings"], "weights": one["weights"]["file"],
+                 "their content": one["weights"]["sha256"]} for one in (record, made))
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     if "weights" in changed:
         changed.remove("their content")
@@ -420,63 +424,56 @@ def result_difference(record: dict, path: Path | str, made: dict) -> str:
 
 def segment_file(path: Path, name: str, out: Path, net, config: Config, made: dict | None = None,
                  progress=None, clock=None) -> dict:
-    """Segment one image and write its results; returns its row of the summary.
-
-    made : how they are made, for their record.
-    """
+    """Segment one image and write its results, with how they were made; returns its row of the
+    summary."""
     start, clock = time.perf_counter(), Counter() if clock is None else clock
-    when = None if config.time == "all" else config.time
-    where = config.channels, config.plane, when
-    with images.open_image(path, *where, level=level_wanted(config)) as source:
+    where = config.channels, config.plane, config.frame
+    with images.open_image(path, *where, level=config.size) as source:
         check_infer_channels(path, source)
         tissue = None
         with segment.timed(clock, "read"):
-            if source.levels > 1:                              # a slide: its small picture tells
+            if source.levels > 1:  # a slide: its small picture tells
                 with images.open_image(path, *where, level=images.overview_level) as small:
                     pixels = small.region(0, small.shape[1], 0, small.shape[2])
                 limits = images.percentiles(pixels, net.settings.low, net.settings.high)
                 tissue = segment.tissue_map(pixels)
             else:
                 limits = images.percentiles(source, net.settings.low, net.settings.high)
-        for notice in source.notices:                          # now, for all pixels have been seen
+        for notice in source.notices:  # now, for all pixels have been seen
             if said := images.image_notice(path, notice):
                 print_line(said)
-        diameter = parse_diameter(config.diameter, source.pixel_size, path)
         with segment.timed(clock, "network"):
-            plan = segment.plan_for(source, net, diameter=diameter, limits=limits, tissue=tissue,
-                                    **{name: getattr(config, name) for name in PLANNED})
+            plan = plan_of(source, path, net, config, limits=limits, tissue=tissue)
         results = Results(out, name, source, plan, config, clock)
         found = (segment.blocks(source, results.plan, clock, progress) if config.labels is None
-                 else segment.blocks_of(labels_given(source, name, config), source, results.plan))
+                 else segment.blocks_of(labels_given(source, name, config.labels), source,
+                                        results.plan))
         for block in found:
             results.add(block)
     return results.close(made, start)
-
-
-def level_wanted(config: Config):
-    """As open_image takes it."""
-    return images.level_of(config.pixel_size) if config.pixel_size else config.level or 1
 
 
 def check_infer_channels(path: Path, source: images.Source) -> None:
     C = source.shape[0]
     if C > 3:
         names = ", ".join(source.channels or map(str, range(1, C + 1)))
-        raise ValueError(f"{path}: has {C} channels ({names}); choose what the network sees, "
-                         f"up to three, with channels=1,2 or by name")
+        raise ValueError(f"{path}: has {C} channels ({names}); choose up to three for the network "
+                         "with channels=1,2 or by name")
 
 
-def given_labels(config: Config, name: str) -> Path:
-    return Path(config.labels or "", f"{name}_labels.tif")
+def plan_of(source: images.Source, path: Path, net, config: Config, **more) -> segment.Plan:
+    return segment.plan_for(source, net,
+                            diameter=parse_diameter(config.diameter, source.pixel_size, path),
+                            **{key: getattr(config, key) for key in PLANNED}, **more)
 
 
-def labels_given(source, name: str, config: Config):
+def labels_given(source: images.Source, name: str, folder: str) -> np.ndarray:
     """(H, W) the labels given for an image."""
-    path = given_labels(config, name)
+    path = Path(folder, f"{name}_labels.tif")
     labels = images.read_labels(path)
     if labels.shape != source.shape[1:]:
-        raise ValueError(f"{path}: labels of {labels.shape}, but {source.path} has "
-                         f"{source.shape[1:]} px; give those of this image")
+        raise ValueError(f"{path}: labels of {labels.shape}, expected {source.shape[1:]} px, as "
+                         f"{source.path} has")
     return labels
 
 
@@ -485,24 +482,24 @@ class Results:
 
     def __init__(self, out: Path, name: str, source, plan, config: Config, clock: Counter):
         C, H, W = source.shape
-        self.around = around_of(name, config, source)          # file of the cells around
+        self.around = around_of(name, config, source)  # file of the cells around
         self.out, self.name, self.source, self.config, self.clock = out, name, source, config, clock
         self.reduce = -(-max(H, W) // PICTURE)  # the overlay is reduced by this whole number
-        # no seams in it either
+        # blocks of whole pixels of the overlay
         self.plan = plan._replace(block=max(1, plan.block // self.reduce) * self.reduce)
         small = (-(-H // self.reduce), -(-W // self.reduce))
-        self.picture = (np.zeros((C, *small), source.dtype),
-                        np.zeros(small, np.int32)) if config.overlay else None
+        self.picture = ((np.zeros((C, *small), source.dtype), np.zeros(small, np.int32))
+                        if config.overlay else None)
         self.distance = np.zeros((H, W), np.float16) if config.distance else None
         self.labels = images.LabelWriter(out / f"{name}_labels.tif", (H, W), source.pixel_size)
         self.columns: list[dict] = []
         self.vectors: list[np.ndarray] = []
         self.nesting = cells.Nesting()
-        self.polygons: list[tuple] = []                        # for rois
-        self.geojson = cells.GeoWriter(out / f"{name}.geojson", plan.net.type_names
-                                       ) if config.geojson else None
-        self.labelled = 0                                      # px
-        self.unlikely: set[int] = set()                        # cells below min_score
+        self.polygons: list[tuple] = []  # for rois
+        self.geojson = (cells.GeoWriter(out / f"{name}.geojson", plan.net.type_names)
+                        if config.geojson else None)
+        self.labelled = 0  # px
+        self.unlikely: set[int] = set()  # cells below min_score
 
     def add(self, block: segment.Block) -> None:
         """Measure the cells of a block, and take over its part of labels and pictures."""
@@ -523,7 +520,10 @@ class Results:
             table = {**table, "id": block.ids[table["id"]], **score}
             if block.vectors is not None:
                 self.vectors.append(block.vectors)
-                table |= result_types(self.plan.net, block.vectors)
+                if self.plan.net.types is not None:
+                    share = self.plan.net.type_probabilities(block.vectors)
+                    table |= {"type": np.array(self.plan.net.type_names)[share.argmax(1)],
+                              "type_probability": share.max(1)}
             self.columns.append(table)
             if self.geojson or self.config.rois:
                 new = np.zeros_like(block.ids)
@@ -542,10 +542,10 @@ class Results:
             if self.distance is not None:
                 self.distance[block.core] = block.distance
             if self.around is not None:
-                down, over = block.core
+                y, x = block.core
                 with images.open_image(self.around, colours=False) as large:
-                    self.nesting.add(block.labels, large.region(down.start, down.stop, over.start,
-                                                                over.stop)[0])
+                    self.nesting.add(block.labels,
+                                     large.region(y.start, y.stop, x.start, x.stop)[0])
         with segment.timed(self.clock, "write"):
             self.labels.add(block.core, block.labels)
 
@@ -561,8 +561,8 @@ class Results:
         """The block without cells whose score, here or where they were met, is below min_score."""
         likely = score["score"] >= self.config.min_score
         self.unlikely |= set(block.ids[block.new[~likely]].tolist())
-        keep = ~np.isin(block.ids, list(self.unlikely)) | (np.arange(len(block.ids)) == 0)
-        local = np.where(keep[block.local], block.local, 0)
+        drop = np.isin(block.ids, list(self.unlikely))
+        local = np.where(drop[block.local], 0, block.local)
         labels = np.where(np.isin(block.labels, list(self.unlikely)), 0, block.labels)
         vectors = None if block.vectors is None else block.vectors[likely]
         return (replace(block, local=local, labels=labels, new=block.new[likely], vectors=vectors),
@@ -579,8 +579,9 @@ class Results:
                 owner, large = self.nesting.tables()
                 table["within"] = np.array([owner.get(int(i), 0) for i in table["id"]], np.int64)
                 cells.write_cell_table(f"{beginning}within.csv", large)
-                nested = {"within": len(large["id"]), "within_none": int((large["nuclei"] == 0)
-                          .sum()), "within_several": int((large["nuclei"] > 1).sum()),
+                nested = {"within": len(large["id"]),
+                          "within_none": int((large["nuclei"] == 0).sum()),
+                          "within_several": int((large["nuclei"] > 1).sum()),
                           "outside": int((table["within"] == 0).sum())}
             cells.write_cell_table(f"{beginning}cells.csv", table)
             if self.config.embed:
@@ -608,8 +609,7 @@ class Results:
         row = {"image": self.name, "height": H, "width": W, "cells": n,
                "mean_area_px": round(float(table["area_px"].mean()), 2) if n else "",
                "confluency": round(self.labelled / (H * W), 4),
-               "diameter_px": round(self.plan.diameter, 1),
-               "scale": round(self.plan.zoom, 4)}
+               "diameter_px": round(self.plan.diameter, 1), "scale": round(self.plan.zoom, 4)}
         if self.source.pixel_size:
             row["mean_area_um2"] = round(float(table["area_um2"].mean()), 3) if n else ""
         return row | {f"cells_{name}": int(np.count_nonzero(table["type"] == name))
@@ -626,20 +626,10 @@ def around_of(name: str, config: Config, source) -> Path | None:
         raise FileNotFoundError(f"within={config.within}: no {path}; expected a label image of the "
                                 "cells around, or a folder with NAME_labels.tif of each image")
     with images.open_image(path, colours=False) as large:
-        if large.shape[1:] != source.shape[1:] or large.shape[0] != 1 or large.dtype.kind not in \
-                "ui":
+        if large.shape != (1, *source.shape[1:]) or large.dtype.kind not in "ui":
             raise ValueError(f"{path}: {large.dtype}, (C, H, W) = {large.shape}; expected labels "
                              f"of 1 channel and {source.shape[1:]} px, as {source.path} has")
     return path
-
-
-def result_types(net, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Columns of the likeliest type of cells with these vectors; none without a type head."""
-    if net.types is None:
-        return {}
-    share = net.type_probabilities(rows)
-    return {"type": np.array(net.type_names)[share.argmax(1)],
-            "type_probability": share.max(1)}
 
 
 # ------------------------------------------------------------------------------- stacks and movies
@@ -667,32 +657,30 @@ class Planes:
 
     def open(self, number: int) -> images.Source:
         """A plane, counted from 0."""
-        if self.path.is_dir():
-            return images.open_image(self.files[number], self.config.channels,
-                                     level=level_wanted(self.config))
-        z = self.config.linked == "Z"
-        time = None if self.config.time == "all" else self.config.time
-        return images.open_image(self.path, self.config.channels,
-                                 number + 1 if z else self.config.plane,
-                                 time if z else number + 1, level=level_wanted(self.config))
+        config, file, plane, frame = self.config, self.path, self.config.plane, self.config.frame
+        if file.is_dir():
+            file, plane, frame = self.files[number], None, None
+        elif config.linked == "Z":
+            plane = number + 1
+        else:
+            frame = number + 1
+        return images.open_image(file, config.channels, plane, frame, level=config.size)
 
     def limits(self, net) -> np.ndarray:
         """Intensities (C, 2) that become 0 and 1, the same in all planes: one without cells is not
         stretched until its noise looks like some."""
         with self.open(0) as source:
             C, H, W = source.shape
-        count = min(len(self), max(1, SAMPLED // (H * W)))
-        parts = []
-        for number in np.linspace(0, len(self) - 1, count).round().astype(int):
-            with self.open(int(number)) as source:
+        count, parts = min(len(self), max(1, SAMPLED // (H * W))), []
+        for number in np.linspace(0, len(self) - 1, count).round().astype(int).tolist():
+            with self.open(number) as source:
                 parts.append(source.region(0, H, 0, W))
         return images.percentiles(np.concatenate(parts, 1), net.settings.low, net.settings.high)
 
 
-def segment_stack(path: Path, name: str, out: Path, net, config: Config, made: dict | None = None,
-                  progress=None, stop=()) -> dict:
-    """Segment each plane as an image of its own, link the cells, write the results; returns the row
-    of the summary.
+def segment_stack(path: Path, name: str, out: Path, net, config: Config, made: dict, progress,
+                  stop) -> dict:
+    """As segment_file(), of planes: each is an image of its own, then their cells are linked.
 
     Planes that are done lie in a hidden folder until all is written: a run that is killed goes on.
     """
@@ -700,13 +688,11 @@ def segment_stack(path: Path, name: str, out: Path, net, config: Config, made: d
     planes = Planes(path, config)
     with planes.open(len(planes) // 2) as source:
         check_infer_channels(path, source)
-        diameter = parse_diameter(config.diameter, source.pixel_size, path)
-        plan = segment.plan_for(source, net, diameter=diameter, limits=planes.limits(net),
-                                **{key: getattr(config, key) for key in PLANNED})
+        plan = plan_of(source, path, net, config, limits=planes.limits(net))
     work = out / f".{name}_planes"
     sign = runs.digest(str(made), len(planes))
     if work.exists() and (config.overwrite or not (work / sign).exists()):
-        shutil.rmtree(work)                                    # of another image or setting
+        shutil.rmtree(work)  # of another image or setting
     work.mkdir(exist_ok=True)
     (work / sign).touch()
     alone = replace(config, overlay=False, z=None, time=None)
@@ -717,20 +703,20 @@ def segment_stack(path: Path, name: str, out: Path, net, config: Config, made: d
             flat = images.plane_name(name, config.linked, number + 1, len(planes))
             with planes.open(number) as source:
                 results = Results(work, str(number), source, plan, alone, clock)
-                known = config.labels is not None and given_labels(config, flat).is_file()
-                found = (segment.blocks_of(labels_given(source, flat, config), source, results.plan)
+                known = config.labels and Path(config.labels, f"{flat}_labels.tif").is_file()
+                found = (segment.blocks_of(labels_given(source, flat, config.labels), source,
+                                           results.plan)
                          if known else segment.blocks(source, results.plan, clock))
                 for block in found:
                     results.add(block)
             results.close(None, start)
-        if progress:
-            progress((number + 1) / (len(planes) + 1))
+        progress((number + 1) / (len(planes) + 1))
     row = link_planes(planes, work, name, out, plan, made, start)
     shutil.rmtree(work)
     return row
 
 
-def link_planes(planes: Planes, work: Path, name: str, out: Path, plan, made: dict | None,
+def link_planes(planes: Planes, work: Path, name: str, out: Path, plan: segment.Plan, made: dict,
                 start: float) -> dict:
     """Link the cells of planes that are done, and write the results, the labels last."""
     config, axis, count = planes.config, planes.config.linked, len(planes)
@@ -752,8 +738,8 @@ def link_planes(planes: Planes, work: Path, name: str, out: Path, plan, made: di
         runs.write_table(f"{beginning}cells.csv",
                          link.linked_solid_rows(linked, tables, pixel_size, about.step), link.SOLID)
     else:
-        linked = link.link_frames(seen, config.max_distance,
-                                  link.GAP if config.gap is None else config.gap)
+        gap = link.GAP if config.gap is None else config.gap
+        linked = link.link_frames(seen, config.max_distance, gap)
         with open(work / "0_cells.csv", encoding="utf-8") as file:
             columns = file.readline().strip().split(",")
         link.write_track_cells(Path(f"{beginning}cells.csv"), linked, tables, columns)
@@ -779,8 +765,7 @@ def link_planes(planes: Planes, work: Path, name: str, out: Path, plan, made: di
            "scale": round(plan.zoom, 4), "seconds": round(time.perf_counter() - start, 2)}
     step = about.step if axis == "Z" else about.interval
     images.write_label_stack(f"{beginning}labels.tif", numbered(), (count, H, W), f"{axis}YX",
-                             len(linked.parent), pixel_size, step,
-                             {**made, "row": row} if made else None)
+                             len(linked.parent), pixel_size, step, {**made, "row": row})
     return row
 
 
@@ -794,8 +779,7 @@ def parse_diameter(text: str | None, pixel_size: float | None, path: Path | None
     if match[2] in (None, "px"):
         return float(match[1])
     if pixel_size is None:
-        raise ValueError(f"{path}: diameter={text} is in µm, but the file does not say how large "
-                         "a pixel is; give px")
+        raise ValueError(f"{path}: does not say how large a pixel is; give diameter={text} in px")
     return float(match[1]) / pixel_size
 
 
@@ -818,51 +802,50 @@ def find_images(arguments: list[str], config: Config,
     found: Images = {}
     results_of_named = {Path(argument).stem + end for argument in arguments for end in OURS}
     for argument in arguments:
-        path = Path(argument)
+        path, remote = Path(argument), s3.is_remote(argument)
         if not argument:
-            raise ValueError("an empty file name among the images; is a variable of the shell "
-                             "empty?")
-        if s3.is_remote(argument) and glob.has_magic(argument):
-            raise ValueError(f"{argument}: on S3 give the folder, and pattern={path.name} beside "
-                             "it")
-        if s3.is_remote(argument) and path.suffix.lower() in images.IMAGE_SUFFIXES:
+            raise ValueError("an empty file name among the images; is a shell variable empty?")
+        if remote and glob.has_magic(argument):
+            raise ValueError(f"{argument}: on S3 give the folder, and pattern={path.name}")
+        if remote and path.suffix.lower() in images.IMAGE_SUFFIXES:
             found[argument] = runs.flat_name(path.stem)
-        elif config.linked and s3.is_remote(argument):
+        elif config.linked and remote:
             raise ValueError(f"{argument}: a folder of frames must lie on this machine; copy it "
-                             "first, or name files that are stacks")
+                             "first")
         elif config.linked and path.is_dir() and is_series_to_infer(path, config):
             found[path] = runs.flat_name(path.resolve().name)
-        elif s3.is_remote(argument) or path.is_dir():
-            found |= infer_images_below(argument, config, unreadable)
-        elif path.exists():
+        elif path.exists() and not path.is_dir():
             if path.stem not in results_of_named:  # a shell that wrote *.tif out names them, too
                 found[path] = runs.flat_name(path.stem)
-        elif glob.has_magic(argument):
-            found |= infer_images_matching(argument)
+        elif remote or path.is_dir() or glob.has_magic(argument):
+            found |= infer_images_below(argument, config, unreadable)
         else:
             raise FileNotFoundError(f"{argument}: no such file or folder")
-    names: dict[str, Path | str] = {}
+    names: set[str] = set()
     for image, name in found.items():
-        if name in names:                                 # of another folder, or another suffix
+        if name in names:  # of another folder, or another suffix
             name = found[image] = runs.flat_name(str(image).removeprefix("s3://"))
             print_line(f"{image}: another image has its name; its results begin with {name}_")
-        names[name] = image
+        names.add(name)
     return found
 
 
-def infer_images_below(folder: str, config: Config,
+def infer_images_below(place: str, config: Config,
                        unreadable: list[OSError] | None = None) -> Images:
-    """Images of a folder, here or on S3, and the names of their results: the path below it."""
+    """Images of a folder, here or on S3, or of a glob, and the names of their results."""
     below: Images
-    if s3.is_remote(folder):
-        below = {p: name for p, name in s3.files_below(folder, config.signed).items()
+    if s3.is_remote(place):
+        below = {p: name for p, name in s3.files_below(place, config.signed).items()
                  if fnmatch(Path(name).name, config.pattern)}
+    elif Path(place).is_dir():
+        below = {p: p.relative_to(place).as_posix()
+                 for p in images.image_files(place, config.pattern, unreadable)}
     else:
-        below = {p: p.relative_to(folder).as_posix()
-                 for p in images.image_files(folder, config.pattern, unreadable)}
+        paths = map(Path, sorted(glob.glob(place, recursive=True)))
+        below = {p: p.name for p in paths if p.is_file()}
     below = infer_images_among(below)
     if not below:
-        raise FileNotFoundError(f"{folder}: no image in this folder "
+        raise FileNotFoundError(f"{place}: no image in this folder, or of this pattern "
                                 f"({', '.join(images.IMAGE_SUFFIXES)}; pattern={config.pattern}; "
                                 f"names with {', '.join(OURS)} are results)")
     return {p: runs.flat_name(os.path.splitext(name)[0]) for p, name in below.items()}
@@ -881,26 +864,16 @@ def is_series_to_infer(folder: Path, config: Config) -> bool:
     return bool(frames) and images.stack_of(frames[0], config.linked).planes == 1
 
 
-def infer_images_matching(pattern: str) -> Images:
-    """Images whose path matches a glob, and the names of their results."""
-    paths = (Path(p) for p in sorted(glob.glob(pattern, recursive=True)))
-    matches = infer_images_among({p: p.name for p in paths if p.is_file()})
-    if not matches:
-        raise FileNotFoundError(f"{pattern}: no image matches ({', '.join(images.IMAGE_SUFFIXES)}; "
-                                f"names with {', '.join(OURS)} are results)")
-    return {p: runs.flat_name(Path(name).stem) for p, name in matches.items()}
-
-
 def infer_images_among(files: Images) -> Images:
     """Drop hidden files, results, and labels of an image that is there."""
     files = {p: name for p, name in files.items()
              if name.lower().endswith(images.IMAGE_SUFFIXES) and not Path(name).stem.endswith(OURS)
-             and not re.search(r"_ctc[/\\]01_RES[/\\]", name)               # masks of a movie
+             and not re.search(r"_ctc[/\\]01_RES[/\\]", name)  # masks of a movie
              and not any(part.startswith(".") and part not in (".", "..")
                          for part in re.split(r"[/\\]", name))}
     stems = {Path(name).stem for name in files.values() if not Path(name).stem.endswith(THEIRS)}
 
-    def is_label(stem: str) -> bool:                          # a_masks or a_cp_masks, of a
+    def is_label(stem: str) -> bool:  # a_masks or a_cp_masks, of a
         parts = stem.split("_")
         return stem.endswith(THEIRS) and any("_".join(parts[:n]) in stems
                                              for n in range(1, len(parts)))
@@ -920,7 +893,7 @@ def result_files(name: str, config: Config) -> list[str]:
 
 def find_infer_weights(name: str, folder: Path) -> Path:
     if name == "default":
-        choices = [folder / f for f in ("dinocell_s8.pt", "dinocell_tiny.pt", "demo_synthetic.pt")]
+        choices = [folder / f"{f}.pt" for f in ("dinocell_s8", "dinocell_tiny", "demo_synthetic")]
     elif name.endswith(".pt") or "/" in name or Path(name).is_file():
         choices = [Path(name)]
     else:
@@ -932,27 +905,14 @@ def find_infer_weights(name: str, folder: Path) -> Path:
                             "weights=FILE")
 
 
-def prepare_results(out: Path) -> Path:
-    """Make the folder, and find out now whether one may write there."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"out={out}: cannot write there ({error.strerror}); choose another folder"
-                      ) from None
-    return out
-
-
 class Summary:
-    """summary.csv, written anew every second. Rows of earlier runs stay; those of images that have
-    their results come back from these; other processes may write the same table."""
+    """summary.csv, written anew every second. Rows of earlier runs stay, those that were lost come
+    back from the results; other processes may write the same table."""
 
     def __init__(self, path: Path):
         self.path: Path = path
-        self.rows: dict[str, dict] = {}            # of images with results, by name
-        self.fresh: dict[str, dict] = {}           # of this run
+        self.rows: dict[str, dict] = {}  # of images with results, by name
+        self.fresh: dict[str, dict] = {}  # of this run
         self.written = -math.inf
         self.read()
 
@@ -1000,12 +960,10 @@ def export(config: Export, files: list[str]) -> int:
     infer.py export [key=value ...]
 
     Where onnxruntime is installed, the file is compared with PyTorch before it appears. Its input
-    and output stand at model.to_onnx. format=bioimageio writes a package of the BioImage Model
-    Zoo instead (to_bioimageio).
+    and output stand at model.to_onnx.
     """
     if files:
-        raise ValueError(f"export: unexpected {files[0]}; the file to write is out=FILE.onnx, "
-                         "--help lists the keys")
+        raise ValueError(f"export: unexpected {files[0]}; the file to write is out=FILE.onnx")
     weights = find_infer_weights(config.weights, Path(__file__).resolve().parent / "final_models")
     net = model.load(weights)
     if config.format == "bioimageio":
@@ -1031,9 +989,8 @@ def to_bioimageio(net, path: Path, tile: int | None, opset: int, licence: str) -
     settings = net.settings
     tile = tile or settings.tile
     rng = np.random.default_rng(0)
-    image = rng.random((1, 3, tile // 8, tile // 8)).repeat(8, 2).repeat(8, 3)[..., :tile, :tile]
-    image = np.pad(image, ((0, 0), (0, 0), *((0, tile - n) for n in image.shape[2:])), "edge")
-    image = (image * 1000).astype(np.float32)
+    squares = rng.random((1, 3, -(-tile // 8), -(-tile // 8))).repeat(8, 2).repeat(8, 3)
+    image = (squares[..., :tile, :tile] * 1000).astype(np.float32)
     low, high = np.percentile(image, (settings.low, settings.high), (2, 3), keepdims=True)
     shown = ((image - low) / (high - low + 1e-6)).clip(0, 1).astype(np.float32)
     with torch.inference_mode():
@@ -1042,9 +999,9 @@ def to_bioimageio(net, path: Path, tile: int | None, opset: int, licence: str) -
         error = model.to_onnx(net, Path(folder, "weights.onnx"), tile, opset)
         files = {"weights.onnx": Path(folder, "weights.onnx").read_bytes()}
     for name, array in (("test_input.npy", image), ("test_output.npy", distance)):
-        with io.BytesIO() as file:
-            np.save(file, array)
-            files[name] = file.getvalue()
+        file = io.BytesIO()
+        np.save(file, array)
+        files[name] = file.getvalue()
     files["README.md"] = (b"# DINOCell\n\nDistance of each pixel to the edge of its cell, over the "
                           b"cell's largest (capped). A watershed makes cells of it: markers above "
                           b"`peak`, cells down to `fill`, both in rdf.yaml under config.dinocell."

@@ -333,7 +333,7 @@ def blocks_of(labels: np.ndarray, source, plan: Plan) -> Iterator[Block]:
 def network_map(source, plan: Plan, progress: Callable[[float], None] | None = None
                 ) -> tuple[Tensor, vectors.TokenPool | None]:
     """The network's answer at its own scale: (h, w) distances, and tokens where plan.embed."""
-    pool = _token_pool(plan)
+    pool = _token_pool(plan) if plan.embed else None
     return torch.cat(list(_tile_distances(source, plan, Counter(), progress, pool))), pool
 
 

@@ -27,9 +27,10 @@ import tempfile
 import uuid
 import zipfile
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +45,6 @@ from runs import replacing
 Polygons = list[list[np.ndarray]]        # [[outer ring, hole, ...], ...] of a cell; ring (K, 2) x y
 Cells = np.ndarray | Iterable[tuple[int, Polygons]]      # labels, or (id, polygons) one by one
 Edges = tuple[bool, bool, bool, bool]    # whether top, left, bottom, right end the image
-
 
 # Hues that stay apart from each other and from what is under them: light ones on dark images; on
 # bright ones, H&E above all, none of the reds and violets of the stains.
@@ -92,8 +92,8 @@ def cell_index_pairs(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.
     return i, np.arange(len(i)) - np.repeat(np.cumsum(count) - count - low, count)
 
 
-def cell_pairs_in_blocks(low: np.ndarray,
-                         high: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def cell_pairs_in_blocks(low: np.ndarray, high: np.ndarray
+                         ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The same, about PAIRS at a time."""
     total, begin = np.append(0, np.cumsum(np.maximum(high - low, 0))), 0
     while begin < len(low):
@@ -221,8 +221,8 @@ def convex_area(r: Runs) -> np.ndarray:
     return np.bincount(chain[begin] % n, 0.5 - leftmost, n)  # width = 1 - left - mirrored left
 
 
-def cell_intensities(r: Runs, image: np.ndarray, channels: list[str]
-                     | None) -> dict[str, np.ndarray]:
+def cell_intensities(r: Runs, image: np.ndarray, channels: list[str] | None
+                     ) -> dict[str, np.ndarray]:
     """Columns intensity_{mean,min,max,sd}_CHANNEL."""
     names = [str(c) for c in channels or range(1, len(image) + 1)]
     if len(names) != len(image):
@@ -259,7 +259,7 @@ def cell_table(labels: np.ndarray, image: np.ndarray | None = None, *,
     near : px, for neighbours_near; by default the median equivalent diameter of the cells in
         `labels`. Give a number where images or blocks are compared.
     ids : rows wanted; the other cells still count as neighbours.
-    origin : (y, x) of the first pixel, added to centroids and boxes.
+    origin : added to centroids and boxes.
     edges : sides of `labels` that are sides of the image, for touches_border.
 
     Area, centroid, box, axes, eccentricity, orientation_rad (of the major axis against a column, in
@@ -338,7 +338,7 @@ class Nesting:
     """Which small cells lie in which large ones, such as nuclei in cells; fed piece by piece."""
 
     def __init__(self) -> None:
-        self.pairs: Counter[tuple[int, int]] = Counter()     # (small, large) -> px; 0: background
+        self.pairs: Counter[tuple[int, int]] = Counter()  # (small, large) -> px; 0: background
 
     def add(self, small: np.ndarray, large: np.ndarray) -> None:
         """Count a piece of two label images of the same pixels."""
@@ -350,25 +350,26 @@ class Nesting:
     def tables(self) -> tuple[dict[int, int], dict[str, np.ndarray]]:
         """The large cell {small: large} that has most pixels of a small one, 0 where that is the
         background; and columns of the large ones: id, area, number, area and ids of the small."""
-        owner: dict[int, tuple[int, int]] = {}
+        most: dict[int, int] = {}
+        owner: dict[int, int] = {}
         area: Counter[int] = Counter()
         small_area: Counter[int] = Counter()
         for (small, large), px in sorted(self.pairs.items()):
             area[large] += px
             small_area[small] += px
-            if small and px > owner.get(small, (0, 0))[0]:
-                owner[small] = px, large
-        held = defaultdict(list)
-        for small, (_, large) in owner.items():
-            held[large].append(small)
+            if small and px > most.get(small, 0):
+                most[small], owner[small] = px, large
         ids = sorted(area.keys() - {0})
-        inside = [sum(small_area[small] for small in held[large]) for large in ids]
+        held: dict[int, list[int]] = {large: [] for large in (0, *ids)}
+        for small, large in owner.items():
+            held[large].append(small)
+        inside = np.array([sum(small_area[small] for small in held[large]) for large in ids],
+                          np.int64)
         whole = np.array([area[large] for large in ids], np.int64)
-        return {small: large for small, (_, large) in owner.items()}, {
+        return owner, {
             "id": np.array(ids, np.int64), "area_px": whole,
             "nuclei": np.array([len(held[large]) for large in ids], np.int64),
-            "nuclei_area_px": np.array(inside, np.int64),
-            "nuclei_share": np.array(inside) / np.maximum(whole, 1),
+            "nuclei_area_px": inside, "nuclei_share": inside / np.maximum(whole, 1),
             "nuclei_ids": np.array([" ".join(map(str, held[large])) for large in ids], str)}
 
 
@@ -391,8 +392,11 @@ def cell_map_features(labels: np.ndarray, distance: np.ndarray, diameter: float,
     def highest(values: np.ndarray) -> np.ndarray:
         return maximum(values, labels, ids) if len(ids) else np.zeros(0)
 
-    rim = outlines(labels)
-    touching = rim & (neighbour_count(labels) > 0)
+    rim, touching = outlines(labels), np.zeros(labels.shape, bool)
+    for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        meet = (labels[a] != labels[b]) & (labels[a] > 0) & (labels[b] > 0)
+        touching[a] |= meet
+        touching[b] |= meet
     length = np.maximum(total(rim), 1)
     mean = total(distance) / area
     spread = np.sqrt(np.maximum(total(distance.astype(np.float64) ** 2) / area - mean ** 2, 0))
@@ -403,16 +407,6 @@ def cell_map_features(labels: np.ndarray, distance: np.ndarray, diameter: float,
             "slope": total(np.hypot(dy, dx) * rim) / length,
             "size": np.log(area / (math.pi / 4 * diameter ** 2)),
             "raggedness": np.log(length ** 2 / area)}
-
-
-def neighbour_count(labels: np.ndarray) -> np.ndarray:
-    """(H, W): of the four neighbours of each pixel, those that are in another cell."""
-    count = np.zeros(labels.shape, np.uint8)
-    for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
-        meet = (labels[a] != labels[b]) & (labels[a] > 0) & (labels[b] > 0)
-        count[a] += meet
-        count[b] += meet
-    return count
 
 
 def cell_probability(features: dict[str, np.ndarray], score: dict[str, float]) -> np.ndarray:
@@ -429,9 +423,9 @@ def write_cell_table(path: str | Path, columns: dict[str, np.ndarray]) -> None:
     """Write columns of equal length as CSV: flags as 0 and 1, floats with 7 digits."""
     texts = []
     for values in map(np.asarray, columns.values()):
-        kind = values.dtype.kind
-        texts.append([f"{value:.7g}" for value in values.tolist()] if kind == "f" else
-                     (values.astype(int) if kind == "b" else values).tolist())
+        values = values.astype(int) if values.dtype.kind == "b" else values
+        texts.append([f"{value:.7g}" if isinstance(value, float) else value
+                      for value in values.tolist()])
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(columns)
@@ -525,8 +519,7 @@ def polygon_pairs(cells: Cells, origin: tuple[int, int]) -> Iterable[tuple[int, 
 
 def cell_type_colours(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """A colour (red, green, blue) for each type, the same in overlay and GeoJSON."""
-    return {name: tuple(bytes.fromhex(ON_BRIGHT[i % len(ON_BRIGHT)]))
-            for i, name in enumerate(names)}
+    return {name: tuple(bytes.fromhex(colour)) for name, colour in zip(names, cycle(ON_BRIGHT))}
 
 
 def write_geojson(path: str | Path, cells: Cells, columns: dict[str, np.ndarray] | None = None,
@@ -555,27 +548,23 @@ class GeoWriter:
             origin: tuple[int, int] = (0, 0)) -> None:
         """Take cells with their measurements."""
         columns = columns or {}
-        types = dict(zip(columns["id"].tolist(), columns["type"].tolist())
-                     ) if "type" in columns else {}
-        measured = [name for name in columns if name not in ("id", "type")]
-        values = zip(*(columns[name].tolist() for name in measured))
-        row = dict(zip(columns["id"].tolist(), values)) if measured else {}
+        values = zip(*(column.tolist() for column in columns.values()))
+        rows = {row["id"]: row for row in (dict(zip(columns, value)) for value in values)}
         for identity, parts in polygon_pairs(cells, origin):
             coordinates = [[ring.tolist() for ring in part] for part in parts]
-            several = len(parts) > 1
+            several, row = len(parts) > 1, rows.get(identity, {})
             feature: dict[str, Any] = {
                 "type": "Feature",
                 "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{self.path.name}/{identity}")),
                 "geometry": {"type": "MultiPolygon" if several else "Polygon",
                              "coordinates": coordinates if several else coordinates[0]},
                 "properties": {"objectType": "detection", "name": str(identity), "measurements": {
-                    name: float(f"{value:.7g}")
-                    for name, value in zip(measured, row.get(identity, ()))
-                    if math.isfinite(value)}},
+                    name: float(f"{value:.7g}") for name, value in row.items()
+                    if name not in ("id", "type") and math.isfinite(value)}},
             }
-            if identity in types:
+            if "type" in row:
                 feature["properties"]["classification"] = {
-                    "name": types[identity], "color": self.colours[types[identity]]}
+                    "name": row["type"], "color": self.colours[row["type"]]}
             text = json.dumps(feature, separators=(",", ":"))
             self.spool.write((",\n" if self.count else "\n") + text)
             self.count += 1
@@ -638,16 +627,14 @@ def overlay(image: np.ndarray, labels: np.ndarray, max_side: int = 4096,
         legend.
     """
     check_label_image(labels, "overlay", np.iinfo(np.int64).max)
-    step = -(-max(image.shape[1:]) // max_side)
-    if step > 1:
-        image, labels = reduced_overlay(image, labels, step)
+    image, labels = reduced_overlay(image, labels, -(-max(image.shape[1:]) // max_side))
     if labels.max(initial=0) > labels.size:  # ids with wide gaps
         ids = np.unique(labels[labels > 0])
         labels = np.where(labels > 0, np.searchsorted(ids, labels) + 1, 0)
     rgb, count = overlay_background(image), int(labels.max(initial=0))
     hexes = ON_BRIGHT if np.median(rgb[::4, ::4]) >= 128 else ON_DARK
-    rim = int(np.count_nonzero(outlines(labels)))
-    radius = 2 * np.count_nonzero(labels) / max(rim, 1)  # px, about that of a round cell
+    rim = max(int(np.count_nonzero(outlines(labels))), 1)
+    radius = 2 * np.count_nonzero(labels) / rim  # px, about that of a round cell
     colours = np.array([list(bytes.fromhex(colour)) for colour in hexes], np.uint8)
     if types is None:
         pairs = close_cell_pairs(labels, max(round(radius / 2), 2))
@@ -677,8 +664,8 @@ def overlay_with_legend(rgb: np.ndarray, colours: dict[str, tuple[int, ...]]) ->
     return np.concatenate((rgb, np.asarray(strip)))
 
 
-def reduced_overlay(image: np.ndarray, labels: np.ndarray,
-                    step: int) -> tuple[np.ndarray, np.ndarray]:
+def reduced_overlay(image: np.ndarray, labels: np.ndarray, step: int
+                    ) -> tuple[np.ndarray, np.ndarray]:
     """Image and labels at 1 / step of their size, rounded up: area means and nearest pixels."""
     if step == 1:
         return image, labels
@@ -780,8 +767,8 @@ def draw_outlines(rgb: np.ndarray, labels: np.ndarray, colours: np.ndarray, thic
     H, W, _ = rgb.shape
     k = len(labels) // H
     rim, cell = outlines(labels), labels > 0
-    line, dark = grown_outlines(rim, thick - 0.5) & cell, grown_outlines(rim, (thick + 1) // 2
-                                                                         + 0.5) & ~cell
+    line = grown_outlines(rim, thick - 0.5) & cell
+    dark = grown_outlines(rim, (thick + 1) // 2 + 0.5) & ~cell
     marked, fine = line | dark, [np.s_[i::k, j::k] for i in range(k) for j in range(k)]
     touched = np.flatnonzero(functools.reduce(np.logical_or, [marked[part] for part in fine]))
     picture = rgb.copy()

@@ -5,8 +5,8 @@ A script declares one frozen dataclass, whose comments `--help` prints, and ends
     if __name__ == "__main__":
         runs.script(__doc__, Config, main)        # python SCRIPT.py [CONFIG.yaml] [key=value ...]
 
-A user's mistake anywhere below raises ValueError or OSError and ends as one line `error: ...`, exit
-code 1 (DINOCELL_DEBUG=1 shows the traceback).
+A user's mistake raises ValueError or OSError and ends as one line `error: ...`, exit code 1
+(DINOCELL_DEBUG=1 shows the traceback).
 
 A training script opens a Run and asks it for everything that must survive the process:
 
@@ -68,12 +68,12 @@ def cores(cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/se
     slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
     if slurm.isdigit():
         counts.append(int(slurm))
-    with contextlib.suppress(OSError, ValueError):             # no Linux, or an unknown format
+    with contextlib.suppress(OSError, ValueError):  # no Linux, or an unknown format
         for group in _control_groups("cpu", cgroups, process):
             quota, period = "max", "100000"
-            if (group / "cpu.max").is_file():                  # version 2
+            if (group / "cpu.max").is_file():  # version 2
                 quota, period = (group / "cpu.max").read_text().split()
-            elif (group / "cpu.cfs_quota_us").is_file():       # version 1, where -1 means none
+            elif (group / "cpu.cfs_quota_us").is_file():  # version 1, where -1 means none
                 quota, period = ((group / f"cpu.cfs_{name}_us").read_text()
                                  for name in ("quota", "period"))
             if quota != "max" and int(quota) > 0:
@@ -91,9 +91,9 @@ def free_memory(cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/p
         free.append(1024 * int(found[1]) if found else math.inf)
     with contextlib.suppress(OSError, ValueError):
         for group in _control_groups("memory", cgroups, process):
-            for most, used, cache in (("memory.max", "memory.current", "inactive_file"),
-                                      ("memory.limit_in_bytes", "memory.usage_in_bytes",
-                                       "total_inactive_file")):
+            for most, used, cache in (
+                    ("memory.max", "memory.current", "inactive_file"),
+                    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")):
                 if (group / most).is_file() and (limit := (group / most).read_text()) != "max\n":
                     kept = re.search(rf"^{cache} (\d+)", (group / "memory.stat").read_text(), re.M)
                     free.append(int(limit) - int((group / used).read_text())
@@ -110,7 +110,7 @@ def free_memory(cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/p
 def _control_groups(controller: str, cgroups: Path, process: Path) -> Iterator[Path]:
     """Folders of this process's control groups that a controller has, and of those above."""
     for line in process.read_text().splitlines():
-        _, controllers, place = line.split(":", 2)             # version 2 names no controllers
+        _, controllers, place = line.split(":", 2)  # version 2 names no controllers
         if controllers and controller not in controllers.split(","):
             continue
         folder = cgroups / (controller if controllers else "") / place.strip("/")
@@ -244,8 +244,7 @@ def load_config(cls: type[Config], path: str | Path | None = None,
     if path is not None:
         origin = str(path)
         if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such configuration; expected a YAML file, "
-                                    f"configs/ has some")
+            raise FileNotFoundError(f"{path}: no such configuration; configs/ has some")
         values = read_yaml(Path(path))
     for text in overrides:
         key, _, value = text.partition("=")
@@ -259,7 +258,7 @@ def load_config(cls: type[Config], path: str | Path | None = None,
         try:
             inner[last] = parse_yaml(value) if value else ""
         except yaml.YAMLError:
-            inner[last] = value                                # 'a: b' and the like: meant as text
+            inner[last] = value  # 'a: b' and the like: meant as text
         inner[last] = _Given(inner[last], text)
     return from_dict(cls, values, origin)
 
@@ -289,7 +288,7 @@ def parse_yaml(text: str) -> Any:
             return None
         _count_yaml_nodes(node, (), {})
         return loader.construct_document(node)
-    except ValueError as error:                               # 2024-13-45 as a date, say
+    except ValueError as error:  # 2024-13-45 as a date, say
         raise yaml.MarkedYAMLError(problem=str(error)) from None
     finally:
         loader.dispose()
@@ -336,7 +335,7 @@ def from_dict(cls: type[Config], values: dict[str, Any], origin: str, prefix: st
         result[key] = _config_value(value, hints[key], f"{prefix}{key}", source)
     for name, f in known.items():
         if name not in result and f.default is f.default_factory is dataclasses.MISSING:
-            raise ValueError(f"{origin}: key '{prefix}{name}' is missing; give {prefix}{name}: "
+            raise ValueError(f"{origin}: key '{prefix}{name}' is missing, expected "
                              f"{_config_type_name(hints[name])}")
     try:
         return cls(**result)
@@ -344,15 +343,8 @@ def from_dict(cls: type[Config], values: dict[str, Any], origin: str, prefix: st
         raise ValueError(f"{origin}: {error}") from None
 
 
-def _ungiven(value: Any) -> Any:
-    """Without the texts of arguments, in a free section of any depth."""
-    if isinstance(value, dict):
-        return {k: _ungiven(v) for k, v in value.items()}
-    return value.value if isinstance(value, _Given) else value
-
-
 class _Misfit(Exception):
-    """A value that its field cannot take."""
+    """The value does not fit its field."""
 
 
 def _config_value(value: Any, hint: Any, key: str, origin: str) -> Any:
@@ -396,48 +388,29 @@ def _config_fit(value: Any, typed: str | None, hint: Any, key: str, origin: str)
             value = typed or ("on" if value else "off")
         if value in inner:
             return value
-    elif (kind or hint) in PLAIN:
-        return PLAIN[kind or hint](value, typed)
+    else:
+        return _config_plain(value, typed, kind or hint)
     raise _Misfit
 
 
-def _config_whole_number(value: Any, typed: str | None) -> int:
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE]\+?\d+", value):
-        value = float(value)  # 1e4 is text to PyYAML
-    if type(value) not in (int, float) or not abs(value) < 1e18 or value != int(value):
-        raise _Misfit
-    return int(value)
-
-
-def _config_number(value: Any, typed: str | None) -> float:
-    if isinstance(value, bool) or value is None:  # no is not 0
-        raise _Misfit
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise _Misfit from None
-
-
-def _config_text(value: Any, typed: str | None) -> str:
-    if typed is None and type(value) not in (str, int, float):
-        raise _Misfit
-    return str(value) if typed is None else typed
-
-
-def _config_truth(value: Any, typed: str | None) -> bool:
-    if not isinstance(value, bool):
-        raise _Misfit
-    return value
-
-
-def _config_section(value: Any, typed: str | None) -> dict:
-    if not isinstance(value, dict):
-        raise _Misfit
-    return _ungiven(value)
-
-
-PLAIN = {int: _config_whole_number, float: _config_number, str: _config_text, bool: _config_truth,
-         dict: _config_section}
+def _config_plain(value: Any, typed: str | None, kind: Any) -> Any:
+    """The value as int, float, str, bool or dict."""
+    if kind is int:
+        if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE]\+?\d+", value):
+            value = float(value)  # 1e4 is text to PyYAML
+        if type(value) in (int, float) and abs(value) < 1e18 and value == int(value):
+            return int(value)
+    elif kind is float and not isinstance(value, bool):  # no is not 0
+        with contextlib.suppress(TypeError, ValueError):
+            return float(value)
+    elif kind is str and (typed is not None or type(value) in (str, int, float)):
+        return str(value) if typed is None else typed
+    elif kind is bool and isinstance(value, bool):
+        return value
+    elif kind is dict and isinstance(value, dict):  # a free section of any depth
+        return {k: _config_plain(v, None, dict) if isinstance(v, dict)
+                else v.value if isinstance(v, _Given) else v for k, v in value.items()}
+    raise _Misfit
 
 
 def _config_type_name(hint: Any) -> str:
@@ -489,25 +462,21 @@ def config_help(cls: type, prefix: str = "", given: Any = None) -> str:
     comments, lines = key_comments(cls), []
     hints: dict[str, Any] = typing.get_type_hints(cls, include_extras=True)
     for f in dataclasses.fields(cls):
-        hint, default = hints[f.name], "..."
+        hint, default = hints[f.name], f.default
         nested = dataclasses.is_dataclass(hint)
-        if given is None and f.default_factory is hint and nested:  # alone it may be incomplete
-            lines.append(config_help(typing.cast(type, hint), f"{prefix}{f.name}."))
-            continue
         if given is not None:
             default = getattr(given, f.name)
-        elif f.default is not dataclasses.MISSING:
-            default = f.default
+        elif nested and f.default_factory is hint:  # alone it may be incomplete
+            default = None
         elif f.default_factory is not dataclasses.MISSING:
             default = f.default_factory()
         if nested:
             lines.append(config_help(hint, f"{prefix}{f.name}.", default))
             continue
-        text = ("null" if default is None else str(default).lower() if isinstance(default, bool)
-                else default)
+        text = ("..." if default is dataclasses.MISSING else "null" if default is None
+                else str(default).lower() if isinstance(default, bool) else default)
         bounds = {bound.text for part in (hint, *typing.get_args(hint))
-                  if typing.get_origin(part) is Annotated
-                  for bound in typing.get_args(part)[1:]}
+                  if typing.get_origin(part) is Annotated for bound in typing.get_args(part)[1:]}
         lines.append(f"  {prefix}{f.name}={text}".ljust(30) + " " + comments.get(f.name, "")
                      + "".join(f" ({b})" for b in bounds))
     return "\n".join(lines)
@@ -517,12 +486,9 @@ def config_help(cls: type, prefix: str = "", given: Any = None) -> str:
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
     """(files and folders, key=value overrides); a file that exists may have any name."""
-    files: list[str] = []
-    overrides: list[str] = []
-    for argument in arguments:
-        given = re.match(r"[A-Za-z_][\w.]*=", argument) and not os.path.exists(argument)
-        (overrides if given else files).append(argument)
-    return files, overrides
+    overrides = [argument for argument in arguments
+                 if re.match(r"[A-Za-z_][\w.]*=", argument) and not os.path.exists(argument)]
+    return [argument for argument in arguments if argument not in overrides], overrides
 
 
 def script(doc: str, cls: type, main: Callable[..., int | None],
@@ -534,12 +500,12 @@ def script(doc: str, cls: type, main: Callable[..., int | None],
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")     # names of files may be no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
 
     def run() -> int:
         if {"--help", "-h"} & set(arguments):
-            print(f"{doc.strip()}\n\nKeys, as key=value or in YAML:\n{config_help(cls)}",
-                  flush=True)
+            keys = config_help(cls)
+            print(f"{doc.strip()}\n\nKeys, as key=value or in YAML:\n{keys}", flush=True)
             return 0
         files, overrides = split_arguments(arguments)
         flags = {}
@@ -547,7 +513,7 @@ def script(doc: str, cls: type, main: Callable[..., int | None],
             flags, files = {"check": True}, [a for a in files if a != "--check"]
         if unknown := [a for a in files if a.startswith("--")]:
             raise ValueError(f"unknown option {unknown[0]}; options are written key=value, --help "
-                             f"lists them")
+                             "lists them")
         given = files.pop(0) if files and files[0].endswith((".yaml", ".yml")) else None
         return main(load_config(cls, given, overrides), files, **flags) or 0
 
@@ -570,6 +536,9 @@ class Stopped(Exception):
     """A signal came while processes shared work, or while fields were waited for."""
 
 
+GIVEN_BACK = {signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}  # no USR1 on Windows
+
+
 class Heard(list):
     """A handler that collects signals."""
 
@@ -581,8 +550,7 @@ class Heard(list):
 def stop_signals():
     """A list that fills when the machine is to be given back, with SIGTERM or Slurm's SIGUSR1."""
     caught = Heard()
-    before = {each: signal.signal(each, caught)
-              for each in {signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}}
+    before = {each: signal.signal(each, caught) for each in GIVEN_BACK}
     try:
         yield caught
     finally:
@@ -668,7 +636,7 @@ class Run:
         self.signal: int | None = None
         self.folder = Path(config.output_base_dir) / "runs" / config.experiment
         self.checkpoints = self.folder / "checkpoints" / config.checkpoint_name
-        self.whole: list[Path] = []                           # checkpoints that were looked through
+        self.whole: list[Path] = []  # checkpoints that were looked through
         self.screen: Path | None = None
         self.wandb, self.sent = None, {"numbers": -math.inf, "gradients": -math.inf}
         self.began = time.perf_counter()
@@ -682,16 +650,15 @@ class Run:
             if getattr(config, "wandb", "off") != "off":
                 self.wandb = start_wandb(config, self.folder)
         self.before = {number: signal.signal(number, self._stop)
-                       for number in {signal.SIGTERM, signal.SIGINT,
-                                      getattr(signal, "SIGUSR1", signal.SIGTERM)}}
+                       for number in {signal.SIGINT, *GIVEN_BACK}}
         heard = self.before[signal.SIGTERM]
-        self.stopping = isinstance(heard, Heard) and bool(heard)       # while data were loaded
+        self.stopping = isinstance(heard, Heard) and bool(heard)  # while data were loaded
 
     def _begin_screen(self) -> None:
         """Keep what is printed in logs/, as slurm/train.sh does for its jobs."""
         if "SLURM_JOB_ID" not in os.environ:
-            self.screen = self.folder / "logs" / time.strftime("%Y-%m-%d_%H-%M-%S.log")
             import torch
+            self.screen = self.folder / "logs" / time.strftime("%Y-%m-%d_%H-%M-%S.log")
             self._on_screen(f"{shlex.join(sys.argv)}  # commit {commit()}, torch "
                             f"{torch.__version__}, on {self.device}")
 
@@ -701,14 +668,14 @@ class Run:
                 file.write(text + "\n")
 
     def _stop(self, number: int, frame) -> None:
-        if self.stopping and number == signal.SIGINT:         # a second Ctrl-C means now
+        if self.stopping and number == signal.SIGINT:  # a second Ctrl-C means now
             raise KeyboardInterrupt
         self.stopping, self.signal = True, number
 
     def close(self) -> None:
         """Restore the previous handlers of signals, and pass on a signal that came."""
         if self.wandb is not None:
-            self.wandb.finish()              # else the next run of this process would go on with it
+            self.wandb.finish()  # else the next run of this process would go on with it
         for number, handler in self.before.items():
             signal.signal(number, handler)
         if self.signal and callable(handler := self.before.get(self.signal)):
@@ -727,9 +694,9 @@ class Run:
 
     def each(self, function: Callable[[Any], Any], items: Sequence) -> list:
         """shared_out() in this run; Stopped in all processes after a signal to one."""
-        found = shared_out(lambda item: None if self.stopping else function(item), items, self.rank,
-                           self.world)
-        if any(shared_out(lambda _: self.stopping, range(self.world), self.rank, self.world)):
+        group = self.rank, self.world
+        found = shared_out(lambda item: None if self.stopping else function(item), items, *group)
+        if any(shared_out(lambda _: self.stopping, range(self.world), *group)):
             raise Stopped
         return found
 
@@ -740,7 +707,7 @@ class Run:
             return
         try:
             values = read_yaml(before)
-        except ValueError as error:                           # the checkpoint has it as well
+        except ValueError as error:  # the checkpoint has it as well
             print(f"warning: {error}; taken from {newest}", file=sys.stderr)
             values = parse_yaml(load_torch(newest)["config"])
         old, new = (lasting_config(flat_config(each))
@@ -776,8 +743,8 @@ class Run:
                          for k, v in line.items())
         tqdm.write(text)
         self._on_screen(text)
-        if self.wandb and ("loss" not in values or self._is_due(
-                "numbers", step, self.config.wandb_options.every)):       # evaluations are sent
+        if self.wandb and ("loss" not in values  # evaluations are sent
+                           or self._is_due("numbers", step, self.config.wandb_options.every)):
             self.wandb.log(values, step=step)
 
     def _is_due(self, what: str, step: int, every: int) -> bool:
@@ -825,8 +792,8 @@ class Run:
     def check_finite(self, step: int, loss: float) -> None:
         if not math.isfinite(loss):
             good = self.newest()
-            raise ValueError(f"{self.folder}: the loss is {loss} at step {step}; last good "
-                             f"checkpoint: {good or 'none'}. Lower lr, or look at the data with "
+            raise ValueError(f"{self.folder}: the loss is {loss} at step {step}, the last good "
+                             f"checkpoint {good or 'none'}; lower lr, or look at the data with "
                              "`python data.py check`")
 
     # ---------------------------------------------------------------------------------- checkpoints
@@ -873,7 +840,7 @@ class Run:
             with replacing(self.checkpoints / "best.pt") as copy:
                 try:
                     os.link(path, copy)
-                except OSError:                               # a file system without links
+                except OSError:  # a file system without links
                     shutil.copyfile(path, copy)
         for old in self.saved()[:-self.config.keep]:
             old.unlink()
@@ -913,8 +880,7 @@ def load_torch(path: Path) -> dict:
                          f"({type(error).__name__}); expected what train_seg.py or train_ssl.py "
                          "exported, or a DINOv3 checkpoint") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dictionary of "
-                         "weights")
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected weights by name")
     return content
 
 
@@ -980,8 +946,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside the file, renamed at the end and removed after a failure."""
     path = Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder; create it before writing "
-                                f"{path.name}")
+        raise FileNotFoundError(f"{path.parent}: no such folder; create it for {path.name}")
     temporary = path.with_name(f".{digest(path.name)[:16]}.{HOST}.{os.getpid()}.part")
     try:
         yield temporary
@@ -1001,7 +966,7 @@ def locked(folder: Path) -> Iterator[None]:
     with contextlib.suppress(ImportError, OSError):
         import fcntl
         descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)                # until closed
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # until closed
     try:
         yield
     finally:
@@ -1030,7 +995,7 @@ def flat_name(name: str) -> str:
     """
     parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..")]
     flat = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "_", "_".join(parts))
-    if flat != "_".join(parts) or not flat or len(flat.encode()) > LONGEST:     # may meet another
+    if flat != "_".join(parts) or not flat or len(flat.encode()) > LONGEST:  # may meet another
         flat = (flat.encode()[:LONGEST - 9].decode(errors="ignore") + "_" + digest(name)[:8])
     return flat
 
@@ -1068,10 +1033,10 @@ def read_table(path: str | Path, needed: Iterable[str] = (),
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table" + f"; {advice}" * bool(advice))
     try:
-        text = path.read_text(encoding="utf-8-sig")           # -sig: Excel puts a mark in front
+        text = path.read_text(encoding="utf-8-sig")  # -sig: Excel puts a mark in front
         delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-        rows = [[word.strip() for word in row] for row in csv.reader(text.splitlines(),
-                                                                     delimiter=delimiter)]
+        rows = [[word.strip() for word in row]
+                for row in csv.reader(text.splitlines(), delimiter=delimiter)]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a table of text ({error}); save it as CSV or TSV in UTF-8"
                          ) from None
@@ -1087,7 +1052,7 @@ def read_table(path: str | Path, needed: Iterable[str] = (),
     for number, row in enumerate(rows, 1):
         if len(row) != len(names):
             raise ValueError(f"{path}, line {number}: {len(row)} values, expected {len(names)} as "
-                             f"in line 1")
+                             "in line 1")
     return [dict(zip(names, row)) for row in rows[1:]]
 
 
@@ -1114,7 +1079,7 @@ def digest(*parts: Any) -> str:
             with open(part, "rb") as file:
                 while piece := file.read(1 << 20):
                     whole.update(piece)
-        elif hasattr(part, "tobytes"):                        # an array: its shape and type count
+        elif hasattr(part, "tobytes"):  # an array: its shape and type count
             whole.update(f"{part.shape} {part.dtype.str} ".encode() + part.tobytes())
         else:
             whole.update(str(part).encode(errors="surrogatepass"))
@@ -1122,13 +1087,13 @@ def digest(*parts: Any) -> str:
 
 
 def start_wandb(config: Any, folder: Path):
-    if config.wandb == "offline":                              # else it would call home even so
+    if config.wandb == "offline":  # else it would call home even so
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         import wandb
     except ImportError:
         raise ValueError(f"wandb={config.wandb}: the package is not installed; pip install wandb, "
-                         f"or wandb=off") from None
+                         "or wandb=off") from None
     options = config.wandb_options
     return wandb.init(project=options.project, entity=options.entity, dir=str(folder),
                       name=options.name or config.experiment, resume="allow",
@@ -1145,14 +1110,16 @@ Device = typing.Literal["auto", "cpu", "cuda", "mps"]         # mps: Apple's GPU
 
 def pick_device(name: str) -> str:
     """'auto' -> the GPU if there is one; a missing one that was asked for is an error."""
-    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")      # what mps lacks runs on the CPU
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what mps lacks runs on the CPU
     import torch
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
-    if name != "auto" and not there[name]:
+    if name == "auto":
+        return next(device for device, found in there.items() if found)
+    if not there[name]:
         raise ValueError(f"device={name}: PyTorch finds no {name.upper()} device here; use "
                          "device=cpu or auto")
-    return name if name != "auto" else next(device for device, found in there.items() if found)
+    return name
 
 
 def join_group(device: str) -> tuple[int, int, str]:
@@ -1172,9 +1139,8 @@ def join_group(device: str) -> tuple[int, int, str]:
 def commit() -> str:
     """The version of the code, with a + when files differ from it."""
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty=+"],
-                              cwd=Path(__file__).parent, text=True,
-                              capture_output=True, timeout=10)
+        done = subprocess.run(["git", "describe", "--always", "--dirty=+"], text=True, timeout=10,
+                              cwd=Path(__file__).parent, capture_output=True)
         return done.stdout.strip() or "unknown"
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -212,8 +212,7 @@ def numbered_tracks(seen: Seen, root: NDArray, parent_of: NDArray | None = None)
     if parent_of is not None:
         born = np.flatnonzero(parent_of >= 0)
         parent[number[born]] = number[parent_of[born]]
-    return Linked([plane.ids for plane in seen.planes],
-                  np.split(number, seen.begin[1:-1]), parent)
+    return Linked([plane.ids for plane in seen.planes], np.split(number, seen.begin[1:-1]), parent)
 
 
 def slice_chains(n: int, links: NDArray) -> NDArray:
@@ -525,8 +524,7 @@ def write_track_cells(path: Path, linked: Linked, tables: Iterable[list[dict]],
                                  *(row[name] for name in columns)])
 
 
-def numbered_rows(linked: Linked, tables: Iterable[list[dict]]
-                  ) -> Iterator[list[tuple[int, dict]]]:
+def numbered_rows(linked: Linked, tables: Iterable[list[dict]]) -> Iterator[list[tuple[int, dict]]]:
     """The rows of each plane's table, whose `id` is the label there, with their numbers."""
     for ids, numbers, rows in zip(linked.ids, linked.numbers, tables, strict=True):
         number = dict(zip(ids.tolist(), numbers.tolist()))
@@ -609,22 +607,23 @@ def write_challenge(folder: Path, linked: Linked, planes: Iterable[NDArray]) -> 
     There a track has no gap: what comes after one is a new track, the child of the one before.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    frames_of: dict[int, list[int]] = {}
+    frames_of: dict[int, list[int]] = defaultdict(list)
     for t, numbers in enumerate(linked.numbers):
         for k in np.unique(numbers).tolist():
-            frames_of.setdefault(k, []).append(t)
+            frames_of[k].append(t)
     free, rows = len(linked.parent), []
     renamed: list[dict[int, int]] = [{} for _ in linked.numbers]
     last_name: dict[int, int] = {}  # of a track, for its daughters
     for k, at in sorted(frames_of.items()):
         stretches = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
         name, parent = k, last_name.get(int(linked.parent[k]), 0)
-        for stretch in stretches:
+        for i, stretch in enumerate(stretches):
+            if i:  # after a gap
+                parent, name, free = name, free, free + 1
             rows.append((name, int(stretch[0]), int(stretch[-1]), parent))
             for t in stretch.tolist():
                 renamed[t][k] = name
-            last_name[k] = parent = name
-            name, free = (free, free + 1) if stretch is not stretches[-1] else (name, free)
+        last_name[k] = name
     digits = max(3, len(str(len(renamed) - 1)))
     dtype = np.uint16 if free <= 1 << 16 else np.uint32
     for t, (labels, names) in enumerate(zip(planes, renamed, strict=True)):
@@ -718,35 +717,29 @@ def write_lineage(path: Path, linked: Linked) -> None:
     where there are more than MOST tracks.
     """
     tracks = {k: (first, last, parent) for k, first, last, parent in linked.tracks.tolist()}
-    daughters: dict[int, list[int]] = {}
+    daughters: dict[int, list[int]] = defaultdict(list)
     for k, (_, _, parent) in tracks.items():
-        daughters.setdefault(parent, []).append(k)
+        daughters[parent].append(k)
 
     def family(k: int) -> list[int]:
         """Daughters on either side of their mother, in the order of the lanes."""
-        below = daughters.get(k, [])
+        below = [family(daughter) for daughter in daughters.get(k, [])]
         half = len(below) // 2
-        return [each for side in (below[:half], [k], below[half:]) for one in side
-                for each in ([k] if one == k else family(one))]
+        return sum([*below[:half], [k], *below[half:]], [])
 
     def span(members: list[int]) -> int:
         return max(tracks[k][1] for k in members) - min(tracks[k][0] for k in members)
 
     families = sorted((family(k) for k in daughters.get(0, [])), key=span, reverse=True)
-    kept: list[list[int]] = []
-    lanes = 0
-    for members in families:
-        if lanes + len(members) > MOST and kept:
-            break
-        kept.append(members)
-        lanes += len(members)
+    lanes = np.cumsum([len(members) for members in families])
+    kept = families[:max(1, int(np.searchsorted(lanes, MOST, side="right")))]
     kept.sort(key=lambda members: (len(members) == 1, min(tracks[k][0] for k in members)))
-    frames = len(linked.numbers)
-    more = "" if len(kept) == len(families) else f", the longest {lanes} of {len(tracks)} tracks"
+    frames, shown = len(linked.numbers), sum(map(len, kept))
+    more = "" if len(kept) == len(families) else f", the longest {shown} of {len(tracks)} tracks"
     lane = {k: i for i, k in enumerate(k for members in kept for k in members)}
     picture = report.Frame([1, max(frames, 2)], [], "frame" + more,
                            rows=[str(k) for k in lane] or ["no cell"], width=900,
-                           height=70 + 14 * max(lanes, 6))
+                           height=70 + 14 * max(shown, 6))
     for number, members in enumerate(kept):
         colour = report.COLOURS[number % len(report.COLOURS)]
         look = f'fill="none" stroke="{colour}" stroke-linecap="round" stroke-width='

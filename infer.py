@@ -307,13 +307,13 @@ class Work:
             self.failed += map(str, paths)
         return todo
 
-    def fail(self, error: Exception, path: Path | str, file: Path | str = "", alone: bool = False
-             ) -> None:
+    def fail(self, error: Exception, path: Path | str, file: Path | OSError, alone: bool) -> None:
         """Say why an image is not done; raise it if the image is alone."""
         if alone:
             raise error
         reason = "out of memory" if runs.is_out_of_memory(error) else runs.error_sentence(error)
-        reason = reason.replace(str(file or path), str(path))
+        if isinstance(file, Path):
+            reason = reason.replace(str(file), str(path))
         print_line("warning: " + reason if str(path) in reason else f"warning: {path}: {reason}")
         self.failed.append(str(path))
 
@@ -346,7 +346,7 @@ class Work:
                         raise
                     if isinstance(error, OSError) and error.errno in runs.FULL:
                         raise self.full(error, len(todo) - count) from None
-                    self.fail(error, path, file if isinstance(file, Path) else "", alone)
+                    self.fail(error, path, file, alone)
                     continue
                 self.done += 1
                 self.megapixels += row["height"] * row["width"] * row.get("planes", 1) / 1e6

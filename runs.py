@@ -638,7 +638,7 @@ class Run:
         self.checkpoints = self.folder / "checkpoints" / config.checkpoint_name
         self.whole: list[Path] = []  # checkpoints that were looked through
         self.screen: Path | None = None
-        self.wandb, self.sent = None, {"numbers": -math.inf, "gradients": -math.inf}
+        self.wandb, self.sent = None, dict[str, int]()  # the last step at which each was sent
         self.began = time.perf_counter()
         self._check_same_run()
         for folder in (self.folder / "logs", self.folder / "images", self.checkpoints):
@@ -655,7 +655,6 @@ class Run:
         self.stopping = isinstance(heard, Heard) and bool(heard)  # while data were loaded
 
     def _begin_screen(self) -> None:
-        """Keep what is printed in logs/, as slurm/train.sh does for its jobs."""
         if "SLURM_JOB_ID" not in os.environ:
             import torch
             self.screen = self.folder / "logs" / time.strftime("%Y-%m-%d_%H-%M-%S.log")
@@ -663,6 +662,7 @@ class Run:
                             f"{torch.__version__}, on {self.device}")
 
     def _on_screen(self, text: str) -> None:
+        """Keep what is printed in logs/, as slurm/train.sh does for its jobs."""
         if self.screen:
             with open(self.screen, "a", encoding="utf-8") as file:
                 file.write(text + "\n")
@@ -749,7 +749,8 @@ class Run:
 
     def _is_due(self, what: str, step: int, every: int) -> bool:
         """Whether to send it at this step; then it counts as sent."""
-        due = step in (self.sent.get(what), 0) or step - self.sent.get(what, -math.inf) >= every
+        last = self.sent.get(what)
+        due = last is None or step in (last, 0) or step - last >= every
         if due:
             self.sent[what] = step
         return due

@@ -15,8 +15,9 @@ For each image NAME it writes into out=
 
     NAME_labels.tif      every cell its own number, 0 is background (uint16; uint32 past 65,535
                          cells and over some 2,500 px)
-    NAME_cells.csv       one row per cell: place, size, shape, intensity per channel, neighbours;
-                         score, the probability that a cell is right, where the weights have it
+    NAME_cells.csv       one row per cell: place, size, shape (also in µm where known), intensity
+                         per channel, neighbours; score, the probability that a cell is right,
+                         where the weights have it
     NAME_overlay.png     the image with coloured outlines
     NAME_distance.tif, NAME.geojson (QuPath), NAME_rois.zip (ImageJ)
                          with distance=true, geojson=true, rois=true

@@ -203,7 +203,7 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
         print(f"shard {config.shard}: none of the {len(found)} images")
         return 0
     table = "summary.csv" if parts == 1 else f"summary_{part}_of_{parts}.csv"
-    weights = find_infer_weights(config.weights, root / "final_models")
+    weights = model.find_weights(config.weights)
     if check:
         print(f"{len(mine)} of {len(found)} images, the first {next(iter(mine))}",
               f"weights {weights}", f"results into {config.out}", sep="\n")
@@ -291,7 +291,8 @@ class Work:
         others: dict[str, list[Path | str]] = defaultdict(list)  # reason -> images
         for path, name in found.items():
             record = records.get(name)
-            if record is not None and (reason := result_difference(record, path, self.made)):
+            reason = record and result_difference(record, path, self.made, config.pattern)
+            if reason:
                 others[reason].append(path)
             elif record and self.shelf.has(names[name]):
                 self.kept += 1
@@ -334,7 +335,8 @@ class Work:
                     if isinstance(file, OSError):
                         raise file
                     job = (file, todo[path], self.shelf.folder, net, config,
-                           {**self.made, "source": result_source(path, file)}, partial(show, count))
+                           {**self.made, "source": result_source(path, file, config.pattern)},
+                           partial(show, count))
                     row = segment_stack(*job, stop) if config.linked else segment_file(*job)
                     self.summary.add(row)
                     self.shelf.deliver()
@@ -377,21 +379,21 @@ def made_with(weights: Path, config: Config) -> dict:
             "weights": {"file": weights.name, "sha256": runs.digest(weights)[:16]}}
 
 
-def result_source(path: Path | str, file: Path) -> dict:
+def result_source(path: Path | str, file: Path, pattern: str) -> dict:
     """An image as results remember it: name, place (hashed, for results are shared), content."""
-    size, modified = source_size(file)
+    size, modified = source_size(file, pattern)
     return {"file": str(path), "place": source_place(path), "bytes": size,
             "modified": None if s3.is_remote(path) else modified,
-            "sha256": runs.digest(*source_files(file))}
+            "sha256": runs.digest(*source_files(file, pattern))}
 
 
-def source_files(file: Path) -> list[Path]:
-    return infer_frame_files(file) if file.is_dir() else [file]
+def source_files(file: Path, pattern: str) -> list[Path]:
+    return infer_frame_files(file, pattern) if file.is_dir() else [file]
 
 
-def source_size(file: Path) -> tuple[int, int]:
+def source_size(file: Path, pattern: str) -> tuple[int, int]:
     """Bytes and time of the last change (ns)."""
-    status = [each.stat() for each in source_files(file)]
+    status = [each.stat() for each in source_files(file, pattern)]
     return sum(one.st_size for one in status), max(one.st_mtime_ns for one in status)
 
 
@@ -399,17 +401,17 @@ def source_place(path: Path | str) -> str:
     return runs.digest(path if s3.is_remote(path) else str(Path(path).resolve()))[:16]
 
 
-def result_difference(record: dict, path: Path | str, made: dict) -> str:
+def result_difference(record: dict, path: Path | str, made: dict, pattern: str) -> str:
     """How results differ from those wanted, or nothing."""
     if not record:
         return "is there and does not say how it was made"
     source = record["source"]
     same = source["place"] == source_place(path)
     if not s3.is_remote(path):
-        size, modified = source_size(Path(path))
+        size, modified = source_size(Path(path), pattern)
         same = source["bytes"] == size and (
             same and source["modified"] == modified
-            or source["sha256"] == runs.digest(*source_files(Path(path))))
+            or source["sha256"] == runs.digest(*source_files(Path(path), pattern)))
     if not same:
         return f"comes from {source['file']}, which is another image than {path}"
     old, new = ({**one["settings"], "weights": one["weights"]["file"],
@@ -704,10 +706,11 @@ def segment_stack(path: Path, name: str, out: Path, net, config: Config, made: d
             flat = images.plane_name(name, config.linked, number + 1, len(planes))
             with planes.open(number) as source:
                 results = Results(work, str(number), source, plan, alone, clock)
-                known = config.labels and Path(config.labels, f"{flat}_labels.tif").is_file()
-                found = (segment.blocks_of(labels_given(source, flat, config.labels), source,
-                                           results.plan)
-                         if known else segment.blocks(source, results.plan, clock))
+                if config.labels and Path(config.labels, f"{flat}_labels.tif").is_file():
+                    found = segment.blocks_of(labels_given(source, flat, config.labels), source,
+                                              results.plan)
+                else:
+                    found = segment.blocks(source, results.plan, clock)
                 for block in found:
                     results.add(block)
             results.close(None, start)
@@ -892,20 +895,6 @@ def result_files(name: str, config: Config) -> list[str]:
             *(name + end for end, asked in wanted.items() if asked)]
 
 
-def find_infer_weights(name: str, folder: Path) -> Path:
-    if name == "default":
-        choices = [folder / f"{f}.pt" for f in ("dinocell_s8", "dinocell_tiny", "demo_synthetic")]
-    elif name.endswith(".pt") or "/" in name or Path(name).is_file():
-        choices = [Path(name)]
-    else:
-        choices = [folder / f"{name}.pt", folder / f"dinocell_{name}.pt"]
-    for path in choices:
-        if path.exists():
-            return path
-    raise FileNotFoundError(f"no weights at {choices[0]}; train with train_seg.py or pass "
-                            "weights=FILE")
-
-
 class Summary:
     """summary.csv, written anew every second. Rows of earlier runs stay, those that were lost come
     back from the results; other processes may write the same table."""
@@ -965,7 +954,7 @@ def export(config: Export, files: list[str]) -> int:
     """
     if files:
         raise ValueError(f"export: unexpected {files[0]}; the file to write is out=FILE.onnx")
-    weights = find_infer_weights(config.weights, Path(__file__).resolve().parent / "final_models")
+    weights = model.find_weights(config.weights)
     net = model.load(weights)
     if config.format == "bioimageio":
         out = Path(config.out or "dinocell_bioimageio.zip")

@@ -738,6 +738,23 @@ def _read_weights(path: str | Path) -> dict:
     return content
 
 
+def find_weights(name: str) -> Path:
+    """A file of weights by its path, or by its name in final_models/: tiny, dinocell_tiny; default:
+    the best that is there."""
+    folder = Path(__file__).resolve().parent / "final_models"
+    if name == "default":
+        choices = [folder / f"{f}.pt" for f in ("dinocell_s8", "dinocell_tiny", "demo_synthetic")]
+    elif name.endswith(".pt") or "/" in name or Path(name).is_file():
+        choices = [Path(name)]
+    else:
+        choices = [folder / f"{name}.pt", folder / f"dinocell_{name}.pt"]
+    for path in choices:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"no weights at {choices[0]}; train with train_seg.py or pass "
+                            "weights=FILE")
+
+
 def kind(path: str | Path) -> str:
     """Kind of network in a file of weights: "DINOCell" (with decoder), "ViT" or "Instructed"."""
     content = _read_weights(path)

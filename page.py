@@ -671,14 +671,9 @@ def entries_of(path: Path, name: str, config: Config) -> Iterator[tuple[str, Ent
 
 def weights_file(config: Config) -> Path:
     """The file that weights= means."""
-    name, folder = config.weights, ROOT / "final_models"
-    if name == "auto":
-        name = "s8" if runs.pick_device(config.device) == "cuda" else "tiny"
-    for path in (Path(name), folder / f"{name}.pt", folder / f"dinocell_{name}.pt"):
-        if path.is_file():
-            return path.resolve()
-    raise FileNotFoundError(f"weights={config.weights}: no such file, and none of this name in "
-                            f"{folder.name}/; train with train_seg.py")
+    slow = runs.pick_device(config.device) == "cpu"
+    name = config.weights if config.weights != "auto" else "tiny" if slow else "s8"
+    return model.find_weights(name).resolve()
 
 
 def version_of(opened: Opened) -> str:

@@ -202,7 +202,7 @@ def segment() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, size in (("tiny", 1024), ("tiny", 2048),
                            ("s8", 1024 if device == "cpu" else 2048)):
-            weights = infer.find_infer_weights(name, Path(infer.__file__).parent / "final_models")
+            weights = model.find_weights(name)
             network = model.load(weights).ready(device)
             path = whole_image(size, Path(folder))
             times = []
@@ -254,11 +254,10 @@ def seams(size: int = 4096) -> None:
     import tempfile
 
     import data
-    import infer
     import model
     import segment
     from metrics import average_precision
-    weights = infer.find_infer_weights("tiny", Path(infer.__file__).parent / "final_models")
+    weights = model.find_weights("tiny")
     net = model.load(weights)
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -81,12 +81,11 @@ def inference(device: str) -> list[list[str]]:
     """The networks that ship, as infer.py runs them."""
     import numpy as np
 
-    import infer
     import model
     import segment
     rows, image = [], np.random.default_rng(0).random((3, SIZE, SIZE), np.float32)
     for name in ("s8", "tiny"):
-        net = model.load(infer.find_infer_weights(name, ROOT / "final_models"))
+        net = model.load(model.find_weights(name))
         flops = sum(part[2] for part in model.cost(net, SIZE // 4)) * 16  # without what tiles share
         net = net.ready(device)
         rows.append(row(f"dinocell_{name}", lambda: segment.distances(image, net,

@@ -158,8 +158,7 @@ def test_a_slide_costs_its_tissue_alone(tmp_path, monkeypatch):
                         lambda self, x: (looked.append(len(x)), real(self, x))[1])
     config = Config(out=str(tmp_path / "out"), geojson=True, block=256, fill=0.02, peak=0.05)
     assert infer.main(config, [str(tmp_path / "slide.svs")]) == 0
-    tile = model.load(infer.find_infer_weights("demo_synthetic",
-                                               ROOT / "final_models")).settings.tile
+    tile = model.load(model.find_weights("demo_synthetic")).settings.tile
     assert 0 < sum(looked) < 0.5 * (1024 / tile) * (1536 / tile)
     labels = tifffile.imread(tmp_path / "out/slide_labels.tif")
     assert labels.shape == (1024, 1536) and not labels[:, :1100].any()
@@ -175,7 +174,7 @@ def test_score_and_min_score(tmp_path, broad):
     """Where weights have a score it is a column and a measurement; cells below min_score are gone,
     whatever the blocks."""
     write(tmp_path / "a.tif", broad, "AGP")
-    shipped = infer.find_infer_weights("demo_synthetic", ROOT / "final_models")
+    shipped = model.find_weights("demo_synthetic")
     model.change_weights_settings(shipped, tmp_path / "s.pt", score={"constant": -4.0, "mean": 6.0})
     folders = []
     for block, least in ((2048, None), (64, None), (2048, 0.5), (64, 0.5)):

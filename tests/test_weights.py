@@ -11,7 +11,6 @@ from conftest import ROOT
 from scipy import ndimage
 from skimage.io import imread
 
-import infer
 import instruct_net
 import metrics
 import model
@@ -27,7 +26,7 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def net(name):
-    return model.load(infer.find_infer_weights(name, MODELS))
+    return model.load(model.find_weights(name))
 
 
 def test_files_are_small_and_say_where_they_come_from():
@@ -52,8 +51,8 @@ def test_files_are_small_and_say_where_they_come_from():
             or 0 < weights.settings.fill <= weights.settings.peak < 1
             and weights.settings.diameter > 0
         )
-    assert infer.find_infer_weights("tiny", MODELS).name == "dinocell_tiny.pt"
-    assert infer.find_infer_weights("default", MODELS).name == "dinocell_s8.pt"
+    assert model.find_weights("tiny").name == "dinocell_tiny.pt"
+    assert model.find_weights("default").name == "dinocell_s8.pt"
 
 
 def noise(kind: str, seed: int, side: int = 160) -> np.ndarray:

@@ -254,9 +254,11 @@ def segment_all(found: Images, shelf: s3.OutputFolder, table: str, weights: Path
     else:
         work.summary.write()
     if work.done:
+        licence = net.settings.licence
+        terms = f" (weights under {licence})" if licence != "MIT" else ""
         print(f"{work.done} image{'s' * (work.done != 1)}, {work.megapixels:.3g} megapixels in "
               f"{seconds:.1f} s ({work.done / seconds:.3g} images/s, "
-              f"{work.megapixels / seconds:.3g} MP/s) with {weights.name} -> {config.out}")
+              f"{work.megapixels / seconds:.3g} MP/s) with {weights.name}{terms} -> {config.out}")
         for notice, count in images.TOLD.items():
             if count > 1:
                 print(f"{notice}: {count} images", file=sys.stderr)
@@ -935,7 +937,8 @@ class Export:
     tile: runs.Side | None = None  # px, side of the tiles the file takes; null: as trained
     opset: Annotated[int, runs.within(18, 23)] = 18   # version of ONNX's operators
     half: bool = False              # compute in float16; format=onnx alone
-    licence: str = "MIT"            # of the weights, as SPDX names it; format=bioimageio alone
+    # of the weights, as SPDX names it, for format=bioimageio; null: as the file says
+    licence: str | None = None
 
     def __post_init__(self):
         end = {"onnx": ".onnx", "bioimageio": ".zip"}[self.format]
@@ -958,7 +961,8 @@ def export(config: Export, files: list[str]) -> int:
     net = model.load(weights)
     if config.format == "bioimageio":
         out = Path(config.out or "dinocell_bioimageio.zip")
-        error = to_bioimageio(net, out, config.tile, config.opset, config.licence)
+        error = to_bioimageio(net, out, config.tile, config.opset,
+                              config.licence or net.settings.licence)
     else:
         out = Path(config.out or "dinocell.onnx")
         error = model.to_onnx(net, out, config.tile, config.opset, config.half)

@@ -382,6 +382,7 @@ class Settings:
     shape: float = 0.0
     diameter: float | None = None     # network px, median equivalent diameter of the training cells
     score: dict = field(default_factory=dict)   # cells.cell_probability's weights; none: no score
+    licence: str = "MIT"              # of the weights, as SPDX names it
     provenance: dict = field(default_factory=dict)  # what it was trained on, how, with which scores
 
     @property

@@ -66,6 +66,8 @@ class Config:
     # weights to start from: a backbone (DINOv3, train_ssl.py) or a whole network
     init: str | None = None
     new_decoder: bool = False               # take the backbone of init alone
+    # of the weights, as SPDX names it: what the images allow; null: that of init, or MIT
+    licence: str | None = None
     # few labelled images: of init only the decoder learns (docs/results.md, few examples)
     few: bool = False
     # what is built from scratch
@@ -563,7 +565,8 @@ def export_trained(net, config: Config, hashes: dict, scores: dict, step: int) -
     """Write the weights for infer.py."""
     net = copy.deepcopy(net)
     story = runs.provenance(config, step, scores=scores, images=hashes)
-    net.settings = dataclasses.replace(net.settings, provenance=story)
+    net.settings = dataclasses.replace(net.settings, provenance=story,
+                                       licence=config.licence or net.settings.licence)
     model.save(net, runs.export_path(config), half=True)
 
 

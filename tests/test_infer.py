@@ -170,6 +170,17 @@ def test_a_slide_costs_its_tissue_alone(tmp_path, monkeypatch):
     assert tifffile.imread(tmp_path / "out/slide_labels.tif").shape == (512, 768)
 
 
+def test_weights_that_are_not_free_say_so(tmp_path, broad, capsys):
+    write(tmp_path / "a.tif", broad, "AGP")
+    free, bound = model.find_weights("demo_synthetic"), tmp_path / "bound.pt"
+    model.change_weights_settings(free, bound, licence="CC-BY-NC-SA-4.0")
+    for weights, said in ((free, "with demo_synthetic.pt ->"),
+                          (bound, "with bound.pt (weights under CC-BY-NC-SA-4.0) ->")):
+        infer.main(Config(out=str(tmp_path / weights.stem), weights=str(weights)),
+                   [str(tmp_path / "a.tif")])
+        assert said in capsys.readouterr().out
+
+
 def test_score_and_min_score(tmp_path, broad):
     """Where weights have a score it is a column and a measurement; cells below min_score are gone,
     whatever the blocks."""

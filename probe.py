@@ -345,7 +345,9 @@ class Measure:
     windows: AtLeastTwo = 256               # of them; chance of retrieval is 1 / windows
     probe_every: Whole = 0                  # steps between decoders on the frozen backbone; 0: none
     probe_steps: Count = 200                # of such a training
-    probe_images: AtLeastTwo = 16           # synthetic fields for it
+    probe_images: AtLeastTwo = 16           # drawn fields for it, where there is no probe_data
+    # labelled images for it, of which a share is held out in whole groups
+    probe_data: data.TrainingData | None = None
 
     def __post_init__(self):
         if self.probe_every % self.every:
@@ -455,7 +457,7 @@ def metadata_leaks(vit, windows: Windows, size: int) -> dict[str, float]:
 
 def train_probe(vit, train, validation: list, steps: int = 200, crop: int = 96, batch: int = 8,
                 seed: int = 0) -> dict[str, float]:
-    """AP on validation images (data.Labelled) of a small decoder, trained for a minute.
+    """AP and OP_CSB on validation images (data.Labelled) of a small decoder, trained for a minute.
 
     The backbone and the random state stay as they are. train : augment.Resident.
     """
@@ -479,13 +481,13 @@ def train_probe(vit, train, validation: list, steps: int = 200, crop: int = 96, 
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
     net.eval()
-    aps = []
+    tables = []
     for image in validation:
-        distance = segment.distances(image.pixels, net, limits=segment.UNIT)
-        labels = watershed.watershed(distance, 0.47, 0.2)
-        aps.append(metrics.average_precision(image.labels, labels, (0.5, 0.75)))
-    half, three_quarters = np.mean(aps, 0)
-    return {"probe_AP@0.5": float(half), "probe_AP@0.75": float(three_quarters)}
+        distance = segment.distances(image.pixels, net, limits=segment.UNIT, zoom=image.zoom)
+        tables.append(metrics.overlap(image.labels, watershed.watershed(distance, 0.47, 0.2)))
+    scores = metrics.set_scores(tables)
+    return {**{f"probe_{name}": scores.mean[name] for name in ("AP@0.5", "AP@0.75")},
+            "probe_OP_CSB": scores.pooled["OP_CSB"]}
 
 
 class Looker:
@@ -495,7 +497,7 @@ class Looker:
         self.config, self.run, self.export = config, run, export
         if run.rank == 0:
             self.windows = probe_held_windows(config)
-        self.labelled: Any = None           # images for the decoder, drawn when first needed
+        self.labelled: Any = None           # images for the decoder, read or drawn when needed
 
     def look(self, vit, step: int) -> None:
         """Log numbers, write weights and pictures; leaks at the first and the last step."""
@@ -517,12 +519,13 @@ class Looker:
         self.draw(step, looks)
 
     def labelled_images(self, device: str):
-        """Synthetic images to train the decoder on and to score it on, with cells as in views."""
+        """Images to train the decoder on and to score it on; drawn ones have cells as in views."""
         diameter = self.config.data.field_diameter * self.config.views.zoom
-        given = data.TrainingData(
+        given = self.config.measure.probe_data or data.TrainingData(
             fields=self.config.measure.probe_images, field_size=256, field_diameter=diameter,
             field_cells=round((256 / diameter) ** 2))
-        return augment.load_resident(given, self.config.seed, device, 4.0)[:2]
+        images, validation, _ = augment.load_resident(given, self.config.seed, device, 4.0)
+        return images, [image for image in validation if image.held]
 
     def draw(self, step: int, looks: list[Look]) -> None:
         """Draw the curves, and attention and components of the first windows."""
@@ -548,7 +551,7 @@ class Looker:
 # ------------------------------------------------------------------------------------- the command
 
 LOGGED = ("retrieval", "margin", "consistency", "control", "background_retrieval",
-          "background_pixels", "effective_rank", "probe_AP@0.5")
+          "background_pixels", "effective_rank", "probe_AP@0.5", "probe_OP_CSB")
 
 
 def probe_run_rows(folder: Path) -> list[list[str]]:

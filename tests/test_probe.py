@@ -2,9 +2,11 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from test_evaluate import fails, run, table, write_image
 
@@ -12,8 +14,10 @@ import augment
 import data
 import model
 import probe
+import runs
 import ssl_
 import synthetic
+import train_ssl
 
 
 def tiny_vit(seed=0):
@@ -363,6 +367,30 @@ def test_a_decoder_on_the_frozen_backbone_learns():
     assert more > few + 0.2
 
 
+def test_the_probe_is_scored_on_labelled_images_that_it_did_not_see(tmp_path):
+    """Whole groups of real images; cells are scaled to the width asked for."""
+    for group in "abcde":
+        for number in range(2):
+            truth = np.zeros((64, 64), np.uint16)
+            truth[8:24, 8:24], truth[40:56, 30:46] = 1, 2
+            name = tmp_path / "set" / f"{group}_t{number}"
+            name.parent.mkdir(exist_ok=True)
+            tifffile.imwrite(f"{name}.tif", (200 * (truth > 0)).astype(np.uint8))
+            tifffile.imwrite(f"{name}_masks.tif", truth)
+    config = runs.from_dict(train_ssl.Config, {
+        "data": {"fields": 4}, "output_base_dir": str(tmp_path), "measure": {
+            "every": 1, "probe_every": 1, "probe_data": {
+                "root": str(tmp_path), "sets": [{"path": "set"}], "share": 0.2,
+                "diameter": 36}}}, "x")
+    looker = probe.Looker(config, SimpleNamespace(rank=1), tmp_path / "x.pt")
+    train, held = looker.labelled_images("cpu")
+    assert len(train) == 8 and len({image.name.split("_t")[0] for image in held}) == 1
+    assert held[0].zoom == pytest.approx(36 / data.median_diameter(truth), rel=0.1)
+    vit = model.ViT(24, 4, 2, 8, 1, layerscale=1.0)
+    assert set(probe.train_probe(vit, train, held, steps=2, crop=32, batch=2)) == {
+        "probe_AP@0.5", "probe_AP@0.75", "probe_OP_CSB"}
+
+
 def test_the_probe_leaves_the_backbone_and_the_random_state_alone(tmp_path):
     torch.manual_seed(0)
     vit = model.ViT(24, 4, 2, 8, 1, layerscale=1.0)
@@ -372,7 +400,7 @@ def test_the_probe_leaves_the_backbone_and_the_random_state_alone(tmp_path):
     found = probe.train_probe(vit, *loaded, steps=3, crop=32, batch=2)
     assert found == probe.train_probe(vit, *loaded, steps=3, crop=32, batch=2)
     assert (
-        set(found) == {"probe_AP@0.5", "probe_AP@0.75"}
+        set(found) == {"probe_AP@0.5", "probe_AP@0.75", "probe_OP_CSB"}
         and 0 <= found["probe_AP@0.75"] <= found["probe_AP@0.5"] <= 1
     )
     assert all(torch.equal(v, before[k]) for k, v in vit.state_dict().items())

@@ -1,10 +1,11 @@
 """Linking beside other programs, in one run: stacks, movies, drawn movies, speed.
 
-    python bench/bench_link.py [../shared/volumes] [network]
+    python bench/bench_link.py [../shared/volumes] [network | cosine]
 
 True labels of each plane, numbered anew at random, go into link.py, cellpose's stitch3D and
 laptrack, where these are installed; laptrack as it comes and with the best of 12 settings by LNK,
-which nobody knows who has no truth. network: the labels of infer.py on both movies instead.
+which nobody knows who has no truth. network: the labels of infer.py on both movies instead. cosine:
+whether the likeness of the network's vectors helps to link.
 """
 from __future__ import annotations
 
@@ -183,12 +184,45 @@ def network(folder: Path) -> None:
           rows)
 
 
+def cosine(folder: Path, weights: str = "tiny") -> None:
+    """Links whose gain also counts the cosine of both cells' vectors, by a weight."""
+    import model
+    import segment
+    net, rows = model.load(model.find_weights(weights)).ready("cpu"), []
+    for file, labels, tracks, known in movies(folder):
+        if known == "no lineage":
+            continue
+        planes, diameter = shuffled(labels), NETWORK[file.parent.parent.name]
+        pictures = tifffile.imread(file.with_name(file.name.replace("_labels.tif", ".tif")))
+        each = np.concatenate([segment.cell_vectors(picture, plane, net, diameter=diameter)[1]
+                               for picture, plane in zip(pictures, planes)])
+        each = (each - each.mean(0)) / each.std(0).clip(1e-6)
+        each /= np.linalg.norm(each, axis=1, keepdims=True)
+        usual = link.track_likeness
+        for weight in (0, 0.1, 0.25, 0.5, 1):
+            def likeness(table, first, second, far, weight=weight, usual=usual, each=each):
+                alike = (each[first] * each[second]).sum(1)
+                return usual(table, first, second, far) + weight * (alike - 1)
+            link.track_likeness = likeness
+            try:
+                volume, lines = link.track(planes)
+            finally:
+                link.track_likeness = usual
+            found = metrics.track_scores(labels, volume, tracks, lines)
+            rows.append([file.parent.parent.name, f"{weight:g}", f"{found['TRA']:.4f}",
+                         f"{found['LNK']:.4f}"])
+    table(f"The cosine of vectors ({weights}) as a part of the gain",
+          ["movie", "weight", "TRA", "LNK"], rows)
+
+
 if __name__ == "__main__":
-    words = [word for word in sys.argv[1:] if word != "network"]
+    words = [word for word in sys.argv[1:] if word not in ("network", "cosine")]
     shared = Path(words[0] if words else "../shared/volumes")
     print(f"{hardware()}; {versions()}")
     if "network" in sys.argv:
         network(shared)
+    elif "cosine" in sys.argv:
+        cosine(shared)
     else:
         speed()
         stacks(shared)

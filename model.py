@@ -459,6 +459,10 @@ class DINOCell(nn.Module):
         self.size = SizeHead(self.backbone.dim).to(self.mean.device)
         self.architecture["size"] = True
 
+    def remove_size_head(self) -> None:
+        self.size = None
+        self.architecture.pop("size", None)
+
     def log_diameters(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [0, 1] -> the size head's answer for each image."""
         assert self.size is not None

@@ -431,6 +431,10 @@ def build_segmentation_net(config: Config):
         net = model.load(config.init).train()
         net.settings = dataclasses.replace(net.settings, tile=config.crop, cap=config.cap,
                                            score={})        # calibrated for what it was
+        if config.size_steps:
+            net.remove_size_head()                          # it is learnt anew at the end
+        elif net.size is not None:
+            net.size.requires_grad_(False)
     else:
         net = model.DINOCell(model.load_backbone(config.init, shape.patch), shape.widths,
                              shape.last, settings, shape.stem)

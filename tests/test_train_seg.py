@@ -1,6 +1,7 @@
 """train_seg.py end to end at toy size: resuming, signals, ranks, what it writes and what it
 refuses."""
 import contextlib
+import dataclasses
 import importlib
 import io
 import json
@@ -416,6 +417,11 @@ def test_the_size_head_learns_how_wide_cells_are(tmp_path):
     labels = [segment.segment(seen[1], net, limits=segment.UNIT, diameter=diameter)
               for diameter in (None, wide)]
     assert np.array_equal(*labels)
+    for steps, has in ((0, True), (2, False)):                    # what goes on from such weights
+        again = train_seg.build_segmentation_net(dataclasses.replace(
+            config, init=str(tmp_path / "final_models/seg.pt"), size_steps=steps))
+        assert (again.size is not None) == has == again.architecture.get("size", False)
+        assert not (has and any(p.requires_grad for p in again.size.parameters()))
 
 
 def test_few_held_out_images_are_filled_up_for_settings_alone(tmp_path):

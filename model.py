@@ -342,25 +342,49 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(self.head(x), self.grain)                     # (B, 1, H, W)
 
 
-class SizeHead(nn.Module):
-    """Diameter of the cells of an image, from the tokens of the last block.
+SIZE_ZOOMS = (0.25, 0.5, 1.0, 2.0, 4.0)     # at which the size head sees an image
+WAVES = 12                                  # bands of wavelengths, from 2 px to a tile
 
-    Each token guesses the logarithm of the median diameter, how far off it may be, and how much it
-    counts: tokens on cells know, those on background do not.
+
+class SizeHead(nn.Module):
+    """Diameter of the cells of an image, from the network's own maps of it at SIZE_ZOOMS.
+
+    A map of cells that are as large as in training is clear, others are pale or full of holes; and
+    the wavelengths in it are those of cells. Tokens tell less: they are trained not to mind size.
     """
 
-    def __init__(self, dim: int, hidden: int = 128):
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, 3)
+    mean: Tensor
+    spread: Tensor
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, D) -> log of px, log of the scale of a Laplace distribution around it, (B,)."""
-        logits = self.fc2(F.gelu(self.fc1(self.norm(tokens)))).float()
-        guess, spread, weight = logits.unbind(2)                             # (B, N) each
-        share = weight.softmax(1)
-        return (share * guess).sum(1), (share * spread).sum(1)
+    def __init__(self, hidden: int = 32):
+        super().__init__()
+        width = len(SIZE_ZOOMS) * (WAVES + 6)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("spread", torch.ones(width))
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, 1)
+
+    def forward(self, seen: Tensor) -> Tensor:
+        """Descriptions (B, zooms, WAVES + 6) -> (B,) log of the diameter, in those of training."""
+        x = ((seen.flatten(1) - self.mean) / self.spread).clamp(-4, 4)
+        hidden = F.dropout(F.gelu(self.fc1(x)), 0.2, self.training)
+        return self.fc2(hidden)[:, 0]
+
+
+def describe_map(distance: Tensor) -> Tensor:
+    """(WAVES + 6,) of maps (B, 1, S, S): power in bands of wavelengths, and how much is cell."""
+    maps, S = distance[:, 0].float().cpu(), distance.shape[-1]
+    axis, window = torch.fft.fftfreq(S).abs(), torch.hann_window(S, periodic=False)
+    bounds = torch.logspace(-math.log10(S), math.log10(0.5), WAVES + 1)
+    bounds[0] *= 0.999                                      # the longest wave is a tile long
+    band = torch.bucketize(torch.hypot(axis[:, None], axis), bounds, right=True).flatten()
+    power = torch.fft.fft2((maps - maps.mean((1, 2), True)) * window[:, None] * window)
+    sums = torch.zeros(len(maps), WAVES + 2).index_add(1, band, power.abs().square().flatten(1))
+    waves = (sums / band.bincount(minlength=WAVES + 2) + 1e-9).log()[:, 1:WAVES + 1]
+    level = waves.mean(1, keepdim=True)
+    pixels = maps.flatten(1)
+    much = torch.stack((pixels.mean(1), pixels.std(1), pixels.amax(1),
+                        (pixels > 0.5).float().mean(1), (pixels > 0.15).float().mean(1)), 1)
+    return torch.cat((waves - level, level, much), 1).mean(0)
 
 
 # ------------------------------------------------------------------------------------ whole network
@@ -456,19 +480,12 @@ class DINOCell(nn.Module):
         return type_probabilities(self.types, vectors)
 
     def add_size_head(self) -> None:
-        self.size = SizeHead(self.backbone.dim).to(self.mean.device)
-        self.architecture["size"] = True
+        self.size = SizeHead().train(self.training)
+        self.architecture["size"] = "maps"
 
     def remove_size_head(self) -> None:
         self.size = None
         self.architecture.pop("size", None)
-
-    def log_diameters(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) in [0, 1] -> the size head's answer for each image."""
-        assert self.size is not None
-        with self.autocast():
-            last, = self.backbone.features(self.standardised(x), self.taps[-1:])
-            return self.size(last.to(self.dtype))
 
     def standardised(self, x: Tensor) -> Tensor:
         """The backbone's input, of an image (B, 3, H, W) in [0, 1]."""
@@ -492,9 +509,12 @@ class DINOCell(nn.Module):
         conversions, and convolutions see channels last.
         """
         self.to(device).eval().requires_grad_(False)
+        if self.size is not None:
+            self.size.cpu()                                   # it is small, and stays in float32
         if has_bf16(device):
-            for parameter in self.parameters():
-                parameter.data = parameter.data.bfloat16()
+            for name, parameter in self.named_parameters():
+                if not name.startswith("size."):
+                    parameter.data = parameter.data.bfloat16()
             # torch documents this form, its stub lacks it
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self

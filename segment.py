@@ -37,7 +37,7 @@ from torch import Tensor
 
 import images
 import vectors
-from model import DINOCell
+from model import SIZE_ZOOMS, DINOCell, describe_map
 from watershed import Setting, drop_small, flood, without_holes
 
 GROWN = 1.6             # tiles are at most so much larger than the crops of training
@@ -127,22 +127,34 @@ def zoom_for(diameter: float, net: DINOCell) -> float:
     return 1.0 if abs(math.log(zoom)) < 0.05 else zoom  # resampling would cost more than it brings
 
 
-@torch.inference_mode()
 def seen_diameter(source, net: DINOCell, limits: np.ndarray, looks: int = 2) -> float:
     """Median diameter (px) of the cells of an image, as the size head sees it.
 
-    It looks at a few tiles as they are, then at the zoom that this suggests; sure ones count more.
+    Where they are far from what the network knows, it looks once more from there.
     """
     typical, zoom = net.settings.diameter, 1.0
-    assert typical is not None  # known where there is a size head
+    assert typical is not None and net.size is not None
     for _ in range(looks):
+        seen = described_maps(source, net, limits, [zoom * factor for factor in SIZE_ZOOMS])
+        with torch.inference_mode():
+            log = float(net.size(seen[None])[0])
+        diameter = typical * math.exp(log) / zoom
+        if abs(log) < math.log(2.5):
+            break
+        zoom = min(max(typical / diameter, 1 / 16), 4.0)
+    return diameter
+
+
+@torch.inference_mode()
+def described_maps(source, net: DINOCell, limits: np.ndarray, zooms: Sequence[float]) -> Tensor:
+    """(zooms, features) of the network's maps of a few tiles of an image."""
+    rows = []
+    for zoom in zooms:
         size = scaled_size(source.shape[1:], zoom)
-        tiles = sampled_tiles(source, limits, size, net.settings.tile)
-        guess, spread = net.log_diameters(tiles.to(net.mean.device))
-        weight = torch.exp(-2 * spread)
-        diameter = math.exp(float((guess * weight).sum() / weight.sum())) / zoom
-        zoom = min(max(typical / diameter, 1 / 32), 8.0)
-    return typical / zoom
+        tiles = sampled_tiles(source, limits, size, net.settings.tile)[::2]
+        with net.autocast():
+            rows.append(describe_map(net(tiles.to(net.mean.device))))
+    return torch.stack(rows)
 
 
 def scaled_size(size: tuple[int, int], zoom: float) -> tuple[int, int]:

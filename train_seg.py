@@ -17,9 +17,11 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import math
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -194,7 +196,7 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
             print(f"stopped at step {done}; the same command goes on from there", file=sys.stderr)
             return run.exit_code()
     if rank == 0:
-        if not learn_heads(config, images, changes, run):
+        if not learn_heads(config, run):
             return run.exit_code()
         print(f"best validation score {best:.4f} -> {runs.export_path(config)}")
     run.close()
@@ -342,58 +344,73 @@ def type_balance(types, count: int):
     return balance
 
 
-def learn_heads(config: Config, images, changes, run: runs.Run) -> bool:
+def learn_heads(config: Config, run: runs.Run) -> bool:
     """Learn what comes after the network, types and sizes; False: a signal came."""
     if config.data.types:
         fit_types(config, run)
-    return not config.size_steps or train_size_head(config, images, changes, run)
+    return not config.size_steps or train_size_head(config, run)
 
 
-SIZES = 5.0         # the size head sees cells up to so many times larger and smaller than usual
+SIZED = 24          # images of each set that the size head learns from
 
 
-def train_size_head(config: Config, images, changes, run: runs.Run) -> bool:
-    """Train the size head on the backbone of the exported weights, and add it to them.
-
-    False: a signal came, and it begins anew next time. Where there are no cells any size is as
-    likely, so that the head learns to say so.
-    """
+def train_size_head(config: Config, run: runs.Run) -> bool:
+    """Train the size head on what the exported weights make of images that are too large or too
+    small, and add it to them. False: a signal came, and it begins anew next time."""
     net = model.load(runs.export_path(config))
     if net.size is not None:
         return True
-    torch.manual_seed(config.seed)
-    net.requires_grad_(False).to(run.device)
+    ready, typical = copy.deepcopy(net).ready(run.device), net.settings.diameter
+    assert typical is not None                                # size_steps: data.diameter
+    rng, count = np.random.default_rng(config.seed), Counter[str]()
+    seen: list[torch.Tensor] = []
+    logs, sets = [], []
+    pending, _ = data.training_images(config.data, config.seed)
+    for number in rng.permutation(len(pending)):
+        if run.stopping:
+            return False
+        for image in pending[number]():
+            own, shift = data.median_diameter(image.labels), rng.uniform(-0.5, 0.5)  # octaves
+            if not own or count[image.set] == SIZED:
+                continue
+            count[image.set] += 1
+            octaves = shift + np.arange(-4, 5)                # zooms a factor of two apart
+            maps = segment.described_maps(segment.as_source(image.pixels), ready, segment.UNIT,
+                                          (typical / own * 2 ** octaves).tolist())
+            n = len(model.SIZE_ZOOMS)
+            for middle in range(n // 2, len(octaves) - n // 2):
+                seen.append(maps[middle - n // 2:middle + n // 2 + 1])
+                logs.append(math.log(2) * octaves[middle])
+                sets.append(image.set)
     net.add_size_head()
-    assert net.size is not None                               # begins at the median
-    torch.nn.init.constant_(net.size.fc2.bias[0], np.log(images.diameter))
-    changes = dataclasses.replace(changes, scale=(1 / SIZES, SIZES), paste=0.0, negative=0.1)
-    optimiser = torch.optim.AdamW(net.size.parameters(), 2e-3, weight_decay=0.01)
-    losses: list[float] = []
-    steps, before = config.size_steps, config.steps * config.cycles
-    for step in range(steps):
-        optimiser.param_groups[0]["lr"] = 2e-3 * optim.cosine(step, steps, 1.0, 0.01,
-                                                              min(50, steps - 1))
-        sample = np.arange(config.batch) + (before + step) * config.batch
-        chosen, (x, _, _) = training_crops(config, images, changes, sample)
-        draws = augment.Draws.of(config.seed, sample, changes)
-        scale = augment.crop_scales(images, chosen, draws, config.crop)
-        diameter = images.diameters[chosen] * scale
-        none = draws.happens("negative") | (diameter == 0)
-        diameter = np.where(none, images.diameter * draws.within("any size", changes.scale),
-                            diameter)
-        guess, spread = net.log_diameters(x)
-        error = (guess - augment.send_crop_values(np.log(diameter), run.device)).abs()
-        loss = (error / spread.exp() + spread).mean()          # of Laplace's distribution
+    weights = np.array([count[name] ** -0.5 for name in sets])
+    losses = fit_size_head(net.size, torch.stack(seen), torch.tensor(logs).float(),
+                           torch.from_numpy(weights / weights.mean()).float(), config)
+    for done in range(config.log_every, len(losses) + 1, config.log_every):
+        run.log(config.steps * config.cycles + done,
+                size_loss=float(np.mean(losses[done - config.log_every:done])))
+    model.save(net, runs.export_path(config), half=True)
+    return True
+
+
+def fit_size_head(head, seen, logs, weights, config: Config) -> list[float]:
+    """Fit it to descriptions (n, zooms, features), with absolute errors; returns each step's."""
+    torch.manual_seed(config.seed)
+    head.mean.copy_(seen.flatten(1).mean(0))
+    head.spread.copy_(seen.flatten(1).std(0).clamp(min=1e-3))
+    optimiser = torch.optim.AdamW(head.parameters(), 3e-3, weight_decay=0.1)
+    losses = []
+    head.train()
+    for step in range(config.size_steps):
+        optimiser.param_groups[0]["lr"] = 3e-3 * (1 - step / config.size_steps)
+        some = torch.randint(len(seen), (256,))
+        loss = ((head(seen[some]) - logs[some]).abs() * weights[some]).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
-        if (step + 1) % config.log_every == 0:
-            run.log(before + step + 1, size_loss=float(np.mean(losses[-config.log_every:])))
-            if run.stopping:
-                return False
-    model.save(net, runs.export_path(config), half=True)
-    return True
+    head.eval()
+    return losses
 
 
 def fit_types(config: Config, run: runs.Run) -> None:

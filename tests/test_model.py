@@ -568,20 +568,32 @@ def test_rope_jitter_only_trains():
     assert torch.equal(vit(x).cls, vit(x).cls)
 
 
-def test_a_size_head_is_kept_and_each_token_counts_by_its_own_word(tmp_path):
+def test_a_size_head_is_kept_and_rests_in_float32(tmp_path):
     torch.manual_seed(0)
     net = small_net().eval()
     plain = net(torch.ones(1, 3, 32, 32) / 2)
     net.add_size_head()
+    net.size.mean += 1
     model.save(net, tmp_path / "net.pt")
-    back, x = model.load(tmp_path / "net.pt"), torch.rand(2, 3, 32, 40)
+    back, seen = model.load(tmp_path / "net.pt"), torch.rand(2, 5, model.WAVES + 6)
     with torch.inference_mode():
-        assert all(torch.equal(a, b) for a, b in zip(net.log_diameters(x), back.log_diameters(x)))
+        assert torch.equal(net.size(seen), back.size(seen))
         assert torch.equal(back(torch.ones(1, 3, 32, 32) / 2), plain)
-        head, tokens = back.size, torch.randn(1, 5, back.backbone.dim)
-        head.fc2.weight.zero_()
-        head.fc2.bias.copy_(torch.tensor([3.0, -1.0, 0.0]))
-        assert [v.item() for v in head(tokens)] == pytest.approx([3, -1])
+        assert torch.equal(back.ready("cpu").size(seen), net.size(seen))
+
+
+def test_a_map_is_described_by_its_wavelengths():
+    y = torch.arange(160.0).repeat(160, 1)
+    near, far = (model.describe_map((0.5 + 0.5 * torch.sin(2 * math.pi * y / wave))[None, None])
+                 for wave in (8, 40))
+    bounds = np.geomspace(1 / 160, 0.5, model.WAVES + 1)
+    for described, wave in ((near, 8), (far, 40)):
+        assert int(described[:model.WAVES].argmax()) == np.searchsorted(bounds, 1 / wave) - 1
+    much = [0.5, 0.5 ** 1.5, 1, 0.5, 0.75]         # mean, spread, highest, share above .5 and .15
+    assert far[model.WAVES + 1:].tolist() == pytest.approx(much, abs=0.03)
+    two = model.describe_map(torch.stack([torch.zeros(1, 160, 160), torch.ones(1, 160, 160)]))
+    assert two[model.WAVES + 1:].tolist() == pytest.approx([0.5, 0, 0.5, 0.5, 0.5], abs=1e-6)
+
 
 
 # --------------------------------------------------------------------------------------------- ONNX

@@ -293,7 +293,8 @@ class Work:
         others: dict[str, list[Path | str]] = defaultdict(list)  # reason -> images
         for path, name in found.items():
             record = records.get(name)
-            reason = record and result_difference(record, path, self.made, config.pattern)
+            reason = "" if record is None else result_difference(record, path, self.made,
+                                                                 config.pattern)
             if reason:
                 others[reason].append(path)
             elif record and self.shelf.has(names[name]):

@@ -344,6 +344,7 @@ class Decoder(nn.Module):
 
 SIZE_ZOOMS = (0.25, 0.5, 1.0, 2.0, 4.0)     # at which the size head sees an image
 WAVES = 12                                  # bands of wavelengths, from 2 px to a tile
+HIGHEST = WAVES + 3                         # place of the highest distance among what is described
 
 
 class SizeHead(nn.Module):

@@ -37,13 +37,14 @@ from torch import Tensor
 
 import images
 import vectors
-from model import SIZE_ZOOMS, DINOCell, describe_map
+from model import HIGHEST, SIZE_ZOOMS, DINOCell, describe_map
 from watershed import Setting, drop_small, flood, without_holes
 
 GROWN = 1.6             # tiles are at most so much larger than the crops of training
 GLASS = 0.03            # optical density that glass may have
 HALO = 256              # px around a block, at least
 UNKNOWN = 40.0          # px, taken as the diameter of cells by networks that do not know it
+CLEAR = 0.6             # distance that the map of a clear cell reaches
 UNIT = np.array([[0.0, 1.0]] * 3)      # limits of an image (3, H, W) that is normalised already
 
 Region = tuple[slice, slice]    # rows and columns
@@ -127,22 +128,20 @@ def zoom_for(diameter: float, net: DINOCell) -> float:
     return 1.0 if abs(math.log(zoom)) < 0.05 else zoom  # resampling would cost more than it brings
 
 
-def seen_diameter(source, net: DINOCell, limits: np.ndarray, looks: int = 2) -> float:
-    """Median diameter (px) of the cells of an image, as the size head sees it.
+def seen_diameter(source, net: DINOCell, limits: np.ndarray) -> float:
+    """Median diameter (px) of the cells of an image, as the size head sees it: from a quarter to
+    four times what the network knows.
 
-    Where they are far from what the network knows, it looks once more from there.
+    Noise looks like small cells when it is enlarged: where nothing is clear in the image as it is,
+    it is not enlarged.
     """
-    typical, zoom = net.settings.diameter, 1.0
-    assert typical is not None and net.size is not None
-    for _ in range(looks):
-        seen = described_maps(source, net, limits, [zoom * factor for factor in SIZE_ZOOMS])
-        with torch.inference_mode():
-            log = float(net.size(seen[None])[0])
-        diameter = typical * math.exp(log) / zoom
-        if abs(log) < math.log(2.5):
-            break
-        zoom = min(max(typical / diameter, 1 / 16), 4.0)
-    return diameter
+    assert net.settings.diameter is not None and net.size is not None
+    seen = described_maps(source, net, limits, SIZE_ZOOMS)
+    with torch.inference_mode():
+        log = float(net.size(seen[None])[0])
+    furthest = math.log(SIZE_ZOOMS[-1])
+    least = -furthest if seen[SIZE_ZOOMS.index(1.0), HIGHEST] > CLEAR else 0.0
+    return net.settings.diameter * math.exp(min(max(log, least), furthest))
 
 
 @torch.inference_mode()

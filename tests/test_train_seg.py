@@ -411,7 +411,7 @@ def test_the_size_head_learns_how_wide_cells_are(tmp_path):
     pixels = torch.from_numpy(data.network_input(data.examples(tmp_path / "cells")[0]))
     seen = [torch.nn.functional.interpolate(pixels[None], scale_factor=zoom, mode="bilinear",
                                             antialias=True)[0].numpy() for zoom in (0.3, 3.0)]
-    small, large = (segment.seen_diameter(segment.as_source(image), net, segment.UNIT, looks=1)
+    small, large = (segment.seen_diameter(segment.as_source(image), net, segment.UNIT)
                     for image in seen)
     assert 2 < small < 0.8 * large < 200, (small, large)
     wide = segment.seen_diameter(segment.as_source(seen[1]), net, segment.UNIT)

@@ -1,0 +1,80 @@
+"""What it brings to know how large the cells are, on the images held out of a training.
+
+    python bench/size.py configs/dinocell_s8.yaml final_models/dinocell_s8.pt ... [root=DIR]
+
+AP@0.5, mean over the images of a set (up to count=6 by lot), then over sets: with the image as it
+is, at the diameter that the size head sees, and at the true median diameter; and how far the head
+is off. Only images to train on are read: `test` has no say.
+"""
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data  # noqa: E402  (the folder above)
+import metrics  # noqa: E402
+import model  # noqa: E402
+import runs  # noqa: E402
+import segment  # noqa: E402
+import train_seg  # noqa: E402
+from bench import table  # noqa: E402
+
+
+def held_out(config: train_seg.Config, count: int) -> dict[str, list[data.Labelled]]:
+    """{set: up to `count` real images with cells}, always the same ones."""
+    _, images = data.training_images(config.data, config.seed)
+    found: dict[str, list[data.Labelled]] = {}
+    for image in images:
+        if image.held and image.set != "synthetic" and image.labels.any():
+            found.setdefault(image.set, []).append(image)
+    return {name: [some[i] for i in np.random.default_rng(0).permutation(len(some))[:count]]
+            for name, some in found.items()}
+
+
+def scores(net, images: dict[str, list[data.Labelled]]) -> tuple[list[float], np.ndarray]:
+    """AP@0.5 as they are, as seen, at the true size; and logs of seen over true diameters."""
+    ways: list[list[float]] = []
+    off: list[float] = []
+    for some in images.values():
+        each = []
+        for image in some:
+            true = data.median_diameter(image.labels)
+            source = segment.as_source(image.pixels)
+            seen = (segment.seen_diameter(source, net, segment.UNIT) if net.size is not None
+                    else net.settings.diameter)
+            off += [float(np.log(seen / true))] if net.size is not None else []
+            each.append([float(metrics.average_precision(image.labels, segment.segment(
+                image.pixels, net, limits=segment.UNIT, **wanted), (0.5,))[0])
+                for wanted in ({"zoom": 1.0}, {"diameter": seen}, {"diameter": true})])
+        ways.append(np.mean(each, 0).tolist())
+    return np.mean(ways, 0).tolist(), np.array(off)
+
+
+def main(words: list[str]) -> None:
+    keys = dict(word.split("=", 1) for word in words if "=" in word)
+    path, *weights = [word for word in words if "=" not in word]
+    config = runs.load_config(train_seg.Config, Path(path))
+    config = dataclasses.replace(config, data=dataclasses.replace(
+        config.data, root=keys.get("root", config.data.root)))
+    images, rows = held_out(config, int(keys.get("count", 6))), []
+    for file in weights:
+        net = model.load(file).ready("cpu")
+        each, off = scores(net, images)
+        shown = [f"{value:.3f}" for value in each]
+        if not len(off):
+            shown[1] = "-"
+        rows.append([Path(file).stem, *shown, *(
+            [f"{np.mean(np.abs(off) < np.log(factor)):.2f}" for factor in (1.25, 1.5)]
+            if len(off) else ["-", "-"])])
+    table(f"{sum(map(len, images.values()))} held-out images of {len(images)} sets",
+          ["weights", "as they are", "as the size head sees", "true diameter",
+           "within 1.25", "within 1.5"], rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -42,8 +42,7 @@ def test_files_are_small_and_say_where_they_come_from():
         assert all(p.isfinite().all() for p in weights.state_dict().values())
         told = torch.load(path, weights_only=True)["settings"]["provenance"]
         assert told["config"] and told["commit"] and told["scores"], path.name
-        if told["commit"] != "93cd928+":                       # README says so of the S/8 of before
-            assert re.fullmatch(r"[0-9a-f]{7,40}", told["commit"]), "weights of uncommitted code"
+        assert re.fullmatch(r"[0-9a-f]{7,40}", told["commit"]), "weights of uncommitted code"
         assert not [line for line in told["config"].splitlines()
                     if ": /" in line], "a place on the machine that trained it"
         assert (

@@ -22,6 +22,7 @@ out=FOLDER/cells has seen opens with its cells.
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import http.server
@@ -115,7 +116,6 @@ class Entry(NamedTuple):
     stack: str = ""                     # name of the stack or movie; "" for an image of its own
     axis: str = ""                      # along which its planes lie, Z or T
     place: int = 1                      # which of them, from 1
-    planes: int = 1                     # how many there are
 
     def open(self, channels: tuple[str, ...] | None, level: int) -> images.Source:
         return images.open_image(self.path, channels, self.plane, self.time, level=level)
@@ -309,7 +309,8 @@ class Opened:
         cell that was grown keeps its number and its vector, one that was split has others."""
         file = self.project.vectors_file(self.name)
         if self.rows is None and file.exists():
-            self.rows = vectors.read_vectors(file)
+            with contextlib.suppress(ValueError):       # damaged: the network runs again
+                self.rows = vectors.read_vectors(file)
         fits = self.rows is not None and self.rows.weights == self.vectors_key()
         return self.rows if fits else None
 
@@ -666,7 +667,7 @@ def entries_of(path: Path, name: str, config: Config) -> Iterator[tuple[str, Ent
     for place in range(1, count + 1):
         plane, time = (place, config.time) if axis == "Z" else (config.plane, place)
         yield (images.plane_name(name, axis, place, count),
-               Entry(path, plane, time, name, axis, place, count))
+               Entry(path, plane, time, name, axis, place))
 
 
 def weights_file(config: Config) -> Path:

@@ -57,7 +57,9 @@ def scores(net, images: dict[str, list[data.Labelled]]) -> tuple[list[float], np
 
 def main(words: list[str]) -> None:
     keys = dict(word.split("=", 1) for word in words if "=" in word)
-    path, *weights = [word for word in words if "=" not in word]
+    path, *weights = [word for word in words if "=" not in word] or [""]
+    if not weights:
+        raise SystemExit(__doc__)
     config = runs.load_config(train_seg.Config, Path(path))
     config = dataclasses.replace(config, data=dataclasses.replace(
         config.data, root=keys.get("root", config.data.root)))

@@ -482,7 +482,9 @@ def test_what_is_a_plane(tmp_path, axes, keys, count):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros(shape, np.uint8), imagej=True,
                      metadata={"axes": axes})
     found = page.images_of(tmp_path, tmp_path / "cells", page.Config(**keys))
-    assert len(found) == count and {entry.planes for entry in found.values()} == {count}
+    assert [entry.place for entry in found.values()] == list(range(1, count + 1))
+    assert all(entry.open(None, 1).shape == (1, 16, 16) for entry in found.values()
+               if len(axes) - len(keys) < 4)          # planes and frames of both: it asks for one
 
 
 @pytest.fixture
@@ -529,8 +531,10 @@ def test_types_from_a_few_marks(two_types):
     assert site.json("/export", {})["written"] == 2
     rows = runs.read_table(site.out / "b_cells.csv", ["id", "type"])
     assert {int(row["id"]) for row in rows if row["type"] == "bright"} == site.bright
+    (site.out / ".page/vectors/a.npz").write_bytes(b"damaged")
     with Site(site.folder) as again:                              # after a restart
         assert len(taught(again, "b")["cells"]) == 12
+        assert len(taught(again, "a")["cells"]) == 13             # the network runs again
 
 
 def test_marks_that_mean_nothing(two_types):

@@ -360,11 +360,10 @@ def test_a_decoder_on_the_frozen_backbone_learns():
     vit = model.ViT(24, 4, 2, 8, 1, layerscale=1.0)
     given = data.TrainingData(fields=6, field_size=96, field_cells=8, field_diameter=24)
     loaded = augment.load_resident(given, 0, "cpu", 4.0)[:2]
-    few, more = (
-        probe.train_probe(vit, *loaded, steps=steps, crop=48, batch=4)["probe_AP@0.5"]
-        for steps in (2, 80)
-    )
-    assert more > few + 0.2
+    few, more = (probe.train_probe(vit, *loaded, steps=steps, crop=48, batch=4)
+                 for steps in (2, 80))
+    assert more["probe_AP@0.5"] > few["probe_AP@0.5"] + 0.2
+    assert more["probe_OP_CSB"] > few["probe_OP_CSB"] + 0.2
 
 
 def test_the_probe_is_scored_on_labelled_images_that_it_did_not_see(tmp_path):

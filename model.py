@@ -343,49 +343,39 @@ class Decoder(nn.Module):
 
 
 SIZE_ZOOMS = (0.25, 0.5, 1.0, 2.0, 4.0)     # at which the size head sees an image
-WAVES = 12                                  # bands of wavelengths, from 2 px to a tile
-HIGHEST = WAVES + 3                         # place of the highest distance among what is described
+SIZE_STEP = math.log(SIZE_ZOOMS[1] / SIZE_ZOOMS[0])
 
 
 class SizeHead(nn.Module):
-    """Diameter of the cells of an image, from the network's own maps of it at SIZE_ZOOMS.
+    """Diameter of the cells of an image, from the cells that the network finds at SIZE_ZOOMS.
 
-    A map of cells that are as large as in training is clear, others are pale or full of holes; and
-    the wavelengths in it are those of cells. Tokens tell less: they are trained not to mind size.
+    From what a zoom shows, and those beside it, one small map judges how far that zoom is from the
+    right one, and how much its word counts; it is the same for each zoom, so that an image is many
+    examples. The tokens tell less: they are trained not to mind size.
     """
 
     mean: Tensor
     spread: Tensor
 
-    def __init__(self, hidden: int = 32):
+    def __init__(self, features: int = 8, hidden: int = 32):
         super().__init__()
-        width = len(SIZE_ZOOMS) * (WAVES + 6)
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("spread", torch.ones(width))
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, 1)
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("spread", torch.ones(features))
+        self.fc1, self.fc2 = nn.Linear(3 * features, hidden), nn.Linear(hidden, 2)
 
     def forward(self, seen: Tensor) -> Tensor:
-        """Descriptions (B, zooms, WAVES + 6) -> (B,) log of the diameter, in those of training."""
-        x = ((seen.flatten(1) - self.mean) / self.spread).clamp(-4, 4)
-        hidden = F.dropout(F.gelu(self.fc1(x)), 0.2, self.training)
-        return self.fc2(hidden)[:, 0]
+        """Descriptions (B, zooms, features) -> (B,) log of the diameter, in those of training."""
+        far, counts = self.votes(seen)
+        steps = torch.arange(seen.shape[1]) - seen.shape[1] // 2
+        return ((far - SIZE_STEP * steps) * counts).sum(1)
 
-
-def describe_map(distance: Tensor) -> Tensor:
-    """(WAVES + 6,) of maps (B, 1, S, S): power in bands of wavelengths, and how much is cell."""
-    maps, S = distance[:, 0].float().cpu(), distance.shape[-1]
-    axis, window = torch.fft.fftfreq(S).abs(), torch.hann_window(S, periodic=False)
-    bounds = torch.logspace(-math.log10(S), math.log10(0.5), WAVES + 1)
-    bounds[0] *= 0.999                                      # the longest wave is a tile long
-    band = torch.bucketize(torch.hypot(axis[:, None], axis), bounds, right=True).flatten()
-    power = torch.fft.fft2((maps - maps.mean((1, 2), True)) * window[:, None] * window)
-    sums = torch.zeros(len(maps), WAVES + 2).index_add(1, band, power.abs().square().flatten(1))
-    waves = (sums / band.bincount(minlength=WAVES + 2) + 1e-9).log()[:, 1:WAVES + 1]
-    level = waves.mean(1, keepdim=True)
-    pixels = maps.flatten(1)
-    much = torch.stack((pixels.mean(1), pixels.std(1), pixels.amax(1),
-                        (pixels > 0.5).float().mean(1), (pixels > 0.15).float().mean(1)), 1)
-    return torch.cat((waves - level, level, much), 1).mean(0)
+    def votes(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, zooms) each: log of the diameter at that zoom, and how much the zoom counts."""
+        x = F.pad(((seen - self.mean) / self.spread).clamp(-4, 4), (0, 0, 1, 1))
+        x = torch.cat((x[:, 1:-1], x[:, :-2], x[:, 2:]), 2)
+        hidden = F.dropout(F.gelu(self.fc1(x)), 0.3, self.training)
+        far, counts = self.fc2(hidden).unbind(2)
+        return far, counts.softmax(1)
 
 
 # ------------------------------------------------------------------------------------ whole network
@@ -482,7 +472,7 @@ class DINOCell(nn.Module):
 
     def add_size_head(self) -> None:
         self.size = SizeHead().train(self.training)
-        self.architecture["size"] = "maps"
+        self.architecture["size"] = "cells"
 
     def remove_size_head(self) -> None:
         self.size = None
@@ -592,11 +582,16 @@ def load(path: str | Path) -> DINOCell:
               "one for all is used", file=sys.stderr)
         content["state_dict"] = {k: v for k, v in content["state_dict"].items()
                                  if not k.startswith("decoders.")}
+    if shape.get("size", "cells") != "cells":
+        print(f"{path}: weights of the format before, whose size head is not used; give diameter=",
+              file=sys.stderr)
+        content["state_dict"] = {k: v for k, v in content["state_dict"].items()
+                                 if not k.startswith("size.")}
     with building_network(path), torch.device("meta"):
         net = DINOCell(built_backbone(shape["backbone"], content["state_dict"]),
                        tuple(shape["widths"]),
                        shape["last"], settings, shape["stem"])
-        if shape.get("size"):
+        if shape.get("size") == "cells":
             net.add_size_head()
         if names := shape.get("types"):
             net.set_types(nn.Linear(net.backbone.dim, len(names)), names)

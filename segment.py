@@ -37,7 +37,7 @@ from torch import Tensor
 
 import images
 import vectors
-from model import HIGHEST, SIZE_ZOOMS, DINOCell, describe_map
+from model import SIZE_ZOOMS, DINOCell
 from watershed import Setting, drop_small, flood, without_holes
 
 GROWN = 1.6             # tiles are at most so much larger than the crops of training
@@ -132,28 +132,57 @@ def seen_diameter(source, net: DINOCell, limits: np.ndarray) -> float:
     """Median diameter (px) of the cells of an image, as the size head sees it: from a quarter to
     four times what the network knows.
 
-    Noise looks like small cells when it is enlarged: where nothing is clear in the image as it is,
+    Noise looks like small cells when it is enlarged: where no cell is clear in the image as it is,
     it is not enlarged.
     """
     assert net.settings.diameter is not None and net.size is not None
-    seen = described_maps(source, net, limits, SIZE_ZOOMS)
+    seen = described_cells(source, net, limits, SIZE_ZOOMS)
     with torch.inference_mode():
         log = float(net.size(seen[None])[0])
     furthest = math.log(SIZE_ZOOMS[-1])
-    least = -furthest if seen[SIZE_ZOOMS.index(1.0), HIGHEST] > CLEAR else 0.0
+    least = -furthest if seen[SIZE_ZOOMS.index(1.0), 0] > 0 else 0.0
     return net.settings.diameter * math.exp(min(max(log, least), furthest))
 
 
 @torch.inference_mode()
-def described_maps(source, net: DINOCell, limits: np.ndarray, zooms: Sequence[float]) -> Tensor:
-    """(zooms, features) of the network's maps of a few tiles of an image."""
+def described_cells(source, net: DINOCell, limits: np.ndarray, zooms: Sequence[float]) -> Tensor:
+    """(zooms, 8) of the cells that the network finds in a few tiles of an image."""
     rows = []
     for zoom in zooms:
         size = scaled_size(source.shape[1:], zoom)
-        tiles = sampled_tiles(source, limits, size, net.settings.tile)[::2]
+        tiles = sampled_tiles(source, limits, size, net.settings.tile)
         with net.autocast():
-            rows.append(describe_map(net(tiles.to(net.mean.device))))
-    return torch.stack(rows)
+            rows.append(_described(net(tiles.to(net.mean.device))[:, 0], net))
+    return torch.tensor(np.stack(rows), dtype=torch.float32)
+
+
+def _described(maps: Tensor, net: DINOCell) -> np.ndarray:
+    """How many cells are clear in maps (B, S, S), how many there are, how clear and how wide.
+
+    Widths are those of cells that no edge cuts, or of all if there are only two of them.
+    """
+    area, highest, mean, whole = [], [], [], []
+    for distance in maps:
+        labels = flood(distance, net.settings.setting).flatten().cpu().numpy()
+        level, S, n = distance.float().flatten().cpu().numpy(), maps.shape[-1], labels.max()
+        inside = np.zeros((S, S), bool)
+        inside[1:-1, 1:-1] = True
+        area.append(np.bincount(labels, minlength=n + 1)[1:])
+        mean.append(np.bincount(labels, level, minlength=n + 1)[1:] / area[-1])
+        highest.append(np.zeros(n + 1))
+        np.maximum.at(highest[-1], labels, level)
+        highest[-1] = highest[-1][1:]
+        whole.append(np.isin(np.arange(1, n + 1), labels[~inside.flatten()], invert=True))
+    areas, summits, levels, inner = map(np.concatenate, (area, highest, mean, whole))
+    if not len(areas):
+        return np.array([0, 0, 0, 0, math.log(net.settings.diameter or UNKNOWN), 0, 0, 0])
+    used = areas[inner] if inner.sum() > 2 else areas
+    wide = np.sort(np.log(1 + np.sqrt(4 / math.pi * used)))
+    mass = np.cumsum(np.exp(2 * wide))
+    low, middle, high = np.quantile(wide, (0.25, 0.5, 0.75))
+    return np.array([np.log1p((summits > CLEAR).sum() / len(maps)), np.log1p(len(areas) / len(maps)),
+                     summits.mean(), levels.mean(), middle, high - low, wide.std(),
+                     wide[np.searchsorted(mass, mass[-1] / 2)]])
 
 
 def scaled_size(size: tuple[int, int], zoom: float) -> tuple[int, int]:

@@ -375,16 +375,14 @@ def train_size_head(config: Config, run: runs.Run) -> bool:
                 continue
             count[image.set] += 1
             octaves = shift + np.arange(-4, 5)                # zooms a factor of two apart
-            maps = segment.described_maps(segment.as_source(image.pixels), ready, segment.UNIT,
-                                          (typical / own * 2 ** octaves).tolist())
-            n = len(model.SIZE_ZOOMS)
-            for middle in range(n // 2, len(octaves) - n // 2):
-                seen.append(maps[middle - n // 2:middle + n // 2 + 1])
-                logs.append(math.log(2) * octaves[middle])
-                sets.append(image.set)
+            seen.append(segment.described_cells(
+                segment.as_source(image.pixels), ready, segment.UNIT,
+                (typical / own * 2 ** octaves).tolist()))
+            logs.append(torch.from_numpy(math.log(2) * octaves).float())
+            sets.append(image.set)
     net.add_size_head()
     weights = np.array([count[name] ** -0.5 for name in sets])
-    losses = fit_size_head(net.size, torch.stack(seen), torch.tensor(logs).float(),
+    losses = fit_size_head(net.size, torch.stack(seen), torch.stack(logs),
                            torch.from_numpy(weights / weights.mean()).float(), config)
     for done in range(config.log_every, len(losses) + 1, config.log_every):
         run.log(config.steps * config.cycles + done,
@@ -394,17 +392,23 @@ def train_size_head(config: Config, run: runs.Run) -> bool:
 
 
 def fit_size_head(head, seen, logs, weights, config: Config) -> list[float]:
-    """Fit it to descriptions (n, zooms, features), with absolute errors; returns each step's."""
+    """Fit it to images described at more zooms than it sees, (n, Z, features), where cells have the
+    logs of diameters (n, Z); errors are absolute, of its word and, for a third, of each zoom's.
+    Returns each step's."""
     torch.manual_seed(config.seed)
-    head.mean.copy_(seen.flatten(1).mean(0))
-    head.spread.copy_(seen.flatten(1).std(0).clamp(min=1e-3))
+    head.mean.copy_(seen.flatten(0, 1).mean(0))
+    head.spread.copy_(seen.flatten(0, 1).std(0).clamp(min=1e-3))
     optimiser = torch.optim.AdamW(head.parameters(), 3e-3, weight_decay=0.1)
-    losses = []
+    n, losses = len(model.SIZE_ZOOMS), []
     head.train()
     for step in range(config.size_steps):
         optimiser.param_groups[0]["lr"] = 3e-3 * (1 - step / config.size_steps)
         some = torch.randint(len(seen), (256,))
-        loss = ((head(seen[some]) - logs[some]).abs() * weights[some]).mean()
+        first = torch.randint(seen.shape[1] - n + 1, (256, 1))
+        zooms = first + torch.arange(n)
+        x, y = seen[some[:, None], zooms], logs[some[:, None], zooms]
+        error = (head(x) - y[:, n // 2]).abs() + (head.votes(x)[0] - y).abs().mean(1) / 3
+        loss = (error * weights[some]).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Experiments 1 to 4 of fine-tuning, end to end on drawn donors and with the small network: that every step runs, and
+# Experiments 1 to 5 of fine-tuning, end to end on drawn donors and with the small network: that every step runs, and
 # what the tables look like. Scores of drawn fields say nothing about immunofluorescence.
 #   STEPS=30 bench/if_experiments.sh            19 trainings of so many steps, each with a validation
 # Own tiles: leave out the first two commands, SMALL and the sed; the configurations say the rest.
@@ -32,3 +32,7 @@ python evaluate.py bench dat/if_e2.yaml
 python evaluate.py gating configs/gating.yaml predictions=runs/if_e1/generic root=dat/if experiment=if_e3 marker=2 \
     "sets=[{name: all_markers, path: test}]"
 python evaluate.py bench dat/if_e4.yaml
+# 5: the share of marker-positive cells of each donor against outcomes: one is the share that was drawn, one is by lot
+python downstream.py configs/downstream.yaml tiles=dat/drawn_if outcomes=dat/drawn_if/outcomes.tsv out=runs/if_e5 \
+    'columns=[share,lot]' min_tiles=2 min_cells=20 "models=[{name: baseline, weights: final_models/dinocell_tiny.pt},
+    {name: finetuned, weights: final_models/if_generic.pt}]"

@@ -575,25 +575,30 @@ def test_a_size_head_is_kept_and_rests_in_float32(tmp_path):
     net.add_size_head()
     net.size.mean += 1
     model.save(net, tmp_path / "net.pt")
-    back, seen = model.load(tmp_path / "net.pt"), torch.rand(2, 5, model.WAVES + 6)
+    back, seen = model.load(tmp_path / "net.pt"), torch.rand(2, 5, 8)
     with torch.inference_mode():
         assert torch.equal(net.size(seen), back.size(seen))
         assert torch.equal(back(torch.ones(1, 3, 32, 32) / 2), plain)
         assert torch.equal(back.ready("cpu").size(seen), net.size(seen))
 
 
-def test_a_map_is_described_by_its_wavelengths():
-    y = torch.arange(160.0).repeat(160, 1)
-    near, far = (model.describe_map((0.5 + 0.5 * torch.sin(2 * math.pi * y / wave))[None, None])
-                 for wave in (8, 40))
-    bounds = np.geomspace(1 / 160, 0.5, model.WAVES + 1)
-    for described, wave in ((near, 8), (far, 40)):
-        assert int(described[:model.WAVES].argmax()) == np.searchsorted(bounds, 1 / wave) - 1
-    much = [0.5, 0.5 ** 1.5, 1, 0.5, 0.75]         # mean, spread, highest, share above .5 and .15
-    assert far[model.WAVES + 1:].tolist() == pytest.approx(much, abs=0.03)
-    two = model.describe_map(torch.stack([torch.zeros(1, 160, 160), torch.ones(1, 160, 160)]))
-    assert two[model.WAVES + 1:].tolist() == pytest.approx([0.5, 0, 0.5, 0.5, 0.5], abs=1e-6)
-
+def test_the_size_head_judges_each_zoom_in_the_same_way():
+    """An image enlarged by one step shows at each zoom what the one before showed: the diameter is
+    larger by a step, whatever the head has learnt."""
+    torch.manual_seed(0)
+    head = model.SizeHead().eval()
+    head.fc2.weight.data[1], head.fc2.bias.data[1] = 0, 0          # each zoom counts the same
+    alike = torch.rand(1, 1, 8).expand(1, 5, 8).clone()
+    far, counts = head.votes(alike)
+    assert torch.allclose(far[0, 1:4], far[0, 2].expand(3)) and torch.allclose(counts, counts[0, 0])
+    assert torch.allclose(head(alike), far.mean())                  # steps up and down cancel out
+    head.fc2.weight.data[0] = 0
+    with torch.no_grad():
+        head.fc2.bias[0] = 0.3
+        assert float(head(alike)[0]) == pytest.approx(0.3)
+        counts = torch.tensor([[0, 0, 0, 0, 1.0]])                  # the last zoom alone: two steps
+        head.votes = lambda seen: (torch.full((1, 5), 0.3), counts)
+        assert float(head(alike)[0]) == pytest.approx(0.3 - 2 * np.log(2))
 
 
 # --------------------------------------------------------------------------------------------- ONNX

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from skimage import measure
 
 import metrics
 import model
@@ -192,6 +193,28 @@ def test_zoom_follows_the_diameter():
     net.settings.diameter = None
     with pytest.raises(ValueError, match="do not say how large"):
         segment.zoom_for(32, net)
+
+
+def test_cells_are_described_by_number_clearness_and_width():
+    """Against the watershed and regions of a map by other code; nothing is found in an empty one,
+    and twice as large an image has cells twice as wide."""
+    net, image = PassOn(tile=96, diameter=16.0), 0.9 * cones(4, 96, 96, 14)
+    source = segment.as_source(image)
+    plain, large = segment.described_cells(source, net, UNIT, (1.0, 2.0)).numpy()
+    labels = segment.segment(image, net, limits=UNIT, zoom=1.0)
+    regions = [r for r in measure.regionprops(labels, image)]
+    inner = [r for r in regions if min(r.bbox[:2]) > 0 and max(r.bbox[2:]) < 96]
+    wide = np.log(1 + np.array([r.equivalent_diameter_area for r in inner]))
+    assert 3 <= len(inner) < len(regions)
+    expected = [np.log1p(sum(r.intensity_max > 0.6 for r in regions)), np.log1p(len(regions)),
+                np.mean([r.intensity_max for r in regions]),
+                np.mean([r.intensity_mean for r in regions]), np.median(wide),
+                np.subtract(*np.quantile(wide, (0.75, 0.25))), wide.std()]
+    np.testing.assert_allclose(plain[:7], expected, atol=1e-5)
+    assert wide.min() < plain[7] <= wide.max() and plain[7] >= np.median(wide)
+    assert large[4] - plain[4] == pytest.approx(np.log(2), abs=0.2)
+    empty = segment.described_cells(segment.as_source(np.zeros((96, 96))), net, UNIT, (1.0,))
+    assert empty[0].tolist() == pytest.approx([0, 0, 0, 0, np.log(16), 0, 0, 0])
 
 
 def test_lengths_of_a_setting_are_px_of_the_network():

@@ -180,9 +180,9 @@ def _described(maps: Tensor, net: DINOCell) -> np.ndarray:
     wide = np.sort(np.log(1 + np.sqrt(4 / math.pi * used)))
     mass = np.cumsum(np.exp(2 * wide))
     low, middle, high = np.quantile(wide, (0.25, 0.5, 0.75))
-    return np.array([np.log1p((summits > CLEAR).sum() / len(maps)), np.log1p(len(areas) / len(maps)),
-                     summits.mean(), levels.mean(), middle, high - low, wide.std(),
-                     wide[np.searchsorted(mass, mass[-1] / 2)]])
+    clear, found = (summits > CLEAR).sum() / len(maps), len(areas) / len(maps)
+    return np.array([np.log1p(clear), np.log1p(found), summits.mean(), levels.mean(), middle,
+                     high - low, wide.std(), wide[np.searchsorted(mass, mass[-1] / 2)]])
 
 
 def scaled_size(size: tuple[int, int], zoom: float) -> tuple[int, int]:

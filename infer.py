@@ -21,7 +21,8 @@ For each image NAME it writes into out=
     NAME_overlay.png     the image with coloured outlines
     NAME_distance.tif, NAME.geojson (QuPath), NAME_rois.zip (ImageJ)
                          with distance=true, geojson=true, rois=true
-    NAME_cells.npz       a vector per cell (ids, vectors, weights), with embed=true
+    NAME_cells.npz       a vector per cell (ids, vectors, weights), with embed=true; with
+                         channels=each one of each channel, side by side, and their names
     NAME_within.csv      one row per cell of within=: the nuclei found in it, their number and area
     summary.csv          one row per image: cells, mean area, confluency, diameter, seconds
 
@@ -96,7 +97,8 @@ SAMPLED = 1 << 25  # px, planes that say how bright a stack is have so many toge
 class Config:
     out: str = "results"  # folder for all results, or s3://bucket/folder
     weights: str = "default"  # file, or the name of one in final_models/ (tiny)
-    # names or numbers, one to three: what the network sees; null: all
+    # names or numbers, one to three: what the network sees; null: all; each: cells are found in the
+    # mean of all channels, and embed=true gives a vector of each channel
     channels: tuple[str, ...] | None = None
     plane: runs.Count | None = None  # which z plane of a stack
     z: Literal["all"] | None = None  # all: every plane, with linked cells
@@ -163,6 +165,9 @@ class Config:
         for key in ("geojson", "rois", "distance", "embed", "within"):
             if self.linked and getattr(self, key):
                 raise ValueError(f"{key}= is for single planes; leave it out with z=all, time=all")
+        if self.linked and self.each:
+            raise ValueError("channels=each is for single planes; with z=all, time=all name up to "
+                             "three, as channels=1,2")
         runs.shard_of(self.shard)
         if self.within is not None and s3.is_remote(self.within):
             raise ValueError(f"within={self.within}: expected a file or folder here; copy it first")
@@ -171,6 +176,11 @@ class Config:
     def linked(self) -> str:
         """The axis along which cells are linked: Z, T or none."""
         return "Z" if self.z else "T" if self.time == "all" else ""
+
+    @property
+    def each(self) -> bool:
+        """Whether the network sees the mean of all channels, and then each alone."""
+        return self.channels == ("each",)
 
     @property
     def frame(self) -> int | None:
@@ -433,9 +443,10 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, made: di
     """Segment one image and write its results, with how they were made; returns its row of the
     summary."""
     start, clock = time.perf_counter(), Counter() if clock is None else clock
-    where = config.channels, config.plane, config.frame
+    where = None if config.each else config.channels, config.plane, config.frame
     with images.open_image(path, *where, level=config.size) as source:
-        check_infer_channels(path, source)
+        if not config.each:
+            check_infer_channels(path, source)
         tissue = None
         with segment.timed(clock, "read"):
             if source.levels > 1:  # a slide: its small picture tells
@@ -448,14 +459,21 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, made: di
         for notice in source.notices:  # now, for all pixels have been seen
             if said := images.image_notice(path, notice):
                 print_line(said)
+        seen = segment.MeanOfChannels(source, limits) if config.each else source
         with segment.timed(clock, "network"):
-            plan = plan_of(source, path, net, config, limits=limits, tissue=tissue)
+            plan = plan_of(seen, path, net, config, tissue=tissue,
+                           limits=segment.UNIT[:1] if config.each else limits)
+        if config.each:
+            plan = plan._replace(embed=net.types is not None)
         results = Results(out, name, source, plan, config, clock)
-        found = (segment.blocks(source, results.plan, clock, progress) if config.labels is None
-                 else segment.blocks_of(labels_given(source, name, config.labels), source,
+        found = (segment.blocks(seen, results.plan, clock, progress) if config.labels is None
+                 else segment.blocks_of(labels_given(source, name, config.labels), seen,
                                         results.plan))
         for block in found:
             results.add(block)
+        if config.each and config.embed:
+            with segment.timed(clock, "network"):
+                results.add_vectors_of_channels(limits, path, config)
     return results.close(made, start)
 
 
@@ -467,7 +485,7 @@ def check_infer_channels(path: Path, source: images.Source) -> None:
                          "with channels=1,2 or by name")
 
 
-def plan_of(source: images.Source, path: Path, net, config: Config, **more) -> segment.Plan:
+def plan_of(source, path: Path, net, config: Config, **more) -> segment.Plan:
     return segment.plan_for(source, net,
                             diameter=parse_diameter(config.diameter, source.pixel_size, path),
                             **{key: getattr(config, key) for key in PLANNED}, **more)
@@ -500,6 +518,8 @@ class Results:
         self.labels = images.LabelWriter(out / f"{name}_labels.tif", (H, W), source.pixel_size)
         self.columns: list[dict] = []
         self.vectors: list[np.ndarray] = []
+        # cells of the whole image, where each channel is to be seen with them
+        self.all = np.zeros((H, W), np.int32) if config.each and config.embed else None
         self.nesting = cells.Nesting()
         self.polygons: list[tuple] = []  # for rois
         self.geojson = (cells.GeoWriter(out / f"{name}.geojson", plan.net.type_names)
@@ -524,6 +544,8 @@ class Results:
                 origin=origin, edges=(rows.start == 0, columns.start == 0, rows.stop == H,
                                       columns.stop == W))
             table = {**table, "id": block.ids[table["id"]], **score}
+            if self.all is not None:
+                self.all[block.core] = block.labels
             if block.vectors is not None:
                 self.vectors.append(block.vectors)
                 if self.plan.net.types is not None:
@@ -554,6 +576,20 @@ class Results:
                                      large.region(y.start, y.stop, x.start, x.stop)[0])
         with segment.timed(self.clock, "write"):
             self.labels.add(block.core, block.labels)
+
+    def add_vectors_of_channels(self, limits: np.ndarray, path: Path, config: Config) -> None:
+        """A vector of each cell from each channel alone, one beside the other."""
+        assert self.all is not None
+        ids, parts = np.zeros(0, int), []
+        for number, limit in zip(self.source.numbers, limits):
+            with images.open_image(path, number, config.plane, config.frame,
+                                   level=config.size) as one:
+                alone = self.plan._replace(limits=limit[None], embed=True)
+                ids, found = segment.pooled_vectors(segment.network_map(one, alone)[1], self.all,
+                                                    alone)
+            parts.append(found)
+        place = np.searchsorted(ids, np.concatenate([part["id"] for part in self.columns]))
+        self.vectors = [np.concatenate(parts, 1)[place]]
 
     def scores(self, block: segment.Block) -> dict:
         """The column of probabilities of new cells, where the weights have them calibrated."""
@@ -593,7 +629,9 @@ class Results:
             if self.config.embed:
                 weights = runs.digest(self.plan.net.origin)[:16]
                 vectors.write_vectors(f"{beginning}cells.npz", vectors.CellVectors(
-                    table["id"], np.concatenate(self.vectors), weights))
+                    table["id"], np.concatenate(self.vectors), weights,
+                    tuple(map(str, self.source.channels or self.source.numbers))
+                    if self.config.each else ()))
             if self.picture is not None:
                 cells.write_picture(f"{beginning}overlay.png", cells.overlay(
                     *self.picture, types=table.get("type"), names=self.plan.net.type_names))

@@ -657,6 +657,20 @@ def as_source(image):
     return image if hasattr(image, "region") else _Array(np.asarray(image))
 
 
+class MeanOfChannels:
+    """An open image (C, H, W) as one channel: the mean of its channels, each from 0 to 1 between
+    its limits. In pretraining it is a view of the same cells as each channel alone."""
+
+    def __init__(self, source, limits: np.ndarray):
+        self.source, self.limits = source, limits
+        self.path, self.shape = source.path, (1, *source.shape[1:])
+        self.dtype, self.pixel_size = np.dtype(np.float32), source.pixel_size
+
+    def region(self, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
+        pixels = images.normalise(self.source.region(y0, y1, x0, x1), self.limits)
+        return pixels.mean(0, keepdims=True)
+
+
 class _Array:
     """An array with the methods of images.Source that segment() asks for."""
 

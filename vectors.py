@@ -119,13 +119,14 @@ class CellVectors(NamedTuple):
     ids: np.ndarray                     # (n,)
     vectors: np.ndarray                 # (n, D) float32
     weights: str                        # digest of the file
+    channels: tuple[str, ...] = ()      # those that vectors are of, side by side; (): one of all
 
 
 def write_vectors(path: str | Path, table: CellVectors) -> None:
     """Write NAME_cells.npz: ids, vectors in float16, weights."""
     with runs.replacing(path) as beside, open(beside, "wb") as file:
         np.savez(file, ids=table.ids, vectors=table.vectors.astype(np.float16),
-                 weights=np.array(table.weights))
+                 weights=np.array(table.weights), channels=np.array(table.channels, str))
 
 
 def read_vectors(*paths: str | Path) -> CellVectors:
@@ -135,7 +136,9 @@ def read_vectors(*paths: str | Path) -> CellVectors:
         try:
             with np.load(path) as file:                      # refuses pickled objects
                 tables.append(CellVectors(file["ids"], file["vectors"].astype(np.float32),
-                                          str(file["weights"])))
+                                          str(file["weights"]),
+                                          tuple(file["channels"].tolist())
+                                          if "channels" in file else ()))
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: no vectors of cells ({error}); expected what infer.py "
                              "writes with embed=true") from None
@@ -143,8 +146,13 @@ def read_vectors(*paths: str | Path) -> CellVectors:
             raise ValueError(f"{path}: vectors of weights {tables[-1].weights}, but {paths[0]} has "
                              f"those of {tables[0].weights}; run infer.py embed=true again with "
                              "one file of weights")
+        if tables[-1].channels != tables[0].channels:
+            raise ValueError(f"{path}: vectors of channels {', '.join(tables[-1].channels)}, but "
+                             f"{paths[0]} has {', '.join(tables[0].channels) or 'one of all'}; "
+                             "expected the same in all files")
     return CellVectors(np.concatenate([table.ids for table in tables]),
-                       np.concatenate([table.vectors for table in tables]), tables[0].weights)
+                       np.concatenate([table.vectors for table in tables]),
+                       *tables[0][2:])
 
 
 # -------------------------------------------------------------------------------------------- types

@@ -32,6 +32,7 @@ import model
 import runs
 import segment
 import synthetic
+import vectors
 
 # drawn fields here, so the weights that were trained on them
 Config = functools.partial(infer.Config, weights="demo_synthetic")
@@ -73,6 +74,34 @@ def run_here(*arguments, capsys):
 def rows(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_each_channel_brings_its_vectors(tmp_path, field):
+    """channels=each finds cells in the mean of four channels, as in a file of that mean; the
+    vectors are those of each channel alone with these cells."""
+    names = ("DNA", "ER", "RNA", "AGP")
+    path = write(tmp_path / "four.tif", field, *names)
+    net = model.load(model.find_weights("demo_synthetic")).ready("cpu")
+    with images.open_image(path) as source:
+        limits = images.percentiles(source, net.settings.low, net.settings.high)
+        mean = images.normalise(source.whole().pixels, limits).mean(0)
+    infer.segment_file(path, "each", tmp_path, net,
+                       Config(channels=("each",), embed=True, diameter="32"))
+    labels = images.read_labels(tmp_path / "each_labels.tif")
+    expected = segment.segment(mean, net, limits=segment.UNIT[:1], diameter=32)
+    assert labels.max() > 20 and np.array_equal(labels, expected)
+    found = vectors.read_vectors(tmp_path / "each_cells.npz")
+    assert found.channels == names and found.vectors.shape == (labels.max(), 4 * net.backbone.dim)
+    for k, part in enumerate(np.split(found.vectors, 4, 1)):
+        ids, alone = segment.cell_vectors(field.pixels[field.channels.index(names[k])], labels, net,
+                                          limits=limits[k:k + 1], diameter=32)
+        np.testing.assert_allclose(part, alone[np.searchsorted(ids, found.ids)], atol=0.02)
+    with open(tmp_path / "each_cells.csv", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert [int(row["id"]) for row in table] == found.ids.tolist()
+    assert {f"intensity_mean_{name}" for name in names} <= table[0].keys()
+    with pytest.raises(ValueError, match="channels=each is for single planes"):
+        Config(channels=("each",), z="all")
 
 
 @pytest.mark.smoke

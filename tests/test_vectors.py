@@ -119,6 +119,10 @@ def test_vectors_come_back_and_do_not_mix(tmp_path):
     assert both.vectors.shape == (6, 8) and both.weights == "w1"
     with pytest.raises(ValueError, match="c.npz: vectors of weights w2, but .*a.npz has those of"):
         vectors.read_vectors(tmp_path / "a.npz", tmp_path / "c.npz")
+    vectors.write_vectors(tmp_path / "e.npz", both._replace(channels=("DNA", "ER")))
+    assert vectors.read_vectors(tmp_path / "e.npz").channels == ("DNA", "ER")
+    with pytest.raises(ValueError, match="e.npz: vectors of channels DNA, ER, but .* one of all"):
+        vectors.read_vectors(tmp_path / "a.npz", tmp_path / "e.npz")
     (tmp_path / "d.npz").write_bytes(b"none")
     with pytest.raises(ValueError, match="d.npz: no vectors of cells"):
         vectors.read_vectors(tmp_path / "d.npz")

@@ -240,6 +240,11 @@ class Opened:
         self.picture.close()
 
     @property
+    def large(self) -> bool:
+        """Whether its map is not kept: other thresholds are another search."""
+        return math.prod(self.size) > edits.LARGE
+
+    @property
     def labels(self):
         return self.book.labels if self.preview is None else self.preview
 
@@ -330,7 +335,7 @@ class Opened:
         known = self.known_vectors()
         if known is not None and self.book.boxes.keys() <= set(known.ids.tolist()):
             return known
-        if math.prod(self.size) > edits.LARGE:
+        if self.large:
             raise ValueError(f"{self.size[0]} x {self.size[1]} px, expected at most "
                              f"{edits.LARGE / 1e6:.0f} megapixels to tell types; cut out a part")
         with self.book.lock:
@@ -526,6 +531,13 @@ class Project:
             raise runs.Stopped
         self.working["share"] = share
 
+    def search(self, names: list[str]) -> None:
+        """Queue images for the network."""
+        with self.awake:
+            self.queue += [name for name in names if name not in self.queue]
+            self.awake.notify_all()
+        self.remember()
+
     def find(self, name: str) -> None:
         """Run the network on an image; cells made by hand stay."""
         opened, state, net = self.open(name), self.of(name), self.network()
@@ -537,9 +549,8 @@ class Project:
                 known = ", ".join(source.channels or map(str, source.numbers))
                 raise ValueError(f"{source.shape[0]} channels ({known}); start with up to three "
                                  "that the network sees, such as channels=1,2")
-            small = math.prod(opened.size) <= edits.LARGE
-            plan, pool = opened.plan(source, net, state, embed=small), None
-            if small:
+            plan, pool = opened.plan(source, net, state, embed=not opened.large), None
+            if not opened.large:
                 seen, pool = segment.network_map(source, plan, self.progress)
                 labels, _ = segment.cells_in_map(seen, plan, opened.size)
             else:
@@ -561,12 +572,24 @@ class Project:
             if pool:
                 opened.keep_vectors(pool, opened.book.labels, plan)
 
+    def can_flood(self, opened: Opened) -> bool:
+        """Whether its cells were found with these weights and this diameter."""
+        key = self.of(opened.name).get("map") if opened.large else (
+            None if opened.seen is None else opened.seen_key)
+        return key == self.map_key(opened)
+
     def flood(self, name: str, setting: dict, commit: bool) -> dict:
-        """Cells of the map at other thresholds: a preview, or for good."""
+        """Cells of the map at other thresholds: a preview, or for good. Of a large image, whose map
+        is not kept, for good alone, and the network runs again."""
         opened, state, net = self.open(name), self.of(name), self.network()
-        if opened.seen is None or opened.seen_key != self.map_key(opened):
+        if not self.can_flood(opened):
             raise ValueError("the cells of this image were not found in this way yet; press Find")
         setting = {key: float(setting[key]) for key in THRESHOLDS if key in setting}
+        if opened.large:
+            if commit:
+                state["setting"] = setting
+                self.search([name])
+            return {"cells": len(opened.book.boxes), "version": version_of(opened)}
         with opened.for_network() as source:
             plan = opened.plan(source, net, {**state, "setting": setting})
         labels, _ = segment.cells_in_map(opened.seen, plan, opened.size)
@@ -842,8 +865,7 @@ def get_image(project: Project, query: dict[str, str]) -> dict:
             "revision": opened.book.revision, "cells": len(opened.book.boxes),
             "done": bool(state.get("done")), "setting": setting,
             "diameter": state.get("diameter"), "usual_diameter": project.state.get("diameter"),
-            "can_flood": opened.seen is not None
-            and opened.seen_key == project.map_key(opened)}
+            "can_flood": project.can_flood(opened)}
 
 
 def get_pixels(project: Project, query: dict[str, str]) -> bytes:
@@ -911,10 +933,7 @@ def post_find(project: Project, values: dict) -> dict:
             if given is not None and not 1 <= float(given) <= 10000:
                 raise ValueError(f"diameter={given}: expected 1 to 10000 px")
             state["diameter"] = None if given is None else float(given)
-    with project.awake:
-        project.queue += [name for name in names if name not in project.queue]
-        project.awake.notify_all()
-    project.remember()
+    project.search(names)
     return {"queued": len(names)}
 
 

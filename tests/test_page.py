@@ -23,6 +23,7 @@ from conftest import ROOT
 
 import cells
 import data
+import edits
 import images
 import learning
 import model
@@ -98,6 +99,9 @@ class Site:
     def find(self, *names):
         for name in names:
             self.json("/find", {"image": name})
+        self.wait()
+
+    def wait(self):
         wait_until(lambda: not self.project.queue and not self.project.working, 120, "the search")
 
 
@@ -256,6 +260,26 @@ def test_cells_are_those_of_infer_at_every_threshold(site):
     np.testing.assert_array_equal(tile.reshape(192, 256), book.labels)
     site.edit("a", "undo")
     np.testing.assert_array_equal(book.labels, segment.segment(pixels, net))
+
+
+def test_thresholds_of_a_large_image_are_another_search(site, monkeypatch):
+    """Its map is not kept: a slider that moves changes nothing, one let go runs the network."""
+    monkeypatch.setattr(edits, "LARGE", 1 << 10)
+    assert not site.json("/image", image="a")["can_flood"]
+    site.find("a")
+    about, book = site.json("/image", image="a"), site.project.open("a").book
+    assert about["can_flood"] and site.project.open("a").seen is None
+    before, setting = book.labels.copy(), {**about["setting"], "peak": 0.45}
+    moved = site.json("/flood", {"image": "a", "setting": setting})
+    assert moved == {"cells": int(before.max()), "version": about["version"]}
+    site.json("/flood", {"image": "a", "setting": setting, "commit": True})
+    site.wait()
+    pixels = data.read_image(site.folder / "a.tif").pixels
+    expected = segment.segment(pixels, model.load(WEIGHTS).ready(runs.pick_device("auto")),
+                               peak=0.45)
+    assert not np.array_equal(before, expected)
+    np.testing.assert_array_equal(book.labels, expected)
+    assert site.json("/image", image="a")["setting"]["peak"] == 0.45
 
 
 def test_the_numbers_are_those_of_the_table(site):

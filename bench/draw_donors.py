@@ -52,7 +52,7 @@ def main(config: Config, files: list[str]) -> int:
                 tifffile.imwrite(f"{stem}1.tif", faded(stained, field.labels, share, rng))
                 data.write_labels(Path(f"{stem}0_masks.tif"), field.labels)
                 number += 1
-    rows = [f"donor{donor:02d}\t{share:.3f}\t{rng.random():.3f}\n"
+    rows = [f"{donor:02d}\t{share:.3f}\t{rng.random():.3f}\n"
             for donor, share in enumerate(shares, 1)]
     (folder / "outcomes.tsv").write_text("donor\tshare\tlot\n" + "".join(rows))
     print(f"{number - config.seed} tiles of {config.donors} donors -> {folder}")

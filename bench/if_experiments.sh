@@ -32,7 +32,7 @@ python evaluate.py bench dat/if_e2.yaml
 python evaluate.py gating configs/gating.yaml predictions=runs/if_e1/generic root=dat/if experiment=if_e3 marker=2 \
     "sets=[{name: all_markers, path: test}]"
 python evaluate.py bench dat/if_e4.yaml
-# 5: the share of marker-positive cells of each donor against outcomes: one is the share that was drawn, one is by lot
+# 5: the share of AT8-positive cells of each donor against outcomes: one is the share that was drawn, one is by lot
 python downstream.py configs/downstream.yaml tiles=dat/drawn_if outcomes=dat/drawn_if/outcomes.tsv out=runs/if_e5 \
-    'columns=[share,lot]' min_tiles=2 min_cells=20 "models=[{name: baseline, weights: final_models/dinocell_tiny.pt},
+    'pattern=AT8_\d+_b0c(?P<channel>\d+)' 'columns=[share,lot]' min_tiles=2 min_cells=20 "models=[{name: baseline, weights: final_models/dinocell_tiny.pt},
     {name: finetuned, weights: final_models/if_generic.pt}]"

@@ -37,7 +37,7 @@ def main(config: Config, files: list[str]) -> None:
     canvas = Image.new("RGB", (4 * (SIDE + 6) - 6, len(SETS) * (SIDE + 24)), "white")
     pen = ImageDraw.Draw(canvas)
     for row, name in enumerate(SETS):
-        folder = Path(config.results, name, config.model)
+        folder = Path(config.results, config.model, name)
         scored = []
         for example in data.examples(Path(config.root, name, "test")):
             found = data.read_labels(folder / f"{measure.bench_image_name(example.name)}_pred.tif")

@@ -76,8 +76,8 @@ def image_means(bench):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("document, bench, models", [
-    (README, "results", ["ceiling", "dinocell_s8", "dinocell_tiny"]),
-    (DOCS / "results.md", "results", ["ceiling", "dinocell_s8", "dinocell_tiny"]),
+    (README, "results", ["ceiling", "dinocell_s8", "s8_research", "dinocell_tiny"]),
+    (DOCS / "results.md", "results", ["ceiling", "dinocell_s8", "s8_research", "dinocell_tiny"]),
     (DOCS / "results.md", "results_ablation",
      ["ceiling", "scratch", "pretrained", "uncapped", "no_stem", "unet"])])
 def test_scores_of_sets_are_means_of_their_images(document, bench, models):
@@ -178,14 +178,35 @@ def test_the_one_real_image_is_its_log():
 
 
 def test_sinkhorn_of_one_view_or_both_is_its_log():
-    looks = [line for line in lines("ssl_sinkhorn.jsonl") if "retrieval" in line]
-    logged = {(line["together"], line["step"]): line for line in looks}
-    shown = list(rows(DOCS / "pretraining.md", "Here each global view", "Sinkhorn"))
-    assert [cells[1] for cells in shown] == ["0", "400", "400"]
-    for (_, step, *cells), together in zip(shown, (False, False, True), strict=True):
-        line = logged[together, int(step)]
-        check("sinkhorn", cells, [line[name] for name in ("retrieval", "margin", "consistency",
-                                                          "control", "effective_rank")])
+    logged = {(line["together"], line["step"]): line for line in lines("ssl_sinkhorn.jsonl")
+              if "retrieval" in line}
+    random, alone, together = logged[False, 0], logged[False, 400], logged[True, 400]
+    text = " ".join((DOCS / "pretraining.md").read_text(encoding="utf-8").split())
+    for shown, name in ((r"retrieval ([.\d]+) view by view, ([.\d]+) together, ([.\d]+) in",
+                         "retrieval"), (r"margin ([.\d]+), ([.\d]+), ([.\d]+) \(\[ssl", "margin")):
+        check(name, re.search(shown, text).groups(), [alone[name], together[name], random[name]])
+
+
+def test_views_compared_by_segmentation_are_their_log():
+    logged = {(line["strategy"], line["step"]): line for line in lines("ssl_probe.jsonl")}
+    shown = list(rows(DOCS / "pretraining.md", "**By segmentation**", "network"))
+    for (name, *cells), key in zip(shown, (("average", 0), ("average", 400),
+                                           ("average_single", 400)), strict=True):
+        line = logged[key]
+        check(name, cells, [line["retrieval"], line["probe_AP@0.5"], line["probe_AP@0.75"],
+                            line["probe_OP_CSB"]])
+
+
+def test_learning_from_corrections_is_its_log():
+    text = (LOGS / "learning.txt").read_text(encoding="utf-8")
+    logged = {count: [float(value) for value in values] for count, *values in re.findall(
+        r"^(\d+) images: AP@0.5 on test ([\d.]+) -> ([\d.]+), AP ([\d.]+) -> ([\d.]+);.* ([\d.]+) "
+        "s of CPU", text, re.MULTILINE)}
+    (_, *before), *shown = rows(DOCS / "results.md", "## Learning from corrections", "halves")
+    check("before", before, [logged["10"][0], logged["10"][2]])
+    assert {count for count, *_ in shown} == set(logged)
+    for count, *cells in shown:
+        check(count, cells, [logged[count][1], logged[count][3], logged[count][4]])
 
 
 def test_recipes_on_drawn_donors_are_their_log():
@@ -197,6 +218,14 @@ def test_recipes_on_drawn_donors_are_their_log():
     for number, (_, *cells) in enumerate(shown):
         for name, cell in zip(("all_markers", "AT8"), cells, strict=True):
             check(name, [cell], logged[name][number])
+    scores = {row["model"]: float(row["AP@0.5"]) for row in table("if_drawn.tsv")
+              if row["set"] == "test"}
+    shown = list(rows(DOCS / "results.md", "## Fine-tuning, tried on drawn donors", "labelled"))
+    assert [number for number, *_ in shown] == ["2", "5", "10", "20", "30"]
+    for number, *cells in shown:
+        each = [scores[f"tuned_{number}_{seed}"] for seed in range(3)]
+        check(number, cells, [scores[f"tuned_{number}"], *each])
+        assert np.mean(each) == pytest.approx(scores[f"tuned_{number}"], abs=1e-3)
 
 
 @pytest.mark.smoke

@@ -37,8 +37,7 @@ def test_files_are_small_and_say_where_they_come_from():
             "demo_synthetic.pt"} <= set(shipped)
     for path in (MODELS / name for name in shipped):          # beside them may lie a user's own
         weights = readers[kind := model.kind(path)](path)
-        assert path.stat().st_size < {"dinocell_s8.pt": 90e6, "ssl_s8.pt": 90e6}.get(path.name,
-                                                                                     12e6)
+        assert path.stat().st_size < (48e6 if path.name.startswith("dinocell_s8") else 12e6)
         assert all(p.isfinite().all() for p in weights.state_dict().values())
         told = torch.load(path, weights_only=True)["settings"]["provenance"]
         assert told["config"] and told["commit"] and told["scores"], path.name
@@ -50,6 +49,9 @@ def test_files_are_small_and_say_where_they_come_from():
             or 0 < weights.settings.fill <= weights.settings.peak < 1
             and weights.settings.diameter > 0
         )
+    licences = {name: model.load(model.find_weights(name)).settings.licence
+                for name in ("s8", "s8_research", "tiny")}
+    assert licences == {"s8": "MIT", "s8_research": "CC-BY-NC-SA-4.0", "tiny": "MIT"}
     assert model.find_weights("tiny").name == "dinocell_tiny.pt"
     assert model.find_weights("default").name == "dinocell_s8.pt"
 

@@ -209,6 +209,16 @@ def test_learning_from_corrections_is_its_log():
         check(count, cells, [logged[count][1], logged[count][3], logged[count][4]])
 
 
+def test_pretraining_on_many_channels_is_its_log():
+    first, *_, last = lines("ssl_multichannel.jsonl")
+    text = " ".join((DOCS / "pretraining.md").read_text(encoding="utf-8").split())
+    number = r"([.\d]+)"
+    found = re.search(f"retrieval goes from {number} to {number}, margin from {number} to "
+                      f"{number};", text).groups()
+    check("channels", found, [line[name] for name in ("retrieval", "margin")
+                              for line in (first, last)])
+
+
 def test_recipes_on_drawn_donors_are_their_log():
     logged = {}
     for row in table("if_drawn.tsv"):

@@ -473,7 +473,7 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, made: di
             results.add(block)
         if config.each and config.embed:
             with segment.timed(clock, "network"):
-                results.add_vectors_of_channels(limits, path, config)
+                results.add_vectors_of_channels(limits)
     return results.close(made, start)
 
 
@@ -577,12 +577,12 @@ class Results:
         with segment.timed(self.clock, "write"):
             self.labels.add(block.core, block.labels)
 
-    def add_vectors_of_channels(self, limits: np.ndarray, path: Path, config: Config) -> None:
+    def add_vectors_of_channels(self, limits: np.ndarray) -> None:
         """A vector of each cell from each channel alone, one beside the other."""
         assert self.all is not None
-        ids, parts = np.zeros(0, int), []
+        config, ids, parts = self.config, np.zeros(0, int), []
         for number, limit in zip(self.source.numbers, limits):
-            with images.open_image(path, number, config.plane, config.frame,
+            with images.open_image(self.source.path, number, config.plane, config.frame,
                                    level=config.size) as one:
                 alone = self.plan._replace(limits=limit[None], embed=True)
                 ids, found = segment.pooled_vectors(segment.network_map(one, alone)[1], self.all,

@@ -162,17 +162,17 @@ def _described(maps: Tensor, net: DINOCell) -> np.ndarray:
     Widths are those of cells that no edge cuts, or of all if there are only two of them.
     """
     area, highest, mean, whole = [], [], [], []
+    rim = np.ones(maps.shape[1:], bool)
+    rim[1:-1, 1:-1] = False
     for distance in maps:
         labels = flood(distance, net.settings.setting).flatten().cpu().numpy()
-        level, S, n = distance.float().flatten().cpu().numpy(), maps.shape[-1], labels.max()
-        inside = np.zeros((S, S), bool)
-        inside[1:-1, 1:-1] = True
+        level, n = distance.float().flatten().cpu().numpy(), labels.max()
         area.append(np.bincount(labels, minlength=n + 1)[1:])
         mean.append(np.bincount(labels, level, minlength=n + 1)[1:] / area[-1])
         highest.append(np.zeros(n + 1))
         np.maximum.at(highest[-1], labels, level)
         highest[-1] = highest[-1][1:]
-        whole.append(np.isin(np.arange(1, n + 1), labels[~inside.flatten()], invert=True))
+        whole.append(np.isin(np.arange(1, n + 1), labels[rim.flatten()], invert=True))
     areas, summits, levels, inner = map(np.concatenate, (area, highest, mean, whole))
     if not len(areas):
         return np.array([0, 0, 0, 0, math.log(net.settings.diameter or UNKNOWN), 0, 0, 0])

@@ -41,12 +41,11 @@ def main(config: Config, files: list[str]) -> None:
         scored = []
         for example in data.examples(Path(config.root, name, "test")):
             found = data.read_labels(folder / f"{measure.bench_image_name(example.name)}_pred.tif")
-            table = metrics.overlap(example.labels(), found)
-            scored.append((float(metrics.match(table).rates.average_precision), example, found))
+            match = metrics.match(metrics.overlap(example.labels(), found))
+            scored.append((float(match.rates.average_precision), example, found, match.pairs[:, 1]))
         scored.sort(key=lambda one: -one[0])
         for column, at in enumerate(np.linspace(0, len(scored) - 1, 4).round().astype(int)):
-            score, example, found = scored[at]
-            right = metrics.match(metrics.overlap(example.labels(), found)).pairs[:, 1]
+            score, example, found, right = scored[at]
             square = measure.bench_crowded_square(example.labels())
             picture = Image.fromarray(measure.bench_outlined_square(
                 example.image().pixels, found, right, square))

@@ -196,6 +196,24 @@ def donors(recipes, monkeypatch):
     return recipes
 
 
+def test_drawn_donors_bear_the_share_of_the_marker_that_outcomes_names(tmp_path):
+    """Of the cells that the marker shows plainly in one donor, and of what is written for it."""
+    draw_donors.main(draw_donors.Config(str(tmp_path), donors=2, tiles=3, size=192, cells=30), [])
+    with open(tmp_path / "outcomes.tsv", encoding="utf-8") as file:
+        told = {row["donor"]: float(row["share"]) for row in csv.DictReader(file, delimiter="\t")}
+    assert sorted(told.values()) == [0.1, 0.9]
+    for donor, share in told.items():
+        bright = []
+        for path in sorted(tmp_path.glob(f"donor{donor}_AT8_*_b0c1.tif")):
+            marker, labels = data.read_image(path).pixels[0].astype(float), data.read_labels(
+                path.with_name(path.name.replace("b0c1", "b0c0_masks")))
+            ground = np.median(marker[labels == 0])
+            mean = np.bincount(labels.ravel(), (marker - ground).ravel())[1:]
+            bright += list(mean / np.bincount(labels.ravel())[1:])
+        high = np.quantile(bright, 0.95)
+        assert abs(np.mean(np.array(bright) > 0.35 * high) - share) < 0.25, (donor, share)
+
+
 def test_five_recipes_stand_in_one_table(donors):
     """Each is trained by its configuration, but for the network; one bench has a row for each."""
     tiny = network(donors / "final_models/dinocell_s8.pt")

@@ -7,8 +7,9 @@ For each variant, each group of sets and each seed, the small network is trained
 its watershed is set on their held-out images, and it is scored on the group that was left out.
 Images are scaled by their true median diameter: this is about looks, not about size. Only images to
 train on are read: `test` has no say. Each result is a line of runs/<experiment>/results.jsonl; what
-is there is not done again, and several processes may share the work by shard=. At the end it prints
-the table: mean over seeds, and the difference to the first variant.
+is there is not done again, and several processes may share the work by shard=. Beside it lie the
+networks, VARIANT_GROUP_SEED.pt, for bench/fewshot.py to begin with. At the end it prints the table:
+mean over seeds, and the difference to the first variant.
 """
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ def main(config: Config, files: list[str]) -> int:
     done = {(line["seed"], line["variant"], line["group"]) for line in lines(out)}
     for job in [job for job in jobs if job not in done][part - 1::parts]:
         begin = time.perf_counter()
-        scores = left_out(config, *job)
+        scores = left_out(config, *job, out.parent)
         line = dict(zip(("seed", "variant", "group"), job), **scores,
                     minutes=round((time.perf_counter() - begin) / 60, 2))
         with open(out, "a", encoding="utf-8") as file:
@@ -65,17 +66,19 @@ def lines(path: Path) -> list[dict]:
             for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def left_out(config: Config, seed: int, variant: str, group: str) -> dict[str, float]:
-    """Train without a group; its AP@0.5, that of the other sets' held-out images, and the last
-    loss."""
+def left_out(config: Config, seed: int, variant: str, group: str, out: Path) -> dict[str, float]:
+    """Train without a group, and keep the network in the folder `out`; AP@0.5 of the group and of
+    the other sets' held-out images, and the last loss."""
     import torch
 
     import augment
+    import model
     one = changed(config, variant, seed)
     away = [chosen.name for chosen in one.data.sets if chosen.path in config.groups[group]]
     if len(away) < len(config.groups[group]):
         raise ValueError(f"groups.{group}: expected paths of data.sets, got {config.groups[group]}")
-    images, held, strangers = loaded(one.data, one.cap, config.images)
+    images, held, strangers = loaded(json.dumps(dataclasses.asdict(one.data)), one.cap,
+                                     config.images)
     images.weigh({chosen.name: 0.0 if chosen.name in away else chosen.weight
                   for chosen in one.data.sets})
     torch.manual_seed(seed)
@@ -91,10 +94,12 @@ def left_out(config: Config, seed: int, variant: str, group: str) -> dict[str, f
         factor = train_seg.segmentation_rate(one, step)
         losses.append(trainer.step(batch, factor, chosen)[0].item())
     average: Any = trainer.average.module
-    ready = average.ready("cpu")
-    return dict(scored(ready, [entry for entry in held if entry.set not in away],
-                       [entry for entry in strangers if entry.set in away]),
-                loss=float(np.mean(losses[-50:])))
+    scores, setting = scored(average.ready("cpu"),
+                             [entry for entry in held if entry.set not in away],
+                             [entry for entry in strangers if entry.set in away])
+    average.settings = dataclasses.replace(net.settings, **setting._asdict())
+    model.save(average, out / f"{variant}_{group}_{seed}.pt")
+    return dict(scores, loss=float(np.mean(losses[-50:])))
 
 
 def changed(config: Config, variant: str, seed: int = 0) -> train_seg.Config:
@@ -103,11 +108,14 @@ def changed(config: Config, variant: str, seed: int = 0) -> train_seg.Config:
 
 
 @functools.cache
-def loaded(wanted, cap: float | None, count: int) -> tuple:
+def loaded(text: str, cap: float | None, count: int) -> tuple:
     """(all sets for training, their held-out images, images of theirs to score when they are left
-    out), once a process."""
+    out), once a process; of data.TrainingData as JSON, which can be compared."""
     import augment
     import data
+    wanted = runs.from_dict(data.TrainingData, json.loads(text), "data")
+    if wanted.diameter is None:
+        raise ValueError("train.data.diameter: expected px that cells are scaled to")
     images, held, _ = augment.load_resident(wanted, 0, "cpu", cap)
     strangers = [data.read_labelled(example, chosen.name, {}) for chosen in wanted.sets
                  for example in lot(data.training_examples(wanted, chosen), count)]
@@ -154,9 +162,9 @@ def nested(flat: dict) -> dict:
     return whole
 
 
-def scored(net, home: list, strangers: list) -> dict[str, float]:
+def scored(net, home: list, strangers: list) -> tuple[dict[str, float], Any]:
     """AP@0.5 of both, a mean over images of a set and then over sets, with the one setting that
-    serves home best."""
+    serves home best; and the setting."""
     import metrics
     import segment
     from watershed import flood, tune
@@ -180,7 +188,7 @@ def scored(net, home: list, strangers: list) -> dict[str, float]:
         found = by_set(entries, best, [0.5])
         scores |= {side: float(np.mean(list(found.values()))),
                    **{f"{side} {name}": value for name, value in found.items()}}
-    return scores
+    return scores, best
 
 
 def table(config: Config, found: list[dict]) -> str:

@@ -3,7 +3,7 @@
     vectors, number = pooled(tokens, labels, patch)         # training: tensors, with gradients
     pool = TokenPool(patch, D, window); pool.add(y, x, tokens)   # inference: tile by tile ...
     rows = pool.of(labels, ids, corner, scales)             # ... (n, D) of the cells `ids`
-    found = types_from_marks(table.vectors, table.ids, {17: "round", 40: "spindle"})
+    head = linear_type_head(rows, types, count); type_probabilities(head, rows)
 
 The tokens are those of the last block, normalised each to mean 0 and variance 1, at the scale at
 which the network sees the image. A token counts for a cell by the pixels that both share.
@@ -13,7 +13,7 @@ Letters: n cells, D token width, K types, B crops, N tokens of a crop, P pairs.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -198,30 +198,6 @@ def type_probabilities(head: nn.Linear, vectors: np.ndarray) -> np.ndarray:
     weight, bias = head.weight.float().cpu(), head.bias.float().cpu()
     x = torch.from_numpy(np.asarray(vectors, np.float32)).reshape(-1, weight.shape[1])
     return F.linear(x, weight, bias).softmax(1).numpy()
-
-
-class FoundTypes(NamedTuple):
-    names: tuple[str, ...]              # K
-    numbers: np.ndarray                 # (n,) the likeliest of each cell, an index into names
-    probability: np.ndarray             # (n,) of that type
-    head: nn.Linear                     # DINOCell.set_types(head, names) keeps it with the weights
-
-
-def types_from_marks(vectors: np.ndarray, ids: np.ndarray, marks: Mapping[int, str]) -> FoundTypes:
-    """Types of all cells, from a few that somebody marked {id: type}; a second at most."""
-    row = {int(identity): i for i, identity in enumerate(ids)}
-    if strangers := sorted(marks.keys() - row.keys()):
-        raise ValueError(f"marks: a type for cell {strangers[0]}, which is not there; expected ids "
-                         f"of the {len(row)} cells")
-    names = tuple(sorted(set(marks.values())))
-    if len(names) < 2:
-        raise ValueError(f"marks: {runs.listed(names) or 'none'}; expected cells of two types or "
-                         "more")
-    marked = np.array([row[identity] for identity in marks])
-    types = np.array([names.index(name) for name in marks.values()])
-    head = linear_type_head(vectors[marked], types, len(names))
-    share = type_probabilities(head, vectors)
-    return FoundTypes(names, share.argmax(1), share.max(1), head)
 
 
 # ------------------------------------------------------------------------ neighbours and retrieval

@@ -144,23 +144,6 @@ def test_the_linear_head_is_scikit_learns():
                                atol=2e-3)
 
 
-@pytest.mark.smoke
-def test_types_from_a_few_marks():
-    rng = np.random.default_rng(0)
-    kind = rng.integers(0, 2, 300)
-    rows = rng.normal(size=(300, 16)) + 3 * kind[:, None]
-    ids = np.arange(1, 301)
-    marks = {int(ids[i]): ("round", "long")[kind[i]] for i in range(8)}
-    found = vectors.types_from_marks(rows, ids, marks)
-    assert found.names == ("long", "round")
-    assert (np.array(found.names)[found.numbers] == np.array(["round", "long"])[kind]).mean() > 0.99
-    assert found.probability.min() >= 0.5
-    with pytest.raises(ValueError, match="a type for cell 999, which is not there"):
-        vectors.types_from_marks(rows, ids, {999: "round", 1: "long"})
-    with pytest.raises(ValueError, match="expected cells of two types or more"):
-        vectors.types_from_marks(rows, ids, {1: "long", 2: "long"})
-
-
 def test_neighbours_and_retrieval_by_hand():
     known = np.array([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 0.9]])
     assert vectors.neighbour_types(known, np.array([0, 0, 1, 1]), np.array([[5.0, 0], [0, 2]]),

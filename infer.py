@@ -253,7 +253,7 @@ def segment_all(found: Images, shelf: s3.OutputFolder, table: str, weights: Path
                              "score; `evaluate.py calibrate` writes one into a copy")
         if (net.mean.device.type == "cpu" and config.weights == "default"
                 and weights.stem == "dinocell_s8"):
-            print_line("no GPU: weights=tiny is three times as fast, and hardly less accurate")
+            print_line("no GPU: weights=tiny is five times as fast, and hardly less accurate")
         start = time.perf_counter()
         try:
             code = work.do(todo, net, config, alone=len(found) == 1)

@@ -493,7 +493,7 @@ def test_no_arguments_segment_the_demo(tmp_path):
     assert code == 0, err
     demo = [p for p in os.listdir(ROOT / "demo") if p.endswith(".png")]
     assert len(list(tmp_path.glob("*_labels.tif"))) == len(demo) >= 1
-    assert err.count("weights=tiny is three times as fast") == (not torch.cuda.is_available())
+    assert err.count("weights=tiny is five times as fast") == (not torch.cuda.is_available())
     assert all(int(row["cells"]) > 5 for row in rows(tmp_path / "summary.csv"))
 
 

@@ -17,7 +17,10 @@ up to ties.
 
 With a depth, a marker is a summit above peak that stands out: every path to a higher one goes down
 by `depth` or more, so that the valley between touching nuclei parts them, however high it lies.
-These are the h-maxima of the map inside distance > fill.
+These are the h-maxima of the map inside distance > fill. Two things are left out before, for images
+that the network is unsure of: hills below peak that stand out by a fifth of their height, with what
+drains to them (objects that are perhaps cells, and no part of the cell beside them), and ground
+that rises above fill between cells (outline_level).
 
 With a shape, a path through a neck goes down too. A capped map is flat inside cells, and where the
 network saw no valley only the outline tells: each pixel above peak gets more, the deeper it lies.
@@ -47,6 +50,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
+HILL = 0.2          # of its height: a hill that stands out less is part of its neighbour
 REACH = 16          # px, how deep inside `shape` looks in an image that is not scaled
 
 
@@ -189,8 +193,10 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
     distance = distance.float()
     if smooth and distance.numel():
         distance = gaussian_map(distance, smooth)
-    if shape and depth and distance.numel():
-        distance = distance + shape * push_inwards(distance > peak, reach)
+    if depth and distance.numel():
+        distance = distance.masked_fill(distance <= outline_level(distance, peak, fill, reach), 0)
+        if shape:
+            distance = distance + shape * push_inwards(distance > peak, reach)
     H, W = distance.shape
     S = W + 1
     d = distance.new_full((H + 2, S), -1.0, dtype=torch.float32)
@@ -227,6 +233,34 @@ def gaussian_map(distance: Tensor, sigma: float) -> Tensor:
         total = torch.zeros_like(x.narrow(axis, 0, x.shape[axis] - 2 * reach))
         for k, weight in enumerate((weights / weights.sum()).tolist()):
             total.add_(x.narrow(axis, k, total.shape[axis]), alpha=weight)
+        x = total
+    return x
+
+
+def outline_level(distance: Tensor, peak: float, fill: float, reach: int) -> Tensor:
+    """(H, W) how high the map is where cells end: `fill`, and more where it lies above nothing
+    between the cells, since the network is unsure. That is told by pixels far from all that rises
+    above twice `fill`, up to `reach` px away.
+    """
+    apart = (window_sum((distance > 2 * fill).float(), max(1, reach // 4)) == 0).float()
+    ground = window_sum(distance * apart, reach) / window_sum(apart, reach).clamp(min=1)
+    return (fill + (ground - fill / 2).clamp(min=0)).clamp(max=peak)
+
+
+def window_sum(x: Tensor, reach: int) -> Tensor:
+    """(H, W) sum over the window of 2 reach + 1 px around each pixel, with 0 beyond the border;
+    always in the same order, so that a part of an image gives what the whole one does."""
+    width = 2 * reach + 1
+    for axis in (0, 1):
+        length, begin, total = x.shape[axis], 0, torch.zeros_like(x)
+        part = F.pad(x, (0, 0, reach, reach) if axis == 0 else (reach, reach))
+        for size in (1 << k for k in range(width.bit_length())):     # px that `part` has summed
+            if size > 1:
+                rest = part.shape[axis] - size // 2
+                part = part.narrow(axis, 0, rest) + part.narrow(axis, size // 2, rest)
+            if width & size:
+                total = total + part.narrow(axis, begin, length)
+                begin += size
         x = total
     return x
 
@@ -356,8 +390,9 @@ def merge_basins(d: Tensor, label: Tensor, regions: int, slope: Tensor, peak: fl
     """Join regions, one to each summit, until all stand out; number them in raster order of their
     summits; return how many.
 
-    A region that is not above peak joins the neighbour across its highest saddle. One that is, but
-    by less than depth above that saddle, joins a higher neighbour, and waits for a lower one.
+    A region joins the higher one across its highest saddle if it is hardly above that: hills that
+    are not above peak first, by less than HILL of their height, then the others, by less than
+    depth. Hills that are left are no part of anything.
     """
     pixels = slope.int()
     mine = label.index_select(0, slope)
@@ -367,18 +402,25 @@ def merge_basins(d: Tensor, label: Tensor, regions: int, slope: Tensor, peak: fl
     top.scatter_reduce_(0, mine.long(), d.index_select(0, pixels), "amax")
     # of equal summits the first is higher
     rank = (top.view(torch.int32).long() << 32) | (regions - alone)
-    root, first, second = alone, a, b
+    root, first, second, hills = alone, a, b, True
     while True:
-        live = (first != second).nonzero().squeeze(1)
+        live = first != second
+        if not hills:
+            live &= (pass_height(torch.minimum(rank[first], rank[second])) > peak)
+        live = live.nonzero().squeeze(1)
         first, second, order = (x.index_select(0, live) for x in (first, second, order))
         best = highest_saddles(root, first, second, order)
         chooser = best.nonzero().squeeze(1)
         best, top = best[chooser], pass_height(rank[chooser])
         edge = len(a) - (best & 0xFFFFFFFF)
         other = root[a[edge]] + root[b[edge]] - chooser
-        joins = (top <= peak) | ((top - pass_height(best) < depth) & (rank[other] > rank[chooser]))
+        least = torch.where(top > peak, 0, HILL * top) if hills else depth
+        joins = (top - pass_height(best) < least) & (rank[other] > rank[chooser])
         if not joins.any():
-            break
+            if not hills:
+                break
+            hills = False
+            continue
         chooser, other = chooser[joins], other[joins]
         parent = alone.clone()
         parent[chooser] = other

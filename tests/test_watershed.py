@@ -13,6 +13,7 @@ from skimage.morphology import reconstruction
 from skimage.segmentation import watershed as reference
 
 import metrics
+import watershed as module
 from images import read_image
 from watershed import (
     REACH,
@@ -24,6 +25,7 @@ from watershed import (
     push_inwards,
     tune,
     watershed,
+    window_sum,
     without_holes,
 )
 
@@ -201,10 +203,12 @@ def standing_out(d, depth, peak=PEAK, fill=FILL):
 
 
 @pytest.mark.parametrize("name", MAPS)
-def test_with_a_depth_every_cell_is_a_summit_that_stands_out(name):
+def test_with_a_depth_every_cell_is_a_summit_that_stands_out(name, monkeypatch):
     """One h-maximum in each cell, all of the mask that hangs together with one, in one piece, and
     over saddles that are the highest; depths lie between the levels of the quantised maps, where
-    rounding would decide."""
+    rounding would decide. Where no hill stands alone and the ground is flat."""
+    monkeypatch.setattr(module, "HILL", np.inf)
+    monkeypatch.setattr(module, "outline_level", lambda d, peak, fill, reach: d.new_tensor(fill))
     for seed in range(3):
         d = MAPS[name](seed)
         for depth in (0.013, 0.07, 0.29):
@@ -214,6 +218,109 @@ def test_with_a_depth_every_cell_is_a_summit_that_stands_out(name):
                 len(set(pairs[0])) == len(set(pairs[1])) == pairs.shape[1] == labels.max(initial=0)
             )  # one to one
             check_promises(d, labels, markers=np.where(markers > 0, labels, 0))
+
+
+def level_by_hand(d, peak, fill, reach=REACH):
+    """Where cells end: the mean of what is far from all above 2 fill, beyond half of fill."""
+    window = np.ones(2 * reach + 1)
+
+    def total(x):
+        return ndimage.convolve1d(ndimage.convolve1d(x.astype(float), window, 0, mode="constant"),
+                                  window, 1, mode="constant")
+    apart = ~ndimage.maximum_filter(d > 2 * fill, 2 * (reach // 4) + 1, mode="constant")
+    ground = total(d * apart) / np.maximum(total(apart), 1)
+    return np.minimum(fill + np.maximum(ground - fill / 2, 0), peak)
+
+
+def cells_by_hand(d, peak, fill, depth):
+    """Basins of all summits, joined one at a time; heights must differ."""
+    inside = d > level_by_hand(d, peak, fill)
+    beside = {}
+    for y, x in np.argwhere(inside):
+        near = [(y + j, x + i) for j, i in ((-1, 0), (0, -1), (0, 1), (1, 0))
+                if 0 <= y + j < d.shape[0] and 0 <= x + i < d.shape[1]]
+        beside[y, x] = [place for place in near if inside[place]]
+    summit = {}
+    for place in sorted(beside, key=lambda place: -d[place]):
+        higher = max([*beside[place], place], key=lambda other: d[other])
+        summit[place] = place if higher == place else summit[higher]
+
+    def join(least, takes):
+        while True:
+            passes = {}
+            for place, near in beside.items():
+                for a, b in ((summit[place], summit[other]) for other in near):
+                    if a != b and takes(a) and takes(b):
+                        passes.setdefault(a, []).append((min(d[place], max(
+                            d[other] for other in near if summit[other] == b)), b))
+            for a, ways in passes.items():
+                low, b = max(ways)
+                if d[b] > d[a] and d[a] - low < least(d[a]):
+                    summit.update({place: b for place, top in summit.items() if top == a})
+                    break
+            else:
+                return
+
+    join(lambda top: 0.2 * top if top <= peak else 0, lambda top: True)
+    join(lambda top: depth, lambda top: d[top] > peak)
+    cells = sorted({top for top in summit.values() if d[top] > peak})
+    labels = np.zeros(d.shape, int)
+    for place, top in summit.items():
+        labels[place] = cells.index(top) + 1 if top in cells else 0
+    return labels
+
+
+@pytest.mark.parametrize("name", ["discs", "smooth noise"])
+def test_hills_and_ground_are_left_out_as_by_hand(name):
+    """On maps whose heights all differ, also with ground between the cells that lies high."""
+    left_out = 0
+    for seed in range(3):
+        d = MAPS[name](seed)[:40, :44]
+        d = (d + np.random.default_rng(seed).random(d.shape) * 0.02).astype(np.float32)
+        for low in (0.0, 0.15):
+            raised = (low + (1 - low) * d).astype(np.float32)
+            for depth in (0.05, 0.3):
+                labels = watershed(raised, 0.6, 0.2, 0, depth)
+                np.testing.assert_array_equal(labels, cells_by_hand(raised, 0.6, 0.2, depth))
+                left_out += ((raised > 0.2) & (labels == 0)).sum()
+    assert left_out > 100
+
+
+@pytest.mark.smoke
+def test_a_hill_that_is_no_cell_is_no_part_of_one():
+    d = np.array([[0.9, 0.6, 0.5, 0.3, 0.5, 0.3]], np.float32)       # the valley is at .3
+    assert watershed(d, 0.7, 0.1, 0, 0.4).tolist() == [[1, 1, 1, 1, 0, 0]] or \
+        watershed(d, 0.7, 0.1, 0, 0.4).tolist() == [[1, 1, 1, 0, 0, 0]]
+    d[0, 3] = 0.45                                                    # hardly a valley
+    assert watershed(d, 0.7, 0.1, 0, 0.4).tolist() == [[1, 1, 1, 1, 1, 1]]
+    assert watershed(d, 0.7, 0.1).tolist() == [[1, 1, 1, 1, 1, 1]]    # without a depth all is
+
+
+def test_ground_is_measured_between_cells_alone():
+    """Cells wall to wall keep all their pixels; on ground at .15 they end where they would on
+    ground at 0, as far above it."""
+    y, x = np.mgrid[:96, :96]
+    waves = (np.sin(y / 4) ** 2 + np.sin(x / 4) ** 2) / 2
+    walls = (0.25 + 0.75 * waves).astype(np.float32)
+    assert (watershed(walls, 0.6, 0.2, 0, 0.3) > 0).mean() > 0.95
+    far = np.clip(1 - np.hypot((y - 48) / 20, (x - 48) / 20), 0, 1).astype(np.float32)
+    alone = watershed(far, 0.6, 0.2, 0, 0.3) > 0
+    raised = watershed(np.maximum(far, 0.15).astype(np.float32), 0.6, 0.2, 0, 0.3) > 0
+    assert 0.5 < raised.sum() / alone.sum() < 1 and not raised[~alone].any()
+
+
+def test_window_sums_are_those_of_every_part():
+    x = torch.rand(60, 70, generator=torch.Generator().manual_seed(0))
+    for reach in (1, 4, 7, 16):
+        window = np.ones(2 * reach + 1)
+        by_hand = ndimage.convolve1d(ndimage.convolve1d(x.double().numpy(), window, 0,
+                                                        mode="constant"), window, 1,
+                                     mode="constant")
+        np.testing.assert_allclose(window_sum(x, reach), by_hand, rtol=1e-5)
+        part = window_sum(x[5:55, 8:68], reach)
+        whole = window_sum(x, reach)[5:55, 8:68]
+        inner = (slice(reach, 50 - reach), slice(reach, 60 - reach))
+        assert torch.equal(part[inner], whole[inner])
 
 
 @pytest.mark.smoke

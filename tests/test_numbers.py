@@ -177,6 +177,35 @@ def test_the_one_real_image_is_its_log():
                                                                   "OP_CSB")])
 
 
+def test_star_recipe_is_its_log():
+    logged = {row["set"]: row for row in table("stardist.tsv")}
+    names = [f"{network} {iou}" for network in ("stardist", "dinocell") for iou in (0.5, 0.75)]
+    shown = list(rows(DOCS / "results.md", "## Beside StarDist's recipe", "test set"))
+    for (_, *cells), name in zip(shown, ("nuclei_fluo_dsb2018", "nuclei_stained_dsb2018",
+                                         "blood_nuclei")):
+        row = logged[name]
+        check(name, cells, [float(row[one]) for one in [*names, "difference"]])
+        low, high = re.findall(r"[-+]\.\d+", cells[-1])[1:]
+        assert is_rounded(low, float(row["low"])) and is_rounded(high, float(row["high"]))
+    seen = {"nuclei_fluo_dsb2018", "nuclei_stained_dsb2018", "phase_usiigaci", "bacteria_phase",
+            "microglia_fluo", "nuclei_timelapse_hela"}
+    abroad = [row for name, row in logged.items() if name not in seen]
+    assert len(abroad) == 11
+    check("abroad", shown[-1][1:3], [np.mean([float(row[one]) for row in abroad])
+                                     for one in names])
+
+
+def test_hills_are_their_log():
+    text = " ".join((DOCS / "architecture.md").read_text(encoding="utf-8").split())
+    for words, name in (("H&E of many organs", "unseen: he_monuseg/research"),
+                        ("of colon", "unseen: he_consep/train nuclei"),
+                        ("whole cells", "unseen: fluo_cyto_cellpose_scellseg/research")):
+        logged = next(cells for cells in rows(LOGS / "hills.txt", "**dinocell_tiny**", "set")
+                      if cells[0] == name)
+        shown = re.search(rf"{words} (\.\d+) → (\.\d+)", text).groups()
+        check(name, shown, [float(logged[i].split(" / ")[0]) for i in (2, 4)])
+
+
 def test_sinkhorn_of_one_view_or_both_is_its_log():
     logged = {(line["together"], line["step"]): line for line in lines("ssl_sinkhorn.jsonl")
               if "retrieval" in line}
@@ -230,11 +259,11 @@ def test_recipes_on_drawn_donors_are_their_log():
             check(name, [cell], logged[name][number])
     scores = {row["model"]: float(row["AP@0.5"]) for row in table("if_drawn.tsv")
               if row["set"] == "test"}
-    shown = list(rows(DOCS / "results.md", "## Fine-tuning, tried on drawn donors", "labelled"))
-    assert [number for number, *_ in shown] == ["2", "5", "10", "20", "30"]
-    for number, *cells in shown:
+    text = (DOCS / "results.md").read_text(encoding="utf-8")
+    shown = re.search(r"2, 5, 10, 20 or 30 tiles: AP@0.5 ([.\d, ]+);", text)[1].split(", ")
+    for number, cell in zip((2, 5, 10, 20, 30), shown, strict=True):
+        check(str(number), [cell], [scores[f"tuned_{number}"]])
         each = [scores[f"tuned_{number}_{seed}"] for seed in range(3)]
-        check(number, cells, [scores[f"tuned_{number}"], *each])
         assert np.mean(each) == pytest.approx(scores[f"tuned_{number}"], abs=1e-3)
 
 

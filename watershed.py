@@ -402,33 +402,29 @@ def merge_basins(d: Tensor, label: Tensor, regions: int, slope: Tensor, peak: fl
     top.scatter_reduce_(0, mine.long(), d.index_select(0, pixels), "amax")
     # of equal summits the first is higher
     rank = (top.view(torch.int32).long() << 32) | (regions - alone)
-    root, first, second, hills = alone, a, b, True
-    while True:
-        live = first != second
-        if not hills:
-            live &= (pass_height(torch.minimum(rank[first], rank[second])) > peak)
-        live = live.nonzero().squeeze(1)
-        first, second, order = (x.index_select(0, live) for x in (first, second, order))
-        best = highest_saddles(root, first, second, order)
-        chooser = best.nonzero().squeeze(1)
-        best, top = best[chooser], pass_height(rank[chooser])
-        edge = len(a) - (best & 0xFFFFFFFF)
-        other = root[a[edge]] + root[b[edge]] - chooser
-        least = torch.where(top > peak, 0, HILL * top) if hills else depth
-        joins = (top - pass_height(best) < least) & (rank[other] > rank[chooser])
-        if not joins.any():
-            if not hills:
+    root, first, second = alone, a, b
+    for hills in (True, False):
+        while True:
+            live = first != second
+            if not hills:                                # neither is one that was left
+                live &= pass_height(torch.minimum(rank[first], rank[second])) > peak
+            live = live.nonzero().squeeze(1)
+            first, second, order = (x.index_select(0, live) for x in (first, second, order))
+            best = highest_saddles(root, first, second, order)
+            chooser = best.nonzero().squeeze(1)
+            best, top = best[chooser], pass_height(rank[chooser])
+            edge = len(a) - (best & 0xFFFFFFFF)
+            other = root[a[edge]] + root[b[edge]] - chooser
+            least = torch.where(top > peak, 0, HILL * top) if hills else depth
+            joins = (top - pass_height(best) < least) & (rank[other] > rank[chooser])
+            if not joins.any():
                 break
-            hills = False
-            continue
-        chooser, other = chooser[joins], other[joins]
-        parent = alone.clone()
-        parent[chooser] = other
-        pair = chooser[(parent[other] == chooser) & (rank[chooser] > rank[other])]
-        parent[pair] = pair                              # two that chose each other: higher stays
-        parent = basin_roots(parent)
-        rank = torch.zeros_like(rank).scatter_reduce_(0, parent, rank, "amax")
-        root, first, second = parent[root], parent[first], parent[second]
+            chooser, other = chooser[joins], other[joins]
+            parent = alone.clone()
+            parent[chooser] = other
+            parent = basin_roots(parent)
+            rank = torch.zeros_like(rank).scatter_reduce_(0, parent, rank, "amax")
+            root, first, second = parent[root], parent[first], parent[second]
     cell = ((root == alone) & (pass_height(rank) > peak)).nonzero().squeeze(1)
     number = torch.zeros(regions + 1, dtype=torch.int32, device=d.device)
     number[cell[torch.argsort(rank[cell] & 0xFFFFFFFF, descending=True)]] = torch.arange(

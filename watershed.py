@@ -17,10 +17,10 @@ up to ties.
 
 With a depth, a marker is a summit above peak that stands out: every path to a higher one goes down
 by `depth` or more, so that the valley between touching nuclei parts them, however high it lies.
-These are the h-maxima of the map inside distance > fill. Two things are left out before, for images
-that the network is unsure of: hills below peak that stand out by a fifth of their height, with what
-drains to them (objects that are perhaps cells, and no part of the cell beside them), and ground
-that rises above fill between cells (outline_level).
+These are the h-maxima of the map inside distance > fill. Where the network is unsure, which the
+ground between cells tells (outline_level), two things are left out before: that ground; and hills
+below peak that stand out by a fifth of their height, with what drains to them. They are perhaps
+cells, and no part of the cell beside them, while on flat ground they are its arms.
 
 With a shape, a path through a neck goes down too. A capped map is flat inside cells, and where the
 network saw no valley only the outline tells: each pixel above peak gets more, the deeper it lies.
@@ -50,7 +50,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-HILL = 0.2          # of its height: a hill that stands out less is part of its neighbour
+HILL = 0.2          # of its height: a hill that stands out less is always part of its neighbour
 REACH = 16          # px, how deep inside `shape` looks in an image that is not scaled
 
 
@@ -194,7 +194,9 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
     if smooth and distance.numel():
         distance = gaussian_map(distance, smooth)
     if depth and distance.numel():
-        distance = distance.masked_fill(distance <= outline_level(distance, peak, fill, reach), 0)
+        level = outline_level(distance, peak, fill, reach)
+        unsure = F.pad(level > fill, (0, 1, 1, 1)).view(-1)                  # (L,)
+        distance = distance.masked_fill(distance <= level, 0)
         if shape:
             distance = distance + shape * push_inwards(distance > peak, reach)
     H, W = distance.shape
@@ -210,7 +212,7 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
     if depth and high.any():
         slope = (d > fill).nonzero().squeeze(1)
         markers = merge_basins(d, node, climb_to_summits(d, node, 0, slope, S), slope, peak, depth,
-                               S)
+                               unsure, S)
     else:
         marker, label, markers = basin_components(high, S)
         if not markers:
@@ -386,13 +388,13 @@ def join_basins(d: Tensor, label: Tensor, markers: int, regions: int, slope: Ten
 
 
 def merge_basins(d: Tensor, label: Tensor, regions: int, slope: Tensor, peak: float, depth: float,
-                 S: int) -> int:
+                 unsure: Tensor, S: int) -> int:
     """Join regions, one to each summit, until all stand out; number them in raster order of their
     summits; return how many.
 
     A region joins the higher one across its highest saddle if it is hardly above that: hills that
-    are not above peak first, by less than HILL of their height, then the others, by less than
-    depth. Hills that are left are no part of anything.
+    are not above peak first, where the network is `unsure` (L,) by less than HILL of their height,
+    elsewhere always; then the others, by less than depth. Hills that are left belong to nothing.
     """
     pixels = slope.int()
     mine = label.index_select(0, slope)
@@ -402,6 +404,8 @@ def merge_basins(d: Tensor, label: Tensor, regions: int, slope: Tensor, peak: fl
     top.scatter_reduce_(0, mine.long(), d.index_select(0, pixels), "amax")
     # of equal summits the first is higher
     rank = (top.view(torch.int32).long() << 32) | (regions - alone)
+    least_hill = torch.full_like(top, math.inf)
+    least_hill[mine[unsure.index_select(0, pixels)].long()] = HILL           # of its height
     root, first, second = alone, a, b
     for hills in (True, False):
         while True:
@@ -415,7 +419,7 @@ def merge_basins(d: Tensor, label: Tensor, regions: int, slope: Tensor, peak: fl
             best, top = best[chooser], pass_height(rank[chooser])
             edge = len(a) - (best & 0xFFFFFFFF)
             other = root[a[edge]] + root[b[edge]] - chooser
-            least = torch.where(top > peak, 0, HILL * top) if hills else depth
+            least = torch.where(top > peak, 0, least_hill[chooser] * top) if hills else depth
             joins = (top - pass_height(best) < least) & (rank[other] > rank[chooser])
             if not joins.any():
                 break

@@ -1,9 +1,9 @@
-"""What it brings to leave out hills and ground (watershed.py), at true diameters.
+"""What it brings to leave out ground and hills (watershed.py), at true diameters.
 
     python bench/hills.py configs/dinocell_s8_research.yaml WEIGHTS.pt ... [root=DIR]
 
 AP@0.5 and 0.75 by set, mean over images: cells as they were, where a hill belongs to the cell
-beside it and cells reach down to `fill`; without hills; and without ground as well. Sets of the
+beside it and cells reach down to `fill`; without ground; and without hills as well. Sets of the
 configuration that may only be used for research are those that the networks under MIT never saw:
 all their images are asked; of others up to 12 that were held out. `test` has no say.
 """
@@ -47,16 +47,17 @@ def asked(config: train_seg.Config) -> dict[str, list[data.Labelled]]:
 
 
 def cells(distance: np.ndarray, setting: watershed.Setting) -> list[np.ndarray]:
-    """Labels as they were, without hills, and without ground."""
+    """Labels as they were, without ground, and without hills as well."""
     hill, level = watershed.HILL, watershed.outline_level
     try:
-        watershed.outline_level = lambda distance, peak, fill, reach: torch.tensor(fill)
-        without_hills = watershed.flood(distance, setting)
         watershed.HILL = math.inf
+        without_ground = watershed.flood(distance, setting)
+        watershed.outline_level = lambda distance, peak, fill, reach: torch.full_like(distance,
+                                                                                      fill)
         before = watershed.flood(distance, setting)
     finally:
         watershed.HILL, watershed.outline_level = hill, level
-    return [before, without_hills, watershed.flood(distance, setting)]
+    return [before, without_ground, watershed.flood(distance, setting)]
 
 
 def scores(net, some: list[data.Labelled]) -> np.ndarray:
@@ -83,8 +84,8 @@ def main(words: list[str]) -> None:
         net = model.load(file).ready("cpu")
         rows = [[name, str(len(some)), *(f"{a:.3f} / {b:.3f}" for a, b in scores(net, some))]
                 for name, some in sets.items()]
-        table(Path(file).stem, ["set", "images", "as they were", "without hills",
-                                "and without ground"], rows)
+        table(Path(file).stem, ["set", "images", "as they were", "without ground",
+                                "and without hills"], rows)
 
 
 if __name__ == "__main__":

@@ -206,9 +206,9 @@ def standing_out(d, depth, peak=PEAK, fill=FILL):
 def test_with_a_depth_every_cell_is_a_summit_that_stands_out(name, monkeypatch):
     """One h-maximum in each cell, all of the mask that hangs together with one, in one piece, and
     over saddles that are the highest; depths lie between the levels of the quantised maps, where
-    rounding would decide. Where no hill stands alone and the ground is flat."""
-    monkeypatch.setattr(module, "HILL", np.inf)
-    monkeypatch.setattr(module, "outline_level", lambda d, peak, fill, reach: d.new_tensor(fill))
+    rounding would decide. The ground is flat."""
+    monkeypatch.setattr(module, "outline_level",
+                        lambda d, peak, fill, reach: torch.full_like(d, fill))
     for seed in range(3):
         d = MAPS[name](seed)
         for depth in (0.013, 0.07, 0.29):
@@ -234,7 +234,8 @@ def level_by_hand(d, peak, fill, reach=REACH):
 
 def cells_by_hand(d, peak, fill, depth):
     """Basins of all summits, joined one at a time; heights must differ."""
-    inside = d > level_by_hand(d, peak, fill)
+    level = level_by_hand(d, peak, fill)
+    inside = d > level
     beside = {}
     for y, x in np.argwhere(inside):
         near = [(y + j, x + i) for j, i in ((-1, 0), (0, -1), (0, 1), (1, 0))
@@ -244,6 +245,8 @@ def cells_by_hand(d, peak, fill, depth):
     for place in sorted(beside, key=lambda place: -d[place]):
         higher = max([*beside[place], place], key=lambda other: d[other])
         summit[place] = place if higher == place else summit[higher]
+
+    unsure = {top for place, top in summit.items() if level[place] > fill}
 
     def join(least, takes):
         while True:
@@ -255,13 +258,14 @@ def cells_by_hand(d, peak, fill, depth):
                             d[other] for other in near if summit[other] == b)), b))
             for a, ways in passes.items():
                 low, b = max(ways)
-                if d[b] > d[a] and d[a] - low < least(d[a]):
+                if d[b] > d[a] and d[a] - low < least(a):
                     summit.update({place: b for place, top in summit.items() if top == a})
                     break
             else:
                 return
 
-    join(lambda top: 0.2 * top if top <= peak else 0, lambda top: True)
+    join(lambda top: 0 if d[top] > peak else 0.2 * d[top] if top in unsure else np.inf,
+         lambda top: True)
     join(lambda top: depth, lambda top: d[top] > peak)
     cells = sorted({top for top in summit.values() if d[top] > peak})
     labels = np.zeros(d.shape, int)
@@ -287,13 +291,16 @@ def test_hills_and_ground_are_left_out_as_by_hand(name):
 
 
 @pytest.mark.smoke
-def test_a_hill_that_is_no_cell_is_no_part_of_one():
-    d = np.array([[0.9, 0.6, 0.5, 0.3, 0.5, 0.3]], np.float32)       # the valley is at .3
-    assert watershed(d, 0.7, 0.1, 0, 0.4).tolist() == [[1, 1, 1, 1, 0, 0]] or \
-        watershed(d, 0.7, 0.1, 0, 0.4).tolist() == [[1, 1, 1, 0, 0, 0]]
-    d[0, 3] = 0.45                                                    # hardly a valley
-    assert watershed(d, 0.7, 0.1, 0, 0.4).tolist() == [[1, 1, 1, 1, 1, 1]]
-    assert watershed(d, 0.7, 0.1).tolist() == [[1, 1, 1, 1, 1, 1]]    # without a depth all is
+def test_a_hill_on_unsure_ground_is_no_part_of_a_cell():
+    cell, hill = [0.9, 0.6, 0.5, 0.3], [0.5, 0.3]                     # the valley is at .3
+    for ground, left in ((0.15, False), (0.04, True)):
+        d = np.array([cell + hill + [ground] * 30], np.float32)
+        labels = watershed(d, 0.7, 0.1, 0, 0.4)[0]
+        assert (labels[:3] == 1).all() and (labels[4:6] == left).all() and not labels[6:].any()
+        d[0, 3] = 0.45                                                # hardly a valley
+        assert (watershed(d, 0.7, 0.1, 0, 0.4)[0, :6] == 1).all()
+    d[0, 3] = 0.3
+    assert (watershed(d, 0.7, 0.1)[0, :6] == 1).all()                 # without a depth all is
 
 
 def test_ground_is_measured_between_cells_alone():

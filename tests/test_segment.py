@@ -89,6 +89,20 @@ def test_blocks_do_not_show():
         assert len(np.unique(parts)) - 1 == parts.max()                      # ids 1..n without gaps
 
 
+def test_blocks_do_not_show_on_ground_that_rises():
+    """The same hills and ground are left out, whatever the blocks: their sums have one order."""
+    rng = np.random.default_rng(0)
+    image = np.maximum(cones(1, 400, 500, 200) * rng.uniform(0.4, 1, (1, 500)),
+                       0.12 + 0.06 * np.sin(np.arange(500) / 40)).astype(np.float32)
+    net = PassOn()
+    net.settings = dataclasses.replace(net.settings, depth=0.2, peak=0.6, fill=0.2, smooth=1.0)
+    whole = segment.segment(image, net, limits=UNIT)
+    for block, halo in ((128, 64), (200, 90)):
+        assert same_cells(whole, segment.segment(image, net, limits=UNIT, block=block, halo=halo))
+    net.settings = dataclasses.replace(net.settings, depth=0.0)
+    assert (segment.segment(image, net, limits=UNIT) > 0).sum() > 1.02 * (whole > 0).sum() > 0
+
+
 def test_every_cell_is_new_once_and_whole_in_that_view():
     image = cones(2, 400, 500, 250)
     whole = segment.segment(image, PassOn(), limits=UNIT)

@@ -195,6 +195,15 @@ def test_star_recipe_is_its_log():
                                      for one in names])
 
 
+def test_the_research_file_is_its_log():
+    scored = lines("dinocell_s8_research_more.jsonl")[-1]
+    text = " ".join((DOCS / "results.md").read_text(encoding="utf-8").split())
+    shown = re.search(r"held out, MoNuSeg (\S+), CoNSeP (\S+), whole cells (\S+) at", text).groups()
+    check("research", shown, [scored[f"AP@0.5 {name}"] for name in (
+        "he_monuseg/research", "he_consep/train nuclei", "fluo_cyto_cellpose_scellseg/research")])
+    assert scored["step"] == 900
+
+
 def test_hills_are_their_log():
     text = " ".join((DOCS / "architecture.md").read_text(encoding="utf-8").split())
     for words, name in (("H&E of many organs", "unseen: he_monuseg/research"),

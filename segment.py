@@ -159,13 +159,14 @@ def described_cells(source, net: DINOCell, limits: np.ndarray, zooms: Sequence[f
 def _described(maps: Tensor, net: DINOCell) -> np.ndarray:
     """How many cells are clear in maps (B, S, S), how many there are, how clear and how wide.
 
-    Widths are those of cells that no edge cuts, or of all if there are only two of them.
+    With ground and hills, for at wrong zooms the network is always unsure. Widths are those of
+    cells that no edge cuts, or of all if there are only two of them.
     """
     area, highest, mean, whole = [], [], [], []
     rim = np.ones(maps.shape[1:], bool)
     rim[1:-1, 1:-1] = False
     for distance in maps:
-        labels = flood(distance, net.settings.setting).flatten().cpu().numpy()
+        labels = flood(distance, net.settings.setting, ground=False).flatten().cpu().numpy()
         level, n = distance.float().flatten().cpu().numpy(), labels.max()
         area.append(np.bincount(labels, minlength=n + 1)[1:])
         mean.append(np.bincount(labels, level, minlength=n + 1)[1:] / area[-1])

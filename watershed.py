@@ -103,12 +103,12 @@ class Setting(NamedTuple):
         return new
 
 
-def flood(distance: Tensor | np.ndarray, setting: Setting, zoom: float = 1.0):
+def flood(distance: Tensor | np.ndarray, setting: Setting, zoom: float = 1.0, ground: bool = True):
     """Cells of a map with 1 / zoom px for each px of the network, in which the setting's lengths
-    are."""
+    are; `ground`: see watershed()."""
     return watershed(distance, setting.peak, setting.fill, round(setting.min_area / zoom**2),
                      setting.depth, setting.smooth / zoom, setting.shape * zoom,
-                     max(1, round(REACH / zoom)))
+                     max(1, round(REACH / zoom)), ground)
 
 
 GRID = {"peak": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), "fill": (0.1, 0.15, 0.2, 0.25, 0.3, 0.4),
@@ -159,7 +159,7 @@ def tune(score: Callable[[Setting], float], **grid: Sequence[float]) -> Setting:
 
 def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0.09,
               min_area: int = 0, depth: float = 0.0, smooth: float = 0.0, shape: float = 0.0,
-              reach: int = REACH):
+              reach: int = REACH, ground: bool = True):
     """Cells of a distance map.
 
     distance : (H, W) floats; array or tensor. Compared in float32.
@@ -169,6 +169,7 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
     smooth : px, width of the Gaussian that the map is smoothed by first; 0: none.
     shape : per px inside the part above peak, up to `reach` px, added to the distance; with a depth
         necks part cells then.
+    ground : leave out ground and hills where the network is unsure; with a depth alone.
     Where a pixel is itself the pass between two cells (all its higher neighbours lie in different
     ones), or on flat ground, scikit-image's queue may give it to the other cell.
     Returns labels (H, W) int32 of the same kind and on the same device; 1..n in raster order of the
@@ -177,10 +178,10 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
     if isinstance(distance, np.ndarray):
         plain = np.array(distance, distance.dtype.newbyteorder("="), order="C")  # torch reads these
         return watershed(torch.from_numpy(plain), peak, fill, min_area, depth, smooth, shape,
-                         reach).numpy()
+                         reach, ground).numpy()
     if distance.device.type == "mps":                # lacks the scatters below for 64 bit
         return watershed(distance.cpu(), peak, fill, min_area, depth, smooth, shape,
-                         reach).to("mps")
+                         reach, ground).to("mps")
     if distance.ndim != 2 or not distance.is_floating_point():
         raise ValueError(f"distance map of shape {tuple(distance.shape)}, {distance.dtype}: "
                          "expected (H, W) floats")
@@ -194,9 +195,11 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
     if smooth and distance.numel():
         distance = gaussian_map(distance, smooth)
     if depth and distance.numel():
-        level = outline_level(distance, peak, fill, reach)
+        level = torch.full_like(distance, fill)
+        if ground:
+            level = outline_level(distance, peak, fill, reach)
+            distance = distance.masked_fill(distance <= level, 0)
         unsure = F.pad(level > fill, (0, 1, 1, 1)).view(-1)                  # (L,)
-        distance = distance.masked_fill(distance <= level, 0)
         if shape:
             distance = distance + shape * push_inwards(distance > peak, reach)
     H, W = distance.shape

@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -48,16 +47,14 @@ def asked(config: train_seg.Config) -> dict[str, list[data.Labelled]]:
 
 def cells(distance: np.ndarray, setting: watershed.Setting) -> list[np.ndarray]:
     """Labels as they were, without ground, and without hills as well."""
-    hill, level = watershed.HILL, watershed.outline_level
+    hill = watershed.HILL
     try:
         watershed.HILL = math.inf
         without_ground = watershed.flood(distance, setting)
-        watershed.outline_level = lambda distance, peak, fill, reach: torch.full_like(distance,
-                                                                                      fill)
-        before = watershed.flood(distance, setting)
     finally:
-        watershed.HILL, watershed.outline_level = hill, level
-    return [before, without_ground, watershed.flood(distance, setting)]
+        watershed.HILL = hill
+    return [watershed.flood(distance, setting, ground=False), without_ground,
+            watershed.flood(distance, setting)]
 
 
 def scores(net, some: list[data.Labelled]) -> np.ndarray:

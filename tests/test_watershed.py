@@ -13,7 +13,6 @@ from skimage.morphology import reconstruction
 from skimage.segmentation import watershed as reference
 
 import metrics
-import watershed as module
 from images import read_image
 from watershed import (
     REACH,
@@ -203,16 +202,15 @@ def standing_out(d, depth, peak=PEAK, fill=FILL):
 
 
 @pytest.mark.parametrize("name", MAPS)
-def test_with_a_depth_every_cell_is_a_summit_that_stands_out(name, monkeypatch):
+def test_with_a_depth_every_cell_is_a_summit_that_stands_out(name):
     """One h-maximum in each cell, all of the mask that hangs together with one, in one piece, and
     over saddles that are the highest; depths lie between the levels of the quantised maps, where
-    rounding would decide. The ground is flat."""
-    monkeypatch.setattr(module, "outline_level",
-                        lambda d, peak, fill, reach: torch.full_like(d, fill))
+    rounding would decide. Ground and hills are left in."""
     for seed in range(3):
         d = MAPS[name](seed)
         for depth in (0.013, 0.07, 0.29):
-            markers, labels = standing_out(d, depth), watershed(d, PEAK, FILL, 0, depth)
+            markers = standing_out(d, depth)
+            labels = watershed(d, PEAK, FILL, 0, depth, ground=False)
             pairs = np.unique(np.stack((markers, labels))[:, markers > 0], axis=1)
             assert (
                 len(set(pairs[0])) == len(set(pairs[1])) == pairs.shape[1] == labels.max(initial=0)

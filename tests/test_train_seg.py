@@ -225,7 +225,7 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
     assert len(norms[0]) == 10 and norms[1] == [pytest.approx(pair, rel=1e-4) for pair in norms[0]]
     assert (
         len(set(scores[0])) == 2
-        and min(scores[0]) > 0.3
+        and min(scores[0]) > 0.1
         and scores[1] == pytest.approx(scores[0], abs=0.02)
     )
     one, two = nets

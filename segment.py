@@ -159,7 +159,7 @@ def described_cells(source, net: DINOCell, limits: np.ndarray, zooms: Sequence[f
 def _described(maps: Tensor, net: DINOCell) -> np.ndarray:
     """How many cells are clear in maps (B, S, S), how many there are, how clear and how wide.
 
-    With ground and hills, for at wrong zooms the network is always unsure. Widths are those of
+    Ground and hills are left in: at a wrong zoom the network is always unsure. Widths are those of
     cells that no edge cuts, or of all if there are only two of them.
     """
     area, highest, mean, whole = [], [], [], []

@@ -243,9 +243,9 @@ def gaussian_map(distance: Tensor, sigma: float) -> Tensor:
 
 
 def outline_level(distance: Tensor, peak: float, fill: float, reach: int) -> Tensor:
-    """(H, W) how high the map is where cells end: `fill`, and more where it lies above nothing
-    between the cells, since the network is unsure. That is told by pixels far from all that rises
-    above twice `fill`, up to `reach` px away.
+    """(H, W) height of the map at which cells end: `fill`, and more where the ground between cells
+    rises, for there the network is unsure. The ground is the mean of the pixels up to `reach` px
+    away that are far from all that rises above twice `fill`.
     """
     apart = (window_sum((distance > 2 * fill).float(), max(1, reach // 4)) == 0).float()
     ground = window_sum(distance * apart, reach) / window_sum(apart, reach).clamp(min=1)

@@ -251,7 +251,7 @@ def main(words: list[str]) -> int:
     training, results = (runs.read_yaml(Path(path)) for path in paths)
     if root:
         training["train"]["data"]["root"] = results["root"] = root
-    config = travel.changed(runs.from_dict(travel.Config, training, paths[0]), "all")
+    config = travel.changed(runs.from_dict(travel.Config, training, paths[0]))
     out, models = Path("runs/stardist"), []
     wanted = {key: value for key, value in results.items() if key not in ("markdown", "summary")}
     sets = [measure.LabelledSet(runs.from_dict(measure.DataSet, each, paths[1]),

@@ -1,15 +1,18 @@
-"""How well a network does on a set that it never saw, and what each part of training brings there:
-leave one set out.
+"""What each part of training brings on sets that a network never saw: leave sets out.
 
     python bench/travel.py configs/travel.yaml [shard=1/2] [key=value ...]
 
-For each variant, each group of sets and each seed, the small network is trained on all other sets,
-its watershed is set on their held-out images, and it is scored on the group that was left out.
+For each fold and each seed the small network is trained on all other sets, its watershed is set on
+their held-out images, and it is scored on the groups that were left out. Each such run has about
+half of the parts, by the rows of a Hadamard matrix: the first has all, every part is in half of
+them, and no two go together, so that every run tells about every part. From fold to fold the parts
+change columns, and with them the pairs whose common effect a column cannot tell from its own.
+
 Images are scaled by their true median diameter: this is about looks, not about size. Only images to
 train on are read: `test` has no say. Each result is a line of runs/<experiment>/results.jsonl; what
 is there is not done again, and several processes may share the work by shard=. Beside it lie the
-networks, VARIANT_GROUP_SEED.pt, for bench/fewshot.py to begin with. At the end it prints the table:
-mean over seeds, and the difference to the first variant.
+networks, FOLD_ROW_SEED.pt, for bench/fewshot.py to begin with. At the end it prints the table: what
+a part brings to AP@0.5, with minus without it, by least squares over all runs.
 """
 from __future__ import annotations
 
@@ -18,9 +21,10 @@ import functools
 import json
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,8 +36,9 @@ import train_seg  # noqa: E402
 
 @dataclass(frozen=True)
 class Config:
-    groups: dict                            # {name: [paths of sets that are left out together]}
-    variants: dict  # {name: changes to train}; the first is what the others are compared with
+    groups: dict                            # {name: paths of sets that are of one kind}
+    folds: tuple[tuple[str, ...], ...]      # names of the groups that are left out together
+    parts: dict                             # {name: changes to train that take the part out}
     train: dict                             # of train_seg.py: network, data, augment, steps ...
     experiment: str = "travel"              # folder of the results
     output_base_dir: str = "."              # where runs/ is
@@ -41,19 +46,28 @@ class Config:
     images: int = 8                         # of each set, to set the watershed and to score, by lot
     shard: str = "1/1"                      # which part of the work
 
+    def __post_init__(self):
+        for name in (name for fold in self.folds for name in fold):
+            if name not in self.groups:
+                raise ValueError(f"folds: {name!r} is none of groups, {list(self.groups)}")
+
+
+class Run(NamedTuple):
+    fold: int                               # number in config.folds
+    row: int                                # of the design: which parts it has
+    seed: int
+
 
 def main(config: Config, files: list[str]) -> int:
     out = Path(config.output_base_dir) / "runs" / config.experiment / "results.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     part, parts = runs.shard_of(config.shard)
-    jobs = [(seed, variant, group) for seed in config.seeds for variant in config.variants
-            for group in config.groups]
-    done = {(line["seed"], line["variant"], line["group"]) for line in lines(out)}
-    for job in [job for job in jobs if job not in done][part - 1::parts]:
+    done = {Run(line["fold"], line["row"], line["seed"]) for line in lines(out)}
+    for run in [run for run in planned(config)[part - 1::parts] if run not in done]:
         begin = time.perf_counter()
-        scores = left_out(config, *job, out.parent)
-        line = dict(zip(("seed", "variant", "group"), job), **scores,
-                    minutes=round((time.perf_counter() - begin) / 60, 2))
+        line: dict = dict(run._asdict(), without=missing(config, run))
+        line |= left_out(config, run, out.parent)
+        line["minutes"] = round((time.perf_counter() - begin) / 60, 2)
         with open(out, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(line, flush=True)
@@ -61,27 +75,51 @@ def main(config: Config, files: list[str]) -> int:
     return 0
 
 
+def planned(config: Config) -> list[Run]:
+    """All runs; the first third, or whatever share, has every fold and all seeds."""
+    rows, seeds = range(len(design(len(config.parts)))), config.seeds
+    return [Run(fold, row, seeds[(fold + turn) % len(seeds)]) for turn in range(len(seeds))
+            for fold in range(len(config.folds)) for row in rows]
+
+
+def design(n: int) -> np.ndarray:
+    """(rows, n) bool, which of n parts a run has: all in the first row, each in half of the rows,
+    any two together in a quarter."""
+    from scipy.linalg import hadamard
+    return hadamard(1 << n.bit_length())[:, 1:n + 1] > 0
+
+
+def missing(config: Config, run: Run) -> list[str]:
+    """The parts that a run goes without."""
+    present = np.roll(design(len(config.parts))[run.row], run.fold)
+    return [name for name, there in zip(config.parts, present) if not there]
+
+
 def lines(path: Path) -> list[dict]:
     return [json.loads(line)
             for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def left_out(config: Config, seed: int, variant: str, group: str, out: Path) -> dict[str, float]:
-    """Train without a group, and keep the network in the folder `out`; AP@0.5 of the group and of
-    the other sets' held-out images, and the last loss."""
+def left_out(config: Config, run: Run, out: Path) -> dict[str, Any]:
+    """Train without the groups of a fold, and keep the network in the folder `out`; AP@0.5 of each
+    group and of the other sets' held-out images, and the last loss."""
     import torch
 
     import augment
     import model
-    one = changed(config, variant, seed)
-    away = [chosen.name for chosen in one.data.sets if chosen.path in config.groups[group]]
-    if len(away) < len(config.groups[group]):
-        raise ValueError(f"groups.{group}: expected paths of data.sets, got {config.groups[group]}")
+    one = changed(config, missing(config, run), run.seed)
+    away = {group: [chosen.name for chosen in one.data.sets if chosen.path in config.groups[group]]
+            for group in config.folds[run.fold]}
+    for group, names in away.items():
+        if len(names) < len(config.groups[group]):
+            raise ValueError(f"groups.{group}: expected paths of data.sets, got "
+                             f"{config.groups[group]}")
+    strange = {name for names in away.values() for name in names}
     images, held, strangers = loaded(json.dumps(dataclasses.asdict(one.data)), one.cap,
                                      config.images)
-    images.weigh({chosen.name: 0.0 if chosen.name in away else chosen.weight
+    images.weigh({chosen.name: 0.0 if chosen.name in strange else chosen.weight
                   for chosen in one.data.sets})
-    torch.manual_seed(seed)
+    torch.manual_seed(run.seed)
     net = train_seg.build_segmentation_net(one)
     net.settings = dataclasses.replace(net.settings, diameter=images.diameter)
     trainer = train_seg.Trainer(one, net, "cpu")
@@ -89,22 +127,26 @@ def left_out(config: Config, seed: int, variant: str, group: str, out: Path) -> 
     losses = []
     for step in range(one.steps):
         sample = np.arange(one.batch) + step * one.batch
-        chosen = images.draw(seed, sample)
-        batch = augment.sample(images, chosen, sample, changes, one.crop, seed, one.cap)
+        chosen, batch = train_seg.training_crops(one, images, changes, sample)
         factor = train_seg.segmentation_rate(one, step)
         losses.append(trainer.step(batch, factor, chosen)[0].item())
     average: Any = trainer.average.module
-    scores, setting = scored(average.ready("cpu"),
-                             [entry for entry in held if entry.set not in away],
-                             [entry for entry in strangers if entry.set in away])
+    home, abroad, setting = scored(average.ready("cpu"),
+                                   [entry for entry in held if entry.set not in strange],
+                                   [entry for entry in strangers if entry.set in strange])
     average.settings = dataclasses.replace(net.settings, **setting._asdict())
-    model.save(average, out / f"{variant}_{group}_{seed}.pt")
-    return dict(scores, loss=float(np.mean(losses[-50:])))
+    model.save(average, out / f"{'-'.join(away)}_{run.row}_{run.seed}.pt")
+    return {"home": float(np.mean(list(home.values()))),
+            "abroad": {group: float(np.mean([abroad[name] for name in names]))
+                       for group, names in away.items()},
+            "loss": float(np.mean(losses[-50:]))}
 
 
-def changed(config: Config, variant: str, seed: int = 0) -> train_seg.Config:
-    values = runs.flat_config(config.train) | runs.flat_config(config.variants[variant] or {})
-    return runs.from_dict(train_seg.Config, nested({**values, "seed": seed}), variant)
+def changed(config: Config, without: Iterable[str] = (), seed: int = 0) -> train_seg.Config:
+    values = runs.flat_config(config.train)
+    for name in without:
+        values |= runs.flat_config(config.parts[name])
+    return runs.from_dict(train_seg.Config, nested({**values, "seed": seed}), "train")
 
 
 @functools.cache
@@ -162,9 +204,9 @@ def nested(flat: dict) -> dict:
     return whole
 
 
-def scored(net, home: list, strangers: list) -> tuple[dict[str, float], Any]:
-    """AP@0.5 of both, a mean over images of a set and then over sets, with the one setting that
-    serves home best; and the setting."""
+def scored(net, home: list, strangers: list) -> tuple[dict[str, float], dict[str, float], Any]:
+    """AP@0.5 of each set of both, a mean over its images, with the one setting that serves the mean
+    over the sets at home best; and the setting."""
     import metrics
     import segment
     from watershed import flood, tune
@@ -183,33 +225,43 @@ def scored(net, home: list, strangers: list) -> tuple[dict[str, float], Any]:
     best = tune(lambda setting: float(np.mean(list(by_set(home, setting).values()))),
                 depth=(0.0, 0.05, 0.1, 0.2),
                 smooth=(0.0, 1.0), shape=(0.0,), min_area=(0,))
-    scores: dict[str, float] = {}
-    for side, entries in (("home", home), ("abroad", strangers)):
-        found = by_set(entries, best, [0.5])
-        scores |= {side: float(np.mean(list(found.values()))),
-                   **{f"{side} {name}": value for name, value in found.items()}}
-    return scores, best
+    return by_set(home, best, [0.5]), by_set(strangers, best, [0.5]), best
+
+
+def effects(config: Config, found: list[dict], score: str) -> list[tuple[float, float]]:
+    """(gain, standard error) of each part in line[score], or in its mean over groups: least squares
+    over all runs, with a constant for each fold and seed. No error where nothing is left over."""
+    values = np.array([np.mean(list(line[score].values())) if isinstance(line[score], dict)
+                       else line[score] for line in found])
+    blocks = [(line["fold"], line["seed"]) for line in found]
+    columns = np.array([[*(block == mine for block in dict.fromkeys(blocks)),
+                         *(name not in line["without"] for name in config.parts)]
+                        for mine, line in zip(blocks, found)], float)
+    inverse = np.linalg.pinv(columns)
+    gains = inverse @ values
+    spare = len(values) - np.linalg.matrix_rank(columns)
+    spread = np.sum((values - columns @ gains) ** 2) / spare if spare else np.nan
+    errors = np.sqrt(spread * np.diag(inverse @ inverse.T))
+    return list(zip(gains.tolist(), errors.tolist()))[-len(config.parts):]
 
 
 def table(config: Config, found: list[dict]) -> str:
-    """Markdown: a row for each variant, a column for each group that was left out, means over the
-    seeds."""
-    names = list(config.groups)
-    rows = [["variant", *names, "mean abroad", "against the first", "home", "runs"]]
-    first = None
-    for variant in config.variants:
-        mine = [line for line in found if line["variant"] == variant]
-        means = [np.mean([line["abroad"] for line in mine if line["group"] == name] or [np.nan])
-                 for name in names]
-        shared = {(line["seed"], line["group"]): line["abroad"] for line in mine}
-        first = first or shared
-        gains = [shared[job] - first[job] for job in shared if job in first]
-        home = np.mean([line["home"] for line in mine] or [np.nan])
-        rows.append([variant,
-                     *(f"{value:.3f}" for value in [*means, np.nanmean(means) if mine else np.nan]),
-                     f"{np.mean(gains or [np.nan]):+.3f} ± "
-                     f"{np.std(gains or [np.nan]) / max(1, len(gains)) ** .5:.3f}", f"{home:.3f}",
-                     str(len(mine))])
+    """Markdown: what each part brings to each group that was left out, to their mean with its
+    standard error, and at home; below, the scores themselves."""
+    where = {name: [line for line in found if name in line["abroad"]] for name in config.groups}
+    rows = [["part", *config.groups, "mean abroad", "home"]]
+    single = {name: effects(config, [{**line, "abroad": line["abroad"][name]} for line in some],
+                            "abroad")
+              for name, some in where.items() if some}
+    abroad, home = (effects(config, found, score) for score in ("abroad", "home"))
+    for i, part in enumerate(config.parts):
+        rows.append([part, *(f"{single[name][i][0]:+.3f}" if name in single else "-"
+                             for name in config.groups),
+                     *(f"{gain:+.3f} ± {error:.3f}" for gain, error in (abroad[i], home[i]))])
+    means = [float(np.mean([line["abroad"][name] for line in some] or [np.nan]))
+             for name, some in where.items()]
+    rows.append([f"mean of {len(found)} runs", *(f"{value:.3f}" for value in means),
+                 f"{np.nanmean(means):.3f}", f"{np.mean([line['home'] for line in found]):.3f}"])
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]),
                                                                *rows[1:]])
 

@@ -471,7 +471,7 @@ def _tile_distances(source, plan: Plan, clock: Counter, progress,
         tiles: list[Answer] = []
         if seen:
             with timed(clock, "read"):
-                strip = _scaled_rows(source, plan.limits, size, slice(y, min(y + tile, h)))
+                strip = scaled_rows(source, plan.limits, size, slice(y, min(y + tile, h)))
                 strip = _reflected(strip, (tile, full)).to(device)
             tiles = run(strip, seen, tile)  # one (tile, tile) per x
         for x, (distance, tokens) in zip(seen, tiles):
@@ -552,7 +552,7 @@ def sampled_tiles(source, limits: np.ndarray, size: tuple[int, int], tile: int) 
     bottom, right = max(0, h - tile), max(0, w - tile)
     places = sorted({(0, 0), (0, right), (bottom // 2, right // 2), (bottom, 0), (bottom, right)})
     for y, row in groupby(places, key=itemgetter(0)):
-        strip = _scaled_rows(source, limits, size, slice(y, min(y + tile, h)))
+        strip = scaled_rows(source, limits, size, slice(y, min(y + tile, h)))
         tiles += [_reflected(strip[:, :, x:x + tile], (tile, tile)) for _, x in row]
     return torch.stack(tiles)
 
@@ -586,7 +586,7 @@ def _reflected_tile(length: int, wanted: int) -> Tensor:
 
 # ------------------------------------------------------------------------------------------ scaling
 
-def _scaled_rows(source, limits, size, rows: slice) -> Tensor:
+def scaled_rows(source, limits, size, rows: slice) -> Tensor:
     """Rows of the scaled image: (3, rows, w) in [0, 1]."""
     C, H, W = source.shape
     h, w = size

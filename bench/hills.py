@@ -1,6 +1,6 @@
 """What it brings to leave out ground and hills (watershed.py), at true diameters.
 
-    python bench/hills.py configs/dinocell_s8_research.yaml WEIGHTS.pt ... [root=DIR]
+    python bench/hills.py configs/dinocell_s8_research.yaml WEIGHTS.pt ... [data.root=DIR]
 
 AP@0.5 and 0.75 by set, mean over images: cells as they were, where a hill belongs to the cell
 beside it and cells reach down to `fill`; without ground; and without hills as well. Sets of the
@@ -9,7 +9,6 @@ all their images are asked; of others up to 12 that were held out. `test` has no
 """
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -67,14 +66,9 @@ def scores(net, some: list[data.Labelled]) -> np.ndarray:
     return np.mean(rows, 0)
 
 
-def main(words: list[str]) -> None:
-    keys = dict(word.split("=", 1) for word in words if "=" in word)
-    path, *weights = [word for word in words if "=" not in word] or [""]
-    if not weights or set(keys) - {"root"}:
-        raise SystemExit(__doc__)
-    config = runs.load_config(train_seg.Config, Path(path))
-    config = dataclasses.replace(config, data=dataclasses.replace(
-        config.data, root=keys.get("root", config.data.root)))
+def main(config: train_seg.Config, weights: list[str]) -> None:
+    if not weights:
+        raise ValueError("no weights; give files, such as final_models/dinocell_s8.pt")
     sets = {name: some for name, some in asked(config).items()
             if any(image.labels.any() for image in some)}
     for file in weights:
@@ -86,4 +80,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    runs.script(__doc__, train_seg.Config, main)

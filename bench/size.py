@@ -1,14 +1,13 @@
 """What it brings to know how large the cells are, on the images held out of a training.
 
-    python bench/size.py configs/dinocell_s8.yaml final_models/dinocell_s8.pt ... [root=DIR]
+    python bench/size.py configs/dinocell_s8.yaml final_models/dinocell_s8.pt ... [data.root=DIR]
 
-AP@0.5, mean over the images of a set (up to count=6 by lot), then over sets: with the image as it
+AP@0.5, mean over the images of a set (up to six by lot), then over sets: with the image as it
 is, at the diameter that the size head sees, and at the true median diameter; and how far the head
 is off. Only images to train on are read: `test` has no say.
 """
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -55,15 +54,10 @@ def scores(net, images: dict[str, list[data.Labelled]]) -> tuple[list[float], np
     return np.mean(ways, 0).tolist(), np.array(off)
 
 
-def main(words: list[str]) -> None:
-    keys = dict(word.split("=", 1) for word in words if "=" in word)
-    path, *weights = [word for word in words if "=" not in word] or [""]
+def main(config: train_seg.Config, weights: list[str]) -> None:
     if not weights:
-        raise SystemExit(__doc__)
-    config = runs.load_config(train_seg.Config, Path(path))
-    config = dataclasses.replace(config, data=dataclasses.replace(
-        config.data, root=keys.get("root", config.data.root)))
-    images, rows = held_out(config, int(keys.get("count", 6))), []
+        raise ValueError("no weights; give files, such as final_models/dinocell_s8.pt")
+    images, rows = held_out(config, 6), []
     for file in weights:
         net = model.load(file).ready("cpu")
         each, off = scores(net, images)
@@ -79,4 +73,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    runs.script(__doc__, train_seg.Config, main)

@@ -220,7 +220,7 @@ def taught_star(config: train_seg.Config, images, held: list, minutes: float
         source = segment.as_source(pixels)
         plan = segment.plan_for(source, scale, diameter=diameter)
         size = segment.scaled_size(pixels.shape[1:], plan.zoom)
-        x = segment._scaled_rows(source, plan.limits, size, slice(0, size[0]))   # (3, h, w)
+        x = segment.scaled_rows(source, plan.limits, size, slice(0, size[0]))   # (3, h, w)
         zoom = (size[0] / pixels.shape[1], size[1] / pixels.shape[2])
         return star_cells(stars(net, x), pixels.shape[1:], zoom, *thresholds)
 

@@ -143,10 +143,10 @@ def test_scale_gives_the_cells_back_at_full_size(scale):
 def test_reducing_is_an_average_and_enlarging_is_bilinear():
     """A fine checkerboard reduced four times is grey; a ramp enlarged stays a ramp."""
     board = (np.indices((64, 64)).sum(0) % 2).astype(np.float32)[None]
-    small = segment._scaled_rows(segment.as_source(board), UNIT, (16, 16), slice(0, 16))
+    small = segment.scaled_rows(segment.as_source(board), UNIT, (16, 16), slice(0, 16))
     assert small.shape == (3, 16, 16) and (small - 0.5).abs().max() < 0.05
     ramp = np.tile(np.linspace(0, 1, 32, dtype=np.float32), (8, 1))[None]
-    large = segment._scaled_rows(segment.as_source(ramp), UNIT, (8, 64), slice(2, 5))
+    large = segment.scaled_rows(segment.as_source(ramp), UNIT, (8, 64), slice(2, 5))
     expected = np.interp((np.arange(64) + 0.5) / 2 - 0.5, np.arange(32), ramp[0, 0])
     np.testing.assert_allclose(large[1, 1].numpy(), expected, atol=1e-6)
 

@@ -154,14 +154,12 @@ def unsupervised(device: str) -> list[list[str]]:
 def peers(device: str) -> list[list[str]]:
     """Other programs' networks over the same image; a line says which is not installed."""
     rows = []
-    for name, make in (("Cellpose-SAM", cellpose_sam), ("SAMCell's ViT-B", samcell),
+    for name, make in (("Cellpose-SAM", cellpose_sam),
+                       ("SAMCell's ViT-B, one of 25 windows", samcell),
                        ("InstanSeg's U-Net", instanseg)):
         try:
             net, x = make(device)
-        except (
-            ImportError,
-            RuntimeError,
-        ) as missing:  # RuntimeError: a torchvision that does not fit torch
+        except (ImportError, RuntimeError) as missing:  # a torchvision that does not fit torch
             rows.append([f"{name}: left out, {str(missing).splitlines()[0]}", *"-----"])
             continue
         rows.append(row(name, lambda: forward(net, x, device), None, device,
@@ -188,7 +186,8 @@ def cellpose_sam(device: str):
 
 
 def samcell(device: str):
-    """SAM's ViT-B encoder at its one size, 1024 px; SAMCell's decoder is not counted."""
+    """SAM's ViT-B encoder at its one size, to which SAMCell enlarges windows of 256 px that share
+    32: 25 for this image. Its decoder is not counted."""
     import torch
     from transformers import SamVisionConfig, SamVisionModel
     return SamVisionModel(SamVisionConfig()).to(device).eval(), torch.rand(1, 3, 1024, 1024,

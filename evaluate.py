@@ -466,8 +466,10 @@ def embed(config: Embed) -> None:
 
     k-NN and a linear head learn the types of the cells in `train` and tell those of the true cells
     in `test`: accuracy, and mean F1 over the types. F_d and F_c (metrics.type_scores) are those of
-    the cells that the source itself finds, with the linear head. Fields: mean vector of a field's
-    cells in each channel; is the nearest one of another channel that of the same field?
+    the cells that the source itself finds at the median diameter of `train`, with the linear head.
+
+    Fields: mean vector of a field's cells in each channel; is the nearest one of another channel
+    that of the same field?
     """
     folder, rows, found = run_folder(config), [], []
     for source in config.sources:
@@ -575,13 +577,17 @@ def told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
                        metrics.type_f1(truth, answer, range(1, 1 + len(names))))}
     if net is None or net.origin is None:      # none that finds cells
         return scores
+    wide = [data.median_diameter(labels) for _, labels, _ in train.images if labels.any()]
+    diameter = round(float(np.median(wide)), 1) if net.settings.diameter else None
     if config.export:
         whole = networks.load(net.origin)
         whole.set_types(head, names)
         networks.save(whole, config.export, half=True)
-        print(f"{', '.join(names)} -> {config.export}")
+        print(f"{', '.join(names)} -> {config.export}" + (f"; infer.py wants diameter={diameter:g} "
+              "with it, for images of the same magnification" if diameter else ""))
     own = net.type_names == names            # trained to tell these: with its own head
-    return scores | found_types(net, None if own else head, test.images, names, typed.reach)
+    return scores | {"diameter": diameter or np.nan} | found_types(
+        net, None if own else head, test.images, names, typed.reach, diameter)
 
 
 def cell_centres(table: dict[str, np.ndarray]) -> np.ndarray:
@@ -589,12 +595,12 @@ def cell_centres(table: dict[str, np.ndarray]) -> np.ndarray:
     return np.stack([table["centroid_y_px"], table["centroid_x_px"]], 1)
 
 
-def found_types(net, head, images_of_set: list, names: tuple[str, ...], reach: float
-                ) -> dict[str, float]:
+def found_types(net, head, images_of_set: list, names: tuple[str, ...], reach: float,
+                diameter: float | None) -> dict[str, float]:
     """F_d and F_c of the cells that the network finds; `head`: None, if it tells types itself."""
     pairs, missed, extra = [], [], []
     for pixels, labels, types in images_of_set:
-        plan = segment.plan_for(pixels, net, embed=True)
+        plan = segment.plan_for(pixels, net, diameter=diameter, embed=True)
         at, answer = [np.zeros((0, 2))], [np.zeros(0, int)]
         for block in segment.blocks(segment.as_source(pixels), plan):
             corner = block.view[0].start, block.view[1].start

@@ -404,6 +404,14 @@ def test_what_vectors_are_worth(tmp_path, capsys):
     evaluate.embed(dataclasses.replace(one, sources=one.sources[2:],
                                        export=str(tmp_path / "typed.pt")))
     assert model.load(tmp_path / "typed.pt").type_names == ("bright", "dim")
+    assert "diameter=" not in capsys.readouterr().out           # n.pt knows no size
+    sized = tiny()
+    sized.settings = dataclasses.replace(sized.settings, diameter=20.0)
+    model.save(sized, tmp_path / "sized.pt")
+    evaluate.embed(dataclasses.replace(
+        one, sources=(evaluate.VectorSource("sized", str(tmp_path / "sized.pt")),),
+        export=str(tmp_path / "typed.pt")))
+    assert "infer.py wants diameter=15.8 with it" in capsys.readouterr().out    # of the disks
     with pytest.raises(ValueError, match="expected one source and one set"):
         dataclasses.replace(one, export="x.pt")
     lost = dataclasses.replace(one.sets[0], types={"bright": 1, "dim": 7})

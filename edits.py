@@ -352,6 +352,8 @@ class Book:
             self.done.append(line)
             edit = unpacked_edit(line)
             self.labels[edit.box] = edit.after
+            self.fresh = max(self.fresh, *(1 + int(labels.max(initial=0))
+                                           for labels in (edit.before, edit.after)))
         self.revision += 1
 
     def index(self) -> None:
@@ -381,12 +383,14 @@ class Book:
         return int(np.count_nonzero(self.labels[self.boxes[cell]] == cell))
 
     def by_hand(self) -> np.ndarray:
-        """(H, W) bool: pixels that edits by hand have changed."""
+        """(H, W) bool: pixels that edits by hand have changed, and what they left of a cell."""
         hand = np.zeros(self.shape, bool)
         for line in self.done:
             if not is_whole(line):
                 edit = unpacked_edit(line)
-                hand[edit.box] |= edit.before != edit.after
+                changed = edit.before != edit.after
+                touched = np.unique(edit.before[changed])
+                hand[edit.box] |= changed | np.isin(edit.after, touched[touched > 0])
         return hand
 
     # --------------------------------------------------------------------------------------- edits
@@ -462,7 +466,6 @@ class Book:
             self.write_labels()
             with self.lock:
                 self.saved = self.revision == revision
-
 
     def write_labels(self) -> None:
         H, W = self.shape

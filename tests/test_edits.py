@@ -203,6 +203,40 @@ def test_new_thresholds_keep_what_hands_have_made(book):
     assert cells_of(book) == {1, 2, 6}
 
 
+def test_what_an_edit_leaves_of_a_cell_stays_at_other_thresholds(tmp_path):
+    """The rest of a cell that was split, shrunk or cut is as much by hand as what was changed."""
+    y, x = np.mgrid[:80, :80]
+    found = ((y - 40) ** 2 + (x - 40) ** 2 < 400).astype(np.int32)
+
+    def book(name):
+        one = edits.Book(tmp_path / name, found.shape)
+        one.do(edits.flooded_edit(one, found, "find"))
+        return one
+
+    split = book("split")
+    split.do(edits.split_cells(split, np.array([[33., 10.], [33., 70.]])))
+    split.do(edits.split_cells(split, np.array([[47., 10.], [47., 70.]])))
+    shrunk = book("shrunk")
+    for _ in range(7):
+        shrunk.do(edits.shrink_cell(shrunk, 1))
+    cut = book("cut")
+    cut.do(edits.cut_away(cut, np.array([[0., 0.], [80., 0.], [80., 44.], [0., 44.]])))
+    for one, count in ((split, 3), (shrunk, 1), (cut, 1)):
+        before = one.labels.copy()
+        after = edits.flooded_edit(one, found).after
+        assert len(np.unique(after[after > 0])) == count
+        assert ((after > 0) == (before > 0)).all()
+    assert shrunk.by_hand().sum() == found.sum()
+
+
+def test_a_number_is_not_given_again_after_a_restart(book, tmp_path):
+    book.do(edits.draw_cell(book, circle(60, 20, 10)))                       # cell 6
+    book.do(edits.remove_cells(book, [6]))
+    book.do(edits.remove_cells(book, [5]))
+    book.save()
+    assert edits.Book(tmp_path / "a", (80, 120)).fresh == book.fresh == 7
+
+
 def test_saving_beside_edits_ends_with_the_last(book, tmp_path):
     """A thread saves all the time, as the page does."""
     ending = threading.Event()

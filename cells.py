@@ -614,7 +614,7 @@ def imagej_roi(name: str, parts: Polygons) -> bytes:
 # ----------------------------------------------------------------------------------------- pictures
 
 def overlay(image: np.ndarray, labels: np.ndarray, max_side: int = 4096,
-            types: np.ndarray | None = None, names: Sequence[str] = ()) -> np.ndarray:
+            types: dict[int, str] | None = None, names: Sequence[str] = ()) -> np.ndarray:
     """The image (C, H, W) with outlined cells, (h, w, 3) uint8, for a screen or a paper.
 
     Bright 8-bit RGB stays as it is; otherwise each channel is stretched between its percentiles 1
@@ -623,15 +623,17 @@ def overlay(image: np.ndarray, labels: np.ndarray, max_side: int = 4096,
     times, with smooth lines. A line runs inside its cell, with a thin shadow outside. Cells near
     each other differ in colour.
 
-    types : (n,) names of the types of cells 1..n, which then have the colours of `names`, with a
-        legend.
+    types : the type of each cell, by its id; cells then have the colours of `names`, with a legend.
     """
     check_label_image(labels, "overlay", np.iinfo(np.int64).max)
     image, labels = reduced_overlay(image, labels, -(-max(image.shape[1:]) // max_side))
-    if labels.max(initial=0) > labels.size:  # ids with wide gaps
+    highest = int(labels.max(initial=0))
+    if highest > labels.size:  # ids with wide gaps
         ids = np.unique(labels[labels > 0])
         labels = np.where(labels > 0, np.searchsorted(ids, labels) + 1, 0)
-    rgb, count = overlay_background(image), int(labels.max(initial=0))
+    else:
+        ids = np.arange(1, highest + 1)
+    rgb, count = overlay_background(image), len(ids)
     hexes = ON_BRIGHT if np.median(rgb[::4, ::4]) >= 128 else ON_DARK
     rim = max(int(np.count_nonzero(outlines(labels))), 1)
     radius = 2 * np.count_nonzero(labels) / rim  # px, about that of a round cell
@@ -640,8 +642,9 @@ def overlay(image: np.ndarray, labels: np.ndarray, max_side: int = 4096,
         pairs = close_cell_pairs(labels, max(round(radius / 2), 2))
         colours = colours[colour_numbers(pairs, count, len(hexes))]  # (n, 3)
     else:
-        known = cell_type_colours(names)
-        colours = np.array([known[name] for name in types], np.uint8).reshape(-1, 3)
+        known = {i: cell_type_colours(names)[name] for i, name in types.items()}
+        colours = np.array([known.get(i, (0, 0, 0)) for i in ids.tolist()],  # (n, 3); 0: no cell
+                           np.uint8).reshape(-1, 3)
     side = int(max(labels.shape))
     zoom = 1 if side > SMALL else min(2 * round(SMALL / side), 16)
     if zoom > 1:  # labels twice as fine as the picture

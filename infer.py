@@ -43,6 +43,7 @@ credentials. A shard writes summary_3_of_16.csv.
 from __future__ import annotations
 
 import copy
+import csv
 import glob
 import hashlib
 import io
@@ -303,8 +304,8 @@ class Work:
         others: dict[str, list[Path | str]] = defaultdict(list)  # reason -> images
         for path, name in found.items():
             record = records.get(name)
-            reason = "" if record is None else result_difference(record, path, self.made,
-                                                                 config.pattern)
+            reason = "" if record is None else result_difference(record, path, name, self.made,
+                                                                 config)
             if reason:
                 others[reason].append(path)
             elif record and self.shelf.has(names[name]):
@@ -347,8 +348,9 @@ class Work:
                         raise runs.Stopped
                     if isinstance(file, OSError):
                         raise file
-                    job = (file, todo[path], self.shelf.folder, net, config,
-                           {**self.made, "source": result_source(path, file, config.pattern)},
+                    how = {**self.made, "source": result_source(path, file, config.pattern),
+                           "given": given_labels(todo[path], config)}
+                    job = (file, todo[path], self.shelf.folder, net, config, how,
                            partial(show, count))
                     row = segment_stack(*job, stop) if config.linked else segment_file(*job)
                     self.summary.add(row)
@@ -400,6 +402,18 @@ def result_source(path: Path | str, file: Path, pattern: str) -> dict:
             "sha256": runs.digest(*source_files(file, pattern))}
 
 
+def given_labels(name: str, config: Config) -> dict[str, str]:
+    """Digests of the label files that are given for an image, by their key."""
+    files: dict[str, list[Path]] = {"labels": [], "within": []}
+    if config.labels is not None:
+        end = f"_{config.linked.lower()}*" if config.linked else ""  # of single planes
+        files["labels"] = sorted(Path(config.labels).glob(f"{glob.escape(name)}{end}_labels.tif"))
+    if (around := around_file(name, config)) is not None and around.is_file():
+        files["within"] = [around]
+    return {key: runs.digest(*(part for file in some for part in (file.name, file)))[:16]
+            for key, some in files.items() if some}
+
+
 def source_files(file: Path, pattern: str) -> list[Path]:
     return infer_frame_files(file, pattern) if file.is_dir() else [file]
 
@@ -414,8 +428,10 @@ def source_place(path: Path | str) -> str:
     return runs.digest(path if s3.is_remote(path) else str(Path(path).resolve()))[:16]
 
 
-def result_difference(record: dict, path: Path | str, made: dict, pattern: str) -> str:
+def result_difference(record: dict, path: Path | str, name: str, made: dict,
+                      config: Config) -> str:
     """How results differ from those wanted, or nothing."""
+    pattern = config.pattern
     if not record:
         return "is there and does not say how it was made"
     source = record["source"]
@@ -432,8 +448,12 @@ def result_difference(record: dict, path: Path | str, made: dict, pattern: str) 
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     if "weights" in changed:
         changed.remove("their content")
-    return "was made with " * bool(changed) + ", ".join(
-        f"{key} {old.get(key, 'left out')} (now {new.get(key, 'left out')})" for key in changed)
+    if changed:
+        return "was made with " + ", ".join(
+            f"{key} {old.get(key, 'left out')} (now {new.get(key, 'left out')})" for key in changed)
+    before, given = record.get("given", {}), given_labels(name, config)
+    return "".join(f"was made with other labels than those in {key}={getattr(config, key)} now"
+                   for key in given if given[key] != before.get(key))
 
 
 # ---------------------------------------------------------------------------------------- one image
@@ -633,8 +653,9 @@ class Results:
                     tuple(map(str, self.source.channels or self.source.numbers))
                     if self.config.each else ()))
             if self.picture is not None:
+                types = dict(zip(table["id"].tolist(), table["type"])) if "type" in table else None
                 cells.write_picture(f"{beginning}overlay.png", cells.overlay(
-                    *self.picture, types=table.get("type"), names=self.plan.net.type_names))
+                    *self.picture, types=types, names=self.plan.net.type_names))
             if self.distance is not None:
                 with runs.replacing(f"{beginning}distance.tif") as beside:
                     tifffile.imwrite(beside, self.distance.astype(np.float32), compression="zlib",
@@ -660,12 +681,17 @@ class Results:
                       for name in self.plan.net.type_names}
 
 
+def around_file(name: str, config: Config) -> Path | None:
+    """Where the label image of within= for an image is to lie; None without."""
+    path = None if config.within is None else Path(config.within)
+    return path / f"{name}_labels.tif" if path and path.is_dir() else path
+
+
 def around_of(name: str, config: Config, source) -> Path | None:
     """The label image of within= for an image, checked; None without."""
-    if config.within is None:
+    path = around_file(name, config)
+    if path is None:
         return None
-    path = Path(config.within)
-    path = path / f"{name}_labels.tif" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"within={config.within}: no {path}; expected a label image of the "
                                 "cells around, or a folder with NAME_labels.tif of each image")
@@ -785,8 +811,8 @@ def link_planes(planes: Planes, work: Path, name: str, out: Path, plan: segment.
     else:
         gap = link.GAP if config.gap is None else config.gap
         linked = link.link_frames(seen, config.max_distance, gap)
-        with open(work / "0_cells.csv", encoding="utf-8") as file:
-            columns = file.readline().strip().split(",")
+        with open(work / "0_cells.csv", encoding="utf-8", newline="") as file:
+            columns = [name.strip() for name in next(csv.reader(file))]
         link.write_track_cells(Path(f"{beginning}cells.csv"), linked, tables, columns)
         table = seen.cells()
         runs.write_table(f"{beginning}tracks.csv", link.track_rows(linked, table, pixel_size),
@@ -860,6 +886,8 @@ def find_images(arguments: list[str], config: Config,
         elif config.linked and path.is_dir() and is_series_to_infer(path, config):
             found[path] = runs.flat_name(path.resolve().name)
         elif path.exists() and not path.is_dir():
+            if not path.is_file():
+                raise ValueError(f"{argument}: a device or pipe, expected a file or folder")
             if path.stem not in results_of_named:  # a shell that wrote *.tif out names them, too
                 found[path] = runs.flat_name(path.stem)
         elif remote or path.is_dir() or glob.has_magic(argument):

@@ -99,9 +99,11 @@ def plan_for(image, net: DINOCell, *, diameter: float | None = None, zoom: float
         if diameter is None and net.size is not None:
             diameter = seen_diameter(source, net, limits)
         zoom = 1.0 if diameter is None else zoom_for(diameter, net)
+    else:
+        diameter = None
     if (min_area := thresholds.get("min_area")) is not None:
         thresholds["min_area"] = min_area * zoom**2
-    seen = (net.settings.diameter or UNKNOWN) / zoom
+    seen = diameter or (net.settings.diameter or UNKNOWN) / zoom
     near = seen if near is None else near
     side, shared = tile_side(net, tile, overlap, scaled_size(source.shape[1:], zoom))
     return Plan(net, net.settings.setting.changed(**thresholds), zoom, limits, seen, near, side,

@@ -259,6 +259,38 @@ def test_labels_that_are_given_are_measured(tmp_path, broad, block):
                    [str(tmp_path / "b.tif")])
 
 
+def test_labels_that_changed_are_measured_anew(tmp_path, field, capsys):
+    write(tmp_path / "a.tif", field, "ER")
+    infer.main(Config(out=str(tmp_path / "found")), [str(tmp_path / "a.tif")])
+    labels = images.read_labels(tmp_path / "found" / "a_labels.tif")
+    given = Config(out=str(tmp_path / "given"), labels=str(tmp_path / "found"))
+    for _ in range(2):                                       # the second time they are kept
+        assert infer.main(given, [str(tmp_path / "a.tif")]) == 0
+    images.write_labels(tmp_path / "found" / "a_labels.tif",
+                        np.where(labels == labels.max(), 0, labels))
+    with pytest.raises(ValueError, match="other labels than those in labels=.*found now; overwrit"):
+        infer.main(given, [str(tmp_path / "a.tif")])
+    infer.main(dataclasses.replace(given, overwrite=True), [str(tmp_path / "a.tif")])
+    assert len(rows(tmp_path / "given" / "a_cells.csv")) == labels.max() - 1
+
+
+def test_types_with_gaps_in_the_ids_of_cells(tmp_path, field):
+    """Cells 3, 6, 9, ... of labels that are given keep their numbers, types and colours."""
+    write(tmp_path / "a.tif", field, "ER")
+    infer.main(Config(out=str(tmp_path / "found")), [str(tmp_path / "a.tif")])
+    labels = images.read_labels(tmp_path / "found" / "a_labels.tif")
+    images.write_labels(tmp_path / "found" / "a_labels.tif", 3 * labels)
+    net = model.load(model.find_weights("demo_synthetic"))
+    net.set_types(torch.nn.Linear(net.backbone.dim, 2), ("one", "other"))
+    model.save(net, tmp_path / "typed.pt")
+    infer.main(Config(out=str(tmp_path / "out"), labels=str(tmp_path / "found"),
+                      weights=str(tmp_path / "typed.pt")), [str(tmp_path / "a.tif")])
+    table = rows(tmp_path / "out" / "a_cells.csv")
+    assert [int(row["id"]) for row in table] == list(range(3, 3 * labels.max() + 1, 3))
+    assert {row["type"] for row in table} <= {"one", "other"}
+    assert (tmp_path / "out" / "a_overlay.png").exists()
+
+
 def test_pictures_of_large_images_are_reduced(tmp_path, broad, monkeypatch):
     image = write(tmp_path / "a.tif", broad, "ER")
     monkeypatch.setattr(infer, "PICTURE", 100)
@@ -299,6 +331,11 @@ def test_one_bad_file_among_many(tmp_path, field, capsys):
     assert (tmp_path / "out" / "a_labels.tif").exists() and (tmp_path / "out"
                                                              / "c_labels.tif").exists()
     assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith((".", "b"))]
+
+
+def test_a_device_is_no_image():
+    with pytest.raises(ValueError, match="/dev/null: a device or pipe, expected a file"):
+        infer.find_images(["/dev/null"], Config())
 
 
 @pytest.mark.smoke

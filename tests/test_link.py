@@ -290,6 +290,15 @@ def test_a_movie_gets_all_its_files(tmp_path, movie, quick, capsys):
     assert "max_distance" in go(capsys, file, "time=all", f"out={out}", "max_distance=3")[2]
 
 
+def test_channel_names_with_commas_and_blanks(tmp_path, movie, quick, capsys):
+    film = np.repeat(movie.labels.astype(np.uint16)[:, None], 2, 1)
+    tifffile.imwrite(tmp_path / "a.ome.tif", film, photometric="minisblack",
+                     metadata={"axes": "TCYX", "Channel": {"Name": ["DAPI, 405", "GFP "]}})
+    assert go(capsys, tmp_path / "a.ome.tif", "time=all", f"out={tmp_path / 'out'}")[0] == 0
+    table = rows(next((tmp_path / "out").glob("*_cells.csv")))
+    assert any("DAPI, 405" in name for name in table[0]) and len(table) > 50
+
+
 def test_others_read_the_tracks(tmp_path, movie, quick, capsys, monkeypatch):
     """The challenge's own evaluation and a reader of TrackMate's XML see what the labels say."""
     file, out = stored(tmp_path / "a.tif", movie), tmp_path / "out"

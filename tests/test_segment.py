@@ -197,6 +197,13 @@ def test_min_area_is_counted_in_px_of_the_image():
 
 
 @pytest.mark.smoke
+def test_a_given_diameter_is_kept_where_the_image_is_not_scaled():
+    net = PassOn()
+    net.settings = dataclasses.replace(net.settings, diameter=16.0)
+    plan = segment.plan_for(np.zeros((1, 32, 32), np.float32), net, diameter=16.5, limits=UNIT)
+    assert (plan.zoom, plan.diameter, plan.near) == (1.0, 16.5, 16.5)
+
+
 def test_zoom_follows_the_diameter():
     net = PassOn(diameter=16.0)
     assert segment.zoom_for(32, net) == 0.5

@@ -315,11 +315,15 @@ def test_colours_of_types_in_the_overlay():
     """Cells of a type have its colour on their rim; the legend lies below the picture."""
     labels = disks(1200, [(300, 300), (900, 900)], 80)       # large: not enlarged
     picture = cells.overlay(np.zeros((1, 1200, 1200), np.uint8), labels,
-                            types=np.array(["b", "a"]), names=("a", "b"))
+                            types={1: "b", 2: "a"}, names=("a", "b"))
     colours = cells.cell_type_colours(("a", "b"))
     assert picture.shape[1] == 1200 < picture.shape[0]
     assert tuple(picture[300, 380]) == colours["b"] and tuple(picture[900, 980]) == colours["a"]
     assert picture[1200:].any()
+    for far in (40, 10 ** 7):                                # ids with gaps
+        assert (cells.overlay(np.zeros((1, 1200, 1200), np.uint8),
+                              np.where(labels == 2, far, labels),
+                              types={1: "b", far: "a"}, names=("a", "b")) == picture).all()
 
 
 # ------------------------------------------------------------------------------ nuclei within cells

@@ -16,6 +16,7 @@ images that were held out, in whole groups. Only better weights are used.
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,7 +53,7 @@ class Learning:
         self.folder = project.out / ".page" / "learn"
         self.process: subprocess.Popen | None = None
         self.watcher: threading.Thread | None = None
-        if (number := self.latest()) and self.record(number)["state"] == "running":
+        if (number := self.latest()) and self.record(number)["state"] in ("running", "comparing"):
             self.note(number, state="stopped")          # the page ended with it
 
     def latest(self) -> int:
@@ -105,7 +106,8 @@ class Learning:
         if not done:
             raise ValueError("no image is marked as done yet; correct one, and press Done")
         folder = self.of(number) / "set"
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)       # of a round that could not begin
+        folder.mkdir(parents=True)
         diameters = []
         for name in done:
             opened = project.open(name)
@@ -141,7 +143,7 @@ class Learning:
             self.note(number, state="comparing")
             try:
                 self.compare(number)
-            except (ValueError, OSError, RuntimeError) as error:
+            except Exception as error:                  # whatever it is, the next round may begin
                 self.note(number, state="failed", problem=runs.error_sentence(error))
         elif code in (runs.REQUEUE, 130, -signal.SIGTERM):      # the last: before its first step
             self.note(number, state="stopped")

@@ -255,8 +255,11 @@ class Opened:
         """What the image gets, with its own thresholds and diameter."""
         if self.limits is None:
             self.limits = images.percentiles(source, net.settings.low, net.settings.high)
-        return segment.plan_for(source, net, diameter=self.project.diameter_of(state),
-                                limits=self.limits, embed=embed, **state.get("setting", {}))
+        diameter = self.project.diameter_of(state)
+        if net.size is not None and state.get("map") == self.project.map_key(self):
+            diameter = state["used"]["diameter"]        # as it was seen for the map
+        return segment.plan_for(source, net, diameter=diameter, limits=self.limits, embed=embed,
+                                **state.get("setting", {}))
 
     def tile(self, z: int, row: int, column: int) -> bytes:
         """(h, w) int32 labels of a tile, nearest pixels."""
@@ -400,6 +403,7 @@ class Project:
             thread.join(30)
         for opened in self.opened.values():
             opened.close()
+        self.remember()
 
     # --------------------------------------------------------------------------------------- state
 
@@ -424,7 +428,7 @@ class Project:
                 self.opened.move_to_end(name)
                 return self.opened[name]
             opened = self.opened[name] = Opened(self.names[name], name, self)
-            if self.of(name).get("cells") is None and opened.book.boxes:
+            if opened.book.path.exists() or opened.book.done:
                 self.of(name)["cells"] = len(opened.book.boxes)
             self.recall_map(opened)
             busy = self.working.get("image")
@@ -500,7 +504,10 @@ class Project:
 
     def work(self) -> None:
         """Search image after image, teach types, tell them, until the end."""
-        self.network()                                  # while the first image is looked at
+        try:
+            self.network()                              # while the first image is looked at
+        except Exception as error:                      # each search says so again
+            self.complain(runs.error_sentence(error))
         while not self.ending.is_set():
             with self.awake:
                 while not (self.queue or self.teaching or self.untyped or self.ending.is_set()):
@@ -520,7 +527,7 @@ class Project:
                 job()
             except runs.Stopped:
                 pass
-            except (ValueError, OSError, RuntimeError) as error:
+            except Exception as error:                  # whatever it is, the next image is searched
                 self.complain(f"{name}: {runs.error_sentence(error)}")
             finally:
                 with self.lock:
@@ -614,8 +621,10 @@ class Project:
 
     def export(self) -> dict:
         """Write what infer.py writes, of the cells as they are now."""
+        written = {}
         for opened in list(self.opened.values()):
             opened.book.save()
+            written[opened.name] = opened.book.revision
         labels = self.out / ".page" / "export"          # a stack's own labels are not among them
         shutil.rmtree(labels, ignore_errors=True)
         labels.mkdir(parents=True)
@@ -639,6 +648,10 @@ class Project:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise ValueError(learning.last_line(done.stderr))
+        for opened in list(self.opened.values()):       # infer.py has written those of before
+            with opened.book.lock:
+                opened.book.saved &= written.get(opened.name) == opened.book.revision
+            opened.book.save()
         return {"written": alone + len(stacks), "folder": str(self.out)}
 
 
@@ -748,18 +761,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, respond: Callable[[], tuple[bytes, str]]) -> None:
         """Send what `respond` gives, or one sentence on why not."""
+        status, problem = 200, ""
         try:
             content, kind = respond()
-            status = 200
         except Refusal as refusal:
-            status, text = refusal.args
-            content, kind = json.dumps({"error": text}).encode(), "application/json"
+            status, problem = refusal.args
             self.close_connection = True                # what was not read is not the next request
         except (ValueError, OSError) as error:
             stale = runs.is_loaded("edits") and isinstance(error, edits.Stale)
-            status = 409 if stale else 400
-            content, kind = (json.dumps({"error": runs.error_sentence(error)}).encode(),
-                             "application/json")
+            status, problem = 409 if stale else 400, runs.error_sentence(error)
+        except Exception as error:                      # out of memory, say
+            status, problem = 500, runs.error_sentence(error)
+        if problem:
+            content, kind = json.dumps({"error": problem}).encode(), "application/json"
         self.send_response(status)
         if len(content) > 1000 and "deflate" in self.headers.get("Accept-Encoding", ""):
             content = zlib.compress(content, 1)

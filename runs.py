@@ -597,9 +597,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def error_sentence(error: Exception) -> str:
     """OSError from the system as `file: reason`; ours and ValueError as they are."""
+    if isinstance(error, MemoryError):
+        return "out of memory"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
+    return str(error) or type(error).__name__
 
 
 # --------------------------------------------------------------------------------------- run folder

@@ -348,6 +348,64 @@ def test_export_is_what_infer_writes(site):
     site.edit("a", "undo")                                        # the journal goes on
 
 
+def test_an_edit_during_the_export_is_kept_on_the_disk(site, monkeypatch):
+    site.find("a")
+    found = site.project.open("a").book.labels.copy()
+
+    def meanwhile(*_, **__):
+        site.edit("a", "draw", line=[[100, 5], [110, 5], [110, 15], [100, 15]])
+        images.write_labels(site.out / "a_labels.tif", found)     # as infer.py does, of before
+        return subprocess.CompletedProcess([], 0)
+
+    monkeypatch.setattr(page.subprocess, "run", meanwhile)
+    site.json("/export", {})
+    book = site.project.open("a").book
+    assert book.saved and not np.array_equal(book.labels, found)
+    np.testing.assert_array_equal(images.read_labels(site.out / "a_labels.tif"), book.labels)
+
+
+def test_the_size_is_judged_once(folder, monkeypatch):
+    seen, judge = [], segment.seen_diameter
+
+    def counted(*given):
+        seen.append(judge(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(segment, "seen_diameter", counted)
+    with Site(folder, weights="tiny") as site:
+        site.find("a")
+        setting = site.json("/image", image="a")["setting"]
+        site.json("/flood", {"image": "a", "setting": setting})
+        site.json("/least", image="a")
+        assert len(seen) == 1 and setting["diameter"] == seen[0]
+
+
+def test_what_nobody_foresaw_ends_one_job_or_one_answer(site, monkeypatch):
+    find = page.Project.find
+
+    def full(project, name):
+        if name == "a":
+            raise MemoryError
+        find(project, name)
+
+    monkeypatch.setattr(page.Project, "find", full)
+    site.find("a", "more_b")
+    assert site.json("/news")["problems"] == ["a: out of memory"]
+    assert site.json("/news")["images"][1]["cells"] > 0           # the next one was searched
+    monkeypatch.setitem(page.GETS, "/news", lambda project, query: [][0])
+    status, content = site.ask("/news")
+    assert status == 500 and "out of range" in json.loads(content)["error"]
+
+
+def test_the_list_counts_the_cells_there_are(folder):
+    with Site(folder) as site:
+        site.find("a")
+        cell = min(site.project.open("a").book.boxes)
+        before = site.edit("a", "remove", cell=cell)["cells"]
+    with Site(folder) as site:
+        assert site.json("/news")["images"][0]["cells"] == before
+
+
 def test_done_and_diameter_are_remembered(folder):
     with Site(folder) as site:
         site.json("/done", {"image": "a", "done": True})
@@ -624,6 +682,25 @@ def test_rounds_of_learning(folder, tmp_path, monkeypatch):
         site.json("/learn", {"what": "use", "weights": state["before"]})
         assert site.json("/news")["weights"] == "demo_synthetic"
         assert site.json("/image", image="a")["usual_diameter"] is None
+
+
+def test_a_round_that_ended_while_comparing_goes_on(site):
+    site.project.learning.of(1).mkdir(parents=True)
+    site.project.learning.note(1, state="comparing")
+    assert learning.Learning(site.project).status()["state"] == "stopped"
+
+
+def test_a_round_that_could_not_begin_leaves_no_images_to_the_next(site):
+    images.write_labels(site.out / "a_labels.tif", np.zeros((192, 256), np.int32))
+    site.json("/done", {"image": "a", "done": True})
+    with pytest.raises(ValueError, match="have no cells"):
+        site.project.learning.prepare(1)
+    site.json("/done", {"image": "a", "done": False})
+    images.write_labels(site.out / "more_b_labels.tif", drawn(2)[1])
+    site.json("/done", {"image": "more_b", "done": True})
+    site.project.learning.prepare(1)
+    assert sorted(each.name for each in data.examples(site.project.learning.of(1) / "set")
+                  ) == ["more_b_t1", "more_b_t2"]
 
 
 def test_one_image_is_learnt_from_on_the_left(site):

@@ -27,9 +27,9 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -193,8 +193,10 @@ class Batches:
         return model.distance_loss(distance.float(), target, labels, 3.0, 10.0)
 
 
-def meta_learn(net, config: Config, seed: int) -> None:
-    """Move the decoder towards where `inner` steps on each known set lead: first-order, by hand."""
+def meta_learned(start: Start, first: str, config: Config, seed: int):
+    """A starting network whose decoder is moved towards where `inner` steps on each known set
+    lead: first-order, by hand."""
+    net = starting_network(start, first, seed)
     known = [[scaled_example(example, chosen.name, net.settings.diameter)
               for example in data.examples(Path(config.root) / chosen.path, chosen.channels,
                                            chosen.match, chosen.labels)[:8]]
@@ -213,7 +215,7 @@ def meta_learn(net, config: Config, seed: int) -> None:
         with torch.no_grad():
             for name, p in decoder.named_parameters():
                 p.copy_(before[name] + pace * (p - before[name]))
-    net.eval().requires_grad_(False)
+    return net.eval().requires_grad_(False)
 
 
 DEPTHS = (0.0, 0.35, 0.9)    # distance of a background, an edge and an inner token
@@ -301,7 +303,7 @@ def main(config: Config, files: list[str]) -> int:
     rows: list[dict[str, Any]] = []
     for start in config.starts:
         for seed in config.seeds:
-            moved = None
+            moved = cache(partial(meta_learned, start, first, config, seed))
             for new in config.sets:
                 episode = episode_of(new, config.root, model.load(first).settings.diameter, seed)
                 for shots in new.shots:
@@ -311,12 +313,10 @@ def main(config: Config, files: list[str]) -> int:
                                runs.to_yaml(dataclasses.replace(
                                    config, sets=(dataclasses.replace(new, shots=(shots,)),),
                                    seeds=(seed,), starts=(dataclasses.replace(start, ways=()),)))}
-                        if way == "reptile" and moved is None and not where.exists():
-                            moved = starting_network(start, first, seed)
-                            meta_learn(moved, config, seed)
-                        net = moved if way == "reptile" else None
+                        begin = moved if way == "reptile" else partial(starting_network, start,
+                                                                       first, seed)
                         rows.append(measure.cached_bench_map(where, key, partial(
-                            one_way, net, start, first, episode, new, shots, way, config, seed)))
+                            one_way, begin, start, episode, new, shots, way, config, seed)))
                         print(" ".join(f"{k} {report.shown_value(v)}" for k, v in rows[-1].items()),
                               flush=True)
     runs.write_table(folder / "fewshot.tsv", rows)
@@ -338,10 +338,10 @@ def starting_network(start: Start, first: str, seed: int):
     return net.eval()
 
 
-def one_way(net, start: Start, first: str, episode: Episode, new: NewSet, shots: int, way: Way,
-                config: Config, seed: int) -> dict[str, Any]:
+def one_way(begin: Callable[[], Any], start: Start, episode: Episode, new: NewSet, shots: int,
+            way: Way, config: Config, seed: int) -> dict[str, Any]:
     """Row of the table: adapt to the first `shots` images of the support, ask the query."""
-    net = starting_network(start, first, seed) if net is None else copy.deepcopy(net)
+    net = copy.deepcopy(begin())
     support, steps, begun = episode.support[:shots], 0, time.process_time()
     if way == "prototypes":
         put_prototypes(net, support)
@@ -350,12 +350,11 @@ def one_way(net, start: Start, first: str, episode: Episode, new: NewSet, shots:
     seconds = time.process_time() - begun
     maps = [segment.distances(image.pixels, net, limits=segment.UNIT, zoom=1.0)
             for image in support]
-    settings = [watershed.Setting(peak, 0.15) for peak in PEAKS]
+    settings = [watershed.Setting(peak, 0.15, AREA) for peak in PEAKS]
     best = max(settings, key=lambda setting: np.mean([mean_precision(image, distance, setting)
                                                       for image, distance in zip(support, maps)]))
-    scores = [metrics.scores(image.labels, watershed.watershed(segment.distances(
-        image.pixels, net, limits=segment.UNIT, zoom=1.0), best.peak, best.fill, AREA))
-        for image in episode.query]
+    scores = [metrics.scores(image.labels, watershed.flood(segment.distances(
+        image.pixels, net, limits=segment.UNIT, zoom=1.0), best)) for image in episode.query]
     return {"start": start.name, "way": way, "set": new.name, "shots": shots, "seed": seed,
             "AP@0.5": float(np.mean([s["AP@0.5"] for s in scores])),
             "AP": float(np.mean([s["DSB"] for s in scores])), "peak": best.peak, "steps": steps,
@@ -364,8 +363,7 @@ def one_way(net, start: Start, first: str, episode: Episode, new: NewSet, shots:
 
 def mean_precision(image: data.Labelled, distance: np.ndarray, setting: watershed.Setting) -> float:
     """AP over IoU 0.5 to 0.95."""
-    found = watershed.watershed(distance, setting.peak, setting.fill, AREA)
-    return float(metrics.average_precision(image.labels, found).mean())
+    return float(metrics.average_precision(image.labels, watershed.flood(distance, setting)).mean())
 
 
 def summary(rows: list[dict]) -> list[dict[str, Any]]:

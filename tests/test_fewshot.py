@@ -130,5 +130,10 @@ def test_a_table_that_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(fewshot, "one_way", lambda *_: pytest.fail("made anew"))
     fewshot.main(config, [])
     assert (tmp_path / "runs" / "fewshot" / "fewshot.tsv").read_text().splitlines() == rows
+    monkeypatch.undo()
+    moved, learn = [], fewshot.meta_learned
+    monkeypatch.setattr(fewshot, "meta_learned", lambda *given: moved.append(1) or learn(*given))
+    fewshot.main(dataclasses.replace(config, lr=2e-3), [])   # made anew: reptile is reptile again
+    assert moved == [1]
     with pytest.raises(ValueError, match="known is empty, but reptile"):
         dataclasses.replace(config, known=())

@@ -60,7 +60,7 @@ def draw_cell(book: Book, outline: np.ndarray) -> Edit:
     their pixels."""
     box, inside = enclosed(outline, book.labels.shape)
     start = book.at(outline[0])
-    box, inside = widened_edit(box, inside, book.boxes.get(start), book.labels.shape)
+    box, inside = widened_edit(box, inside, book.boxes.get(start))
     before = book.labels[box].copy()
     cell = start or book.fresh
     after = np.where(inside & (before == 0), cell, before)
@@ -74,7 +74,7 @@ def cut_away(book: Book, outline: np.ndarray) -> Edit:
     """What lies inside the outline becomes background; the parts of a cell become cells."""
     box, inside = enclosed(outline, book.labels.shape)
     touched = np.unique(book.labels[box][inside])
-    box, inside = widened_edit(box, inside, book.box_of(touched[touched > 0]), book.labels.shape)
+    box, inside = widened_edit(box, inside, book.box_of(touched[touched > 0]))
     before = book.labels[box].copy()
     after = in_pieces(np.where(inside, 0, before), touched[touched > 0], book.fresh)
     return checked_edit(Edit("erase", box, before, after), "there is no cell inside the outline")
@@ -231,7 +231,7 @@ def enclosed(outline: np.ndarray, shape: tuple[int, int]) -> tuple[Box, np.ndarr
     return (slice(top, bottom), slice(left, right)), mask
 
 
-def widened_edit(box: Box, mask: np.ndarray, other: Box | None, shape) -> tuple[Box, np.ndarray]:
+def widened_edit(box: Box, mask: np.ndarray, other: Box | None) -> tuple[Box, np.ndarray]:
     """A box that holds another, too, and its mask."""
     whole = box_around([box, other] if other else [box])
     larger = np.zeros(edit_shape(whole), bool)

@@ -709,7 +709,7 @@ class Planes:
 
     def __init__(self, path: Path, config: Config):
         self.path, self.config = path, config
-        self.files = infer_frame_files(path, config.pattern) if path.is_dir() else [path]
+        self.files = source_files(path, config.pattern)
         self.about = images.stack_of(self.files[0], config.linked)
         if config.spacing:
             self.about = self.about._replace(step=config.spacing)

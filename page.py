@@ -211,14 +211,14 @@ class Opened:
     """An image of the folder with its cells, its map and its thresholds."""
 
     def __init__(self, entry: Entry, name: str, project: Project):
-        self.entry, self.path, self.name = entry, entry.path, name
+        self.entry, self.name = entry, name
         self.project, self.config = project, project.config
         self.picture = Picture(entry, project.config)
         source = self.picture.source
         self.size = source.shape[1:]
         if math.prod(self.size) > LARGEST:
             self.picture.close()
-            raise ValueError(f"{self.path}: {self.size[0]} x {self.size[1]} px, expected at most "
+            raise ValueError(f"{entry.path}: {self.size[0]} x {self.size[1]} px, expected at most "
                              f"{LARGEST / 1e9:.2g} gigapixels; start with level=2 or more if it is "
                              "a slide, or cut out a part")
         linked = project.linked_file(entry)
@@ -227,7 +227,6 @@ class Opened:
                 linked, entry.plane, entry.time), source.pixel_size)
         self.book = edits.Book(project.out / name, self.size, source.pixel_size)
         self.seen: Any = None                           # (h, w) distances, as the network gave them
-        self.seen_key = ""                              # what they were made with
         self.distance: Any = None                       # (H, W) the same at the image's scale
         self.limits: Any = None
         self.preview: Any = None                        # (H, W) labels while a slider moves
@@ -483,7 +482,7 @@ class Project:
 
     def map_key(self, opened: Opened) -> str:
         """What the map of an image depends on."""
-        weights, stat = Path(self.state["weights"]), opened.path.stat()
+        weights, stat = Path(self.state["weights"]), opened.entry.path.stat()
         return runs.digest(str(weights), weights.stat().st_mtime_ns, stat.st_size,
                            stat.st_mtime_ns, str(self.config.channels), str(opened.entry.plane),
                            str(opened.entry.time), str(self.config.level),
@@ -500,7 +499,6 @@ class Project:
         path = self.map_file(opened)
         if self.of(opened.name).get("map") == self.map_key(opened) and path.exists():
             opened.seen = torch.from_numpy(np.load(path))
-            opened.seen_key = self.map_key(opened)
 
     def work(self) -> None:
         """Search image after image, teach types, tell them, until the end."""
@@ -569,7 +567,7 @@ class Project:
             with runs.replacing(self.map_file(opened)) as path, open(path, "wb") as file:
                 np.save(file, seen.cpu().numpy())
         with self.lock, opened.book.lock:
-            opened.seen, opened.seen_key, opened.preview = seen, key, None
+            opened.seen, opened.preview = seen, None
             opened.distance, opened.sure = None, (-1, {})
             opened.book.do(edits.flooded_edit(opened.book, labels, "find"))
             state |= {"map": key, "cells": len(opened.book.boxes), "weights": weights,
@@ -581,9 +579,8 @@ class Project:
 
     def can_flood(self, opened: Opened) -> bool:
         """Whether its cells were found with these weights and this diameter."""
-        key = self.of(opened.name).get("map") if opened.large else (
-            None if opened.seen is None else opened.seen_key)
-        return key == self.map_key(opened)
+        there = opened.large or opened.seen is not None
+        return there and self.of(opened.name).get("map") == self.map_key(opened)
 
     def flood(self, name: str, setting: dict, commit: bool) -> dict:
         """Cells of the map at other thresholds: a preview, or for good. Of a large image, whose map
@@ -923,7 +920,7 @@ def get_types(project: Project, query: dict[str, str]) -> dict:
                 project.untyped.append(opened.name)
                 project.awake.notify_all()
     return {"types": project.types.known(), "marks": project.of(opened.name).get("marks", []),
-            "revision": opened.book.revision, "version": project.types.version,
+            "version": project.types.version,
             "taught": {**project.state.get("types", {}), "file": Path(file).name} if file else None,
             "cells": told and [(cell, *type_) for cell, type_ in told.items()]}
 

@@ -306,10 +306,7 @@ def blocks(source, plan: Plan, clock: Counter | None = None,
             core, view = (slice(top, bottom), slice(left, right)), (view_y, view_x)
             with timed(clock, "watershed"):
                 inner = _within(core, view)
-                local, whole = (x.cpu().numpy() for x in _block_labels(
-                    distance, (net_y, net_x), view, scales, plan))
-                if plan.border == "drop":
-                    local = _drop_cut(local, view, (H, W))
+                local, whole = _block_labels(distance, (net_y, net_x), view, scales, (H, W), plan)
                 ids, new = _block_ids(local, inner, known[:, view_x], count)
                 count += len(new)
                 # one block: its numbers are the ids
@@ -384,10 +381,7 @@ def cells_in_map(rows: Tensor, plan: Plan, size: tuple[int, int]) -> tuple[np.nd
     """Labels and distances (H, W) of a network_map(): blocks() of an image that is one block,
     without the network."""
     net, whole, scales = _whole_regions(rows.shape, size)
-    local, distance = (x.cpu().numpy() for x in _block_labels(rows, net, whole, scales, plan))
-    if plan.border == "drop":
-        local = _drop_cut(local, whole, size)
-    return local, distance
+    return _block_labels(rows, net, whole, scales, size, plan)
 
 
 def _whole_regions(small: Sequence[int], size: Sequence[int]
@@ -398,14 +392,18 @@ def _whole_regions(small: Sequence[int], size: Sequence[int]
 
 
 def _block_labels(distance: Tensor, net: Region, view: Region, scales: tuple[float, float],
-                  plan: Plan) -> tuple[Tensor, Tensor]:
-    """Labels and distances at the image's scale (view) of a part of the map, at the finer of the
-    two resolutions."""
+                  size: tuple[int, int], plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and distances at the scale of the image (view) of a part of the map, at the finer of
+    the two resolutions; size: (H, W) of the image."""
     whole = _enlarge_tile_map(distance, net, view, scales)
     if max(scales) <= 1:
-        return without_holes(flood(whole, plan.setting, plan.zoom)), whole
-    local = _nearest(without_holes(flood(distance, plan.setting)), net, view, scales)
-    return drop_small(local, 1, int(local.max())), whole  # of less than a pixel
+        local = without_holes(flood(whole, plan.setting, plan.zoom))
+    else:
+        local = _nearest(without_holes(flood(distance, plan.setting)), net, view, scales)
+        local = drop_small(local, 1, int(local.max()))  # of less than a pixel
+    labels = local.cpu().numpy()
+    return (_drop_cut(labels, view, size) if plan.border == "drop" else labels,
+            whole.cpu().numpy())
 
 
 def _block_ids(local: np.ndarray, inner: Region, known: np.ndarray, count: int):
@@ -577,13 +575,10 @@ def _reflected(x: Tensor, size: tuple[int, int]) -> Tensor:
     """(C, h, w) -> (C, *size), continued by reflection."""
     for axis, wanted in enumerate(size, 1):
         if x.shape[axis] != wanted:
-            x = x.index_select(axis, _reflected_tile(x.shape[axis], wanted))
+            more = (0, wanted - x.shape[axis])
+            places = np.pad(np.arange(x.shape[axis]), more, mode="reflect")  # 0 1 2 1 0 1 ...
+            x = x.index_select(axis, torch.from_numpy(places))
     return x
-
-
-def _reflected_tile(length: int, wanted: int) -> Tensor:
-    """Indices that continue an axis by reflection: 0 1 2 1 0 1 ... for a length of 3."""
-    return torch.from_numpy(np.pad(np.arange(length), (0, wanted - length), mode="reflect"))
 
 
 # ------------------------------------------------------------------------------------------ scaling

@@ -175,13 +175,12 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
     Returns labels (H, W) int32 of the same kind and on the same device; 1..n in raster order of the
     markers.
     """
+    rest = peak, fill, min_area, depth, smooth, shape, reach, ground
     if isinstance(distance, np.ndarray):
         plain = np.array(distance, distance.dtype.newbyteorder("="), order="C")  # torch reads these
-        return watershed(torch.from_numpy(plain), peak, fill, min_area, depth, smooth, shape,
-                         reach, ground).numpy()
+        return watershed(torch.from_numpy(plain), *rest).numpy()
     if distance.device.type == "mps":                # lacks the scatters below for 64 bit
-        return watershed(distance.cpu(), peak, fill, min_area, depth, smooth, shape,
-                         reach, ground).to("mps")
+        return watershed(distance.cpu(), *rest).to("mps")
     if distance.ndim != 2 or not distance.is_floating_point():
         raise ValueError(f"distance map of shape {tuple(distance.shape)}, {distance.dtype}: "
                          "expected (H, W) floats")
@@ -204,7 +203,7 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
             distance = distance + shape * push_inwards(distance > peak, reach)
     H, W = distance.shape
     S = W + 1
-    d = distance.new_full((H + 2, S), -1.0, dtype=torch.float32)
+    d = distance.new_full((H + 2, S), -1.0)
     d[1:-1, :W] = distance
     d = d.view(-1)                                                           # (L,)
     if torch.isnan(d.sum()) and torch.isnan(d).any():

@@ -8,7 +8,8 @@ half of the parts, by the rows of a Hadamard matrix: the first has all, every pa
 them, and no two go together, so that every run tells about every part. From fold to fold the parts
 change columns, and with them the pairs whose common effect a column cannot tell from its own.
 
-Images are scaled by their true median diameter: this is about looks, not about size. Only images to
+`home`, where the watershed was set, flatters; groups left out do not. Images are scaled by their
+true median diameter: this is about looks, not about size. Only images to
 train on are read: `test` has no say. Each result is a line of runs/<experiment>/results.jsonl; what
 is there is not done again, and several processes may share the work by shard=. Beside it lie the
 networks, FOLD_ROW_SEED.pt, for bench/fewshot.py to begin with. At the end it prints the table: what

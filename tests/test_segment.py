@@ -159,11 +159,10 @@ def test_starts_cover_the_axis_with_the_overlap_asked_for():
 
 
 def test_reflection_continues_an_axis():
-    assert segment._reflected_tile(3, 8).tolist() == [0, 1, 2, 1, 0, 1, 2, 1]
-    assert segment._reflected_tile(1, 3).tolist() == [0, 0, 0]
-    for n in (2, 5, 9):
-        np.testing.assert_array_equal(segment._reflected_tile(n, 30),
-                                      np.pad(np.arange(n), (0, 30 - n), "reflect"))
+    x = torch.arange(3.0)[None, None]                                # (1, 1, 3)
+    longer = segment._reflected(x, (2, 8))
+    assert longer.tolist() == [[[0, 1, 2, 1, 0, 1, 2, 1]] * 2]
+    assert torch.equal(segment._reflected(longer.mT, (8, 2)), longer.mT)
 
 
 def test_flat_tiles_are_not_shown_to_the_network():

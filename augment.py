@@ -27,11 +27,11 @@ import hashlib
 import itertools
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import runs
 
@@ -119,8 +119,9 @@ class Config:
     data: tuple[str, ...]                   # folders in any layout that data.py reads
     output: str = "dat/augmented_training_data"    # folder for images/ and labels/
     copies: runs.Count = 4                  # crops of each image
-    size: runs.Count = 256                  # px, side of a crop
+    size: Annotated[int, runs.within(8, 8192)] = 256       # px, side of a crop
     seed: int = 0                           # of everything random
+    channels: tuple[str, ...] | None = None  # numbers from 1 or names, up to three; null: all
     diameter: runs.Positive | None = None   # px, of an image's median cell; null: as it is
     overwrite: bool = False                 # make existing crops anew
     augment: Augment = field(default_factory=lambda: Augment(invert=0.0, negative=0.0))
@@ -893,7 +894,7 @@ def main(config: Config, files: list[str]) -> None:
     if files:
         raise ValueError(f"{files[0]}: augment.py takes a configuration and key=value; give data="
                          f"{files[0]}")
-    found = examples_to_augment(config.data)
+    found = examples_to_augment(config.data, config.channels)
     output = Path(config.output)
     record = output / "augmented.yaml"  # data.training_was_augmented looks for it
     same: dict[str, Any] = dict(data=("any",), output="", copies=1, overwrite=False)  # change none
@@ -925,11 +926,12 @@ def main(config: Config, files: list[str]) -> None:
     print(f"{output}: {made} crops made, {config.copies * len(found) - made} were there")
 
 
-def examples_to_augment(folders: Iterable[str]) -> dict[str, data.Example]:
+def examples_to_augment(folders: Iterable[str], channels: Sequence[str] | None = None
+                        ) -> dict[str, data.Example]:
     """{name of the crops: labelled image} of all folders, every layout of data.examples."""
     found: dict[str, data.Example] = {}
     for folder in folders:
-        for example in data.examples(folder):
+        for example in data.examples(folder, channels):
             name = example.name.replace("/", "_")
             if name in found:
                 raise ValueError(f"{example.files[0]}: a second image named {name}, beside "

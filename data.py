@@ -991,6 +991,8 @@ class Config:
         if len(self.fractions) not in (2, 3) or min(self.fractions) <= 0 or total != 1:
             raise ValueError(f"fractions={self.fractions}: expected two or three above 0 that add "
                              "up to 1")
+        if self.pattern is not None and self.by != "donor":
+            raise ValueError(f"pattern={self.pattern}: it finds the donor in a name; give by=donor")
 
 
 def main(config: Config, paths: list[str]) -> int:

@@ -85,6 +85,7 @@ TOLD: Counter[str] = Counter()          # files of this run with each notice
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)           # we say damage in one line
 PIL.Image.MAX_IMAGE_PIXELS = None                                 # a slide is no decompression bomb
 
+HUGE = 1e30                                                        # of a pixel
 Channels = Sequence[int | str] | None                           # numbers from 1 or names; None: all
 Read = Callable[[Sequence[int], slice, slice], np.ndarray]         # channels from 0, rows, columns
 Sizes = list[tuple[int, int, float | None]]                 # of a slide: H, W, µm of a pixel
@@ -96,6 +97,11 @@ class Image(NamedTuple):
     pixels: np.ndarray                                             # (C, H, W) in the file's dtype
     channels: tuple[str, ...] | None                               # names
     pixel_size: float | None                                       # µm
+
+
+def is_measurable(pixels: np.ndarray) -> np.ndarray:
+    """Where floats are neither NaN nor so large that their squares have no sum."""
+    return np.isfinite(pixels) if pixels.dtype.itemsize == 2 else np.abs(pixels) <= HUGE
 
 
 class Damaged(ValueError):
@@ -289,10 +295,10 @@ class Source:
                 notice = "alpha channel dropped, though it was not opaque"
                 self.notices = (*self.notices[:-1], notice)
             pixels = pixels[:-1]
-        if self.dtype.kind == "f" and not (finite := np.isfinite(pixels)).all():
-            raise ValueError(f"{self.path}: {finite.size - finite.sum()} of {finite.size} "
-                             f"values in rows {y0}..{y1 - 1} are NaN or infinite; replace them "
-                             "(numpy.nan_to_num), save it")
+        if self.dtype.kind == "f" and not (known := is_measurable(pixels)).all():
+            raise ValueError(f"{self.path}: {known.size - known.sum()} of {known.size} "
+                             f"values in rows {y0}..{y1 - 1} are NaN, infinite or beyond {HUGE:g}; "
+                             "replace them (numpy.nan_to_num), save it")
         return pixels
 
     def whole(self) -> Image:
@@ -814,7 +820,7 @@ def to_rgb(pixels: np.ndarray) -> np.ndarray:
     """(3, H, W), as the network sees it: one channel three times, two as [a, b, 0], three."""
     if len(pixels) not in (1, 2, 3):
         raise ValueError(f"{len(pixels)} channels, expected 1 to 3; choose with channels=1,2 "
-                         "(counted from 1) or by name")
+                         "(counted from 1; in training data.channels=1,2) or by name")
     if len(pixels) == 2:
         return np.concatenate([pixels, np.zeros_like(pixels[:1])])
     return pixels if len(pixels) == 3 else np.repeat(pixels, 3, axis=0)

@@ -254,7 +254,7 @@ def segment_all(found: Images, shelf: s3.OutputFolder, table: str, weights: Path
                              "score; `evaluate.py calibrate` writes one into a copy")
         if (net.mean.device.type == "cpu" and config.weights == "default"
                 and weights.stem == "dinocell_s8"):
-            print_line("no GPU: weights=tiny is five times as fast, and hardly less accurate")
+            print_line("no GPU: weights=tiny is five times as fast, and a little less accurate")
         start = time.perf_counter()
         try:
             code = work.do(todo, net, config, alone=len(found) == 1)
@@ -592,8 +592,10 @@ class Results:
             if self.around is not None:
                 y, x = block.core
                 with images.open_image(self.around, colours=False) as large:
-                    self.nesting.add(block.labels,
-                                     large.region(y.start, y.stop, x.start, x.stop)[0])
+                    outer = large.region(y.start, y.stop, x.start, x.stop)[0]
+                if outer.dtype.kind == "i" and outer.min() < 0:
+                    raise ValueError(f"{self.around}: labels from {outer.min()}, expected from 0")
+                self.nesting.add(block.labels, outer)
         with segment.timed(self.clock, "write"):
             self.labels.add(block.core, block.labels)
 
@@ -692,6 +694,8 @@ def around_of(name: str, config: Config, source) -> Path | None:
     path = around_file(name, config)
     if path is None:
         return None
+    if path.resolve() == Path(source.path).resolve():
+        raise ValueError(f"within={config.within}: is the image itself; expected labels of cells")
     if not path.is_file():
         raise FileNotFoundError(f"within={config.within}: no {path}; expected a label image of the "
                                 "cells around, or a folder with NAME_labels.tif of each image")
@@ -850,7 +854,8 @@ def parse_diameter(text: str | None, pixel_size: float | None, path: Path | None
     if match[2] in (None, "px"):
         return float(match[1])
     if pixel_size is None:
-        raise ValueError(f"{path}: does not say how large a pixel is; give diameter={text} in px")
+        raise ValueError(f"{path}: does not say how large a pixel is; give the diameter in "
+                         f"px, such as diameter=40, instead of {text}")
     return float(match[1]) / pixel_size
 
 

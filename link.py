@@ -353,6 +353,8 @@ def link_frames(seen: Seen, max_distance: float | None = None, gap: int = GAP) -
     table, near = seen.cells(), track_neighbours(seen)
     if max_distance is None:
         max_distance = usual_reach(table, near)
+    else:
+        near = Near(*(column[near.shift <= max_distance] for column in near))
     n = len(table.area)
     steps = likely_steps(table, near, max_distance)
     for _ in range(AGAIN):

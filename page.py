@@ -90,8 +90,29 @@ def main(config: Config, files: list[str]) -> int:
     if len(files) != 1:
         raise ValueError(f"{len(files)} folders, expected one: python page.py FOLDER")
     project = Project(Path(files[0]), config)
+    with only_page(project.out):
+        return serve(project, config, files[0])
+
+
+@contextlib.contextmanager
+def only_page(out: Path) -> Iterator[None]:
+    """Refuse a second page on the same folder: each would overwrite what the other remembers."""
+    with open(out / ".page.lock", "w") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)       # until closed
+        except BlockingIOError:
+            raise ValueError(f"out={out}: another page.py has it open; use that one, or give "
+                             "another out=") from None
+        except (ImportError, OSError):                             # Windows; disks without locks
+            pass
+        yield
+
+
+def serve(project: Project, config: Config, folder: str) -> int:
+    """Answer until Ctrl-C."""
     server = Server(project, config.port)
-    print(f"{len(project.names)} images of {files[0]}; labels in {project.out}\n{server.address}\n"
+    print(f"{len(project.names)} images of {folder}; labels in {project.out}\n{server.address}\n"
           "Ctrl-C ends it; every edit is on the disk", flush=True)
     if config.browser:
         webbrowser.open(server.address)
@@ -364,6 +385,8 @@ class Project:
             raise FileNotFoundError(f"{folder}: no such folder; expected one with images")
         self.folder, self.config = folder, config
         self.out = Path(config.out) if config.out else folder / "cells"
+        if self.out.resolve() == folder.resolve():
+            raise ValueError(f"out={self.out}: is the folder of the images; choose another")
         self.names = images_of(folder, self.out, config)
         self.out.mkdir(parents=True, exist_ok=True)
         self.state: dict[str, Any] = {"images": {}, "weights": str(weights_file(config))}
@@ -827,7 +850,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(length))
         try:
             values = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             values = None
         if not isinstance(values, dict):
             raise Refusal(400, "expected a JSON object")
@@ -941,7 +964,7 @@ def post_find(project: Project, values: dict) -> dict:
         state = project.of(name)
         if "diameter" in values:
             given = values["diameter"]
-            if given is not None and not 1 <= float(given) <= 10000:
+            if given is not None and not (type(given) in (int, float) and 1 <= given <= 10000):
                 raise ValueError(f"diameter={given}: expected 1 to 10000 px")
             state["diameter"] = None if given is None else float(given)
     project.search(names)

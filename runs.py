@@ -195,9 +195,9 @@ def is_loaded(name: str) -> bool:
 # ------------------------------------------------------------------------------------------- bounds
 
 class Bound(NamedTuple):
-    """Limits of a number, for Annotated; errors and --help print the text."""
+    """Limits of a value, for Annotated; errors and --help print the text."""
     text: str
-    holds: Callable[[float], bool]
+    holds: Callable[[Any], bool]
 
 
 def at_least(low: float) -> Bound:
@@ -216,6 +216,8 @@ def from_to_below(low: float, high: float) -> Bound:
     return Bound(f"from {low:g} to below {high:g}", lambda value: low <= value < high)
 
 
+Name = Annotated[str, Bound("a name for a folder", lambda name: bool(name) and not
+                            {"", ".", ".."} & set(re.split(r"[/\\]", name)))]
 Count = Annotated[int, at_least(1)]
 Whole = Annotated[int, at_least(0)]
 Side = Annotated[int, within(1, 4096)]                # px, of tiles and crops
@@ -252,6 +254,9 @@ def load_config(cls: type[Config], path: str | Path | None = None,
         inner = values
         for section in sections:
             below = inner.get(section, {})
+            hint = typing.get_type_hints(cls).get(section) if inner is values else None
+            if isinstance(below, _Given) and dataclasses.is_dataclass(hint):   # data=a data.b=c
+                below = {dataclasses.fields(hint)[0].name: below}
             if not isinstance(below, dict):
                 raise ValueError(f"{text}: '{section}' is a value in {origin}, no section")
             inner[section] = inner = dict(below)  # a section that YAML names twice (&, *) is two
@@ -515,6 +520,8 @@ def script(doc: str, cls: type, main: Callable[..., int | None],
             raise ValueError(f"unknown option {unknown[0]}; options are written key=value, --help "
                              "lists them")
         given = files.pop(0) if files and files[0].endswith((".yaml", ".yml")) else None
+        if late := [a for a in files if a.endswith((".yaml", ".yml"))]:
+            raise ValueError(f"{late[0]}: a configuration is the first argument, and the only one")
         return main(load_config(cls, given, overrides), files, **flags) or 0
 
     leave(guarded(run))
@@ -955,8 +962,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno in FULL and error.filename in (None, str(temporary)):
-            error.filename = str(path)
+        short = re.fullmatch(r"\d+ requested and \d+ written", str(error))  # NumPy, of a full disk
+        if short or error.errno and error.filename in (None, str(temporary)):
+            code = error.errno or errno.ENOSPC
+            raise OSError(code, os.strerror(code), str(path)) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -998,6 +1007,7 @@ def flat_name(name: str) -> str:
     """
     parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..")]
     flat = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "_", "_".join(parts))
+    flat = re.sub(r"^[-=+@]", "_", flat)  # in a table no formula, on a command line no option
     if flat != "_".join(parts) or not flat or len(flat.encode()) > LONGEST:  # may meet another
         flat = (flat.encode()[:LONGEST - 9].decode(errors="ignore") + "_" + digest(name)[:8])
     return flat

@@ -678,8 +678,9 @@ class _Array:
         if pixels.ndim != 3 or 0 in pixels.shape or pixels.dtype.kind not in "buif":
             raise ValueError(f"image of shape {pixels.shape}, {pixels.dtype}: expected (H, W) or "
                              "(C, H, W) numbers")
-        if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
-            raise ValueError("the image holds NaN or infinite values; replace them first")
+        if pixels.dtype.kind == "f" and not images.is_measurable(pixels).all():
+            raise ValueError("the image holds values that are NaN, infinite or beyond "
+                             f"{images.HUGE:g}; replace them first")
         self.pixels, self.shape, self.dtype = pixels, pixels.shape, pixels.dtype
 
     def region(self, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:

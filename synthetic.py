@@ -578,7 +578,13 @@ def main(config: Config, files: list[str]) -> int:
     if not sides:
         raise ValueError(f"size={config.size}: expected whole numbers, size=512 or size=480x640")
     folder = Path(config.out)
+    record = folder / "synthetic.txt"
+    told = "".join(f"{key}={getattr(config, key)}\n" for key in ("size", "cells", "diameter",
+                                                                 "frames"))
+    if record.exists() and record.read_text(encoding="utf-8") != told:
+        raise ValueError(f"{record}: these fields were drawn otherwise; choose another out=")
     folder.mkdir(parents=True, exist_ok=True)
+    runs.write_text(record, told)
     if config.frames:
         return write_movies(config, folder, int(sides[1]))
     named = {"axes": "CYX", "Labels": list(CHANNELS), "mode": "grayscale"}
@@ -588,6 +594,7 @@ def main(config: Config, files: list[str]) -> int:
                                   (f"field_{k}", drawn.pixels, named)):
             write_synthetic(folder / f"{name}.tif", image, {"unit": "um", **more},
                             resolution=(1 / PIXEL_SIZE, 1 / PIXEL_SIZE))
+    print(f"{config.n} fields -> {folder}")
     return 0
 
 
@@ -607,6 +614,7 @@ def write_movies(config: Config, folder: Path, size: int) -> int:
             write_synthetic(folder / f"{name}.tif", image, {"axes": "TYX"})
         runs.write_text(folder / f"movie_{k}_tracks.txt",
                         "".join(f"{' '.join(map(str, row))}\n" for row in drawn.tracks.tolist()))
+    print(f"{config.n} movies -> {folder}")
     return 0
 
 

@@ -724,6 +724,7 @@ def test_split_with_a_pattern_and_without_donors(tmp_path, capsys):
     assert [row["group"] for row in table(tmp_path / "split.tsv")] == ["77", "77", "81", "90"]
     for keys, problem in ((("pattern=(", "by=donor"), "not a regular expression"),
                           (("pattern=_x", "by=donor"), "one group"),
+                          (("pattern=^([0-9]+)_",), "finds the donor in a name; give by=donor"),
                           (("fractions=0.5,0.4",), "add up to 1"),
                           (("fractions=1",), "two or three"),
                           (("stratify=dataset",), "77_x lies in no folder of its own"),

@@ -271,6 +271,11 @@ def test_names_from_outside_stay_in_their_folder(name, flat):
     assert runs.flat_name(name) == flat
 
 
+@pytest.mark.parametrize("name", ["=1+1", "@sum", "+x", "-dash"])
+def test_names_are_no_formulas_and_no_options(name):
+    assert runs.flat_name(name).startswith(f"_{name[1:]}_") and runs.flat_name(name[1:]) == name[1:]
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", ["", "..", "/", "a" * 1000, "é" * 300, "a/" * 600 + "b",
                                   "bad\udcff", "line\nfeed", "nul\0"])

@@ -185,6 +185,7 @@ def test_max_distance_is_a_limit():
     truth = discs({1: [(30, 20, 8), (30, 25, 8), (30, 70, 8), (30, 75, 8)]})
     assert len(link.track(truth, max_distance=10)[1]) == 2
     assert len(link.track(truth, max_distance=60)[1]) == 1
+    assert len(link.track(truth, max_distance=4, gap=0)[1]) == 4          # though they overlap
 
 
 @pytest.mark.parametrize("seed", [0, 1])

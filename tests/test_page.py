@@ -456,6 +456,17 @@ def test_a_damaged_image_is_said_and_the_others_go_on(folder):
         assert site.ask("/image", image="broken")[0] == 400
 
 
+def test_one_page_a_folder(folder):
+    """Two would overwrite what the other remembers."""
+    with (page.only_page(folder), pytest.raises(ValueError, match="another page.py has it open"),
+          page.only_page(folder)):
+        pass
+    with page.only_page(folder):                                  # the first has ended
+        pass
+    with pytest.raises(ValueError, match="is the folder of the images"):
+        page.Project(folder, page.Config(out=str(folder)))
+
+
 def test_mistakes_at_the_start(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         page.Project(tmp_path / "none", page.Config())

@@ -1,4 +1,5 @@
 """runs.py: configurations go round, and every mistake is one line that says what to do."""
+import dataclasses
 import functools
 import math
 import os
@@ -65,6 +66,23 @@ def test_a_free_section_takes_values_at_any_depth(tmp_path):
     config = runs.load_config(Free, path, ["variants.b.init=x.pt", "variants.a.network.stem=0"])
     assert config.variants == {"a": {"lr": 1e-3, "network": {"stem": 0}}, "b": {"init": "x.pt"}}
     assert "init: x.pt" in runs.to_yaml(config)
+
+
+def test_a_section_given_by_its_first_key_takes_others():
+    config = runs.load_config(Demo, None, ["steps=3", "data=a", "data.root=b"])
+    assert config.data == dataclasses.replace(config.data, root="b") != Demo(3).data
+
+
+def test_a_name_of_a_run_stays_below_its_folder():
+    @dataclass(frozen=True)
+    class Named:
+        experiment: runs.Name = "x"
+
+    for name in ("a", "a/b", "a.b", "..."):
+        assert runs.load_config(Named, None, [f"experiment={name}"]).experiment == name
+    for name in ("", "..", "../x", "a/../b", "/a", "a/", ".", "a\\..\\b"):
+        with pytest.raises(ValueError, match="a name for a folder"):
+            runs.load_config(Named, None, [f"experiment={name}"])
 
 
 @pytest.mark.smoke
@@ -362,6 +380,12 @@ def test_what_fails_leaves_the_file_as_it_was(tmp_path):
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
     with pytest.raises(FileNotFoundError, match="no such folder"):
         runs.write_text(tmp_path / "none" / "a.txt", "")
+    for error in (OSError(27, "File too large"), OSError("131072 requested and 14088 written")):
+        with pytest.raises(OSError) as said, runs.replacing(path):
+            raise error
+        assert said.value.filename == str(path) and said.value.strerror
+    with pytest.raises(OSError, match="^s3://b: lost$"), runs.replacing(path):  # of another
+        raise OSError("s3://b: lost")
 
 
 def test_lazy_modules_are_left_alone_by_who_looks_at_all(tmp_path):

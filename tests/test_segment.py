@@ -333,3 +333,13 @@ def test_components_touching_only_at_block_corners_stay_apart():
     image = np.kron(np.indices((6, 6)).sum(0) % 2, np.ones((20, 20))).astype(np.float32)
     labels = segment.segment(image, PassOn(), limits=UNIT, block=40, halo=20)
     assert same_cells(labels, ndimage.label(image)[0])
+
+
+def test_floats_without_a_sum_of_squares_are_refused():
+    image = np.ones((1, 32, 32), np.float64)
+    for value in (np.nan, np.inf, 1e31):
+        image[0, 3, 3] = value
+        with pytest.raises(ValueError, match="NaN, infinite or beyond 1e[+]30"):
+            segment.as_source(image)
+    image[0, 3, 3] = 1e30
+    assert segment.as_source(image) and segment.as_source(image.clip(0, 1).astype(np.float16))

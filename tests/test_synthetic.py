@@ -243,7 +243,10 @@ def test_command_writes_what_field_draws(tmp_path):
     folder = tmp_path / "drawn"
     assert sorted(p.name for p in folder.iterdir()) == ["field_7.tif", "field_7_cells.tif",
                                                         "field_8.tif",
-                                                        "field_8_cells.tif"]
+                                                        "field_8_cells.tif", "synthetic.txt"]
+    assert "2 fields -> drawn" in done.stdout
+    mixed = command("out=drawn", "n=1", "size=40x64", "cells=9", "diameter=20", cwd=tmp_path)
+    assert mixed.returncode == 1 and "drawn otherwise; choose another out=" in mixed.stderr
     drawn = synthetic.field(8, (40, 64), 4, 20)
     with tifffile.TiffFile(folder / "field_8.tif") as tiff:
         np.testing.assert_array_equal(tiff.asarray(), drawn.pixels)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 
 import augment
@@ -367,6 +368,13 @@ def test_within_from_files(tmp_path, block):
     rows = (out / "a_within.csv").read_text().splitlines()
     assert rows[0] == "id,area_px,nuclei,nuclei_area_px,nuclei_share,nuclei_ids"
     assert [row.split(",")[0] for row in rows[1:]] == ["7", "8"]
+    again = dataclasses.replace(config, overwrite=True)
+    with pytest.raises(ValueError, match="is the image itself; expected labels"):
+        infer.main(dataclasses.replace(again, within=str(tmp_path / "a.png")),
+                   [str(tmp_path / "a.png")])
+    tifffile.imwrite(tmp_path / "cells.tif", large.astype(np.int16) - 1)
+    with pytest.raises(ValueError, match="cells.tif: labels from -1, expected from 0"):
+        infer.main(again, [str(tmp_path / "a.png")])
     images.write_labels(tmp_path / "cells.tif", large[:100])
     with pytest.raises(ValueError, match=r"cells.tif: uint16.*expected labels of 1 channel and"):
         infer.main(dataclasses.replace(config, overwrite=True), [str(tmp_path / "a.png")])

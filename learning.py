@@ -143,7 +143,7 @@ class Learning:
             self.note(number, state="comparing")
             try:
                 self.compare(number)
-            except Exception as error:                  # whatever it is, the next round may begin
+            except runs.FAILURES as error:              # the next round may begin
                 self.note(number, state="failed", problem=runs.error_sentence(error))
         elif code in (runs.REQUEUE, 130, -signal.SIGTERM):      # the last: before its first step
             self.note(number, state="stopped")

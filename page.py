@@ -527,7 +527,7 @@ class Project:
         """Search image after image, teach types, tell them, until the end."""
         try:
             self.network()                              # while the first image is looked at
-        except Exception as error:                      # each search says so again
+        except runs.FAILURES as error:                      # each search says so again
             self.complain(runs.error_sentence(error))
         while not self.ending.is_set():
             with self.awake:
@@ -548,7 +548,7 @@ class Project:
                 job()
             except runs.Stopped:
                 pass
-            except Exception as error:                  # whatever it is, the next image is searched
+            except runs.FAILURES as error:              # the next image is searched
                 self.complain(f"{name}: {runs.error_sentence(error)}")
             finally:
                 with self.lock:
@@ -790,7 +790,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except (ValueError, OSError) as error:
             stale = runs.is_loaded("edits") and isinstance(error, edits.Stale)
             status, problem = 409 if stale else 400, runs.error_sentence(error)
-        except Exception as error:                      # out of memory, say
+        except runs.FAILURES as error:                      # out of memory, say
             status, problem = 500, runs.error_sentence(error)
         if problem:
             content, kind = json.dumps({"error": problem}).encode(), "application/json"

@@ -602,6 +602,10 @@ def is_out_of_memory(error: BaseException) -> bool:
             or "can't allocate memory" in str(error))
 
 
+# of one job of several: it is said, and the next one is done
+FAILURES = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
+
+
 def error_sentence(error: Exception) -> str:
     """OSError from the system as `file: reason`; ours and ValueError as they are."""
     if isinstance(error, MemoryError):

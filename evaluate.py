@@ -62,9 +62,6 @@ with runs.lazy():
 
 
 def run_folder(config) -> Path:
-    name = Path(config.experiment)
-    if not name.parts or ".." in name.parts or name.is_absolute():
-        raise ValueError(f"experiment={config.experiment}: expected the name of a folder in runs/")
     folder = Path(config.output_base_dir) / "runs" / config.experiment
     folder.mkdir(parents=True, exist_ok=True)
     runs.write_text(folder / f"{type(config).__name__.lower()}.yaml", runs.to_yaml(config))

@@ -216,7 +216,7 @@ def from_to_below(low: float, high: float) -> Bound:
     return Bound(f"from {low:g} to below {high:g}", lambda value: low <= value < high)
 
 
-Name = Annotated[str, Bound("a name for a folder", lambda name: bool(name) and not
+Name = Annotated[str, Bound("the name of a folder", lambda name: bool(name) and not
                             {"", ".", ".."} & set(re.split(r"[/\\]", name)))]
 Count = Annotated[int, at_least(1)]
 Whole = Annotated[int, at_least(0)]

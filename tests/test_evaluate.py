@@ -668,7 +668,7 @@ def test_results_stay_in_runs(tmp_path, capsys):
     place = a_set(tmp_path / "set", [0])
     for name in ("../x", str(tmp_path / "x"), "a/../../x", ""):
         config = dict(experiment=name, sets=[entry("s", place)])
-        assert "expected the name of a folder" in fails(capsys, "ceiling", tmp_path, **config)
+        assert "expected text, the name of a folder" in fails(capsys, "ceiling", tmp_path, **config)
     assert not (tmp_path / "x").exists()
 
 

@@ -81,7 +81,7 @@ def test_a_name_of_a_run_stays_below_its_folder():
     for name in ("a", "a/b", "a.b", "..."):
         assert runs.load_config(Named, None, [f"experiment={name}"]).experiment == name
     for name in ("", "..", "../x", "a/../b", "/a", "a/", ".", "a\\..\\b"):
-        with pytest.raises(ValueError, match="a name for a folder"):
+        with pytest.raises(ValueError, match="text, the name of a folder"):
             runs.load_config(Named, None, [f"experiment={name}"])
 
 

@@ -77,7 +77,6 @@ class Augment:
     blocks_range: Range = (0.5, 6.0)        # multiples of the standard's tables (quality 50: 1)
     stain: float = 0.0                      # of optical densities mixed anew (colour images)
     stain_range: Range = (0.05, 0.3)        # distance of the mixture from none
-    tint: float = 0.0                       # of one dye on white, of any colour (gray images)
     blur: float = 0.2                       # of a Gaussian blur
     blur_px: Range = (0.4, 2.0)             # px of the crop, sigma
     noise: float = 0.3                      # of Gaussian noise
@@ -447,7 +446,6 @@ def sample(resident: Resident, images: ArrayLike, numbers: ArrayLike, config: Au
             crop = touch_crops(crop, some, some.happens("stain") & (C == 3), augment_stain)
             crop = expose_crops(crop, some, np.where(negative[rows], 0.5, resident.mean[here]))
             crop = recolour_crops(crop, some, resident.alive[here, :C])  # (k, C -> 3, S, S)
-            crop = touch_crops(crop, some, some.happens("tint") & (C == 1), augment_tint)
             out.index_copy_(0, index, crop)
             far.index_copy_(0, index, planes[:, -1:])
 
@@ -689,14 +687,6 @@ def augment_stain(x: Tensor, draws: Draws) -> Tensor:
     density = -(x * (1 - DARKEST) + DARKEST).log()
     density = torch.einsum("kij,kjyx->kiyx", send_crop_values(matrix, x.device), density)
     return stretched_crops((-density.clamp(min=-1, max=4)).exp(), least=0.05)
-
-
-def augment_tint(x: Tensor, draws: Draws) -> Tensor:
-    """(k, 3, S, S) gray: brightness becomes the density of a dye on white, with a counterstain."""
-    dye = 0.3 + 2.5 * draws.uniform("dye", 3) ** 1.5             # (k, 3) densities at intensity 1
-    beside = draws.uniform("counterstain", 3) ** 2
-    density = x * crop_values(dye, x) + augment_background(x[:, :1], draws) * crop_values(beside, x)
-    return stretched_crops((-density).exp(), least=0.05)
 
 
 # ISO/IEC 10918-1, annex K: steps of the cosine coefficients of brightness and of colour

@@ -224,6 +224,23 @@ def test_types_are_their_log():
     assert not logged and len(shown) > 10
 
 
+def test_few_examples_of_sets_left_out_are_their_log():
+    logged = [row for row in table("fewshot.tsv") if row["start"] == "without phase and stained"]
+    text = " ".join((DOCS / "results.md").read_text(encoding="utf-8").split())
+    shown = re.search(r"with 1, 2, 5, 10 in phase contrast (.*?) \(as it is (\S+)\), stained (.*?) "
+                      r"\((\S+)\); the whole network is (\S+), rank 4 (\S+) behind", text).groups()
+
+    def mean(way, *chosen):
+        return np.mean([float(row["AP@0.5"]) for row in logged if row["way"] == way and all(
+            row[key] == value for key, value in chosen)])
+
+    values = []
+    for name in ("phase", "stained"):
+        values += [mean("decoder", ("set", name), ("shots", n)) for n in ("1", "2", "5", "10")]
+        values.append(mean("none", ("set", name)))
+    check("few", shown, [*values, *(mean("decoder") - mean(way) for way in ("whole", "adapters"))])
+
+
 def test_the_research_file_is_its_log():
     scored = lines("dinocell_s8_research_more.jsonl")[-1]
     text = " ".join((DOCS / "results.md").read_text(encoding="utf-8").split())

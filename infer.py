@@ -102,7 +102,7 @@ class Config:
     # mean of all channels, and embed=true gives a vector of each channel
     channels: tuple[str, ...] | None = None
     plane: runs.Count | None = None  # which z plane of a stack
-    z: Literal["all"] | None = None  # all: every plane, with linked cells
+    z: Literal["all"] | runs.Count | None = None  # all: every plane, with linked cells
     # which time point of a stack; all: every one, with tracks
     time: runs.Count | Literal["all"] | None = None
     spacing: runs.Positive | None = None  # µm from one plane to the next; null: as the file says
@@ -159,6 +159,8 @@ class Config:
             raise ValueError(f"labels={self.labels}: leave out distance= and min_score=, which "
                              "labels that are given do not have")
         parse_diameter(self.diameter, 1.0, None)
+        if isinstance(self.z, int):
+            raise ValueError(f"z={self.z}: expected all; for one plane give plane={self.z}")
         if self.z and self.time == "all":
             raise ValueError("z=all and time=all: choose one plane=3 or one time=3")
         if self.z and self.plane:

@@ -503,6 +503,7 @@ def test_every_mistake_is_one_line(tmp_path, monkeypatch, capsys):
             ([good, "block=0"], "block=0: expected a whole number, 1 or more"),
             ([good, "overlap=500"], "overlap=500: expected"),
             ([good, "fill=0.99"], "expected 0 <= fill <= peak"),
+            ([good, "z=2"], "for one plane give plane=2"),
             ([good, "plane=2"], "has no axis Z"), ([good, "border=cut"], "expected keep or drop"),
             ([good, "tile=60"], "tile=60: expected a multiple of the patch"),
             ([good, "channels=DNA"], "no channel 'DNA'"),

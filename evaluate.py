@@ -74,7 +74,7 @@ def run_folder(config) -> Path:
 class Bench:
     models: tuple[Model, ...]               # to measure, in this order
     sets: tuple[DataSet, ...]               # labelled images
-    experiment: runs.Name = "evaluate"            # name of the run
+    experiment: runs.Name = "evaluate"      # name of the run
     output_base_dir: str = "."              # where runs/ is made
     root: str = "."                         # folder that the sets are in
     against: tuple[str, ...] = ()           # rows that others are compared with; empty: the first
@@ -170,7 +170,7 @@ def made_by(config: Bench) -> str:
 class Gating:
     predictions: str                        # folder of a model in a bench run: runs/evaluate/MODEL
     sets: tuple[DataSet, ...]               # as in bench
-    experiment: runs.Name = "gating"              # name of the run
+    experiment: runs.Name = "gating"        # name of the run
     output_base_dir: str = "."              # where runs/ is made
     root: str = "."                         # folder that the sets are in
     min_area: tuple[runs.Area, ...] = (0, 20, 50, 100)  # px, smaller cells are dropped
@@ -227,7 +227,7 @@ class Sweep:
     weights: str                            # file of this project
     validation: tuple[DataSet, ...]         # settings are chosen on these
     test: tuple[DataSet, ...]               # and reported on these, set by set
-    experiment: runs.Name = "sweep"               # name of the run
+    experiment: runs.Name = "sweep"         # name of the run
     output_base_dir: str = "."              # where runs/ is made
     root: str = "."                         # folder that the sets are in
     peak: tuple[runs.Distance | None, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # null: as in weights
@@ -332,7 +332,7 @@ def check_apart(validation: list[LabelledSet], test: list[LabelledSet]) -> None:
 @dataclass(frozen=True, kw_only=True)
 class Ceiling(Encoding):
     sets: tuple[DataSet, ...]               # as in bench; only their labels count
-    experiment: runs.Name = "ceiling"             # name of the run
+    experiment: runs.Name = "ceiling"       # name of the run
     output_base_dir: str = "."              # where runs/ is made
     root: str = "."                         # folder that the sets are in
 
@@ -438,7 +438,7 @@ class Embed:
     # weights that find the cells of the fields, in their last channel; `random` has their shape
     finder: str = "final_models/dinocell_tiny.pt"
     export: str | None = None    # weights that tell the types of the only set, by the only source
-    experiment: runs.Name = "embed"               # name of the run
+    experiment: runs.Name = "embed"         # name of the run
     output_base_dir: str = "."              # where runs/ is made
     root: str = "."                         # folder that the sets are in
     seed: runs.Whole = 0                    # of random weights

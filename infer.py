@@ -206,10 +206,9 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
     if parts > 1:
         mine = {path: found[path] for path in sorted(found, key=str)[part - 1::parts]}
     if config.labels is not None:
-        end = f"_{config.linked.lower()}*" if config.linked else ""  # of single planes
-        mine = {path: name for path, name in mine.items()
-                if any(Path(config.labels).glob(f"{glob.escape(name)}{end}_labels.tif"))}
+        mine = {path: name for path, name in mine.items() if given_files(name, config)["labels"]}
         if not mine:
+            end = f"_{config.linked.lower()}*" if config.linked else ""
             raise FileNotFoundError(f"labels={config.labels}: no NAME{end}_labels.tif for any of "
                                     f"the {len(found)} images")
     if not mine:
@@ -404,16 +403,21 @@ def result_source(path: Path | str, file: Path, pattern: str) -> dict:
             "sha256": runs.digest(*source_files(file, pattern))}
 
 
-def given_labels(name: str, config: Config) -> dict[str, str]:
-    """Digests of the label files that are given for an image, by their key."""
+def given_files(name: str, config: Config) -> dict[str, list[Path]]:
+    """The label files that are given for an image, by their key."""
     files: dict[str, list[Path]] = {"labels": [], "within": []}
     if config.labels is not None:
         end = f"_{config.linked.lower()}*" if config.linked else ""  # of single planes
         files["labels"] = sorted(Path(config.labels).glob(f"{glob.escape(name)}{end}_labels.tif"))
     if (around := around_file(name, config)) is not None and around.is_file():
         files["within"] = [around]
-    return {key: runs.digest(*(part for file in some for part in (file.name, file)))[:16]
-            for key, some in files.items() if some}
+    return files
+
+
+def given_labels(name: str, config: Config) -> dict[str, str]:
+    """Digests of given_files()."""
+    return {key: runs.digest(*(part for file in files for part in (file.name, file)))[:16]
+            for key, files in given_files(name, config).items() if files}
 
 
 def source_files(file: Path, pattern: str) -> list[Path]:
@@ -454,8 +458,8 @@ def result_difference(record: dict, path: Path | str, name: str, made: dict,
         return "was made with " + ", ".join(
             f"{key} {old.get(key, 'left out')} (now {new.get(key, 'left out')})" for key in changed)
     before, given = record.get("given", {}), given_labels(name, config)
-    return "".join(f"was made with other labels than those in {key}={getattr(config, key)} now"
-                   for key in given if given[key] != before.get(key))
+    other = [f"{key}={getattr(config, key)}" for key in given if given[key] != before.get(key)]
+    return "was made with other labels than now in " * bool(other) + ", ".join(other)
 
 
 # ---------------------------------------------------------------------------------------- one image

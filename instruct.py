@@ -88,7 +88,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Config:
-    experiment: runs.Name = "instruct_tiny"       # name of the run
+    experiment: runs.Name = "instruct_tiny"  # name of the run
     checkpoint_name: str = "instruct"       # folder of its checkpoints
     output_base_dir: str = "."              # where runs/ and final_models/ are made
     export_path: str | None = None          # weights; null: final_models/<experiment>.pt

@@ -223,7 +223,7 @@ class Channels:
     depth: Count = 12                       # their blocks
     heads: Count = 6                        # their attention heads
     patch: Count = 8                        # px
-    experiment: runs.Name = "channels"            # name of the run
+    experiment: runs.Name = "channels"      # name of the run
     output_base_dir: str = "."              # where runs/ is made
     feature: Literal["cls", "patches"] = "cls"  # the class token, or the mean of the patch tokens
     size: Count = 256                       # px, side of the square in the middle that is seen

@@ -61,7 +61,7 @@ class NetworkShape:
 
 @dataclass(frozen=True)
 class Config:
-    experiment: runs.Name = "seg"                 # name of the run
+    experiment: runs.Name = "seg"           # name of the run
     checkpoint_name: str = "seg"            # folder of its checkpoints
     export_path: str | None = None          # weights; null: final_models/<experiment>.pt
     output_base_dir: str = "."              # where runs/ and final_models/ are made

@@ -95,7 +95,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Config:
-    experiment: runs.Name = "ssl"                 # name of the run
+    experiment: runs.Name = "ssl"           # name of the run
     checkpoint_name: str = "ssl"            # folder of its checkpoints
     export_path: str | None = None          # weights; null: final_models/<experiment>.pt
     output_base_dir: str = "."              # where runs/ and final_models/ are made

@@ -80,7 +80,7 @@ class Config:
     starts: tuple[Start, ...]               # networks to start from
     sets: tuple[NewSet, ...]                # kinds of cells that they have not seen
     known: tuple[data.TrainingSet, ...] = ()   # sets of the training, for reptile
-    experiment: runs.Name = "fewshot"             # name of the run
+    experiment: runs.Name = "fewshot"       # name of the run
     output_base_dir: str = "."              # where runs/ is made
     root: str = "."                         # folder that the sets are in
     seeds: tuple[int, ...] = (0, 1, 2)      # each draws support and query, and all that is random

@@ -41,7 +41,7 @@ class Config:
     folds: tuple[tuple[str, ...], ...]      # names of the groups that are left out together
     parts: dict                             # {name: changes to train that take the part out}
     train: dict                             # of train_seg.py: network, data, augment, steps ...
-    experiment: runs.Name = "travel"              # folder of the results
+    experiment: runs.Name = "travel"        # folder of the results
     output_base_dir: str = "."              # where runs/ is
     seeds: tuple[int, ...] = (0, 1, 2)      # of the network and the crops
     images: int = 8                         # of each set, to set the watershed and to score, by lot

@@ -268,7 +268,7 @@ def test_labels_that_changed_are_measured_anew(tmp_path, field, capsys):
         assert infer.main(given, [str(tmp_path / "a.tif")]) == 0
     images.write_labels(tmp_path / "found" / "a_labels.tif",
                         np.where(labels == labels.max(), 0, labels))
-    with pytest.raises(ValueError, match="other labels than those in labels=.*found now; overwrit"):
+    with pytest.raises(ValueError, match="with other labels than now in labels=.*found; overwrit"):
         infer.main(given, [str(tmp_path / "a.tif")])
     infer.main(dataclasses.replace(given, overwrite=True), [str(tmp_path / "a.tif")])
     assert len(rows(tmp_path / "given" / "a_cells.csv")) == labels.max() - 1
@@ -279,16 +279,21 @@ def test_types_with_gaps_in_the_ids_of_cells(tmp_path, field):
     write(tmp_path / "a.tif", field, "ER")
     infer.main(Config(out=str(tmp_path / "found")), [str(tmp_path / "a.tif")])
     labels = images.read_labels(tmp_path / "found" / "a_labels.tif")
-    images.write_labels(tmp_path / "found" / "a_labels.tif", 3 * labels)
     net = model.load(model.find_weights("demo_synthetic"))
     net.set_types(torch.nn.Linear(net.backbone.dim, 2), ("one", "other"))
     model.save(net, tmp_path / "typed.pt")
-    infer.main(Config(out=str(tmp_path / "out"), labels=str(tmp_path / "found"),
-                      weights=str(tmp_path / "typed.pt")), [str(tmp_path / "a.tif")])
-    table = rows(tmp_path / "out" / "a_cells.csv")
-    assert [int(row["id"]) for row in table] == list(range(3, 3 * labels.max() + 1, 3))
-    assert {row["type"] for row in table} <= {"one", "other"}
-    assert (tmp_path / "out" / "a_overlay.png").exists()
+    tables, pictures = [], []
+    for step in (1, 3):
+        images.write_labels(tmp_path / "found" / "a_labels.tif", step * labels)
+        out = tmp_path / str(step)
+        infer.main(Config(out=str(out), labels=str(tmp_path / "found"),
+                          weights=str(tmp_path / "typed.pt")), [str(tmp_path / "a.tif")])
+        tables.append([(int(row["id"]) // step, row["type"], row["type_probability"])
+                       for row in rows(out / "a_cells.csv")])
+        pictures.append(imread(out / "a_overlay.png"))
+    assert tables[0] == tables[1] and len(tables[0]) == labels.max()
+    assert len({share for *_, share in tables[0]}) > 1          # each has its own vector
+    np.testing.assert_array_equal(*pictures)
 
 
 def test_pictures_of_large_images_are_reduced(tmp_path, broad, monkeypatch):

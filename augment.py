@@ -8,7 +8,7 @@ same command goes on where it stopped.
 
 In training nothing is decoded, resized or drawn per pixel on the CPU:
 
-    resident = Resident(images, groups, device)  # name, pixels (3, H, W) in [0, 1], labels (H, W)
+    resident = Resident(images, device)          # of data.Labelled
     numbers = np.arange(B) + step * B            # each sample of a run has a number of its own
     chosen = resident.draw(seed, numbers)
     x, target, labels = sample(resident, chosen, numbers, Augment(), 256, seed, cap=4)
@@ -213,12 +213,10 @@ LEVELS = 4              # the image; a half, a quarter, an eighth of its side
 class Resident:
     """N images of any size and their labels, on one device.
 
-    images : (name, pixels (3, H, W) in [0, 1], integer labels (H, W)) each; may be a generator.
-    groups : a name per image; draw() takes every group equally often, or as often as `weights`
-        says. None: all images are one group.
+    images : may be a generator. draw() takes every set equally often, or as often as `weights`
+        says.
     cap : px; None keeps the uncapped distance maps, which sample(cap=None) needs.
     diameter : px, of an image's median cell before the random factor. None: as it is.
-    types : (n,) for each image, of its cells by ascending id: number of the type, 0 unknown.
     limit : bytes of the words, and of the labels, that are held in memory; more lie in a file.
 
     A pixel is one 64-bit word: three channels and the uncapped distance, 16 bits each; one gather
@@ -227,20 +225,19 @@ class Resident:
     fine texture into grain. 14.6 bytes a pixel in all.
     """
 
-    def __init__(self, images: Iterable[tuple[str, np.ndarray, np.ndarray]],
-                 groups: list[str] | None = None, device: str | torch.device = "cpu",
+    def __init__(self, images: Iterable[data.Labelled], device: str | torch.device = "cpu",
                  cap: float | None = 4.0, diameter: float | None = None,
-                 weights: dict[str, float] | None = None,
-                 types: list[np.ndarray] | None = None, limit: float = math.inf):
+                 weights: dict[str, float] | None = None, limit: float = math.inf):
         words, labels = Pile(np.int64, limit), Pile(np.int32, limit)
-        depths, centres, rows = [], [], []
-        for name, pixels, truth in images:
+        depths, centres, rows, groups, types = [], [], [], [], []
+        for image in images:
+            pixels, truth = image.pixels, image.labels
             if pixels.shape != (3, *truth.shape) or truth.dtype.kind not in "iu" or truth.size == 0:
-                raise ValueError(f"{name}: pixels {pixels.shape}, labels {truth.shape} "
+                raise ValueError(f"{image.name}: pixels {pixels.shape}, labels {truth.shape} "
                                  f"{truth.dtype}; expected (3, H, W) and integers (H, W)")
             low, high = pixels.min(), pixels.max()
             if not (low >= 0 and high <= 1):
-                raise ValueError(f"{name}: values {low:g} to {high:g}; expected 0 to 1")
+                raise ValueError(f"{image.name}: values {low:g} to {high:g}; expected 0 to 1")
             ids = np.unique(np.append(truth, 0))                             # background first
             truth = np.searchsorted(ids, truth).astype(np.int32)             # 0..n
             median, centre, depth = measure_for_crops(truth, len(ids))
@@ -254,6 +251,9 @@ class Resident:
             labels.add(truth.ravel())
             centres.append(centre)
             depths.append(depth)
+            groups.append(image.set)
+            if image.types is not None:
+                types.append(np.append(0, image.types))
         if not rows:
             raise ValueError("no images to augment")
         # (N,) px, (N,) intensity, (N,) channels are equal, (N, 3) channel is not black, (N,) cells,
@@ -272,12 +272,10 @@ class Resident:
         self.words, self.labels = words.tensor(device), labels.tensor(device)
         self.depth = torch.from_numpy(np.concatenate(depths)).to(device)
         self.device = self.depth.device
-        self.types = None                                        # (cells,) background first
-        if types:
-            flat = np.concatenate([np.append(0, own) for own in types])
-            self.types = torch.from_numpy(flat).to(device)
+        # (cells,) background first
+        self.types = torch.from_numpy(np.concatenate(types)).to(device) if types else None
         # (groups,), (N,)
-        self.groups, self.group = np.unique(groups or ["all"] * len(rows), return_inverse=True)
+        self.groups, self.group = np.unique(groups, return_inverse=True)
         self.weigh(weights or {})
         self.cap = cap
 
@@ -310,24 +308,18 @@ def load_resident(config: data.TrainingData, seed: int, device: str, cap: float 
     pending, validation = data.training_images(config, seed)
     held = [image for image in validation if image.held]
     hashes = {"train": {}, "validation": {image.name: content_hash(image) for image in held}}
-    groups: list[str] = []
-    types: list[np.ndarray] = []
     of_type = {image.name: image.types for image in held}
-    cells: dict[str, int] = {}
 
-    def read() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    def read() -> Iterator[data.Labelled]:
         for image in itertools.chain.from_iterable(part() for part in pending):
             hashes["train"][image.name] = content_hash(image)
-            groups.append(image.set)
-            cells[image.name], of_type[image.name] = int(image.labels.max()), image.types
-            if image.types is not None:
-                types.append(image.types)
-            yield image[:3]
+            of_type[image.name] = image.types
+            yield image
 
     limit = config.memory_gb * 1e9 if config.memory_gb else runs.free_memory() / 2
-    resident = Resident(read(), groups, device, cap, config.diameter,
-                        {chosen.name: chosen.weight for chosen in config.sets}, types, limit / 2)
-    data.check_cells("data.sets", cells)
+    resident = Resident(read(), device, cap, config.diameter,
+                        {chosen.name: chosen.weight for chosen in config.sets}, limit / 2)
+    data.check_cells("data.sets", dict(zip(hashes["train"], resident.cells)))
     data.check_training_types(of_type, data.training_types(config.types))
     return resident, validation, hashes
 
@@ -902,7 +894,7 @@ def main(config: Config, files: list[str]) -> None:
                  or not (output / "images" / f"{name}.tif").exists()]
         if not names:
             continue
-        image = str(example.files[0]), data.network_input(example), example.labels()
+        image = data.Labelled(str(example.files[0]), data.network_input(example), example.labels())
         resident = Resident([image], diameter=config.diameter)
         for name in names:                                       # hashed, so that sets may grow
             x, _, labels = sample(resident, [0], [hash_for_draws(name)], config.augment,

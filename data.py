@@ -854,8 +854,8 @@ class Labelled(NamedTuple):
     """A labelled image as the network sees it."""
     name: str
     pixels: np.ndarray                      # (3, H, W) in [0, 1]
-    labels: np.ndarray                      # (H, W)
-    set: str                                # name of its set
+    labels: np.ndarray                      # (H, W) integers
+    set: str = ""                           # name of its set
     zoom: float = 1.0                       # px of the network for each px
     held: bool = True                       # false: trained on, validates settings alone
     # (n,) of the cells by ascending id: number of their type from 1, 0 unknown; None: no types

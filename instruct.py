@@ -270,10 +270,11 @@ class Crops:
     def __init__(self, tiles: list[TissueTile], classes: list[str], config: Config,
                  cap: float | None, device: str):
         coarse = [set(tile.classes.values()) <= {"nuclei"} for tile in tiles]
-        groups = ["coarse" if alike else tile.name for tile, alike in zip(tiles, coarse)]
         weights = {"coarse": max(1.0, 0.5 * coarse.count(False))}
-        entries = ((tile.name, tile.normalised(), tile.labels) for tile in tiles)
-        self.images = augment.Resident(entries, groups, device, cap, weights=weights)
+        entries = (data.Labelled(tile.name, tile.normalised(), tile.labels,
+                                 "coarse" if alike else tile.name)
+                   for tile, alike in zip(tiles, coarse))
+        self.images = augment.Resident(entries, device, cap, weights=weights)
         columns = ["", *classes]
         self.column = torch.tensor([columns.index(name) for tile in tiles for name in
                                     ("", *(tile.classes[i] for i in sorted(tile.classes)))],

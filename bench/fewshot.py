@@ -177,7 +177,7 @@ class Batches:
 
     def __init__(self, images: Sequence[data.Labelled], config: Config, seed: int,
                  cap: float | None):
-        self.resident = augment.Resident(((i.name, i.pixels, i.labels) for i in images), cap=cap)
+        self.resident = augment.Resident(images, cap=cap)
         self.config, self.seed, self.cap = config, seed, cap
         self.changes = runs.from_dict(augment.Augment, config.augment, "augment")
 

@@ -47,10 +47,14 @@ def entry(seed, H, W, n=12, radius=14, colour=False):
     return f"{seed}", np.clip(np.broadcast_to(pixels, (3, H, W)), 0, 1), labels
 
 
+def resident_of(entries, **options):
+    return Resident((data.Labelled(*each) for each in entries), **options)
+
+
 def crops(entries, config, images=None, size=64, seed=0, cap=4.0, B=8, **options):
     images = np.zeros(B, int) if images is None else images
-    return sample(Resident(entries, cap=cap, **options), images, np.arange(B), config, size, seed,
-                  cap)
+    return sample(resident_of(entries, cap=cap, **options), images, np.arange(B), config, size,
+                  seed, cap)
 
 
 # ------------------------------------------------------------------------------------------- random
@@ -105,7 +109,7 @@ def test_a_sample_does_not_know_its_batch(cap):
     """Bit for bit, with everything on, gray and colour mixed; number and seed matter."""
     entries = [entry(0, 80, 90), entry(1, 61, 75, colour=True), entry(2, 200, 110),
                entry(3, 90, 90, n=0)]
-    resident = Resident(entries, cap=cap)
+    resident = resident_of(entries, cap=cap)
     config = Augment(**{name: 0.5 for name in CHANCES})
     images = np.array([0, 1, 1, 2, 3, 0, 1, 2, 3, 2])
     numbers = np.array([7, 8, 9, 10, 11, 12, 2 ** 40, -5, 3, 4])
@@ -120,7 +124,7 @@ def test_a_sample_does_not_know_its_batch(cap):
 
 def test_nothing_waits_for_the_device():
     """Meta tensors have no values: whatever would copy one to the host raises."""
-    resident = Resident([entry(0, 80, 90), entry(1, 60, 70, colour=True)], device="meta")
+    resident = resident_of([entry(0, 80, 90), entry(1, 60, 70, colour=True)], device="meta")
     everything = Augment(**{name: 1.0 for name in CHANCES})
     x, target, labels = sample(resident, [0, 1, 1, 0], np.arange(4), everything, 48, 0)
     assert (x.shape, target.shape, labels.shape) == ((4, 3, 48, 48), (4, 1, 48, 48), (4, 48, 48))
@@ -128,7 +132,7 @@ def test_nothing_waits_for_the_device():
 
 
 def test_groups_are_drawn_equally():
-    resident = Resident([entry(i, 20, 20, 3) for i in range(10)], ["a"] + ["b"] * 8 + ["a"])
+    resident = resident_of((*entry(i, 20, 20, 3), name) for i, name in enumerate("abbbbbbbba"))
     images = resident.draw(0, np.arange(4000))
     count = np.bincount(images, minlength=10) / 4000
     assert np.abs(count[[0, 9]] - 0.25).max() < 0.03 and np.abs(count[1:9] - 1 / 16).max() < 0.02
@@ -145,7 +149,7 @@ def test_images_in_a_file_give_the_same_crops(monkeypatch, cap):
     entries = [entry(s, 40 + 10 * s, 50, 6, 12) for s in range(6)]
     numbers, crops = np.arange(12), []
     for limit in (np.inf, 4 * 40 * 50 * 1.5, 0):
-        resident = Resident(entries, cap=cap, limit=limit)
+        resident = resident_of(entries, cap=cap, limit=limit)
         crops.append(sample(resident, numbers % 6, numbers, Augment(), 48, 0, cap))
     assert len(made) == 4                                     # words and labels, twice
     for one, other in ((0, 1), (0, 2)):
@@ -214,7 +218,7 @@ def test_scale_is_the_size_of_cells():
         _, _, cut = crops(one, config, size=64 if factor < 1 else 128)
         areas = (cut > 0).sum((1, 2)).double() / (labels.sum() * factor ** 2)
         assert (areas.median() - 1).abs() < 0.04
-    resident = Resident(one, diameter=10)
+    resident = resident_of(one, diameter=10)
     assert abs(resident.diameter - 10) < 1e-9 and abs(resident.scale[0] - 0.25) < 0.005
     _, _, cut = sample(resident, [0], [0], OFF, 64, 0)
     assert abs(int((cut > 0).sum()) - np.pi * 25) < 8
@@ -271,7 +275,7 @@ def test_distances_equal_the_oracle(cap):
 
 def test_target_is_the_distance_map_of_the_labels():
     """After all moves, but for cells that the crop cuts: those are divided by as much or more."""
-    resident = Resident([entry(s, 200, 200, 30, 12) for s in range(4)])
+    resident = resident_of(entry(s, 200, 200, 30, 12) for s in range(4))
     config = Augment(**{name: 0.0 for name in ("negative",)})
     _, target, labels = sample(resident, np.arange(4), np.arange(4), config, 96, 0, 4.0)
     for got, cut in zip(target[:, 0].numpy(), labels.numpy()):
@@ -312,7 +316,7 @@ def test_uncapped_target():
     assert len(inner) > 3
     assert all(abs(float(target[cut == i].max()) - 1) < 1e-6 for i in inner)
     with pytest.raises(ValueError, match=r"make Resident\(..., cap=None\)"):
-        sample(Resident(one), [0], [0], OFF, 64, 0, None)
+        sample(resident_of(one), [0], [0], OFF, 64, 0, None)
 
 
 # ---------------------------------------------------------------------------------------- intensity
@@ -440,7 +444,7 @@ def test_mistakes_in_the_configuration(changes, said):
                                            (np.full((3, 4, 4), 2.0), np.zeros((4, 4), int))])
 def test_mistakes_in_the_data_name_the_image(pixels, labels):
     with pytest.raises(ValueError, match="^cells.tif: .*expected"):
-        Resident([("cells.tif", pixels, labels)])
+        resident_of([("cells.tif", pixels, labels)])
 
 
 # --------------------------------------------------------------------------------------- the script

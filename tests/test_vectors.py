@@ -305,8 +305,9 @@ def test_pasted_and_unknown_cells_do_not_count():
     """Types of places in crops: of the own image, 0 where pasted in."""
     import augment
     labels = disks(64, [(14, 14), (46, 46)], 8)
-    resident = augment.Resident([("a", np.random.default_rng(0).random((3, 64, 64)), labels)] * 2,
-                                types=[np.array([2, 1]), np.array([0, 2])])
+    image = data.Labelled("a", np.random.default_rng(0).random((3, 64, 64)), labels)
+    resident = augment.Resident(image._replace(types=np.array(types))
+                                for types in ([2, 1], [0, 2]))
     place = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 1], [1, 2]])
     assert augment.crop_cell_types(resident, np.array([0, 1]), place).tolist() == [2, 1, 0, 0, 2]
     assert train_seg.type_balance(resident.types, 2).tolist() == pytest.approx([0, 1.5, 0.75])

@@ -165,7 +165,7 @@ class Draws:
     def at(self, rows: np.ndarray) -> Draws:
         return Draws(self.key[rows], self.config)
 
-    def streams(self, name: str, channels: int = 1, length: int = 0) -> np.ndarray:
+    def streams(self, name: str, channels: int, length: int) -> np.ndarray:
         """(B, channels) int64, starts of sequences: hash i is scramble(start + i GOLDEN)."""
         first = scramble_draws(self.key ^ hash_for_draws(name))[:, None]
         return first + GOLDEN * (length * np.arange(channels))
@@ -197,12 +197,14 @@ def crop_noise_quantiles(device: torch.device) -> Tensor:
     return torch.from_numpy(values).float().to(device)
 
 
-def crop_normal_noise(streams: Tensor, size: int) -> Tensor:
-    """Standard normal values (k, C, S, S) for streams (k, C); each takes 16 bits of a hash."""
-    steps = GOLDEN * torch.arange(-(-size ** 2 // 4), device=streams.device)
-    bits = scramble_draws(streams[:, :, None] + steps).view(torch.int16)[..., :size ** 2]
-    values = crop_noise_quantiles(streams.device).index_select(0, bits.flatten().int() + 32768)
-    return values.view(*streams.shape, size, size)
+def crop_noise(name: str, draws: Draws, like: Tensor) -> Tensor:
+    """Standard normal noise (k, C, S, S); each value takes 16 bits of a hash."""
+    (_, C, size, _), device = like.shape, like.device
+    streams = send_crop_values(draws.streams(name, C, size ** 2), device)[:, :, None]
+    steps = GOLDEN * torch.arange(-(-size ** 2 // 4), device=device)
+    bits = scramble_draws(streams + steps).view(torch.int16)[..., :size ** 2]
+    values = crop_noise_quantiles(device).index_select(0, bits.flatten().int() + 32768)
+    return values.view(like.shape)
 
 
 # ----------------------------------------------------------------------------------------- resident
@@ -757,12 +759,6 @@ def augment_exposure(x: Tensor, draws: Draws) -> Tensor:
 def augment_gamma(x: Tensor, draws: Draws) -> Tensor:
     """x ** gamma as exp(gamma log x): pow() rounds differently at the end of a batch."""
     return (x.clamp(min=1e-6).log() * crop_values(draws.within("gamma_range"), x)).exp()
-
-
-def crop_noise(name: str, draws: Draws, like: Tensor) -> Tensor:
-    """Standard normal noise (k, C, S, S)."""
-    streams = draws.streams(name, like.shape[1], like[0, 0].numel())
-    return crop_normal_noise(send_crop_values(streams, like.device), like.shape[-1])
 
 
 def stretched_crops(x: Tensor, least: float) -> Tensor:

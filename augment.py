@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -269,8 +268,8 @@ class Resident:
         seen = diameters > 0
         if diameter is not None:
             self.scale[seen] = diameter / diameters[seen]
-        self.diameters = diameters * self.scale      # (N,) px, median cell at nominal scale, or 0
-        self.diameter = float(np.median(self.diameters[seen])) if seen.any() else None   # of all
+        diameters *= self.scale
+        self.diameter = float(np.median(diameters[seen])) if seen.any() else None   # px, of all
         self.words, self.labels = words.tensor(device), labels.tensor(device)
         self.depth = torch.from_numpy(np.concatenate(depths)).to(device)
         self.device = self.depth.device
@@ -313,7 +312,7 @@ def load_resident(config: data.TrainingData, seed: int, device: str, cap: float 
     of_type = {image.name: image.types for image in held}
 
     def read() -> Iterator[data.Labelled]:
-        for image in itertools.chain.from_iterable(part() for part in pending):
+        for image in (image for part in pending for image in part()):
             hashes["train"][image.name] = content_hash(image)
             of_type[image.name] = image.types
             yield image
@@ -543,7 +542,9 @@ def crop_coordinates(resident: Resident, images: np.ndarray, draws: Draws, size:
     """scale (B,), px of crop per px of image; y, x (B, S, S), px of each crop pixel in the image.
     """
     device, extent = resident.device, resident.shape[images, 0].astype(float)  # (B, 2) px
-    scale = resident.scale[images] * crop_scales(resident, images, draws, size)  # (B,)
+    nominal = resident.scale[images]
+    least = 0.8 * size / (nominal * extent.min(1))       # less would mirror most of the crop
+    scale = nominal * np.maximum(draws.within("scale"), np.minimum(1, least))  # (B,)
     quarter = np.floor(4 * draws.uniform("quarter")) / 4 * draws.happens("quarter")
     turn = 2 * np.pi * np.where(draws.happens("rotate"), draws.uniform("angle"), quarter)
     mirror = np.where(draws.happens("flip"), -1, 1)
@@ -573,12 +574,6 @@ def crop_coordinates(resident: Resident, images: np.ndarray, draws: Draws, size:
     y, x = (mirrored_coordinates(yx[i], send_crop_values(extent[:, i], device)[:, None, None])
             for i in (0, 1))
     return scale, y, x
-
-
-def crop_scales(resident: Resident, images: np.ndarray, draws: Draws, size: int) -> np.ndarray:
-    """(B,) on the nominal scale of each image, not so small that most of a crop is mirrored."""
-    side = resident.scale[images] * resident.shape[images, 0].min(1)         # px
-    return np.maximum(draws.within("scale"), np.minimum(1, 0.8 * size / side))
 
 
 def mirrored_coordinates(c: Tensor, extent: Tensor) -> Tensor:

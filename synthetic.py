@@ -577,6 +577,8 @@ def main(config: Config, files: list[str]) -> int:
     sides = re.fullmatch(r"(\d+)(?:x(\d+))?", config.size)
     if not sides:
         raise ValueError(f"size={config.size}: expected whole numbers, size=512 or size=480x640")
+    if config.frames and sides[2]:
+        raise ValueError(f"size={config.size}: movies are square, expected one number")
     folder = Path(config.out)
     record = folder / "synthetic.txt"
     told = "".join(f"{key}={getattr(config, key)}\n" for key in ("size", "cells", "diameter",
@@ -585,36 +587,27 @@ def main(config: Config, files: list[str]) -> int:
         raise ValueError(f"{record}: these fields were drawn otherwise; choose another out=")
     folder.mkdir(parents=True, exist_ok=True)
     runs.write_text(record, told)
-    if config.frames:
-        return write_movies(config, folder, int(sides[1]))
-    named = {"axes": "CYX", "Labels": list(CHANNELS), "mode": "grayscale"}
+    H, W = int(sides[1]), int(sides[2] or sides[1])
+    kind = "movie" if config.frames else "field"
     for k in range(config.seed, config.seed + config.n):
-        drawn = field(k, (int(sides[1]), int(sides[2] or sides[1])), config.cells, config.diameter)
-        for name, image, more in ((f"field_{k}_cells", drawn.labels.astype(np.uint16), {}),
-                                  (f"field_{k}", drawn.pixels, named)):
-            write_synthetic(folder / f"{name}.tif", image, {"unit": "um", **more},
-                            resolution=(1 / PIXEL_SIZE, 1 / PIXEL_SIZE))
-    print(f"{config.n} fields -> {folder}")
-    return 0
-
-
-def write_synthetic(path: Path, image: Array, metadata: dict, **options: Any) -> None:
-    with runs.replacing(path) as temporary:
-        tifffile.imwrite(temporary, image, photometric="minisblack", imagej=True,
-                         metadata=metadata, **options)
-
-
-def write_movies(config: Config, folder: Path, size: int) -> int:
-    if "x" in config.size:
-        raise ValueError(f"size={config.size}: movies are square, expected one number")
-    for k in range(config.seed, config.seed + config.n):
-        drawn = movie(k, config.frames, size, config.cells, config.diameter)
-        for name, image in ((f"movie_{k}_cells", drawn.labels.astype(np.uint16)),
-                            (f"movie_{k}", drawn.pixels)):
-            write_synthetic(folder / f"{name}.tif", image, {"axes": "TYX"})
-        runs.write_text(folder / f"movie_{k}_tracks.txt",
-                        "".join(f"{' '.join(map(str, row))}\n" for row in drawn.tracks.tolist()))
-    print(f"{config.n} movies -> {folder}")
+        path = folder / f"{kind}_{k}.tif"
+        if config.frames:
+            drawn: Any = movie(k, config.frames, H, config.cells, config.diameter)
+            about = named = {"axes": "TYX"}
+            scale = None
+            runs.write_text(path.with_name(f"{path.stem}_tracks.txt"), "".join(
+                f"{' '.join(map(str, row))}\n" for row in drawn.tracks.tolist()))
+        else:
+            drawn = field(k, (H, W), config.cells, config.diameter)
+            about, scale = {"unit": "um"}, (1 / PIXEL_SIZE,) * 2
+            named = about | {"axes": "CYX", "Labels": list(CHANNELS), "mode": "grayscale"}
+        labels = drawn.labels.astype(np.uint16)
+        for file, image, metadata in ((path.with_stem(f"{path.stem}_cells"), labels, about),
+                                      (path, drawn.pixels, named)):
+            with runs.replacing(file) as temporary:
+                tifffile.imwrite(temporary, image, photometric="minisblack", imagej=True,
+                                 metadata=metadata, resolution=scale)
+    print(f"{config.n} {kind}s -> {folder}")
     return 0
 
 

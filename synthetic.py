@@ -586,7 +586,6 @@ def main(config: Config, files: list[str]) -> int:
     if record.exists() and record.read_text(encoding="utf-8") != told:
         raise ValueError(f"{record}: these fields were drawn otherwise; choose another out=")
     folder.mkdir(parents=True, exist_ok=True)
-    runs.write_text(record, told)
     H, W = int(sides[1]), int(sides[2] or sides[1])
     kind = "movie" if config.frames else "field"
     for k in range(config.seed, config.seed + config.n):
@@ -595,12 +594,17 @@ def main(config: Config, files: list[str]) -> int:
             drawn: Any = movie(k, config.frames, H, config.cells, config.diameter)
             about = named = {"axes": "TYX"}
             scale = None
-            runs.write_text(path.with_name(f"{path.stem}_tracks.txt"), "".join(
-                f"{' '.join(map(str, row))}\n" for row in drawn.tracks.tolist()))
+            if (most := drawn.labels.max()) > 65535:
+                raise ValueError(f"cells={config.cells}: {most} tracks, expected at most 65535, "
+                                 "which the 16 bits of ImageJ number; give fewer cells or frames")
         else:
             drawn = field(k, (H, W), config.cells, config.diameter)
             about, scale = {"unit": "um"}, (1 / PIXEL_SIZE,) * 2
             named = about | {"axes": "CYX", "Labels": list(CHANNELS), "mode": "grayscale"}
+        runs.write_text(record, told)                          # not before a field could be drawn
+        if config.frames:
+            runs.write_text(path.with_name(f"{path.stem}_tracks.txt"), "".join(
+                f"{' '.join(map(str, row))}\n" for row in drawn.tracks.tolist()))
         labels = drawn.labels.astype(np.uint16)
         for file, image, metadata in ((path.with_stem(f"{path.stem}_cells"), labels, about),
                                       (path, drawn.pixels, named)):

@@ -275,7 +275,7 @@ def test_command_says_a_mistake_in_one_line(arguments, words, tmp_path, monkeypa
         and said.err.startswith("error: ")
         and words in said.err
     )
-    assert said.err.count("\n") == 1 and not list(tmp_path.rglob("*.tif*"))
+    assert said.err.count("\n") == 1 and not list(tmp_path.rglob("*.t*"))
 
 
 # ------------------------------------------------------------------------------------------ movies
@@ -306,6 +306,14 @@ def test_steps_are_as_long_as_asked_for():
         steps += [np.hypot(*(b.mean(0) - a.mean(0))) for a, b, w, v in
                   zip(at, at[1:], whole, whole[1:]) if w and v]
     assert np.mean(steps) == pytest.approx(0.3 * 16, rel=0.15)
+
+
+def test_more_tracks_than_a_file_can_number_are_refused(tmp_path, monkeypatch):
+    labels = np.full((1, 64, 64), 65536, np.int32)
+    monkeypatch.setattr(synthetic, "movie", lambda *_: synthetic.Movie(labels, labels, labels))
+    with pytest.raises(ValueError, match="cells=60: 65536 tracks, expected at most 65535"):
+        synthetic.main(synthetic.Config(out=str(tmp_path), size="64", frames=1), [])
+    assert not list(tmp_path.iterdir())
 
 
 def test_movies_from_the_command(tmp_path):

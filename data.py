@@ -467,15 +467,17 @@ def read_coco(path: Path) -> list[Listed]:
             isinstance(e, dict) and isinstance(e.get("file_name"), str) and "id" in e
             for e in images):
         raise ValueError(f"{path}: expected COCO's lists of images (id, file_name) and annotations")
-    names = {category.get("id"): str(category.get("name"))
-             for category in parsed.get("categories") or [] if isinstance(category, dict)}
+    categories = parsed.get("categories")
+    names = {str(category.get("id")): str(category.get("name"))
+             for category in (categories if isinstance(categories, list) else [])
+             if isinstance(category, dict)}
     cells, types = defaultdict(list), defaultdict(list)
     for entry in annotations:
         if not isinstance(entry, tuple):
             raise ValueError(f"{path}: an annotation without image_id or segmentation: "
                              f"{str(entry)[:60]}")
         cells[entry[0]].append(entry[1])
-        types[entry[0]].append(names.get(entry[2], ""))
+        types[entry[0]].append(names.get(str(entry[2]), ""))
     if strangers := cells.keys() - {str(image["id"]) for image in images}:
         raise ValueError(f"{path}: annotations of image_id {min(strangers)}, which is not among "
                          "its images")

@@ -398,6 +398,9 @@ def test_coco_segmentations_that_are_none(tmp_path, part, problem):
      "image_id 1, which is not"),
     ('{"images": [], "annotations": [{"segmentation": [["x"]], "image_id": 1}]}',
      "no JSON that can be read"),
+    *(('{"images": [], "annotations": [{"segmentation": [], "image_id": 1, "category_id": [2]}], '
+       f'"categories": {categories}}}', "image_id 1, which is not")
+      for categories in ("7", "null", '[3, {"id": [2]}]')),
     ('{"some": "settings"}', "no labelled images"), ('{"images": [], "annotations": []}',
                                                      "no labelled")])
 def test_coco_files_that_are_none(tmp_path, text, problem):

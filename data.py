@@ -1101,8 +1101,7 @@ def planes(config: Config, source: str, target: str) -> int:
                            f"planes of {Path(source).resolve()}, every={config.every}\n")
     for labelled in found:
         name = labelled.name.removesuffix("_labels.tif")
-        stack = tifffile.imread(labelled.with_name(f"{name}.tif"))
-        labels = tifffile.imread(labelled)
+        stack, labels = map(_read_stack, (labelled.with_name(f"{name}.tif"), labelled))
         if stack.shape != labels.shape or stack.ndim != 3:
             raise ValueError(f"{labelled}: labels {labels.shape} for a stack {stack.shape}; "
                              "expected (Z, Y, X), the same of both")
@@ -1116,6 +1115,11 @@ def planes(config: Config, source: str, target: str) -> int:
                 made += 1
     print(f"{target}: {made} planes of {len(found)} stacks")
     return 0
+
+
+def _read_stack(path: Path) -> np.ndarray:
+    with open(path, "rb"), image_decoding(path):                   # open() says if it is missing
+        return tifffile.imread(path)
 
 
 def check(config: Config, *paths: str) -> int:

@@ -862,6 +862,10 @@ def test_planes_of_stacks_become_images(tmp_path, capsys):
     tifffile.imwrite(tmp_path / "in" / "flat.tif", stack[0])
     with pytest.raises(ValueError, match=r"flat_labels.tif: .* expected \(Z, Y, X\)"):
         data.main(data.Config(every=2), ["planes", str(tmp_path / "in"), str(tmp_path / "out")])
+    tifffile.imwrite(tmp_path / "in" / "flat.tif", stack, compression="zlib")
+    os.truncate(tmp_path / "in" / "flat.tif", (tmp_path / "in" / "flat.tif").stat().st_size - 9)
+    with pytest.raises(ValueError, match="flat.tif: damaged, truncated or no .tif"):
+        data.main(data.Config(every=2), ["planes", str(tmp_path / "in"), str(tmp_path / "out")])
     with pytest.raises(ValueError, match="no NAME_labels.tif"):
         data.main(data.Config(), ["planes", str(tmp_path / "out"), str(tmp_path / "x")])
 

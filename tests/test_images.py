@@ -35,6 +35,25 @@ def nothing_told_yet(monkeypatch):
     monkeypatch.setattr(images, "TOLD", Counter())
 
 
+def png(width: int, height: int, bits: int, colour_type: int, lines: bytes) -> bytes:
+    """A PNG file; lines: a byte for the filter and the pixels of each."""
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return (struct.pack(">I", len(body)) + name + body
+                + struct.pack(">I", zlib.crc32(name + body)))
+    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines))
+            + chunk(b"IEND", b""))
+
+
+def gray_tiff(width: int, height: int, bits: int, compression: int, strip: bytes) -> bytes:
+    """A TIFF file of one strip."""
+    tags = {256: width, 257: height, 258: bits, 259: compression, 262: 1, 273: 122, 277: 1,
+            278: height, 279: len(strip)}
+    return (struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+            + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+            + bytes(4) + strip)
+
+
 def one_line(error) -> str:
     text = str(error.value)
     assert "\n" not in text
@@ -306,20 +325,8 @@ def test_png_of_few_bits_keeps_its_values(tmp_path, bits):
     packed = np.zeros((9, -(-13 * bits // 8) * 8), np.uint8)
     for bit in range(bits):
         packed[:, bit:13 * bits:bits] = values >> (bits - 1 - bit) & 1
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content))
-            + kind
-            + content
-            + struct.pack(">I", zlib.crc32(kind + content))
-        )
-
     lines = b"".join(b"\0" + row.tobytes() for row in np.packbits(packed, axis=1))
-    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n"
-                                     + chunk(b"IHDR", struct.pack(">IIBBBBB", 13, 9, bits, 0, 0, 0,
-                                                                  0))
-                                     + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
+    (tmp_path / "x.png").write_bytes(png(13, 9, bits, 0, lines))
     np.testing.assert_array_equal(read_image(tmp_path / "x.png").pixels[0], values)
 
 
@@ -480,11 +487,8 @@ def test_an_ome_header_opens_no_other_file(tmp_path):
 
 # ---------------------------------------------------------------------------------- PNG, JPEG, .npy
 
-def png(pixels: np.ndarray, colour_type: int) -> bytes:
-    """An independent PNG encoder of 16 bits: row y uses filter y % 5 of the specification."""
-    def chunk(name, body):
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I",
-                                                                        zlib.crc32(name + body))
+def png_of_16_bits(pixels: np.ndarray, colour_type: int) -> bytes:
+    """An independent encoder: row y uses filter y % 5 of the specification."""
     H, W = pixels.shape[:2]
     rows = pixels.astype(">u2").reshape(H, -1).view(np.uint8).astype(int)
     step = rows.shape[1] // W                                             # bytes per pixel
@@ -497,9 +501,7 @@ def png(pixels: np.ndarray, colour_type: int) -> bytes:
         guess = (0, a, b, (a + b) // 2, paeth)[y % 5]
         out += bytes([y % 5]) + ((row - guess) % 256).astype(np.uint8).tobytes()
         above = row
-    return (b"\x89PNG\r\n\x1a\n"
-            + chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 16, colour_type, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(out)) + chunk(b"IEND", b""))
+    return png(W, H, 16, colour_type, out)
 
 
 @pytest.mark.smoke
@@ -508,7 +510,7 @@ def test_png_of_16_bits_is_not_cut_to_8(tmp_path, samples, colour_type):
     pixels = noise(37, 23, samples)
     if samples % 2 == 0:
         pixels[..., -1] = 65535
-    (tmp_path / "x.png").write_bytes(png(pixels, colour_type))
+    (tmp_path / "x.png").write_bytes(png_of_16_bits(pixels, colour_type))
     with open_image(tmp_path / "x.png") as source:
         got = source.region(0, 37, 0, 23)
         assert source.dtype == np.uint16 and source.notices == ("alpha channel dropped",) * (
@@ -668,12 +670,7 @@ def test_tiffs_of_few_bits_keep_their_numbers(tmp_path, bits):
     packed = np.zeros((20, 32 * bits // 8), np.uint8)
     for i in range(8 // bits):
         packed |= values[:, i::8 // bits] << (8 - bits * (i + 1))
-    tags = {256: 32, 257: 20, 258: bits, 259: 1, 262: 1, 273: 122, 277: 1, 278: 20,
-            279: packed.size}
-    (tmp_path / "x.tif").write_bytes(
-        struct.pack("<2sHIH", b"II", 42, 8, 9)
-        + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-        + bytes(4) + packed.tobytes())
+    (tmp_path / "x.tif").write_bytes(gray_tiff(32, 20, bits, 1, packed.tobytes()))
     np.testing.assert_array_equal(read_image(tmp_path / "x.tif").pixels[0], values)
 
 
@@ -749,15 +746,6 @@ def jpeg_that_claims(width, height):
     return body[:frame + 5] + struct.pack(">HH", height, width) + body[frame + 9:]
 
 
-def png_that_claims(width, height):
-    def chunk(name, content):
-        return (struct.pack(">I", len(content)) + name + content
-                + struct.pack(">I", zlib.crc32(name + content)))
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-            + chunk(b"IDAT", zlib.compress(bytes(64))) + chunk(b"IEND", b""))
-
-
 def zeros_deflated(size: int) -> bytes:
     """A zlib stream of `size` zeros, a multiple of 16 MB, made without packing them all."""
     packer, block = zlib.compressobj(9, zlib.DEFLATED, -15), 1 << 24
@@ -766,18 +754,9 @@ def zeros_deflated(size: int) -> bytes:
     return b"\x78\xda" + packed * (size // block) + b"\x03\x00" + struct.pack(">I", sum_of_zeros)
 
 
-def deflate_that_holds_more(megabytes):
-    """192 x 160 px of which the one strip would unpack to megabytes."""
-    strip = zeros_deflated(megabytes << 20)
-    tags = {256: 192, 257: 160, 258: 8, 259: 8, 262: 1, 273: 122, 277: 1, 278: 160, 279: len(strip)}
-    return (struct.pack("<2sHIH", b"II", 42, 8, 9)
-            + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-            + bytes(4) + strip)
-
-
 @pytest.mark.parametrize("name, body", [
-    ("x.jpg", jpeg_that_claims(65500, 65500)), ("x.png", png_that_claims(2**31 - 1, 2**31 - 1)),
-    ("x.png", png_that_claims(50000, 50000))])
+    ("x.jpg", jpeg_that_claims(65500, 65500)),
+    *(("x.png", png(side, side, 8, 0, bytes(64))) for side in (2**31 - 1, 50000))])
 def test_more_pixels_than_the_bytes_can_hold_are_refused(tmp_path, name, body):
     (tmp_path / name).write_bytes(body)
     with pytest.raises(ValueError) as error:
@@ -786,7 +765,7 @@ def test_more_pixels_than_the_bytes_can_hold_are_refused(tmp_path, name, body):
 
 
 def test_a_strip_gives_no_more_than_it_claims(tmp_path):
-    (tmp_path / "x.tif").write_bytes(deflate_that_holds_more(64))
+    (tmp_path / "x.tif").write_bytes(gray_tiff(192, 160, 8, 8, zeros_deflated(64 << 20)))
     tracemalloc.start()
     pixels = read_image(tmp_path / "x.tif").pixels
     _, peak = tracemalloc.get_traced_memory()

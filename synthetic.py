@@ -112,23 +112,21 @@ def movie(seed: int, frames: int = 30, size: int = 256, cells: int = 60, diamete
     pixels = np.empty((frames, size, size), np.uint16)
     labels = np.empty(pixels.shape, np.int32)
     parent: dict[int, int] = {}
-    gone, count = np.zeros(0, np.int64), cells
+    seen, count = np.zeros(1, np.int64), cells
     for t in range(frames):
         labels[t], image = synthetic_nuclei(alive, diameter, size)
         light = 1 + 0.1 * draw_uneven_light(rng, image.shape, 2)
         image = ndimage.gaussian_filter(image, 0.8) * light
         pixels[t] = draw_camera_noise(rng, 200 + 3000 * image, gain=1.0)
-        seen = np.unique(labels[:t + 1])
-        gone = np.union1d(gone, np.setdiff1d(seen, np.append(0, np.unique(labels[t]))))
+        seen = np.union1d(seen, labels[t])
+        gone = np.setdiff1d(seen, labels[t])
         alive = alive.of(~np.isin(alive.number, gone))
         alive, born = moved_synthetic_cells(rng, alive, diameter, speed, cycle, count)
         alive = alive.of(np.all((alive.place > low) & (alive.place < high), axis=1))
         parent |= born
         count += len(born)
-    rows = []
-    for k in np.unique(labels[labels > 0]).tolist():
-        at = np.flatnonzero((labels == k).any((1, 2)))
-        rows.append((k, at[0], at[-1], parent.get(k, 0)))
+    rows = [(k, box[0].start, box[0].stop - 1, parent.get(k, 0))
+            for k, box in enumerate(ndimage.find_objects(labels), 1) if box]
     ends = {k: last for k, _, last, _ in rows}                         # none behind the edge
     tracks = [(k, first, last, mother if ends.get(mother) == first - 1 else 0)
               for k, first, last, mother in rows]

@@ -1,4 +1,5 @@
 """images.py: every kind of file written by another hand and read back, every mistake."""
+import contextlib
 import importlib.util
 import io
 import itertools
@@ -54,10 +55,13 @@ def gray_tiff(width: int, height: int, bits: int, compression: int, strip: bytes
             + bytes(4) + strip)
 
 
-def one_line(error) -> str:
+@contextlib.contextmanager
+def refused(*parts: str):
+    """A ValueError of one line with these parts."""
+    with pytest.raises(ValueError) as error:
+        yield
     text = str(error.value)
-    assert "\n" not in text
-    return text
+    assert "\n" not in text and all(part in text for part in parts), text
 
 
 # ------------------------------------------------------------------------------------------ folders
@@ -185,9 +189,8 @@ def test_stacks_must_be_chosen_from(tmp_path, kind):
                                 (dict(plane=2), ["axis T of 3", "time=1..3"]),
                                 (dict(plane=6, time=1), ["plane=6", "1..5", "axis Z"]),
                                 (dict(plane=0, time=1), ["plane=0", "1..5"])):
-        with pytest.raises(ValueError) as error:
+        with refused(str(path), *expected):
             open_image(path, **arguments)
-        assert all(part in one_line(error) for part in [str(path), *expected])
 
 
 def test_axis_z_of_one_needs_no_choice_and_absent_axes_allow_none(tmp_path):
@@ -302,9 +305,8 @@ def test_channel_names(tmp_path):
         for wrong, expected in (("dapy", "did you mean 'DAPI'"), (0, "1..3, counted from 1"),
                                 (4, "1..3"),
                                 (-1, "1..3")):
-            with pytest.raises(ValueError) as error:
+            with refused(expected, f"'{wrong}'"):
                 open_image(path, channels=[wrong])
-            assert expected in one_line(error) and f"'{wrong}'" in one_line(error)
     with pytest.raises(ValueError, match="empty"):
         open_image(path, channels=[])
 
@@ -583,10 +585,8 @@ def test_files_that_are_no_images(tmp_path):
             "line.npy": "(H, W)", "hyper.npy": "(C, H, W)", "complex.tif": "complex64",
             "volume.tif": "ZYX",
             "inks.jpg": "CMYK"}.items():
-        with pytest.raises(ValueError) as error:
+        with refused(expected, str(tmp_path / name)):
             read_image(tmp_path / name)
-        message = one_line(error)
-        assert expected in message and str(tmp_path / name) in message
     with pytest.raises(FileNotFoundError):
         open_image(tmp_path / "missing.tif")
     with pytest.raises(IsADirectoryError):
@@ -634,9 +634,8 @@ def test_missing_codec_is_named(tmp_path):
     tifffile.imwrite(tmp_path / "x.tif", noise(16, 16))
     with tifffile.TiffFile(tmp_path / "x.tif", mode="r+") as tif:
         tif.pages[0].tags["Compression"].overwrite(50002)
-    with pytest.raises(ValueError) as error:
+    with refused("JPEGXL", "pip install imagecodecs"):
         open_image(tmp_path / "x.tif")
-    assert "JPEGXL" in one_line(error) and "pip install imagecodecs" in one_line(error)
 
 
 GRAY = np.cumsum(np.random.default_rng(0).integers(0, 3, (90, 117)), 1).astype(np.uint8)
@@ -731,9 +730,8 @@ def test_an_image_too_large_for_memory_is_refused_before_it_is_decoded(tmp_path,
                      rowsperstrip=9000)
     np.save(tmp_path / "x.npy", np.zeros((9000, 9000), np.uint8))
     for name in ("x.png", "strip.tif", "x.npy"):
-        with pytest.raises(ValueError) as error:
+        with refused("too large for memory, 0.081 GB of pixels at once and 0.2 GB free"):
             read_image(tmp_path / name)
-        assert "too large for memory, 0.081 GB of pixels at once and 0.2 GB free" in one_line(error)
     with open_image(tmp_path / "x.npy") as source:                # in parts it can be had
         assert source.region(0, 10, 0, 9000).shape == (1, 10, 9000)
 
@@ -759,9 +757,8 @@ def zeros_deflated(size: int) -> bytes:
     *(("x.png", png(side, side, 8, 0, bytes(64))) for side in (2**31 - 1, 50000))])
 def test_more_pixels_than_the_bytes_can_hold_are_refused(tmp_path, name, body):
     (tmp_path / name).write_bytes(body)
-    with pytest.raises(ValueError) as error:
+    with refused("damaged"):
         read_image(tmp_path / name)
-    assert "cannot lie in" in one_line(error) or "damaged" in one_line(error)
 
 
 def test_a_strip_gives_no_more_than_it_claims(tmp_path):
@@ -863,9 +860,8 @@ def test_nan_is_found_where_it_is(tmp_path, bad):
     tifffile.imwrite(tmp_path / "x.tif", pixels, metadata={"axes": "CYX"}, photometric="minisblack")
     with open_image(tmp_path / "x.tif") as source:
         np.testing.assert_array_equal(source.region(0, 30, 0, 50), pixels[:, :30])
-        with pytest.raises(ValueError) as error:
+        with refused("2 of 2000 values", "nan_to_num"):
             source.region(20, 40, 0, 50)
-        assert "2 of 2000 values" in one_line(error) and "nan_to_num" in one_line(error)
         for box in ((0, 41, 0, 50), (-1, 4, 0, 50), (4, 4, 0, 50)):
             with pytest.raises(ValueError, match="no region"):
                 source.region(*box)
@@ -1009,9 +1005,8 @@ def test_labels_from_png_and_npy_and_what_are_no_labels(tmp_path):
                             (labels + 2 ** 31, "0 to 2147483647"),
                             (np.stack([labels] * 3), "one channel")):
         np.save(tmp_path / "x.npy", wrong)
-        with pytest.raises(ValueError) as error:
+        with refused(expected):
             read_labels(tmp_path / "x.npy")
-        assert expected in one_line(error)
     for wrong in (labels - 5, labels + 2 ** 32, labels.astype(float), labels[None]):
         with pytest.raises(ValueError):
             write_labels(tmp_path / "new.tif", wrong)

@@ -239,14 +239,14 @@ class Resident:
             low, high = pixels.min(), pixels.max()
             if not (low >= 0 and high <= 1):
                 raise ValueError(f"{image.name}: values {low:g} to {high:g}; expected 0 to 1")
-            ids = np.unique(np.append(truth, 0))                             # background first
-            truth = np.searchsorted(ids, truth).astype(np.int32)             # 0..n
-            median, centre, depth = measure_for_crops(truth, len(ids))
+            truth = skimage.segmentation.relabel_sequential(truth)[0].astype(np.int32)   # 0..n
+            cells = int(truth.max())
+            median, centre, depth = measure_for_crops(truth, cells + 1)
             far = np.zeros(truth.shape, np.float32) if cap is not None else \
                 watershed.distance_map(truth)
             levels = crop_pyramid(np.concatenate((pixels, far[None])))
             rows.append((median, pixels.mean(), (pixels == pixels[0]).all(), pixels.any((1, 2)),
-                         len(ids) - 1, [level.shape[:2] for level in levels]))
+                         cells, [level.shape[:2] for level in levels]))
             for level in levels:
                 words.add(np.round(level * 65535 - 32768).astype(np.int16).view(np.int64).ravel())
             labels.add(truth.ravel())

@@ -579,9 +579,6 @@ def read_masks(paths: Sequence[Path]) -> np.ndarray:
 
 # ------------------------------------------------------------------------------- classes of cells
 
-TYPE_TABLES = ("_types.csv", "_classes.csv", "_cells.csv")
-
-
 def _labelled_types(labels: Path, image: Path) -> dict[int, str]:
     """Class of each cell that has one: of GeoJSON, a table or a picture beside labels or image."""
     if labels.suffix.lower() == ".geojson":
@@ -590,7 +587,7 @@ def _labelled_types(labels: Path, image: Path) -> dict[int, str]:
              for feature in _geojson_cells(labels)])
     for folder in (image.parent, labels.parent):
         stem = folder / stem_of(image).removesuffix("_img")
-        for end in TYPE_TABLES:
+        for end in ("_types.csv", "_classes.csv", "_cells.csv"):
             table = stem.with_name(stem.name + end)
             if table.is_file() and (types := read_types(table, labels, image)):
                 return types
@@ -1033,8 +1030,7 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
     _claim_labelled_folder(target / "converted.txt",
                            f"from {Path(source).resolve()} with {chosen}\n")
     made = 0
-    for example in tqdm.tqdm(found, target.name, unit="image", delay=1, file=sys.stderr,
-                             leave=False):
+    for example in tqdm.tqdm(found, target.name, unit="image", delay=1, leave=False):
         path = target / f"{example.name}.tif"
         if not path.exists():
             image, labels = example.image(), example.labels()
@@ -1131,7 +1127,7 @@ def check(config: Config, *paths: str) -> int:
         if Path(path).is_dir():
             problems += unread(Path(path), found) if config.match is None else []
             problems += _straddling(Path(path, "split.tsv"))
-        for example in tqdm.tqdm(found, path, unit="image", delay=1, file=sys.stderr, leave=False):
+        for example in tqdm.tqdm(found, path, unit="image", delay=1, leave=False):
             where = f"{path}: {example.name}"
             try:
                 pixels, labels = example.image().pixels, example.labels()

@@ -683,7 +683,7 @@ BRIGHTNESS = ((16, 11, 10, 16, 24, 40, 51, 61), (12, 12, 14, 19, 26, 58, 60, 55)
               (14, 13, 16, 24, 40, 57, 69, 56), (14, 17, 22, 29, 51, 87, 80, 62),
               (18, 22, 37, 56, 68, 109, 103, 77), (24, 35, 55, 64, 81, 104, 113, 92),
               (49, 64, 78, 87, 103, 121, 120, 101), (72, 92, 95, 98, 112, 100, 103, 99))
-COLOUR = ((17, 18, 24, 47), (18, 21, 26, 66), (24, 26, 56, 99), (47, 66, 99, 99))  # 99 elsewhere
+COLOUR = ((17, 18, 24, 47), (18, 21, 26, 66), (24, 26, 56, 99), (47, 66, 99, 99))  # then 99
 YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))  # T.871
 
 
@@ -691,11 +691,8 @@ YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0
 def jpeg_tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cosine transform of 8 px, steps of three planes in [0, 1], colour transform and its inverse.
     """
-    at = np.arange(8)
-    cosines = np.cos((2 * at + 1) * at[:, None] * np.pi / 16)
-    cosines *= np.where(at[:, None], 0.5, 8 ** -0.5)
-    colour = np.full((8, 8), 99)
-    colour[:4, :4] = COLOUR
+    cosines = scipy.fft.dct(np.eye(8), axis=0, norm="ortho")
+    colour = np.pad(COLOUR, ((0, 4), (0, 4)), constant_values=99)
     steps = np.stack((BRIGHTNESS, colour, colour)) / 255
     cosines, steps, into, back = (send_crop_values(table, device) for table in (
         cosines, steps, np.array(YCBCR), np.linalg.inv(YCBCR)))

@@ -356,13 +356,11 @@ def synthetic_largest_pieces(grown: Array, smallest: float) -> tuple[Array, Arra
     """The largest piece of each cell that the edge cut up, as 1..n; and their old numbers."""
     piece = label(grown, connectivity=1)
     area = np.bincount(piece.ravel())
-    area[0] = 0
     old = np.zeros(len(area), np.int32)
     old[piece] = grown
-    largest = np.zeros(grown.max() + 1, np.int64)
-    by_area = np.argsort(area, kind="stable")
-    largest[old[by_area]] = by_area                                    # the last write stays
-    kept = np.sort(largest[(largest > 0) & (area[largest] >= smallest)])
+    by_area = np.argsort(area, kind="stable").tolist()
+    largest = dict(zip(old[by_area].tolist(), by_area))                # of each cell the last stays
+    kept = sorted(k for cell, k in largest.items() if cell and area[k] >= smallest)
     new = np.zeros(len(area), np.int32)
     new[kept] = np.arange(1, len(kept) + 1)
     return new[piece], np.append(0, old[kept])

@@ -72,6 +72,7 @@ from images import (
     percentiles,
     read_image,
     read_labels,
+    source_of_arrays,
     to_rgb,
     write_image,
     write_labels,
@@ -253,16 +254,9 @@ def _layout_joined_image(paths: list[Path], numbers: list[int], channels: Channe
                              f"{paths[0].name} has {first.dtype} of {first.shape}; expected one "
                              "channel of the same size in each")
     names = [{0: "DAPI", 1: "marker"}.get(number, f"c{number}") for number in numbers]
-    pixels = np.concatenate([part.pixels for part in parts])
-    return _labelled_channels(paths[0], pixels, channels, names, parts[0].pixel_size)
-
-
-def _labelled_channels(path: Path, pixels: np.ndarray, channels: Channels,
-                       names: Sequence[str] | None = None,
-                       pixel_size: float | None = None) -> Image:
-    """Channels of an array (C, H, W), with the checks that images in files pass."""
-    return Source(path, channels, lambda picked, rows, columns: pixels[picked, rows, columns],
-                  pixels.shape, pixels.dtype, names, pixel_size).whole()
+    joined = source_of_arrays([part.pixels for part in parts], "CYX", names=names,
+                              pixel_size=parts[0].pixel_size)
+    return Source(paths[0], channels, **joined).whole()
 
 
 def _arrays(folder: Path, files: list[Path], choice: Choice) -> Iterator[Example]:
@@ -285,8 +279,7 @@ def _layout_array(path: Path) -> np.ndarray:
 
 def _array_image(path: Path, i: int, channels: Channels) -> Image:
     pixels = _layout_array(path)[i]
-    return _labelled_channels(path, pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1),
-                              channels)
+    return Source(path, channels, **source_of_arrays([pixels], "YXC"[:pixels.ndim])).whole()
 
 
 def _array_labels(path: Path, i: int) -> np.ndarray:

@@ -390,7 +390,7 @@ def image_decoding(path: Path, codec: str = "") -> Iterator[None]:
                          "export it again") from None
 
 
-def _source_of_arrays(arrays: Iterable[np.ndarray], axes: str, **more: Any) -> dict[str, Any]:
+def source_of_arrays(arrays: Iterable[np.ndarray], axes: str, **more: Any) -> dict[str, Any]:
     """Arguments of Source for arrays, mapped or not, with axes of C, S, Y, X in any order."""
     order = [axes.index(a) for a in "CSYX" if a in axes]
     arrays = [array.transpose(order) for array in arrays]
@@ -411,7 +411,7 @@ def _open_npy(path: Path, select: Selector) -> dict[str, Any]:
         raise ValueError(f"{path}: shape {array.shape}, expected (H, W), (C, H, W) or (H, W, C)")
     axes = "YX" if array.ndim == 2 else "YXC" if array.shape[2] <= 4 < array.shape[0] else "CYX"
     select(axes, array.shape)
-    return _source_of_arrays([array], axes)
+    return source_of_arrays([array], axes)
 
 
 def _open_png_jpeg(path: Path, select: Selector, colours: bool) -> dict[str, Any]:
@@ -433,8 +433,8 @@ def _open_png_jpeg(path: Path, select: Selector, colours: bool) -> dict[str, Any
     select("YX", array.shape[:2])
     notices = [f"EXIF says that the camera was turned (orientation {turned}); pixels and results "
                "are as stored"] * (turned in range(2, 9))
-    return _source_of_arrays([array], "YXC"[:array.ndim], alpha=array.shape[2:] in ((2,), (4,)),
-                             notices=notices)
+    return source_of_arrays([array], "YXC"[:array.ndim], alpha=array.shape[2:] in ((2,), (4,)),
+                            notices=notices)
 
 
 def _sixteen_bits(path: Path, image: Any) -> np.ndarray:
@@ -488,8 +488,8 @@ def _open_tiff(path: Path, select: Selector, files: ExitStack, colours: bool, le
     stored_as = dtype.newbyteorder(tif.byteorder)
     if offset is not None:                                 # one run of bytes; pages may be unlisted
         _check_extent(path, offset + math.prod(shape) * dtype.itemsize)
-        stored: Any = _source_of_arrays([np.memmap(path, stored_as, "r", offset, shape)[where]],
-                                        kept)
+        stored: Any = source_of_arrays([np.memmap(path, stored_as, "r", offset, shape)[where]],
+                                       kept)
     else:
         chosen = np.arange(len(pages)).reshape(lead)[where[:len(lead)]]
         with image_decoding(path):
@@ -499,11 +499,11 @@ def _open_tiff(path: Path, select: Selector, files: ExitStack, colours: bool, le
         if page.bitspersample in (2, 4) or page.bitspersample == 1 != page.compression:
             check_image_memory(path, len(pages) * page.imagelength * page.imagewidth)
             with image_decoding(path):
-                stored = _source_of_arrays(_read_by_pillow(path, pages), "YX")
+                stored = source_of_arrays(_read_by_pillow(path, pages), "YX")
         elif mapped:
             _check_extent(path, max(offsets) + math.prod(page.shape) * dtype.itemsize)
             maps = [np.memmap(path, stored_as, "r", start, page.shape) for start in offsets]
-            stored = _source_of_arrays(maps, inner)
+            stored = source_of_arrays(maps, inner)
         else:
             shape = len(pages) * page.samplesperpixel, page.imagelength, page.imagewidth
             stored = dict(read=_Segments(path, pages), dtype=dtype, shape=shape)
@@ -513,8 +513,8 @@ def _open_tiff(path: Path, select: Selector, files: ExitStack, colours: bool, le
             table = (table >> 8).astype(np.uint8)          # colours of 8 bits, as nearly everywhere
         _, H, W = stored["shape"]
         check_image_memory(path, 3 * H * W * table.itemsize)
-        stored = _source_of_arrays([table[:, stored["read"]([0], slice(0, H), slice(0, W))[0]]],
-                                   "CYX")
+        stored = source_of_arrays([table[:, stored["read"]([0], slice(0, H), slice(0, W))[0]]],
+                                  "CYX")
     alpha = stored["shape"][0] == page.samplesperpixel and page.extrasamples[-1:] in ((1,), (2,))
     return dict(stored, alpha=alpha, levels=len(levels), **about)
 

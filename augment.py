@@ -560,10 +560,7 @@ def crop_coordinates(resident: Resident, images: np.ndarray, draws: Draws, size:
     centre = np.where(on_cell[:, None], np.clip(beside, half, extent - half), centre)  # (B, 2) px
     centre = np.round(centre - size / 2) + (size - 1) / 2                    # on the grid
 
-    at = send_crop_values(np.arange(size) - (size - 1) / 2, device)                      # (S,)
-    down, right = (send_crop_values(matrix[:, :, i], device)[:, :, None] * at for i in (0, 1))
-    down = down + send_crop_values(centre, device)[:, :, None]
-    yx = [down[:, i, :, None] + right[:, i, None, :] for i in (0, 1)]        # (B, S, S) each
+    yx = crop_grid(matrix, centre, size, device)
     rows = np.flatnonzero(draws.happens("elastic"))
     if len(rows):
         knots = draws.at(rows).knots("elastic", "elastic_px", 2, 2 + size // 32)
@@ -574,6 +571,15 @@ def crop_coordinates(resident: Resident, images: np.ndarray, draws: Draws, size:
     y, x = (mirrored_coordinates(yx[i], send_crop_values(extent[:, i], device)[:, None, None])
             for i in (0, 1))
     return scale, y, x
+
+
+def crop_grid(matrix: np.ndarray, centre: np.ndarray, size: int, device: torch.device
+              ) -> list[Tensor]:
+    """y, x (B, S, S): matrix (B, 2, 2) @ (px of the crop from its middle) + centre (B, 2)."""
+    at = send_crop_values(np.arange(size) - (size - 1) / 2, device)                      # (S,)
+    down, right = (send_crop_values(matrix[:, :, i], device)[:, :, None] * at for i in (0, 1))
+    down = down + send_crop_values(centre, device)[:, :, None]
+    return [down[:, i, :, None] + right[:, i, None, :] for i in (0, 1)]
 
 
 def mirrored_coordinates(c: Tensor, extent: Tensor) -> Tensor:

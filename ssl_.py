@@ -38,6 +38,7 @@ import runs
 from augment import (
     Augment,
     Draws,
+    crop_grid,
     crop_on_one_thread,
     expose_crops,
     mirrored_coordinates,
@@ -187,11 +188,7 @@ def cut_view_crops(pixels: Tensor, limits: Tensor, slots: Tensor, weights: np.nd
     centre, matrix : (n, 2), (n, 2, 2), see place_views.
     """
     C, H, W = pixels.shape[1:]
-    at = send_crop_values(np.arange(size) - (size - 1) / 2, pixels.device)               # (S,)
-    down, right = (send_crop_values(matrix[:, :, i], pixels.device)[:, :, None] * at
-                   for i in (0, 1))
-    down = down + send_crop_values(centre - 0.5, pixels.device)[:, :, None]  # pixel i: middle at i
-    yx = [down[:, i, :, None] + right[:, i, None, :] for i in (0, 1)]        # (n, S, S) each
+    yx = crop_grid(matrix, centre - 0.5, size, pixels.device)                # pixel i: middle at i
     y, x = (mirrored_coordinates(v, torch.full((), float(e), device=v.device))
             for v, e in zip(yx, (H, W), strict=True))
     top, left = y.floor().clamp(max=max(H - 2, 0)), x.floor().clamp(max=max(W - 2, 0))

@@ -38,11 +38,11 @@ with runs.lazy():
     import numpy as np
     import scipy
     import skimage
-    import tifffile
     import torch
     import tqdm
 
     import data
+    import images
     import watershed
 
 if TYPE_CHECKING:
@@ -920,9 +920,8 @@ def write_augmented_crop(path: Path, pixels: np.ndarray) -> None:
     """(3, H, W) in [0, 1] as 16-bit TIFF, whole or not at all; one channel where all are equal."""
     pixels = np.round(pixels * 65535).astype(np.uint16)
     gray = (pixels == pixels[0]).all()
-    with runs.replacing(path) as temporary:
-        tifffile.imwrite(temporary, pixels[0] if gray else pixels, photometric="minisblack",
-                         compression="zlib", metadata={"axes": "YX" if gray else "CYX"})
+    images.write_tiff(path, pixels[0] if gray else pixels,
+                      metadata={"axes": "YX" if gray else "CYX"})
 
 
 if __name__ == "__main__":

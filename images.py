@@ -897,17 +897,21 @@ def normalise(pixels: np.ndarray, limits: np.ndarray) -> np.ndarray:
 
 # --------------------------------------------------------------------------------- writing, labels
 
+def write_tiff(path: str | Path, pixels: Any, **options: Any) -> None:
+    """Write a compressed TIFF of gray channels; options : as of tifffile.imwrite."""
+    with runs.replacing(path) as temporary:
+        tifffile.imwrite(temporary, pixels, photometric="minisblack", compression="zlib", **options)
+
+
 def write_image(path: Path, image: Image) -> None:
-    """Write a compressed TIFF, the same bytes always; an OME one if OME knows the type."""
+    """Write a TIFF, the same bytes always; an OME one if OME knows the type."""
     ome: dict[str, Any] = {"UUID": uuid.uuid5(uuid.NAMESPACE_URL, path.name).urn}
     if image.channels:
         ome["Channel"] = {"Name": list(image.channels)}
     if image.pixel_size:
         ome |= {"PhysicalSizeX": image.pixel_size, "PhysicalSizeY": image.pixel_size}
     known = image.pixels.dtype.str[1:] in ("u1", "u2", "u4", "i1", "i2", "i4", "f4", "f8")
-    with runs.replacing(path) as temporary:
-        tifffile.imwrite(temporary, image.pixels, photometric="minisblack", compression="zlib",
-                         ome=known, metadata={"axes": "CYX", **(ome if known else {})})
+    write_tiff(path, image.pixels, ome=known, metadata={"axes": "CYX", **(ome if known else {})})
 
 
 def read_labels(path: str | Path, plane: int | None = None, time: int | None = None
@@ -925,14 +929,13 @@ def read_labels(path: str | Path, plane: int | None = None, time: int | None = N
 
 def write_labels(path: str | Path, labels: np.ndarray, pixel_size: float | None = None,
                  record: dict | None = None) -> None:
-    """Write a compressed TIFF of uint16, or uint32 if ids pass 65,535.
+    """Write a TIFF of uint16, or uint32 if ids pass 65,535.
 
     pixel_size : µm; record : how they were made, which label_record() gives back.
     """
     check_label_image(labels, path, np.iinfo(np.uint32).max)
     dtype = np.uint16 if labels.max(initial=0) < 1 << 16 else np.uint32
-    with runs.replacing(path) as temporary:
-        tifffile.imwrite(temporary, labels.astype(dtype), **_label_options(pixel_size, record))
+    write_tiff(path, labels.astype(dtype), **_label_options(pixel_size, record))
 
 
 def label_record(file: str | Path | bytes) -> dict | None:
@@ -993,17 +996,17 @@ class LabelWriter:
             raise ValueError(f"{self.path}: {len(self.lengths)} tiles of labels, expected "
                              f"{expected} for {H} x {W} px")
         self.spool.seek(0)
-        with self.spool, runs.replacing(self.path) as temporary:
-            tifffile.imwrite(temporary, (self.spool.read(length) for length in self.lengths),
-                             shape=self.size, dtype=np.uint32, tile=(LABEL_TILE, LABEL_TILE),
-                             bigtiff=4 * H * W > CLASSIC, byteorder="<",
-                             **_label_options(self.pixel_size, record))
+        with self.spool:
+            write_tiff(self.path, (self.spool.read(length) for length in self.lengths),
+                       shape=self.size, dtype=np.uint32, tile=(LABEL_TILE, LABEL_TILE),
+                       bigtiff=4 * H * W > CLASSIC, byteorder="<",
+                       **_label_options(self.pixel_size, record))
 
 
 def write_label_stack(path: str | Path, planes: Iterable[np.ndarray], shape: tuple[int, int, int],
                       axes: str, largest: int, pixel_size: float | None = None,
                       step: float | None = None, record: dict | None = None) -> None:
-    """Write labels (Z or T, H, W), one plane in memory, as a compressed OME-TIFF.
+    """Write labels (Z or T, H, W), one plane in memory, as an OME-TIFF.
 
     axes : ZYX or TYX; largest : the largest label; pixel_size, step : µm in a plane and to the
     next one, or seconds for frames; record : as of write_labels.
@@ -1019,10 +1022,9 @@ def write_label_stack(path: str | Path, planes: Iterable[np.ndarray], shape: tup
     if record:
         words["Description"] = json.dumps(record)
     words["UUID"] = uuid.uuid5(uuid.NAMESPACE_URL, Path(path).name).urn
-    with runs.replacing(path) as temporary:
-        tifffile.imwrite(temporary, (plane.astype(dtype) for plane in planes), shape=shape,
-                         dtype=dtype, ome=True, metadata=words, **_label_options(),
-                         bigtiff=math.prod(shape) * dtype().itemsize > CLASSIC)
+    write_tiff(path, (plane.astype(dtype) for plane in planes), shape=shape, dtype=dtype, ome=True,
+               metadata=words, bigtiff=math.prod(shape) * dtype().itemsize > CLASSIC,
+               **_label_options())
 
 
 def _label_tile(labels: np.ndarray) -> bytes:
@@ -1037,8 +1039,7 @@ def _empty_tile() -> bytes:
 
 def _label_options(pixel_size: float | None = None, record: dict | None = None) -> dict[str, Any]:
     # level 3: a third less would take three times as long
-    options: dict[str, Any] = dict(photometric="minisblack", compression="zlib",
-                                   compressionargs={"level": 3})
+    options: dict[str, Any] = dict(compressionargs={"level": 3})
     if record:
         options |= dict(description=json.dumps(record), metadata=None)
     if pixel_size:

@@ -70,7 +70,6 @@ import s3
 
 with runs.lazy():  # what needs torch: half the start-up time
     import numpy as np
-    import tifffile
     import torch
     import tqdm
     import yaml
@@ -665,9 +664,7 @@ class Results:
                 cells.write_picture(f"{beginning}overlay.png", cells.overlay(
                     *self.picture, types=types, names=self.plan.net.type_names))
             if self.distance is not None:
-                with runs.replacing(f"{beginning}distance.tif") as beside:
-                    tifffile.imwrite(beside, self.distance.astype(np.float32), compression="zlib",
-                                     photometric="minisblack")
+                images.write_tiff(f"{beginning}distance.tif", self.distance.astype(np.float32))
             if self.geojson:
                 self.geojson.close()
             if self.config.rois:

@@ -819,7 +819,7 @@ class TrainingData:
     memory_gb: runs.Positive | None = None
     # types to tell: {name: [its classes in the sets]}, cells of others are of unknown type
     types: dict = field(default_factory=dict)
-    fields: int = 0                         # synthetic fields in addition, a tenth to validate on
+    fields: runs.Whole = 0                  # synthetic fields in addition, a tenth to validate on
     # two of them a field
     field_channels: tuple[str, ...] = ("AGP", "ER", "RNA", "Brightfield", "HighZBF", "LowZBF")
     field_size: int = 384                   # px, their side

@@ -896,6 +896,11 @@ def test_check_lists_everything(tmp_path, capsys):
         assert sum(bool(re.search(pattern, line)) for line in lines) == 1, (pattern, lines)
 
 
+def test_fields_to_draw_are_no_negative_number():
+    with pytest.raises(ValueError, match="fields is -3, expected a whole number, 0 or more"):
+        runs.from_dict(data.TrainingData, {"sets": ["x"], "fields": -3}, "here")
+
+
 @pytest.mark.parametrize("arguments, problem", [
     ((), "got nothing, expected convert"), (("chek", "."), "got chek"), (("check",), "DIR"),
     (("convert", "."), "expected SRC DST"), (("check", ".", "seed=3"), "check does not use seed="),

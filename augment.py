@@ -214,8 +214,6 @@ LEVELS = 4              # the image; a half, a quarter, an eighth of its side
 class Resident:
     """N images of any size and their labels, on one device.
 
-    images : may be a generator. draw() takes every set equally often, or as often as `weights`
-        says.
     cap : px; None keeps the uncapped distance maps, which sample(cap=None) needs.
     diameter : px, of an image's median cell before the random factor. None: as it is.
     limit : bytes of the words, and of the labels, that are held in memory; more lie in a file.
@@ -227,8 +225,7 @@ class Resident:
     """
 
     def __init__(self, images: Iterable[data.Labelled], device: str | torch.device = "cpu",
-                 cap: float | None = 4.0, diameter: float | None = None,
-                 weights: dict[str, float] | None = None, limit: float = math.inf):
+                 cap: float | None = 4.0, diameter: float | None = None, limit: float = math.inf):
         words, labels = Pile(np.int64, limit), Pile(np.int32, limit)
         depths, centres, rows, groups, types = [], [], [], [], []
         for image in images:
@@ -277,11 +274,11 @@ class Resident:
         self.types = torch.from_numpy(np.concatenate(types)).to(device) if types else None
         # (groups,), (N,)
         self.groups, self.group = np.unique(groups, return_inverse=True)
-        self.weigh(weights or {})
+        self.weigh({})
         self.cap = cap
 
     def weigh(self, weights: dict[str, float]) -> None:
-        """Set how often images of each group are drawn: {name: weight}, 1 without, 0 for never."""
+        """Set how often draw() takes images of each set: {name: weight}, 1 without, 0: never."""
         share = np.cumsum([weights.get(str(name), 1.0) for name in self.groups])
         self.share = share / share[-1]                                       # (groups,) cumulative
 
@@ -318,8 +315,8 @@ def load_resident(config: data.TrainingData, seed: int, device: str, cap: float 
             yield image
 
     limit = config.memory_gb * 1e9 if config.memory_gb else runs.free_memory() / 2
-    resident = Resident(read(), device, cap, config.diameter,
-                        {chosen.name: chosen.weight for chosen in config.sets}, limit / 2)
+    resident = Resident(read(), device, cap, config.diameter, limit / 2)
+    resident.weigh({chosen.name: chosen.weight for chosen in config.sets})
     data.check_cells("data.sets", dict(zip(hashes["train"], resident.cells)))
     data.check_training_types(of_type, data.training_types(config.types))
     return resident, validation, hashes

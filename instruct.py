@@ -270,11 +270,11 @@ class Crops:
     def __init__(self, tiles: list[TissueTile], classes: list[str], config: Config,
                  cap: float | None, device: str):
         coarse = [set(tile.classes.values()) <= {"nuclei"} for tile in tiles]
-        weights = {"coarse": max(1.0, 0.5 * coarse.count(False))}
         entries = (data.Labelled(tile.name, tile.normalised(), tile.labels,
                                  "coarse" if alike else tile.name)
                    for tile, alike in zip(tiles, coarse))
-        self.images = augment.Resident(entries, device, cap, weights=weights)
+        self.images = augment.Resident(entries, device, cap)
+        self.images.weigh({"coarse": max(1.0, 0.5 * coarse.count(False))})
         columns = ["", *classes]
         self.column = torch.tensor([columns.index(name) for tile in tiles for name in
                                     ("", *(tile.classes[i] for i in sorted(tile.classes)))],

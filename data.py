@@ -86,7 +86,7 @@ with runs.lazy():
 # ---------------------------------------------------------------------------------- labelled images
 
 # of labels, by rank
-ENDS = ("_masks", "_mask", "_cp_masks", "_seg", "_labels", "_label", "_cells", "_nuclei", "")
+ENDS = ("_masks", "_mask", "_cp_masks", "_seg", "_labels", "_label", "_cells", "_nuclei")
 BYPRODUCTS = ("_types", "_overlay", "_distance", "_flows", "_cp_output", "_outlines", "dist_maps")
 IMAGES, LABELS = TIFF + PNG_JPEG + NPY, (*TIFF, ".png", *NPY, ".geojson")  # .jpg would blur ids
 OME = re.compile(r"(?i)\.ome$")                                               # infer.py keeps it
@@ -203,7 +203,7 @@ def _layout_of_matches(folder: Path, images: list[Path], labels: list[Path], cho
         shots[file_pair_key(stem_of(file))].append(file)
     for file in labels:
         stem = stem_of(file)
-        for rank, end in enumerate(ENDS):
+        for rank, end in enumerate((*ENDS, "")):
             key = file_pair_key(OME.sub("", stem.removesuffix(end)))
             if stem.endswith(end) and (end or apart or file.suffix.lower() == ".geojson") \
                     and file not in shots.get(key, [file]) and choice.labels in (None, end[1:]):
@@ -339,7 +339,7 @@ def unread(root: Path, found: list[Example]) -> list[str]:
                for at in (folder, *folder.parents)):
             continue
         for file in layout_files(files, {*IMAGES, ".geojson"}):
-            ends = [end for end in ENDS if end and stem_of(file).endswith(end)]
+            ends = [end for end in ENDS if stem_of(file).endswith(end)]
             other = any(folder / file_pair_key(stem_of(file).removesuffix(end)) in keys
                         for end in ends)
             if file not in used and not other and not stem_of(file).endswith(BYPRODUCTS):

@@ -616,7 +616,7 @@ def _mixed_fields(config: FieldData, seed: int):
 def _field_files(config: FieldData, folder: str) -> list[Path]:
     """Images below a folder, without labels and what programs write beside them."""
     root = Path(config.root or "", folder)
-    others = (*filter(None, data.ENDS), *data.BYPRODUCTS)
+    others = (*data.ENDS, *data.BYPRODUCTS)
     found = [path for path in images.image_files(root) if not data.stem_of(path).endswith(others)]
     if config.match is not None:
         wanted = data.labelled_name_pattern("data.match", config.match)

@@ -683,12 +683,11 @@ def images_of(folder: Path, out: Path, config: Config) -> dict[str, Entry]:
     found = [path for path in images.image_files(folder, pattern)
              if inside in path.resolve().parents and results not in path.resolve().parents]
     stems = {path.with_suffix("") for path in found}
-    ends = tuple(end for end in (*data.ENDS, *data.BYPRODUCTS) if end)
     names: dict[str, Entry] = {}
     for path in found:
         stem = path.with_suffix("")
         if any(stem.name.endswith(end) and stem.with_name(stem.name[:-len(end)]) in stems
-               for end in ends if stem.name != end):
+               for end in (*data.ENDS, *data.BYPRODUCTS) if stem.name != end):
             continue
         name = runs.flat_name(path.relative_to(folder).with_suffix("").as_posix())
         for one, entry in entries_of(path, name, config):

@@ -988,7 +988,8 @@ class Config:
 
 
 def main(config: Config, paths: list[str]) -> int:
-    images, keys = ("channels", "match", "labels"), {key.name for key in fields(Config)}
+    images = ("channels", "match", "labels")
+    keys = {key.name for key in fields(Config)} - {"every"}
     commands: dict[str, tuple[Callable[..., int], str, Collection[str]]] = {
         "convert": (convert, "SRC DST", images), "split": (split, "SRC", keys),
         "planes": (planes, "SRC DST", ("every",)), "check": (check, "DIR ...", images)}

@@ -904,6 +904,7 @@ def test_fields_to_draw_are_no_negative_number():
 @pytest.mark.parametrize("arguments, problem", [
     ((), "got nothing, expected convert"), (("chek", "."), "got chek"), (("check",), "DIR"),
     (("convert", "."), "expected SRC DST"), (("check", ".", "seed=3"), "check does not use seed="),
+    (("split", ".", "every=2"), "split does not use every="),
     (("split", ".", "by=doner"), "image or group or donor"),
     (("check", "gone"), "gone: no such folder"),
     (("check", ".", "match=("), "match=(: not a regular expression"),

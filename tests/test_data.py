@@ -631,8 +631,7 @@ def test_copies_of_an_image_stay_on_one_side(tmp_path):
         for name in (f"im{number}", f"im{number}_copy2"):
             pair(tmp_path / "in", name, number)
     command("split", tmp_path / "in", f"out={tmp_path / 'out'}", "fractions=0.5,0.5")
-    with open(tmp_path / "out/split.tsv", newline="") as file:
-        sides = {row["name"]: row["split"] for row in csv.DictReader(file, delimiter="\t")}
+    sides = {row["name"]: row["split"] for row in table(tmp_path / "out/split.tsv")}
     assert len(sides) == 16 and len(set(sides.values())) == 2
     assert all(sides[f"im{number}"] == sides[f"im{number}_copy2"] for number in range(8))
 

@@ -4,7 +4,8 @@
     held = hold_out(examples("cells"), share=0.1, seed=0)
     train, validation = training_images(config.data, seed)
 
-    python data.py convert SRC DST             any layout -> NAME.tif and NAME_masks.tif; resumes
+    python data.py convert SRC DST             any layout -> NAME.tif, NAME_masks.tif and, if cells
+                                               have classes, NAME_types.csv; resumes
     python data.py split SRC by=donor fractions=0.6,0.2,0.2 [out=DIR]
                                                SRC/split.tsv; with out= DIR/split.tsv, and images
                                                converted in DIR/train, DIR/validation, DIR/test
@@ -604,7 +605,10 @@ def read_types(path: Path, labels: Path, image: Path) -> dict[int, str]:
         return {}
     if wrong := [row["id"] for row in rows if not row["id"].isdigit()]:
         raise ValueError(f"{path}: id '{wrong[0]}', expected the whole numbers of {labels.name}")
-    types = {int(row["id"]): row[column] for row in rows if row[column]}
+    known = [(int(row["id"]), row[column]) for row in rows if row[column]]
+    types = dict(known)
+    if twice := [cell for cell, name in known if name != types[cell]]:
+        raise ValueError(f"{path}: two types for cell {twice[0]}; expected one")
     ids = np.unique(_labels(labels, image, None))
     if strangers := sorted(types.keys() - set(ids.tolist())):
         raise ValueError(f"{path}: a type for cell {strangers[0]}, which is not in {labels.name}")
@@ -1017,7 +1021,8 @@ def convert(config: Config, source: str, target: str) -> int:
 
 
 def _write_labelled(found: list[Example], source: str, target: Path, config: Config) -> int:
-    """Write NAME.tif and NAME_masks.tif; the image last, so that it stands for both."""
+    """Write NAME.tif, NAME_masks.tif and the classes in NAME_types.csv; the image last, so that it
+    stands for all."""
     if target.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f"{target}: would be read as data of {source}; choose a folder outside")
     chosen = {name: getattr(config, name) for name in ("channels", "match", "labels")}
@@ -1033,6 +1038,14 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
                                  f"{labels.shape}")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_labels(target / f"{example.name}_masks.tif", labels, image.pixel_size)
+            try:
+                types = example.types()
+            except ValueError as error:                # a table of other labels of the same image
+                print(f"{example.name}: without classes of cells; {error}", file=sys.stderr)
+                types = {}
+            rows = [{"id": i, "type": types[i]} for i in np.unique(labels).tolist() if i in types]
+            if rows:
+                runs.write_table(target / f"{example.name}_types.csv", rows)
             write_image(path, image)
             made += 1
     return made
@@ -1125,6 +1138,7 @@ def check(config: Config, *paths: str) -> int:
             where = f"{path}: {example.name}"
             try:
                 pixels, labels = example.image().pixels, example.labels()
+                example.types()
             except (ValueError, OSError) as error:
                 problems.append(f"{where}: {error}")
                 continue

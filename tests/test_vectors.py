@@ -221,6 +221,9 @@ def test_classes_from_every_layout(tmp_path):
     (tmp_path / "s" / "a_types.csv").write_text("id,type\n9,round\n")
     with pytest.raises(ValueError, match="a type for cell 9, which is not in a_masks.tif"):
         example.types()
+    (tmp_path / "s" / "a_types.csv").write_text("id,type\n2,long\n1,round\n2,round\n2,\n")
+    with pytest.raises(ValueError, match="two types for cell 2; expected one"):
+        example.types()
 
     (tmp_path / "g").mkdir()
     cells.write_picture(tmp_path / "g" / "a.png", np.zeros((64, 64), np.uint8))
@@ -238,6 +241,19 @@ def test_classes_from_every_layout(tmp_path):
         "annotations": [{"image_id": 1, "segmentation": square, "category_id": 5}]}))
     example, = data.examples(tmp_path / "c")
     assert example.types() == {1: "tumour"}
+
+
+def test_classes_are_converted_with_their_cells(tmp_path, capsys):
+    source, out = tmp_path / "in", tmp_path / "out"
+    for name, table in (("a", "id,type\n3,round\n1,long\n"), ("b", "id,type\n9,round\n")):
+        labelled(source, name, (1, 2))
+        (source / f"{name}_types.csv").write_text(table)
+    assert data.check(data.Config(), str(source)) == 1
+    assert "b: " in (said := capsys.readouterr().out) and "a type for cell 9" in said
+    assert data.main(data.Config(), ["convert", str(source), str(out)]) == 0
+    assert "b: without classes of cells; " in capsys.readouterr().err
+    assert (out / "a_types.csv").read_text() == "id,type\n1,long\n3,round\n"
+    assert [example.types() for example in data.examples(out)] == [{1: "long", 3: "round"}, {}]
 
 
 def test_classes_that_lie_beside_the_cells(tmp_path):

@@ -54,13 +54,6 @@ def open_pool(config: fields.FieldData, batch: int, seed: int, device: str, rank
     return ResidentPool((make()[:2] for make in makers), channels, device, rank, world, seed)
 
 
-def check_pool_ranks(rank: int, world: int, seed: int) -> tuple[int, int, int]:
-    if not 0 <= rank < world or seed < 0:
-        raise ValueError(f"rank={rank} of world={world}, seed={seed}: expected 0 <= rank < world "
-                         "and a seed of 0 or more")
-    return rank, world, seed
-
-
 # ---------------------------------------------------------------------------------------- resident
 
 class Pool:
@@ -97,30 +90,19 @@ class ResidentPool(Pool):
 
     def __init__(self, arrays: Iterable[tuple[str, np.ndarray]], channels: Sequence[str],
                  device: str | torch.device, rank: int = 0, world: int = 1, seed: int = 0):
-        self.rank, self.world, self.seed = check_pool_ranks(rank, world, seed)
+        self.rank, self.world, self.seed = rank, world, seed
         self.channels, self.names = tuple(channels), []
-        pixels: list[torch.Tensor] = []
-        limits = []
+        pixels, limits = [], []
         for name, array in arrays:
-            expected = (len(self.channels), *(pixels[0].shape[1:] if pixels else array.shape[1:]))
-            if array.ndim != 3 or array.shape != expected or array.dtype != np.uint16:
-                raise ValueError(f"{name}: {array.shape} {array.dtype}, expected {expected} uint16 "
-                                 f"as the first field and the channels {', '.join(self.channels)}")
             self.names.append(name)
-            pixels.append(torch.from_numpy(np.ascontiguousarray(array).view(np.int16)))
+            pixels.append(torch.from_numpy(array.view(np.int16)))
             limits.append(torch.from_numpy(sampled_limits(array)))
-        if not pixels:
-            raise ValueError("no fields for the pool")
         self.pixels, self.limits = torch.stack(pixels).to(device), torch.stack(limits).to(device)
 
     def sample(self, batch: int, step: int) -> torch.Tensor:
         """(batch,) int64 distinct slots on the device."""
-        together = batch * self.world
-        if not 1 <= together <= len(self.names):
-            raise ValueError(f"batch={batch} on {self.world} processes: {together} fields of "
-                             f"{len(self.names)}, and none is taken twice; give more fields or a "
-                             "smaller batch")
-        slots = np.random.default_rng((self.seed, step)).choice(len(self.names), together, False)
+        slots = np.random.default_rng((self.seed, step)).choice(
+            len(self.names), batch * self.world, replace=False)
         return self._sent(slots[self.rank * batch:(self.rank + 1) * batch])
 
     def state(self) -> dict:
@@ -171,7 +153,7 @@ class FieldPool(Pool):
     def __init__(self, index: fields.Index, config: fields.FieldData, device: str | torch.device,
                  rank: int = 0, world: int = 1, seed: int = 0, bad_fields: Path | None = None):
         self.index = index
-        self.rank, self.world, self.seed = check_pool_ranks(rank, world, seed)
+        self.rank, self.world, self.seed = rank, world, seed
         self.channels = fields.index_channels(index, config.channels)
         self.shard = pool_shard(len(index), seed, rank, world)
         self._fields, self._least = min(config.pool, len(self.shard)), config.least

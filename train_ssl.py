@@ -107,7 +107,7 @@ class Config:
     augment: dict = field(default_factory=dict)         # their light: changes to augment.Augment
     loss: Loss = field(default_factory=Loss)
     measure: probe.Measure = field(default_factory=probe.Measure)   # on the fields held out
-    seed: int = 0                           # of everything random
+    seed: Whole = 0                         # of everything random
     steps: Count = 300000                   # optimiser steps
     batch: Annotated[int, runs.within(2, 1 << 16)] = 64   # fields a step, over all processes
     lr: Positive | None = None              # highest; null: 5e-4 from scratch, 5e-5 with init

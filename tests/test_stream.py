@@ -121,15 +121,6 @@ def test_resident_two_ranks_equal_one():
     np.testing.assert_allclose(one.limits, [images.percentiles(p) for _, p in arrays()], rtol=1e-6)
     one.restore(one.state())
     assert one.stats() == {}
-    with pytest.raises(ValueError, match="batch=7 on 2 processes: 14 fields of 12"):
-        two[0].sample(7, 0)
-    with pytest.raises(ValueError, match="f1: .*expected .*uint16"):
-        stream.ResidentPool([arrays()[0], ("f1", arrays()[1][1][:, 1:])], ("Mito", "DNA"), "cpu")
-    with pytest.raises(ValueError, match="no fields"):
-        stream.ResidentPool([], ("DNA",), "cpu")
-    for wrong in (dict(rank=2, world=2), dict(seed=-1)):
-        with pytest.raises(ValueError, match="rank < world"):
-            stream.ResidentPool(arrays(), ("Mito", "DNA"), "cpu", **wrong)
 
 
 @settings(max_examples=60, deadline=None)

@@ -287,6 +287,7 @@ def test_help_is_fast():
         (["views.zoom=0.3"], "0.33"),
         (["views.locals=-1"], "0 or more"),
         (["batch=1"], "from 2 to 65536"),
+        (["seed=-1"], "seed=-1: expected a whole number, 0 or more"),
         (["measure.probe_every=3"], "multiple of"),
         (["measure.window=100"], "expected 100 px or more"),
         (["init=nowhere.pt"], "no weights at nowhere.pt"),

@@ -22,7 +22,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -108,9 +107,8 @@ class ResidentPool(Pool):
     def state(self) -> dict:
         return {}
 
-    def restore(self, state: dict | Sequence[dict]) -> None:
-        if any([state] if isinstance(state, dict) else state):
-            raise ValueError("the checkpoint's fields were streamed, these are not; keep the data")
+    def restore(self, states: Sequence[dict]) -> None:
+        """All fields are here."""
 
     def stats(self) -> dict[str, float]:
         return {}
@@ -269,7 +267,7 @@ class FieldPool(Pool):
         problem: Exception | None = RuntimeError("a download thread failed; its traceback is above")
         try:
             while (task := self._next()) is not None:
-                task()
+                self._fetch(*task)
             problem = None
         except Closed:
             problem = None
@@ -280,14 +278,14 @@ class FieldPool(Pool):
                 self._error = self._error or problem
                 self._changed.notify_all()
 
-    def _next(self) -> Callable[[], None] | None:
+    def _next(self) -> tuple[Job, int] | None:
         """The next file to fetch; waits while there is none."""
         with self._changed:
             while not self._closing and self._error is None:
                 if not self._tasks:
                     self._begin()
                 if self._tasks:
-                    return partial(self._fetch, *self._tasks.popleft())
+                    return self._tasks.popleft()
                 self._changed.wait()
         return None
 
@@ -438,50 +436,42 @@ class FieldPool(Pool):
             for row, used in [*self._refill, *returning]:
                 rows.append(row)
                 uses.append(used)
-            return {"index": self.index.digest, "seed": self.seed, "rank": self.rank,
-                    "world": self.world, "pass": self._pass,
+            return {"index": self.index.digest, "seed": self.seed, "pass": self._pass,
                     "consumed": torch.from_numpy(np.packbits(self._consumed)),
                     "rows": torch.tensor(rows, dtype=torch.int64),
                     "uses": torch.tensor(uses, dtype=torch.int64), "bytes": self._bytes()}
 
-    def restore(self, state: dict | Sequence[dict]) -> None:
-        """Go on in the pass, from the states of all ranks if their number changed.
+    def restore(self, states: Sequence[dict]) -> None:
+        """Go on in the pass, from the states of all ranks, whose number may have changed.
 
         Residents are fetched again.
         """
-        states = [state] if isinstance(state, dict) else sorted(state, key=lambda s: s["rank"])
-        if self._workers:
-            raise ValueError("restore() after sample(): expected before the first one")
-        for one in states:
-            if (one["index"], one["seed"]) != (self.index.digest, self.seed):
-                raise ValueError("the checkpoint's pool had another index or seed "
-                                 f"({one['seed']}); keep them, or begin a new experiment")
-        own = [one for one in states if (one["rank"], one["world"]) == (self.rank, self.world)]
-        if not own and len(states) != states[0]["world"]:
-            raise ValueError(f"the checkpoint's pool is of rank {states[0]['rank']} of "
-                             f"{states[0]['world']}, here rank {self.rank} of {self.world} goes "
-                             "on; give restore() the states of all ranks")
-        if own:
-            self._pass, consumed = own[0]["pass"], self._unpacked(own[0])
+        seed, same = states[0]["seed"], len(states) == self.world
+        if (states[0]["index"], seed) != (self.index.digest, self.seed):
+            raise ValueError(f"the checkpoint's pool had another index or seed ({seed}); keep "
+                             "them, or begin a new experiment")
+        if same:
+            states = [states[self.rank]]
+            self._pass, consumed = states[0]["pass"], self._unpacked(states[0])
             left = [row for row in self._order_of(self._pass) if not consumed[row]]
         else:                                                      # new shares of what is left
             self._pass = min(one["pass"] for one in states)
             consumed = np.zeros(len(self.index), bool)
-            for one in states:
+            for rank, one in enumerate(states):
                 ahead = one["pass"] > self._pass                   # it has visited all of its shard
-                old = pool_shard(len(self.index), self.seed, one["rank"], one["world"])
+                old = pool_shard(len(self.index), self.seed, rank, len(states))
                 consumed[old if ahead else self._unpacked(one)] = True
             rng = np.random.default_rng((self.seed, 2, self._pass))
             left = rng.permutation(np.flatnonzero(~consumed))
             left = left[self.rank::self.world].tolist()
         self._consumed, self._whole, self._order = consumed, False, deque(left)
-        rows, uses = (np.concatenate([one[key].numpy() for one in own or states])
+        rows, uses = (np.concatenate([one[key].numpy() for one in states])
                       for key in ("rows", "uses"))
-        share = slice(None) if own else slice(self.rank, None, self.world)
+        share = slice(None) if same else slice(self.rank, None, self.world)
         _, first = np.unique(rows, return_index=True)      # two old ranks may have had the same one
         chosen = np.sort(first)[share][:self._fields]
         self._refill = deque(zip(rows[chosen].tolist(), uses[chosen].tolist(), strict=True))
-        self._base = own[0]["bytes"] if own else sum(one["bytes"] for one in states) // self.world
+        self._base = sum(one["bytes"] for one in states) // (1 if same else self.world)
 
     def _unpacked(self, state: dict) -> np.ndarray:
         return np.unpackbits(state["consumed"].numpy(), count=len(self.index)).astype(bool)

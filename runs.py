@@ -348,6 +348,9 @@ def from_dict(cls: type[Config], values: dict[str, Any], origin: str, prefix: st
         raise ValueError(f"{origin}: {error}") from None
 
 
+UNIONS = (typing.Union, types.UnionType)          # of Annotated types, and of others
+
+
 class _Misfit(Exception):
     """The value does not fit its field."""
 
@@ -356,11 +359,13 @@ def _config_value(value: Any, hint: Any, key: str, origin: str) -> Any:
     """A value of YAML as the field's type, or an error that names both."""
     typed = value.text.partition("=")[2] if isinstance(value, _Given) else None
     value = value.value if isinstance(value, _Given) else value
-    if dataclasses.is_dataclass(hint):
+    inner = typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,)
+    section: Any = next(filter(dataclasses.is_dataclass, inner), None)
+    if section and not (value is None and type(None) in inner):
         if isinstance(value, (str, list)):  # `data: folder` for `data: {sets: folder}`, say
-            value = {dataclasses.fields(hint)[0].name: value}
+            value = {dataclasses.fields(section)[0].name: value}
         if isinstance(value, dict):
-            return from_dict(typing.cast(type, hint), value, origin, key + ".")
+            return from_dict(section, value, origin, key + ".")
         raise ValueError(f"{origin}: {key} is {value!r}, expected a section with keys")
     try:
         return _config_fit(value, typed, hint, key, origin)
@@ -376,13 +381,12 @@ def _config_fit(value: Any, typed: str | None, hint: Any, key: str, origin: str)
         number = _config_fit(value, typed, inner[0], key, origin)
         if all(bound.holds(number) for bound in inner[1:]):
             return number
-    elif kind in (typing.Union, types.UnionType):
+    elif kind in UNIONS:
         if value is None and type(None) in inner:
             return None
         for choice in (h for h in inner if h is not type(None)):
             with contextlib.suppress(ValueError, _Misfit):
-                given = value if typed is None else _Given(value, f"={typed}")
-                return _config_value(given, choice, key, origin)
+                return _config_fit(value, typed, choice, key, origin)
     elif kind is tuple and value is not None:
         if isinstance(value, str) and typed is not None:
             value = [parse_yaml(part) for part in value.split(",")]
@@ -423,7 +427,7 @@ def _config_type_name(hint: Any) -> str:
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if kind is Annotated:
         return ", ".join([_config_type_name(inner[0]), *(bound.text for bound in inner[1:])])
-    if kind in (typing.Union, types.UnionType):
+    if kind in UNIONS:
         return " or ".join("null" if h is type(None) else _config_type_name(h) for h in inner)
     if kind is typing.Literal:
         return " or ".join(map(str, inner))

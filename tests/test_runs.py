@@ -30,6 +30,7 @@ class Demo:
     flip: bool = False                      # mirror
     name: str = "x"                         # text
     data: Inner = field(default_factory=Inner)
+    other: Inner | None = None              # more of it
 
     def __post_init__(self):
         if self.cap is not None and self.cap <= 0:
@@ -71,6 +72,8 @@ def test_a_free_section_takes_values_at_any_depth(tmp_path):
 def test_a_section_given_by_its_first_key_takes_others():
     config = runs.load_config(Demo, None, ["steps=3", "data=a", "data.root=b"])
     assert config.data == dataclasses.replace(config.data, root="b") != Demo(3).data
+    assert runs.load_config(Demo, None, ["steps=3", "other=a"]).other == Inner("a")
+    assert runs.load_config(Demo, None, ["steps=3", "other=null"]).other is None
 
 
 def test_a_name_of_a_run_stays_below_its_folder():
@@ -89,6 +92,9 @@ def test_a_name_of_a_run_stays_below_its_folder():
 @pytest.mark.parametrize("text,overrides,said", [
     ("stpes: 3", [], "c.yaml: unknown key 'stpes', did you mean 'steps'?"),
     ("steps: 3\ndata: {rot: 1}", [], "c.yaml: unknown key 'data.rot', did you mean 'root'?"),
+    ("steps: 3\nother: {rot: 1}", [], "c.yaml: unknown key 'other.rot', did you mean 'root'?"),
+    ("steps: 3", ["other.channels=x"], "other.channels is 'x', expected a whole number"),
+    ("steps: 3\nother: 4", [], "c.yaml: other is 4, expected a section with keys"),
     ("lr: 3", [], "c.yaml: key 'steps' is missing"),
     ("steps: many", [], "c.yaml: steps is 'many', expected a whole number"),
     ("steps: 1.5", [], "c.yaml: steps is 1.5, expected a whole number"),

@@ -132,12 +132,10 @@ class _LazyModule(types.ModuleType):
     lock = threading.RLock()
 
     def __getattr__(self, name: str) -> Any:
-        spec = self.__dict__.get("__spec__")
-        hidden = name.startswith("__") and name != "__version__"
-        if spec is None or hidden and (name != "__path__"
-                                       or not getattr(spec.loader, "found", True)):
+        if name.startswith("__") and name not in ("__version__", "__path__"):
             raise AttributeError(name)
         with self.lock:
+            spec: Any = self.__spec__
             if isinstance(spec.loader, _LazyLoader):
                 spec.loader = self.__loader__ = spec.loader.loader
                 if spec.submodule_search_locations is not None:
@@ -149,15 +147,11 @@ class _LazyModule(types.ModuleType):
 
 class _LazyLoader(importlib.abc.Loader):
     def __init__(self, loader):
-        self.loader, self.found = loader, False
-
-    def create_module(self, spec):
-        return _LazyModule(spec.name)
+        self.loader = loader
 
     def exec_module(self, module) -> None:
-        self.found = True
-        if "__path__" in vars(module):
-            del module.__path__  # asked for by `import package.part`, which needs the package
+        module.__class__ = _LazyModule
+        vars(module).pop("__path__", None)  # `import package.part` asks for it: the package runs
 
 
 class _LazyFinder:

@@ -259,7 +259,7 @@ class FieldReader:
         try:
             images.decode_tiff(self._body(name), out)
         except images.Damaged:
-            if not self.store.is_remote:
+            if not s3.is_remote(self.store.root):
                 raise
             images.decode_tiff(self._body(name, fresh=True), out)
 

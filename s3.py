@@ -16,7 +16,6 @@ another server than Amazon's.
 """
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import random
@@ -90,8 +89,6 @@ def check_object_size(size: int | None, largest: float) -> None:
 class Folder:
     """A store on a disk."""
 
-    is_remote = False
-
     def __init__(self, root: str):
         self.root, self.patience = Path(root), 0.0       # a disk answers at once
         self.counts: Counter[str] = Counter()
@@ -135,8 +132,6 @@ class Bucket:
     while nothing answers, threads wait, until `patience` ends.
     """
 
-    is_remote = True
-
     def __init__(self, root: str, connections: int, signed: bool, cache: Cache | None = None):
         if not root.removeprefix("s3://").strip("/"):
             raise ValueError(f"{root}: names no bucket, expected s3://bucket/prefix")
@@ -170,7 +165,6 @@ class Bucket:
             self._count(cache_hits=1)
             return body
         body = self._retried(lambda seconds: self._whole(key, seconds, largest))
-        self._good = key
         self._count(bytes=len(body))
         if self.cache:
             try:
@@ -198,7 +192,6 @@ class Bucket:
                 for piece in self._pieces(key, seconds, most):
                     out.write(piece)
         self._retried(get)
-        self._good = key
         self._count(bytes=file.stat().st_size)
 
     def _whole(self, key: str, seconds: float, largest: float = math.inf, **part: str) -> bytes:
@@ -230,6 +223,7 @@ class Bucket:
                 check_object_size(came, largest)
                 yield piece
         check_object_size(came, largest)
+        self._good = key
 
     def write(self, name: str, file: str | Path) -> None:
         """Upload a file as object `name`."""
@@ -366,7 +360,7 @@ class Cache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, address: str) -> Path:
-        name = hashlib.sha256(address.encode("utf-8", "surrogatepass")).hexdigest()
+        name = runs.digest(address)
         return self.folder / name[:2] / name[2:]
 
     def get(self, address: str) -> bytes | None:

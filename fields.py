@@ -105,12 +105,6 @@ def field_extent(config: FieldData, seed: int) -> tuple[int, tuple[str, ...], tu
 
 class IndexedField(NamedTuple):
     name: str                                           # batch/plate/measurement/r01c01f01
-    batch: str
-    plate: str
-    row: int                                            # of the well, from 1
-    column: int
-    field: int
-    bytes: int                                          # of all channels together; 0: not known
     files: dict[str, str]                               # channel: name below root
 
 
@@ -118,19 +112,18 @@ class Index:
     """Fields in a fixed order, as lines of text: 378,000 of 8 channels take 150 MB."""
 
     def __init__(self, root: str, channels: Sequence[str], lines: list[bytes]):
-        self.root, self.channels, self.lines = index_root_with_slash(root), tuple(channels), lines
+        self.root, self.channels, self.lines = root.rstrip("/") + "/", tuple(channels), lines
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def __getitem__(self, number: int) -> IndexedField:
         cells = self.lines[number].decode().split("\t")
-        batch, plate, measurement, *numbers, folder = cells[:8]
-        row, column, field, size = map(int, numbers)
-        site = f"r{row:02}c{column:02}f{field:02}"
+        batch, plate, measurement, row, column, field, _, folder = cells[:8]
+        site = f"r{int(row):02}c{int(column):02}f{int(field):02}"
         name = "/".join(filter(None, (batch, plate, measurement, site)))
         files = {c: folder + f for c, f in zip(self.channels, cells[8:], strict=True) if f}
-        return IndexedField(name, batch, plate, row, column, field, size, files)
+        return IndexedField(name, files)
 
     def select(self, numbers: Iterable[int]) -> Index:
         return Index(self.root, self.channels, [self.lines[i] for i in numbers])
@@ -186,10 +179,6 @@ class Index:
         except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: damaged or no gzip ({error}); {again}") from None
         return cls(root or written, columns[least:], lines)
-
-
-def index_root_with_slash(root: str) -> str:
-    return str(root).rstrip("/") + "/"
 
 
 def split_field_index(config: FieldData, seed: int) -> tuple[Index, Index]:
@@ -291,16 +280,8 @@ def _streamed_fields(config: FieldData, index: Index, seed: int) -> Iterator[Pix
 
 # ---------------------------------------------------------------------------------- making an index
 
-class FoundField(NamedTuple):
-    batch: str
-    plate: str
-    measurement: str
-    row: int
-    column: int
-    field: int
-    folder: str                                     # s3:// address or path, with a slash at its end
-    files: dict[str, tuple[str, int]]                   # channel: name in folder, bytes
-
+# A row is a field that was found: batch, plate, measurement, row, column and field, the folder with
+# a slash at its end, and {channel: (name in the folder, bytes)}.
 
 def make_index(source: str, channels: Sequence[str] | None = None, signed: bool = False,
                journal: str | Path | None = None) -> tuple[Index, Counter]:
@@ -315,7 +296,7 @@ def make_index(source: str, channels: Sequence[str] | None = None, signed: bool 
     by_table = "load_data" in source
     is_table = source.endswith((".csv", ".csv.gz"))
     start, first = source.rpartition("/")[::2] if is_table else (source, "")
-    root, kind = index_root_with_slash(start), "load_data" if by_table else "listing"
+    root, kind = start.rstrip("/") + "/", "load_data" if by_table else "listing"
     with closing(s3.open_store(root, CONNECTIONS, signed)) as store:
         visit = functools.partial(_visit_tables if by_table else _visit_files, store, root)
         what = f"{source} {kind} {','.join(JUMP_CHANNELS)}"
@@ -326,7 +307,9 @@ def make_index(source: str, channels: Sequence[str] | None = None, signed: bool 
         wanted = ("load_data.csv with rows" if by_table else
                   "TIFF named as r01c01f01p01-ch1sk1fk1fl1.tiff")
         raise ValueError(f"{source}: no {wanted} among {counts['keys']} files")
-    common = _index_common_folder({row.folder for row in rows if row.files}) if by_table else root
+    common = root
+    if by_table:
+        common = _index_common_folder({folder for *_, folder, files in rows if files})
     if common in ("", "s3:/", "s3://"):
         raise ValueError(f"{source}: its tables name files without a folder or in several buckets; "
                          "index them one by one")
@@ -334,12 +317,12 @@ def make_index(source: str, channels: Sequence[str] | None = None, signed: bool 
 
 
 def _visit_all(visit: Callable, stop: Callable, first: str, what: str, journal: str | Path | None
-               ) -> tuple[list[FoundField], Counter]:
+               ) -> tuple[list[tuple], Counter]:
     """All rows below `first`; each folder that a thread finished is a line of the journal."""
     from tqdm import tqdm
     done = {} if journal is None else _read_index_journal(Path(journal), what)
-    rows, waiting = [], [first]
-    counts: Counter[str] = Counter()
+    rows: list[tuple] = []
+    waiting, counts = [first], Counter[str]()
     running: dict[Future, str] = {}
     with (tqdm(unit=" keys", unit_scale=True, file=sys.stderr, delay=1, leave=False) as bar,
           open(journal or os.devnull, "a", encoding="utf-8") as log,
@@ -361,7 +344,7 @@ def _visit_all(visit: Callable, stop: Callable, first: str, what: str, journal: 
                         log.write(json.dumps(visited[-1]) + "\n")
                         log.flush()
                 for result in visited:
-                    rows += [FoundField(*values) for values in result["rows"]]
+                    rows += map(tuple, result["rows"])
                     counts.update(result["counts"])
                     waiting += result["places"]
                     bar.update(result["counts"]["keys"])
@@ -495,10 +478,10 @@ def _index_common_folder(folders: Iterable[str]) -> str:
     return "/".join(parts) + "/" if parts else ""
 
 
-def _field_index(rows: list[FoundField], root: str, channels: Sequence[str] | None, counts: Counter
+def _field_index(rows: list[tuple], root: str, channels: Sequence[str] | None, counts: Counter
                  ) -> Index:
     """An index of sorted rows; counts incomplete and repeated fields, and missing channels."""
-    labels = {label for row in rows for label in row.files}
+    labels = {label for *_, files in rows for label in files}
     known = [name for name in JUMP_CHANNELS if name in labels]
     chosen = tuple(channels or [*known, *sorted(labels - set(known))])
     for name in chosen:
@@ -507,15 +490,16 @@ def _field_index(rows: list[FoundField], root: str, channels: Sequence[str] | No
                              f"{', '.join(sorted(labels))}")
     lines: dict[tuple, bytes] = {}
     for row in sorted(rows, key=lambda row: row[:6]):
-        missing = [name for name in chosen if name not in row.files]
+        site, (folder, files) = row[:6], row[6:]
+        missing = [name for name in chosen if name not in files]
         counts["incomplete"] += bool(missing)
         counts.update(f"without {name}" for name in missing)
-        counts["twice"] += row[:6] in lines
-        if missing or row[:6] in lines:
+        counts["twice"] += site in lines
+        if missing or site in lines:
             continue
-        files, sizes = zip(*(row.files[name] for name in chosen), strict=True)
-        cells = (*row[:6], sum(sizes), row.folder.removeprefix(root), *files)
-        lines[row[:6]] = "\t".join(map(str, cells)).encode()
+        names, sizes = zip(*(files[name] for name in chosen), strict=True)
+        cells = (*site, sum(sizes), folder.removeprefix(root), *names)
+        lines[site] = "\t".join(map(str, cells)).encode()
     if not lines:
         raise ValueError(f"{root}: all {counts['incomplete']} fields miss one of "
                          f"{', '.join(chosen)}; channels= asks for fewer")

@@ -46,8 +46,8 @@ def test_index_of_a_bucket_a_folder_and_load_data_are_one(server, tmp_path, caps
     assert len(index) == 36 and index.channels == CHANNELS and index.root == ADDRESS
     assert [index[i].name for i in range(36)] == sorted(TRUTH)
     assert index[10].files["DNA"] == key(2, 1, 5).removeprefix(f"{BATCH}/")
-    assert index[10].bytes == len(NUMBERS) * len(tiff(picture(1, 1, 1)))
-    assert (index[10].row, index[10].column, index[10].field) == (1, 3, 2)
+    size = 9 * len(NUMBERS) * len(tiff(picture(1, 1, 1)))
+    assert list(index.plate_sizes()) == [(BATCH, f"BR{p:08}", 9, size) for p in PLATES]
 
     for path, body in files():
         (tmp_path / "disk" / path).parent.mkdir(parents=True, exist_ok=True)
@@ -77,9 +77,8 @@ def test_index_of_a_bucket_a_folder_and_load_data_are_one(server, tmp_path, caps
     tables = fields.Index.load(out, root=f"{tmp_path}/disk/{BATCH}/images")
     assert [f.files for f in map(tables.__getitem__, range(36))] == [
         {c: n.removeprefix("images/") for c, n in index[i].files.items()} for i in range(36)]
-    assert [(f.batch, f.plate, f.row, f.column, f.field)
-            for f in map(tables.__getitem__, range(36))] == [
-        tuple(index[i][k] for k in (1, 2, 3, 4, 5)) for i in range(36)]
+    assert [tables[i].name for i in range(36)] == [
+        index[i].name.replace("2020-11-05T19_51_35-Measurement1/", "") for i in range(36)]
     tables.save(out)                                                     # and what is there is read
     config = fields.FieldData(index=str(out), held=5, held_share=0.3)
     one = fields.FieldData(**{**vars(config), "channels": ("dna",)})
@@ -108,12 +107,11 @@ def test_urls_and_other_names_of_load_data(tmp_path):
     assert index.root == "s3://cellpainting-gallery/cpg0016/"
     assert index.channels == ("DNA", "Brightfield_H")
     assert counts["incomplete"] == counts["without Brightfield_H"] == 1 and len(index) == 1
-    assert index[0].row == 28 and index[0].files == {"DNA": "x/A 1.tif",
-                                                     "Brightfield_H": "x/B 1.tif"}
+    assert index[0] == fields.IndexedField("Batch1/P1/r28c03f02", {
+        "DNA": "x/A 1.tif", "Brightfield_H": "x/B 1.tif"})
     index = fields.make_index(str(table), ["DNA"])[0]
-    assert index[0] == fields.IndexedField("Batch1/P1/r01c01f01", "Batch1", "P1", 1, 1, 1, 0,
-                                           {"DNA": "y/z/A.tif"})
-    assert len(index) == 2
+    assert index[0] == fields.IndexedField("Batch1/P1/r01c01f01", {"DNA": "y/z/A.tif"})
+    assert list(index.plate_sizes()) == [("Batch1", "P1", 2, 0)]
 
 
 def test_plates_are_told_apart_and_incomplete_fields_counted(tmp_path, capsys):

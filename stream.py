@@ -66,6 +66,7 @@ class Pool:
     limits: torch.Tensor
     names: list[str | None]
     channels: tuple[str, ...]
+    stopped: Callable[[], bool] = staticmethod(lambda: False)      # asked while sample() waits
 
     def _sent(self, slots: np.ndarray) -> torch.Tensor:
         slots = torch.from_numpy(slots)
@@ -190,7 +191,6 @@ class FieldPool(Pool):
         self._counts: Counter[str] = Counter()                   # fields, failures, cache_hits, ...
         self._base = 0                                             # bytes before this process
         self._waited = 0.0                                    # seconds that sample() did not answer
-        self.stopped: Callable[[], bool] = lambda: False           # asked while sample() waits
         self._last = time.monotonic(), 0, 0                        # of stats(): when, fields, bytes
         self._closing = False
         self._error: Exception | None = None                       # goes to sample()

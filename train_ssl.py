@@ -177,15 +177,16 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
         usage.copy_(state["usage"])
         pool.restore(state["pool"])
         start = state["step"]
-    wrapped = shared_student(student, device) if world > 1 else student
+    wrapped = student
+    if world > 1:                                # gradients are averaged over the processes
+        wrapped = torch.nn.parallel.DistributedDataParallel(
+            student, device_ids=[device] if "cuda" in device else None)
     if config.compile:
         student.encoder.compile()
         teacher.encoder.compile()
     share = slice(rank * config.batch // world, (rank + 1) * config.batch // world)
     autocast = autocast_of(config, device)
-
-    if isinstance(pool, stream.FieldPool):
-        pool.stopped = lambda: run.stopping
+    pool.stopped = lambda: run.stopping
     looker = probe.Looker(config, run, runs.export_path(config))
     with pool:
         if start == 0:
@@ -292,12 +293,6 @@ def student_optimiser(student, config: Config):
                     prototypes="prototypes" in name)
     groups = optim.parameter_groups(student, config.lr or 0.0, traits)       # set at each step
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=config.eps, fused=True)
-
-
-def shared_student(student, device: str):
-    """The student with gradients averaged over the processes of the group."""
-    devices = [device] if "cuda" in device else None
-    return torch.nn.parallel.DistributedDataParallel(student, device_ids=devices)
 
 
 def autocast_of(config: Config, device: str):

@@ -86,6 +86,7 @@ def parameter_blocks_above(name: str, vit: str, depth: int) -> int:
 POLYNOMIALS = ((8.3837, -24.7659, 18.3571), (4.0434, -3.0114, 0.5695), (3.5056, -2.6267, 0.5257),
                (2.4901, -1.8343, 0.4368))
 SIZE = 0.2              # root mean square of AdamW's updates, in learning rates
+MOMENTUM, BETAS = 0.95, (0.9, 0.999)                        # of Muon, and of AdamW
 
 
 class Muon(torch.optim.Optimizer):
@@ -95,12 +96,10 @@ class Muon(torch.optim.Optimizer):
         device has it.
     """
 
-    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95,
-                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 0.0, products: torch.dtype = torch.float32):
+    def __init__(self, groups: list[dict], lr: float, eps: float = 1e-8, weight_decay: float = 0.0,
+                 products: torch.dtype = torch.float32):
         self.products = products
-        super().__init__(groups, dict(lr=lr, momentum=momentum, betas=betas, eps=eps,
-                                      weight_decay=weight_decay, matrix=False))
+        super().__init__(groups, dict(lr=lr, eps=eps, weight_decay=weight_decay, matrix=False))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:   # type: ignore[override]  # takes no closure
@@ -111,9 +110,9 @@ class Muon(torch.optim.Optimizer):
                 continue
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             if not group["matrix"]:
-                torch._foreach_sub_(params, self._adamw(params, group), alpha=group["lr"])
+                torch._foreach_sub_(params, self._adamw(params, group["eps"]), alpha=group["lr"])
                 continue
-            for parameter, ahead in zip(params, self._nesterov(params, group), strict=True):
+            for parameter, ahead in zip(params, self._nesterov(params), strict=True):
                 ahead = ahead.flatten(1).to(self.products)                          # (out, rest)
                 by_shape.setdefault(ahead.shape, []).append((parameter, ahead, group["lr"]))
         for shape, members in by_shape.items():
@@ -122,16 +121,16 @@ class Muon(torch.optim.Optimizer):
             for (parameter, _, lr), change in zip(members, changes, strict=True):
                 parameter.sub_(change.view_as(parameter), alpha=lr * size)
 
-    def _nesterov(self, params: list[Tensor], group: dict) -> tuple[Tensor, ...]:
+    def _nesterov(self, params: list[Tensor]) -> tuple[Tensor, ...]:
         """Nesterov's momentum: the gradient, one step of momentum ahead."""
         gradients = [p.grad for p in params if p.grad is not None]
         momentum = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
-        torch._foreach_lerp_(momentum, gradients, 1 - group["momentum"])
-        return torch._foreach_lerp(gradients, momentum, group["momentum"])
+        torch._foreach_lerp_(momentum, gradients, 1 - MOMENTUM)
+        return torch._foreach_lerp(gradients, momentum, MOMENTUM)
 
-    def _adamw(self, params: list[Tensor], group: dict) -> tuple[Tensor, ...]:
+    def _adamw(self, params: list[Tensor], eps: float) -> tuple[Tensor, ...]:
         """AdamW's changes, in learning rates."""
-        first, second = group["betas"]
+        first, second = BETAS
         states = [self.state[p] for p in params]
         gradients = [p.grad for p in params if p.grad is not None]
         for state, parameter in zip(states, params, strict=True):
@@ -145,7 +144,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_addcmul_(square, gradients, gradients, 1 - second)
         root = torch._foreach_div(square, [1 - second ** state["step"] for state in states])
         torch._foreach_sqrt_(root)
-        torch._foreach_add_(root, group["eps"])
+        torch._foreach_add_(root, eps)
         torch._foreach_mul_(root, [1 - first ** state["step"] for state in states])
         return torch._foreach_div(mean, root)
 

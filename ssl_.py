@@ -300,17 +300,6 @@ def of_all_ranks(x: Tensor) -> Tensor:
     return torch.cat(all_gather(x.contiguous())) if in_group() else x
 
 
-def _sinkhorn_log_sum(x: Tensor) -> Tensor:
-    """log of the sum of exp(x) over the processes, element by element."""
-    if not in_group():
-        return x
-    peak = x.clone()
-    distributed.all_reduce(peak, distributed.ReduceOp.MAX)
-    total = (x - peak).exp()
-    distributed.all_reduce(total)
-    return peak + total.log()
-
-
 @torch.no_grad()
 def sinkhorn(parts: Callable[[], Iterable[Tensor]], iterations: int = 3) -> Tensor:
     """The summand of logits with which softmax uses all prototypes equally: (K,) float32.
@@ -323,18 +312,16 @@ def sinkhorn(parts: Callable[[], Iterable[Tensor]], iterations: int = 3) -> Tens
     that log a is enough. The numbers of samples and prototypes, by which the textbook divides, are
     common to all a_k and cancel.
     """
-    log_a: Tensor | None = None
+    log_a: Any = None
     for _ in range(iterations):
-        total: Tensor | None = None
+        sums = []
         for logits in parts():
             logits = logits.float()
             if log_a is not None:
                 logits = logits - (logits + log_a).logsumexp(1, keepdim=True)    # (m, K) times b_i
-            part = logits.logsumexp(0)                                           # (K,)
-            total = part if total is None else torch.logaddexp(total, part)
-        assert total is not None
-        log_a = -_sinkhorn_log_sum(total)
-    assert log_a is not None
+            sums.append(logits.logsumexp(0))                                     # (K,)
+        own = torch.stack(sums).logsumexp(0, keepdim=True)                       # (1, K)
+        log_a = -of_all_ranks(own).logsumexp(0)
     return log_a
 
 

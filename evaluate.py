@@ -621,8 +621,8 @@ def told_fields(net, config: Embed) -> dict[str, float]:
     """Retrieval of fields across channels, and of fields of the same well, by mean vectors."""
     finder = networks.load(config.finder).ready(runs.pick_device(config.device))
     fields, names = [], []
-    for name, _, pixels in probe.comparable_features(probe.probe_field_files(
-            Path(str(config.fields)), config.size, config.channels, config.limit)):
+    for name, _, pixels in probe.probe_field_files(Path(str(config.fields)), config.size,
+                                                   config.channels, config.limit):
         labels = segment.segment(pixels[-1], finder)
         if labels.any():
             # shapes are those of the same cells in all channels

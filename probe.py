@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-import yaml
 
 import runs
 from runs import Count, Whole
@@ -246,19 +245,21 @@ def compare_channels(config: Channels, make_folder: Callable[[Channels], Path]) 
     """
     vit, features, maps = probe_backbone(config), [], []
     shown: list[tuple[str, np.ndarray, Look]] = []
-    for name, known, pixels in comparable_features(probe_fields(config)):
+    fields = probe_synthetic_fields(config) if config.fields is None else probe_field_files(
+        Path(config.fields), config.size, config.channels, config.limit)
+    for name, known, pixels in fields:
         channels = known                                                # of all fields
         look = look_at_field(vit, data.normalise(pixels, data.percentiles(pixels)))
         features.append(look.cls if config.feature == "cls" else look.patches.mean(1))   # (C, D)
         maps.append(look.attention.mean(1))                             # (C, h, w)
         if len(shown) < config.shown:
             shown.append((name, pixels, look))
-    folder, (names, fields, looks) = make_folder(config), zip(*shown, strict=True)
+    folder, (names, pictured, looks) = make_folder(config), zip(*shown, strict=True)
     numbers, found, seen = compare_backbones(features, maps)
     chance = 1 / len(features)
     content = {"weights": config.weights or "random", "feature": config.feature,
                "fields": len(features), **numbers, "chance": chance}
-    pictures = write_probe_pictures(folder, names, fields, looks, channels)
+    pictures = write_probe_pictures(folder, names, pictured, looks, channels)
     runs.write_text(folder / "channels.json",
                     json.dumps({**content, "channels": channels}, indent=1) + "\n")
     matrices = {
@@ -285,52 +286,43 @@ def probe_backbone(config: Channels):
     return vit.eval().to(runs.pick_device(config.device))
 
 
-def probe_fields(config: Channels) -> Iterator[tuple[str, list[str], np.ndarray]]:
-    """(name, names of its channels, pixels (C, size, size)) of the fields to look at."""
-    if config.fields is None:
-        return itertools.islice(probe_synthetic_fields(config), config.limit)
-    return probe_field_files(Path(config.fields), config.size, config.channels, config.limit)
-
-
-def comparable_features(fields: Iterable[tuple]) -> Iterator[tuple]:
-    """The same fields; other channels or an empty channel are an error."""
-    first, count = None, 0
-    for name, channels, pixels in fields:
-        first, count = first or channels, count + 1
-        if channels != first:
-            raise ValueError(f"{name}: channels {', '.join(channels)}, the fields before have "
-                             f"{', '.join(first)}; choose the same of all by channels=")
-        for channel, image in zip(channels, pixels, strict=True):
-            if image.min() == image.max():
-                raise ValueError(f"{name}: channel {channel} is {image[0, 0]} in every pixel seen; "
-                                 "leave it or the field out")
-        yield name, channels, pixels
-    if count < 2:
-        raise ValueError(f"{count} field with several channels, expected two or more to compare")
-
-
 def probe_field_files(folder: Path, size: int, channels: Sequence[str] | None, limit: int | None
                       ) -> Iterator[tuple[str, list[str], np.ndarray]]:
-    """The square of size x size px in the middle of each image below a folder."""
+    """The square of size x size px in the middle of each image below a folder.
+
+    Too few images, other channels than before or an empty channel are an error.
+    """
     files = data.list_files(folder, data.TIFF + data.NPY) if folder.is_dir() else []
     if not files:
         raise FileNotFoundError(f"{folder}: no such folder, or no TIFF or .npy in it")
+    if len(files) == 1:
+        raise ValueError("1 field with several channels, expected two or more to compare")
+    before: list[str] | None = None
     for path in files[:limit]:
-        pixels, names, _ = data.read_image(path, channels)
+        pixels, known, _ = data.read_image(path, channels)
         C, H, W = pixels.shape
         if C < 2 or min(H, W) < size:
             raise ValueError(f"{path}: {C} x {H} x {W} (channels, rows, columns); expected two "
                              f"channels or more of at least size={size} px")
         top, left = (H - size) // 2, (W - size) // 2
-        names = list(names or map(str, channels or range(1, C + 1)))
+        pixels = pixels[:, top:top + size, left:left + size]
+        names = list(known or map(str, channels or range(1, C + 1)))
         name = path.relative_to(folder).with_suffix("").as_posix()
-        yield name, names, pixels[:, top:top + size, left:left + size]
+        if before not in (None, names):
+            raise ValueError(f"{name}: channels {', '.join(names)}, the fields before have "
+                             f"{', '.join(before or ())}; choose the same of all by channels=")
+        for channel, image in zip(names, pixels, strict=True):
+            if image.min() == image.max():
+                raise ValueError(f"{name}: channel {channel} is {image[0, 0]} in every pixel seen; "
+                                 "leave it or the field out")
+        before = names
+        yield name, names, pixels
 
 
 def probe_synthetic_fields(config: Channels) -> Iterator[tuple[str, list[str], np.ndarray]]:
     """Fields of synthetic.py, with all of its channels or some."""
     rows, size = fields.synthetic_channels(config.channels or ()), config.size
-    for number in range(config.synthetic):
+    for number in range(config.synthetic)[:config.limit]:
         drawn = synthetic.field(config.seed + number, size, max(2, size**2 // 4000))
         yield f"field {number}", [synthetic.CHANNELS[i] for i in rows], drawn.pixels[rows]
 
@@ -565,7 +557,7 @@ def probe_run_rows(folder: Path) -> list[list[str]]:
             found.setdefault(line["step"], {}).update(line)
     if not found:
         raise ValueError(f"{log}: no evaluation in it yet")
-    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    settings = runs.read_yaml(folder / "config.yaml")
     about = [folder.name, settings["views"]["strategy"], str(settings["seed"])]
     return [[*about, str(step), *(f"{found[step][name]:.3f}" if name in found[step] else "-"
                                   for name in LOGGED)]

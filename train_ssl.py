@@ -408,8 +408,7 @@ def measure_pretraining(config: Config, files: list[str], device: str) -> int:
     for path in files:
         vit = model.load_backbone(path, config.network.patch).eval().to(device)
         numbers = probe.measure_backbone(vit, windows, config.views.size)[0]
-        if windows.labels is not None:
-            numbers |= probe.metadata_leaks(vit, windows, config.views.size)
+        numbers |= probe.metadata_leaks(vit, windows, config.views.size)
         print(f"{path}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
     return 0
 

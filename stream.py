@@ -162,24 +162,22 @@ class FieldPool(Pool):
         self._floor, self._threads, self._bad_file = self._fields // 2, config.threads, bad_fields
         self._limit = 2 * math.ceil(config.threads / len(self.channels)) + 2   # fields on their way
         self.bad: dict[str, str] = {}                              # name: reason
-        self._slot_of: dict[int, int] = {}                       # row: slot of those that are ready
+        slots = self._fields + (self._limit if self._fields < len(self.shard) else 0)
+        self._rows = np.full(slots, -1)                       # of the index, in each slot; -1: none
         self._reader = fields.FieldReader(index.root, config)
         self._store, self._store.notice = self._reader.store, self._notice
         try:
             self.size = self._reader.find_size(index, self.channels[0])          # H, W
-            slots = self._fields + (self._limit if self._fields < len(self.shard) else 0)
             self._hold(slots, device)
         except BaseException:
             self._store.close()
             raise
 
         self._changed = threading.Condition()                      # guards all below
-        self._ready = np.zeros(slots, bool)
-        self._claimed = np.zeros(slots, bool)                      # of a field on its way
-        self._drawn = np.zeros(slots, bool)                        # in the current batch
+        self._free = deque(range(slots))                           # slots for new fields
+        self._drawn = np.zeros(0, np.int64)                        # slots of the current batch
         self._uses = np.zeros(slots, np.int64)                     # crops
         self._arrived = np.zeros(slots)                            # seconds
-        self._rows = np.full(slots, -1)                            # of the index
         self._pass, self._whole = 0, True                          # _whole: begun by this process
         self._consumed = np.zeros(len(self.index), bool)           # visited in this pass
         self._order = deque(self._order_of(0))
@@ -196,8 +194,12 @@ class FieldPool(Pool):
         self._error: Exception | None = None                       # goes to sample()
         self._workers: list[threading.Thread] = []
 
+    @property
+    def _ready(self) -> np.ndarray:
+        return self._rows >= 0                                     # (slots,)
+
     def _notice(self, text: str) -> None:
-        print(f"{text}; {len(self._slot_of)} fields are here", file=sys.stderr)
+        print(f"{text}; {self._ready.sum()} fields are here", file=sys.stderr)
 
     def _hold(self, slots: int, device: str | torch.device) -> None:
         shape = (slots, len(self.channels), *self.size)
@@ -227,8 +229,7 @@ class FieldPool(Pool):
             self._wait_for_fields()
             rng = np.random.default_rng((self.seed, self.rank, step))
             slots = rng.choice(np.flatnonzero(self._ready), batch, replace=False)
-            self._drawn[:] = False
-            self._drawn[slots] = True
+            self._drawn = slots
             self._uses[slots] += 1
             self._settle()
             if self.pixels.is_cuda:                        # work queued so far reads the last batch
@@ -291,7 +292,7 @@ class FieldPool(Pool):
 
     def _begin(self) -> None:
         """Queue the files of the next field, if one may be begun."""
-        full = len(self._flight) >= self._limit or (self._ready | self._claimed).all()
+        full = len(self._flight) >= self._limit or not self._free
         if self._refill and not full:
             row, uses = self._refill.popleft()
             return self._queue(row, False, uses)
@@ -303,8 +304,8 @@ class FieldPool(Pool):
                 if self._error is not None:
                     return
             row = self._order[0]
-            slot = self._slot_of.get(row)
-            if slot is None:
+            slot = np.flatnonzero(self._rows == row)
+            if not slot.size:
                 break
             if self._uses[slot] < self._least:                   # still here: wait until it is used
                 return
@@ -316,12 +317,12 @@ class FieldPool(Pool):
 
     def _queue(self, row: int, visit: bool, uses: int) -> None:
         field, C = self.index[row], len(self.channels)
-        slot = int(np.flatnonzero(~(self._ready | self._claimed))[0])
+        slot = self._free.popleft()
         memory = self._staging.pop() if self.pixels.is_cuda else self.pixels[slot]
         planes, limits = memory.numpy().view(np.uint16), np.zeros((C, 2), np.float32)
         files = [field.files.get(channel, "") for channel in self.channels]
         job = Job(row, field.name, files, visit, uses, slot, planes, limits, C)
-        self._flight[row], self._claimed[slot] = job, True
+        self._flight[row] = job
         self._tasks.extend((job, channel) for channel in range(C))
         self._changed.notify_all()
 
@@ -368,25 +369,24 @@ class FieldPool(Pool):
         """Make complete fields available; for each the most used goes, of several the oldest."""
         while self._complete:
             if self._ready.sum() >= self._fields:
-                may = self._ready & ~self._drawn & (self._uses >= self._least)
+                may = self._ready & (self._uses >= self._least)
+                may[self._drawn] = False
                 if not may.any():
                     return
                 most = np.flatnonzero(may & (self._uses == self._uses[may].max()))
                 old = int(most[self._arrived[most].argmin()])
-                del self._slot_of[int(self._rows[old])]
-                self._ready[old], self.names[old] = False, None
+                self._rows[old], self.names[old] = -1, None
+                self._free.append(old)
             job = self._complete.popleft()
             slot = job.slot
-            self._ready[slot], self.names[slot], self._rows[slot] = True, job.name, job.row
+            self._rows[slot], self.names[slot] = job.row, job.name
             self._uses[slot], self._arrived[slot] = job.uses, time.monotonic()
-            self._slot_of[job.row] = slot
             self._counts["fields"] += 1
             self._done(job, "")
             self._changed.notify_all()
 
     def _done(self, job: Job, reason: str) -> None:
         self._recent.append(reason)
-        self._claimed[job.slot] = False
         del self._flight[job.row]
         if self.pixels.is_cuda:
             self._staging.append(torch.from_numpy(job.planes.view(np.int16)))
@@ -395,6 +395,7 @@ class FieldPool(Pool):
 
     def _failed(self, job: Job) -> None:
         self._counts["failures"] += 1
+        self._free.append(job.slot)
         self._done(job, job.reason)
         if job.name not in self.bad:
             self.bad[job.name] = job.reason

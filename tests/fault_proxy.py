@@ -2,11 +2,9 @@
 use it.
 
     with FaultyS3() as s3:                          # both run in one other process
-        s3.client.put_object(...)                   # boto3 client of the server itself, without
-                                                    faults
+        s3.client.put_object(...)                   # boto3's client, past the proxy
         s3.set(latency=0.2, errors=0.1)             # see Faults; s3.set() is a clean network again
         s3.url                                      # endpoint behind the proxy; s3.direct without
-                                                    it
 
 As a script it is that other process: it prints its two ports and takes lines of JSON, the faults
 from now on.
@@ -48,9 +46,9 @@ class FaultyS3:
     """The process, its ports and a client."""
 
     def __init__(self, buckets: tuple[str, ...] = ("cellpainting-gallery",)):
-        self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE,
-                                         stdout=subprocess.PIPE,
-                                         stderr=subprocess.DEVNULL, text=True)
+        self._process = subprocess.Popen([sys.executable, __file__], text=True,
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                         stderr=subprocess.DEVNULL)
         ports = json.loads(self._process.stdout.readline())
         self.direct, self.url = (f"http://127.0.0.1:{port}" for port in ports)
         import boto3
@@ -94,18 +92,13 @@ class Handler(BaseHTTPRequestHandler):
                                      "Content-Length": str(len(BUSY))},
                                BUSY * (self.command != "HEAD"))
         upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
-        upstream.request(self.command, self.path, sent or None,
-                         {k: v for k, v in self.headers.items()
-                                                                 if k.lower() not in ("connection",
-                                                                                      "expect")})
+        upstream.request(self.command, self.path, sent or None, {
+            k: v for k, v in self.headers.items() if k.lower() not in ("connection", "expect")})
         response = upstream.getresponse()
         body = response.read()
         upstream.close()
-        headers = {k: v for k, v in response.getheaders() if k.lower() not in ("connection",
-                                                                               "transfer-encoding",
-                                                                               "content-length",
-                                                                               "server",
-                                                                               "date")}
+        headers = {k: v for k, v in response.getheaders() if k.lower() not in (
+            "connection", "transfer-encoding", "content-length", "server", "date")}
         headers["Content-Length"] = str(len(body))
         draw -= faults.errors
         if faults.unsized and faults.unsized in self.path:

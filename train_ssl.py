@@ -171,8 +171,9 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
     kinds = ssl_.view_stains(pool.channels, config.data.brightfield)
     optimiser = student_optimiser(student, config)
     usage = torch.zeros(config.network.prototypes, device=device)
+    learning = dict(student=student, teacher=teacher, optimiser=optimiser)
     if state:
-        for name, part in (("student", student), ("teacher", teacher), ("optimiser", optimiser)):
+        for name, part in learning.items():
             part.load_state_dict(state[name])
         usage.copy_(state["usage"])
         pool.restore(state["pool"])
@@ -191,7 +192,7 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
     with pool:
         if start == 0:
             looker.look(teacher.encoder.vit, 0)       # the random network, to compare all else with
-        since = Since(device, start)
+        since = Since(device)
         for step in range(start, config.steps):
             done = step + 1
             rates = pretraining_schedules(config, step)
@@ -218,16 +219,16 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
             usage = usage * 0.999 + found["chosen"]                  # the last 1000 steps, fading
 
             if done % config.log_every == 0:
-                means = since.means(done, world)
+                means = since.means(world)
                 run.check_finite(done, means["loss"])
                 cls = found["cls"]
                 health = dict(usage=ssl_.perplexity(usage),
                               feature_std=ssl_.student_feature_std(cls),
                               effective_rank=ssl_.student_effective_rank(cls))
                 run.log(done, **means, **health, **rates, gradient=norm.item(),
-                        **since.speed(done, config.batch), **pool.stats())
+                        **since.speed(config.batch), **pool.stats())
                 warn_of_collapse(config, run, done, {**means, **health}, cls.shape)
-                since = Since(device, done)
+                since = Since(device)
             finished = done == config.steps
             stop = not finished and run.should_stop(done)
             if finished or done % config.measure.every == 0:
@@ -236,8 +237,8 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
             if finished or stop or done % config.save_every == 0:
                 run.check_finite(done, found["loss"].item())
                 pools = runs.shared_out(lambda _: pool.state(), range(world), rank, world)
-                run.save(done, student=student.state_dict(), teacher=teacher.state_dict(),
-                         usage=usage, optimiser=optimiser.state_dict(), pool=pools)
+                run.save(done, usage=usage, pool=pools, **{
+                    name: part.state_dict() for name, part in learning.items()})
             if stop:
                 print(f"stopped at step {done}; the same command goes on from there",
                       file=sys.stderr)
@@ -346,20 +347,21 @@ class Stopwatch:
 class Since:
     """Sums and times since the last line of the log."""
 
-    def __init__(self, device: str, step: int):
-        self.step, self.cutting = step, Stopwatch(device)
+    def __init__(self, device: str):
+        self.steps, self.cutting = 0, Stopwatch(device)
         self.sums: dict[str, Any] = {}
         self.clock = time.perf_counter()
 
     def add(self, found: dict) -> None:
         """Add the scalars of a step."""
+        self.steps += 1
         for name, value in found.items():
             if value.ndim == 0:
                 self.sums[name] = self.sums.get(name, 0) + value.detach()
 
-    def means(self, step: int, world: int) -> dict[str, float]:
+    def means(self, world: int) -> dict[str, float]:
         """Means over the steps and over all processes."""
-        return {name: runs.mean_over_ranks(value / (step - self.step), world)
+        return {name: runs.mean_over_ranks(value / self.steps, world)
                 for name, value in self.sums.items()}
 
     @contextlib.contextmanager
@@ -369,10 +371,10 @@ class Since:
         yield
         self.clock += time.perf_counter() - before
 
-    def speed(self, step: int, batch: int) -> dict[str, float]:
+    def speed(self, batch: int) -> dict[str, float]:
         """Images a second, the share of the time spent cutting views, and the GPU's memory."""
         took = time.perf_counter() - self.clock
-        found = dict(images_per_s=(step - self.step) * batch / took,
+        found = dict(images_per_s=self.steps * batch / took,
                      data_share=self.cutting.seconds() / took)
         if self.cutting.on_gpu:
             found["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30

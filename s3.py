@@ -6,7 +6,7 @@
     store.close()
 
     for address, file in download(files_below("s3://bucket/plate1/")): ...
-    with open_output("s3://bucket/cells/") as output:
+    with open_s3_output("s3://bucket/cells/") as output:
         if not output.has(["a_labels.tif"]): ...                 # write it to output.folder
         output.deliver()                                         # and it goes to S3
 

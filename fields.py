@@ -483,11 +483,8 @@ def _field_index(rows: list[tuple], root: str, channels: Sequence[str] | None, c
     """An index of sorted rows; counts incomplete and repeated fields, and missing channels."""
     labels = {label for *_, files in rows for label in files}
     known = [name for name in JUMP_CHANNELS if name in labels]
-    chosen = tuple(channels or [*known, *sorted(labels - set(known))])
-    for name in chosen:
-        if name not in labels:
-            raise ValueError(f"channels: no '{name}' in {root}; there are "
-                             f"{', '.join(sorted(labels))}")
+    every = Index(root, [*known, *sorted(labels - set(known))], [])
+    chosen = index_channels(every, channels or ())
     lines: dict[tuple, bytes] = {}
     for row in sorted(rows, key=lambda row: row[:6]):
         site, (folder, files) = row[:6], row[6:]

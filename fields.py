@@ -322,32 +322,27 @@ def _visit_all(visit: Callable, stop: Callable, first: str, what: str, journal: 
     from tqdm import tqdm
     done = {} if journal is None else _read_index_journal(Path(journal), what)
     rows: list[tuple] = []
-    waiting, counts = [first], Counter[str]()
-    running: dict[Future, str] = {}
+    counts, running = Counter[str](), dict[Future, str]()
+    begin: dict[str, Any] = {"rows": [], "counts": {"keys": 0}, "places": [first]}
+    visited = [begin, *done.values()]
     with (tqdm(unit=" keys", unit_scale=True, file=sys.stderr, delay=1, leave=False) as bar,
           open(journal or os.devnull, "a", encoding="utf-8") as log,
           ThreadPoolExecutor(CONNECTIONS) as threads):
         if journal is not None and log.tell() == 0:
             log.write(json.dumps({"what": what}) + "\n")
         try:
-            while waiting or running:
-                visited = []
-                while waiting:
-                    folder = waiting.pop()
-                    if folder in done:
-                        visited.append(done.pop(folder))
-                    else:
-                        running[threads.submit(visit, folder)] = folder
-                if not visited:
-                    for future in wait(running, return_when=FIRST_COMPLETED)[0]:
-                        visited.append({"place": running.pop(future), **future.result()})
-                        log.write(json.dumps(visited[-1]) + "\n")
-                        log.flush()
+            while visited:
                 for result in visited:
                     rows += map(tuple, result["rows"])
                     counts.update(result["counts"])
-                    waiting += result["places"]
                     bar.update(result["counts"]["keys"])
+                    running |= {threads.submit(visit, place): place
+                                for place in result["places"] if place not in done}
+                visited = []
+                for future in wait(running, return_when=FIRST_COMPLETED)[0]:
+                    visited.append({"place": running.pop(future), **future.result()})
+                    log.write(json.dumps(visited[-1]) + "\n")
+                    log.flush()
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
             stop()

@@ -36,7 +36,6 @@ import math
 import os
 import pickle
 import platform
-import random
 import re
 import shlex
 import shutil
@@ -832,16 +831,15 @@ class Run:
                        if path.stem[5:].isdecimal()), key=lambda path: int(path.stem[5:]))
 
     def save(self, step: int, is_best: bool = False, **state: Any) -> None:
-        """Write a checkpoint with every random state, whole or not at all."""
+        """Write a checkpoint with PyTorch's random states, whole or not at all.
+
+        Nothing that is learnt depends on those of Python and NumPy.
+        """
         if self.rank:
             return
-        import numpy as np
         import torch
-        name, keys, *more = np.random.get_state(legacy=True)
         state |= dict(step=step, config=to_yaml(self.config), torch=torch.get_rng_state(),
-                      cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                      python=list(random.getstate()[1]),
-                      numpy=[name, np.asarray(keys).tolist(), *more])
+                      cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
         path = self.checkpoints / f"step_{step:08d}.pt"
         with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
@@ -862,15 +860,11 @@ class Run:
         path = self.newest()
         if path is None:
             return None
-        import numpy as np
         import torch
         state = load_torch(path)
         torch.set_rng_state(state["torch"])
         if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda"])
-        random.setstate((3, tuple(state["python"]), None))
-        name, keys, *rest = state["numpy"]
-        np.random.set_state((name, np.array(keys, np.uint32), *rest))
         if self.rank == 0:
             print(f"going on from step {state['step']} ({path})", file=sys.stderr)
         return state

@@ -615,7 +615,7 @@ def _by_lot(found: list[Path], config: FieldData, seed: int):
         return channels, first.shape, [found[i] for i in order]
 
 
-def _field_pixels(path: Path, channels: tuple[str, ...] = ()) -> np.ndarray:
+def _field_pixels(path: Path, channels: tuple[str, ...]) -> np.ndarray:
     """(C, H, W) uint16."""
     pixels = images.read_image(path, channels or None).pixels
     if pixels.dtype not in (np.uint8, np.uint16):

@@ -1015,16 +1015,15 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_table(path: str | Path, rows: Sequence[dict], first: Iterable[str] = (),
-                digits: int = 10) -> None:
+def write_table(path: str | Path, rows: Sequence[dict], first: Iterable[str] = ()) -> None:
     """Write rows as CSV or, to a file .tsv, as TSV: columns `first`, then all others of the rows.
 
-    Numbers have up to `digits` digits; a missing value, None or NaN is an empty cell.
+    Numbers have up to ten digits; a missing value, None or NaN is an empty cell.
     """
     def text(value: Any) -> str:
         if value is None or value != value:
             return ""
-        return f"{value:.{digits}g}" if isinstance(value, float) else " ".join(str(value).split())
+        return f"{value:.10g}" if isinstance(value, float) else " ".join(str(value).split())
 
     columns = list(dict.fromkeys((*first, *(name for row in rows for name in row))))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -1162,8 +1161,7 @@ def provenance(config: Any, step: int, **more: Any) -> dict:
                 torch=str(torch.__version__), **more)
 
 
-def shared_out(function: Callable[[Any], Any], items: Sequence, rank: int = 0,
-               world: int = 1) -> list:
+def shared_out(function: Callable[[Any], Any], items: Sequence, rank: int, world: int) -> list:
     """[function(item) for item in items]: each process of a group does its share, all get all."""
     mine = [function(item) for item in items[rank::world]]
     if world == 1:

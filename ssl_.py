@@ -346,7 +346,7 @@ def dino_loss(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
 
 def ibot_loss(student: Tensor, teacher: Tensor, weight: Tensor, crops: int,
               student_prototypes: nn.Module, teacher_prototypes: nn.Module, temperature: float,
-              teacher_temperature: float, chunk: int = 4096) -> Tensor:
+              teacher_temperature: float, chunk: int) -> Tensor:
     """Cross-entropy on the masked patches, as the teacher sees them unmasked.
 
     student, teacher : (M, b) outputs of the heads for the masked patches.

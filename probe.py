@@ -184,7 +184,7 @@ def attention_entropy(maps: np.ndarray) -> float:
     """Entropy of attention maps (..., h, w), as a share of the largest: 1 looks everywhere."""
     p = maps.reshape(-1, maps.shape[-2] * maps.shape[-1])
     p = p / p.sum(1, keepdims=True)
-    return float(-(p * np.log(np.maximum(p, 1e-30))).sum(1).mean() / math.log(p.shape[1]))
+    return float(scipy.special.entr(p).sum(1).mean() / math.log(p.shape[1]))
 
 
 def write_probe_pictures(folder: Path, names: Sequence[str], fields: Sequence[np.ndarray],

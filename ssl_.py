@@ -550,7 +550,7 @@ def perplexity(counts: Tensor) -> float:
     """exp of the entropy, (K,) -> 1 to K: of how often each was chosen, the prototypes in use."""
     p = counts.cpu().double()                                  # mps has no doubles
     p = p / p.sum().clamp(min=1e-12)
-    return math.exp(-(p * p.clamp(min=1e-300).log()).sum().item())
+    return math.exp(torch.special.entr(p).sum().item())
 
 
 def student_effective_rank(x: Tensor) -> float:

@@ -33,8 +33,10 @@ from typing import Any, TypeVar
 
 import runs
 
-with suppress(ImportError):             # not on Windows, which reads without a cache
+try:
     import fcntl
+except ImportError:                     # Windows, which reads without a cache
+    fcntl = None  # type: ignore[assignment]
 with runs.lazy():
     import boto3
     import botocore
@@ -356,7 +358,7 @@ class Cache:
     """
 
     def __init__(self, folder: str | Path, limit: float):
-        self.folder, self.limit = Path(folder), limit
+        self.folder, self.limit = Path(folder), limit if fcntl else 0
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, address: str) -> Path:

@@ -84,6 +84,13 @@ def test_cache_stays_within_its_limit_least_recently_used_out_first(tmp_path):
     assert cache.get("huge") is None and cache.get("k0")
 
 
+def test_without_locks_nothing_is_cached(tmp_path, monkeypatch):
+    monkeypatch.setattr(s3, "fcntl", None)                                   # as on Windows
+    cache = s3.Cache(tmp_path / "c", 1000)
+    cache.put("k", b"body")
+    assert cache.get("k") is None
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("address",
                          ["../../etc/passwd", "/etc/passwd", "a\0b", "x" * 5000, "é\udc80\n\t",

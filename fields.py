@@ -441,9 +441,10 @@ def _plate_table_rows(body: bytes, where: str) -> Iterator[tuple]:
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{where}: line {number} has no Metadata_Well such as A01 (or Row and "
                              "Col) and whole number Metadata_Site") from None
-        if not (batch + line["Metadata_Plate"]).isprintable():
-            raise ValueError(f"{where}: line {number} has control characters in its plate")
-        yield batch, line["Metadata_Plate"], "", *site, folder, files
+        plate = line["Metadata_Plate"]
+        if plate is None or not (batch + plate).isprintable():
+            raise ValueError(f"{where}: line {number} has no plate, or control characters in it")
+        yield batch, plate, "", *site, folder, files
 
 
 def _field_address(line: dict, label: str) -> str:

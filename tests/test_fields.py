@@ -112,6 +112,10 @@ def test_urls_and_other_names_of_load_data(tmp_path):
     index = fields.make_index(str(table), ["DNA"])[0]
     assert index[0] == fields.IndexedField("Batch1/P1/r01c01f01", {"DNA": "y/z/A.tif"})
     assert list(index.plate_sizes()) == [("Batch1", "P1", 2, 0)]
+    table.write_bytes(gzip.compress(b"Metadata_Well,Metadata_Site,URL_OrigDNA,Metadata_Plate\n"
+                                    b"A01,1,s3://cellpainting-gallery/x/A.tif\n"))     # cut off
+    with pytest.raises(ValueError, match="line 2 has no plate"):
+        fields.make_index(str(table))
 
 
 def test_plates_are_told_apart_and_incomplete_fields_counted(tmp_path, capsys):

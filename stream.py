@@ -122,7 +122,6 @@ class Job:
     """A field on its way."""
     row: int                            # of the index
     name: str
-    files: list[str]                    # a name for each channel; empty where the index has none
     visit: bool                         # of the pass; else a resident of a checkpoint returns
     uses: int                           # crops that a resident had given
     slot: int                           # its place
@@ -316,18 +315,16 @@ class FieldPool(Pool):
             self._queue(self._order.popleft(), True, 0)
 
     def _queue(self, row: int, visit: bool, uses: int) -> None:
-        field, C = self.index[row], len(self.channels)
-        slot = self._free.popleft()
+        slot, C = self._free.popleft(), len(self.channels)
         memory = self._staging.pop() if self.pixels.is_cuda else self.pixels[slot]
         planes, limits = memory.numpy().view(np.uint16), np.zeros((C, 2), np.float32)
-        files = [field.files.get(channel, "") for channel in self.channels]
-        job = Job(row, field.name, files, visit, uses, slot, planes, limits, C)
+        job = Job(row, self.index[row].name, visit, uses, slot, planes, limits, C)
         self._flight[row] = job
         self._tasks.extend((job, channel) for channel in range(C))
         self._changed.notify_all()
 
     def _fetch(self, job: Job, channel: int) -> None:
-        reason, name = "", job.files[channel]
+        reason, name = "", self.index[job.row].files.get(self.channels[channel], "")
         if not job.reason:                                     # else another channel failed already
             try:
                 if not name:

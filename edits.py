@@ -23,7 +23,7 @@ import time
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -332,29 +332,15 @@ class Book:
             if not line.endswith(b"\n"):                # cut by a crash: it was not confirmed
                 os.truncate(self.journal, self.size)
                 break
-            self.replay(line)
+            edit, labels = self.follow(line)
+            self.labels[edit.box] = labels
+            self.fresh = max(self.fresh, *(1 + int(part.max(initial=0))
+                                           for part in (edit.before, edit.after)))
+            self.revision += 1
             self.size += len(line)
             self.saved = False
         if self.path.exists() or self.done:
             self.index()
-
-    def replay(self, line: bytes) -> None:
-        what = json.loads(line)["what"]
-        if what == "undo":
-            self.undone.append(self.done.pop())
-            edit = unpacked_edit(self.undone[-1])
-            self.labels[edit.box] = edit.before
-        else:
-            if what == "redo":
-                line = self.undone.pop()
-            else:
-                self.undone.clear()
-            self.done.append(line)
-            edit = unpacked_edit(line)
-            self.labels[edit.box] = edit.after
-            self.fresh = max(self.fresh, *(1 + int(labels.max(initial=0))
-                                           for labels in (edit.before, edit.after)))
-        self.revision += 1
 
     def index(self) -> None:
         """Find the box of each cell."""
@@ -367,7 +353,8 @@ class Book:
     def numbering(self) -> int:
         """Another number whenever the network has numbered all cells anew."""
         with self.lock:
-            return zlib.crc32(next((line for line in reversed(self.done) if is_whole(line)), b""))
+            return zlib.crc32(next((line for line in reversed(self.done)
+                                    if what_of(line) in WHOLE), b""))
 
     def at(self, point: np.ndarray) -> int:
         """The cell under a point (x, y), 0 for none."""
@@ -386,7 +373,7 @@ class Book:
         """(H, W) bool: pixels that edits by hand have changed, and what they left of a cell."""
         hand = np.zeros(self.shape, bool)
         for line in self.done:
-            if not is_whole(line):
+            if what_of(line) not in WHOLE:
                 edit = unpacked_edit(line)
                 changed = edit.before != edit.after
                 touched = np.unique(edit.before[changed])
@@ -396,34 +383,43 @@ class Book:
     # --------------------------------------------------------------------------------------- edits
 
     def do(self, edit: Edit) -> Box:
-        """Take an edit over: first into the journal, then into the labels."""
-        with self.lock:
-            line = packed_edit(edit)
-            self.write(line)
-            self.undone.clear()
-            self.done.append(line)
-            self.change(edit.box, edit.after)
-        return edit.box
+        return self.take(packed_edit(edit), edit)
 
     def undo(self) -> Box:
         with self.lock:
             if not self.done:
                 raise Refused("nothing to undo")
-            edit = unpacked_edit(self.done[-1])
-            self.write(json.dumps({"time": stamp_edit(), "what": "undo"}).encode() + b"\n")
-            self.undone.append(self.done.pop())
-            self.change(edit.box, edit.before)
-        return edit.box
+            return self.take(journal_line(what="undo"))
 
     def redo(self) -> Box:
         with self.lock:
             if not self.undone:
                 raise Refused("nothing to do again")
-            edit = unpacked_edit(self.undone[-1])
-            self.write(json.dumps({"time": stamp_edit(), "what": "redo"}).encode() + b"\n")
-            self.done.append(self.undone.pop())
-            self.change(edit.box, edit.after)
+            return self.take(journal_line(what="redo"))
+
+    def take(self, line: bytes, edit: Edit | None = None) -> Box:
+        """Take an edit over: first into the journal, then into the labels."""
+        with self.lock:
+            self.write(line)
+            edit, labels = self.follow(line, edit)
+            self.change(edit.box, labels)
         return edit.box
+
+    def follow(self, line: bytes, edit: Edit | None = None) -> tuple[Edit, np.ndarray]:
+        """Move an edit to where a line of the journal says; that edit, and the labels of its box
+        from now on."""
+        what = what_of(line)
+        if what == "undo":
+            self.undone.append(self.done.pop())
+            edit = unpacked_edit(self.undone[-1])
+            return edit, edit.before
+        if what == "redo":
+            line = self.undone.pop()
+        else:
+            self.undone.clear()
+        self.done.append(line)
+        edit = edit or unpacked_edit(line)
+        return edit, edit.after
 
     def change(self, box: Box, labels: np.ndarray) -> None:
         whole = labels.shape == self.shape
@@ -481,27 +477,24 @@ class Book:
         writer.close()
 
 
-def stamp_edit() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S")
+def journal_line(**values: Any) -> bytes:
+    return json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **values}).encode() + b"\n"
 
 
 def packed_edit(edit: Edit) -> bytes:
-    """A line of the journal."""
     (top, bottom), (left, right) = ((side.start, side.stop) for side in edit.box)
     before, after = (base64.b64encode(zlib.compress(labels.astype("<i4").tobytes(), 1)).decode()
                      for labels in (edit.before, edit.after))
-    return json.dumps({"time": stamp_edit(), "what": edit.what,
-                       "box": [int(n) for n in (top, left, bottom, right)],
-                       "before": before, "after": after}).encode() + b"\n"
+    return journal_line(what=edit.what, box=[int(n) for n in (top, left, bottom, right)],
+                        before=before, after=after)
 
 
-def is_whole(line: bytes) -> bool:
-    """Whether a line is an edit of the whole image, by its first bytes: it may be long."""
-    return line.split(b'"what": "', 1)[1].startswith(tuple(f'{what}"'.encode() for what in WHOLE))
+def what_of(line: bytes) -> str:
+    """What a line does, by its first bytes: it may be long."""
+    return line[:100].split(b'"what": "')[1].split(b'"')[0].decode()
 
 
 def unpacked_edit(line: bytes) -> Edit:
-    """The edit of a line."""
     values = json.loads(line)
     top, left, bottom, right = values["box"]
     before, after = (np.frombuffer(zlib.decompress(base64.b64decode(values[key])), "<i4")

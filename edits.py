@@ -465,14 +465,11 @@ class Book:
 
     def write_labels(self) -> None:
         H, W = self.shape
-        if H * W <= LARGE:
-            with self.lock:
-                labels = self.labels.copy()
-            return images.write_labels(self.path, labels, self.pixel_size)
+        rows = H if H * W <= LARGE else images.LABEL_TILE
         writer = images.LabelWriter(self.path, self.shape, self.pixel_size)
-        for y in range(0, H, images.LABEL_TILE):
+        for y in range(0, H, rows):
             with self.lock:
-                band = self.labels[y:y + images.LABEL_TILE].copy()
+                band = self.labels[y:y + rows].copy()
             writer.add((slice(y, y + len(band)), slice(0, W)), band)
         writer.close()
 

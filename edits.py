@@ -58,7 +58,7 @@ class Stale(ValueError):
 def draw_cell(book: Book, outline: np.ndarray) -> Edit:
     """A new cell inside the outline; begun in a cell, the outline adds to that cell. Others keep
     their pixels."""
-    box, inside = enclosed(outline, book.labels.shape)
+    box, inside = enclosed(outline, book.shape)
     start = book.at(outline[0])
     box, inside = widened_edit(box, inside, book.boxes.get(start))
     before = book.labels[box].copy()
@@ -72,11 +72,13 @@ def draw_cell(book: Book, outline: np.ndarray) -> Edit:
 
 def cut_away(book: Book, outline: np.ndarray) -> Edit:
     """What lies inside the outline becomes background; the parts of a cell become cells."""
-    box, inside = enclosed(outline, book.labels.shape)
+    box, inside = enclosed(outline, book.shape)
     touched = np.unique(book.labels[box][inside])
     box, inside = widened_edit(box, inside, book.box_of(touched[touched > 0]))
     before = book.labels[box].copy()
-    after = in_pieces(np.where(inside, 0, before), touched[touched > 0], book.fresh)
+    after, fresh = np.where(inside, 0, before), book.fresh
+    for cell in touched[touched > 0]:
+        fresh = renumber_parts(after, ndimage.label(after == cell)[0], fresh)
     return checked_edit(Edit("erase", box, before, after), "there is no cell inside the outline")
 
 
@@ -92,7 +94,7 @@ def remove_cells(book: Book, ids: Iterable[int]) -> Edit:
 
 def remove_inside(book: Book, outline: np.ndarray) -> Edit:
     """Delete cells that lie inside the outline by more than half."""
-    box, inside = enclosed(outline, book.labels.shape)
+    box, inside = enclosed(outline, book.shape)
     ids, px = np.unique(book.labels[box][inside], return_counts=True)
     mostly = [int(i) for i, n in zip(ids, px) if i and 2 * n > book.area(int(i))]
     if not mostly:
@@ -102,16 +104,12 @@ def remove_inside(book: Book, outline: np.ndarray) -> Edit:
 
 def split_cells(book: Book, line: np.ndarray) -> Edit:
     """Part every cell that the line crosses from edge to edge."""
-    shape = book.labels.shape
-    y, x = line_pixels(lengthened_line(line), shape)
+    y, x = line_pixels(lengthened_line(line), book.shape)
     ids = np.unique(book.labels[y, x])
     box = book.box_of(ids[ids > 0])
     if box is None:
         raise Refused("the line crosses no cell")
-    before = book.labels[box].copy()
-    knife = np.zeros(before.shape, bool)
-    here = (y >= box[0].start) & (y < box[0].stop) & (x >= box[1].start) & (x < box[1].stop)
-    knife[y[here] - box[0].start, x[here] - box[1].start] = True
+    before, knife = book.labels[box].copy(), box_mask(y, x, box)
     after, fresh = before.copy(), book.fresh
     for cell in ids[ids > 0]:
         mask = before == cell
@@ -121,10 +119,7 @@ def split_cells(book: Book, line: np.ndarray) -> Edit:
         nearest = ndimage.distance_transform_edt(parts == 0, return_distances=False,
                                                  return_indices=True)
         parts = np.where(mask, parts[tuple(nearest)], 0)           # the cut goes to the nearer part
-        sizes = np.bincount(parts.ravel(), minlength=count + 1)[1:]
-        for part in np.argsort(-sizes)[1:]:                        # the largest keeps its number
-            after[parts == part + 1] = fresh
-            fresh += 1
+        fresh = renumber_parts(after, parts, fresh)
     return checked_edit(Edit("split", box, before, after),
                         "the line crosses no cell from edge to edge")
 
@@ -132,8 +127,7 @@ def split_cells(book: Book, line: np.ndarray) -> Edit:
 def merge_cells(book: Book, line: np.ndarray) -> Edit:
     """Make one cell of those under the line, with the gap between them where the line crosses it.
     """
-    shape = book.labels.shape
-    y, x = line_pixels(line, shape)
+    y, x = line_pixels(line, book.shape)
     under = book.labels[y, x]
     ids = [int(i) for i in dict.fromkeys(under.tolist()) if i]
     if len(ids) < 2:
@@ -141,10 +135,7 @@ def merge_cells(book: Book, line: np.ndarray) -> Edit:
     box = book.box_of(ids)
     assert box is not None
     first, last = np.flatnonzero(under > 0)[[0, -1]]               # of the line, between the cells
-    bridge = np.zeros(edit_shape(box), bool)
-    inside = ((y >= box[0].start) & (y < box[0].stop) & (x >= box[1].start) & (x < box[1].stop))
-    inside[:first] = inside[last + 1:] = False
-    bridge[y[inside] - box[0].start, x[inside] - box[1].start] = True
+    bridge = box_mask(y[first:last + 1], x[first:last + 1], box)
     before = book.labels[box].copy()
     gap = ndimage.binary_dilation(bridge, iterations=2) & (before == 0)
     after = np.where(np.isin(before, ids) | gap, ids[0], before)
@@ -153,7 +144,7 @@ def merge_cells(book: Book, line: np.ndarray) -> Edit:
 
 def grow_cell(book: Book, cell: int) -> Edit:
     """Move a cell's edge outwards by a pixel, into the background."""
-    box = edit_box_widened(book.box_of([cell]), 1, book.labels.shape)
+    box = edit_box_widened(book.box_of([cell]), 1, book.shape)
     before = book.labels[box].copy()
     more = ndimage.binary_dilation(before == cell) & (before == 0)
     return checked_edit(Edit("grow", box, before, np.where(more, cell, before)),
@@ -162,7 +153,7 @@ def grow_cell(book: Book, cell: int) -> Edit:
 
 def shrink_cell(book: Book, cell: int) -> Edit:
     """Move a cell's edge inwards by a pixel; the largest piece stays."""
-    box = edit_box_widened(book.box_of([cell]), 1, book.labels.shape)
+    box = edit_box_widened(book.box_of([cell]), 1, book.shape)
     before = book.labels[box].copy()
     mask = before == cell
     less = largest_piece(ndimage.binary_erosion(mask, border_value=1))
@@ -211,21 +202,13 @@ def checked_edit(edit: Edit, reason: str) -> Edit:
 
 # ---------------------------------------------------------------------------------------- geometry
 
-def edit_shape(box: Box) -> tuple[int, int]:
-    return box[0].stop - box[0].start, box[1].stop - box[1].start
-
-
 def enclosed(outline: np.ndarray, shape: tuple[int, int]) -> tuple[Box, np.ndarray]:
     """Box and mask (h, w) of the pixels with their centre inside an outline, within the image."""
-    limit = np.array(shape[::-1])
-    low = np.floor(outline.min(0)).clip(0, limit).astype(int)
-    high = np.ceil(outline.max(0)).clip(0, limit).astype(int)
-    left, top, right, bottom = map(int, (*low, *high))
-    size = bottom - top, right - left
-    if len(outline) < 3 or 0 in size:
-        raise Refused("too small an outline; draw around the cell")
-    mask = np.zeros(size, bool)
-    mask.ravel()[polygon_pixels([outline - low], size)] = True
+    ends = np.floor(outline.min(0)), np.ceil(outline.max(0))
+    (left, top), (right, bottom) = np.clip(ends, 0, shape[::-1]).astype(int).tolist()
+    mask = np.zeros((bottom - top, right - left), bool)
+    if len(outline) > 2 and mask.size:
+        mask.ravel()[polygon_pixels([outline - (left, top)], mask.shape)] = True
     if not mask.any():
         raise Refused("too small an outline; draw around the cell")
     return (slice(top, bottom), slice(left, right)), mask
@@ -234,9 +217,7 @@ def enclosed(outline: np.ndarray, shape: tuple[int, int]) -> tuple[Box, np.ndarr
 def widened_edit(box: Box, mask: np.ndarray, other: Box | None) -> tuple[Box, np.ndarray]:
     """A box that holds another, too, and its mask."""
     whole = box_around([box, other] if other else [box])
-    larger = np.zeros(edit_shape(whole), bool)
-    larger[tuple(slice(a.start - w.start, a.stop - w.start) for a, w in zip(box, whole))] = mask
-    return whole, larger
+    return whole, np.pad(mask, [(a.start - w.start, w.stop - a.stop) for a, w in zip(box, whole)])
 
 
 def edit_box_widened(box: Box | None, margin: int, shape: tuple[int, int]) -> Box:
@@ -256,8 +237,7 @@ def box_around(boxes: Sequence[Box]) -> Box:
 def lengthened_line(line: np.ndarray, px: float = 2.0) -> np.ndarray:
     """A line that goes on by some px at both ends: hands stop a little too early."""
     ends = []
-    for end, inner in ((line[0], line[min(3, len(line) - 1)]),
-                       (line[-1], line[max(-4, -len(line))])):
+    for end, inner in ((line[0], line[:4][-1]), (line[-1], line[-4:][0])):
         away = end - inner
         ends.append(end + px * away / max(float(np.hypot(*away)), 1e-9))
     return np.concatenate((ends[:1], line, ends[1:]))
@@ -280,6 +260,15 @@ def line_pixels(line: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, n
     return y[fresh], x[fresh]
 
 
+def box_mask(y: np.ndarray, x: np.ndarray, box: Box) -> np.ndarray:
+    """(h, w) bool of a box: its pixels among some (y, x) of the image."""
+    y, x = y - box[0].start, x - box[1].start
+    mask = np.zeros([side.stop - side.start for side in box], bool)
+    inside = (y >= 0) & (y < mask.shape[0]) & (x >= 0) & (x < mask.shape[1])
+    mask[y[inside], x[inside]] = True
+    return mask
+
+
 def largest_piece(mask: np.ndarray) -> np.ndarray:
     """The largest 4-connected part of a mask."""
     parts, count = ndimage.label(mask)
@@ -288,16 +277,13 @@ def largest_piece(mask: np.ndarray) -> np.ndarray:
     return parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
 
 
-def in_pieces(labels: np.ndarray, ids: np.ndarray, fresh: int) -> np.ndarray:
-    """Labels in which each 4-connected part of these cells is a cell; the largest keeps its number.
-    """
-    labels = labels.copy()
-    for cell in ids:
-        parts, count = ndimage.label(labels == cell)
-        for part in np.argsort(-np.bincount(parts.ravel(), minlength=count + 1)[1:])[1:]:
-            labels[parts == part + 1] = fresh
-            fresh += 1
-    return labels
+def renumber_parts(labels: np.ndarray, parts: np.ndarray, fresh: int) -> int:
+    """Make a cell of each part 1, 2, ... but the largest, which keeps its number, from the number
+    `fresh` on; the next number."""
+    for part in np.argsort(-np.bincount(parts.ravel())[1:])[1:]:
+        labels[parts == part + 1] = fresh
+        fresh += 1
+    return fresh
 
 
 # -------------------------------------------------------------------------------------------- book

@@ -146,24 +146,21 @@ class Picture:
     """An open image for the screen: tiles of TILE px, each pixel the mean of 2 ** z x 2 ** z."""
 
     def __init__(self, entry: Entry, config: Config):
-        level = config.level or 1
-        self.source = entry.open(None, level)
+        level, self.files = config.level or 1, contextlib.ExitStack()
+        self.source = self.files.enter_context(entry.open(None, level))
         self.lock = threading.Lock()                    # a Source is not thread-safe
         C, H, W = self.source.shape
-        self.sizes = {1: self.source}                   # how much smaller -> the slide so stored
-        for number in range(level + 1, self.source.levels + 1):
-            small = entry.open(None, number)
-            factor = round(H / small.shape[1])
-            if factor & (factor - 1) == 0 and abs(small.shape[2] - W / factor) <= 1:
-                self.sizes[factor] = small
-            else:
-                small.close()
         self.step = 2 ** max(0, math.ceil(math.log2(max(H, W) / OVERVIEW)))
-        rows = []
+        self.sizes: dict[int, Any] = {1: self.source}   # how much smaller -> the slide so stored
+        for number in range(level + 1, self.source.levels + 1):
+            small = self.files.enter_context(entry.open(None, number))
+            factor = round(H / small.shape[1])
+            if factor & (factor - 1) == 0 and factor <= self.step and (
+                    abs(small.shape[2] - W / factor) <= 1):
+                self.sizes[factor] = small
         band = max(1, (1 << 22) // (W * self.step)) * self.step
-        for y in range(0, H, band):
-            rows.append(self.reduced(y, min(y + band, H), 0, W, self.step))
-        self.overview = np.concatenate(rows, 1)         # (C, h, w)
+        self.overview = self.sizes[self.step] = np.concatenate(      # (C, h, w), in memory
+            [self.reduced(y, min(y + band, H), 0, W, self.step) for y in range(0, H, band)], 1)
         low, high = (float(self.overview.min()), float(self.overview.max()))
         self.wire = self.source.dtype if self.source.dtype.str[1:] in ("u1", "u2") else "<u2"
         # wire = (value - low) * scale
@@ -173,11 +170,13 @@ class Picture:
     def reduced(self, top: int, bottom: int, left: int, right: int, step: int):
         """(C, h, w) means of step x step px of a part of the image, from the smallest size."""
         factor = max(factor for factor in self.sizes if factor <= step)
-        source = self.sizes[factor]
-        _, h, w = source.shape
+        size = self.sizes[factor]
+        _, h, w = size.shape
+        y0, y1 = min(top // factor, h - 1), min(-(-bottom // factor), h)
+        x0, x1 = min(left // factor, w - 1), min(-(-right // factor), w)
         with self.lock:
-            pixels = source.region(min(top // factor, h - 1), min(-(-bottom // factor), h),
-                                   min(left // factor, w - 1), min(-(-right // factor), w))
+            pixels = (size[:, y0:y1, x0:x1] if isinstance(size, np.ndarray)
+                      else size.region(y0, y1, x0, x1))
         nothing = np.zeros(pixels.shape[1:], np.uint8)
         small = cells.reduced_overlay(pixels, nothing, step // factor)[0]
         missing = (-(-(bottom - top) // step) - small.shape[1],
@@ -185,8 +184,7 @@ class Picture:
         return np.pad(small, [(0, 0), *((0, max(0, n)) for n in missing)], mode="edge")
 
     def close(self) -> None:
-        for source in self.sizes.values():
-            source.close()
+        self.files.close()
 
     def tile(self, z: int, row: int, column: int) -> bytes:
         """(C, h, w) of uint8 or uint16, little-endian."""
@@ -195,14 +193,7 @@ class Picture:
         top, left = row * side, column * side
         if not (0 <= top < H and 0 <= left < W):
             raise ValueError(f"no tile {row}, {column} at 1:{1 << z}")
-        bottom, right, step = min(top + side, H), min(left + side, W), 1 << z
-        if step >= self.step:
-            k = self.step
-            part = self.overview[:, top // k:-(-bottom // k), left // k:-(-right // k)]
-            nothing = np.zeros(part.shape[1:], np.uint8)
-            pixels = cells.reduced_overlay(part, nothing, step // k)[0]
-        else:
-            pixels = self.reduced(top, bottom, left, right, step)
+        pixels = self.reduced(top, min(top + side, H), left, min(left + side, W), 1 << z)
         return self.for_wire(pixels).tobytes()
 
     def for_wire(self, pixels):

@@ -175,6 +175,13 @@ def edit_gesture(book: Book, line: np.ndarray) -> Edit:
     return split_cells(book, line)
 
 
+# What a line, and what a click, asks for.
+OF_LINE = {"gesture": edit_gesture, "draw": draw_cell, "erase": cut_away, "split": split_cells,
+           "merge": merge_cells, "lasso": remove_inside}
+OF_CELL = {"remove": lambda book, cell: remove_cells(book, [cell]), "grow": grow_cell,
+           "shrink": shrink_cell}
+
+
 def flooded_edit(book: Book, labels: np.ndarray, what: str = "flood") -> Edit:
     """New labels of the whole image around the cells that were made by hand; what was deleted by
     hand stays deleted."""

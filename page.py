@@ -975,14 +975,14 @@ def post_flood(project: Project, values: dict) -> dict:
 def post_edit(project: Project, values: dict) -> dict:
     """Change cells by hand; refused if they are not those that the page shows."""
     opened, what = project.open(values["image"]), values["what"]
-    if what not in EDITS:
-        raise ValueError(f"no edit {what}, expected one of {', '.join(EDITS)}")
     with opened.book.lock:
         if values["revision"] != opened.book.revision:
             raise edits.Stale("another window or the network changed these cells; they are shown "
                               "as they are now, please repeat your edit")
-        before = {"undo": opened.book.undo, "redo": opened.book.redo}.get(what)
-        box = before() if before else opened.book.do(EDITS[what](opened.book, values))
+        if what in ("undo", "redo"):
+            box = getattr(opened.book, what)()
+        else:
+            box = opened.book.do(edit_of(opened.book, values))
         opened.preview = None
         revision, count = opened.book.revision, len(opened.book.boxes)
     project.of(opened.name)["cells"] = count
@@ -1000,17 +1000,15 @@ def line_of(values: dict):
     return line
 
 
-EDITS: dict[str, Callable[[Any, dict], Any]] = {
-    "gesture": lambda book, values: edits.edit_gesture(book, line_of(values)),
-    "draw": lambda book, values: edits.draw_cell(book, line_of(values)),
-    "erase": lambda book, values: edits.cut_away(book, line_of(values)),
-    "split": lambda book, values: edits.split_cells(book, line_of(values)),
-    "merge": lambda book, values: edits.merge_cells(book, line_of(values)),
-    "lasso": lambda book, values: edits.remove_inside(book, line_of(values)),
-    "remove": lambda book, values: edits.remove_cells(book, [int(values["cell"])]),
-    "grow": lambda book, values: edits.grow_cell(book, int(values["cell"])),
-    "shrink": lambda book, values: edits.shrink_cell(book, int(values["cell"])),
-    "undo": lambda book, values: None, "redo": lambda book, values: None}
+def edit_of(book, values: dict):
+    """The edit of a request."""
+    what = values["what"]
+    if what in edits.OF_LINE:
+        return edits.OF_LINE[what](book, line_of(values))
+    if what in edits.OF_CELL:
+        return edits.OF_CELL[what](book, int(values["cell"]))
+    known = ", ".join((*edits.OF_LINE, *edits.OF_CELL, "undo", "redo"))
+    raise ValueError(f"no edit {what}, expected one of {known}")
 
 
 def post_done(project: Project, values: dict) -> dict:

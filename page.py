@@ -68,7 +68,6 @@ LONGEST = 1 << 20               # bytes of a request
 SAVE_EVERY = 0.3                # s, between looks for labels that are not on the disk yet
 HUES = {1: ["#ffffff"], 2: ["#00ff00", "#ff00ff"],
         8: ["#ff4040", "#40ff40", "#5070ff", "#ffd040", "#40e0e0", "#ff50ff", "#ffffff", "#ff9040"]}
-THRESHOLDS = ("peak", "fill", "depth", "smooth", "shape", "min_area")
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,18 @@ def main(config: Config, files: list[str]) -> int:
         raise ValueError(f"{len(files)} folders, expected one: python page.py FOLDER")
     project = Project(Path(files[0]), config)
     with only_page(project.out):
-        return serve(project, config, files[0])
+        server = Server(project, config.port)
+        print(f"{len(project.names)} images of {files[0]}; labels in {project.out}\n"
+              f"{server.address}\nCtrl-C ends it; every edit is on the disk", flush=True)
+        if config.browser:
+            webbrowser.open(server.address)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+        with project, server:
+            try:
+                server.serve_forever()
+            except KeyboardInterrupt:
+                print("\nended", file=sys.stderr)
+    return 0
 
 
 @contextlib.contextmanager
@@ -107,24 +117,6 @@ def only_page(out: Path) -> Iterator[None]:
         except (ImportError, OSError):                             # Windows; disks without locks
             pass
         yield
-
-
-def serve(project: Project, config: Config, folder: str) -> int:
-    """Answer until Ctrl-C."""
-    server = Server(project, config.port)
-    print(f"{len(project.names)} images of {folder}; labels in {project.out}\n{server.address}\n"
-          "Ctrl-C ends it; every edit is on the disk", flush=True)
-    if config.browser:
-        webbrowser.open(server.address)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)      # ends as Ctrl-C does
-    with project:
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print("\nended", file=sys.stderr)
-        finally:
-            server.server_close()
-    return 0
 
 
 # ------------------------------------------------------------------------------------------- image
@@ -602,7 +594,8 @@ class Project:
         opened, state, net = self.open(name), self.of(name), self.network()
         if not self.can_flood(opened):
             raise ValueError("the cells of this image were not found in this way yet; press Find")
-        setting = {key: float(setting[key]) for key in THRESHOLDS if key in setting}
+        setting = {key: float(setting[key]) for key in net.settings.setting._fields
+                   if key in setting}
         if opened.large:
             if commit:
                 state["setting"] = setting
@@ -806,10 +799,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         host = self.headers.get("Host", "")
         if re.sub(r":\d+$", "", host) not in ("127.0.0.1", "localhost", "[::1]"):
             raise Refusal(403, "this page answers to this machine alone")
-        origin = self.headers.get("Origin")
-        if origin is not None and origin != f"http://{host}":
-            raise Refusal(403, "another page may not ask here")
-        if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        origin, own = self.headers.get("Origin"), f"http://{host}"
+        fetched = self.headers.get("Sec-Fetch-Site", "none")
+        if origin not in (None, own) or fetched not in ("none", "same-origin"):
             raise Refusal(403, "another page may not ask here")
         given = self.headers.get("X-Token") or query.get("token", "")
         if not secrets.compare_digest(given.encode(), self.server.token.encode()):
@@ -968,10 +960,6 @@ def post_stop(project: Project, values: dict) -> dict:
     return {}
 
 
-def post_flood(project: Project, values: dict) -> dict:
-    return project.flood(values["image"], values["setting"], bool(values.get("commit")))
-
-
 def post_edit(project: Project, values: dict) -> dict:
     """Change cells by hand; refused if they are not those that the page shows."""
     opened, what = project.open(values["image"]), values["what"]
@@ -1047,10 +1035,6 @@ def post_teach(project: Project, values: dict) -> dict:
     return {}
 
 
-def post_export(project: Project, values: dict) -> dict:
-    return project.export()
-
-
 def post_learn(project: Project, values: dict) -> dict:
     """Start, stop, or use weights of a round."""
     what = values["what"]
@@ -1067,9 +1051,11 @@ GETS: dict[str, Callable[[Project, dict[str, str]], Any]] = {
     "/news": get_news, "/image": get_image, "/pixels": get_pixels, "/labels": get_labels,
     "/cell": get_cell, "/least": get_least, "/types": get_types}
 POSTS: dict[str, Callable[[Project, dict], Any]] = {
-    "/find": post_find, "/stop": post_stop, "/flood": post_flood, "/edit": post_edit,
-    "/done": post_done, "/export": post_export, "/learn": post_learn, "/mark": post_mark,
-    "/teach": post_teach}
+    "/find": post_find, "/stop": post_stop, "/edit": post_edit, "/done": post_done,
+    "/flood": lambda project, values: project.flood(values["image"], values["setting"],
+                                                    bool(values.get("commit"))),
+    "/export": lambda project, values: project.export(), "/learn": post_learn,
+    "/mark": post_mark, "/teach": post_teach}
 
 
 if __name__ == "__main__":

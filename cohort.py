@@ -207,8 +207,8 @@ class Counts(NamedTuple):
         return np.stack([np.bincount(self.donor, row, len(self.donors)) for row in counts])
 
 
-def read_donor_counts(paths: Sequence[Path], controls: Sequence[str] = (), min_tiles: int = 1,
-                      min_cells: int = 1) -> Counts:
+def read_donor_counts(paths: Sequence[Path], controls: Sequence[str], min_tiles: int,
+                      min_cells: int) -> Counts:
     """Counts from a table for each model; a donor with too little in any is flagged."""
     needed, advice = ("donor", "tile", "cells", "positive"), "run `downstream.py merge` first"
     tables = [{row["tile"]: row for row in runs.read_table(path, needed, advice)} for path in paths]
@@ -273,15 +273,17 @@ def donor_table_number(text: str, where: str) -> float:
 
 def centred_ranks(x: Array, z: ArrayLike = ()) -> Array:
     """Ranks of x (..., n) less their mean, and less what ranks of z (..., k, n) explain of them."""
-    z, r = np.asarray(z), stats.rankdata(x, axis=-1) - (x.shape[-1] + 1) / 2
-    return rank_residual(r, centred_ranks(z)) if np.size(z) else r
+    return rank_residual(stats.rankdata(x, axis=-1) - (x.shape[-1] + 1) / 2, z)
 
 
-def rank_residual(r: Array, z: Array) -> Array:
-    """Residuals (..., n) of centred r after least squares on centred z (..., k, n).
+def rank_residual(r: Array, z: ArrayLike) -> Array:
+    """Residuals (..., n) of centred r after least squares on the ranks of z (..., k, n), if any.
 
     Covariates may depend on each other, as sex and clinic where one clinic sees only women.
     """
+    if not np.size(z):
+        return r
+    z = centred_ranks(np.asarray(z))
     length = np.sqrt((z * z).sum(-1, keepdims=True))
     z = z / np.where(length > 0, length, 1)
     turned = np.swapaxes(z, -1, -2)  # (..., n, k)
@@ -291,11 +293,15 @@ def rank_residual(r: Array, z: Array) -> Array:
     return np.where(nothing, 0, left)
 
 
+def divided(a: Array, b: Array) -> Array:
+    """a / b (...), NaN where b is 0."""
+    return np.divide(a, b, out=np.full(b.shape, np.nan), where=b > 0)
+
+
 def correlation(a: Array, b: Array) -> Array:
     """Pearson's correlation (...) of centred a and b (..., n); NaN where one does not vary."""
     size = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
-    found = np.full(size.shape, np.nan)
-    return np.clip(np.divide((a * b).sum(-1), size, out=found, where=size > 0), -1, 1)
+    return np.clip(divided((a * b).sum(-1), size), -1, 1)
 
 
 def spearman(x: Array, y: Array, z: ArrayLike = ()) -> Array:
@@ -306,20 +312,19 @@ def spearman(x: Array, y: Array, z: ArrayLike = ()) -> Array:
     return correlation(centred_ranks(x, z), centred_ranks(y, z))
 
 
-def null_rhos(x: Array, y: Array, z: ArrayLike = (), seed: int = 0) -> Array:
+def null_rhos(x: Array, y: Array, z: ArrayLike, seed: int) -> Array:
     """|rho| under the null hypothesis, ascending: y (n,) in other orders against x (n,).
 
     All n! orders up to EXACT donors, else the given one and 9,999 random ones. With covariates
     the residuals of y's ranks are reordered and regressed on z again (Freedman & Lane, 1983).
     """
-    z, n, a, b = np.asarray(z), len(x), centred_ranks(x, z), centred_ranks(y, z)
-    if n <= EXACT and not z.size:
+    n, a, b = len(x), centred_ranks(x, z), centred_ranks(y, z)
+    if n <= EXACT and not np.size(z):
         order = np.array(list(itertools.permutations(range(n))))
     else:
         order = np.argsort(np.random.default_rng(seed).random((10000, n)), 1)
         order[0] = np.arange(n)
-    b = b[order]  # (orders, n)
-    return np.sort(np.abs(correlation(a, rank_residual(b, centred_ranks(z)) if z.size else b)))
+    return np.sort(np.abs(correlation(a, rank_residual(b[order], z))))  # b[order]: (orders, n)
 
 
 def p_value(rho: Array | float, n: Array | int, k: int = 0, null: Array | None = None) -> Array:
@@ -394,7 +399,7 @@ def donor_association(x: Array, y: Array, z: Iterable[Array] = (), seed: int = 0
     rho = float(spearman(x, y, z))
     if math.isnan(rho):
         return Association(n, k, left_out="covariates explain all of it")
-    null = null_rhos(x, y, z, seed=seed) if n < SMALL else None
+    null = null_rhos(x, y, z, seed) if n < SMALL else None
     p_from = ("Student's t" if null is None else
               "exact" if n <= EXACT and not len(z) else "permutation")
     low, high = map(float, donor_interval(rho, n, k))
@@ -446,8 +451,7 @@ def ratio_interval(positive: Array, cells: Array, resamples: int = 1000, seed: i
         return math.nan, math.nan
 
     def ratio(v: Array, axis: int) -> Array:  # (B, N, 2) -> (B,)
-        positive, cells = v.sum(1).T
-        return np.divide(positive, cells, out=np.full(len(v), np.nan), where=cells > 0)
+        return divided(*v.sum(1).T)
     return metrics.bootstrap_scores(np.stack([positive, cells], 1), ratio, resamples, seed, LEVEL)
 
 
@@ -468,4 +472,4 @@ def redrawn_ratios(positive: Array, cells: Array, donor: Array, share: float, re
         chosen = np.zeros((redraws, len(tiles)))
         np.put_along_axis(chosen, drawn, 1, 1)
         sums[..., d] = counts[..., tiles] @ chosen.T  # (2, M, B)
-    return np.divide(sums[0], sums[1], out=np.full(sums.shape[1:], np.nan), where=sums[1] > 0)
+    return divided(*sums)

@@ -556,9 +556,9 @@ def fit_instruct_texts(net, lessons: Lessons, held: list[TissueTile], lines: lis
             mean = vectors[torch.tensor(mine)].sum(0)
             net.prototypes[row] = torch.nn.functional.normalize(mean, dim=0)
         texts = [line["instruction"] for line in lines]
-        readings = instruct_net.guardrail_readings(texts, net.read(encoder(texts)), words)
+        readings = instruct_net.guardrail_readings(texts, net, encoder)
         known = [line["kind"] == "known" for line in lines]
-        confidence = [reading.confidence for reading in readings]
+        confidence = [readings[text].confidence for text in texts]
         words.known, scores["known"] = best_instruct_threshold(confidence, known)
         cells, belong = [], []
         for tile in held:
@@ -649,10 +649,8 @@ class Exam:
 
     def __init__(self, net, lines: list[dict], encoder, seed: int):
         self.net, self.rng = net, np.random.default_rng(seed)
-        texts = list(dict.fromkeys(line["instruction"] for line in lines))
-        with torch.inference_mode():
-            said = net.read(encoder(texts))
-        self.readings = dict(zip(texts, instruct_net.guardrail_readings(texts, said, net.words)))
+        texts = [line["instruction"] for line in lines]
+        self.readings = instruct_net.guardrail_readings(texts, net, encoder)
         self.lines, asked = defaultdict(list), defaultdict(set)
         for line in lines:
             self.lines[(line["image"], *line["box"])].append(line)

@@ -408,9 +408,12 @@ class Reading(NamedTuple):
     confidence: float                   # that it can be followed, 0 to 1
 
 
-def guardrail_readings(texts: Sequence[str], said: Understood, words: Words) -> list[Reading]:
-    """T readings: an instruction is followed only above words.known."""
-    readings = []
+@torch.inference_mode()
+def guardrail_readings(texts: Sequence[str], net: Instructed, encoder: SentenceEncoder
+                       ) -> dict[str, Reading]:
+    """The reading of each text: it is followed only above words.known."""
+    texts, words, readings = list(dict.fromkeys(texts)), net.words, {}
+    said = net.read(encoder(texts))
     heads = (said.task.softmax(1), said.kind.softmax(1), said.names.sigmoid(),
              said.tissue.softmax(1))
     trained = torch.tensor([name in words.trained for name in words.names])
@@ -429,7 +432,7 @@ def guardrail_readings(texts: Sequence[str], said: Understood, words: Words) -> 
         if targets and instruct_data.words_deny(text):
             job = "exclude"
         place = ("", *TISSUES)[int(tissue.argmax())] if tissue.max() > 0.5 else ""
-        readings.append(Reading(job, targets, reason, unknown, place, confidence))
+        readings[text] = Reading(job, targets, reason, unknown, place, confidence)
     return readings
 
 
@@ -449,8 +452,7 @@ class Reply(NamedTuple):
 @torch.inference_mode()
 def respond_in_words(view: View, text: str, net: Instructed, encoder: SentenceEncoder) -> Reply:
     """The answer to one instruction about a region."""
-    said = net.read(encoder([text]))
-    return guardrail_reply(view, text, guardrail_readings([text], said, net.words)[0], net)
+    return guardrail_reply(view, text, guardrail_readings([text], net, encoder)[text], net)
 
 
 def guardrail_reply(view: View, text: str, reading: Reading, net: Instructed) -> Reply:

@@ -51,6 +51,7 @@ class Learning:
     def __init__(self, project: Any):
         self.project = project
         self.folder = project.out / ".page" / "learn"
+        self.starting = threading.Lock()
         self.process: subprocess.Popen | None = None
         self.watcher: threading.Thread | None = None
         if (number := self.latest()) and self.record(number)["state"] in ("running", "comparing"):
@@ -85,17 +86,18 @@ class Learning:
 
     def start(self) -> None:
         """Begin a round with the images that are done, or go on with one that was stopped."""
-        if self.process is not None:
-            raise ValueError("it is learning already")
-        number = self.latest()
-        if not number or self.record(number)["state"] != "stopped":
-            number += 1
-            self.prepare(number)
-        self.note(number, state="running", problem="")
-        with open(self.of(number) / "output.txt", "w", encoding="utf-8") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, str(TRAINER), str(self.of(number) / "config.yaml")],
-                stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        with self.starting:                             # images are copied for a while
+            if self.process is not None:
+                raise ValueError("it is learning already")
+            number = self.latest()
+            if not number or self.record(number)["state"] != "stopped":
+                number += 1
+                self.prepare(number)
+            self.note(number, state="running", problem="")
+            with open(self.of(number) / "output.txt", "w", encoding="utf-8") as output:
+                self.process = subprocess.Popen(
+                    [sys.executable, str(TRAINER), str(self.of(number) / "config.yaml")],
+                    stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         self.watcher = threading.Thread(target=self.watch, args=(number,), daemon=True)
         self.watcher.start()
 

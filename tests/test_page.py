@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.parse
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -699,6 +700,28 @@ def test_a_round_that_ended_while_comparing_goes_on(site):
     site.project.learning.of(1).mkdir(parents=True)
     site.project.learning.note(1, state="comparing")
     assert learning.Learning(site.project).status()["state"] == "stopped"
+
+
+def test_a_second_click_begins_no_second_round(site, monkeypatch):
+    """Also while the images of the first are still copied."""
+    began, copied, prepare = [], [], site.project.learning.prepare
+
+    def slowly(number):
+        copied.append(number)
+        time.sleep(0.5)
+        prepare(number)
+
+    def begin(command, **_):
+        began.append(command)
+        return SimpleNamespace(poll=lambda: 0)
+    monkeypatch.setattr(site.project.learning, "prepare", slowly)
+    monkeypatch.setattr(site.project.learning, "watch", lambda number: None)
+    monkeypatch.setattr(learning.subprocess, "Popen", begin)
+    images.write_labels(site.out / "a_labels.tif", drawn(1)[1])
+    site.json("/done", {"image": "a", "done": True})
+    with ThreadPoolExecutor(2) as pool:
+        status = list(pool.map(lambda _: site.ask("/learn", {"what": "start"})[0], range(2)))
+    assert sorted(status) == [200, 400] and len(began) == 1 and copied == [1]
 
 
 def test_a_round_that_could_not_begin_leaves_no_images_to_the_next(site):

@@ -252,7 +252,8 @@ class Types:
         head = vectors.linear_type_head(
             np.stack(rows), np.array([names.index(name) for name in types]), len(names))
         weights = project.net_file
-        typed, file = model.load(weights), project.out / f"{Path(weights).stem}_types.pt"
+        typed = model.load(weights)
+        file = project.out.resolve() / f"{Path(weights).stem}_types.pt"
         typed.set_types(head, names)
         model.save(typed, file, half=True)
         with project.lock:

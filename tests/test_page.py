@@ -582,7 +582,7 @@ def test_what_is_a_plane(tmp_path, axes, keys, count):
 
 
 @pytest.fixture
-def two_types(tmp_path):
+def two_types(tmp_path, monkeypatch):
     """Bright round cells on the left, dim ones on the right, in two images, with their labels."""
     rng, folder = np.random.default_rng(0), tmp_path / "images"
     (folder / "cells").mkdir(parents=True)
@@ -596,7 +596,8 @@ def two_types(tmp_path):
         tifffile.imwrite(folder / f"{name}.tif", (light + rng.integers(0, 900, light.shape)).astype(
             np.uint16))
         images.write_labels(folder / "cells" / f"{name}_labels.tif", labels)
-    with Site(folder) as site:
+    monkeypatch.chdir(tmp_path)                                   # python page.py images/
+    with Site("images") as site:
         site.bright = {int(i) for i in np.unique(labels[:, :128]) if i}
         yield site
 
@@ -606,7 +607,7 @@ def taught(site, image="a"):
                       "types")
 
 
-def test_types_from_a_few_marks(two_types):
+def test_types_from_a_few_marks(two_types, monkeypatch, tmp_path):
     site = two_types
     assert site.json("/types", image="a")["types"] == []
     for x, name in ((32, "bright"), (96, "bright"), (160, "dim"), (224, "dim")):
@@ -626,7 +627,8 @@ def test_types_from_a_few_marks(two_types):
     rows = runs.read_table(site.out / "b_cells.csv", ["id", "type"])
     assert {int(row["id"]) for row in rows if row["type"] == "bright"} == site.bright
     (site.out / ".page/vectors/a.npz").write_bytes(b"damaged")
-    with Site(site.folder) as again:                              # after a restart
+    with monkeypatch.context() as elsewhere, Site(tmp_path / "images") as again:   # a restart
+        elsewhere.chdir("/")
         assert len(taught(again, "b")["cells"]) == 12
         assert len(taught(again, "a")["cells"]) == 13             # the network runs again
 

@@ -22,6 +22,7 @@ import importlib.util
 import itertools
 import math
 import re
+import string
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -74,12 +75,14 @@ class WordPiece:
                              "expected BERT's vocab.txt, one piece in each line")
 
     def words(self, text: str) -> list[str]:
-        """Lower case without accents; punctuation and Chinese characters stand alone."""
+        """Lower case without accents; punctuation, ASCII's symbols such as $ and ~, and Chinese
+        characters stand alone."""
         text = "".join(" " if c.isspace() else c for c in text
                        if c in "\t\n\r" or (c != "\ufffd" and unicodedata.category(c)[0] != "C"))
         text = unicodedata.normalize("NFD", re.sub(CHINESE, r" \g<0> ", text).lower())
         text = "".join(c for c in text if unicodedata.category(c) != "Mn")
-        return "".join(f" {c} " if encoder_is_punctuation(c) else c for c in text).split()
+        marks = {c for c in text if c in string.punctuation or unicodedata.category(c)[0] == "P"}
+        return "".join(f" {c} " if c in marks else c for c in text).split()
 
     def pieces(self, word: str) -> list[str]:
         """The pieces of a word, all but the first with ##; [UNK] if it cannot be spelt."""
@@ -97,12 +100,6 @@ class WordPiece:
         """Numbers of the pieces between [CLS] and [SEP]."""
         pieces = [piece for word in self.words(text) for piece in self.pieces(word)]
         return [self.number[piece] for piece in ("[CLS]", *pieces[:MAX_TOKENS - 2], "[SEP]")]
-
-
-def encoder_is_punctuation(c: str) -> bool:
-    """Also ASCII's symbols, such as $ and ~, which Unicode counts elsewhere."""
-    symbol = c.isascii() and c.isprintable() and not c.isalnum() and c != " "
-    return symbol or unicodedata.category(c)[0] == "P"
 
 
 class SentenceEncoder:

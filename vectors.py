@@ -55,13 +55,12 @@ def pooled(tokens: Tensor, labels: Tensor, patch: int) -> tuple[Tensor, Tensor]:
     """
     B, N, D = tokens.shape
     b, y, x = labels.nonzero(as_tuple=True)                                  # (P,) each
-    across = labels.shape[2] // patch
-    key = b * (int(labels.max()) + 1) + labels[b, y, x].long()
+    across, number = labels.shape[2] // patch, int(labels.max()) + 1
+    key = b * number + labels[b, y, x].long()
     cells, cell = torch.unique(key, return_inverse=True)                     # (n,), (P,)
     token = b * N + (y // patch) * across + x // patch
     sums, area = token_sums(cell, token, torch.ones_like(cell, dtype=torch.float32),
                             even_vector_lengths(tokens).flatten(0, 1), len(cells))
-    number = int(labels.max()) + 1
     return sums / area[:, None], torch.stack((cells // number, cells % number), 1)
 
 

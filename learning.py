@@ -239,8 +239,7 @@ class Types:
         begin, rows, types = time.perf_counter(), [], []
         for name in (name for name in project.names if project.of(name).get("marks")):
             opened = project.open(name)
-            found = opened.cell_vectors(net, project.of(name), project.progress)
-            marks = opened.marked(project.of(name))
+            found, marks = opened.cell_vectors(net), opened.marked()
             for cell, row in zip(found.ids.tolist(), found.vectors):
                 if cell in marks:
                     rows.append(row)

@@ -217,6 +217,9 @@ class Opened:
     def __init__(self, entry: Entry, name: str, project: Project):
         self.entry, self.name = entry, name
         self.project, self.config = project, project.config
+        self.state = project.of(name)                   # to be changed in place and remembered
+        self.map_file = project.out / ".page" / "maps" / f"{name}.npy"
+        self.vectors_file = project.out / ".page" / "vectors" / f"{name}.npz"
         self.picture = Picture(entry, project.config)
         source = self.picture.source
         self.size = source.shape[1:]
@@ -254,23 +257,46 @@ class Opened:
     def for_network(self):
         return self.entry.open(self.config.channels, self.config.level or 1)
 
-    def plan(self, source, net, state: dict, embed: bool = False):
-        """What the image gets, with its own thresholds and diameter."""
+    @property
+    def diameter(self) -> float | None:
+        """px, given for the image, or learnt for the folder; None: as it is."""
+        return self.state.get("diameter") or self.project.state.get("diameter")
+
+    @property
+    def map_key(self) -> str:
+        """What the map depends on."""
+        weights, stat = Path(self.project.state["weights"]), self.entry.path.stat()
+        return runs.digest(str(weights), weights.stat().st_mtime_ns, stat.st_size,
+                           stat.st_mtime_ns, str(self.config.channels), str(self.entry.plane),
+                           str(self.entry.time), str(self.config.level), str(self.diameter))[:16]
+
+    def recall_map(self) -> None:
+        """Take the map of an earlier session."""
+        if self.state.get("map") == self.map_key and self.map_file.exists():
+            self.seen = torch.from_numpy(np.load(self.map_file))
+
+    def can_flood(self) -> bool:
+        """Whether its cells were found with these weights and this diameter."""
+        there = self.large or self.seen is not None
+        return there and self.state.get("map") == self.map_key
+
+    def plan(self, source, net, setting: dict | None = None, embed: bool = False):
+        """What the image gets, with its own diameter and thresholds, or with other thresholds."""
         if self.limits is None:
             self.limits = images.percentiles(source, net.settings.low, net.settings.high)
-        diameter = self.project.diameter_of(state)
-        if net.size is not None and state.get("map") == self.project.map_key(self):
-            diameter = state["used"]["diameter"]        # as it was seen for the map
+        diameter = self.diameter
+        if net.size is not None and self.state.get("map") == self.map_key:
+            diameter = self.state["used"]["diameter"]   # as it was seen for the map
+        if setting is None:
+            setting = self.state.get("setting", {})
         return segment.plan_for(source, net, diameter=diameter, limits=self.limits, embed=embed,
-                                **state.get("setting", {}))
+                                **setting)
 
     def tile(self, z: int, row: int, column: int) -> bytes:
         """(h, w) int32 labels of a tile, nearest pixels."""
         side, step = TILE << z, 1 << z
-        H, W = self.size
-        y = np.minimum(np.arange(row * side, min((row + 1) * side, H), step) + step // 2, H - 1)
-        x = np.minimum(np.arange(column * side, min((column + 1) * side, W), step) + step // 2,
-                       W - 1)
+        y, x = (np.minimum(np.arange(i * side, min((i + 1) * side, n), step) + step // 2, n - 1)
+                for i, n in zip((row, column), self.size))
         return np.ascontiguousarray(self.labels[np.ix_(y, x)], "<i4").tobytes()
 
     def numbers(self, cell: int) -> dict:
@@ -292,7 +318,7 @@ class Opened:
                    columns.stop == self.size[1]))
         return {name: values[0].item() for name, values in table.items()}
 
-    def certainty(self, net, state: dict) -> dict[int, float]:
+    def certainty(self, net) -> dict[int, float]:
         """How sure the map is of each cell: the calibrated probability that it is right, or its
         mean in the cell where the weights have none; 1 for cells made by hand."""
         revision, known = self.sure
@@ -302,7 +328,7 @@ class Opened:
             labels, revision = self.book.labels.copy(), self.book.revision
             ids, hand = np.array(sorted(self.book.boxes), int), self.book.by_hand()
         with self.for_network() as source:
-            plan = self.plan(source, net, state)
+            plan = self.plan(source, net)
         if self.distance is None:
             self.distance = segment.cells_in_map(self.seen, plan, self.size)[1]
         features = cells.cell_map_features(labels, self.distance, plan.diameter, ids)
@@ -312,31 +338,28 @@ class Opened:
         self.sure = revision, dict(zip(ids.tolist(), sure.tolist()))
         return self.sure[1]
 
-
     # --------------------------------------------------------------------------------------- types
 
     def known_vectors(self):
         """The vectors of cells that are known, in memory or on the disk; None: there are none. A
         cell that was grown keeps its number and its vector, one that was split has others."""
-        file = self.project.vectors_file(self.name)
-        if self.rows is None and file.exists():
+        if self.rows is None and self.vectors_file.exists():
             with contextlib.suppress(ValueError):       # damaged: the network runs again
-                self.rows = vectors.read_vectors(file)
+                self.rows = vectors.read_vectors(self.vectors_file)
         fits = self.rows is not None and self.rows.weights == self.vectors_key()
         return self.rows if fits else None
 
     def vectors_key(self) -> str:
         """What vectors depend on: the network, and the numbers of the cells."""
-        return f"{self.project.map_key(self)}-{self.book.numbering()}"
+        return f"{self.map_key}-{self.book.numbering()}"
 
     def keep_vectors(self, pool, labels, plan) -> None:
-        file = self.project.vectors_file(self.name)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        self.vectors_file.parent.mkdir(parents=True, exist_ok=True)
         self.rows = vectors.CellVectors(*segment.pooled_vectors(pool, labels, plan),
                                         self.vectors_key())
-        vectors.write_vectors(file, self.rows)
+        vectors.write_vectors(self.vectors_file, self.rows)
 
-    def cell_vectors(self, net, state: dict, progress: Callable[[float], None]):
+    def cell_vectors(self, net):
         """The vectors of all cells; the network runs where one is not known."""
         known = self.known_vectors()
         if known is not None and self.book.boxes.keys() <= set(known.ids.tolist()):
@@ -347,15 +370,18 @@ class Opened:
         with self.book.lock:
             labels = self.book.labels.copy()
         with self.for_network() as source:
-            plan = self.plan(source, net, state, embed=True)
-            self.keep_vectors(segment.network_map(source, plan, progress)[1], labels, plan)
+            plan = self.plan(source, net, embed=True)
+            pool = segment.network_map(source, plan, self.project.progress)[1]
+            self.keep_vectors(pool, labels, plan)
         return self.rows
 
-    def marked(self, state: dict) -> dict[int, str]:
+    def marked(self) -> dict[int, str]:
         """The type of each cell that was marked: what is marked is a place, so that a cell may
         change its number."""
-        return {int(self.book.labels[int(y), int(x)]): name for x, y, name in state.get("marks", ())
-                if self.book.labels[int(y), int(x)]}
+        found = {int(self.book.labels[int(y), int(x)]): name
+                 for x, y, name in self.state.get("marks", ())}
+        found.pop(0, None)
+        return found
 
 
 # ----------------------------------------------------------------------------------------- project
@@ -418,10 +444,6 @@ class Project:
             raise ValueError("no such image in the folder")
         return self.state["images"].setdefault(name, {})
 
-    def diameter_of(self, state: dict) -> float | None:
-        """px, given for an image, or learnt for the folder; None: as it is."""
-        return state.get("diameter") or self.state.get("diameter")
-
     def remember(self) -> None:
         with self.lock:
             runs.write_text(self.out / "page.json", json.dumps(self.state, indent=1))
@@ -434,8 +456,8 @@ class Project:
                 return self.opened[name]
             opened = self.opened[name] = Opened(self.names[name], name, self)
             if opened.book.path.exists() or opened.book.done:
-                self.of(name)["cells"] = len(opened.book.boxes)
-            self.recall_map(opened)
+                opened.state["cells"] = len(opened.book.boxes)
+            opened.recall_map()
             busy = self.working.get("image")
             for old in [old for old in self.opened if old not in (name, busy)][:-OPEN + 1]:
                 self.opened.pop(old).close()
@@ -486,26 +508,6 @@ class Project:
             return not (self.labels_file(name).exists() or self.linked_file(self.names[name]))
         return state["weights"] != self.state["weights"]
 
-    def map_key(self, opened: Opened) -> str:
-        """What the map of an image depends on."""
-        weights, stat = Path(self.state["weights"]), opened.entry.path.stat()
-        return runs.digest(str(weights), weights.stat().st_mtime_ns, stat.st_size,
-                           stat.st_mtime_ns, str(self.config.channels), str(opened.entry.plane),
-                           str(opened.entry.time), str(self.config.level),
-                           str(self.diameter_of(self.of(opened.name))))[:16]
-
-    def map_file(self, opened: Opened) -> Path:
-        return self.out / ".page" / "maps" / f"{opened.name}.npy"
-
-    def vectors_file(self, name: str) -> Path:
-        return self.out / ".page" / "vectors" / f"{name}.npz"
-
-    def recall_map(self, opened: Opened) -> None:
-        """Take the map of an earlier session."""
-        path = self.map_file(opened)
-        if self.of(opened.name).get("map") == self.map_key(opened) and path.exists():
-            opened.seen = torch.from_numpy(np.load(path))
-
     def work(self) -> None:
         """Search image after image, teach types, tell them, until the end."""
         try:
@@ -551,8 +553,8 @@ class Project:
 
     def find(self, name: str) -> None:
         """Run the network on an image; cells made by hand stay."""
-        opened, state, net = self.open(name), self.of(name), self.network()
-        key, weights = self.map_key(opened), self.net_file
+        opened, net = self.open(name), self.network()
+        state, key, weights = opened.state, opened.map_key, self.net_file
         if state.get("weights") != weights:
             state.pop("setting", None)                  # thresholds of other weights mean nothing
         with opened.for_network() as source:
@@ -560,7 +562,7 @@ class Project:
                 known = ", ".join(source.channels or map(str, source.numbers))
                 raise ValueError(f"{source.shape[0]} channels ({known}); start with up to three "
                                  "that the network sees, such as channels=1,2")
-            plan, pool = opened.plan(source, net, state, embed=not opened.large), None
+            plan, pool = opened.plan(source, net, embed=not opened.large), None
             if not opened.large:
                 seen, pool = segment.network_map(source, plan, self.progress)
                 labels, _ = segment.cells_in_map(seen, plan, opened.size)
@@ -569,8 +571,8 @@ class Project:
                 for block in segment.blocks(source, plan, None, self.progress):
                     labels[block.core] = block.labels
         if seen is not None:
-            self.map_file(opened).parent.mkdir(parents=True, exist_ok=True)
-            with runs.replacing(self.map_file(opened)) as path, open(path, "wb") as file:
+            opened.map_file.parent.mkdir(parents=True, exist_ok=True)
+            with runs.replacing(opened.map_file) as path, open(path, "wb") as file:
                 np.save(file, seen.cpu().numpy())
         with self.lock, opened.book.lock:
             opened.seen, opened.preview = seen, None
@@ -583,33 +585,28 @@ class Project:
             if pool:
                 opened.keep_vectors(pool, opened.book.labels, plan)
 
-    def can_flood(self, opened: Opened) -> bool:
-        """Whether its cells were found with these weights and this diameter."""
-        there = opened.large or opened.seen is not None
-        return there and self.of(opened.name).get("map") == self.map_key(opened)
-
     def flood(self, name: str, setting: dict, commit: bool) -> dict:
         """Cells of the map at other thresholds: a preview, or for good. Of a large image, whose map
         is not kept, for good alone, and the network runs again."""
-        opened, state, net = self.open(name), self.of(name), self.network()
-        if not self.can_flood(opened):
+        opened, net = self.open(name), self.network()
+        if not opened.can_flood():
             raise ValueError("the cells of this image were not found in this way yet; press Find")
         setting = {key: float(setting[key]) for key in net.settings.setting._fields
                    if key in setting}
         if opened.large:
             if commit:
-                state["setting"] = setting
+                opened.state["setting"] = setting
                 self.search([name])
             return {"cells": len(opened.book.boxes), "version": version_of(opened)}
         with opened.for_network() as source:
-            plan = opened.plan(source, net, {**state, "setting": setting})
+            plan = opened.plan(source, net, setting)
         labels, _ = segment.cells_in_map(opened.seen, plan, opened.size)
         with self.lock, opened.book.lock:
             edit = edits.flooded_edit(opened.book, labels)
             if commit:
-                state["setting"], opened.preview = setting, None
+                opened.state["setting"], opened.preview = setting, None
                 opened.book.do(edit)
-                state["cells"] = len(opened.book.boxes)
+                opened.state["cells"] = len(opened.book.boxes)
                 self.remember()
             else:
                 opened.previews += 1
@@ -619,7 +616,7 @@ class Project:
 
     def embed(self, name: str) -> None:
         """Find the vectors of the cells of an image, for their types."""
-        self.open(name).cell_vectors(self.network(), self.of(name), self.progress)
+        self.open(name).cell_vectors(self.network())
 
     # --------------------------------------------------------------------------------------- export
 
@@ -873,7 +870,8 @@ def get_news(project: Project, query: dict[str, str]) -> dict:
 def get_image(project: Project, query: dict[str, str]) -> dict:
     """All that is known of an image."""
     name = query["image"]
-    opened, state, net = project.open(name), project.of(name), project.network()
+    opened, net = project.open(name), project.network()
+    state = opened.state
     known = state if state.get("weights") == project.state["weights"] else {}
     setting = {**net.settings.setting._asdict(), **known.get("used", {}),
                **known.get("setting", {})}
@@ -881,7 +879,7 @@ def get_image(project: Project, query: dict[str, str]) -> dict:
             "revision": opened.book.revision, "cells": len(opened.book.boxes),
             "done": bool(state.get("done")), "setting": setting,
             "diameter": state.get("diameter"), "usual_diameter": project.state.get("diameter"),
-            "can_flood": project.can_flood(opened)}
+            "can_flood": opened.can_flood()}
 
 
 def get_pixels(project: Project, query: dict[str, str]) -> bytes:
@@ -895,7 +893,7 @@ def get_labels(project: Project, query: dict[str, str]) -> bytes:
 def get_cell(project: Project, query: dict[str, str]) -> dict:
     opened, cell = project.open(query["image"]), int(query["cell"])
     net = project.network()
-    sure = opened.certainty(net, project.of(opened.name)).get(cell)
+    sure = opened.certainty(net).get(cell)
     kind = "score" if net.settings.score else "certainty"
     told = (project.types.of(opened) or {}).get(cell)
     return {**opened.numbers(cell), **({} if sure is None else {kind: round(sure, 3)}),
@@ -905,7 +903,7 @@ def get_cell(project: Project, query: dict[str, str]) -> dict:
 def get_least(project: Project, query: dict[str, str]) -> list:
     """Cells from the least certain on: number, y, x, diameter."""
     opened = project.open(query["image"])
-    sure = opened.certainty(project.network(), project.of(opened.name))
+    sure = opened.certainty(project.network())
     found = []
     for cell in sorted((i for i in sure if i in opened.book.boxes), key=sure.__getitem__)[:200]:
         rows, columns = opened.book.boxes[cell]
@@ -924,7 +922,7 @@ def get_types(project: Project, query: dict[str, str]) -> dict:
             if opened.name not in (*project.untyped, project.working.get("image")):
                 project.untyped.append(opened.name)
                 project.awake.notify_all()
-    return {"types": project.types.known(), "marks": project.of(opened.name).get("marks", []),
+    return {"types": project.types.known(), "marks": opened.state.get("marks", []),
             "version": project.types.version,
             "taught": {**project.state.get("types", {}), "file": Path(file).name} if file else None,
             "cells": told and [(cell, *type_) for cell, type_ in told.items()]}
@@ -973,7 +971,7 @@ def post_edit(project: Project, values: dict) -> dict:
             box = opened.book.do(edit_of(opened.book, values))
         opened.preview = None
         revision, count = opened.book.revision, len(opened.book.boxes)
-    project.of(opened.name)["cells"] = count
+    opened.state["cells"] = count
     (top, bottom), (left, right) = ((side.start, side.stop) for side in box)
     return {"revision": revision, "version": version_of(opened), "cells": count,
             "box": [top, left, bottom, right]}
@@ -1007,8 +1005,7 @@ def post_done(project: Project, values: dict) -> dict:
 
 def post_mark(project: Project, values: dict) -> dict:
     """Mark the cell at a place as of a type; the same mark again takes it away."""
-    opened, state, type_ = project.open(values["image"]), project.of(values["image"]), str(
-        values["type"]).strip()
+    opened, type_ = project.open(values["image"]), str(values["type"]).strip()
     x, y = float(values["x"]), float(values["y"])
     H, W = opened.size
     if not 0 < len(type_) <= 60 or not type_.isprintable():
@@ -1017,7 +1014,7 @@ def post_mark(project: Project, values: dict) -> dict:
     if not cell:
         raise ValueError("there is no cell here; click into one")
     with project.lock:
-        before = opened.marked(state).get(int(cell))
+        before, state = opened.marked().get(int(cell)), opened.state
         state["marks"] = [mark for mark in state.get("marks", ())
                           if opened.book.labels[int(mark[1]), int(mark[0])] != cell]
         if before != type_:

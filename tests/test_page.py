@@ -294,7 +294,7 @@ def test_the_numbers_are_those_of_the_table(site):
             assert shown[name] == pytest.approx(table[name][i]), name
         assert 0 < shown["certainty"] <= 1
     order = [row[0] for row in site.json("/least", image="a")]
-    sure = opened.certainty(site.project.network(), {})
+    sure = opened.certainty(site.project.network())
     assert sorted(order, key=sure.get) == order and set(order) == set(table["id"].tolist())
 
 

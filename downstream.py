@@ -72,6 +72,14 @@ class StudyModel:
     shape: float | None = None
     min_area: int | None = None             # px
 
+    def digest(self) -> str:
+        """Of the content of the weights."""
+        path = Path(self.weights)
+        if not path.is_file():
+            raise FileNotFoundError(f"model '{self.name}': no weights at {path}; train_seg.py "
+                                    "writes them")
+        return runs.digest(path)[:16]
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -130,8 +138,21 @@ class Config:
     def find_tiles(self) -> tuple[list[cohort.TilePair], dict[str, str], int]:
         return cohort.find_tiles(self.tiles, self.pattern, self.nuclei, self.marker, self.donor)
 
+    def folder(self, model: StudyModel) -> Path:
+        return Path(self.out) / "full_inference" / model.name
+
+    def key(self, model: StudyModel) -> str:
+        """Digest of what a line depends on besides the tile: content of the weights, settings."""
+        names = ("diameter", "border", "percentile", "tiles", "pattern", "nuclei", "marker")
+        settings = {**asdict(model), "name": None, "weights": model.digest(),
+                    **{name: getattr(self, name) for name in names}}
+        return runs.digest(json.dumps(settings, sort_keys=True))[:16]
+
+    def lines(self, model: StudyModel) -> dict[str, dict]:
+        return cohort.lines_by_tile(self.folder(model) / "shards", self.key(model))
+
     def read_counts(self) -> cohort.Counts:
-        paths = [outcome_folder(model, self) / "tile_counts.tsv" for model in self.models]
+        paths = [self.folder(model) / "tile_counts.tsv" for model in self.models]
         return cohort.read_donor_counts(paths, self.controls, self.min_tiles, self.min_cells)
 
     def read_donors(self) -> cohort.Donors:
@@ -152,15 +173,6 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
         if code := run(config):
             return code
     return 0
-
-
-def outcome_folder(model: StudyModel, config: Config) -> Path:
-    return Path(config.out) / "full_inference" / model.name
-
-
-def outcome_lines(model: StudyModel, config: Config) -> dict[str, dict]:
-    return cohort.lines_by_tile(outcome_folder(model, config) / "shards",
-                                outcome_settings_digest(model, config))
 
 
 # -------------------------------------------------------------------------------------------- infer
@@ -202,11 +214,11 @@ class Shard:
     """A model's file of lines in this process."""
 
     def __init__(self, model: StudyModel, config: Config):
-        self.model, self.config, self.key = model, config, outcome_settings_digest(model, config)
-        self.done = {name for name, line in outcome_lines(model, config).items()
+        self.model, self.config, self.key = model, config, config.key(model)
+        self.done = {name for name, line in config.lines(model).items()
                      if "why" not in line}
         part = f"{config.shard.replace('/', '_of_')}.jsonl"
-        self.path = outcome_folder(model, config) / "shards" / part
+        self.path = config.folder(model) / "shards" / part
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole = [json.dumps(line) + "\n" for line in cohort.read_tile_lines(self.path)
                  if line["key"] == self.key and "why" not in line]
@@ -235,22 +247,6 @@ class Shard:
             file.write(json.dumps(line) + "\n")
 
 
-def outcome_settings_digest(model: StudyModel, config: Config) -> str:
-    """Digest of what a line depends on besides the tile: content of the weights, settings."""
-    names = ("diameter", "border", "percentile", "tiles", "pattern", "nuclei", "marker")
-    settings = {**asdict(model), "name": None, "weights": outcome_weights_digest(model),
-                **{name: getattr(config, name) for name in names}}
-    return runs.digest(json.dumps(settings, sort_keys=True))[:16]
-
-
-def outcome_weights_digest(model: StudyModel) -> str:
-    path = Path(model.weights)
-    if not path.is_file():
-        raise FileNotFoundError(f"model '{model.name}': no weights at {path}; train_seg.py writes "
-                                "them")
-    return runs.digest(path)[:16]
-
-
 # ------------------------------------------------------------------------------------ merge, ratios
 
 def count_positive_cells(config: Config) -> int:
@@ -258,7 +254,7 @@ def count_positive_cells(config: Config) -> int:
     tiles, unusable, _ = config.find_tiles()
     found = []
     for model in config.models:
-        found.append(outcome_lines(model, config))
+        found.append(config.lines(model))
         if missing := [tile.name for tile in tiles if tile.name not in found[-1]]:
             raise ValueError(f"model '{model.name}': {len(missing)} of {len(tiles)} tiles are not "
                              f"done with these settings, such as {missing[0]}; run infer, or what "
@@ -272,13 +268,13 @@ def count_positive_cells(config: Config) -> int:
             raise ValueError(f"model '{model.name}': all {len(skipped)} tiles were skipped; the "
                              f"first: {next(iter(skipped.values()))}")
         cut = cohort.marker_threshold(done, config.threshold, config.value or 0.0, config.controls)
-        sha256 = outcome_weights_digest(model)
+        sha256 = model.digest()
         rows = [{"donor": line["donor"], "tile": line["tile"], "cells": len(line["intensity"]),
                  "positive": sum(value > cut for value in line["intensity"]),
                  "area_px": line["area_px"], "seconds": line["seconds"], "model_sha256": sha256,
                  "threshold": cut} for line in done]
-        runs.write_table(outcome_folder(model, config) / "tile_counts.tsv", rows)
-        runs.write_table(outcome_folder(model, config) / "skipped.tsv",
+        runs.write_table(config.folder(model) / "tile_counts.tsv", rows)
+        runs.write_table(config.folder(model) / "skipped.tsv",
                          [{"tile": name, "why": skipped[name]} for name in sorted(skipped)],
                          ("tile", "why"))
         cells, positive = (sum(row[name] for row in rows) for name in ("cells", "positive"))
@@ -473,8 +469,7 @@ def outcome_tables_used(config: Config) -> list[str]:
     rows = []
     why: dict[str, str] = {}
     for model in config.models:
-        counts, skipped = (runs.read_table(outcome_folder(model, config) / name, (),
-                                           "run merge first")
+        counts, skipped = (runs.read_table(config.folder(model) / name, (), "run merge first")
                            for name in ("tile_counts.tsv", "skipped.tsv"))
         cells, positive = (sum(int(row[what]) for row in counts) for what in ("cells", "positive"))
         numbers = len(counts) + len(skipped), len(counts), len(skipped), cells, positive
@@ -554,9 +549,9 @@ def print_study(config: Config) -> int:
     for name in sorted(unusable)[:5]:
         print(f"    {name}: {unusable[name]}")
     for model in config.models:
-        lines = outcome_lines(model, config)
+        lines = config.lines(model)
         done = sum(tile.name in lines and "why" not in lines[tile.name] for tile in tiles)
-        print(f"{model.name}: {model.weights} ({outcome_weights_digest(model)}), {done} tiles done")
+        print(f"{model.name}: {model.weights} ({model.digest()}), {done} tiles done")
     donors = config.read_donors()
     both = [name in names for name in donors.names]
     print(f"{config.outcomes}: {len(both)} donors, {sum(both)} of them with tiles")

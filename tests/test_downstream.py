@@ -193,9 +193,8 @@ def test_lines_of_other_channels_or_folders_are_not_taken(whole):
     config = runs.load_config(downstream.Config, path)
 
     def key(model=(), **changes):
-        return downstream.outcome_settings_digest(dataclasses.replace(config.models[0],
-                                                                      **dict(model)),
-                                                  dataclasses.replace(config, **changes))
+        return dataclasses.replace(config, **changes).key(
+            dataclasses.replace(config.models[0], **dict(model)))
 
     keys = {key(), key(marker="2"), key(nuclei="1", marker="0"), key(tiles="elsewhere"),
             key(pattern=r"b1c(?P<channel>\d+)"), key({"depth": 0.1}), key({"peak": 0.5}),

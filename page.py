@@ -814,9 +814,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
             text = (ROOT / "page.html").read_text(encoding="utf-8")
             return text.replace("NONCE", nonce).encode(), "text/html; charset=utf-8"
-        if path not in GETS:
-            raise Refusal(404, "there is nothing here")
-        return called(GETS[path], self.server.project, query)
+        return self.called(GETS, path, query)
 
     def post(self) -> tuple[bytes, str]:
         path, _ = self.checked_query()
@@ -824,28 +822,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not length.isdigit() or int(length) > LONGEST:
             raise Refusal(413, f"a request of {length or 'unknown'} bytes, expected at most "
                                f"{LONGEST}")
-        if path not in POSTS:
-            raise Refusal(404, "there is nothing here")
-        body = self.rfile.read(int(length))
         try:
-            values = json.loads(body)
+            values = json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError):
             values = None
         if not isinstance(values, dict):
             raise Refusal(400, "expected a JSON object")
-        return called(POSTS[path], self.server.project, values)
+        return self.called(POSTS, path, values)
 
-
-def called(function: Callable[[Any, Any], Any], project: Project,
-           values: dict) -> tuple[bytes, str]:
-    """The answer of a function and its type: bytes as they are, all else as JSON."""
-    try:
-        answer = function(project, values)
-    except (KeyError, TypeError) as error:
-        raise Refusal(400, f"a request without what it needs: {error}") from None
-    if isinstance(answer, bytes):
-        return answer, "application/octet-stream"
-    return json.dumps(runs.without_nan(answer)).encode(), "application/json"
+    def called(self, functions: dict[str, Callable], path: str, values: dict) -> tuple[bytes, str]:
+        """The answer of the function of a path and its type: bytes as they are, all else as JSON.
+        """
+        if path not in functions:
+            raise Refusal(404, "there is nothing here")
+        try:
+            answer = functions[path](self.server.project, values)
+        except (KeyError, TypeError) as error:
+            raise Refusal(400, f"a request without what it needs: {error}") from None
+        if isinstance(answer, bytes):
+            return answer, "application/octet-stream"
+        return json.dumps(runs.without_nan(answer)).encode(), "application/json"
 
 
 # ---------------------------------------------------------------------------- requests

@@ -411,7 +411,7 @@ def test_done_and_diameter_are_remembered(folder):
     with Site(folder) as site:
         site.json("/done", {"image": "a", "done": True})
         site.json("/find", {"image": "a", "diameter": 28})
-        wait_until(lambda: not site.project.queue and not site.project.working, 120)
+        site.wait()
         assert site.ask("/find", {"image": "a", "diameter": 0})[0] == 400
     with Site(folder) as site:
         about = site.json("/image", image="a")
@@ -436,7 +436,7 @@ def test_the_search_stops(site, monkeypatch):
 def test_a_search_of_all_passes_over_what_is_done_or_given(site):
     images.write_labels(site.out / "a_labels.tif", drawn(1)[1])   # by infer.py, say
     assert site.json("/find", {})["queued"] == 1                  # b alone
-    wait_until(lambda: not site.project.queue and not site.project.working, 120)
+    site.wait()
     assert site.json("/find", {})["queued"] == 0
     site.project.state["weights"] = str(ROOT / "final_models" / "dinocell_tiny.pt")
     assert site.json("/find", {})["queued"] == 1                  # found with other weights
@@ -450,7 +450,7 @@ def test_a_damaged_image_is_said_and_the_others_go_on(folder):
     (folder / "broken.tif").write_bytes(b"II*\0 not a TIFF")
     with Site(folder) as site:
         site.json("/find", {})
-        wait_until(lambda: not site.project.queue and not site.project.working, 120)
+        site.wait()
         news = site.json("/news")
         assert len(news["problems"]) == 1 and "broken" in news["problems"][0]
         assert [row["cells"] is not None for row in news["images"]] == [True, False, True]

@@ -93,7 +93,7 @@ class Config:
     output_base_dir: str = "."              # where runs/ and final_models/ are made
     export_path: str | None = None          # weights; null: final_models/<experiment>.pt
     data: str = "dat/instruct"              # folder that make writes and train reads
-    sources: tuple[AnnotatedSet, ...] = ()  # make: images with classes, see below
+    sources: tuple[AnnotatedSet, ...] = ()  # make: images with classes, see above
     encoder: str | None = None              # folder of the sentence encoder; null: the package
     pairs: runs.Count = 40                  # make: pairs of each tile
     least: runs.Count = 100                 # make: cells that a concept needs, for and against
@@ -828,11 +828,8 @@ def start_instruct(arguments: list[str]) -> None:
     if not arguments or arguments[0] not in VERBS:
         arguments = ["ask", *arguments]
     config, run = VERBS[arguments[0]]
-    doc = f"{__doc__}\nKeys of {arguments[0]}:"
-    if config is Config:
-        for name, section in (("llm", LLM), ("each of sources", AnnotatedSet)):
-            doc += f"\n\nSection {name}:\n{runs.config_help(section)}"
-    runs.script(doc, config, run, arguments[1:])
+    sources = f"\nEach of sources:\n{runs.config_help(AnnotatedSet)}" if config is Config else ""
+    runs.script(__doc__ + sources, config, run, arguments[1:])
 
 
 if __name__ == "__main__":

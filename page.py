@@ -206,7 +206,7 @@ class Picture:
         else:
             hues = HUES.get(C) or [HUES[8][i % 8] for i in range(C)]
         return {"height": H, "width": W, "channels": list(names), "hues": hues,
-                "bits": np.dtype(self.wire).itemsize * 8, "pixel_size": self.source.pixel_size,
+                "bits": np.dtype(self.wire).itemsize * 8,
                 "limits": [[0, 255]] * 3 if bright else limits.round().astype(int).tolist(),
                 "highest": [int(channel.max()) for channel in shown], "tile": TILE}
 

@@ -183,8 +183,6 @@ class Picture:
         _, H, W = self.source.shape
         side = TILE << z
         top, left = row * side, column * side
-        if not (0 <= top < H and 0 <= left < W):
-            raise ValueError(f"no tile {row}, {column} at 1:{1 << z}")
         pixels = self.reduced(top, min(top + side, H), left, min(left + side, W), 1 << z)
         return self.for_wire(pixels).tobytes()
 
@@ -404,6 +402,7 @@ class Project:
         if config.weights != "auto" or not Path(self.state["weights"]).is_file():
             self.state["weights"] = str(weights_file(config))
         self.lock, self.loading = threading.RLock(), threading.Lock()
+        self.exporting = threading.Lock()               # one window after the other
         self.opened: OrderedDict[str, Opened] = OrderedDict()
         self.queue: list[str] = []                      # images to search
         self.untyped: list[str] = []                    # images whose cells want a type
@@ -622,6 +621,10 @@ class Project:
 
     def export(self) -> dict:
         """Write what infer.py writes, of the cells as they are now."""
+        with self.exporting:
+            return self.write_results()
+
+    def write_results(self) -> dict:
         written = {}
         for opened in list(self.opened.values()):
             opened.book.save()
@@ -879,11 +882,13 @@ def get_image(project: Project, query: dict[str, str]) -> dict:
 
 
 def get_pixels(project: Project, query: dict[str, str]) -> bytes:
-    return project.open(query["image"]).picture.tile(*tile_place(query))
+    opened = project.open(query["image"])
+    return opened.picture.tile(*tile_place(opened, query))
 
 
 def get_labels(project: Project, query: dict[str, str]) -> bytes:
-    return project.open(query["image"]).tile(*tile_place(query))
+    opened = project.open(query["image"])
+    return opened.tile(*tile_place(opened, query))
 
 
 def get_cell(project: Project, query: dict[str, str]) -> dict:
@@ -924,10 +929,11 @@ def get_types(project: Project, query: dict[str, str]) -> dict:
             "cells": told and [(cell, *type_) for cell, type_ in told.items()]}
 
 
-def tile_place(query: dict[str, str]) -> tuple[int, int, int]:
+def tile_place(opened: Opened, query: dict[str, str]) -> tuple[int, int, int]:
     z, row, column = (int(query[key]) for key in ("z", "row", "column"))
-    if not 0 <= z <= 16:
-        raise ValueError(f"z={z}, expected 0 to 16")
+    if not 0 <= z <= 16 or not all(0 <= i * (TILE << z) < n for i, n in zip((row, column),
+                                                                           opened.size)):
+        raise ValueError(f"no tile {row}, {column} at z={z}")
     return z, row, column
 
 

@@ -168,6 +168,7 @@ def test_hostile_requests_get_one_sentence_and_no_file(site):
     assert site.ask("/edit", {"image": "a", "what": "wipe", "revision": 0})[0] == 400
     assert site.ask("/pixels", image="a", z=0, row=-1, column=0)[0] == 400
     assert site.ask("/pixels", image="a", z=99, row=0, column=0)[0] == 400
+    assert site.ask("/labels", image="a", z=0, row=0, column=-1)[0] == 400
     assert site.ask("/learn", {"what": "use", "weights": "/etc/passwd"})[0] == 400
     assert site.ask("/learn", {"what": "close"})[0] == 400
     assert site.json("/news")["problem_count"] == 0
@@ -363,6 +364,25 @@ def test_an_edit_during_the_export_is_kept_on_the_disk(site, monkeypatch):
     book = site.project.open("a").book
     assert book.saved and not np.array_equal(book.labels, found)
     np.testing.assert_array_equal(images.read_labels(site.out / "a_labels.tif"), book.labels)
+
+
+def test_two_exports_follow_each_other(site, monkeypatch):
+    site.find("a")
+    inside = []
+
+    def running(command, **_):
+        inside.append(Path(next(w for w in command if w.startswith("labels="))[7:], "a_labels.tif"))
+        time.sleep(0.3)                                           # the other one would begin
+        assert inside[-1].exists()
+        seen.append(len(inside))
+        return subprocess.CompletedProcess([], 0)
+
+    seen: list[int] = []
+    monkeypatch.setattr(page.subprocess, "run", running)
+    with ThreadPoolExecutor(2) as threads:
+        answers = [threads.submit(site.json, "/export", {}) for _ in range(2)]
+        assert [answer.result()["written"] for answer in answers] == [1, 1]
+    assert seen == [1, 2]                                         # not both before one was done
 
 
 def test_the_size_is_judged_once(folder, monkeypatch):

@@ -431,10 +431,9 @@ class DINOCell(nn.Module):
         self.size: SizeHead | None = None                # add_size_head() makes one
         self.types: nn.Linear | None = None              # set_types() gives one
         self.origin: Path | None = None                  # the file that load() read
-        self.register_buffer("mean", torch.tensor(self.settings.mean).view(1, 3, 1, 1),
-                             persistent=False)
-        self.register_buffer("std", torch.tensor(self.settings.std).view(1, 3, 1, 1),
-                             persistent=False)
+        for name in ("mean", "std"):           # on the CPU also where load() builds on "meta"
+            value = torch.tensor(getattr(self.settings, name), device="cpu").view(1, 3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
         for name, parameter in vit.named_parameters():
             if name in ("norm.weight", "norm.bias", "mask_token"):  # no part in supervised training
                 parameter.requires_grad_(False)
@@ -458,7 +457,7 @@ class DINOCell(nn.Module):
 
     def set_types(self, head: nn.Linear, names: Sequence[str]) -> None:
         """Tell types of cells from now on, by a linear map of their vectors (vectors.py)."""
-        self.types = head.to(self.mean.device)
+        self.types = head.to(self.decoder.head.weight.device)
         self.architecture["types"] = list(names)
 
     @property
@@ -595,10 +594,6 @@ def load(path: str | Path) -> DINOCell:
             net.add_size_head()
         if names := shape.get("types"):
             net.set_types(nn.Linear(net.backbone.dim, len(names)), names)
-    check_weights_fit(net, content["state_dict"], path)
-    net.to_empty(device="cpu")
-    net.mean.copy_(torch.tensor(net.settings.mean).view(1, 3, 1, 1))
-    net.std.copy_(torch.tensor(net.settings.std).view(1, 3, 1, 1))
     _fill_network(net, content["state_dict"], path)
     net.origin = Path(path)
     return net.eval()
@@ -848,13 +843,7 @@ def _refuse_key_bias(bias: Tensor, name: str, path: str | Path) -> None:
 
 
 def _fill_network(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
-    """Load tensors, float16 ones as float32."""
-    check_weights_fit(module, tensors, path)
-    module.load_state_dict({k: v.float() for k, v in tensors.items()})
-
-
-def check_weights_fit(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
-    """Compare tensors of a file with those of a network, before memory is taken for them."""
+    """Put copies of a file's tensors into a network, float16 ones as float32, if they fit."""
     if strange := [k for k, v in tensors.items() if not isinstance(v, Tensor)]:
         raise ValueError(f"{path}: damaged weights, {_some_weights_names(strange)} no tensors")
     wanted = module.state_dict()
@@ -865,6 +854,9 @@ def check_weights_fit(module: nn.Module, tensors: dict[str, Tensor], path: str |
                 (("missing", missing), ("surplus", surplus), ("wrong shape", wrong)) if names]
     if problems:
         raise ValueError(f"{path}: does not fit the network; " + "; ".join(problems))
+    layout = torch.contiguous_format
+    module.load_state_dict({k: v.to(torch.float32, copy=True, memory_format=layout)
+                            for k, v in tensors.items()}, assign=True)
 
 
 # --------------------------------------------------------------------------------------------- ONNX

@@ -929,31 +929,26 @@ def to_onnx(net: DINOCell, path: str | Path, tile: int | None = None, opset: int
 def cost(net: DINOCell, size: int) -> list[tuple[str, int, float]]:
     """Rows (part, parameters, FLOPs of an image of size²); a multiply-add is two FLOPs."""
     from torch.utils.flop_counter import FlopCounterMode
-    parts = {"backbone: patch embedding": ["backbone.patch_embed"],
-             f"backbone: {net.backbone.depth} blocks": ["backbone.blocks"],
-             "decoder: skips": ["decoder.norms", "decoder.skips"],
-             "decoder: transposed convolutions": ["decoder.ups"],
-             "decoder: stages": ["decoder.stages"],
-             "decoder: last stage, stem, head": [
-                 f"decoder.{name}" for name in ("narrow", "stem", "refine", "head")
-                 if hasattr(net.decoder, name)]}
+    backbone, decoder = net.backbone, net.decoder
+    last = [decoder.narrow, decoder.refine] if decoder.grain == 1 else []
+    parts: dict[str, Iterable[nn.Module]] = {
+        "backbone: patch embedding": [backbone.patch_embed],
+        f"backbone: {backbone.depth} blocks": backbone.blocks,
+        "decoder: skips": [*decoder.norms, *decoder.skips],
+        "decoder: transposed convolutions": decoder.ups,
+        "decoder: stages": decoder.stages,
+        "decoder: last stage, stem, head": [*last, *decoder.stem, decoder.head]}
     ghost = copy.deepcopy(net).to("meta")  # shapes only: any size in no time
     with (
         FlopCounterMode(display=False) as counter,
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
     ):
         ghost(torch.empty(1, 3, size, size, device="meta"))
-    flops = {name.removeprefix("DINOCell."): sum(work.values())
-             for name, work in counter.get_flop_counts().items()}
-    rows = []
-    for label, prefixes in parts.items():
-        modules = [net.get_submodule(prefix) for prefix in prefixes]
-        # a list of modules is never called itself
-        leaves = [name for prefix, m in zip(prefixes, modules)
-                  for name in ([f"{prefix}.{i}" for i in range(len(m))]
-                               if isinstance(m, nn.ModuleList) else [prefix])]
-        rows.append((label, sum(p.numel() for m in modules for p in m.parameters()),
-                     float(sum(flops.get(leaf, 0) for leaf in leaves))))
+    flops = counter.get_flop_counts()
+    work = {module: float(sum(flops.get(f"DINOCell.{name}", {}).values()))
+            for name, module in net.named_modules()}
+    rows = [(label, sum(p.numel() for m in modules for p in m.parameters()),
+             sum((work[m] for m in modules), 0.0)) for label, modules in parts.items()]
     total = sum(p.numel() for p in net.parameters())
     rows.insert(2, ("backbone: class, register tokens, norm", total - sum(row[1] for row in rows),
                     0.0))

@@ -891,7 +891,8 @@ def to_onnx(net: DINOCell, path: str | Path, tile: int | None = None, opset: int
             self.net = copy.deepcopy(net)
             if half:
                 self.net.half()
-                self.net.backbone.periods = net.backbone.periods.clone()  # angles multiply errors
+                if isinstance(net.backbone, ViT):              # angles multiply errors
+                    self.net.backbone.periods = net.backbone.periods.clone()
 
         def forward(self, image: Tensor) -> Tensor:
             return self.net(image.half() if half else image)

@@ -655,6 +655,12 @@ def test_onnx_runtime_gives_what_pytorch_gives(tmp_path, half, tile, opset):
 
 
 @needs_onnx
+def test_onnx_of_a_plain_unet_in_halves(tmp_path):
+    net = DINOCell(model.ConvNet(8, 3), (8, 8), 0, stem=1).eval()
+    assert model.to_onnx(net, tmp_path / "x.onnx", 32, half=True) < 1e-2
+
+
+@needs_onnx
 def test_the_weights_that_ship_can_be_exported(tmp_path):
     assert model.to_onnx(model.load(ROOT / "final_models/dinocell_tiny.pt"),
                          tmp_path / "x.onnx") <= 1e-4

@@ -884,24 +884,16 @@ def to_onnx(net: DINOCell, path: str | Path, tile: int | None = None, opset: int
     tile, patch = tile or net.settings.tile, net.backbone.patch
     if tile < 1 or tile % patch:
         raise ValueError(f"tile={tile}: expected a multiple of the patch, {patch} px")
-
-    class Whole(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = copy.deepcopy(net)
-            if half:
-                self.net.half()
-                if isinstance(net.backbone, ViT):              # angles multiply errors
-                    self.net.backbone.periods = net.backbone.periods.clone()
-
-        def forward(self, image: Tensor) -> Tensor:
-            return self.net(image.half() if half else image)
-
+    whole = copy.deepcopy(net)
+    if half:
+        whole.half()
+        if isinstance(net.backbone, ViT):                      # angles multiply errors
+            whole.backbone.periods = net.backbone.periods.clone()
     images = torch.rand(3, 3, tile, tile, generator=torch.Generator().manual_seed(0))
     with runs.replacing(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's, about its own insides
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(Whole(), (images,), None, input_names=["image"],
+        program = torch.onnx.export(whole, (images,), None, input_names=["image"],
                                     output_names=["distance"], opset_version=opset, dynamo=True,
                                     dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False)
         assert program is not None

@@ -649,9 +649,8 @@ def load_backbone(path: str | Path, patch: int = 8, **options) -> ViT:
     depth = 1 + max((int(k.split(".")[1]) for k in tensors if k.startswith("blocks.")), default=-1)
     if kernel is None or depth == 0 or "register_tokens" not in tensors:
         raise ValueError(f"{path}: no vision transformer with registers in it (its first keys: "
-                         f"{_some_weights_names(content)}); expected a DINOv3 checkpoint or a file "
-                         f"of this "
-                         f"project")
+                         f"{runs.listed(sorted(map(str, content)))}); expected a DINOv3 "
+                         "checkpoint or a file of this project")
     dim = kernel.shape[0]
     if "periods" not in tensors:
         tensors["periods"] = _periods_beside(Path(path), dim)
@@ -784,12 +783,6 @@ def has_bf16(device: str) -> bool:
     return device == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
-def _some_weights_names(names: Iterable[str], count: int = 4) -> str:
-    names = sorted(map(str, names))
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
-
-
 DINOV3_NAMES = [                    # official or Hugging Face's name -> ours, in this order
     (r"^(model\.)?layer\.", "blocks."),
     (r"(embeddings\.patch_embeddings|patch_embed\.proj)\.", "patch_embed."),
@@ -845,12 +838,13 @@ def _refuse_key_bias(bias: Tensor, name: str, path: str | Path) -> None:
 def _fill_network(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
     """Put copies of a file's tensors into a network, float16 ones as float32, if they fit."""
     if strange := [k for k, v in tensors.items() if not isinstance(v, Tensor)]:
-        raise ValueError(f"{path}: damaged weights, {_some_weights_names(strange)} no tensors")
+        raise ValueError(f"{path}: damaged weights, {runs.listed(sorted(map(str, strange)))} no "
+                         "tensors")
     wanted = module.state_dict()
     missing, surplus = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
     wrong = [f"{k} {tuple(tensors[k].shape)} instead of {tuple(v.shape)}" for k, v in wanted.items()
              if k in tensors and tensors[k].shape != v.shape]
-    problems = [f"{what}: {_some_weights_names(names)}" for what, names in
+    problems = [f"{what}: {runs.listed(sorted(map(str, names)))}" for what, names in
                 (("missing", missing), ("surplus", surplus), ("wrong shape", wrong)) if names]
     if problems:
         raise ValueError(f"{path}: does not fit the network; " + "; ".join(problems))

@@ -13,7 +13,6 @@ the batch out between four GPUs, with the same result.
 """
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -22,7 +21,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -153,11 +152,11 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
     state = run.resume()
     trainer = Trainer(config, net, device, world, images)
     average, total = trainer.average, config.steps * config.cycles
-    start, best, since = 0, -1.0, 0
+    start, best, since, patience = 0, -1.0, 0, config.patience or math.inf
     if state:
         trainer.restore(state)
         start, best, since = state["step"], state["best"], state["since"]
-        if has_lost_patience(config, since):
+        if since >= patience:
             start = total                                     # it had come to its end
     share = slice(rank * config.batch // world, (rank + 1) * config.batch // world)
 
@@ -165,8 +164,9 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
     for step in range(start, total):
         factor, done = segmentation_rate(config, step), step + 1
         sample = np.arange(config.batch)[share] + step * config.batch  # no other sample's numbers
-        with meter.waiting():
-            chosen, batch = training_crops(config, images, changes, sample)
+        begin = time.perf_counter()
+        chosen, batch = training_crops(config, images, changes, sample)
+        meter.waited += time.perf_counter() - begin
         look = functools.partial(run.log_gradients, done) if done % config.log_every == 0 else None
         loss, norm = trainer.step(batch, factor, chosen, look)
         meter.losses.append(loss)
@@ -175,8 +175,9 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
         better = False
         if done % config.val_every == 0 or done % config.steps == 0:
             try:
-                with meter.paused():
-                    scores = validate(average.module, validation, run, done)
+                begin = time.perf_counter()
+                scores = validate(average.module, validation, run, done)
+                meter.begun += time.perf_counter() - begin        # counts for no step
             except runs.Stopped:
                 print(f"stopped in the validation of step {done}; the same command goes on from "
                       "the last checkpoint", file=sys.stderr)
@@ -185,7 +186,7 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
             best, since = max(best, scores["score"]), 0 if better else since + 1
             if better and rank == 0:
                 export_trained(average.module, config, hashes, scores, done)
-        finished = done == total or has_lost_patience(config, since)
+        finished = done == total or since >= patience
         stop = not finished and run.should_stop(done)
         if better or finished or stop or done % config.save_every == 0:
             run.check_finite(done, loss.item())
@@ -201,11 +202,6 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
         print(f"best validation score {best:.4f} -> {runs.export_path(config)}")
     run.close()
     return 0
-
-
-def has_lost_patience(config: Config, since: int) -> bool:
-    """Tell whether so many validations brought nothing that the run ends."""
-    return config.patience is not None and since >= config.patience
 
 
 def training_crops(config: Config, images, changes, sample: np.ndarray) -> tuple:
@@ -224,21 +220,7 @@ class Meter:
 
     def begin(self) -> None:
         self.losses: list[torch.Tensor] = []
-        self.waited, self.begun = 0.0, time.perf_counter()
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time that the network waits for its crops."""
-        before = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - before
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out the time of a validation."""
-        before = time.perf_counter()
-        yield
-        self.begun += time.perf_counter() - before
+        self.waited, self.begun = 0.0, time.perf_counter()    # s, for crops; since the last line
 
     def log(self, done: int, factor: float, norm: torch.Tensor) -> None:
         """Write a line, and begin anew."""

@@ -438,6 +438,9 @@ def build_segmentation_net(config: Config):
             net.remove_size_head()                          # it is learnt anew at the end
         elif net.size is not None:
             net.size.requires_grad_(False)
+    elif config.few:
+        raise ValueError(f"few=true, init={config.init}: a backbone alone, expected a whole "
+                         "network")
     else:
         net = model.DINOCell(model.load_backbone(config.init, shape.patch), shape.widths,
                              shape.last, settings, shape.stem)
@@ -445,9 +448,6 @@ def build_segmentation_net(config: Config):
         net.set_types(torch.nn.Linear(net.backbone.dim, len(config.data.types)),
                       list(map(str, config.data.types)))
     if config.few:
-        if model.kind(str(config.init)) != "DINOCell":
-            raise ValueError(f"few=true, init={config.init}: a backbone alone, expected a whole "
-                             "network")
         net.requires_grad_(False)
         net.decoder.requires_grad_(True)
         if net.types is not None and config.data.types:
@@ -546,8 +546,7 @@ def segmentation_type_score(images: list[data.Labelled], net) -> float:
 
 def validation_summary(scores) -> dict[str, float]:
     """The few numbers worth a line: AP as mean over images, the rest pooled."""
-    return {"AP@0.5": scores.mean["AP@0.5"], "AP@0.75": scores.mean["AP@0.75"],
-            "AP@0.9": scores.mean["AP@0.9"],
+    return {**{name: scores.mean[name] for name in ("AP@0.5", "AP@0.75", "AP@0.9")},
             **{name: scores.pooled[name] for name in ("F1", "SEG", "DET", "OP_CSB")}}
 
 

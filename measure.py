@@ -610,15 +610,14 @@ def bench_mean_of_seeds(name: str, seeds: Sequence[Result]) -> Result:
 
 def bench_headline(scores) -> dict[str, float]:
     """Each score, a mean over images, or for those in POOLED of all cells."""
-    return {name: (scores.pooled if name in POOLED else scores.mean)[name] for name in scores.mean}
+    return scores.mean | {name: scores.pooled[name] for name in POOLED}
 
 
 def score_intervals(scores) -> dict[str, tuple[float, float]]:
     """95 % intervals of bench_headline(); none below ENOUGH images."""
     if len(scores.images) < ENOUGH:
         return {}
-    found = {name: (scores.pooled_interval if name in POOLED else scores.mean_interval)[name]
-             for name in scores.mean}
+    found = scores.mean_interval | {name: scores.pooled_interval[name] for name in POOLED}
     return {name: ends for name, ends in found.items() if not math.isnan(ends[0])}
 
 

@@ -855,10 +855,9 @@ def score_table(rows: Sequence[TableRow], there: dict[str, Result]) -> str:
     lines: list[list[report.Cell | str]] = []
     for row in rows:
         result = there.get(row.name)
-        scores = (bench_score_cell(result, score, None if row.name == CEILING else best[score])
-                  for score in PAGE_SCORES)
-        note, seconds = bench_row_notes(row, result), shown_value(result and result.seconds, 1)
-        lines.append([report.Cell(row.name, note), bench_image_count(result), *scores, seconds])
+        lines.append([*bench_row_cells(row, result, PAGE_SCORES,
+                                       {} if row.name == CEILING else best),
+                      shown_value(result and result.seconds, 1)])
     return report.html_table(["model", "images", *PAGE_SCORES, "seconds"], lines)
 
 
@@ -866,8 +865,12 @@ def bench_row_notes(row: TableRow, result: Result | None) -> str:
     return "; ".join(filter(None, (row.note, result.note if result else "")))
 
 
-def bench_image_count(result: Result | None) -> str:
-    return str(len(result.names)) if result else "not run"
+def bench_row_cells(row: TableRow, result: Result | None, scores: Sequence[str],
+                    best: dict[str, float | None]) -> list[report.Cell]:
+    """A model on a set: name and note, images, scores."""
+    return [report.Cell(row.name, bench_row_notes(row, result)),
+            report.Cell(str(len(result.names)) if result else "not run"),
+            *(bench_score_cell(result, score, best.get(score)) for score in scores)]
 
 
 def measured_efficiency(sets: Sequence[LabelledSet], rows: Sequence[TableRow],
@@ -1000,26 +1003,15 @@ def bench_outlined_square(pixels: np.ndarray, labels: np.ndarray, right: np.ndar
 
 # -------------------------------------------------------------------------------- bench as Markdown
 
-class Footnotes:
-    """Notes that stand under a table in place of its cells, numbered over all tables of a text."""
+def marked(name: str, note: str, notes: dict[str, int]) -> str:
+    """A name, with the number of its note among the notes of a text."""
+    return f"{name} ({notes.setdefault(note, len(notes) + 1)})" if note else name
 
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.printed = 0                    # of these, the first so many stand under a table
 
-    def mark(self, name: str, note: str) -> str:
-        """A name, with the number of its note."""
-        if not note:
-            return name
-        if note not in self.notes:
-            self.notes.append(note)
-        return f"{name} ({self.notes.index(note) + 1})"
-
-    def under(self, table: str) -> str:
-        """A table, and under it the notes that are new in it."""
-        new = [f"({i}) {note}." for i, note in enumerate(self.notes, 1) if i > self.printed]
-        self.printed = len(self.notes)
-        return table + (f"\n{' '.join(new)}\n" if new else "")
+def footnotes(notes: dict[str, int], printed: int = 0) -> str:
+    """A line under a table: all notes but for the first so many, which stand under one before."""
+    new = " ".join(f"({i}) {note}." for note, i in notes.items() if i > printed)
+    return f"\n{new}\n" if new else ""
 
 
 def bench_markdown(sets: Sequence[LabelledSet], rows: Sequence[TableRow], results: BenchResults,
@@ -1029,30 +1021,28 @@ def bench_markdown(sets: Sequence[LabelledSet], rows: Sequence[TableRow], result
     compared : rows of bench_differences(), for a table between them.
     """
     ran = [row.name for row in rows if any(row.name in there for there in results.values())]
-    lines, notes = [], Footnotes()
+    lines, notes = [], dict[str, int]()
     for dataset in sets:
         there = [results[dataset.name].get(name) for name in ran]
         n = max((len(result.names) for result in there if result), default=0)
-        lines.append((notes.mark(dataset.name, dataset.note), str(n), *(
+        lines.append((marked(dataset.name, dataset.note, notes), str(n), *(
             " / ".join(shown_value(result.scores.mean[name], 3) for name in BRIEF)
             if result else "not run" for result in there)))
     brief = (f"{' / '.join(BRIEF).replace('/ AP@', '/ ')}, mean over the images of each set.\n\n"
-             + notes.under(report.markdown(("set", "images", *ran), lines)))
+             + report.markdown(("set", "images", *ran), lines) + footnotes(notes))
+    printed = len(notes)
     if missing := [row.name for row in rows if row.name not in ran]:
         brief += f"\nNot run: {', '.join(missing)}.\n"
-    lines = [(dataset.name, *scores_of(row, results[dataset.name].get(row.name), columns, notes))
-             for dataset in sets for row in rows]
-    whole = notes.under(report.markdown(("set", "model", "images", *columns), lines, words=2))
+    lines = []
+    for dataset, row in product(sets, rows):
+        name, *found = bench_row_cells(row, results[dataset.name].get(row.name), columns, {})
+        lines.append((dataset.name, marked(name.text, name.small, notes),
+                      *(f"{cell.text} [{cell.small}]" if cell.small else cell.text
+                        for cell in found)))
+    whole = report.markdown(("set", "model", "images", *columns), lines, words=2)
     return brief, "\n".join([made + "\n", brief,
-                             *([bench_difference_table(compared)] if compared else []), whole])
-
-
-def scores_of(row: TableRow, result: Result | None, columns: Sequence[str], notes: Footnotes
-              ) -> list[str]:
-    """Cells of a model on a set: name, images, scores with their intervals."""
-    scores = [bench_score_cell(result, score) for score in columns]
-    return [notes.mark(row.name, bench_row_notes(row, result)), bench_image_count(result),
-            *(f"{cell.text} [{cell.small}]" if cell.small else cell.text for cell in scores)]
+                             *([bench_difference_table(compared)] if compared else []),
+                             whole + footnotes(notes, printed)])
 
 
 def bench_difference_table(compared: Sequence[dict]) -> str:

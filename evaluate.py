@@ -80,7 +80,8 @@ class Bench:
     against: tuple[str, ...] = ()           # rows that others are compared with; empty: the first
     ceiling: Encoding = field(default_factory=Encoding)  # settings whose best stands first
     pictures: int = 3                       # models shown on the page, from the first on
-    columns: tuple[str, ...] = ("AP@0.5", "AP@0.75", "F1", "SEG", "DET", "OP_CSB")  # in table.md
+    # in table.md
+    columns: tuple[measure.Score, ...] = ("AP@0.5", "AP@0.75", "F1", "SEG", "DET", "OP_CSB")
     markdown: str | None = None             # document for table.md, between two lines of comment
     summary: str | None = None              # document for its first table alone
     batch: runs.Batch | None = None         # tiles at once; null: 4 on the CPU, 32 on a GPU
@@ -90,7 +91,6 @@ class Bench:
     def __post_init__(self):
         measure.check_bench_names("model", self.models)
         measure.check_bench_names("set", self.sets)
-        measure.check_scores(*self.columns)
 
 
 def bench(config: Bench) -> None:
@@ -239,7 +239,7 @@ class Sweep:
     tile: tuple[runs.Side | None, ...] = (None,)  # px; null: as trained
     overlap: tuple[runs.Whole | None, ...] = (None,)  # px; null: a cell's diameter
     scale: tuple[runs.Positive, ...] = (1.0,)  # network px per image px, on top of the diameter
-    score: str = "DSB"                      # what best means, mean over images
+    score: measure.Score = "DSB"            # what best means, mean over images
     ceiling: Encoding = field(default_factory=Encoding)  # as in bench
     batch: runs.Batch | None = None         # tiles at once; null: 4 on the CPU, 32 on a GPU
     device: runs.Device = "auto"            # auto: the GPU if there is one
@@ -247,7 +247,6 @@ class Sweep:
     def __post_init__(self):
         measure.check_bench_names("validation set", self.validation)
         measure.check_bench_names("test set", self.test)
-        measure.check_scores(self.score)
         measure.bench_threshold_grid(self)
         if not (self.tile and self.overlap and self.scale):
             raise ValueError("tile, overlap and scale need one value or more each; null is one")

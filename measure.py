@@ -23,7 +23,7 @@ from functools import cached_property, partial
 from glob import glob
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -46,9 +46,10 @@ with runs.lazy():                       # evaluate.py --help does not wait for t
 ENOUGH = 10                             # images, for an interval
 POOLED = ("precision", "recall", "F1", "TP", "FP", "FN", "n_true", "n_pred", "SEG", "DET", "OP_CSB",
           "error_rate")
-BRIEF = ("AP@0.5", "AP@0.75", "AP@0.9")           # in the short table
-PAGE_SCORES = (*BRIEF, "F1", "PQ", "AJI", "SEG", "DET", "OP_CSB")
-COMPARED = (*PAGE_SCORES, "DSB", "MMA")           # between models
+Score = Literal["AP@0.5", "AP@0.75", "AP@0.9", "F1", "PQ", "AJI", "SEG", "DET", "OP_CSB", "DSB",
+                "MMA"]
+COMPARED = get_args(Score)                        # between models
+PAGE_SCORES, BRIEF = COMPARED[:9], COMPARED[:3]   # on the page, in the short table
 CEILING = "ceiling"                               # name of the row of the encoding
 LABEL_SUFFIXES = (".tif", ".tiff", ".npy", ".png")
 LABEL_ENDS = re.compile(r"_(pred|labels?|cp_masks|masks?|nuclei|cells)$")
@@ -146,11 +147,6 @@ def check_bench_names(what: str, things: Sequence[Any]) -> None:
     names = [thing if isinstance(thing, str) else thing.name for thing in things]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two {what}s are called '{twice[0]}'; give each a name of its own")
-
-
-def check_scores(*names: str) -> None:
-    if unknown := [name for name in names if name not in COMPARED]:
-        raise ValueError(f"score '{unknown[0]}', expected one of {', '.join(COMPARED)}")
 
 
 # ---------------------------------------------------------------------------------- images of a set

@@ -602,7 +602,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert "two sets are called 's'" in said(sets=[good, good])
     assert "the encoding's row" in said(models=[dict(a, name="ceiling")])
     assert "no model" in said(models=[]) and "no set" in said(sets=[])
-    assert "score 'AP', expected one of" in said(columns=["AP"])
+    assert "columns is 'AP', expected AP@0.5 or AP@0.75" in said(columns=["AP"])
     assert "no pair with fill <= peak" in said(ceiling=dict(peak=[0.1], fill=[0.2]))
     assert "unknown key 'ceiling.caps', did you mean 'cap'?" in said(ceiling=dict(caps=[1]))
     assert "unknown key 'stes', did you mean 'sets'?" in said(stes=[])

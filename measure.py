@@ -23,7 +23,7 @@ from functools import cached_property, partial
 from glob import glob
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -57,9 +57,13 @@ LABEL_ENDS = re.compile(r"_(pred|labels?|cp_masks|masks?|nuclei|cells)$")
 
 # ------------------------------------------------------------------------------------ configuration
 
+RowName = Annotated[str, runs.Bound("letters, digits, _ . + -, for it becomes a folder",
+                                    lambda name: bool(re.fullmatch(r"[\w+-][\w.+-]*", name)))]
+
+
 @dataclass(frozen=True)
 class Model:
-    name: str                               # its folder and row
+    name: RowName                           # its folder and row
     weights: str | None = None              # file of this project; with *: several seeds
     labels: str | None = None               # or a folder of label images, or SET/ in it
     note: str = ""                          # printed beside the name; why, if it was not run
@@ -76,7 +80,6 @@ class Model:
     channels: tuple[runs.Count, ...] | None = None  # of the set's, that it is shown; null: all
 
     def __post_init__(self):
-        check_name(self.name)
         if self.name == CEILING:
             raise ValueError(f"model '{CEILING}': the encoding's row has this name; choose another")
         if self.weights and self.labels:
@@ -88,7 +91,7 @@ class Model:
 
 @dataclass(frozen=True)
 class DataSet:
-    name: str                               # its folder and row
+    name: RowName                           # its folder and row
     path: str                               # labelled images (data.examples), within root
     channels: tuple[str, ...] | None = None  # up to three names or numbers from 1; null: all
     labels: str | None = None               # nuclei or cells, where an image has both
@@ -101,7 +104,6 @@ class DataSet:
     note: str = ""                          # printed with it: trained on, never seen
 
     def __post_init__(self):
-        check_name(self.name)
         if self.where is not None and ("=" not in self.where or self.manifest is None):
             raise ValueError(f"set '{self.name}' has where: {self.where}; expected COLUMN=REGEX, "
                              "and the manifest that has the column")
@@ -133,11 +135,6 @@ def bench_threshold_grid(grid: Any) -> list[dict]:
         raise ValueError(f"peak={list(grid.peak)}, fill={list(grid.fill)}: no pair with "
                          "fill <= peak")
     return found
-
-
-def check_name(name: str) -> None:
-    if not re.fullmatch(r"[\w+-][\w.+-]*", name):
-        raise ValueError(f"name '{name}': it becomes a folder; expected letters, digits, _ . + -")
 
 
 def check_bench_names(what: str, things: Sequence[Any]) -> None:

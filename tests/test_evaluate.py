@@ -670,6 +670,10 @@ def test_results_stay_in_runs(tmp_path, capsys):
         config = dict(experiment=name, sets=[entry("s", place)])
         assert "expected text, the name of a folder" in fails(capsys, "ceiling", tmp_path, **config)
     assert not (tmp_path / "x").exists()
+    for what in ("sources", "sets"):
+        config = {"sources": [dict(name="a", weights="pixels")], "sets": [], "fields": "x"}
+        config[what] = [dict(name="../x", weights="pixels", train=[], test=[], types={})]
+        assert f"{what}.name is '../x'" in fails(capsys, "embed", tmp_path, **config)
 
 
 @pytest.mark.smoke

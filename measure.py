@@ -182,7 +182,8 @@ class LabelledSet:
             yield Item(bench_image_name(example.name), pixels, truth, runs.digest(pixels))
 
     def _where(self, column: str, pattern: str) -> list:
-        values, fits = self._column(column), self._expression("where", pattern).search
+        values = self._column(column)
+        fits = data.labelled_name_pattern(f"set '{self.name}': where", pattern).search
         if unlisted := [e.name for e in self.examples if bench_image_name(e.name) not in values]:
             raise ValueError(f"{self._manifest}: no row for {unlisted[0]} of set '{self.name}', "
                              f"which {self.config.where} needs")
@@ -197,7 +198,7 @@ class LabelledSet:
         if self.config.manifest:
             groups = self._column(group)
         else:
-            pattern = self._expression("group", group)
+            pattern = data.labelled_name_pattern(f"set '{self.name}': group", group)
             hits = {bench_image_name(e.name): pattern.search(e.name) for e in self.examples}
             groups = {name: hit[1 if pattern.groups else 0] for name, hit in hits.items() if hit}
         if not groups:
@@ -209,13 +210,6 @@ class LabelledSet:
     @property
     def _manifest(self) -> Path:
         return self.root / str(self.config.manifest)
-
-    def _expression(self, key: str, text: str) -> re.Pattern:
-        try:
-            return re.compile(text)
-        except re.error as error:
-            raise ValueError(f"set '{self.name}': {key} '{text}' is no regular expression ({error})"
-                             ) from None
 
     def _column(self, column: str) -> dict[str, str]:
         """Image -> its value in a column of the manifest; images without a row are left out.

@@ -40,7 +40,7 @@ def test_groups_of_a_manifest(tmp_path):
     assert dataset(**here, manifest="m.tsv", group="line").groups["0"] == "C"
     fails("m.tsv: no columns 'plate', expected one; columns are image, line", **here,
           manifest="m.tsv", group="plate")
-    fails("no regular expression", **here, group="(")
+    fails("not a regular expression", **here, group="(")
     fails("fits none of its 3 images", **here, group="donor")
 
 
@@ -79,7 +79,7 @@ def test_where_leaves_images_out(tmp_path):
           where="gt=auto")
     fails("no columns 'truth', expected one; columns are image, gt", **here, where="truth=human")
     fails("expected COLUMN=REGEX", **here, where="gt")
-    fails("no regular expression", **here, where="gt=(")
+    fails("not a regular expression", **here, where="gt=(")
     fails("limit is 0, expected a whole number, 1 or more", **here, where="gt=model", limit=0)
     (tmp_path / "m.csv").write_text("\n".join(lines[:-1]))
     fails("m.csv: no row for 3 of set 's'", **here, where="gt=human")

@@ -18,7 +18,7 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from itertools import cycle
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,18 +159,15 @@ def line_chart(series: Mapping[str, Points], styles: dict[str, Style], x_label: 
     frame = Frame([x for x, _ in points] or [1.0], (0, 1) if share else [y for _, y in points],
                   x_label, y_label, log=log)
     for name, each in series.items():
-        style, stretch = styles[name], []
-        for x, y in (*each, (math.nan, math.nan)):
-            if math.isfinite(y):
-                stretch.append((x, y))
-                if len(each) < MANY:
-                    frame.parts.append(
-                        f'<g fill="{style.colour}"><title>{escape(name)}: {y:.3f} at {x:.3g}'
-                        f'</title>{chart_marker(style, frame.across(x), frame.up(y))}</g>')
-            elif stretch:
-                if len(stretch) > 1:
-                    frame.line(stretch, chart_stroke(style))
-                stretch = []
+        style = styles[name]
+        for defined, some in groupby(each, key=lambda point: math.isfinite(point[1])):
+            stretch = list(some) if defined else []
+            if len(each) < MANY:
+                frame.parts += [
+                    f'<g fill="{style.colour}"><title>{escape(name)}: {y:.3f} at {x:.3g}</title>'
+                    f'{chart_marker(style, frame.across(x), frame.up(y))}</g>' for x, y in stretch]
+            if len(stretch) > 1:
+                frame.line(stretch, chart_stroke(style))
     return frame.svg()
 
 

@@ -504,11 +504,9 @@ def validate(net, images: list[data.Labelled], run: runs.Run, step: int) -> dict
     def score(setting: watershed.Setting, numbers: Sequence[int] = range(len(images))) -> float:
         values = run.each(lambda i: float(metrics.average_precision(
             images[i].labels, cells_of(i, setting)).mean()), numbers)
-        by_set: dict[str, list[float]] = {}
-        for i, value in zip(numbers, values):
-            by_set.setdefault(images[i].set, []).append(value)
-        return float(np.average([np.mean(some) for some in by_set.values()],
-                                weights=[weights.get(name, 1.0) for name in by_set]))
+        means = mean_by_set([images[i] for i in numbers], values)
+        return float(np.average([*means.values()],
+                                weights=[weights.get(name, 1.0) for name in means]))
 
     best = watershed.tune(score)
     held = [i for i, image in enumerate(images) if image.held]
@@ -527,6 +525,14 @@ def validate(net, images: list[data.Labelled], run: runs.Run, step: int) -> dict
     if run.rank == 0:
         draw_run_charts(run, [images[i] for i in held], labels, step)
     return {**scores, "sets": sets}
+
+
+def mean_by_set(images: Sequence[data.Labelled], values: Sequence[float]) -> dict[str, float]:
+    """Mean value of the images of each set."""
+    found: dict[str, list[float]] = {}
+    for image, value in zip(images, values):
+        found.setdefault(image.set, []).append(value)
+    return {name: float(np.mean(some)) for name, some in found.items()}
 
 
 def segmentation_type_score(images: list[data.Labelled], net) -> float:

@@ -41,7 +41,6 @@ import metrics  # noqa: E402
 import runs  # noqa: E402
 import segment  # noqa: E402
 import train_seg  # noqa: E402
-import watershed  # noqa: E402
 
 RAYS, GRID, DEPTH, BASE = 32, 2, 3, 32
 
@@ -166,33 +165,19 @@ def learn(step: Callable, config: train_seg.Config, images, minutes: float) -> i
     return done
 
 
-def mean_by_set(held: list, cells: Callable) -> float:
-    """AP of held-out images: mean over those of a set, then over sets."""
-    values: dict[str, list[float]] = {}
-    for entry in held:
-        score = metrics.average_precision(entry.labels, cells(entry)).mean()
-        values.setdefault(entry.set, []).append(float(score))
-    return float(np.mean([np.mean(some) for some in values.values()]))
-
-
 def star_thresholds(net: nn.Module, held: list) -> tuple[float, float]:
     """(of a centre, of the overlap that suppresses), best on held-out images."""
-    found = {id(entry): stars(net, torch.from_numpy(entry.pixels)) for entry in held}
+    found = [stars(net, torch.from_numpy(entry.pixels)) for entry in held]
 
     def score(pair: tuple[float, float]) -> float:
-        return mean_by_set(held, lambda entry: star_cells(found[id(entry)], entry.labels.shape,
-                                                          (1, 1), *pair))
+        cells = [star_cells(seen, entry.labels.shape, (1, 1), *pair)
+                 for seen, entry in zip(found, held)]
+        return float(np.mean([*train_seg.mean_by_set(held, [
+            float(metrics.average_precision(entry.labels, labels).mean())
+            for entry, labels in zip(held, cells)]).values()]))
 
     return max(((float(threshold), overlap) for threshold in np.arange(0.2, 0.85, 0.05)
                 for overlap in (0.3, 0.4, 0.5)), key=score)
-
-
-def own_setting(net, held: list) -> watershed.Setting:
-    maps = {id(entry): segment.distances(entry.pixels, net, limits=segment.UNIT, zoom=1.0)
-            for entry in held}
-    return watershed.tune(lambda setting: mean_by_set(
-        held, lambda entry: watershed.flood(maps[id(entry)], setting)),
-        depth=(0.0, 0.05, 0.1, 0.2), smooth=(0.0, 1.0), shape=(0.0,), min_area=(0,))
 
 
 def label(sets: list[measure.LabelledSet], folder: Path, cells: Callable) -> None:
@@ -236,7 +221,8 @@ def taught_own(config: train_seg.Config, images, held: list, minutes: float
     steps = learn(trainer.step, config, images, minutes)
     average: Any = trainer.average.module
     ready = average.ready("cpu")
-    ready.settings = dataclasses.replace(ready.settings, **own_setting(ready, held)._asdict())
+    *_, setting = travel.scored(ready, held, [])
+    ready.settings = dataclasses.replace(ready.settings, **setting._asdict())
     print(f"  {ready.settings.setting}")
     return steps, lambda pixels, diameter: segment.segment(pixels, ready, diameter=diameter)
 

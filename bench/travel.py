@@ -215,17 +215,11 @@ def scored(net, home: list, strangers: list) -> tuple[dict[str, float], dict[str
             for entry in home + strangers}
 
     def by_set(entries: list, setting, *ious: list) -> dict[str, float]:
-        values: dict[str, list[float]] = {}
-        for entry in entries:
-            found = flood(maps[id(entry)], setting)
-            values.setdefault(entry.set,
-                              []).append(float(metrics.average_precision(entry.labels, found,
-                                                                         *ious).mean()))
-        return {name: float(np.mean(some)) for name, some in values.items()}
+        return train_seg.mean_by_set(entries, [float(metrics.average_precision(
+            entry.labels, flood(maps[id(entry)], setting), *ious).mean()) for entry in entries])
 
     best = tune(lambda setting: float(np.mean(list(by_set(home, setting).values()))),
-                depth=(0.0, 0.05, 0.1, 0.2),
-                smooth=(0.0, 1.0), shape=(0.0,), min_area=(0,))
+                depth=(0.0, 0.05, 0.1, 0.2), smooth=(0.0, 1.0), shape=(0.0,), min_area=(0,))
     return by_set(home, best, [0.5]), by_set(strangers, best, [0.5]), best
 
 

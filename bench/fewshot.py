@@ -197,7 +197,7 @@ def meta_learned(start: Start, first: str, config: Config, seed: int):
     """A starting network whose decoder is moved towards where `inner` steps on each known set
     lead: first-order, by hand."""
     net = starting_network(start, first, seed)
-    known = [[scaled_example(example, chosen.name, net.settings.diameter)
+    known = [[scaled(data.read_labelled(example, chosen.name, {}), net.settings.diameter)
               for example in data.examples(Path(config.root) / chosen.path, chosen.channels,
                                            chosen.match, chosen.labels)[:8]]
              for chosen in config.known]
@@ -261,18 +261,18 @@ def nearest_prototype(prototypes, centre):
 
 # ---------------------------------------------------------------------------------------- episodes
 
-def scaled_example(example: data.Example, set_name: str, diameter: float | None,
-                   own: float | None = None) -> data.Labelled:
+def scaled(image: data.Labelled, diameter: float | None, own: float | None = None
+           ) -> data.Labelled:
     """An image scaled so that cells of `own` px (its median) have the diameter."""
-    pixels, labels = data.network_input(example), example.labels()
-    own = own or data.median_diameter(labels)
-    if diameter and own:
-        size = [max(8, round(length * diameter / own)) for length in labels.shape]
-        grid = torch.from_numpy(labels.astype(np.float64))[None, None]
-        labels = torch.nn.functional.interpolate(grid, size, mode="nearest-exact")[0, 0].numpy()
-        pixels = torch.nn.functional.interpolate(torch.from_numpy(pixels)[None], size,
-                                                 mode="bilinear", antialias=True)[0].numpy()
-    return data.Labelled(example.name, np.clip(pixels, 0, 1), labels.astype(np.int32), set_name)
+    own = own or data.median_diameter(image.labels)
+    if not (diameter and own):
+        return image
+    size = [max(8, round(length * diameter / own)) for length in image.labels.shape]
+    grid = torch.from_numpy(image.labels.astype(np.float64))[None, None]
+    labels = torch.nn.functional.interpolate(grid, size, mode="nearest-exact")[0, 0].numpy()
+    pixels = torch.nn.functional.interpolate(torch.from_numpy(image.pixels)[None], size,
+                                             mode="bilinear", antialias=True)[0].numpy()
+    return image._replace(pixels=np.clip(pixels, 0, 1), labels=labels.astype(np.int32))
 
 
 class Episode(NamedTuple):
@@ -290,7 +290,7 @@ def episode_of(new: NewSet, root: str, diameter: float | None, seed: int) -> Epi
     found = sorted(found, key=lambda example: runs.digest(f"{seed}/{example.name}"))
     query, support = found[:new.query], found[new.query:new.query + max(new.shots)]
     own = float(np.median([d for e in support if (d := data.median_diameter(e.labels()))]))
-    return Episode(*([scaled_example(e, new.name, diameter, own) for e in part]
+    return Episode(*([scaled(data.read_labelled(e, new.name, {}), diameter, own) for e in part]
                      for part in (support, query)))
 
 

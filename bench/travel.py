@@ -31,7 +31,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import runs  # noqa: E402  (the folder above)
+import fewshot  # noqa: E402
+
+import report  # noqa: E402  (the folder above)
+import runs  # noqa: E402
 import train_seg  # noqa: E402
 
 
@@ -144,10 +147,16 @@ def left_out(config: Config, run: Run, out: Path) -> dict[str, Any]:
 
 
 def changed(config: Config, without: Iterable[str] = (), seed: int = 0) -> train_seg.Config:
-    values = runs.flat_config(config.train)
+    values = {**config.train, "seed": seed}
     for name in without:
-        values |= runs.flat_config(config.parts[name])
-    return runs.from_dict(train_seg.Config, nested({**values, "seed": seed}), "train")
+        values = merged(values, config.parts[name])
+    return runs.from_dict(train_seg.Config, values, "train")
+
+
+def merged(old: dict, new: dict) -> dict:
+    """Values of a configuration, with some keys of some sections changed."""
+    return old | {key: merged(old.get(key, {}), value) if isinstance(value, dict) else value
+                  for key, value in new.items()}
 
 
 @functools.cache
@@ -174,35 +183,18 @@ def lot(items: list, count: int) -> list:
 def few(entries: list, count: int, diameter: float, side: int = 448) -> list:
     """Up to `count` of each set with cells, scaled so that median cells are `diameter` wide, and no
     more than their middle."""
-    from skimage.transform import resize
-
     import data
     kept = []
     for name in dict.fromkeys(entry.set for entry in entries):
         for entry in lot([entry for entry in entries if entry.set == name], count):
             if not (wide := data.median_diameter(entry.labels)):
                 continue
-            size = [max(8, round(n * diameter / wide)) for n in entry.labels.shape]
-            pixels = resize(entry.pixels, (3, *size), order=1,
-                            anti_aliasing=diameter < wide).astype(np.float32)
-            labels = resize(entry.labels, size, order=0, anti_aliasing=False,
-                            preserve_range=True).astype(np.int32)
-            y, x = (slice(max(0, (n - side) // 2), max(0, (n - side) // 2) + side) for n in size)
-            kept.append(entry._replace(pixels=np.ascontiguousarray(pixels[:, y, x]),
-                                       labels=labels[y, x]))
+            entry = fewshot.scaled(entry, diameter, wide)
+            y, x = (slice(max(0, (n - side) // 2), max(0, (n - side) // 2) + side)
+                    for n in entry.labels.shape)
+            kept.append(entry._replace(pixels=np.ascontiguousarray(entry.pixels[:, y, x]),
+                                       labels=entry.labels[y, x]))
     return [entry for entry in kept if entry.labels.any()]
-
-
-def nested(flat: dict) -> dict:
-    """{'data.root': x} -> {'data': {'root': x}}"""
-    whole: dict = {}
-    for key, value in flat.items():
-        *sections, last = key.split(".")
-        inner = whole
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[last] = value
-    return whole
 
 
 def scored(net, home: list, strangers: list) -> tuple[dict[str, float], dict[str, float], Any]:
@@ -257,8 +249,7 @@ def table(config: Config, found: list[dict]) -> str:
              for name, some in where.items()]
     rows.append([f"mean of {len(found)} runs", *(f"{value:.3f}" for value in means),
                  f"{np.nanmean(means):.3f}", f"{np.mean([line['home'] for line in found]):.3f}"])
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]),
-                                                               *rows[1:]])
+    return report.markdown(rows[0], rows[1:], words=len(rows[0]))
 
 
 if __name__ == "__main__":

@@ -500,11 +500,7 @@ def embedder(source: VectorSource, config: Embed):
     device = runs.pick_device(config.device)
     if source.weights == "random":
         torch.manual_seed(config.seed)
-        like = networks.load(config.finder)
-        shape: dict[str, Any] = {k: v for k, v in like.backbone.architecture.items() if k != "kind"}
-        return networks.DINOCell(networks.ViT(**shape, layerscale=1.0),
-                                 tuple(like.architecture["widths"]), like.architecture["last"],
-                                 stem=like.architecture["stem"]).ready(device)
+        return networks.untrained(networks.load(config.finder), 1.0).ready(device)
     if networks.kind(source.weights) == "DINOCell":
         return networks.load(source.weights).ready(device)
     return networks.DINOCell(networks.load_backbone(source.weights)).ready(device)

@@ -510,6 +510,14 @@ class DINOCell(nn.Module):
         return self
 
 
+def untrained(like: DINOCell, layerscale: float, settings: Settings | None = None) -> DINOCell:
+    """A random network of another's shape, with a ViT."""
+    shape = like.architecture
+    vit = {name: value for name, value in shape["backbone"].items() if name != "kind"}
+    return DINOCell(ViT(**vit, layerscale=layerscale), shape["widths"], shape["last"], settings,
+                    shape["stem"])
+
+
 # --------------------------------------------------------------------------------------------- loss
 
 NEAR_EDGE = 2       # px around a cell that count as its edge

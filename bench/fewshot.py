@@ -332,9 +332,7 @@ def starting_network(start: Start, first: str, seed: int):
     torch.manual_seed(seed)
     net = model.load(start.weights or first)
     if start.weights is None:
-        shape: dict[str, Any] = {k: v for k, v in net.backbone.architecture.items() if k != "kind"}
-        net = model.DINOCell(model.ViT(**shape, layerscale=0.1), tuple(net.architecture["widths"]),
-                             net.architecture["last"], net.settings, net.architecture["stem"])
+        net = model.untrained(net, 0.1, net.settings)
     return net.eval()
 
 

@@ -144,10 +144,9 @@ def add_low_rank(linear, rank: int = RANK) -> None:
 
 def fold_adapters(net) -> None:
     """Make the added matrices part of the weights."""
-    for block in getattr(net.backbone, "blocks", ()):
-        linear = getattr(getattr(block, "attn", None), "qkv", None)
-        if linear is not None and torch.nn.utils.parametrize.is_parametrized(linear):
-            torch.nn.utils.parametrize.remove_parametrizations(linear, "weight")
+    for module in list(net.modules()):
+        if torch.nn.utils.parametrize.is_parametrized(module):
+            torch.nn.utils.parametrize.remove_parametrizations(module, "weight")
 
 
 # ----------------------------------------------------------------------------------------- learning

@@ -13,6 +13,7 @@ With neither truth nor prediction AP, precision, recall, F1, PQ, SQ, RQ, AJI, MM
 with one of the two 0. SEG, DET, OP_CSB and error_rate are NaN without true cells. "AJI" is AJI+,
 and PQ counts an IoU of exactly 0.5.
 """
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -526,12 +527,8 @@ def _score_frames(truths: Iterable, preds: Iterable | None) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------------------ tracks
 
-class Graph(NamedTuple):
-    """Cells of all frames as vertices, links as edges (Matula et al., 2015)."""
-    frame: NDArray      # (V,)
-    label: NDArray      # (V,)
-    edges: NDArray      # (E, 2) vertices, earlier and later
-    division: NDArray   # (E,) bool: from a mother to a daughter, or over a gap
+Vertex = tuple[int, int]                   # a cell in a frame: frame, label
+Edges = dict[tuple[Vertex, Vertex], bool]  # earlier and later; from a mother, or over a gap
 
 
 def track_scores(truths: Iterable, preds: Iterable | None = None,
@@ -557,24 +554,36 @@ def track_scores(truths: Iterable, preds: Iterable | None = None,
     (1, 0.667, 1.0, 1.0, 0.0)
     """
     tables = _overlap_tables(truths, preds)
-    true_ids, found_ids = [t.truth_ids for t in tables], [t.pred_ids for t in tables]
+    true_ids, pred_ids = ([t[side].tolist() for t in tables] for side in (0, 1))
     truth_tracks = _score_tracks(truth_tracks, true_ids, "truth")
-    pred_tracks = _score_tracks(pred_tracks, found_ids, "prediction")
-    truth, pred = _track_graph(true_ids, truth_tracks), _track_graph(found_ids, pred_tracks)
-    found = _found_in_frames(tables)  # (V of truth,) vertex of pred, or -1
-    counts = _track_corrections(truth, pred, found)
+    pred_tracks = _score_tracks(pred_tracks, pred_ids, "prediction")
+    found: dict[Vertex, Vertex] = {}  # true cell -> the predicted one that covers more than half
+    for t, table in enumerate(tables):
+        covers = 2 * table.counts > table.truth_areas[table.rows]
+        found |= {(t, true_ids[t][i]): (t, pred_ids[t][j]) for i, j in
+                  zip(table.rows[covers].tolist(), table.cols[covers].tolist())}
+    detects = Counter(found.values())
+    alone = {true: answer for true, answer in found.items() if detects[answer] == 1}
+    true_links = _track_edges(true_ids, truth_tracks)
+    counts = {"NS": len(found) - len(detects), "FN": sum(map(len, true_ids)) - len(found),
+              "FP": sum(map(len, pred_ids)) - len(detects),
+              **_link_corrections(true_links, _track_edges(pred_ids, pred_tracks), alone)}
     frames = _score_frames(tables, None)
-    cells, links = 10.0 * len(truth.label), 1.5 * len(truth.edges)
+    cells, links = 10.0 * sum(map(len, true_ids)), 1.5 * len(true_links)
     wrong_links = counts["ED"] + 1.5 * counts["EA"] + counts["EC"]
     aogm = 5 * counts["NS"] + 10 * counts["FN"] + counts["FP"] + wrong_links
     tra = 1 - min(aogm, cells + links) / (cells + links) if cells else np.nan
-    followed = _followed_tracks(truth, pred, found, truth_tracks)
+    # for each true track the predicted label that finds its cell and no other, 0 without one
+    followed: dict[int, dict[int, int]] = {k: {} for k in truth_tracks[:, 0].tolist()}
+    for t, ids in enumerate(true_ids):
+        for k in ids:
+            followed[k][t] = alone.get((t, k), (t, 0))[1]
     branching = {f"BC({late})": _branching_score(followed, truth_tracks, pred_tracks, late)
                  for late in range(4)}
     return {"SEG": frames["SEG"], "DET": frames["DET"], "TRA": tra,
             "LNK": 1 - min(wrong_links, links) / links if links else np.nan,
             "CT": _complete_tracks(followed, truth_tracks, pred_tracks),
-            "TF": _track_fractions(followed), **branching, "CSB": frames["OP_CSB"],
+            "TF": _track_fractions(followed, truth_tracks), **branching, "CSB": frames["OP_CSB"],
             "CTB": (frames["SEG"] + tra) / 2, "AOGM": aogm, **counts}
 
 
@@ -587,11 +596,11 @@ def _overlap_tables(truths: Iterable, preds: Iterable | None) -> list[Overlap]:
     return [_overlap_table(truth, pred) for truth, pred in zip(truths, preds)]
 
 
-def _score_tracks(given: ArrayLike | None, frames: list[NDArray], side: str) -> NDArray:
+def _score_tracks(given: ArrayLike | None, frames: list[list[int]], side: str) -> NDArray:
     """(N, 4) tracks; frames without the cell, which a crop may cut off, are allowed."""
     seen: dict[int, list[int]] = {}
     for t, ids in enumerate(frames):
-        for label in ids.tolist():
+        for label in ids:
             seen.setdefault(label, [t, t])[1] = t
     if given is None:
         return np.array([(k, *seen[k], 0) for k in sorted(seen)], np.int64).reshape(-1, 4)
@@ -611,64 +620,28 @@ def _score_tracks(given: ArrayLike | None, frames: list[NDArray], side: str) -> 
     return tracks
 
 
-def _track_graph(frames: list[NDArray], tracks: NDArray) -> Graph:
-    frame = np.repeat(np.arange(len(frames)), [len(ids) for ids in frames])
-    label = np.concatenate([np.zeros(0, np.int64), *frames]).astype(np.int64)
-    order = np.lexsort((frame, label))
-    a, b = order[:-1], order[1:]
-    steps = (label[a] == label[b]) & (frame[a] + 1 == frame[b])
-    last = dict(zip(label.tolist(), range(len(label))))            # its vertex, in order of frames
-    first = dict(zip(label[::-1].tolist(), range(len(label) - 1, -1, -1)))
-    born = [(last[parent], first[k]) for k, _, _, parent in tracks.tolist()
-            if parent in last and k in first]
-    edges = np.concatenate([np.stack([a[steps], b[steps]], 1),
-                            np.array(born, np.int64).reshape(-1, 2)])
-    return Graph(frame, label, edges, np.arange(len(edges)) >= np.count_nonzero(steps))
+def _track_edges(frames: list[list[int]], tracks: NDArray) -> Edges:
+    """Links of the cells of all frames (Matula et al., 2015)."""
+    edges, first, last = Edges(), dict[int, int](), dict[int, int]()   # frames of each label
+    for t, ids in enumerate(frames):
+        for k in ids:
+            if last.get(k) == t - 1:
+                edges[(t - 1, k), (t, k)] = False
+            first.setdefault(k, t)
+            last[k] = t
+    return edges | {((last[parent], parent), (first[k], k)): True
+                    for k, _, _, parent in tracks.tolist() if parent in last and k in first}
 
 
-def _found_in_frames(tables: list[Overlap]) -> NDArray:
-    """(V,) the predicted vertex that covers more than half of each true one, or -1."""
-    parts, begin = [np.zeros(0, np.int64)], 0
-    for table in tables:
-        part = np.full(len(table.truth_ids), -1)
-        covers = 2 * table.counts > table.truth_areas[table.rows]
-        part[table.rows[covers]] = begin + table.cols[covers]
-        parts.append(part)
-        begin += len(table.pred_ids)
-    return np.concatenate(parts)
-
-
-def _track_corrections(truth: Graph, pred: Graph, found: NDArray) -> dict[str, int]:
-    """What turns the predicted graph into the true one: NS, FN, FP of vertices, ED, EA, EC of
-    edges."""
-    detects = np.bincount(found[found >= 0], minlength=len(pred.label))
-    true_of = np.full(len(pred.label), -1)                     # of those that detect one cell alone
-    alone = np.flatnonzero(found >= 0)
-    alone = alone[detects[found[alone]] == 1]
-    true_of[found[alone]] = alone
-    mapped = true_of[pred.edges]
-    kept = (mapped >= 0).all(1)
-    kind = dict(zip(map(tuple, truth.edges.tolist()), truth.division.tolist()))
-    answers = dict(zip(map(tuple, mapped[kept].tolist()), pred.division[kept].tolist()))
-    both = kind.keys() & answers.keys()
-    return {"NS": int(np.maximum(detects - 1, 0).sum()), "FN": int((found < 0).sum()),
-            "FP": int((detects == 0).sum()), "ED": len(answers) - len(both),
-            "EA": len(kind) - len(both), "EC": sum(kind[edge] != answers[edge] for edge in both)}
-
-
-def _followed_tracks(truth: Graph, pred: Graph, found: NDArray, tracks: NDArray
-                     ) -> dict[int, list[int | None]]:
-    """For each frame of a true track the predicted label that finds its cell and no other, 0
-    without one, None where the track has no cell."""
-    shared = np.bincount(found[found >= 0], minlength=len(pred.label)) > 1
-    label = np.where(found < 0, 0, np.append(pred.label, 0)[found])
-    label[(found >= 0) & np.append(shared, False)[found]] = 0
-    followed: dict[int, list[int | None]] = {
-        k: [None] * (last - first + 1) for k, first, last, _ in tracks.tolist()}
-    begin = dict(tracks[:, :2].tolist())
-    for t, k, answer in zip(truth.frame.tolist(), truth.label.tolist(), label.tolist()):
-        followed[k][t - begin[k]] = answer
-    return followed
+def _link_corrections(truth: Edges, pred: Edges, alone: dict[Vertex, Vertex]) -> dict[str, int]:
+    """ED, EA, EC: what turns the links between predicted cells that find one true cell alone into
+    the true links."""
+    true_of = {answer: true for true, answer in alone.items()}
+    answers = {(true_of[a], true_of[b]): division for (a, b), division in pred.items()
+               if a in true_of and b in true_of}
+    both = truth.keys() & answers.keys()
+    return {"ED": len(answers) - len(both), "EA": len(truth) - len(both),
+            "EC": sum(truth[edge] != answers[edge] for edge in both)}
 
 
 def _complete_tracks(followed: dict, truth_tracks: NDArray, pred_tracks: NDArray) -> float:
@@ -676,26 +649,27 @@ def _complete_tracks(followed: dict, truth_tracks: NDArray, pred_tracks: NDArray
     spans = {row[0]: row[1:3] for row in pred_tracks.tolist()}
     complete = 0
     for k, first, last, _ in truth_tracks.tolist():
-        answers = set(followed[k]) - {None}
+        answers = set(followed[k].values())
         complete += len(answers) == 1 and spans.get(*answers) == [first, last]
     tracks = len(truth_tracks) + len(pred_tracks)
     return 2 * complete / tracks if tracks else np.nan
 
 
-def _track_fractions(followed: dict) -> float:
+def _track_fractions(followed: dict, truth_tracks: NDArray) -> float:
     """TF, over true tracks that are followed at all.
 
     As the challenge counts: a predicted track that follows one whole is not asked about further
     ones, in the order of their labels.
     """
     longest: dict[int, dict[int, float]] = {}              # predicted track -> true one -> share
-    for k, answers in followed.items():
-        run, before = 0, None
-        for answer in answers:
-            run = run + 1 if answer and answer == before else int(bool(answer))
+    for k, first, last, _ in truth_tracks.tolist():
+        run, before = 0, 0
+        for t in range(first, last + 1):
+            answer = followed[k].get(t, 0)
+            run = run + 1 if answer == before else 1
             if answer:
                 shares = longest.setdefault(answer, {})
-                shares[k] = max(shares.get(k, 0.0), run / len(answers))
+                shares[k] = max(shares.get(k, 0.0), run / (last - first + 1))
             before = answer
     best: dict[int, float] = {}
     for _, shares in sorted(longest.items()):
@@ -712,12 +686,6 @@ def _branching_score(followed: dict, truth_tracks: NDArray, pred_tracks: NDArray
                      ) -> float:
     """BC(i): F1 of divisions; one is right if mother and daughters are found, at most i frames
     off."""
-    begin_of = dict(truth_tracks[:, :2].tolist())
-
-    def finds(t: int, true: int, answer: int) -> bool:
-        at = t - begin_of[true]
-        return 0 <= at < len(followed[true]) and followed[true][at] == answer
-
     def born(tracks: NDArray) -> dict[int, tuple[int, dict[int, int]]]:
         """Mother -> its last frame, and the first frames of its daughters."""
         rows = tracks.tolist()
@@ -732,12 +700,12 @@ def _branching_score(followed: dict, truth_tracks: NDArray, pred_tracks: NDArray
     for mother, (end, daughters) in true.items():
         for answer, (last, others) in answered.items():
             if len(others) != len(daughters) or abs(end - last) > late \
-                    or not finds(min(end, last), mother, answer):
+                    or followed[mother].get(min(end, last)) != answer:
                 continue
             met: set[int] = set()
             for k, begin in daughters.items():
                 for other, first in others.items():
-                    if abs(begin - first) <= late and finds(max(begin, first), k, other):
+                    if abs(begin - first) <= late and followed[k].get(max(begin, first)) == other:
                         met.add(other)
                         break
             right += len(met) == len(daughters)

@@ -674,7 +674,7 @@ def usage(verb: str) -> str:
     cls, function = VERBS[verb]
     sections: dict[Any, list[str]] = defaultdict(list)
     for name, hint in typing.get_type_hints(cls).items():
-        for part in filter(is_dataclass, (hint, *typing.get_args(hint))):
+        for part in filter(is_dataclass, typing.get_args(hint)):    # a section is among the keys
             sections[part].append(name)
     keys = "".join(f"\n\nKeys in {' and '.join(names)}:\n{runs.config_help(part)}"
                    for part, names in sections.items())

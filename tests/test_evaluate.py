@@ -633,7 +633,9 @@ def test_command():
         "calibrate, channels, embed\n")
     helped = command("evaluate.py", "sweep", "--help")
     assert helped.returncode == 0
-    assert "min_area" in helped.stdout and "evaluate.py sweep CONFIG" in helped.stdout
+    assert helped.stdout.count("ceiling.min_area") == 1 and "Keys in ceiling" not in helped.stdout
+    assert "Keys in validation and test" in helped.stdout
+    assert "evaluate.py sweep CONFIG" in helped.stdout
     light = command("-c", "import evaluate, runs; "
                           "assert not any(map(runs.is_loaded, ('torch', 'scipy')))")
     assert light.returncode == 0, light.stderr

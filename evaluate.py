@@ -593,15 +593,12 @@ def found_types(net, head, images_of_set: list, names: tuple[str, ...], reach: f
     pairs, missed, extra = [], [], []
     for pixels, labels, types in images_of_set:
         plan = segment.plan_for(pixels, net, diameter=diameter, embed=True)
-        at, answer = [np.zeros((0, 2))], [np.zeros(0, int)]
-        for block in segment.blocks(segment.as_source(pixels), plan):
-            corner = block.view[0].start, block.view[1].start
-            at.append(cell_centres(cells.cell_table(block.local, ids=block.new, origin=corner)))
-            assert block.vectors is not None
-            shares = vectors.type_probabilities(head or net.types, block.vectors)
-            answer.append(1 + shares.argmax(1))
-        told, true = np.concatenate(answer), cell_centres(cells.cell_table(labels))
-        rows, columns = metrics.match_centres(true, np.concatenate(at), reach).T
+        distance, pool = segment.network_map(segment.as_source(pixels), plan)
+        found, _ = segment.cells_in_map(distance, plan, labels.shape)
+        _, vector = segment.pooled_vectors(pool, found, plan)
+        told = 1 + vectors.type_probabilities(head or net.types, vector).argmax(1)
+        true, at = (cell_centres(cells.cell_table(each)) for each in (labels, found))
+        rows, columns = metrics.match_centres(true, at, reach).T
         pairs.append(np.stack((types[rows], told[columns])))
         missed.append(np.delete(types, rows))
         extra.append(np.delete(told, columns))

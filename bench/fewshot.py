@@ -197,8 +197,7 @@ def meta_learned(start: Start, first: str, config: Config, seed: int):
     lead: first-order, by hand."""
     net = starting_network(start, first, seed)
     known = [[scaled(data.read_labelled(example, chosen.name, {}), net.settings.diameter)
-              for example in data.examples(Path(config.root) / chosen.path, chosen.channels,
-                                           chosen.match, chosen.labels)[:8]]
+              for example in evaluate.typed_examples([chosen], config.root)[:8]]
              for chosen in config.known]
     batches = [Batches(images, config, seed, net.settings.cap) for images in known]
     decoder = net.decoder
@@ -281,8 +280,7 @@ class Episode(NamedTuple):
 
 def episode_of(new: NewSet, root: str, diameter: float | None, seed: int) -> Episode:
     """Support and query of a set, drawn by file."""
-    chosen = new.set
-    found = data.examples(Path(root) / chosen.path, chosen.channels, chosen.match, chosen.labels)
+    found = evaluate.typed_examples([new.set], root)
     if len(found) < max(new.shots) + new.query:
         raise ValueError(f"set '{new.name}': {len(found)} images, expected {max(new.shots)} shots "
                          f"and {new.query} to ask; give smaller shots or query")
@@ -348,19 +346,15 @@ def one_way(begin: Callable[[], Any], start: Start, episode: Episode, new: NewSe
     maps = [segment.distances(image.pixels, net, limits=segment.UNIT, zoom=1.0)
             for image in support]
     settings = [watershed.Setting(peak, 0.15, AREA) for peak in PEAKS]
-    best = max(settings, key=lambda setting: np.mean([mean_precision(image, distance, setting)
-                                                      for image, distance in zip(support, maps)]))
+    best = max(settings, key=lambda setting: np.mean([
+        metrics.average_precision(image.labels, watershed.flood(distance, setting)).mean()
+        for image, distance in zip(support, maps)]))
     scores = [metrics.scores(image.labels, watershed.flood(segment.distances(
         image.pixels, net, limits=segment.UNIT, zoom=1.0), best)) for image in episode.query]
     return {"start": start.name, "way": way, "set": new.name, "shots": shots, "seed": seed,
             "AP@0.5": float(np.mean([s["AP@0.5"] for s in scores])),
             "AP": float(np.mean([s["DSB"] for s in scores])), "peak": best.peak, "steps": steps,
             "seconds": round(seconds, 1)}
-
-
-def mean_precision(image: data.Labelled, distance: np.ndarray, setting: watershed.Setting) -> float:
-    """AP over IoU 0.5 to 0.95."""
-    return float(metrics.average_precision(image.labels, watershed.flood(distance, setting)).mean())
 
 
 def summary(rows: list[dict]) -> list[dict[str, Any]]:

@@ -178,14 +178,12 @@ class ViT(nn.Module):
 
     layerscale : start of LayerScale; DINOv3's 1e-5 is for long training, short training from
         scratch starts faster near 0.1.
-    rope_jitter : in training each block multiplies coordinates by a log-uniform factor in [1/j, j]
-        (DINOv3: 2), so that the size of the crop cannot be read off them. 1 turns it off.
     """
 
     periods: Tensor
 
     def __init__(self, dim: int = 384, depth: int = 12, heads: int = 6, patch: int = 8,
-                 registers: int = 4, layerscale: float = 1e-5, rope_jitter: float = 1.0):
+                 registers: int = 4, layerscale: float = 1e-5):
         super().__init__()
         if heads < 1 or dim % heads or (dim // heads) % 4:
             raise ValueError(f"dim={dim}, heads={heads}: the head width dim / heads must be a "
@@ -193,7 +191,6 @@ class ViT(nn.Module):
         self.architecture = dict(dim=dim, depth=depth, heads=heads, patch=patch,
                                  registers=registers)
         self.dim, self.depth, self.patch, self.registers = dim, depth, patch, registers
-        self.rope_jitter = rope_jitter
         self.patch_embed = nn.Conv2d(3, dim, patch, patch)
         self.cls_token = nn.Parameter(torch.randn(dim) * 0.02)
         self.register_tokens = nn.Parameter(torch.randn(registers, dim) * 0.02)
@@ -218,7 +215,7 @@ class ViT(nn.Module):
         first = torch.cat((self.cls_token[None], self.register_tokens)).to(x.dtype)
         return torch.cat((first.expand(B, -1, -1), x), 1)                    # (B, T, D)
 
-    def _run(self, x: Tensor, mask: Tensor | None,
+    def _run(self, x: Tensor, mask: Tensor | None = None,
              taps: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
         """All tokens before the final norm, and the patch tokens after the blocks in taps."""
         h, w = x.shape[2] // self.patch, x.shape[3] // self.patch
@@ -226,9 +223,6 @@ class ViT(nn.Module):
         x, seen = self.embed(x, mask), []
         rope = rope_table(self.periods, h, w, plain)
         for i, block in enumerate(self.blocks):
-            if self.training and self.rope_jitter > 1:
-                scale = self.rope_jitter ** (2 * torch.rand((), device=x.device) - 1)
-                rope = rope_table(self.periods, h, w, plain, scale)
             x = block(x, rope)
             if i in taps:
                 seen.append(x[:, plain:])                                    # (B, N, D)
@@ -238,10 +232,9 @@ class ViT(nn.Module):
         x = self.norm(self._run(x, mask)[0])
         return Tokens(x[:, 0], x[:, 1:1 + self.registers], x[:, 1 + self.registers:])
 
-    def features(self, x: Tensor, taps: tuple[int, ...],
-                 mask: Tensor | None = None) -> list[Tensor]:
+    def features(self, x: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
         """Patch tokens (B, N, D) after the blocks whose numbers are in taps, before any norm."""
-        return self._run(x, mask, taps)[1]
+        return self._run(x, taps=taps)[1]
 
 
 # ------------------------------------------------------------------------------------- convolutions
@@ -640,11 +633,11 @@ def built_backbone(shape: dict, tensors: dict) -> ViT | ConvNet:
     return {"ViT": ViT, "ConvNet": ConvNet}[shape.pop("kind", "ViT")](**shape)
 
 
-def load_backbone(path: str | Path, patch: int = 8, **options) -> ViT:
+def load_backbone(path: str | Path, patch: int = 8) -> ViT:
     """Backbone of DINOv3's official file, its training checkpoint, the Hugging Face file, or ours.
 
-    A kernel of larger patches goes through shrink_patch. `options` go to ViT (rope_jitter). Hugging
-    Face's file says nothing of heads and wavelengths: config.json beside it does.
+    A kernel of larger patches goes through shrink_patch. Hugging Face's file says nothing of heads
+    and wavelengths: config.json beside it does.
     """
     content = _read_weights(path)
     if _is_our_weights_file(content):
@@ -663,7 +656,7 @@ def load_backbone(path: str | Path, patch: int = 8, **options) -> ViT:
     if "periods" not in tensors:
         tensors["periods"] = _periods_beside(Path(path), dim)
     vit = ViT(dim, depth, dim // (4 * len(tensors["periods"])), patch,
-              len(tensors["register_tokens"]), **options)
+              len(tensors["register_tokens"]))
     if kernel.shape[-1] != patch:
         tensors["patch_embed.weight"] = shrink_patch(kernel.float(), patch)
     _fill_network(vit, tensors, path)

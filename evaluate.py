@@ -200,20 +200,20 @@ def gating(config: Gating) -> None:
     for dataset in sets:
         images = predictions[dataset.name]
         rows += measure.ceiling_row(dataset, config.ceiling, folder, what=CEILING)
-        raw, _ = measure.gated_scores(images, 0, (0, 100), "keep")
-        rows.append({"set": dataset.name, "what": "raw", "n": len(images), "min_area": 0,
-                     "window": "q0-100", "border": "keep", "removed": 0,
-                     **measure.score_columns(raw.scores)})
-        for min_area, window, border in product(config.min_area, config.windows, config.border):
+        for what, min_area, window, border in (("raw", 0, (0, 100), "keep"), *product(
+                ("gated",), config.min_area, config.windows, config.border)):
             result, removed = measure.gated_scores(images, min_area, window, border)
-            change = {f"{line['score']}_change{end}": line[value]
-                      for line in measure.bench_differences(dataset, raw, result)
-                      if line["image"] == "mean" for end, value in
-                      (("", "difference"), ("_low", "low"), ("_high", "high"))}
-            rows.append({"set": dataset.name, "what": "gated", "n": len(images),
+            rows.append({"set": dataset.name, "what": what, "n": len(images),
                          "min_area": min_area, "window": "q{:g}-{:g}".format(*window),
                          "border": border, "removed": removed,
-                         **measure.score_columns(result.scores), **change})
+                         **measure.score_columns(result.scores)})
+            if what == "raw":
+                raw = result
+                continue
+            rows[-1] |= {f"{line['score']}_change{end}": line[value]
+                         for line in measure.bench_differences(dataset, raw, result)
+                         if line["image"] == "mean" for end, value in
+                         (("", "difference"), ("_low", "low"), ("_high", "high"))}
     first = ("set", "what", "n", "min_area", "window", "border", "removed")
     runs.write_table(folder / "gating.tsv", rows, first)
     report.print_report_table(rows, (*first, "AP@0.5", "AP@0.5_change", "SEG"))

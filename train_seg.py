@@ -21,7 +21,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -402,21 +402,26 @@ def fit_size_head(head, seen, logs, weights, config: Config) -> list[float]:
 def fit_types(config: Config, run: runs.Run) -> None:
     """Fit the type head of the exported weights anew, on all cells of the training images whole."""
     net = model.load(runs.export_path(config))
-    ready, diameter = copy.deepcopy(net).ready(run.device), config.data.diameter
-    rows, types = [], []
-    for image in (image for read in data.training_images(config.data, config.seed)[0]
-                  for image in read()):
-        own = data.median_diameter(image.labels)
-        _, vector = segment.cell_vectors(image.pixels, image.labels, ready, limits=segment.UNIT,
-                                         zoom=diameter / own if diameter and own else 1.0)
-        assert image.types is not None
-        rows.append(vector)
-        types.append(image.types)
-    known = np.concatenate(types) > 0
-    head = vectors.linear_type_head(np.concatenate(rows)[known], np.concatenate(types)[known] - 1,
-                                    len(net.type_names))
+    pending, _ = data.training_images(config.data, config.seed)
+    images = (image._replace(zoom=config.data.diameter / own) if config.data.diameter and
+              (own := data.median_diameter(image.labels)) else image
+              for read in pending for image in read())
+    rows, types = typed_vectors(images, copy.deepcopy(net).ready(run.device))
+    head = vectors.linear_type_head(rows, types - 1, len(net.type_names))
     net.set_types(head, net.type_names)
     model.save(net, runs.export_path(config), half=True)
+
+
+def typed_vectors(images: Iterable[data.Labelled], net) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors (n, D) and types (n,) of the true cells of known type."""
+    rows, types = [], []
+    for image in images:
+        assert image.types is not None
+        _, vector = segment.cell_vectors(image.pixels, image.labels, net, limits=segment.UNIT,
+                                         zoom=image.zoom)
+        rows.append(vector[image.types > 0])
+        types.append(image.types[image.types > 0])
+    return np.concatenate(rows), np.concatenate(types)
 
 
 def build_segmentation_net(config: Config):
@@ -537,17 +542,9 @@ def mean_by_set(images: Sequence[data.Labelled], values: Sequence[float]) -> dic
 
 def segmentation_type_score(images: list[data.Labelled], net) -> float:
     """Mean F1 over the types, of the true cells of known type."""
-    true, found = [], []
-    for image in images:
-        assert image.types is not None
-        _, rows = segment.cell_vectors(image.pixels, image.labels, net, limits=segment.UNIT,
-                                       zoom=image.zoom)
-        true.append(image.types)
-        found.append(1 + net.type_probabilities(rows).argmax(1))
-    truth, answer = np.concatenate(true), np.concatenate(found)
-    known = truth > 0
-    return report.chart_mean(metrics.type_f1(truth[known], answer[known],
-                                             range(1, 1 + len(net.type_names))))
+    rows, truth = typed_vectors(images, net)
+    answer = 1 + net.type_probabilities(rows).argmax(1)
+    return report.chart_mean(metrics.type_f1(truth, answer, range(1, 1 + len(net.type_names))))
 
 
 def validation_summary(scores) -> dict[str, float]:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tifffile
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -187,7 +186,7 @@ def label(sets: list[measure.LabelledSet], folder: Path, cells: Callable) -> Non
             path = folder / dataset.name / f"{item.name}_labels.tif"
             path.parent.mkdir(parents=True, exist_ok=True)
             found = cells(item.pixels, data.median_diameter(item.truth) or None)
-            tifffile.imwrite(path, found.astype(np.uint16), compression="zlib")
+            data.write_labels(path, found)
 
 
 def taught_star(config: train_seg.Config, images, held: list, minutes: float

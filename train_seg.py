@@ -144,8 +144,7 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
         changes = changes.still()
     torch.manual_seed(config.seed)
     images, validation, hashes = augment.load_resident(config.data, config.seed, device, config.cap)
-    net = build_segmentation_net(config)
-    net.settings = dataclasses.replace(net.settings, diameter=images.diameter)
+    net = build_segmentation_net(config, images.diameter)
     if check:
         return print_plan(config, net, images, validation, device, changes)
     run = runs.Run(config, rank, world, device)
@@ -424,10 +423,11 @@ def typed_vectors(images: Iterable[data.Labelled], net) -> tuple[np.ndarray, np.
     return np.concatenate(rows), np.concatenate(types)
 
 
-def build_segmentation_net(config: Config):
-    """Network to train: a whole one, a backbone under a new decoder, or all from scratch."""
+def build_segmentation_net(config: Config, diameter: float | None = None):
+    """Network to train: a whole one, a backbone under a new decoder, or all from scratch; diameter:
+    px, of the cells that it will learn."""
     shape = config.network
-    settings = model.Settings(tile=config.crop, cap=config.cap)
+    settings = model.Settings(tile=config.crop, cap=config.cap, diameter=diameter)
     if config.init is None:
         if shape.arch == "unet":
             backbone = model.ConvNet(shape.dim, shape.depth, shape.patch)
@@ -438,7 +438,7 @@ def build_segmentation_net(config: Config):
     elif model.kind(config.init) == "DINOCell" and not config.new_decoder:
         net = model.load(config.init).train()
         net.settings = dataclasses.replace(net.settings, tile=config.crop, cap=config.cap,
-                                           score={})        # calibrated for what it was
+                                           diameter=diameter, score={})  # fitted to what it was
         if config.size_steps:
             net.remove_size_head()                          # it is learnt anew at the end
         elif net.size is not None:

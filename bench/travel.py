@@ -124,8 +124,7 @@ def left_out(config: Config, run: Run, out: Path) -> dict[str, Any]:
     images.weigh({chosen.name: 0.0 if chosen.name in strange else chosen.weight
                   for chosen in one.data.sets})
     torch.manual_seed(run.seed)
-    net = train_seg.build_segmentation_net(one)
-    net.settings = dataclasses.replace(net.settings, diameter=images.diameter)
+    net = train_seg.build_segmentation_net(one, images.diameter)
     trainer = train_seg.Trainer(one, net, "cpu")
     changes = runs.from_dict(augment.Augment, one.augment, "augment")
     losses = []

@@ -200,7 +200,9 @@ class LabelledSet:
         else:
             pattern = data.labelled_name_pattern(f"set '{self.name}': group", group)
             hits = {bench_image_name(e.name): pattern.search(e.name) for e in self.examples}
-            groups = {name: hit[1 if pattern.groups else 0] for name, hit in hits.items() if hit}
+            part = 1 if pattern.groups else 0
+            groups = {name: hit[part] for name, hit in hits.items()
+                      if hit and hit[part] is not None}
         if not groups:
             raise ValueError(f"set '{self.name}': group '{group}' fits none of its "
                              f"{len(self.examples)} images, such as {self.examples[0].name}; to "

@@ -35,6 +35,7 @@ def test_groups_of_a_manifest(tmp_path):
     here = dict(root=tmp_path, name="s", path="here")
     assert dataset(**here, manifest="m.tsv", group="line").groups == {"0": "A", "1": "A", "2": "B"}
     assert dataset(**here, group=r"\d$").groups == {"0": "0", "1": "1", "2": "2"}
+    assert dataset(**here, group="(1)?").groups == {"1": "1"}         # the others have none
     with open(tmp_path / "m.tsv", "a") as file:                       # more of its path tells more
         file.write(f"\n{tmp_path.name}/here/0.tif\tC")
     assert dataset(**here, manifest="m.tsv", group="line").groups["0"] == "C"

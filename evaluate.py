@@ -247,9 +247,10 @@ class Sweep:
     def __post_init__(self):
         measure.check_bench_names("validation set", self.validation)
         measure.check_bench_names("test set", self.test)
-        measure.bench_threshold_grid(self)
-        if not (self.tile and self.overlap and self.scale):
-            raise ValueError("tile, overlap and scale need one value or more each; null is one")
+        self.settings()
+
+    def settings(self) -> list[dict]:
+        return measure.bench_threshold_grid(self, "tile", "overlap", "scale")
 
 
 def sweep(config: Sweep) -> None:
@@ -262,9 +263,7 @@ def sweep(config: Sweep) -> None:
     check_apart(validation, test)
     network = measure.NetworkLabels(config.weights, config.device, config.batch)
     folder = run_folder(config)
-    settings = [dict(tile=tile, overlap=overlap, scale=scale, **chosen)
-                for tile, overlap, scale in product(config.tile, config.overlap, config.scale)
-                for chosen in measure.bench_threshold_grid(config)]
+    settings = config.settings()
     rows, table = [], []
     for dataset in validation:
         found = sweep_rows(dataset, network, settings, folder / "validation" / dataset.name)

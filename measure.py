@@ -123,14 +123,16 @@ class Encoding:
         bench_threshold_grid(self)
 
 
-def bench_threshold_grid(grid: Any) -> list[dict]:
-    """Combinations of the six thresholds that a configuration lists, with fill <= peak."""
-    names = ("peak", "fill", "depth", "smooth", "shape", "min_area")
+def bench_threshold_grid(grid: Any, *more: str) -> list[dict]:
+    """Combinations of `more` and the six thresholds that a configuration lists, with fill <= peak.
+    """
+    names = (*more, "peak", "fill", "depth", "smooth", "shape", "min_area")
     lists = [getattr(grid, name) for name in names]
     if empty := [name for name, values in zip(names, lists) if not values]:
         raise ValueError(f"{empty[0]}: expected one value or more")
-    found = [dict(zip(names, values)) for values in product(*lists)
-             if None in values[:2] or values[1] <= values[0]]
+    every = [dict(zip(names, values)) for values in product(*lists)]
+    found = [one for one in every
+             if None in (one["peak"], one["fill"]) or one["fill"] <= one["peak"]]
     if not found:
         raise ValueError(f"peak={list(grid.peak)}, fill={list(grid.fill)}: no pair with "
                          "fill <= peak")
@@ -383,12 +385,15 @@ class PeerLabels:
         return of_same_size(data.read_labels(file), item, file), None
 
 
+def setting_of(row: dict) -> watershed.Setting:
+    return watershed.Setting(**{name: row[name] for name in watershed.Setting._fields})
+
+
 class EncodedLabels:
     """True labels, made a distance map and found again in it: a row of encoding_rows()."""
 
     def __init__(self, row: dict):
-        self.cap = row["cap"]
-        self.setting = watershed.Setting(**{name: row[name] for name in watershed.Setting._fields})
+        self.cap, self.setting = row["cap"], setting_of(row)
         changed = [f"{name} {value:g}" for name, value in self.setting._asdict().items() if value]
         self.note = f"{f'cap {self.cap:g} px' if self.cap else 'no cap'}, {', '.join(changed)}"
 
@@ -673,16 +678,15 @@ def model_rows(dataset: LabelledSet, rows: Sequence[TableRow],
 
 def encoding_rows(dataset: LabelledSet, grid: Encoding, folder: Path) -> list[dict]:
     """Scores of true labels after distance map and watershed: a row per setting, best DSB first."""
-    pairs = list(product(grid.cap, bench_threshold_grid(grid)))
-    settings = [{"cap": cap, **chosen} for cap, chosen in pairs]
+    settings = bench_threshold_grid(grid, "cap")
 
     def measure() -> list[dict]:
         tables: list[list] = [[] for _ in settings]
         for example in bench_progress(dataset.examples, f"{CEILING} of {dataset.name}"):
             truth = example.labels()
             maps = {cap: watershed.distance_map(truth, cap) for cap in grid.cap}
-            for found, (cap, chosen) in zip(tables, pairs):
-                labels = watershed.flood(maps[cap], watershed.Setting(**chosen))
+            for found, chosen in zip(tables, settings):
+                labels = watershed.flood(maps[chosen["cap"]], setting_of(chosen))
                 found.append(metrics.overlap(truth, labels))
         rows = [{**chosen, "n": len(found), **score_columns(metrics.set_scores(found))}
                 for chosen, found in zip(settings, tables)]

@@ -568,7 +568,7 @@ def test_sweep_keeps_validation_and_test_apart(tmp_path, capsys):
     config = sweep_config(tmp_path)
     same = {**config, "test": [entry("x", tmp_path / "va" / ".." / "va")]}
     assert "test image x/0" in fails(capsys, "sweep", tmp_path, **same)
-    assert "null is one" in fails(capsys, "sweep", tmp_path, **{**config, "tile": []})
+    assert "tile: expected one value" in fails(capsys, "sweep", tmp_path, **{**config, "tile": []})
     pixels = discs(1)[0]
     for seed, stain in ((9, pixels), (1, 255 - pixels)):  # another channel is no other image
         data.write_labels(tmp_path / "tb/other_masks.tif", discs(seed)[1])

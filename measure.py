@@ -73,8 +73,8 @@ class Model:
     depth: runs.NotNegative | None = None   # the same
     smooth: runs.NotNegative | None = None  # the same, px of the network
     shape: runs.NotNegative | None = None   # the same, per px of the network
-    min_area: runs.Area | None = None      # the same, px
-    tile: runs.Side | None = None          # px; null: as trained
+    min_area: runs.Area | None = None       # the same, px
+    tile: runs.Side | None = None           # px; null: as trained
     overlap: runs.Whole | None = None       # px; null: a cell's diameter
     scale: runs.Positive = 1.0              # network px per image px, on top of the set's diameter
     channels: tuple[runs.Count, ...] | None = None  # of the set's, that it is shown; null: all

@@ -589,8 +589,7 @@ def load(path: str | Path) -> DINOCell:
                                  if not k.startswith("size.")}
     with building_network(path), torch.device("meta"):
         net = DINOCell(built_backbone(shape["backbone"], content["state_dict"]),
-                       tuple(shape["widths"]),
-                       shape["last"], settings, shape["stem"])
+                       tuple(shape["widths"]), shape["last"], settings, shape["stem"])
         if shape.get("size") == "cells":
             net.add_size_head()
         if names := shape.get("types"):

@@ -46,15 +46,15 @@ with runs.lazy():
 @dataclass(frozen=True)
 class NetworkShape:
     arch: Literal["vit", "unet"] = "vit"    # unet: convolutions for the transformer, to compare
-    dim: runs.Width = 384                          # width of the backbone
-    depth: runs.Depth = 12                         # blocks
-    heads: runs.Depth = 6                          # attention heads
-    patch: runs.Patch = 8                          # px
-    registers: runs.Whole = 4                      # register tokens
+    dim: runs.Width = 384                   # width of the backbone
+    depth: runs.Depth = 12                  # blocks
+    heads: runs.Depth = 6                   # attention heads
+    patch: runs.Patch = 8                   # px
+    registers: runs.Whole = 4               # register tokens
     layerscale: float = 0.1                 # start of LayerScale; small values need long training
     # decoder stages, one for each doubling of the grid
     widths: tuple[runs.Width, ...] = (256, 128, 64)
-    last: runs.Whole = 32                          # width of the last stage, at full size
+    last: runs.Whole = 32                   # width of the last stage, at full size
     stem: int = 1       # levels of convolutions on the image: 1 at full size, 2 at a half, too
 
 

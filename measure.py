@@ -468,13 +468,14 @@ def bench_held_out_sets(net, root: str) -> list[LabelledSet]:
     """The images that were held out when the network was trained, as its weights tell."""
     story = net.settings.provenance
     held = story.get("images", {}).get("validation", {})
-    config = yaml.safe_load(story.get("config", "")) or {}
+    trained = (yaml.safe_load(story.get("config", "")) or {}).get("data", {})
     sets = []
-    for given in config.get("data", {}).get("sets", ()):
+    for given in (*trained.get("sets", ()), *trained.get("validation", ())):
         chosen = data.TrainingSet(given["path"], given["channels"] and tuple(given["channels"]),
                                   given["match"], given["labels"])
-        dataset = LabelledSet(DataSet(bench_image_name(chosen.path), chosen.path, chosen.channels,
-                                      chosen.labels, chosen.match), root)
+        dataset = LabelledSet(DataSet(bench_image_name(chosen.path), chosen.path,
+                                      chosen.channels or trained.get("channels"), chosen.labels,
+                                      chosen.match), root)
         dataset.examples = [each for each in dataset.examples
                             if f"{chosen.name}/{each.name}" in held]
         if dataset.examples:

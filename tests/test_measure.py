@@ -288,8 +288,11 @@ def test_a_score_needs_right_and_wrong_cells():
 def test_held_out_images_are_those_that_the_weights_name(tmp_path):
     a_set(tmp_path / "s", range(6))
     net = model.load(weights(tmp_path / "w.pt"))
-    story = {"config": "data: {sets: [{path: s, channels: null, match: null, labels: null}]}",
-             "images": {"validation": {"s/2": "", "s/4": ""}}}
+    a_set(tmp_path / "v", range(2))
+    one = "{path: %s, channels: null, match: null, labels: null}"
+    story = {"config": f"data: {{sets: [{one % 's'}], validation: [{one % 'v'}], channels: ['1']}}",
+             "images": {"validation": {"s/2": "", "s/4": "", "v/1": ""}}}
     net.settings.provenance.update(story)
-    found, = measure.bench_held_out_sets(net, str(tmp_path))
-    assert [each.name for each in found.examples] == ["2", "4"]
+    found = measure.bench_held_out_sets(net, str(tmp_path))
+    assert [[each.name for each in some.examples] for some in found] == [["2", "4"], ["1"]]
+    assert all(some.config.channels == ["1"] for some in found)      # as it was trained

@@ -444,6 +444,8 @@ class Embed:
 
     def __post_init__(self):
         measure.check_bench_names("source", self.sources)
+        if self.sets:
+            measure.check_bench_names("set", self.sets)
         for typed in self.sets:
             data.training_types(typed.types)
         if self.export and (len(self.sources), len(self.sets)) != (1, 1):

@@ -443,6 +443,8 @@ def test_what_vectors_are_worth(tmp_path, capsys):
     assert "infer.py wants diameter=15.8 with it" in capsys.readouterr().out    # of the disks
     with pytest.raises(ValueError, match="expected one source and one set"):
         dataclasses.replace(one, export="x.pt")
+    with pytest.raises(ValueError, match="two sets are called"):
+        dataclasses.replace(one, sets=one.sets * 2)
     lost = dataclasses.replace(one.sets[0], types={"bright": 1, "dim": 7})
     with pytest.raises(ValueError, match=r"no cell is 'dim' \(7\) in"):
         evaluate.embed(dataclasses.replace(one, sets=(lost,)))

@@ -276,45 +276,38 @@ def blocks(source, plan: Plan, clock: Counter | None = None,
     """
     clock = Counter() if clock is None else clock
     _, H, W = source.shape
-    block, halo = _block_side(plan, H, W), plan.halo
     h, w = scaled_size((H, W), plan.zoom)
     scales = h / H, w / W
-    pool = _token_pool(plan) if plan.embed else None
+    pool = _token_pool(plan)
     rows = _tile_distances(source, plan, clock, progress, pool)
-    held: Tensor | None = None  # rows of distances at hand
+    held: list[Tensor] = []  # rows of distances at hand
     first = 0  # number of the first
     known = np.zeros((0, W), np.int32)  # final labels of the last `halo` rows above
     count = 0
-    for top in range(0, H, block):
-        bottom = min(top + block, H)
-        view_y = slice(max(0, top - halo), min(H, bottom + halo))
-        net_y = _block_span(view_y, scales[0], h)
-        parts = [] if held is None else [held]
-        while first + sum(len(part) for part in parts) < net_y.stop:
-            parts.append(next(rows))
-        held = torch.cat(parts)[net_y.start - first:]
-        first = net_y.start
-        if pool:
-            pool.forget(first)
-        known = np.concatenate((known[len(known) - (top - view_y.start):],
-                                np.zeros((bottom - top, W), np.int32)))
-        for left in range(0, W, block):
-            right = min(left + block, W)
-            view_x = slice(max(0, left - halo), min(W, right + halo))
-            net_x = _block_span(view_x, scales[1], w)
-            distance = held[:net_y.stop - first, net_x]
-            core, view = (slice(top, bottom), slice(left, right)), (view_y, view_x)
-            with timed(clock, "watershed"):
-                inner = _within(core, view)
-                local, whole = _block_labels(distance, (net_y, net_x), view, scales, (H, W), plan)
-                ids, new = _block_ids(local, inner, known[:, view_x], count)
-                count += len(new)
-                # one block: its numbers are the ids
-                labels = local if core == view else ids[local[inner]]
-                known[top - view_y.start:, left:right] = labels
-                found = (pool.of(local, new, (view_y.start, view_x.start), scales)
-                         if pool else None)
-            yield Block(core, view, local, ids, new, labels, whole, found)
+    for core, view in _block_regions(plan, H, W):
+        inner = _within(core, view)
+        if core[1].start == 0:  # the next rows
+            net_y = _block_span(view[0], scales[0], h)
+            while first + sum(map(len, held)) < net_y.stop:
+                held.append(next(rows))
+            held = [torch.cat(held)[net_y.start - first:]]
+            first = net_y.start
+            if pool:
+                pool.forget(first)
+            above, new_rows = inner[0].start, core[0].stop - core[0].start
+            known = np.concatenate((known[len(known) - above:], np.zeros((new_rows, W), np.int32)))
+        net_x = _block_span(view[1], scales[1], w)
+        distance = held[0][:net_y.stop - first, net_x]
+        with timed(clock, "watershed"):
+            local, whole = _block_labels(distance, (net_y, net_x), view, scales, (H, W), plan)
+            ids, new = _block_ids(local, inner, known[:, view[1]], count)
+            count += len(new)
+            # one block: its numbers are the ids
+            labels = local if core == view else ids[local[inner]]
+            known[inner[0], core[1]] = labels
+            corner = view[0].start, view[1].start
+            found = pool.of(local, new, corner, scales) if pool else None
+        yield Block(core, view, local, ids, new, labels, whole, found)
 
 
 def cell_vectors(image, labels: np.ndarray, net: DINOCell, **wanted
@@ -334,12 +327,20 @@ def pooled_vectors(pool: vectors.TokenPool | None, labels: np.ndarray, plan: Pla
     return ids, pool.of(labels, ids, (0, 0), scales)
 
 
-def _block_side(plan: Plan, H: int, W: int) -> int:
-    """Side of the blocks; an image that is not much larger is one."""
-    return plan.block if max(H, W) > plan.block + 2 * plan.halo else max(H, W)
+def _block_regions(plan: Plan, H: int, W: int) -> Iterator[tuple[Region, Region]]:
+    """Core and view of each block; an image that is not much larger than a block is one."""
+    side = plan.block if max(H, W) > plan.block + 2 * plan.halo else max(H, W)
+    for top in range(0, H, side):
+        for left in range(0, W, side):
+            core = slice(top, min(top + side, H)), slice(left, min(left + side, W))
+            rows, columns = (slice(max(0, part.start - plan.halo), min(n, part.stop + plan.halo))
+                             for part, n in zip(core, (H, W)))
+            yield core, (rows, columns)
 
 
-def _token_pool(plan: Plan) -> vectors.TokenPool:
+def _token_pool(plan: Plan) -> vectors.TokenPool | None:
+    if not plan.embed:
+        return None
     backbone = plan.net.backbone
     return vectors.TokenPool(backbone.patch, backbone.dim, _window(plan.tile, plan.overlap))
 
@@ -347,33 +348,27 @@ def _token_pool(plan: Plan) -> vectors.TokenPool:
 def blocks_of(labels: np.ndarray, source, plan: Plan) -> Iterator[Block]:
     """Blocks of labels (H, W) that are known, as blocks() gives them; their map is empty. The
     network runs only where the plan asks for vectors."""
-    H, W = labels.shape
     given = None
     if plan.embed:
         number, given = pooled_vectors(network_map(source, plan)[1], labels, plan)
     known = np.zeros(int(labels.max(initial=0)) + 1, bool)  # met in a block before
-    block = _block_side(plan, H, W)
-    for top in range(0, H, block):
-        for left in range(0, W, block):
-            core = slice(top, min(top + block, H)), slice(left, min(left + block, W))
-            rows, columns = (slice(max(0, part.start - plan.halo), min(n, part.stop + plan.halo))
-                             for part, n in zip(core, (H, W)))
-            ids, local = np.unique(labels[rows, columns], return_inverse=True)
-            local = local.reshape(rows.stop - rows.start, columns.stop - columns.start)
-            if ids[0] != 0:  # there is no background
-                ids, local = np.insert(ids, 0, 0), local + 1
-            new = np.setdiff1d(np.unique(labels[core]), np.flatnonzero(known))
-            new = np.searchsorted(ids, new[new > 0])
-            known[ids[new]] = True
-            yield Block(core, (rows, columns), local.astype(np.int32), ids.astype(np.int32), new,
-                        labels[core], np.zeros(local.shape, np.float32),
-                        None if given is None else given[np.searchsorted(number, ids[new])])
+    for core, view in _block_regions(plan, *labels.shape):
+        ids, local = np.unique(labels[view], return_inverse=True)
+        local = local.reshape(labels[view].shape)
+        if ids[0] != 0:  # there is no background
+            ids, local = np.insert(ids, 0, 0), local + 1
+        new = np.setdiff1d(np.unique(labels[core]), np.flatnonzero(known))
+        new = np.searchsorted(ids, new[new > 0])
+        known[ids[new]] = True
+        yield Block(core, view, local.astype(np.int32), ids.astype(np.int32), new, labels[core],
+                    np.zeros(local.shape, np.float32),
+                    None if given is None else given[np.searchsorted(number, ids[new])])
 
 
 def network_map(source, plan: Plan, progress: Callable[[float], None] | None = None
                 ) -> tuple[Tensor, vectors.TokenPool | None]:
     """The network's answer at its own scale: (h, w) distances, and tokens where plan.embed."""
-    pool = _token_pool(plan) if plan.embed else None
+    pool = _token_pool(plan)
     return torch.cat(list(_tile_distances(source, plan, Counter(), progress, pool))), pool
 
 

@@ -1,9 +1,12 @@
 """Labels -> cell table, exact outlines, GeoJSON for QuPath, ROIs for ImageJ, a picture.
 
     columns = cell_table(labels, image, channels=["DNA"], pixel_size=0.65)        # one row per cell
-    write_csv("NAME_cells.csv", columns)
-    write_geojson("NAME.geojson", labels, columns)                                # open in QuPath
-    write_rois("NAME_rois.zip", labels)                                           # open in ImageJ
+    write_cell_table("NAME_cells.csv", columns)
+    shapes = polygons(labels).items()
+    writer = GeoWriter("NAME.geojson")                                            # open in QuPath
+    writer.add(shapes, columns)
+    writer.close()
+    write_rois("NAME_rois.zip", shapes)                                           # open in ImageJ
     write_picture("NAME_overlay.png", overlay(image, labels))
 
 Tables count as scikit-image does: the centre of the first pixel is (0, 0), boxes are half open.
@@ -43,7 +46,7 @@ from images import check_label_image
 from runs import replacing
 
 Polygons = list[list[np.ndarray]]        # [[outer ring, hole, ...], ...] of a cell; ring (K, 2) x y
-Cells = np.ndarray | Iterable[tuple[int, Polygons]]      # labels, or (id, polygons) one by one
+Shapes = Iterable[tuple[int, Polygons]]  # with the id of each cell
 Edges = tuple[bool, bool, bool, bool]    # whether top, left, bottom, right end the image
 
 # Hues that stay apart from each other and from what is under them: light ones on dark images; on
@@ -513,44 +516,30 @@ def contour_cycles(onward: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return cycle, np.lexsort((-steps, cycle))
 
 
-def polygon_pairs(cells: Cells, origin: tuple[int, int]) -> Iterable[tuple[int, Polygons]]:
-    return polygons(cells, origin).items() if isinstance(cells, np.ndarray) else cells
-
-
 def cell_type_colours(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """A colour (red, green, blue) for each type, the same in overlay and GeoJSON."""
     return {name: tuple(bytes.fromhex(colour)) for name, colour in zip(names, cycle(ON_BRIGHT))}
 
 
-def write_geojson(path: str | Path, cells: Cells, columns: dict[str, np.ndarray] | None = None,
-                  origin: tuple[int, int] = (0, 0), names: Sequence[str] = ()) -> None:
-    """Write a GeoJSON FeatureCollection that QuPath opens: one detection per cell, in px, y down.
+class GeoWriter:
+    """A GeoJSON FeatureCollection that QuPath opens: one detection per cell, in px, y down; written
+    while its cells come: add(), close().
 
     QuPath takes UUIDs only as ids, so the cell's number is the detection's name.
-    cells : labels, or (id, polygons), written as they come.
-    columns : of cell_table; finite numbers become QuPath's measurements, `type` its class.
     names : of all types, in the order of their colours.
     """
-    writer = GeoWriter(path, names)
-    writer.add(cells, columns, origin)
-    writer.close()
-
-
-class GeoWriter:
-    """A GeoJSON file as of write_geojson(), written while its cells come: add(), close()."""
 
     def __init__(self, path: str | Path, names: Sequence[str] = ()):
         self.path, self.count, self.colours = Path(path), 0, cell_type_colours(names)
         self.spool = tempfile.TemporaryFile(  # noqa: SIM115  # until close()
             "w+", encoding="utf-8", dir=self.path.parent)
 
-    def add(self, cells: Cells, columns: dict[str, np.ndarray] | None = None,
-            origin: tuple[int, int] = (0, 0)) -> None:
-        """Take cells with their measurements."""
-        columns = columns or {}
+    def add(self, shapes: Shapes, columns: dict[str, np.ndarray]) -> None:
+        """Take cells and columns of cell_table(): finite numbers become QuPath's measurements,
+        `type` its class."""
         values = zip(*(column.tolist() for column in columns.values()))
         rows = {row["id"]: row for row in (dict(zip(columns, value)) for value in values)}
-        for identity, parts in polygon_pairs(cells, origin):
+        for identity, parts in shapes:
             coordinates = [[ring.tolist() for ring in part] for part in parts]
             several, row = len(parts) > 1, rows.get(identity, {})
             feature: dict[str, Any] = {
@@ -579,10 +568,10 @@ class GeoWriter:
             file.write("\n]}\n")
 
 
-def write_rois(path: str | Path, cells: Cells, origin: tuple[int, int] = (0, 0)) -> None:
+def write_rois(path: str | Path, shapes: Shapes) -> None:
     """Write a zip of ImageJ ROIs, one per cell, named by its id (0001, 0002, ...)."""
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        for identity, parts in polygon_pairs(cells, origin):
+        for identity, parts in shapes:
             name = f"{identity:04d}"
             archive.writestr(zipfile.ZipInfo(f"{name}.roi"), imagej_roi(name, parts))
 

@@ -25,6 +25,14 @@ def pytest_cmdline_main(config) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"                   # theirs
 
 
+def write_geojson(path, labels, columns=None, origin=(0, 0), names=()) -> None:
+    """Write the outlines of labels as infer.py does, at once."""
+    import cells
+    writer = cells.GeoWriter(path, names)
+    writer.add(cells.polygons(labels, origin).items(), columns or {})
+    writer.close()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Reference outputs and labelled images, not in the repository: without them tests skip."""

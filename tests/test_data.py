@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from conftest import write_geojson
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage import io
 from skimage.measure import label
 
-import cells
 import data
 import runs
 from data import to_rgb
@@ -430,7 +430,7 @@ def holed(seed: int) -> np.ndarray:
 def test_geojson_gives_back_what_cells_outlined(tmp_path, seed):
     labels = holed(seed)
     save(tmp_path / "x.tif", picture(0))
-    cells.write_geojson(tmp_path / ("x.geojson" if seed % 2 else "x_cells.geojson"), labels)
+    write_geojson(tmp_path / ("x.geojson" if seed % 2 else "x_cells.geojson"), labels)
     assert np.array_equal(only(tmp_path).labels(), labels)
 
 
@@ -801,7 +801,7 @@ def test_convert_every_layout_and_go_on(tmp_path, capsys):
                         ("coco/c.tif", picture(4)), ("qupath/q.tif", picture(5))):
         save(source / name, array)
     coco(source / "coco", {"c.tif": [[SQUARE]]})
-    cells.write_geojson(source / "qupath" / "q.geojson", holed(5))
+    write_geojson(source / "qupath" / "q.geojson", holed(5))
     before = data.examples(source)
     assert len(before) == 6
     assert "6 images written, 0 were there" in command("convert", source, out, capsys=capsys)

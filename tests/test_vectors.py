@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from conftest import write_geojson
 
 import augment
 import cells
@@ -228,7 +229,7 @@ def test_classes_from_every_layout(tmp_path):
     (tmp_path / "g").mkdir()
     cells.write_picture(tmp_path / "g" / "a.png", np.zeros((64, 64), np.uint8))
     columns = {"id": np.arange(1, 5), "type": np.array(["x", "y", "x", "y"])}
-    cells.write_geojson(tmp_path / "g" / "a.geojson", labels, columns, names=("x", "y"))
+    write_geojson(tmp_path / "g" / "a.geojson", labels, columns, names=("x", "y"))
     example, = data.examples(tmp_path / "g")
     assert example.types() == {1: "x", 2: "y", 3: "x", 4: "y"}
 

@@ -395,11 +395,7 @@ def cell_map_features(labels: np.ndarray, distance: np.ndarray, diameter: float,
     def highest(values: np.ndarray) -> np.ndarray:
         return maximum(values, labels, ids) if len(ids) else np.zeros(0)
 
-    rim, touching = outlines(labels), np.zeros(labels.shape, bool)
-    for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
-        meet = (labels[a] != labels[b]) & (labels[a] > 0) & (labels[b] > 0)
-        touching[a] |= meet
-        touching[b] |= meet
+    rim, touching = outlines(labels), outlines(labels, between=True)
     length = np.maximum(total(rim), 1)
     mean = total(distance) / area
     spread = np.sqrt(np.maximum(total(distance.astype(np.float64) ** 2) / area - mean ** 2, 0))
@@ -724,15 +720,16 @@ def colour_numbers(pairs: np.ndarray, n: int, colours: int) -> np.ndarray:
     return chosen
 
 
-def outlines(labels: np.ndarray) -> np.ndarray:
-    """(H, W) bool: pixels of a cell that share an edge with another label."""
-    rim = np.zeros(labels.shape, bool)
-    below, beside = labels[1:] != labels[:-1], labels[:, 1:] != labels[:, :-1]
-    rim[1:] |= below
-    rim[:-1] |= below
-    rim[:, 1:] |= beside
-    rim[:, :-1] |= beside
-    return rim & (labels > 0)
+def outlines(labels: np.ndarray, between: bool = False) -> np.ndarray:
+    """(H, W) bool: pixels of a cell that share an edge with another label, or with another cell."""
+    rim, cell = np.zeros(labels.shape, bool), labels > 0
+    for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        meet = labels[a] != labels[b]
+        if between:
+            meet &= cell[a] & cell[b]
+        rim[a] |= meet
+        rim[b] |= meet
+    return rim & cell
 
 
 def grown_outlines(mask: np.ndarray, radius: float) -> np.ndarray:

@@ -39,6 +39,7 @@ length, P pixels between fill and peak.
 """
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -127,21 +128,15 @@ def tune(score: Callable[[Setting], float], **grid: Sequence[float]) -> Setting:
     steps = [[dict(zip(names, chosen)) for chosen in product(*(values[name] for name in names))]
              for names in
              (["peak"], ["fill"], ["depth", "smooth"], ["depth", "shape"], ["min_area"])]
-    known: dict[Setting, float] = {}
-
-    def best_of(settings: Sequence[Setting]) -> Setting:
-        for setting in settings:
-            if setting not in known:
-                known[setting] = score(setting)
-        return max(settings, key=known.__getitem__)
+    score = functools.cache(score)
 
     def ascend(best: Setting) -> Setting:
         before = None
         while best != before:
             before = best
             for changes in steps:
-                tried = dict.fromkeys([best, *(best._replace(**change) for change in changes)])
-                best = best_of([setting for setting in tried if setting.fill <= setting.peak])
+                tried = [best, *(best._replace(**change) for change in changes)]
+                best = max((some for some in tried if some.fill <= some.peak), key=score)
         return best
 
     if min(values["fill"]) > max(values["peak"]):
@@ -152,7 +147,7 @@ def tune(score: Callable[[Setting], float], **grid: Sequence[float]) -> Setting:
     begins = [begin if begin.fill <= begin.peak
               else begin._replace(peak=max(values["peak"]), fill=min(values["fill"]))
               for begin in begins]
-    return best_of([ascend(begin) for begin in dict.fromkeys(begins)])
+    return max(map(ascend, begins), key=score)
 
 
 # ---------------------------------------------------------------------------------------- watershed

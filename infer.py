@@ -419,8 +419,13 @@ def given_labels(name: str, config: Config) -> dict[str, str]:
             for key, files in given_files(name, config).items() if files}
 
 
-def source_files(file: Path, pattern: str) -> list[Path]:
-    return infer_frame_files(file, pattern) if file.is_dir() else [file]
+def source_files(path: Path, pattern: str) -> list[Path]:
+    """A file, or the images of a folder in natural order."""
+    if not path.is_dir():
+        return [path]
+    files = images.image_files(path, pattern)
+    kept = infer_images_among({file: file.relative_to(path).as_posix() for file in files})
+    return [file for file in files if file in kept]
 
 
 def source_size(file: Path, pattern: str) -> tuple[int, int]:
@@ -491,11 +496,7 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, made: di
         if config.each:
             plan = plan._replace(embed=net.types is not None)
         results = Results(out, name, source, plan, config, clock)
-        found = (segment.blocks(seen, results.plan, clock, progress) if config.labels is None
-                 else segment.blocks_of(labels_given(source, name, config.labels), seen,
-                                        results.plan))
-        for block in found:
-            results.add(block)
+        results.fill(seen, name, progress)
         if config.each and config.embed:
             with segment.timed(clock, "network"):
                 results.add_vectors_of_channels(limits)
@@ -514,16 +515,6 @@ def plan_of(source, path: Path, net, config: Config, **more) -> segment.Plan:
     return segment.plan_for(source, net,
                             diameter=parse_diameter(config.diameter, source.pixel_size, path),
                             **{key: getattr(config, key) for key in PLANNED}, **more)
-
-
-def labels_given(source: images.Source, name: str, folder: str) -> np.ndarray:
-    """(H, W) the labels given for an image."""
-    path = Path(folder, f"{name}_labels.tif")
-    labels = images.read_labels(path)
-    if labels.shape != source.shape[1:]:
-        raise ValueError(f"{path}: labels of {labels.shape}, expected {source.shape[1:]} px, as "
-                         f"{source.path} has")
-    return labels
 
 
 class Results:
@@ -551,6 +542,18 @@ class Results:
                         if config.geojson else None)
         self.labelled = 0  # px
         self.unlikely: set[int] = set()  # cells below min_score
+
+    def fill(self, seen, name: str, progress=None) -> None:
+        """Take all blocks of an image as the network sees it; of labels, where they are given."""
+        folder, found = self.config.labels, None
+        if folder is not None and (path := Path(folder, f"{name}_labels.tif")).is_file():
+            labels = images.read_labels(path)
+            if labels.shape != self.source.shape[1:]:
+                raise ValueError(f"{path}: labels of {labels.shape}, expected "
+                                 f"{self.source.shape[1:]} px, as {self.source.path} has")
+            found = segment.blocks_of(labels, seen, self.plan)
+        for block in found or segment.blocks(seen, self.plan, self.clock, progress):
+            self.add(block)
 
     def add(self, block: segment.Block) -> None:
         """Measure the cells of a block, and take over its part of labels and pictures."""
@@ -780,13 +783,7 @@ def segment_stack(path: Path, name: str, out: Path, net, config: Config, made: d
             flat = images.plane_name(name, config.linked, number + 1, len(planes))
             with planes.open(number) as source:
                 results = Results(work, str(number), source, plan, alone, clock)
-                if config.labels and Path(config.labels, f"{flat}_labels.tif").is_file():
-                    found = segment.blocks_of(labels_given(source, flat, config.labels), source,
-                                              results.plan)
-                else:
-                    found = segment.blocks(source, results.plan, clock)
-                for block in found:
-                    results.add(block)
+                results.fill(source, flat)
             results.close(None, start)
         progress((number + 1) / (len(planes) + 1))
     row = link_planes(planes, work, name, out, plan, made, start)
@@ -799,16 +796,16 @@ def link_planes(planes: Planes, work: Path, name: str, out: Path, plan: segment.
     """Link the cells of planes that are done, and write the results, the labels last."""
     config, axis, count = planes.config, planes.config.linked, len(planes)
 
-    def labels() -> Iterator[np.ndarray]:
-        return (images.read_labels(work / f"{number}_labels.tif") for number in range(count))
+    def labels(number: int) -> np.ndarray:
+        return images.read_labels(work / f"{number}_labels.tif")
 
     def numbered() -> Iterator[np.ndarray]:
-        return (linked.renumber(number, plane) for number, plane in enumerate(labels()))
+        return (linked.renumber(number, labels(number)) for number in range(count))
 
     with planes.open(0) as source:
         (_, H, W), pixel_size = source.shape, source.pixel_size
     about, beginning = planes.about, f"{out / name}_"
-    seen = link.Seen(labels(), skip=axis == "Z")
+    seen = link.Seen(map(labels, range(count)), skip=axis == "Z")
     tables = (runs.read_table(work / f"{number}_cells.csv", ["id"]) for number in range(count))
     if axis == "Z":
         ratio = about.step / pixel_size if about.step and pixel_size else 1.0
@@ -834,8 +831,7 @@ def link_planes(planes: Planes, work: Path, name: str, out: Path, plan: segment.
         def pictures() -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for number in shown:
                 with planes.open(number) as source:
-                    plane = images.read_labels(work / f"{number}_labels.tif")
-                    yield source.region(0, H, 0, W), linked.renumber(number, plane)
+                    yield source.region(0, H, 0, W), linked.renumber(number, labels(number))
         strip = link.linked_strip(pictures(), len(shown), (H, W), PICTURE)
         cells.write_picture(f"{beginning}overlay.png", strip)
     row = {"image": name, "height": H, "width": W, "planes": count,
@@ -932,16 +928,9 @@ def infer_images_below(place: str, config: Config,
     return {p: runs.flat_name(os.path.splitext(name)[0]) for p, name in below.items()}
 
 
-def infer_frame_files(folder: Path, pattern: str = "*") -> list[Path]:
-    """The images of a folder, in natural order."""
-    files = images.image_files(folder, pattern)
-    kept = infer_images_among({path: path.relative_to(folder).as_posix() for path in files})
-    return [path for path in files if path in kept]
-
-
 def is_series_to_infer(folder: Path, config: Config) -> bool:
     """Whether the images of a folder are the planes of one stack, or each a stack."""
-    frames = infer_frame_files(folder, config.pattern)
+    frames = source_files(folder, config.pattern)
     return bool(frames) and images.stack_of(frames[0], config.linked).planes == 1
 
 

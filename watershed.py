@@ -158,12 +158,8 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
     """Cells of a distance map.
 
     distance : (H, W) floats; array or tensor. Compared in float32.
-    peak : a cell's marker lies above; fill : a cell reaches down to; 0 <= fill <= peak.
-    min_area : cells of fewer px are dropped and the rest renumbered.
-    depth : a valley so deep parts two summits above peak; 0: one that goes down to peak.
-    smooth : px, width of the Gaussian that the map is smoothed by first; 0: none.
-    shape : per px inside the part above peak, up to `reach` px, added to the distance; with a depth
-        necks part cells then.
+    peak, fill, min_area, depth, smooth, shape : see Setting, with lengths in px of the map;
+        0 <= fill <= peak. shape needs a depth, and looks up to `reach` px deep.
     ground : leave out ground and hills where the network is unsure; with a depth alone.
     Where a pixel is itself the pass between two cells (all its higher neighbours lie in different
     ones), or on flat ground, scikit-image's queue may give it to the other cell.

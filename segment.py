@@ -352,13 +352,14 @@ def blocks_of(labels: np.ndarray, source, plan: Plan) -> Iterator[Block]:
     if plan.embed:
         number, given = pooled_vectors(network_map(source, plan)[1], labels, plan)
     known = np.zeros(int(labels.max(initial=0)) + 1, bool)  # met in a block before
+    known[0] = True
     for core, view in _block_regions(plan, *labels.shape):
         ids, local = np.unique(labels[view], return_inverse=True)
         local = local.reshape(labels[view].shape)
         if ids[0] != 0:  # there is no background
             ids, local = np.insert(ids, 0, 0), local + 1
-        new = np.setdiff1d(np.unique(labels[core]), np.flatnonzero(known))
-        new = np.searchsorted(ids, new[new > 0])
+        new = np.unique(labels[core])
+        new = np.searchsorted(ids, new[~known[new]])
         known[ids[new]] = True
         yield Block(core, view, local.astype(np.int32), ids.astype(np.int32), new, labels[core],
                     np.zeros(local.shape, np.float32),

@@ -655,8 +655,6 @@ TRACKMATE = {"SpotFeatures": {"QUALITY": "QUALITY", "POSITION_X": "POSITION",
                               "VISIBILITY": "NONE"},
              "EdgeFeatures": {"SPOT_SOURCE_ID": "NONE", "SPOT_TARGET_ID": "NONE"},
              "TrackFeatures": {"TRACK_ID": "NONE", "NUMBER_SPOTS": "NONE"}}
-WHOLE_NUMBERS = ("FRAME", "VISIBILITY", "SPOT_SOURCE_ID", "SPOT_TARGET_ID", "TRACK_ID",
-                 "NUMBER_SPOTS")
 
 
 def write_trackmate(path: Path, linked: Linked, table: Sections, image: Path,
@@ -671,7 +669,7 @@ def write_trackmate(path: Path, linked: Linked, table: Sections, image: Path,
     unit, second = pixel_size or 1.0, interval or 1.0
     declared = "".join(f"<{kind}>" + "".join(
         f'<Feature feature="{name}" name="{name}" shortname="{name}" dimension="{dimension}" '
-        f'isint="{str(name in WHOLE_NUMBERS).lower()}"/>' for name, dimension in names.items())
+        f'isint="{str(dimension == "NONE").lower()}"/>' for name, dimension in names.items())
         + f"</{kind}>" for kind, names in TRACKMATE.items())
     radius = linked_diameters(table.area) / 2
     begin = np.searchsorted(table.plane, np.arange(frames + 1))

@@ -221,6 +221,13 @@ def slice_chains(n: int, links: NDArray) -> NDArray:
     return connected_components(graph, directed=False)[1]
 
 
+def best_links(first: NDArray, second: NDArray, gain: NDArray, fits: NDArray) -> NDArray:
+    """Links (2, P), one to one, of the largest summed gain among those that fit (bool)."""
+    fits = np.flatnonzero(fits)
+    kept = fits[metrics.match_one_to_one(first[fits], second[fits], gain[fits])]
+    return np.stack([first[kept], second[kept]])
+
+
 # ------------------------------------------------------------------------------------------- slices
 
 def stitch(planes: Iterable[NDArray], spacing: float = 1.0) -> NDArray:
@@ -238,9 +245,7 @@ def link_slices(seen: Seen, spacing: float = 1.0) -> Linked:
     n, area = len(table.area), table.area
     first, second, px = seen.overlaps(1)
     iou = px / (area[first] + area[second] - px)
-    alike = np.flatnonzero(px >= SHARE * np.minimum(area[first], area[second]))
-    kept = alike[metrics.match_one_to_one(first[alike], second[alike], iou[alike])]
-    links = np.stack([first[kept], second[kept]])
+    links = best_links(first, second, iou, px >= SHARE * np.minimum(area[first], area[second]))
     parts = rejoined_slices(seen, slice_chains(n, links))
     size = slice_sizes(table, slice_chains(n, np.hstack([links, parts])))
     links = links[:, ~slice_waists(size, links)]
@@ -256,10 +261,8 @@ def slice_bridges(seen: Seen, links: NDArray, spacing: float) -> NDArray:
     whole = area >= WHOLE * linked_median(area, chain)[chain]
     thick = linked_diameters(area) >= 2 * spacing
     fits = ~np.isin(a, first) & ~np.isin(b, second) & (whole & thick)[a] & (whole & thick)[b]
-    a, b, iou = (part[fits] for part in (a, b, px / (area[a] + area[b] - px)))
-    fits = np.flatnonzero(iou >= 0.5)
-    kept = fits[metrics.match_one_to_one(a[fits], b[fits], iou[fits])]
-    return np.stack([a[kept], b[kept]])
+    iou = px / (area[a] + area[b] - px)
+    return best_links(a, b, iou, fits & (iou >= 0.5))
 
 
 def slice_sizes(table: Sections, chain: NDArray) -> NDArray:
@@ -422,9 +425,7 @@ def usual_reach(table: Sections, near: Near) -> float:
 def likely_steps(table: Sections, near: Near, max_distance: float) -> NDArray:
     """Links (2, P) to the next frame, one to one, by overlap, nearness and like areas."""
     gain = track_likeness(table, near.first, near.second, near.shift / max_distance) + near.iou / 2
-    kept = np.flatnonzero(gain > LEAST)
-    kept = kept[metrics.match_one_to_one(near.first[kept], near.second[kept], gain[kept])]
-    return np.stack([near.first[kept], near.second[kept]])
+    return best_links(near.first, near.second, gain, gain > LEAST)
 
 
 def track_surprise(table: Sections, near: Near, first: NDArray, second: NDArray) -> NDArray:

@@ -264,12 +264,13 @@ def segment_all(found: Images, shelf: s3.OutputFolder, table: str, weights: Path
         seconds = time.perf_counter() - start
     else:
         work.summary.write()
-    if work.done:
-        licence = net.settings.licence
+    if rows := work.summary.fresh.values():
+        licence, done = net.settings.licence, len(rows)
         terms = f" (weights under {licence})" if licence != "MIT" else ""
-        print(f"{work.done} image{'s' * (work.done != 1)}, {work.megapixels:.3g} megapixels in "
-              f"{seconds:.1f} s ({work.done / seconds:.3g} images/s, "
-              f"{work.megapixels / seconds:.3g} MP/s) with {weights.name}{terms} -> {config.out}")
+        size = sum(row["height"] * row["width"] * row.get("planes", 1) for row in rows) / 1e6
+        print(f"{done} image{'s' * (done != 1)}, {size:.3g} megapixels in {seconds:.1f} s "
+              f"({done / seconds:.3g} images/s, {size / seconds:.3g} MP/s) with "
+              f"{weights.name}{terms} -> {config.out}")
         for notice, count in images.TOLD.items():
             if count > 1:
                 print(f"{notice}: {count} images", file=sys.stderr)
@@ -283,11 +284,11 @@ def segment_all(found: Images, shelf: s3.OutputFolder, table: str, weights: Path
 
 
 class Work:
-    """Counts images that were done, that have their results, that failed."""
+    """Images that are done, that have their results, that failed."""
 
     def __init__(self, shelf: s3.OutputFolder, summary: Summary, made: dict):
         self.shelf, self.summary, self.made = shelf, summary, made
-        self.done, self.kept, self.megapixels = 0, 0, 0.0
+        self.kept = 0
         self.failed: list[str] = []
 
     def without_results(self, found: Images, config: Config) -> Images:
@@ -353,8 +354,8 @@ class Work:
                     job = (file, todo[path], self.shelf.folder, net, config, how,
                            partial(show, count))
                     row = segment_stack(*job, stop) if config.linked else segment_file(*job)
-                    self.summary.add(row)
                     self.shelf.deliver()
+                    self.summary.add(row)
                 except runs.Stopped:
                     bar.clear()
                     print("stopped; the same command goes on from here", file=sys.stderr)
@@ -365,19 +366,16 @@ class Work:
                     if isinstance(error, OSError) and error.errno in runs.FULL:
                         raise self.full(error, len(todo) - count) from None
                     self.fail(error, path, file, alone)
-                    continue
-                self.done += 1
-                self.megapixels += row["height"] * row["width"] * row.get("planes", 1) / 1e6
                 show(count, 1.0)
             bar.clear()  # a warning draws it before its second; close() then leaves it
         return 0
 
     def full(self, error: OSError, left: int) -> OSError:
         """An error that says where a disk is full, and how much the images left will need."""
-        folder = self.shelf.folder
-        written = sum(file.stat().st_size for name in self.summary.fresh
+        folder, done = self.shelf.folder, self.summary.fresh
+        written = sum(file.stat().st_size for name in done
                       for file in folder.glob(f"{glob.escape(name)}[_.]*"))
-        needed = f"; some {written / self.done * left / 1e6:.3g} MB" if self.done else ""
+        needed = f"; some {written / len(done) * left / 1e6:.3g} MB" if done else ""
         free = shutil.disk_usage(folder).free / 1e6
         return OSError(f"{error.filename or folder}: no space left on this disk, {free:.3g} MB free"
                        f"{needed} for the {left} images left; make room, then the same command "

@@ -475,15 +475,13 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, made: di
     with images.open_image(path, *where, level=config.size) as source:
         if not config.each:
             check_infer_channels(path, source)
-        tissue = None
+        pixels, tissue = source, None
         with segment.timed(clock, "read"):
             if source.levels > 1:  # a slide: its small picture tells
                 with images.open_image(path, *where, level=images.overview_level) as small:
-                    pixels = small.region(0, small.shape[1], 0, small.shape[2])
-                limits = images.percentiles(pixels, net.settings.low, net.settings.high)
+                    pixels = small.whole().pixels
                 tissue = segment.tissue_map(pixels)
-            else:
-                limits = images.percentiles(source, net.settings.low, net.settings.high)
+            limits = images.percentiles(pixels, net.settings.low, net.settings.high)
         for notice in source.notices:  # now, for all pixels have been seen
             if said := images.image_notice(path, notice):
                 print_line(said)
@@ -748,11 +746,11 @@ class Planes:
         """Intensities (C, 2) that become 0 and 1, the same in all planes: one without cells is not
         stretched until its noise looks like some."""
         with self.open(0) as source:
-            C, H, W = source.shape
+            _, H, W = source.shape
         count, parts = min(len(self), max(1, SAMPLED // (H * W))), []
         for number in np.linspace(0, len(self) - 1, count).round().astype(int).tolist():
             with self.open(number) as source:
-                parts.append(source.region(0, H, 0, W))
+                parts.append(source.whole().pixels)
         return images.percentiles(np.concatenate(parts, 1), net.settings.low, net.settings.high)
 
 
@@ -829,7 +827,7 @@ def link_planes(planes: Planes, work: Path, name: str, out: Path, plan: segment.
         def pictures() -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for number in shown:
                 with planes.open(number) as source:
-                    yield source.region(0, H, 0, W), linked.renumber(number, labels(number))
+                    yield source.whole().pixels, linked.renumber(number, labels(number))
         strip = link.linked_strip(pictures(), len(shown), (H, W), PICTURE)
         cells.write_picture(f"{beginning}overlay.png", strip)
     row = {"image": name, "height": H, "width": W, "planes": count,

@@ -247,7 +247,9 @@ def link_slices(seen: Seen, spacing: float = 1.0) -> Linked:
     iou = px / (area[first] + area[second] - px)
     links = best_links(first, second, iou, px >= SHARE * np.minimum(area[first], area[second]))
     parts = rejoined_slices(seen, slice_chains(n, links))
-    size = slice_sizes(table, slice_chains(n, np.hstack([links, parts])))
+    chain = slice_chains(n, np.hstack([links, parts]))
+    _, index = np.unique(chain * len(seen.planes) + table.plane, return_inverse=True)
+    size = np.bincount(index, area)[index]  # px of all sections of the cell in the slice
     links = links[:, ~slice_waists(size, links)]
     bridges = slice_bridges(seen, links, spacing)
     return numbered_tracks(seen, slice_chains(n, np.hstack([links, parts, bridges])))
@@ -263,13 +265,6 @@ def slice_bridges(seen: Seen, links: NDArray, spacing: float) -> NDArray:
     fits = ~np.isin(a, first) & ~np.isin(b, second) & (whole & thick)[a] & (whole & thick)[b]
     iou = px / (area[a] + area[b] - px)
     return best_links(a, b, iou, fits & (iou >= 0.5))
-
-
-def slice_sizes(table: Sections, chain: NDArray) -> NDArray:
-    """(n,) px of all sections that the cell of a section has in the slice."""
-    where = chain * (int(table.plane.max(initial=0)) + 1) + table.plane
-    _, index = np.unique(where, return_inverse=True)
-    return np.bincount(index, table.area)[index]
 
 
 def slice_waists(area: NDArray, links: NDArray) -> NDArray:

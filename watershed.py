@@ -383,7 +383,9 @@ def merge_basins(d: Tensor, label: Tensor, markers: int, regions: int, slope: Te
                 live &= pass_height(torch.minimum(rank[first], rank[second])) > peak
             live = live.nonzero().squeeze(1)
             first, second, order = (x.index_select(0, live) for x in (first, second, order))
-            best = highest_saddles(root, first, second, order)
+            best = torch.zeros_like(root)  # the highest saddle of each region, 0 without any
+            for side in (first, second):
+                best.scatter_reduce_(0, side, order, "amax")
             chooser = best.nonzero().squeeze(1)
             best, top = best[chooser], pass_height(rank[chooser])
             edge = len(a) - (best & 0xFFFFFFFF)
@@ -403,12 +405,6 @@ def merge_basins(d: Tensor, label: Tensor, markers: int, regions: int, slope: Te
     number[cell[torch.argsort(rank[cell] & 0xFFFFFFFF, descending=True)]] = torch.arange(
         1, len(cell) + 1, dtype=torch.int32, device=d.device)
     label.scatter_(0, pixels.long(), number[root].index_select(0, mine))
-
-
-def highest_saddles(root: Tensor, first: Tensor, second: Tensor, order: Tensor) -> Tensor:
-    """The order of each region's highest saddle; 0 without any."""
-    best = torch.zeros_like(root).scatter_reduce_(0, first, order, "amax")
-    return best.scatter_reduce_(0, second, order, "amax")
 
 
 def pass_height(order: Tensor) -> Tensor:

@@ -76,18 +76,15 @@ def plan_for(image, net: DINOCell, *, diameter: float | None = None, zoom: float
              near: float | None = None, border: Literal["keep", "drop"] = "keep",
              tissue: np.ndarray | None = None, embed: bool = False,
              **thresholds: float | None) -> Plan:
-    """Decide what an image gets; None: chosen here.
+    """Decide what an image gets, see Plan; None: chosen here.
 
     diameter : px, of the cells in the image, which is scaled so that they have the size the network
         knows. None: as the network's size head sees them; without one the image is not scaled.
-    zoom : px of the network for each px of the image, in place of a diameter.
-    limits : (C, 2) intensities that become 0 and 1; None: percentiles of the whole image.
-    tile : px; None: the size of the training crops, or somewhat more if that fits the image better.
-    overlap : px that tiles share; None: a cell's diameter, so that each lies whole in some tile.
-    block : px, side of a block; images that are not much larger are one block.
-    near : px; None: a cell's diameter.
-    tissue : where there is something to see (h, w), in a small image of the same; None: everywhere.
-    embed : blocks bring a vector for each cell, as always where the network tells types.
+    zoom : in place of a diameter.
+    limits : None: percentiles of the whole image.
+    tile : None: the size of the training crops, or somewhat more if that fits the image better.
+    overlap : None: a cell's diameter, so that each lies whole in some tile. near : the same.
+    embed : always so where the network tells types.
     thresholds : peak, fill, depth, smooth, shape of watershed.Setting, and min_area in px of the
         image; None: those in the weights.
     """

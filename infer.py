@@ -454,9 +454,8 @@ def result_difference(record: dict, path: Path | str, name: str, made: dict,
     old, new = ({**one["settings"], "weights": one["weights"]["file"],
                  "their content": one["weights"]["sha256"]} for one in (record, made))
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    if "weights" in changed:
-        changed.remove("their content")
-    if changed:
+    both = {"weights", "their content"} <= set(changed)  # one is said; a new name alone is nothing
+    if changed := [key for key in changed if key != ("their content" if both else "weights")]:
         return "was made with " + ", ".join(
             f"{key} {old.get(key, 'left out')} (now {new.get(key, 'left out')})" for key in changed)
     before, given = record.get("given", {}), given_labels(name, config)

@@ -330,7 +330,8 @@ def test_results_of_other_settings_or_weights_are_told(plates, weights):
     code, _ = results_of(plates / "o", "a/A1.png", weights=weights, diameter="40", peak=0.6)
     assert "was made with diameter left out (now 40), peak left out (now 0.6); overwrite" in code
     other = plates / "other.pt"
-    other.write_bytes(weights.read_bytes())
+    other.write_bytes(weights.read_bytes())            # the same weights under another name
+    assert results_of(plates / "o", "a/A1.png", weights=other)[0] == 0
     rewritten(other, lambda content: content["settings"].update(peak=0.3))
     code, _ = results_of(plates / "o", "a/A1.png", weights=other)
     assert "was made with weights tiny.pt (now other.pt)" in code

@@ -596,8 +596,7 @@ class Results:
                 y, x = block.core
                 with images.open_image(self.around, colours=False) as large:
                     outer = large.region(y.start, y.stop, x.start, x.stop)[0]
-                if outer.dtype.kind == "i" and outer.min() < 0:
-                    raise ValueError(f"{self.around}: labels from {outer.min()}, expected from 0")
+                images.check_label_image(outer, self.around, np.iinfo(np.uint32).max)
                 self.nesting.add(block.labels, outer)
         with segment.timed(self.clock, "write"):
             self.labels.add(block.core, block.labels)

@@ -390,9 +390,10 @@ def test_within_from_files(tmp_path, block):
     with pytest.raises(ValueError, match="is the image itself; expected labels"):
         infer.main(dataclasses.replace(again, within=str(tmp_path / "a.png")),
                    [str(tmp_path / "a.png")])
-    tifffile.imwrite(tmp_path / "cells.tif", large.astype(np.int16) - 1)
-    with pytest.raises(ValueError, match="cells.tif: labels from -1, expected from 0"):
-        infer.main(again, [str(tmp_path / "a.png")])
+    for wrong in (large.astype(np.int16) - 1, large.astype(np.uint64) << 32):
+        tifffile.imwrite(tmp_path / "cells.tif", wrong)
+        with pytest.raises(ValueError, match="cells.tif: labels from .* expected 0 to 4294967295"):
+            infer.main(again, [str(tmp_path / "a.png")])
     images.write_labels(tmp_path / "cells.tif", large[:100])
     with pytest.raises(ValueError, match=r"cells.tif: uint16.*expected labels of 1 channel and"):
         infer.main(dataclasses.replace(config, overwrite=True), [str(tmp_path / "a.png")])

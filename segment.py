@@ -346,6 +346,9 @@ def blocks_of(labels: np.ndarray, source, plan: Plan) -> Iterator[Block]:
     """Blocks of labels (H, W) that are known, as blocks() gives them; their map is empty. The
     network runs only where the plan asks for vectors."""
     given = None
+    if plan.border == "drop":
+        edge = np.concatenate((labels[0], labels[-1], labels[:, 0], labels[:, -1]))
+        labels = np.where(np.isin(labels, edge), 0, labels)
     if plan.embed:
         number, given = pooled_vectors(network_map(source, plan)[1], labels, plan)
     known = np.zeros(int(labels.max(initial=0)) + 1, bool)  # met in a block before

@@ -272,6 +272,11 @@ def test_labels_that_changed_are_measured_anew(tmp_path, field, capsys):
         infer.main(given, [str(tmp_path / "a.tif")])
     infer.main(dataclasses.replace(given, overwrite=True), [str(tmp_path / "a.tif")])
     assert len(rows(tmp_path / "given" / "a_cells.csv")) == labels.max() - 1
+    infer.main(dataclasses.replace(given, overwrite=True, border="drop"), [str(tmp_path / "a.tif")])
+    edge = np.concatenate((labels[0], labels[-1], labels[:, 0], labels[:, -1]))
+    kept = np.where(np.isin(labels, edge) | (labels == labels.max()), 0, labels)
+    assert 5 < len(np.unique(kept)) < labels.max() - 1
+    assert np.array_equal(images.read_labels(tmp_path / "given" / "a_labels.tif"), kept)
 
 
 def test_types_with_gaps_in_the_ids_of_cells(tmp_path, field):

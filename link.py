@@ -379,23 +379,21 @@ def link_frames(seen: Seen, max_distance: float | None = None, gap: int = GAP) -
 def track_neighbours(seen: Seen) -> Near:
     """Cells that overlap, and for each the NEAREST in the frame after."""
     table = seen.cells()
-    found = [(np.zeros(0, np.int64),) * 3]
-    for frame, (first, second, px) in enumerate(seen.pairs[0]):
-        begin, middle, end = seen.begin[frame:frame + 3]
-        n, m = middle - begin, end - middle
-        if not (n and m):
-            continue
-        k = min(NEAREST, m)
-        _, close = cKDTree(table.centre[middle:end]).query(table.centre[begin:middle],
-                                                           np.arange(1, k + 1))
-        over = (first - begin) * m + second - middle
-        every = np.unique(np.append(over, np.repeat(np.arange(n), k) * m + close.ravel()))
-        shared = np.zeros(len(every), np.int64)
-        shared[np.searchsorted(every, over)] = px
-        found.append((begin + every // m, middle + every % m, shared))
-    first, second, px = (np.concatenate(column) for column in zip(*found))
+    first, second, px = seen.overlaps(1)
+    n = max(len(table.area), 1)
+    over = first * n + second
+    found = [over]
+    for begin, middle, end in zip(seen.begin, seen.begin[1:], seen.begin[2:]):
+        if begin < middle < end:
+            tree, number = cKDTree(table.centre[middle:end]), np.arange(begin, middle)
+            _, close = tree.query(table.centre[number], np.arange(1, min(NEAREST, tree.n) + 1))
+            found.append((number[:, None] * n + middle + close).ravel())
+    every = np.unique(np.concatenate(found))
+    shared = np.zeros(len(every), np.int64)  # px
+    shared[np.searchsorted(every, over)] = px
+    first, second = np.divmod(every, n)
     return Near(first, second, np.hypot(*(table.centre[second] - table.centre[first]).T),
-                px / (table.area[first] + table.area[second] - px))
+                shared / (table.area[first] + table.area[second] - shared))
 
 
 def linked_diameters(area: NDArray) -> NDArray:

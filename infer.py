@@ -154,9 +154,6 @@ class Config:
             raise ValueError(f"fill={self.fill:g}: expected at most peak={self.peak:g}")
         if self.level and self.pixel_size:
             raise ValueError(f"level={self.level} and pixel_size={self.pixel_size:g}: expected one")
-        if self.labels is not None and (self.distance or self.min_score is not None):
-            raise ValueError(f"labels={self.labels}: leave out distance= and min_score=, which "
-                             "labels that are given do not have")
         parse_diameter(self.diameter, 1.0, None)
         if isinstance(self.z, int):
             raise ValueError(f"z={self.z}: expected all; for one plane give plane={self.z}")
@@ -205,6 +202,7 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
     if parts > 1:
         mine = {path: found[path] for path in sorted(found, key=str)[part - 1::parts]}
     if config.labels is not None:
+        check_label_keys(config)
         mine = {path: name for path, name in mine.items() if given_files(name, config)["labels"]}
         if not mine:
             end = f"_{config.linked.lower()}*" if config.linked else ""
@@ -400,6 +398,15 @@ def result_source(path: Path | str, file: Path, pattern: str) -> dict:
             "sha256": runs.digest(*source_files(file, pattern))}
 
 
+def check_label_keys(config: Config) -> None:
+    """Refuse keys that do nothing where labels are given; of a stack planes may have none."""
+    keys = ("distance", "min_score") if config.linked else ("distance", "min_score", *PLANNED[:6])
+    given = [f"{key}=" for key in keys if getattr(config, key) not in (None, False)]
+    if given:
+        raise ValueError(f"labels={config.labels}: leave out {' and '.join(given)}, which labels "
+                         "that are given do not have")
+
+
 def given_files(name: str, config: Config) -> dict[str, list[Path]]:
     """The label files that are given for an image, by their key."""
     files: dict[str, list[Path]] = {"labels": [], "within": []}
@@ -491,7 +498,8 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, made: di
         if config.each:
             plan = plan._replace(embed=net.types is not None)
         results = Results(out, name, source, plan, config, clock)
-        results.fill(seen, name, progress)
+        given = None if config.labels is None else Path(config.labels, f"{name}_labels.tif")
+        results.fill(seen, given, progress)
         if config.each and config.embed:
             with segment.timed(clock, "network"):
                 results.add_vectors_of_channels(limits)
@@ -538,16 +546,17 @@ class Results:
         self.labelled = 0  # px
         self.unlikely: set[int] = set()  # cells below min_score
 
-    def fill(self, seen, name: str, progress=None) -> None:
-        """Take all blocks of an image as the network sees it; of labels, where they are given."""
-        folder, found = self.config.labels, None
-        if folder is not None and (path := Path(folder, f"{name}_labels.tif")).is_file():
-            labels = images.read_labels(path)
+    def fill(self, seen, given: Path | None, progress=None) -> None:
+        """Take all blocks of an image as the network sees it, or of the labels in a file."""
+        if given is None:
+            found = segment.blocks(seen, self.plan, self.clock, progress)
+        else:
+            labels = images.read_labels(given)
             if labels.shape != self.source.shape[1:]:
-                raise ValueError(f"{path}: labels of {labels.shape}, expected "
+                raise ValueError(f"{given}: labels of {labels.shape}, expected "
                                  f"{self.source.shape[1:]} px, as {self.source.path} has")
             found = segment.blocks_of(labels, seen, self.plan)
-        for block in found or segment.blocks(seen, self.plan, self.clock, progress):
+        for block in found:
             self.add(block)
 
     def add(self, block: segment.Block) -> None:
@@ -775,9 +784,10 @@ def segment_stack(path: Path, name: str, out: Path, net, config: Config, made: d
             raise runs.Stopped
         if not (work / f"{number}_labels.tif").exists():
             flat = images.plane_name(name, config.linked, number + 1, len(planes))
+            given = Path(config.labels or "", f"{flat}_labels.tif")
             with planes.open(number) as source:
                 results = Results(work, str(number), source, plan, alone, clock)
-                results.fill(source, flat)
+                results.fill(source, given if config.labels and given.is_file() else None)
             results.close(None, start)
         progress((number + 1) / (len(planes) + 1))
     row = link_planes(planes, work, name, out, plan, made, start)

@@ -257,6 +257,11 @@ def test_labels_that_are_given_are_measured(tmp_path, broad, block):
     with pytest.raises(FileNotFoundError, match="no NAME_labels.tif for any of the 1 images"):
         infer.main(Config(out=str(tmp_path / "given"), labels=str(tmp_path / "found")),
                    [str(tmp_path / "b.tif")])
+    for keys, said in ((dict(min_area=9, peak=0.5), "leave out peak= and min_area="),
+                       (dict(distance=True), "leave out distance="),
+                       (dict(time="all", min_score=0.5), "leave out min_score=")):
+        with pytest.raises(ValueError, match=said):
+            infer.main(Config(labels=str(tmp_path / "found"), **keys), [str(tmp_path / "a.tif")])
 
 
 def test_labels_that_changed_are_measured_anew(tmp_path, field, capsys):

@@ -57,6 +57,8 @@ import tifffile
 
 import runs
 from images import (
+    BYPRODUCTS,
+    LABEL_ENDS,
     NPY,
     PNG_JPEG,
     TIFF,
@@ -86,9 +88,6 @@ with runs.lazy():
 
 # ---------------------------------------------------------------------------------- labelled images
 
-# of labels, by rank
-ENDS = ("_masks", "_mask", "_cp_masks", "_seg", "_labels", "_label", "_cells", "_nuclei")
-BYPRODUCTS = ("_types", "_overlay", "_distance", "_flows", "_cp_output", "_outlines", "dist_maps")
 IMAGES, LABELS = TIFF + PNG_JPEG + NPY, (*TIFF, ".png", *NPY, ".geojson")  # .jpg would blur ids
 OME = re.compile(r"(?i)\.ome$")                                               # infer.py keeps it
 TILE = re.compile(r"(?i)(?<![0-9a-f])((?:s\d+)?b\d+)c(\d+)(?![0-9a-f])")      # not in a hash
@@ -204,7 +203,7 @@ def _layout_of_matches(folder: Path, images: list[Path], labels: list[Path], cho
         shots[file_pair_key(stem_of(file))].append(file)
     for file in labels:
         stem = stem_of(file)
-        for rank, end in enumerate((*ENDS, "")):
+        for rank, end in enumerate((*LABEL_ENDS, "")):
             key = file_pair_key(OME.sub("", stem.removesuffix(end)))
             if stem.endswith(end) and (end or apart or file.suffix.lower() == ".geojson") \
                     and file not in shots.get(key, [file]) and choice.labels in (None, end[1:]):
@@ -340,7 +339,7 @@ def unread(root: Path, found: list[Example]) -> list[str]:
                for at in (folder, *folder.parents)):
             continue
         for file in layout_files(files, {*IMAGES, ".geojson"}):
-            ends = [end for end in ENDS if stem_of(file).endswith(end)]
+            ends = [end for end in LABEL_ENDS if stem_of(file).endswith(end)]
             other = any(folder / file_pair_key(stem_of(file).removesuffix(end)) in keys
                         for end in ends)
             if file not in used and not other and not stem_of(file).endswith(BYPRODUCTS):

@@ -593,7 +593,7 @@ def _mixed_fields(config: FieldData, seed: int):
 def _field_files(config: FieldData, folder: str) -> list[Path]:
     """Images below a folder, without labels and what programs write beside them."""
     root = Path(config.root or "", folder)
-    others = (*data.ENDS, *data.BYPRODUCTS)
+    others = (*images.LABEL_ENDS, *images.BYPRODUCTS)
     found = [path for path in images.image_files(root) if not data.stem_of(path).endswith(others)]
     if config.match is not None:
         wanted = data.labelled_name_pattern("data.match", config.match)

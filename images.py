@@ -57,6 +57,9 @@ import runs
 TIFF = (".tif", ".tiff", ".btf", ".svs", ".ndpi", ".scn")              # the last three of slides
 NPY, PNG_JPEG = (".npy",), (".png", ".jpg", ".jpeg")
 IMAGE_SUFFIXES = TIFF + PNG_JPEG + NPY
+# how names of labels of an image end, by rank, and of what programs write beside it
+LABEL_ENDS = ("_masks", "_mask", "_cp_masks", "_seg", "_labels", "_label", "_cells", "_nuclei")
+BYPRODUCTS = ("_types", "_overlay", "_distance", "_flows", "_cp_output", "_outlines", "dist_maps")
 CACHE = 256 << 20                       # bytes of decoded tiles or strips that an open image keeps
 SAMPLED = 1 << 16       # pixels of a channel, up to four times as many, that sampled_limits() sees
 RECORD = 1 << 14                        # bytes
@@ -126,6 +129,19 @@ def list_files(folder: str | Path, suffixes: tuple[str, ...], pattern: str = "*"
     """Files in a folder and below it, sorted, but for hidden ones; see image_files()."""
     return sorted(path for _, files in layout_folders(folder, unreadable) for path in files
                   if path.name.lower().endswith(suffixes) and fnmatch(path.name, pattern))
+
+
+def without_labels(stems: Iterable[str]) -> set[str]:
+    """Names of images, without suffix, less what is beside another: a_cp_masks of a, a.ome, a_img.
+    """
+    stems, ends = set(stems), (*LABEL_ENDS, *BYPRODUCTS)
+    there = {re.sub(r"(?i)(\.ome|_img)$", "", stem) for stem in stems if not stem.endswith(ends)}
+
+    def is_alone(stem: str) -> bool:
+        words = stem.split("_")
+        return not (stem.endswith(ends) and any("_".join(words[:n]) in there
+                                                for n in range(1, len(words))))
+    return set(filter(is_alone, stems))
 
 
 def layout_folders(root: str | Path, unreadable: list[OSError] | None = None

@@ -82,7 +82,6 @@ with runs.lazy():  # what needs torch: half the start-up time
     import vectors
 
 OURS = ("_labels", "_overlay", "_distance")  # ends of names that are results
-THEIRS = ("_cells", "_masks", "_nuclei")      # and labels of others, where the image is there too
 PLANNED = ("peak", "fill", "depth", "smooth", "shape", "min_area", "border", "near", "tile",
            "overlap", "batch", "block", "embed")
 # what changes the cells and their table
@@ -945,13 +944,8 @@ def infer_images_among(files: Images) -> Images:
              and not re.search(r"_ctc[/\\]01_RES[/\\]", name)  # masks of a movie
              and not any(part.startswith(".") and part not in (".", "..")
                          for part in re.split(r"[/\\]", name))}
-    stems = {Path(name).stem for name in files.values() if not Path(name).stem.endswith(THEIRS)}
-
-    def is_label(stem: str) -> bool:  # a_masks or a_cp_masks, of a
-        parts = stem.split("_")
-        return stem.endswith(THEIRS) and any("_".join(parts[:n]) in stems
-                                             for n in range(1, len(parts)))
-    return {p: name for p, name in files.items() if not is_label(Path(name).stem)}
+    alone = images.without_labels(Path(name).stem for name in files.values())
+    return {p: name for p, name in files.items() if Path(name).stem in alone}
 
 
 def result_files(name: str, config: Config) -> list[str]:

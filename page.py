@@ -52,7 +52,6 @@ with runs.lazy():
     import torch
 
     import cells
-    import data
     import edits
     import images
     import model
@@ -666,13 +665,9 @@ def images_of(folder: Path, out: Path, config: Config) -> dict[str, Entry]:
     inside, results = folder.resolve(), out.resolve()
     found = [path for path in images.image_files(folder, pattern)
              if inside in path.resolve().parents and results not in path.resolve().parents]
-    stems = {path.with_suffix("") for path in found}
+    alone = images.without_labels(path.stem for path in found)
     names: dict[str, Entry] = {}
-    for path in found:
-        stem = path.with_suffix("")
-        if any(stem.name.endswith(end) and stem.with_name(stem.name[:-len(end)]) in stems
-               for end in (*data.ENDS, *data.BYPRODUCTS) if stem.name != end):
-            continue
+    for path in (path for path in found if path.stem in alone):
         name = runs.flat_name(path.relative_to(folder).with_suffix("").as_posix())
         for one, entry in entries_of(path, name, config):
             if one in names:

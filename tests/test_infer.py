@@ -378,7 +378,7 @@ def test_what_is_no_image_of_a_folder_is_left_out_and_nothing_else(tmp_path):
     image."""
     for name in ("a.tif", "a_labels.tif", "a_cp_masks.tif", "b_nuclei.tif", "b_actin.btf",
                  "._a.tif", ".cache/c.png", "sub/a_masks.png",
-                 "a_cells.csv"):
+                 "a_cells.csv", "a_mask.png", "a_img_seg.npy", "a_types.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert sorted(infer.find_images([str(tmp_path)], Config()).values()) == ["a", "b_actin",

@@ -801,9 +801,12 @@ DINOV3_NAMES = [                    # official or Hugging Face's name -> ours, i
 def _from_dinov3(content: dict, path: str | Path) -> dict[str, Tensor]:
     """Rename official or Hugging Face tensors; what has no counterpart is named by _fill."""
     if isinstance(content.get("teacher"), dict):     # a training checkpoint: heads are not ours
-        content = {k[9:]: v for k, v in content["teacher"].items() if k.startswith("backbone.")}
+        content = {str(k).removeprefix("backbone."): v for k, v in content["teacher"].items()
+                   if str(k).startswith("backbone.")}
     ours = {}
     for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            continue                             # then something is missing, and that is said
         for old, new in DINOV3_NAMES:
             name = re.sub(old, new, name)
         ours[name] = tensor
@@ -821,11 +824,11 @@ def _from_dinov3(content: dict, path: str | Path) -> dict[str, Tensor]:
         _refuse_key_bias(ours.pop(name), name, path)
     for name in [n for n in ours if n.endswith("attention.q_proj.weight")]:
         stem = name.removesuffix("q_proj.weight")
-        parts = [ours.pop(stem + f"{letter}_proj.weight", None) for letter in "qkv"]
-        if any(part is None for part in parts):
+        parts = [stem + f"{letter}_proj.weight" for letter in "qkv"]
+        if any(part not in ours for part in parts):
             raise ValueError(f"{path}: {stem}k_proj.weight or v_proj.weight is missing beside "
                              f"{name}")
-        ours[stem.replace("attention.", "attn.qkv.weight")] = torch.cat(parts)
+        ours[stem.replace("attention.", "attn.qkv.weight")] = torch.cat(list(map(ours.pop, parts)))
     return ours
 
 

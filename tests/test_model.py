@@ -351,7 +351,9 @@ def test_wrong_weights_are_named(tmp_path, shared):
                                                      if k != "blocks.1.norm1.weight"})
     assert "surplus: extra" in said(weights | {"extra": torch.zeros(1)})
     assert "norm.weight (5,) instead of (128,)" in said(weights | {"norm.weight": torch.zeros(5)})
-    assert "no vision transformer" in said({"a": torch.zeros(1)})
+    for strange in ({"a": torch.zeros(1)}, {0: torch.zeros(1)}, {"cls_token": 3},
+                    {"teacher": {0: torch.zeros(1)}}):
+        assert "no vision transformer" in said(strange)
     assert "no DINOCell file" in said(weights, model.load)
     assert "a list" in said([1, 2])
     (tmp_path / "text.pt").write_text("hello")

@@ -396,7 +396,7 @@ def _block_labels(distance: Tensor, net: Region, view: Region, scales: tuple[flo
         local = without_holes(flood(whole, plan.setting, plan.zoom))
     else:
         local = _nearest(without_holes(flood(distance, plan.setting)), net, view, scales)
-        local = drop_small(local, 1)  # of less than a pixel
+        local = drop_small(local, 1, int(local.max()))  # of less than a pixel
     labels = local.cpu().numpy()
     return (_drop_cut(labels, view, size) if plan.border == "drop" else labels,
             whole.cpu().numpy())

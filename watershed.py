@@ -28,10 +28,10 @@ network saw no valley only the outline tells: each pixel above peak gets more, t
 How, without a queue. Between fill and peak every pixel points to its highest neighbour if that is
 higher (steepest ascent), on flat parts to the nearest pixel that does, and pointer doubling finds
 where the climb ends: in a marker, nearly always. Climbs that end on a lower summit are basins
-without a marker; these join the higher neighbour across their highest saddle, again and again: the
-maximum spanning forest with the markers as roots, as Boruvka found it. Since a climb never goes
-down and the forest takes the highest saddles, the highest lowest point is kept exactly. With a
-depth everything above fill climbs, and the joining goes on until what is left stands out.
+without a marker; these join the neighbour across their highest saddle, again and again, which is
+Boruvka's maximum spanning forest with the markers as roots. Since a climb never goes down and the
+forest takes the highest saddles, the highest lowest point is kept exactly. With a depth everything
+above fill climbs, and the joining goes on until what is left stands out.
 
 Flat index: pixels are numbered in a map padded by one column and two rows of background, so that
 the neighbours of pixel p are p - S, p - 1, p + 1, p + S without a test for the border. L its
@@ -181,16 +181,15 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
         raise ValueError(f"depth={depth}, smooth={smooth}, shape={shape}: expected 0 or more")
     if reach < 1:
         raise ValueError(f"reach={reach}: expected 1 px or more")
-    if not distance.numel():
-        return distance.int()
     distance = distance.float()
-    if smooth:
+    if smooth and distance.numel():
         distance = gaussian_map(distance, smooth)
-    unsure = torch.zeros_like(distance, dtype=torch.bool)
-    if depth:
+    if depth and distance.numel():
+        level = torch.full_like(distance, fill)
         if ground:
             level = outline_level(distance, peak, fill, reach)
-            distance, unsure = distance.masked_fill(distance <= level, 0), level > fill
+            distance = distance.masked_fill(distance <= level, 0)
+        unsure = F.pad(level > fill, (0, 1, 1, 1)).view(-1)                  # (L,)
         if shape:
             distance = distance + shape * push_inwards(distance > peak, reach)
     H, W = distance.shape
@@ -201,20 +200,23 @@ def watershed(distance: Tensor | np.ndarray, peak: float = 0.47, fill: float = 0
     if torch.isnan(d.sum()) and torch.isnan(d).any():
         raise ValueError("the distance map holds NaN; the network or its input is broken")
 
-    high, slope, markers = d > peak, d > fill, 0
+    high = d > peak
     node = torch.zeros_like(d, dtype=torch.int32)    # (L,) 0: background; 1..markers; see climb
-    if not high.any():
-        return torch.zeros_like(distance, dtype=torch.int32)
-    if not depth:
+    if depth and high.any():
+        slope = (d > fill).nonzero().squeeze(1)
+        markers = merge_basins(d, node, climb_to_summits(d, node, 0, slope, S), slope, peak, depth,
+                               unsure, S)
+    else:
         marker, label, markers = basin_components(high, S)
+        if not markers:
+            return node.view(H + 2, S)[1:-1, :W].contiguous()
         node.scatter_(0, marker, label)
-        slope ^= high
-    slope = slope.nonzero().squeeze(1)                                       # (P,)
-    regions = climb_to_summits(d, node, markers, slope, S)
-    unsure = F.pad(unsure, (0, 1, 1, 1)).view(-1)                            # (L,)
-    merge_basins(d, node, markers, regions, slope, peak, depth, unsure, S)
+        slope = ((d > fill) ^ high).nonzero().squeeze(1)                     # (P,)
+        regions = climb_to_summits(d, node, markers, slope, S)
+        if regions > markers:
+            join_basins(d, node, markers, regions, slope, S)
     label = node.view(H + 2, S)[1:-1, :W]
-    return drop_small(label, min_area) if min_area > 1 else label.contiguous()
+    return drop_small(label, min_area, markers) if min_area > 1 else label.contiguous()
 
 
 def gaussian_map(distance: Tensor, sigma: float) -> Tensor:
@@ -352,25 +354,47 @@ def basin_borders(d: Tensor, label: Tensor, pixels: Tensor, markers: int,
     return a, b, (saddle << 32) | (len(a) - torch.arange(len(a), device=d.device))
 
 
-def merge_basins(d: Tensor, label: Tensor, markers: int, regions: int, slope: Tensor, peak: float,
-                 depth: float, unsure: Tensor, S: int) -> None:
-    """Join regions above markers, one to each summit, until all stand out; number what is left in
-    raster order of markers or summits.
+def join_basins(d: Tensor, label: Tensor, markers: int, regions: int, slope: Tensor,
+                S: int) -> None:
+    """Give regions above markers to the neighbour across their highest saddle; 0 without one."""
+    bare = slope[label.index_select(0, slope) > markers].int()               # their pixels
+    a, b, order = basin_borders(d, label, bare, markers, S)                        # (E,)
+    root = torch.arange(regions + 1, device=d.device)
+    first, second = a, b
+    while True:
+        live = ((first != second) & ((first > markers) | (second > markers))).nonzero().squeeze(1)
+        if not len(live):
+            break
+        first, second, order = (x.index_select(0, live) for x in (first, second, order))
+        best = highest_saddles(root, first, second, order)
+        best[:markers + 1] = 0                           # markers are roots: they wait
+        chooser = best.nonzero().squeeze(1)
+        edge = len(a) - (best[chooser] & 0xFFFFFFFF)
+        parent = torch.arange(regions + 1, device=d.device)
+        parent[chooser] = root[a[edge]] + root[b[edge]] - chooser            # the other end
+        pair = chooser[(parent[parent[chooser]] == chooser) & (chooser < parent[chooser])]
+        parent[pair] = pair                              # two that chose each other: one stays
+        root = basin_roots(parent)[root]
+        first, second = root[first], root[second]
+    root = torch.where(root <= markers, root, 0).int()
+    label.scatter_(0, bare.long(), root[label.index_select(0, bare)])
+
+
+def merge_basins(d: Tensor, label: Tensor, regions: int, slope: Tensor, peak: float, depth: float,
+                 unsure: Tensor, S: int) -> int:
+    """Join regions, one to each summit, until all stand out; number them in raster order of their
+    summits; return how many.
 
     A region joins the higher one across its highest saddle if it is hardly above that: hills that
     are not above peak first, where the network is `unsure` (L,) by less than HILL of their height,
-    elsewhere always; then the others, by less than depth. Nothing is higher than a marker. Hills
-    that are left belong to nothing.
+    elsewhere always; then the others, by less than depth. Hills that are left belong to nothing.
     """
     pixels = slope.int()
-    if markers:
-        pixels = pixels[label.index_select(0, pixels) > markers]
-    mine = label.index_select(0, pixels)
-    a, b, order = basin_borders(d, label, pixels, markers, S)                      # (E,)
+    mine = label.index_select(0, slope)
+    a, b, order = basin_borders(d, label, pixels, 0, S)                            # (E,)
     alone = torch.arange(regions + 1, device=d.device)
     top = torch.zeros(regions + 1, device=d.device)
     top.scatter_reduce_(0, mine.long(), d.index_select(0, pixels), "amax")
-    top[1:markers + 1] = math.inf
     # of equal summits the first is higher
     rank = (top.view(torch.int32).long() << 32) | (regions - alone)
     least_hill = torch.full_like(top, math.inf)
@@ -383,9 +407,7 @@ def merge_basins(d: Tensor, label: Tensor, markers: int, regions: int, slope: Te
                 live &= pass_height(torch.minimum(rank[first], rank[second])) > peak
             live = live.nonzero().squeeze(1)
             first, second, order = (x.index_select(0, live) for x in (first, second, order))
-            best = torch.zeros_like(root)  # the highest saddle of each region, 0 without any
-            for side in (first, second):
-                best.scatter_reduce_(0, side, order, "amax")
+            best = highest_saddles(root, first, second, order)
             chooser = best.nonzero().squeeze(1)
             best, top = best[chooser], pass_height(rank[chooser])
             edge = len(a) - (best & 0xFFFFFFFF)
@@ -404,7 +426,14 @@ def merge_basins(d: Tensor, label: Tensor, markers: int, regions: int, slope: Te
     number = torch.zeros(regions + 1, dtype=torch.int32, device=d.device)
     number[cell[torch.argsort(rank[cell] & 0xFFFFFFFF, descending=True)]] = torch.arange(
         1, len(cell) + 1, dtype=torch.int32, device=d.device)
-    label.scatter_(0, pixels.long(), number[root].index_select(0, mine))
+    label.scatter_(0, slope, number[root].index_select(0, mine))
+    return len(cell)
+
+
+def highest_saddles(root: Tensor, first: Tensor, second: Tensor, order: Tensor) -> Tensor:
+    """The order of each region's highest saddle; 0 without any."""
+    best = torch.zeros_like(root).scatter_reduce_(0, first, order, "amax")
+    return best.scatter_reduce_(0, second, order, "amax")
 
 
 def pass_height(order: Tensor) -> Tensor:
@@ -461,7 +490,8 @@ def without_holes(label: Tensor) -> Tensor:
     H, W = label.shape
     S = W + 1
     node = F.pad(label, (0, 1, 1, 1)).view(-1)  # (L,) all background that is outside hangs together
-    pixels, part, parts = basin_components(node == 0, S)                     # outside is part 1
+    pixels, part, parts = basin_components(node == 0,
+                                           S)                           # outside is part 1
     inside = (part > 1).nonzero().squeeze(1)
     if not len(inside):
         return label
@@ -474,8 +504,8 @@ def without_holes(label: Tensor) -> Tensor:
     return node.view(H + 2, S)[1:-1, :W].contiguous()
 
 
-def drop_small(label: Tensor, min_area: int) -> Tensor:
+def drop_small(label: Tensor, min_area: int, count: int) -> Tensor:
     """Drop cells of fewer than min_area px and number the others 1..n."""
-    keep = torch.bincount(label.flatten()) >= min_area
+    keep = torch.bincount(label.flatten(), minlength=count + 1) >= min_area
     keep[0] = False
     return (keep.cumsum(0) * keep).int()[label]

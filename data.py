@@ -461,7 +461,7 @@ def read_coco(path: Path) -> list[Listed]:
             for e in images):
         raise ValueError(f"{path}: expected COCO's lists of images (id, file_name) and annotations")
     categories = parsed.get("categories")
-    names = {str(category.get("id")): str(category.get("name"))
+    names = {coco_class(category.get("id")): str(category.get("name"))
              for category in (categories if isinstance(categories, list) else [])
              if isinstance(category, dict)}
     cells, types = defaultdict(list), defaultdict(list)
@@ -470,13 +470,18 @@ def read_coco(path: Path) -> list[Listed]:
             raise ValueError(f"{path}: an annotation without image_id or segmentation: "
                              f"{str(entry)[:60]}")
         cells[entry[0]].append(entry[1])
-        types[entry[0]].append(names.get(str(entry[2]), ""))
+        types[entry[0]].append(names.get(coco_class(entry[2]), ""))
     if strangers := cells.keys() - {str(image["id"]) for image in images}:
         raise ValueError(f"{path}: annotations of image_id {min(strangers)}, which is not among "
                          "its images")
     return [Listed(image["file_name"], (image.get("height"), image.get("width")),
                    cells[str(image["id"])], types[str(image["id"])],
                    f"{path}: {image['file_name']}") for image in images]
+
+
+def coco_class(number: Any) -> str:
+    """A category's id as text; pandas writes 1 as 1.0 where another is missing."""
+    return str(int(number) if isinstance(number, float) and number.is_integer() else number)
 
 
 def coco_labels(listed: Listed, image: Path, channels: Channels) -> np.ndarray:
@@ -591,6 +596,10 @@ def _labelled_types(labels: Path, image: Path) -> dict[int, str]:
     return {}
 
 
+class OtherLabels(ValueError):
+    """A table X_cells.csv is of other labels of X."""
+
+
 def numbered_types(names: Sequence[Any]) -> dict[int, str]:
     """{number of the cell, from 1: its class}, without cells that have none."""
     return {i: str(name) for i, name in enumerate(names, 1) if name}
@@ -610,7 +619,8 @@ def read_types(path: Path, labels: Path, image: Path) -> dict[int, str]:
         raise ValueError(f"{path}: two types for cell {twice[0]}; expected one")
     ids = np.unique(_labels(labels, image, None))
     if strangers := sorted(types.keys() - set(ids.tolist())):
-        raise ValueError(f"{path}: a type for cell {strangers[0]}, which is not in {labels.name}")
+        kind = OtherLabels if path.name.endswith("_cells.csv") else ValueError
+        raise kind(f"{path}: a type for cell {strangers[0]}, which is not in {labels.name}")
     return types
 
 
@@ -1039,7 +1049,7 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
             write_labels(target / f"{example.name}_masks.tif", labels, image.pixel_size)
             try:
                 types = example.types()
-            except ValueError as error:                # a table of other labels of the same image
+            except OtherLabels as error:
                 print(f"{example.name}: without classes of cells; {error}", file=sys.stderr)
                 types = {}
             rows = [{"id": i, "type": types[i]} for i in np.unique(labels).tolist() if i in types]
@@ -1137,10 +1147,15 @@ def check(config: Config, *paths: str) -> int:
             where = f"{path}: {example.name}"
             try:
                 pixels, labels = example.image().pixels, example.labels()
-                example.types()
             except (ValueError, OSError) as error:
                 problems.append(f"{where}: {error}")
                 continue
+            try:
+                example.types()
+            except OtherLabels:
+                pass                                               # convert leaves it out as well
+            except (ValueError, OSError) as error:
+                problems.append(f"{where}: {error}")
             content = runs.digest(pixels)
             seen[content].append(where)
             if pixels.shape[1:] != labels.shape:

@@ -239,22 +239,30 @@ def test_classes_from_every_layout(tmp_path):
     (tmp_path / "c" / "set.json").write_text(json.dumps({
         "images": [{"id": 1, "file_name": "a.png"}],
         "categories": [{"id": 5, "name": "tumour"}],
-        "annotations": [{"image_id": 1, "segmentation": square, "category_id": 5}]}))
+        "annotations": [{"image_id": 1, "segmentation": square, "category_id": 5.0}]}))
     example, = data.examples(tmp_path / "c")
     assert example.types() == {1: "tumour"}
 
 
 def test_classes_are_converted_with_their_cells(tmp_path, capsys):
+    """A table of other labels is left out with a word, one that is wrong ends the conversion."""
     source, out = tmp_path / "in", tmp_path / "out"
-    for name, table in (("a", "id,type\n3,round\n1,long\n"), ("b", "id,type\n9,round\n")):
-        labelled(source, name, (1, 2))
-        (source / f"{name}_types.csv").write_text(table)
-    assert data.check(data.Config(), str(source)) == 1
-    assert "b: " in (said := capsys.readouterr().out) and "a type for cell 9" in said
+    for seed, (name, end, table) in enumerate((("a", "types", "id,type\n3,round\n1,long\n"),
+                                               ("b", "cells", "id,type\n9,round\n"))):
+        labelled(source, name, (1, 2), seed=seed)
+        (source / f"{name}_{end}.csv").write_text(table)
+    assert data.check(data.Config(), str(source)) == 0
     assert data.main(data.Config(), ["convert", str(source), str(out)]) == 0
     assert "b: without classes of cells; " in capsys.readouterr().err
     assert (out / "a_types.csv").read_text() == "id,type\n1,long\n3,round\n"
     assert [example.types() for example in data.examples(out)] == [{1: "long", 3: "round"}, {}]
+
+    (source / "a_types.csv").write_text("id,type\n9,round\n")
+    assert data.check(data.Config(), str(source)) == 1
+    assert "2 images, 8 cells: 1 problems" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="a type for cell 9, which is not in a_masks.tif"):
+        data.main(data.Config(), ["convert", str(source), str(tmp_path / "new")])
+    assert not (tmp_path / "new" / "a.tif").exists()              # it would stand for the classes
 
 
 def test_classes_that_lie_beside_the_cells(tmp_path):

@@ -307,17 +307,19 @@ def load_resident(config: data.TrainingData, seed: int, device: str, cap: float 
     held = [image for image in validation if image.held]
     hashes = {"train": {}, "validation": {image.name: content_hash(image) for image in held}}
     of_type = {image.name: image.types for image in held}
+    cells: dict[str, int] = {}
 
     def read() -> Iterator[data.Labelled]:
-        for image in (image for part in pending for image in part()):
-            hashes["train"][image.name] = content_hash(image)
-            of_type[image.name] = image.types
-            yield image
+        for part in pending:
+            for image in part():
+                hashes["train"][image.name] = content_hash(image)
+                cells[image.name], of_type[image.name] = int(image.labels.max()), image.types
+                yield image
 
     limit = config.memory_gb * 1e9 if config.memory_gb else runs.free_memory() / 2
     resident = Resident(read(), device, cap, config.diameter, limit / 2)
     resident.weigh({chosen.name: chosen.weight for chosen in config.sets})
-    data.check_cells("data.sets", dict(zip(hashes["train"], resident.cells)))
+    data.check_cells("data.sets", cells)
     data.check_training_types(of_type, data.training_types(config.types))
     return resident, validation, hashes
 

@@ -73,7 +73,7 @@ class StudyModel:
     min_area: int | None = None             # px
 
     def digest(self) -> str:
-        """Of the content of the weights."""
+        """Digest of the content of the weights."""
         path = Path(self.weights)
         if not path.is_file():
             raise FileNotFoundError(f"model '{self.name}': no weights at {path}; train_seg.py "
@@ -139,16 +139,18 @@ class Config:
         return cohort.find_tiles(self.tiles, self.pattern, self.nuclei, self.marker, self.donor)
 
     def folder(self, model: StudyModel) -> Path:
+        """Where the counts of a model lie."""
         return Path(self.out) / "full_inference" / model.name
 
     def key(self, model: StudyModel) -> str:
-        """Digest of what a line depends on besides the tile: content of the weights, settings."""
+        """Digest of what a tile's line depends on besides the tile: weights and settings."""
         names = ("diameter", "border", "percentile", "tiles", "pattern", "nuclei", "marker")
         settings = {**asdict(model), "name": None, "weights": model.digest(),
                     **{name: getattr(self, name) for name in names}}
         return runs.digest(json.dumps(settings, sort_keys=True))[:16]
 
     def lines(self, model: StudyModel) -> dict[str, dict]:
+        """The line of each tile that is done with a model."""
         return cohort.lines_by_tile(self.folder(model) / "shards", self.key(model))
 
     def read_counts(self) -> cohort.Counts:

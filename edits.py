@@ -176,10 +176,10 @@ def edit_gesture(book: Book, line: np.ndarray) -> Edit:
 
 
 # What a line, and what a click, asks for.
-OF_LINE = {"gesture": edit_gesture, "draw": draw_cell, "erase": cut_away, "split": split_cells,
-           "merge": merge_cells, "lasso": remove_inside}
-OF_CELL = {"remove": lambda book, cell: remove_cells(book, [cell]), "grow": grow_cell,
-           "shrink": shrink_cell}
+LINE_EDITS = {"gesture": edit_gesture, "draw": draw_cell, "erase": cut_away, "split": split_cells,
+              "merge": merge_cells, "lasso": remove_inside}
+CELL_EDITS = {"remove": lambda book, cell: remove_cells(book, [cell]), "grow": grow_cell,
+              "shrink": shrink_cell}
 
 
 def flooded_edit(book: Book, labels: np.ndarray, what: str = "flood") -> Edit:
@@ -243,8 +243,8 @@ def box_around(boxes: Sequence[Box]) -> Box:
 
 def lengthened_line(line: np.ndarray, px: float = 2.0) -> np.ndarray:
     """A line that goes on by some px at both ends: hands stop a little too early."""
-    ends = []
-    for end, inner in ((line[0], line[:4][-1]), (line[-1], line[-4:][0])):
+    ends, near = [], min(3, len(line) - 1)                         # points that tell the direction
+    for end, inner in ((line[0], line[near]), (line[-1], line[-1 - near])):
         away = end - inner
         ends.append(end + px * away / max(float(np.hypot(*away)), 1e-9))
     return np.concatenate((ends[:1], line, ends[1:]))
@@ -321,12 +321,17 @@ class Book:
             self.labels = labels
         self.revision = self.size = 0
         self.saved = True
-        for line in self.journal.read_bytes().splitlines(True) if self.journal.exists() else ():
+        lines = self.journal.read_bytes().splitlines(True) if self.journal.exists() else []
+        for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):                # cut by a crash: it was not confirmed
                 os.truncate(self.journal, self.size)
                 break
-            edit, labels = self.follow(line)
-            self.labels[edit.box] = labels
+            try:
+                edit, labels = self.follow(line)
+                self.labels[edit.box] = labels
+            except (ValueError, LookupError, TypeError, zlib.error):
+                raise ValueError(f"{self.journal}: line {number} is damaged; remove the file, the "
+                                 "labels stay as they are on the disk") from None
             self.fresh = max(self.fresh, *(1 + int(part.max(initial=0))
                                            for part in (edit.before, edit.after)))
             self.revision += 1
@@ -480,7 +485,7 @@ def packed_edit(edit: Edit) -> bytes:
 
 
 def what_of(line: bytes) -> str:
-    """What a line does, by its first bytes: it may be long."""
+    """The word of a line for what it does, from its first bytes: it may be long."""
     return line[:100].split(b'"what": "')[1].split(b'"')[0].decode()
 
 

@@ -410,13 +410,13 @@ def channels(config: probe.Channels) -> None:
 
 @dataclass(frozen=True)
 class VectorSource:
-    name: measure.RowName                   # its folder and row
+    name: runs.Name                         # its folder and row
     weights: str                            # file; random; or pixels: columns of NAME_cells.csv
 
 
 @dataclass(frozen=True)
 class TypedSet:
-    name: measure.RowName                   # its file and row
+    name: runs.Name                         # its file and row
     train: tuple[data.TrainingSet, ...]     # images to learn types from, within root
     test: tuple[data.TrainingSet, ...]      # images to tell types on
     types: dict                             # {type: its classes in the sets}

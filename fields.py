@@ -280,8 +280,16 @@ def _streamed_fields(config: FieldData, index: Index, seed: int) -> Iterator[Pix
 
 # ---------------------------------------------------------------------------------- making an index
 
-# A row is a field that was found: batch, plate, measurement, row, column and field, the folder with
-# a slash at its end, and {channel: (name in the folder, bytes)}.
+class FoundField(NamedTuple):
+    batch: str
+    plate: str
+    measurement: str
+    row: int                                            # of the well, from 1
+    column: int
+    field: int
+    folder: str                                     # s3:// address or path, with a slash at its end
+    files: dict[str, tuple[str, int]]                   # channel: name in folder, bytes
+
 
 def make_index(source: str, channels: Sequence[str] | None = None, signed: bool = False,
                journal: str | Path | None = None) -> tuple[Index, Counter]:
@@ -307,9 +315,7 @@ def make_index(source: str, channels: Sequence[str] | None = None, signed: bool 
         wanted = ("load_data.csv with rows" if by_table else
                   "TIFF named as r01c01f01p01-ch1sk1fk1fl1.tiff")
         raise ValueError(f"{source}: no {wanted} among {counts['keys']} files")
-    common = root
-    if by_table:
-        common = _index_common_folder({folder for *_, folder, files in rows if files})
+    common = _index_common_folder({row.folder for row in rows if row.files}) if by_table else root
     if common in ("", "s3:/", "s3://"):
         raise ValueError(f"{source}: its tables name files without a folder or in several buckets; "
                          "index them one by one")
@@ -317,11 +323,11 @@ def make_index(source: str, channels: Sequence[str] | None = None, signed: bool 
 
 
 def _visit_all(visit: Callable, stop: Callable, first: str, what: str, journal: str | Path | None
-               ) -> tuple[list[tuple], Counter]:
+               ) -> tuple[list[FoundField], Counter]:
     """All rows below `first`; each folder that a thread finished is a line of the journal."""
     from tqdm import tqdm
     done = {} if journal is None else _read_index_journal(Path(journal), what)
-    rows: list[tuple] = []
+    rows: list[FoundField] = []
     counts, running = Counter[str](), dict[Future, str]()
     begin: dict[str, Any] = {"rows": [], "counts": {"keys": 0}, "places": [first]}
     visited = [begin, *done.values()]
@@ -333,7 +339,7 @@ def _visit_all(visit: Callable, stop: Callable, first: str, what: str, journal: 
         try:
             while visited:
                 for result in visited:
-                    rows += map(tuple, result["rows"])
+                    rows += [FoundField(*values) for values in result["rows"]]
                     counts.update(result["counts"])
                     bar.update(result["counts"]["keys"])
                     running |= {threads.submit(visit, place): place
@@ -474,24 +480,24 @@ def _index_common_folder(folders: Iterable[str]) -> str:
     return "/".join(parts) + "/" if parts else ""
 
 
-def _field_index(rows: list[tuple], root: str, channels: Sequence[str] | None, counts: Counter
+def _field_index(rows: list[FoundField], root: str, channels: Sequence[str] | None, counts: Counter
                  ) -> Index:
     """An index of sorted rows; counts incomplete and repeated fields, and missing channels."""
-    labels = {label for *_, files in rows for label in files}
+    labels = {label for row in rows for label in row.files}
     known = [name for name in JUMP_CHANNELS if name in labels]
     every = Index(root, [*known, *sorted(labels - set(known))], [])
     chosen = index_channels(every, channels or ())
     lines: dict[tuple, bytes] = {}
     for row in sorted(rows, key=lambda row: row[:6]):
-        site, (folder, files) = row[:6], row[6:]
-        missing = [name for name in chosen if name not in files]
+        site = row[:6]
+        missing = [name for name in chosen if name not in row.files]
         counts["incomplete"] += bool(missing)
         counts.update(f"without {name}" for name in missing)
         counts["twice"] += site in lines
         if missing or site in lines:
             continue
-        names, sizes = zip(*(files[name] for name in chosen), strict=True)
-        cells = (*site, sum(sizes), folder.removeprefix(root), *names)
+        names, sizes = zip(*(row.files[name] for name in chosen), strict=True)
+        cells = (*site, sum(sizes), row.folder.removeprefix(root), *names)
         lines[site] = "\t".join(map(str, cells)).encode()
     if not lines:
         raise ValueError(f"{root}: all {counts['incomplete']} fields miss one of "

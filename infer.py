@@ -460,8 +460,11 @@ def result_difference(record: dict, path: Path | str, name: str, made: dict,
     old, new = ({**one["settings"], "weights": one["weights"]["file"],
                  "their content": one["weights"]["sha256"]} for one in (record, made))
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    both = {"weights", "their content"} <= set(changed)  # one is said; a new name alone is nothing
-    if changed := [key for key in changed if key != ("their content" if both else "weights")]:
+    if "their content" not in changed:
+        changed = [key for key in changed if key != "weights"]  # a new name alone is nothing
+    elif "weights" in changed:
+        changed.remove("their content")  # one of the two is said
+    if changed:
         return "was made with " + ", ".join(
             f"{key} {old.get(key, 'left out')} (now {new.get(key, 'left out')})" for key in changed)
     before, given = record.get("given", {}), given_labels(name, config)

@@ -49,7 +49,8 @@ POOLED = ("precision", "recall", "F1", "TP", "FP", "FN", "n_true", "n_pred", "SE
 Score = Literal["AP@0.5", "AP@0.75", "AP@0.9", "F1", "PQ", "AJI", "SEG", "DET", "OP_CSB", "DSB",
                 "MMA"]
 COMPARED = get_args(Score)                        # between models
-PAGE_SCORES, BRIEF = COMPARED[:9], COMPARED[:3]   # on the page, in the short table
+PAGE_SCORES = tuple(name for name in COMPARED if name not in ("DSB", "MMA"))
+BRIEF = ("AP@0.5", "AP@0.75", "AP@0.9")           # in the short table
 CEILING = "ceiling"                               # name of the row of the encoding
 LABEL_SUFFIXES = (".tif", ".tiff", ".npy", ".png")
 LABEL_ENDS = re.compile(r"_(pred|labels?|cp_masks|masks?|nuclei|cells)$")

@@ -554,7 +554,8 @@ def track_scores(truths: Iterable, preds: Iterable | None = None,
     (1, 0.667, 1.0, 1.0, 0.0)
     """
     tables = _overlap_tables(truths, preds)
-    true_ids, pred_ids = ([t[side].tolist() for t in tables] for side in (0, 1))
+    true_ids = [table.truth_ids.tolist() for table in tables]
+    pred_ids = [table.pred_ids.tolist() for table in tables]
     truth_tracks = _score_tracks(truth_tracks, true_ids, "truth")
     pred_tracks = _score_tracks(pred_tracks, pred_ids, "prediction")
     found: dict[Vertex, Vertex] = {}  # true cell -> the predicted one that covers more than half
@@ -622,7 +623,9 @@ def _score_tracks(given: ArrayLike | None, frames: list[list[int]], side: str) -
 
 def _track_edges(frames: list[list[int]], tracks: NDArray) -> Edges:
     """Links of the cells of all frames (Matula et al., 2015)."""
-    edges, first, last = Edges(), dict[int, int](), dict[int, int]()   # frames of each label
+    edges: Edges = {}
+    first: dict[int, int] = {}                          # frame of each label
+    last: dict[int, int] = {}
     for t, ids in enumerate(frames):
         for k in ids:
             if last.get(k) == t - 1:

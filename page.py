@@ -142,7 +142,8 @@ class Picture:
         self.lock = threading.Lock()                    # a Source is not thread-safe
         C, H, W = self.source.shape
         self.step = 2 ** max(0, math.ceil(math.log2(max(H, W) / OVERVIEW)))
-        self.sizes: dict[int, Any] = {1: self.source}   # how much smaller -> the slide so stored
+        # how much smaller -> the slide as it is stored so; the smallest is an array
+        self.sizes: dict[int, Any] = {1: self.source}
         for number in range(level + 1, self.source.levels + 1):
             small = self.files.enter_context(entry.open(None, number))
             factor = round(H / small.shape[1])
@@ -926,8 +927,8 @@ def get_types(project: Project, query: dict[str, str]) -> dict:
 
 def tile_place(opened: Opened, query: dict[str, str]) -> tuple[int, int, int]:
     z, row, column = (int(query[key]) for key in ("z", "row", "column"))
-    if not 0 <= z <= 16 or not all(0 <= i * (TILE << z) < n for i, n in zip((row, column),
-                                                                           opened.size)):
+    (H, W), side = opened.size, TILE << max(0, min(z, 16))
+    if not (0 <= z <= 16 and 0 <= row * side < H and 0 <= column * side < W):
         raise ValueError(f"no tile {row}, {column} at z={z}")
     return z, row, column
 
@@ -986,11 +987,11 @@ def line_of(values: dict):
 def edit_of(book, values: dict):
     """The edit of a request."""
     what = values["what"]
-    if what in edits.OF_LINE:
-        return edits.OF_LINE[what](book, line_of(values))
-    if what in edits.OF_CELL:
-        return edits.OF_CELL[what](book, int(values["cell"]))
-    known = ", ".join((*edits.OF_LINE, *edits.OF_CELL, "undo", "redo"))
+    if what in edits.LINE_EDITS:
+        return edits.LINE_EDITS[what](book, line_of(values))
+    if what in edits.CELL_EDITS:
+        return edits.CELL_EDITS[what](book, int(values["cell"]))
+    known = ", ".join((*edits.LINE_EDITS, *edits.CELL_EDITS, "undo", "redo"))
     raise ValueError(f"no edit {what}, expected one of {known}")
 
 

@@ -358,7 +358,7 @@ class Cache:
     """
 
     def __init__(self, folder: str | Path, limit: float):
-        self.folder, self.limit = Path(folder), limit if fcntl else 0
+        self.folder, self.limit = Path(folder), limit
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, address: str) -> Path:
@@ -376,7 +376,7 @@ class Cache:
 
     def put(self, address: str, body: bytes) -> None:
         path = self.path(address)
-        if len(body) > self.limit:
+        if fcntl is None or len(body) > self.limit:
             return
         path.parent.mkdir(exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")

@@ -80,10 +80,10 @@ def plan_for(image, net: DINOCell, *, diameter: float | None = None, zoom: float
 
     diameter : px, of the cells in the image, which is scaled so that they have the size the network
         knows. None: as the network's size head sees them; without one the image is not scaled.
-    zoom : in place of a diameter.
+    zoom : px of the network for each px of the image, in place of a diameter.
     limits : None: percentiles of the whole image.
     tile : None: the size of the training crops, or somewhat more if that fits the image better.
-    overlap : None: a cell's diameter, so that each lies whole in some tile. near : the same.
+    overlap, near : None: a cell's diameter, so that each lies whole in some tile.
     embed : always so where the network tells types.
     thresholds : peak, fill, depth, smooth, shape of watershed.Setting, and min_area in px of the
         image; None: those in the weights.

@@ -94,6 +94,8 @@ class ResidentPool(Pool):
         self.channels, self.names = tuple(channels), []
         pixels, limits = [], []
         for name, array in arrays:
+            if array.dtype != np.uint16:
+                raise ValueError(f"{name}: {array.dtype}, expected uint16")
             self.names.append(name)
             pixels.append(torch.from_numpy(array.view(np.int16)))
             limits.append(torch.from_numpy(sampled_limits(array)))
@@ -303,9 +305,9 @@ class FieldPool(Pool):
                 if self._error is not None:
                     return
             row = self._order[0]
-            slot = np.flatnonzero(self._rows == row)
-            if not slot.size:
+            if row not in self._rows:
                 break
+            slot = int(np.flatnonzero(self._rows == row)[0])
             if self._uses[slot] < self._least:                   # still here: wait until it is used
                 return
             self._uses[slot], self._arrived[slot] = 0, time.monotonic()  # stays, as if it came anew

@@ -31,8 +31,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import fewshot  # noqa: E402
-
 import report  # noqa: E402  (the folder above)
 import runs  # noqa: E402
 import train_seg  # noqa: E402
@@ -182,17 +180,22 @@ def lot(items: list, count: int) -> list:
 def few(entries: list, count: int, diameter: float, side: int = 448) -> list:
     """Up to `count` of each set with cells, scaled so that median cells are `diameter` wide, and no
     more than their middle."""
+    from skimage.transform import resize
+
     import data
     kept = []
     for name in dict.fromkeys(entry.set for entry in entries):
         for entry in lot([entry for entry in entries if entry.set == name], count):
             if not (wide := data.median_diameter(entry.labels)):
                 continue
-            entry = fewshot.scaled(entry, diameter, wide)
-            y, x = (slice(max(0, (n - side) // 2), max(0, (n - side) // 2) + side)
-                    for n in entry.labels.shape)
-            kept.append(entry._replace(pixels=np.ascontiguousarray(entry.pixels[:, y, x]),
-                                       labels=entry.labels[y, x]))
+            size = [max(8, round(n * diameter / wide)) for n in entry.labels.shape]
+            pixels = resize(entry.pixels, (3, *size), order=1,
+                            anti_aliasing=diameter < wide).astype(np.float32)
+            labels = resize(entry.labels, size, order=0, anti_aliasing=False,
+                            preserve_range=True).astype(np.int32)
+            y, x = (slice(max(0, (n - side) // 2), max(0, (n - side) // 2) + side) for n in size)
+            kept.append(entry._replace(pixels=np.ascontiguousarray(pixels[:, y, x]),
+                                       labels=labels[y, x]))
     return [entry for entry in kept if entry.labels.any()]
 
 

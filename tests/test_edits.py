@@ -161,6 +161,14 @@ def test_undo_and_redo_without_end_and_after_a_restart(book, tmp_path):
     consistent(again)
 
 
+@pytest.mark.parametrize("damage", [b'{"time": "x", "WHAT\n', b'{"time": "x", "what": "undo"}\n',
+                                    b'{"time": "x", "what": "draw", "box": [0, 0, 1, 1]}\n'])
+def test_a_damaged_journal_is_named(book, tmp_path, damage):
+    (tmp_path / "a_journal.jsonl").write_bytes(damage)
+    with pytest.raises(ValueError, match="a_journal.jsonl: line 1 is damaged; remove the file"):
+        edits.Book(tmp_path / "a", book.shape)
+
+
 def test_a_journal_cut_by_a_crash_loses_only_what_was_not_confirmed(book, tmp_path):
     book.do(edits.remove_cells(book, [5]))
     with open(tmp_path / "a_journal.jsonl", "ab") as file:

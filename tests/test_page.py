@@ -945,6 +945,16 @@ def test_search_sliders_and_done(chrome, site):
                 and line["source"] != "intervention"]         # a quick reload in a test, no person
 
 
+@pytest.mark.parametrize("link, name", [("b+c", "b+c"), ("b%2Bc", "b+c"), ("b%2", "a")])
+def test_a_link_shows_its_image(chrome, tmp_path, link, name):
+    """As this page writes it, or a hand; the first image where it is damaged."""
+    for stem in ("a", "b+c"):
+        tifffile.imwrite(tmp_path / f"{stem}.tif", drawn(1)[0])
+    with Site(tmp_path) as site:
+        chrome.get("about:blank")
+        assert Person(chrome, f"{site.server.address}#{link}").js("image.name") == name
+
+
 def test_a_slider_goes_through_a_stack(chrome, stack):
     for z, labels in enumerate(stack.truth):
         images.write_labels(stack.out / f"embryo_z{z + 1}_labels.tif", labels)

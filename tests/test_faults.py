@@ -478,7 +478,7 @@ def test_one_of_each_between_good_images(tmp_path, weights):
     foreign = os.path.join(os.fsencode(folder), b"b\xff.tif")      # a name that is not UTF-8
     Path(os.fsdecode(foreign)).write_bytes((folder / "a.tif").read_bytes())
     bad = {"c_jpeg_of_65500.jpg": test_images.jpeg_that_claims(65500, 65500),
-           "d_png_of_2_31.png": test_images.png_that_claims(2**31 - 1, 2**31 - 1),
+           "d_png_of_2_31.png": test_images.png(2**31 - 1, 2**31 - 1, 8, 0, bytes(64)),
            "e_png_of_zeros.png": png_of_zeros(100_000),
            "f_tiff_of_2_32.tif": tiff_that_claims(16, 2**32),
            "g_empty.tif": b"", "h_text.png": b"no image",
@@ -488,7 +488,8 @@ def test_one_of_each_between_good_images(tmp_path, weights):
     tifffile.imwrite(folder / "j_unknown_axes.tif", np.stack([pixels] * 5), metadata=None)
     tifffile.imwrite(folder / "k_nan.tif", np.full((64, 64), np.nan, np.float32))
     stack(folder / "l_cut_stack.tif", 0.6)
-    (folder / "i_deflate_bomb.tif").write_bytes(test_images.deflate_that_holds_more(4096))
+    (folder / "i_deflate_bomb.tif").write_bytes(
+        test_images.gray_tiff(192, 160, 8, 8, test_images.zeros_deflated(4096 << 20)))
     code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\n"
             f"sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['infer.py', *{[str(folder)]!r}, "
             f"'out={tmp_path / 'out'}', 'weights={weights}']\n"

@@ -951,7 +951,6 @@ def test_a_link_shows_its_image(chrome, tmp_path, link, name):
     for stem in ("a", "b+c"):
         tifffile.imwrite(tmp_path / f"{stem}.tif", drawn(1)[0])
     with Site(tmp_path) as site:
-        chrome.get("about:blank")
         assert Person(chrome, f"{site.server.address}#{link}").js("image.name") == name
 
 

@@ -786,10 +786,10 @@ def segment_stack(path: Path, name: str, out: Path, net, config: Config, made: d
             raise runs.Stopped
         if not (work / f"{number}_labels.tif").exists():
             flat = images.plane_name(name, config.linked, number + 1, len(planes))
-            given = Path(config.labels or "", f"{flat}_labels.tif")
+            given = given_files(flat, alone)["labels"]  # one file, or none
             with planes.open(number) as source:
                 results = Results(work, str(number), source, plan, alone, clock)
-                results.fill(source, given if config.labels and given.is_file() else None)
+                results.fill(source, given[0] if given else None)
             results.close(None, start)
         progress((number + 1) / (len(planes) + 1))
     row = link_planes(planes, work, name, out, plan, made, start)

@@ -462,8 +462,9 @@ def embed(config: Embed) -> None:
     """What a vector per cell is worth, beside the pixels' own statistics and random weights.
 
     k-NN and a linear head learn the types of the cells in `train` and tell those of the true cells
-    in `test`: accuracy, and mean F1 over the types. F_d and F_c (metrics.type_scores) are those of
-    the cells that the source itself finds at the median diameter of `train`, with the linear head.
+    in `test`, from vectors and outlines at the median diameter of `train`: accuracy, and mean F1
+    over the types. F_d and F_c (metrics.type_scores) are those of the cells that the source itself
+    finds at this diameter, with the linear head.
 
     Fields: mean vector of a field's cells in each channel; is the nearest one of another channel
     that of the same field?
@@ -522,10 +523,10 @@ def vectors_of(net, pixels: np.ndarray, labels: np.ndarray, only: str = "") -> n
                     1).astype(np.float32)
 
 
-class TypedCells(typing.NamedTuple):
-    vectors: np.ndarray                     # (n, D)
-    types: np.ndarray                       # (n,) from 1; 0 unknown
-    images: list                            # (pixels, labels, types of its cells)
+class TypedImage(typing.NamedTuple):
+    pixels: np.ndarray                      # (C, H, W)
+    labels: np.ndarray                      # (H, W)
+    types: np.ndarray                       # (n,) of its cells, from 1; 0 unknown
 
 
 def typed_examples(sets: Sequence[data.TrainingSet], root: str) -> list[data.Example]:
@@ -533,36 +534,47 @@ def typed_examples(sets: Sequence[data.TrainingSet], root: str) -> list[data.Exa
         Path(root) / chosen.path, chosen.channels, chosen.match, chosen.labels)]
 
 
-def typed_cells(net, sets: Sequence[data.TrainingSet], typed: TypedSet, root: str) -> TypedCells:
-    """Vectors and types of the true cells of a set's images."""
-    wanted, rows, images = data.training_types(typed.types), [], []
+def typed_images(sets: Sequence[data.TrainingSet], typed: TypedSet, root: str) -> list[TypedImage]:
+    """A set's images, with each type in one or more."""
+    wanted, found = data.training_types(typed.types), []
     examples = typed_examples(sets, root)
     for example in examples:
-        pixels, labels = example.image().pixels, example.labels()
-        rows.append(vectors_of(net, pixels, labels))
-        images.append((pixels, labels, data.training_type_numbers(example, labels, wanted)))
-    types = np.concatenate([np.zeros(0, int), *(own for _, _, own in images)])
+        labels = example.labels()
+        found.append(TypedImage(example.image().pixels, labels,
+                                data.training_type_numbers(example, labels, wanted)))
     for number, (name, classes) in enumerate(wanted.items(), 1):
-        if number not in types:
+        if not any(number in image.types for image in found):
             raise ValueError(f"types: no cell is '{name}' ({', '.join(classes)}) in "
                              f"{runs.listed([example.name for example in examples])}; check the "
                              "class, or leave it out")
-    if len({part.shape[1] for part in rows}) > 1:
+    if len({len(image.pixels) for image in found}) > 1:
         raise ValueError(f"set '{typed.name}': images of different channels; choose the same of "
                          "all with channels=")
-    return TypedCells(np.concatenate(rows), types, images)
+    return found
+
+
+def known_type_rows(net, found: Sequence[TypedImage], diameter: float | None
+                    ) -> tuple[np.ndarray, np.ndarray]:
+    """What types are told from (n, D + 10), and types (n,), of the true cells of known type."""
+    rows = [vectors_of(None, image.pixels, image.labels) if net is None else
+            segment.cell_vectors(image.pixels, image.labels, net, outlines=True,
+                                 diameter=diameter)[1] for image in found]
+    types = np.concatenate([image.types for image in found])
+    return np.concatenate(rows)[types > 0], types[types > 0]
 
 
 def told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
     """Scores of the types of a set's test images."""
     names = tuple(data.training_types(typed.types))
-    train, test = (typed_cells(net, part, typed, config.root) for part in (typed.train, typed.test))
-    known, asked = train.types > 0, test.types > 0
-    truth = test.types[asked]
-    head = vectors.linear_type_head(train.vectors[known], train.types[known] - 1, len(names))
-    linear = 1 + vectors.type_probabilities(head, test.vectors[asked]).argmax(1)
-    nearest = 1 + vectors.neighbour_types(train.vectors[known], train.types[known] - 1,
-                                          test.vectors[asked])
+    train, test = (typed_images(part, typed, config.root) for part in (typed.train, typed.test))
+    wide = [data.median_diameter(image.labels) for image in train if image.labels.any()]
+    sized = net is not None and net.settings.diameter
+    diameter = round(float(np.median(wide)), 1) if sized else None
+    rows, types = known_type_rows(net, train, diameter)
+    asked, truth = known_type_rows(net, test, diameter)
+    head = vectors.linear_type_head(rows, types - 1, len(names))
+    linear = 1 + vectors.type_probabilities(head, asked).argmax(1)
+    nearest = 1 + vectors.neighbour_types(rows, types - 1, asked)
     scores: dict[str, Any] = {"cells": len(truth), "most": np.bincount(truth).max() / len(truth)}
     for how, answer in (("knn", nearest), ("linear", linear)):
         scores |= {f"{how}_accuracy": float((answer == truth).mean()),
@@ -570,8 +582,6 @@ def told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
                        metrics.type_f1(truth, answer, range(1, 1 + len(names))))}
     if net is None or net.origin is None:      # none that finds cells
         return scores
-    wide = [data.median_diameter(labels) for _, labels, _ in train.images if labels.any()]
-    diameter = round(float(np.median(wide)), 1) if net.settings.diameter else None
     if config.export:
         whole = networks.load(net.origin)
         whole.set_types(head, names)
@@ -580,7 +590,7 @@ def told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
               "with it, for images of the same magnification" if diameter else ""))
     own = net.type_names == names            # trained to tell these: with its own head
     return scores | {"diameter": diameter or np.nan} | found_types(
-        net, None if own else head, test.images, names, typed.reach, diameter)
+        net, None if own else head, test, names, typed.reach, diameter)
 
 
 def cell_centres(table: dict[str, np.ndarray]) -> np.ndarray:
@@ -588,21 +598,22 @@ def cell_centres(table: dict[str, np.ndarray]) -> np.ndarray:
     return np.stack([table["centroid_y_px"], table["centroid_x_px"]], 1)
 
 
-def found_types(net, head, images_of_set: list, names: tuple[str, ...], reach: float,
+def found_types(net, head, asked: Sequence[TypedImage], names: tuple[str, ...], reach: float,
                 diameter: float | None) -> dict[str, float]:
     """F_d and F_c of the cells that the network finds; `head`: None, if it tells types itself."""
     pairs, missed, extra = [], [], []
-    for pixels, labels, types in images_of_set:
+    for pixels, labels, types in asked:
         plan = segment.plan_for(pixels, net, diameter=diameter, embed=True)
         distance, pool = segment.network_map(segment.as_source(pixels), plan)
         found, _ = segment.cells_in_map(distance, plan, labels.shape)
-        _, vector = segment.pooled_vectors(pool, found, plan)
-        told = 1 + vectors.type_probabilities(head or net.types, vector).argmax(1)
+        _, rows = segment.pooled_vectors(pool, found, plan, outlines=True)
+        told = 1 + (vectors.type_probabilities(head, rows) if head
+                    else net.type_probabilities(rows)).argmax(1)
         true, at = (cell_centres(cells.cell_table(each)) for each in (labels, found))
-        rows, columns = metrics.match_centres(true, at, reach).T
-        pairs.append(np.stack((types[rows], told[columns])))
-        missed.append(np.delete(types, rows))
-        extra.append(np.delete(told, columns))
+        i, j = metrics.match_centres(true, at, reach).T
+        pairs.append(np.stack((types[i], told[j])))
+        missed.append(np.delete(types, i))
+        extra.append(np.delete(told, j))
     both = np.concatenate(pairs, 1)
     detection, by_type = metrics.type_scores(both[0], both[1], np.concatenate(missed),
                                              np.concatenate(extra), range(1, 1 + len(names)))

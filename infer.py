@@ -583,7 +583,8 @@ class Results:
             if block.vectors is not None:
                 self.vectors.append(block.vectors)
                 if self.plan.net.types is not None:
-                    share = self.plan.net.type_probabilities(block.vectors)
+                    share = self.plan.net.type_probabilities(
+                        vectors.type_rows(block.vectors, table, self.plan.zoom))
                     table |= {"type": np.array(self.plan.net.type_names)[share.argmax(1)],
                               "type_probability": share.max(1)}
             self.columns.append(table)

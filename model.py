@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import runs
-from vectors import pooled, type_probabilities
+from vectors import OUTLINE, pooled, type_probabilities
 from watershed import Setting
 
 FORMAT = "dinocell-2"      # first entry of every file that save() writes
@@ -457,10 +457,10 @@ class DINOCell(nn.Module):
     def type_names(self) -> tuple[str, ...]:
         return tuple(self.architecture.get("types", ()))
 
-    def type_probabilities(self, vectors: np.ndarray) -> np.ndarray:
-        """(n, K) for vectors of cells (n, D)."""
+    def type_probabilities(self, rows: np.ndarray) -> np.ndarray:
+        """(n, K) of vectors.type_rows() (n, D + 10); heads of the version before read (n, D)."""
         assert self.types is not None
-        return type_probabilities(self.types, vectors)
+        return type_probabilities(self.types, rows[:, :self.types.in_features])
 
     def add_size_head(self) -> None:
         self.size = SizeHead().train(self.training)
@@ -593,7 +593,10 @@ def load(path: str | Path) -> DINOCell:
         if shape.get("size") == "cells":
             net.add_size_head()
         if names := shape.get("types"):
-            net.set_types(nn.Linear(net.backbone.dim, len(names)), names)
+            width = content["state_dict"]["types.weight"].shape[1]
+            if width not in (net.backbone.dim, net.backbone.dim + len(OUTLINE)):
+                raise ValueError(f"a type head that reads {width} numbers")
+            net.set_types(nn.Linear(width, len(names)), names)
     _fill_network(net, content["state_dict"], path)
     net.origin = Path(path)
     return net.eval()

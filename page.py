@@ -349,11 +349,11 @@ class Opened:
 
     def vectors_key(self) -> str:
         """What vectors depend on: the network, and the numbers of the cells."""
-        return f"{self.map_key}-{self.book.numbering()}"
+        return f"{self.map_key}-{self.book.numbering()}-outlines"
 
     def keep_vectors(self, pool, labels, plan) -> None:
         self.vectors_file.parent.mkdir(parents=True, exist_ok=True)
-        self.rows = vectors.CellVectors(*segment.pooled_vectors(pool, labels, plan),
+        self.rows = vectors.CellVectors(*segment.pooled_vectors(pool, labels, plan, outlines=True),
                                         self.vectors_key())
         vectors.write_vectors(self.vectors_file, self.rows)
 

@@ -35,6 +35,7 @@ from skimage.filters import threshold_otsu
 from skimage.morphology import disk, remove_small_objects
 from torch import Tensor
 
+import cells
 import images
 import vectors
 from model import SIZE_ZOOMS, DINOCell
@@ -307,21 +308,25 @@ def blocks(source, plan: Plan, clock: Counter | None = None,
         yield Block(core, view, local, ids, new, labels, whole, found)
 
 
-def cell_vectors(image, labels: np.ndarray, net: DINOCell, **wanted
+def cell_vectors(image, labels: np.ndarray, net: DINOCell, outlines: bool = False, **wanted
                  ) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors of given cells (H, W): their ids (n,), ascending, and (n, D); see plan_for()."""
+    """Vectors of given cells (H, W), see pooled_vectors() and plan_for()."""
     source = as_source(image)
     plan = plan_for(source, net, embed=True, **wanted)
-    return pooled_vectors(network_map(source, plan)[1], labels, plan)
+    return pooled_vectors(network_map(source, plan)[1], labels, plan, outlines)
 
 
-def pooled_vectors(pool: vectors.TokenPool | None, labels: np.ndarray, plan: Plan
-                   ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (n,) and vectors (n, D) of the cells of labels (H, W) from the tokens of their image."""
+def pooled_vectors(pool: vectors.TokenPool | None, labels: np.ndarray, plan: Plan,
+                   outlines: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (n,), ascending, and vectors (n, D) of the cells of labels (H, W) from the tokens of
+    their image; with outlines what types are told from, see vectors.type_rows()."""
     assert pool is not None                                        # plan.embed was set
     ids = np.unique(labels[labels > 0])
     *_, scales = _whole_regions(scaled_size(labels.shape, plan.zoom), labels.shape)
-    return ids, pool.of(labels, ids, (0, 0), scales)
+    rows = pool.of(labels, ids, (0, 0), scales)
+    if outlines:
+        rows = vectors.type_rows(rows, cells.cell_table(labels, near=plan.near), plan.zoom)
+    return ids, rows
 
 
 def _block_regions(plan: Plan, H: int, W: int) -> Iterator[tuple[Region, Region]]:

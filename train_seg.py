@@ -412,13 +412,13 @@ def fit_types(config: Config, run: runs.Run) -> None:
 
 
 def typed_vectors(images: Iterable[data.Labelled], net) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors (n, D) and types (n,) of the true cells of known type."""
+    """Rows (n, D + 10) and types (n,) of the true cells of known type."""
     rows, types = [], []
     for image in images:
         assert image.types is not None
-        _, vector = segment.cell_vectors(image.pixels, image.labels, net, limits=segment.UNIT,
-                                         zoom=image.zoom)
-        rows.append(vector[image.types > 0])
+        _, row = segment.cell_vectors(image.pixels, image.labels, net, outlines=True,
+                                      limits=segment.UNIT, zoom=image.zoom)
+        rows.append(row[image.types > 0])
         types.append(image.types[image.types > 0])
     return np.concatenate(rows), np.concatenate(types)
 
@@ -449,7 +449,7 @@ def build_segmentation_net(config: Config, diameter: float | None = None):
     else:
         net = model.DINOCell(model.load_backbone(config.init, shape.patch), shape.widths,
                              shape.last, settings, shape.stem)
-    if config.data.types and net.type_names != tuple(config.data.types):
+    if config.data.types:                                   # fit_types() gives another at the end
         net.set_types(torch.nn.Linear(net.backbone.dim, len(config.data.types)),
                       list(map(str, config.data.types)))
     if config.few:

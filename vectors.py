@@ -3,6 +3,7 @@
     vectors, number = pooled(tokens, labels, patch)         # training: tensors, with gradients
     pool = TokenPool(patch, D, window); pool.add(y, x, tokens)   # inference: tile by tile ...
     rows = pool.of(labels, ids, corner, scales)             # ... (n, D) of the cells `ids`
+    rows = type_rows(rows, table, zoom)                     # ... with their outlines, (n, D + 10)
     head = linear_type_head(rows, types, count); type_probabilities(head, rows)
 
 The tokens are those of the last block, normalised each to mean 0 and variance 1, at the scale at
@@ -25,6 +26,9 @@ from torch import Tensor, nn
 import runs
 
 PENALTY = 0.1           # of the squared weights of a linear head, beside the mean cross-entropy
+# columns of cells.cell_table that tell types beside vectors: neither places nor intensities
+OUTLINE = ("area_px", "perimeter_px", "major_axis_px", "minor_axis_px", "eccentricity", "solidity",
+           "extent", "circularity", "neighbours_touching", "neighbours_near")
 VOTES = 20              # neighbours that tell a type, at most
 
 
@@ -192,11 +196,20 @@ def linear_type_head(vectors: np.ndarray, types: np.ndarray, count: int, penalty
 
 
 @torch.inference_mode()
-def type_probabilities(head: nn.Linear, vectors: np.ndarray) -> np.ndarray:
-    """(n, K) float32 of vectors (n, D)."""
-    weight, bias = head.weight.float().cpu(), head.bias.float().cpu()
-    x = torch.from_numpy(np.asarray(vectors, np.float32)).reshape(-1, weight.shape[1])
-    return F.linear(x, weight, bias).softmax(1).numpy()
+def type_probabilities(head: nn.Linear, rows: np.ndarray) -> np.ndarray:
+    """(n, K) float32 of rows (n, width of the head)."""
+    x = torch.from_numpy(np.asarray(rows, np.float32))
+    return F.linear(x, head.weight.float().cpu(), head.bias.float().cpu()).softmax(1).numpy()
+
+
+def type_rows(vectors: np.ndarray, table: dict[str, np.ndarray], zoom: float) -> np.ndarray:
+    """(n, D + 10): what a head tells types from, vectors (n, D) of cells and OUTLINE of their
+    cells.cell_table(), lengths and areas as logarithms of px of the network."""
+    beside = [table[name].astype(np.float32) for name in OUTLINE]
+    for i, name in enumerate(OUTLINE):
+        if name.endswith("_px"):
+            beside[i] = np.log(np.maximum(beside[i] * zoom ** (2 if name == "area_px" else 1), 1))
+    return np.concatenate((vectors, np.stack(beside, 1)), 1)
 
 
 # ------------------------------------------------------------------------ neighbours and retrieval

@@ -105,9 +105,52 @@ def test_vectors_do_not_depend_on_blocks(zoom):
         np.testing.assert_allclose(row, found[2048][i], atol=0.02)
 
 
+def test_outlines_stand_beside_vectors():
+    """At the network's scale: a half as large image that is enlarged twice has the same."""
+    y, x = np.mgrid[:200, :200]
+    rod = (abs(y - 150) < 8) & (abs(x - 100) < 40)
+    large = disks(200, [(60, 60), (60, 99)], 20) + 3 * rod
+    rows = vectors.type_rows(np.ones((3, 4)), cells.cell_table(large, near=30), 1.0)
+    assert rows.shape == (3, 4 + len(vectors.OUTLINE)) and (rows[:, :4] == 1).all()
+    told = dict(zip(vectors.OUTLINE, rows[:, 4:].T))
+    np.testing.assert_allclose(told["area_px"][:2], np.log(np.pi * 20 ** 2), atol=0.01)
+    np.testing.assert_allclose(told["major_axis_px"][2], np.log(79 * 2 / 3 ** 0.5), atol=0.01)
+    assert told["neighbours_touching"].tolist() == [1, 1, 0]
+    small = cells.cell_table(large[::2, ::2], near=15)
+    again = dict(zip(vectors.OUTLINE, vectors.type_rows(np.ones((3, 4)), small, 2.0)[:, 4:].T))
+    for name in vectors.OUTLINE:
+        if name != "eccentricity":                            # of a disc it is all rounding
+            np.testing.assert_allclose(again[name], told[name], atol=0.12, err_msg=name)
+
+
+def test_an_outline_tells_a_type(tmp_path):
+    """What no vector tells: large and small cells of one look; a file keeps the head, one of the
+    version before reads vectors alone, one of another width is refused."""
+    centres = [(y, x) for y in range(30, 240, 40) for x in range(30, 240, 40)]
+    labels, large = disks(256, centres, 5), disks(256, centres, 9)
+    labels = np.where(large > 18, large, labels)
+    types = (np.arange(1, 37) > 18).astype(int)
+    rows = vectors.type_rows(np.ones((36, 32)), cells.cell_table(labels), 1.0)
+    net = tiny()
+    net.set_types(vectors.linear_type_head(rows[::2], types[::2], 2), ("small", "large"))
+    model.save(net, tmp_path / "new.pt")
+    read = model.load(tmp_path / "new.pt")
+    assert (read.type_probabilities(rows).argmax(1) == types).all()
+    old = tiny(("small", "large"))
+    model.save(old, tmp_path / "old.pt")
+    np.testing.assert_array_equal(model.load(tmp_path / "old.pt").type_probabilities(rows),
+                                  vectors.type_probabilities(old.types, rows[:, :32]))
+    old.set_types(torch.nn.Linear(33, 2), ("small", "large"))
+    model.save(old, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match="odd.pt.*33 numbers"):
+        model.load(tmp_path / "odd.pt")
+
+
 def test_an_empty_image_has_no_vectors():
     ids, rows = segment.cell_vectors(np.zeros((3, 40, 40)), np.zeros((40, 40), int), tiny())
     assert ids.shape == (0,) and rows.shape == (0, 32)
+    _, rows = segment.cell_vectors(np.zeros((3, 40, 40)), np.zeros((40, 40), int), tiny(), True)
+    assert rows.shape == (0, 32 + len(vectors.OUTLINE))
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -317,7 +360,10 @@ def test_types_from_training_to_files(tmp_path, capsys):
     header = lines[0].split(",")
     assert header[-2:] == ["type", "type_probability"] and len(lines) > 1
     table = vectors.read_vectors(out / "one_cells.npz")
-    share = net.type_probabilities(table.vectors)
+    labels = images.read_labels(out / "one_labels.tif")
+    plan = segment.plan_for(images.read_image(image).pixels, net)
+    share = net.type_probabilities(vectors.type_rows(
+        table.vectors, cells.cell_table(labels, near=plan.near), plan.zoom))
     rows = [line.split(",") for line in lines[1:]]
     assert [row[-2] for row in rows] == [net.type_names[i] for i in share.argmax(1)]
     np.testing.assert_allclose([float(row[-1]) for row in rows], share.max(1), atol=2e-3)

@@ -56,7 +56,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -268,6 +268,8 @@ def segment_all(found: Images, shelf: s3.OutputFolder, table: str, weights: Path
         print(f"{done} image{'s' * (done != 1)}, {size:.3g} megapixels in {seconds:.1f} s "
               f"({done / seconds:.3g} images/s, {size / seconds:.3g} MP/s) with "
               f"{weights.name}{terms} -> {config.out}")
+        if hint := hint_at_one_diameter(rows, config):
+            print(hint)
         for notice, count in images.TOLD.items():
             if count > 1:
                 print(f"{notice}: {count} images", file=sys.stderr)
@@ -278,6 +280,19 @@ def segment_all(found: Images, shelf: s3.OutputFolder, table: str, weights: Path
         raise ValueError(f"{len(work.failed)} of {len(found)} images could not be done: "
                          f"{', '.join(work.failed)}")
     return code
+
+
+def hint_at_one_diameter(rows: Iterable[dict], config: Config) -> str:
+    """What to do where a quarter of the judged diameters is beyond 1.25 of the median, or "": of
+    one magnification and one kind of cell the median is nearer to the truth than most of them."""
+    seen = sorted(row["diameter_px"] for row in rows if row["cells"])
+    if len(seen) < 5 or config.diameter not in (None, "auto") or config.labels is not None:
+        return ""
+    middle = seen[len(seen) // 2]
+    if sum(not 0.8 <= width / middle <= 1.25 for width in seen) <= len(seen) / 4:
+        return ""
+    return (f"the cells look {seen[0]:.3g} to {seen[-1]:.3g} px wide; if all images have one "
+            f"magnification and one kind of cell, diameter={middle:.3g} overwrite=true does better")
 
 
 class Work:

@@ -597,3 +597,18 @@ def test_export(tmp_path, monkeypatch, capsys):
                             ("tile=33", "tile=33: expected a multiple of the patch")):
             code, _, err = export("weights=small.pt", wrong)
             assert code == 1 and said in err and err.count("\n") == 1, err
+
+
+def test_a_folder_of_one_magnification_is_told_its_diameter():
+    """The median, where more than a quarter of the images looks otherwise; images without cells
+    and a diameter that is given say nothing."""
+    def hint(*widths, cells=5, **wanted):
+        return infer.hint_at_one_diameter([{"diameter_px": w, "cells": cells} for w in widths],
+                                          Config(**wanted))
+    assert "diameter=21 overwrite=true" in hint(12.0, 33.0, 21.0, 20.0, 40.0)
+    assert "12 to 40 px" in hint(12.0, 33.0, 21.0, 20.0, 40.0, diameter="auto")
+    assert not hint(20.0, 21.0, 22.0, 24.0, 40.0)
+    assert not hint(12.0, 33.0, 21.0, 40.0)
+    assert not hint(12.0, 33.0, 21.0, 20.0, 40.0, diameter="12um")
+    assert not hint(12.0, 33.0, 21.0, 20.0, 40.0, labels="given")
+    assert not hint(12.0, 33.0, 21.0, 20.0, 40.0, cells=0)

@@ -15,7 +15,7 @@
     gating     gating.tsv: each set raw, then with every setting
     sweep      sweep.tsv (validation); selected.tsv, delta.tsv and CHOICE/SET/ as in bench (test)
     ceiling    ceiling.tsv, best first
-    calibrate  only out=, a copy of the weights
+    calibrate  only out=, a copy of the weights; without it nothing is fitted
     channels   channels.json, cosine.tsv, retrieval.tsv, attention.tsv, channels.png,
                attention.png, heads.png, pca.png
     embed      embed.tsv, fields.tsv; with export= weights that tell types
@@ -357,7 +357,7 @@ def ceiling(config: Ceiling) -> None:
 @dataclass(frozen=True)
 class Calibrate:
     weights: str                            # file of this project
-    out: str                                # copy of it, with the score of a cell calibrated
+    out: str | None = None    # copy of it, with the score calibrated; null: report the one it has
     validation: tuple[DataSet, ...] = ()    # fitted on these; empty: what was held out in training
     home: tuple[DataSet, ...] = ()          # reported on: images like those trained on
     abroad: tuple[DataSet, ...] = ()        # reported on: unlike them
@@ -367,19 +367,27 @@ class Calibrate:
     def __post_init__(self):
         if sets := (*self.home, *self.abroad):
             measure.check_bench_names("set", sets)
+        elif self.out is None:
+            raise ValueError("no home or abroad, and no out; give sets to report on or a file to "
+                             "write")
 
 
 def calibrate(config: Calibrate) -> None:
     """Fit the score of a cell, the probability that it has IoU >= .5 with a true cell, and write it
-    into a copy of the weights."""
+    into a copy of the weights; or report on the one that they have."""
     net = networks.load(config.weights).ready(runs.pick_device(config.device))
-    fitted = ([LabelledSet(dataset, config.root) for dataset in config.validation]
-              or measure.bench_held_out_sets(net, config.root))
+    if config.out is None and not net.settings.score:
+        raise ValueError(f"{config.weights}: has no score to report on; out=FILE fits one")
     tested = {place: [LabelledSet(dataset, config.root) for dataset in sets]
               for place, sets in (("home", config.home), ("abroad", config.abroad))}
-    check_apart(fitted, [dataset for sets in tested.values() for dataset in sets])
-    score = measure.fit_cell_score([measure.bench_judged_cells(dataset, net) for dataset in fitted])
-    networks.change_weights_settings(config.weights, config.out, score=score)
+    score = net.settings.score
+    if config.out:
+        fitted = ([LabelledSet(dataset, config.root) for dataset in config.validation]
+                  or measure.bench_held_out_sets(net, config.root))
+        check_apart(fitted, [dataset for sets in tested.values() for dataset in sets])
+        score = measure.fit_cell_score([measure.bench_judged_cells(dataset, net)
+                                        for dataset in fitted])
+        networks.change_weights_settings(config.weights, config.out, score=score)
     rows = []
     for place, sets in tested.items():
         found = {dataset.name: measure.bench_judged_cells(dataset, net) for dataset in sets}
@@ -387,7 +395,8 @@ def calibrate(config: Calibrate) -> None:
         if len(found) > 1:
             rows.append(score_row(place, "all", list(found.values()), score))
     report.print_report_table(rows, ("place", "set", "cells", "right", "score", "ECE", "AUROC"))
-    print(f"-> {config.out}; fitted on {sum(len(each.examples) for each in fitted)} images")
+    if config.out:
+        print(f"-> {config.out}; fitted on {sum(len(each.examples) for each in fitted)} images")
 
 
 def score_row(place: str, name: str, found: list[measure.JudgedCells], score: dict) -> dict:

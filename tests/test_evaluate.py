@@ -653,7 +653,17 @@ def test_calibrate_writes_the_score_into_a_copy(tmp_path, capsys):
     keys = dict(weights=str(tmp_path / "w.pt"), root=str(tmp_path), out=str(tmp_path / "s.pt"),
                 validation=[entry("val", "val")], home=[entry("new", "new")])
     evaluate.calibrate(runs.from_dict(evaluate.Calibrate, keys, "x"))
-    assert "ECE" in capsys.readouterr().out
+    *told, last = capsys.readouterr().out.splitlines()
+    assert "ECE" in told[0] and "fitted on 6 images" in last
+    before = (tmp_path / "s.pt").read_bytes()
+    evaluate.calibrate(runs.from_dict(evaluate.Calibrate, {
+        **keys, "weights": str(tmp_path / "s.pt"), "out": None, "validation": []}, "x"))
+    assert capsys.readouterr().out.splitlines() == told      # the score that is there, not another
+    assert (tmp_path / "s.pt").read_bytes() == before
+    with pytest.raises(ValueError, match="w.pt: has no score to report on; out=FILE"):
+        evaluate.calibrate(runs.from_dict(evaluate.Calibrate, {**keys, "out": None}, "x"))
+    with pytest.raises(ValueError, match="no home or abroad, and no out"):
+        runs.from_dict(evaluate.Calibrate, {**keys, "out": None, "home": []}, "x")
     old, new = model.load(tmp_path / "w.pt"), model.load(tmp_path / "s.pt")
     assert set(new.settings.score) == {"constant", "summit", "mean", "spread", "valley", "touching",
                                        "slope", "size", "raggedness"} and not old.settings.score

@@ -257,7 +257,7 @@ class Opened:
 
     @property
     def diameter(self) -> float | None:
-        """px, given for the image, or learnt for the folder; None: as it is."""
+        """px, given for the image, or learnt for the folder; None: as the network judges."""
         return self.state.get("diameter") or self.project.state.get("diameter")
 
     @property

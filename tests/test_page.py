@@ -923,6 +923,8 @@ def test_search_sliders_and_done(chrome, site):
     person = Person(chrome, site.server.address)
     person.click("all")
     person.until("names.every(each => each.cells > 0) && image.can_flood", "the search", 120)
+    assert person.js("image.diameter === null && $('diameter').placeholder") == str(
+        round(site.project.open("a").state["used"]["diameter"]))   # how large the cells look
     before, revision = person.js("image.cells"), person.js("image.revision")
     slider = chrome.find_element("id", "slide-peak")
     person.actions().click_and_hold(slider).move_by_offset(-30, 0).perform()

@@ -471,9 +471,9 @@ def embed(config: Embed) -> None:
     """What a vector per cell is worth, beside the pixels' own statistics and random weights.
 
     k-NN and a linear head learn the types of the cells in `train` and tell those of the true cells
-    in `test`, from vectors and outlines at the median diameter of `train`: accuracy, and mean F1
-    over the types. F_d and F_c (metrics.type_scores) are those of the cells that the source itself
-    finds at this diameter, with the linear head.
+    in `test`, from vectors and outlines: accuracy, and mean F1 over the types. A network that knows
+    a diameter sees all images at the median one of `train`, others as they are. F_d and F_c
+    (metrics.type_scores) are those of the cells that the source itself finds, with the linear head.
 
     Fields: mean vector of a field's cells in each channel; is the nearest one of another channel
     that of the same field?
@@ -501,7 +501,7 @@ def embed_key(source: VectorSource, typed: TypedSet, config: Embed) -> dict[str,
              for file in example.files]
     weights = source.weights if source.weights in ("pixels", "random") else Path(source.weights)
     return {"set": asdict(typed), "files": runs.digest(*files), "weights": runs.digest(weights),
-            "seed": config.seed}
+            "seed": config.seed, "outline": vectors.OUTLINE}
 
 
 def embedder(source: VectorSource, config: Embed):
@@ -564,7 +564,7 @@ def typed_images(sets: Sequence[data.TrainingSet], typed: TypedSet, root: str) -
 
 def known_type_rows(net, found: Sequence[TypedImage], diameter: float | None
                     ) -> tuple[np.ndarray, np.ndarray]:
-    """What types are told from (n, D + 10), and types (n,), of the true cells of known type."""
+    """What types are told from (n, D + 8), and types (n,), of the true cells of known type."""
     rows = [vectors_of(None, image.pixels, image.labels) if net is None else
             segment.cell_vectors(image.pixels, image.labels, net, outlines=True,
                                  diameter=diameter)[1] for image in found]

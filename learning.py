@@ -6,7 +6,7 @@ cells from a few that were marked.
     rounds.status()                    its state, loss and AP
     rounds.use(weights)                those of a round, or the ones before it
     types = learning.Types(project)
-    types.teach()                      a linear head on vectors of the marked cells of all images
+    types.teach()                      a linear head on the marked cells of all images
     types.of(opened)                   the type of each cell of an image
 
 A round has a folder of its own: set/ with copies of images and labels, config.yaml, the run of

@@ -449,17 +449,25 @@ class DINOCell(nn.Module):
         return self.decoder(x, taps, h, w).float().sigmoid(), taps[-1]
 
     def set_types(self, head: nn.Linear, names: Sequence[str]) -> None:
-        """Tell types of cells from now on, by a linear map of their vectors (vectors.py)."""
+        """Tell types of cells from now on, by a linear map of vectors.type_rows()."""
         self.types = head.to(self.decoder.head.weight.device)
         self.architecture["types"] = list(names)
+
+    def remove_types(self) -> None:
+        self.types = None
+        self.architecture.pop("types", None)
 
     @property
     def type_names(self) -> tuple[str, ...]:
         return tuple(self.architecture.get("types", ()))
 
     def type_probabilities(self, rows: np.ndarray) -> np.ndarray:
-        """(n, K) of vectors.type_rows() (n, D + 10); heads of the version before read (n, D)."""
+        """(n, K) of vectors.type_rows() (n, D + 8); heads of the version before read (n, D)."""
         assert self.types is not None
+        width = self.backbone.dim + len(OUTLINE)
+        if rows.shape[1] != width:
+            raise ValueError(f"rows of {rows.shape[1]} numbers, expected {width}: vectors and "
+                             "outlines of cells, see vectors.type_rows()")
         return type_probabilities(self.types, rows[:, :self.types.in_features])
 
     def add_size_head(self) -> None:

@@ -339,8 +339,9 @@ class Opened:
     # --------------------------------------------------------------------------------------- types
 
     def known_vectors(self):
-        """The vectors of cells that are known, in memory or on the disk; None: there are none. A
-        cell that was grown keeps its number and its vector, one that was split has others."""
+        """The vectors and outlines of cells that are known, in memory or on the disk; None: there
+        are none. A cell that was grown keeps its number and both, one that was split has others.
+        """
         if self.rows is None and self.vectors_file.exists():
             with contextlib.suppress(ValueError):       # damaged: the network runs again
                 self.rows = vectors.read_vectors(self.vectors_file)

@@ -252,7 +252,7 @@ class Trainer:
         bf16 = segmentation_uses_bf16(config, device)
         self.config, self.net, self.images = config, net, images
         self.balance: torch.Tensor | None = None               # (1 + K,) weight of each type
-        if net.types is not None:
+        if config.data.types:
             self.balance = type_balance(images.types, len(net.type_names))
         # not for float32 on a CPU
         self.layout = torch.channels_last if bf16 or "cuda" in device else torch.contiguous_format
@@ -412,7 +412,7 @@ def fit_types(config: Config, run: runs.Run) -> None:
 
 
 def typed_vectors(images: Iterable[data.Labelled], net) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (n, D + 10) and types (n,) of the true cells of known type."""
+    """Rows (n, D + 8) and types (n,) of the true cells of known type."""
     rows, types = [], []
     for image in images:
         assert image.types is not None
@@ -449,9 +449,13 @@ def build_segmentation_net(config: Config, diameter: float | None = None):
     else:
         net = model.DINOCell(model.load_backbone(config.init, shape.patch), shape.widths,
                              shape.last, settings, shape.stem)
-    if config.data.types:                                   # fit_types() gives another at the end
+    if config.data.types:        # of vectors alone; fit_types() at the end knows outlines as well
         net.set_types(torch.nn.Linear(net.backbone.dim, len(config.data.types)),
                       list(map(str, config.data.types)))
+    elif net.types is not None and not config.few:
+        print(f"{config.init}: tells types, the new weights will not; data.types teaches some",
+              file=sys.stderr)
+        net.remove_types()
     if config.few:
         net.requires_grad_(False)
         net.decoder.requires_grad_(True)
@@ -523,7 +527,7 @@ def validate(net, images: list[data.Labelled], run: runs.Run, step: int) -> dict
             for name in dict.fromkeys(images[i].set for i in held)}
     scores = {"score": score(best, held), **best._asdict(),
               **validation_summary(metrics.set_scores(tables))}
-    if net.types is not None:
+    if net.types is not None and images[0].types is not None:
         scores["types"] = segmentation_type_score([images[i] for i in held], ready)
     run.log(step, **{f"val_{k}" if k != "score" else k: v for k, v in scores.items()},
             **{f"AP@0.5 {name}": row["AP@0.5"] for name, row in sets.items() if len(sets) > 1})

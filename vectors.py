@@ -3,7 +3,7 @@
     vectors, number = pooled(tokens, labels, patch)         # training: tensors, with gradients
     pool = TokenPool(patch, D, window); pool.add(y, x, tokens)   # inference: tile by tile ...
     rows = pool.of(labels, ids, corner, scales)             # ... (n, D) of the cells `ids`
-    rows = type_rows(rows, table, zoom)                     # ... with their outlines, (n, D + 10)
+    rows = type_rows(rows, table, zoom)                     # ... with their outlines, (n, D + 8)
     head = linear_type_head(rows, types, count); type_probabilities(head, rows)
 
 The tokens are those of the last block, normalised each to mean 0 and variance 1, at the scale at
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 import runs
 
 PENALTY = 0.1           # of the squared weights of a linear head, beside the mean cross-entropy
-# columns of cells.cell_table that tell types beside vectors: neither places nor intensities
+# columns of cells.cell_table that tell types beside vectors: what depends on the cell alone
 OUTLINE = ("area_px", "perimeter_px", "major_axis_px", "minor_axis_px", "eccentricity", "solidity",
-           "extent", "circularity", "neighbours_touching", "neighbours_near")
+           "extent", "circularity")
 VOTES = 20              # neighbours that tell a type, at most
 
 
@@ -203,8 +203,11 @@ def type_probabilities(head: nn.Linear, rows: np.ndarray) -> np.ndarray:
 
 
 def type_rows(vectors: np.ndarray, table: dict[str, np.ndarray], zoom: float) -> np.ndarray:
-    """(n, D + 10): what a head tells types from, vectors (n, D) of cells and OUTLINE of their
-    cells.cell_table(), lengths and areas as logarithms of px of the network."""
+    """What types are told from, (n, D + 8): vectors (n, D) of cells, and OUTLINE of their
+    cells.cell_table().
+
+    Lengths and areas are logarithms of px of the network; what is below 1 px counts as 1.
+    """
     beside = [table[name].astype(np.float32) for name in OUTLINE]
     for i, name in enumerate(OUTLINE):
         if name.endswith("_px"):

@@ -115,7 +115,6 @@ def test_outlines_stand_beside_vectors():
     told = dict(zip(vectors.OUTLINE, rows[:, 4:].T))
     np.testing.assert_allclose(told["area_px"][:2], np.log(np.pi * 20 ** 2), atol=0.01)
     np.testing.assert_allclose(told["major_axis_px"][2], np.log(79 * 2 / 3 ** 0.5), atol=0.01)
-    assert told["neighbours_touching"].tolist() == [1, 1, 0]
     small = cells.cell_table(large[::2, ::2], near=15)
     again = dict(zip(vectors.OUTLINE, vectors.type_rows(np.ones((3, 4)), small, 2.0)[:, 4:].T))
     for name in vectors.OUTLINE:
@@ -144,6 +143,8 @@ def test_an_outline_tells_a_type(tmp_path):
     model.save(old, tmp_path / "odd.pt")
     with pytest.raises(ValueError, match="odd.pt.*33 numbers"):
         model.load(tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=r"rows of 32 numbers, expected 40.*type_rows"):
+        read.type_probabilities(rows[:, :32])
 
 
 def test_an_empty_image_has_no_vectors():
@@ -370,6 +371,21 @@ def test_types_from_training_to_files(tmp_path, capsys):
     features = json.loads((out / "one.geojson").read_text())["features"]
     assert [f["properties"]["classification"]["name"] for f in features] == [r[-2] for r in rows]
     assert all(len(f["properties"]["classification"]["color"]) == 3 for f in features)
+
+    infer.main(infer.Config(out=str(tmp_path / "near"), weights=str(path), peak=0.01, fill=0.01,
+                            depth=0.0, near=40.0, device="cpu"), [str(image)])
+    near = [line.split(",") for line in
+            (tmp_path / "near" / "one_cells.csv").read_text().splitlines()[1:]]
+    assert [row[-2:] for row in near] == [row[-2:] for row in rows]   # who is near tells no type
+
+    # further training without types: the head would read tokens that it does not know
+    plain = dataclasses.replace(config.data, types={})
+    for name, few in (("plain", False), ("few", True)):
+        assert train_seg.main(dataclasses.replace(config, experiment=name, init=str(path), few=few,
+                                                  export_path=None, data=plain), []) == 0
+        told = model.load(tmp_path / "final_models" / f"{name}.pt").type_names
+        assert told == (("bright", "dim") if few else ())
+        assert ("the new weights will not" in capsys.readouterr().err) is not few
 
 
 def test_pasted_and_unknown_cells_do_not_count():

@@ -283,8 +283,8 @@ def segment_all(found: Images, shelf: s3.OutputFolder, table: str, weights: Path
 
 
 def hint_at_one_diameter(rows: Iterable[dict], config: Config) -> str:
-    """What to do where a quarter of the judged diameters is beyond 1.25 of the median, or "": in a
-    folder of one magnification and one kind of cell the median is nearer to the truth."""
+    """What to do where more than a quarter of the judged diameters is beyond 1.25 of the median, or
+    "": in a folder of one magnification and one kind of cell the median is mostly nearer."""
     seen = sorted(row["diameter_px"] for row in rows if row["cells"])
     if len(seen) < 5 or config.diameter not in (None, "auto") or config.labels is not None:
         return ""
@@ -292,7 +292,8 @@ def hint_at_one_diameter(rows: Iterable[dict], config: Config) -> str:
     if sum(not 0.8 <= width / middle <= 1.25 for width in seen) <= len(seen) / 4:
         return ""
     return (f"the cells look {seen[0]:.3g} to {seen[-1]:.3g} px wide; if all images have one "
-            f"magnification and one kind of cell, give diameter={middle:.3g} overwrite=true")
+            f"magnification, measure one and give its width: diameter={middle:.3g} overwrite=true "
+            "for the median")
 
 
 class Work:

@@ -640,7 +640,8 @@ class Project:
         stacks = {entry.stack: entry for entry in map(self.names.get, corrected)
                   if entry and entry.stack}
         given = {"channels": ",".join(self.config.channels or ()), "plane": self.config.plane,
-                 "time": self.config.time, "level": self.config.level}
+                 "time": self.config.time, "level": self.config.level,
+                 "diameter": self.state.get("diameter")}    # types and neighbours depend on it
         alone = sum(not self.names[name].stack for name in corrected)
         jobs = [given | {"pattern": self.config.pattern, "geojson": "true"}] if alone else []
         for entry in stacks.values():

@@ -337,6 +337,7 @@ def test_the_second_window_is_told(site):
 
 
 def test_export_is_what_infer_writes(site):
+    site.project.state["diameter"] = 31.0                     # as learnt for the folder
     site.find("a")
     site.edit("a", "draw", line=[[100, 5], [110, 5], [110, 15], [100, 15]])
     assert site.json("/export", {})["written"] == 1
@@ -347,6 +348,8 @@ def test_export_is_what_infer_writes(site):
     rows = (site.out / "a_cells.csv").read_text().splitlines()
     assert len(rows) - 1 == len(np.unique(labels)) - 1 and not (site.out / "more_b_cells.csv"
                                                                 ).exists()
+    header, row = (line.split(",") for line in (site.out / "summary.csv").read_text().splitlines())
+    assert float(row[header.index("diameter_px")]) == 31
     site.edit("a", "undo")                                        # the journal goes on
 
 

@@ -39,7 +39,7 @@ Box = tuple[slice, slice]       # rows and columns
 
 class Edit(NamedTuple):
     """What an edit changes."""
-    what: str                           # draw, split, ..., or one of WHOLE
+    what: str                           # draw, split, ..., outside, or one of WHOLE
     box: Box
     before: np.ndarray                  # (h, w) int32
     after: np.ndarray                   # (h, w) int32
@@ -308,7 +308,10 @@ class Book:
         self.read()
 
     def read(self) -> None:
-        """Take the labels and the journal from the disk."""
+        """Take the labels and the journal from the disk.
+
+        Labels that were never those of the journal are of another program: they become one edit.
+        """
         self.done: list[bytes] = []                     # packed edits
         self.undone: list[bytes] = []
         self.labels = np.zeros(self.shape, np.int32)
@@ -321,6 +324,7 @@ class Book:
             self.labels = labels
         self.revision = self.size = 0
         self.saved = True
+        file, ours, apart = self.labels.copy(), True, 0     # apart: px that differ from the file's
         lines = self.journal.read_bytes().splitlines(True) if self.journal.exists() else []
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):                # cut by a crash: it was not confirmed
@@ -328,6 +332,11 @@ class Book:
                 break
             try:
                 edit, labels = self.follow(line)
+                ours &= np.array_equal(self.labels[edit.box],
+                                       edit.before if labels is edit.after else edit.after)
+                apart += int(np.count_nonzero(labels != file[edit.box])
+                             - np.count_nonzero(self.labels[edit.box] != file[edit.box]))
+                ours |= apart == 0                          # as they were after this edit
                 self.labels[edit.box] = labels
             except (ValueError, LookupError, TypeError, zlib.error):
                 raise ValueError(f"{self.journal}: line {number} is damaged; remove the file, the "
@@ -339,6 +348,9 @@ class Book:
             self.saved = False
         if self.path.exists() or self.done:
             self.index()
+        if self.path.exists() and not ours and self.labels.size <= LARGE:  # bands are of many edits
+            self.do(Edit("outside", (slice(0, self.shape[0]), slice(0, self.shape[1])),
+                         self.labels.copy(), file))
 
     def index(self) -> None:
         """Find the box of each cell."""
@@ -349,10 +361,10 @@ class Book:
     # ----------------------------------------------------------------------------------- questions
 
     def numbering(self) -> int:
-        """Another number whenever the network has numbered all cells anew."""
+        """Another number whenever the network or another program has numbered all cells anew."""
         with self.lock:
             return zlib.crc32(next((line for line in reversed(self.done)
-                                    if what_of(line) in WHOLE), b""))
+                                    if what_of(line) in (*WHOLE, "outside")), b""))
 
     def at(self, point: np.ndarray) -> int:
         """The cell under a point (x, y), 0 for none."""

@@ -627,6 +627,11 @@ class Project:
 
     def write_results(self) -> dict:
         written = {}
+        for name in self.names:                         # edits before a crash: in no labels yet
+            files = self.out / f"{name}_journal.jsonl", self.labels_file(name)
+            changed = [file.stat().st_mtime if file.exists() else 0 for file in files]
+            if name not in self.opened and changed[0] > changed[1]:
+                self.open(name).book.save()
         for opened in list(self.opened.values()):
             opened.book.save()
             written[opened.name] = opened.book.revision
@@ -924,7 +929,7 @@ def get_types(project: Project, query: dict[str, str]) -> dict:
     return {"types": project.types.known(), "marks": opened.state.get("marks", []),
             "version": project.types.version,
             "taught": {**project.state.get("types", {}), "file": Path(file).name} if file else None,
-            "cells": told and [(cell, *type_) for cell, type_ in told.items()]}
+            "cells": None if told is None else [(cell, *type_) for cell, type_ in told.items()]}
 
 
 def tile_place(opened: Opened, query: dict[str, str]) -> tuple[int, int, int]:

@@ -277,3 +277,33 @@ def test_lines_outside_of_the_image(book):
     with pytest.raises(edits.Refused):
         edits.split_cells(book, circle(300, 300, 10))
     consistent(book)
+
+
+def test_labels_that_another_program_wrote_are_one_edit(book, tmp_path):
+    """A label file of any earlier state is replayed to the last; one that never was the book's is
+    what counts, and undo gives the book's back."""
+    path, journal = tmp_path / "a_labels.tif", tmp_path / "a_journal.jsonl"
+    states = [book.labels.copy()]
+    for edit in (lambda: edits.merge_cells(book, np.array([[30., 30.], [54., 30.]])),
+                 lambda: edits.flooded_edit(book, np.roll(book.labels, 3, 1), "find"),
+                 lambda: edits.grow_cell(book, 5), lambda: edits.remove_cells(book, [5])):
+        book.do(edit())
+        states.append(book.labels.copy())
+    book.undo()
+    states.append(book.labels.copy())
+    lines = journal.read_bytes()
+    for state in states:
+        images.write_labels(path, state)
+        np.testing.assert_array_equal(edits.Book(tmp_path / "a", (80, 120)).labels, states[-1])
+        assert journal.read_bytes() == lines
+    foreign = states[1].copy()
+    foreign[2:8, 2:8] = 50
+    images.write_labels(path, foreign)
+    again = edits.Book(tmp_path / "a", (80, 120))
+    np.testing.assert_array_equal(again.labels, foreign)
+    assert b'"outside"' in journal.read_bytes().splitlines()[-1] and again.fresh == 51
+    consistent(again)
+    again.undo()
+    np.testing.assert_array_equal(again.labels, states[-1])
+    again.redo()
+    np.testing.assert_array_equal(edits.Book(tmp_path / "a", (80, 120)).labels, foreign)

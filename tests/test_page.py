@@ -321,6 +321,9 @@ def test_an_edit_is_on_the_disk_within_a_second_and_survives_a_kill(folder, tmp_
     process.kill()
     process.wait()
     with Site(folder) as site:
+        site.json("/export", {})                        # before anybody has opened the image
+        rows = (folder / "cells" / "a_cells.csv").read_text().splitlines()[1:]
+        assert len(rows) == 2
         labels = site.project.open("a").book.labels
         assert sorted(np.unique(labels)) == [0, 1, 2] and (labels > 0).sum() == 800
     assert images.read_labels(folder / "cells" / "a_labels.tif").max() == 2

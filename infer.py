@@ -322,9 +322,10 @@ class Work:
                                                                  config)
             if reason:
                 others[reason].append(path)
-            elif record and self.shelf.has(names[name]):
+            elif record and self.shelf.has(names[name]) and (
+                    set(names[name][1:]) <= set(record.get("files", names[name]))):
                 self.kept += 1
-                self.summary.rows.setdefault(name, record["row"])
+                self.summary.rows[name] = record["row"]
             else:
                 todo[path] = name
         for reason, paths in others.items():
@@ -363,7 +364,8 @@ class Work:
                     if isinstance(file, OSError):
                         raise file
                     how = {**self.made, "source": result_source(path, file, config.pattern),
-                           "given": given_labels(todo[path], config)}
+                           "given": given_labels(todo[path], config),
+                           "files": result_files(todo[path], config)[1:]}
                     job = (file, todo[path], self.shelf.folder, net, config, how,
                            partial(show, count))
                     row = segment_stack(*job, stop) if config.linked else segment_file(*job)
@@ -665,6 +667,7 @@ class Results:
     def close(self, made: dict | None, start: float) -> dict:
         """Write the files, the labels last, for they say how; returns the row of the summary."""
         beginning = f"{self.out / self.name}_"
+        remove_old_labels(self.out, self.name, self.config)
         with segment.timed(self.clock, "write"):
             table = {key: np.concatenate([part[key] for part in self.columns])
                      for key in self.columns[0]}
@@ -828,6 +831,7 @@ def link_planes(planes: Planes, work: Path, name: str, out: Path, plan: segment.
     with planes.open(0) as source:
         (_, H, W), pixel_size = source.shape, source.pixel_size
     about, beginning = planes.about, f"{out / name}_"
+    remove_old_labels(out, name, config)
     seen = link.Seen(map(labels, range(count)), skip=axis == "Z")
     tables = (runs.read_table(work / f"{number}_cells.csv", ["id"]) for number in range(count))
     if axis == "Z":
@@ -979,6 +983,12 @@ def result_files(name: str, config: Config) -> list[str]:
             *(name + end for end, asked in wanted.items() if asked)]
 
 
+def remove_old_labels(out: Path, name: str, config: Config) -> None:
+    """Before other files are replaced: an image without labels is made anew, should this stop."""
+    if config.labels is None or Path(config.labels).resolve() != out.resolve():  # those are given
+        (out / f"{name}_labels.tif").unlink(missing_ok=True)
+
+
 class Summary:
     """summary.csv, written anew every second. Rows of earlier runs stay, those that were lost come
     back from the results; other processes may write the same table."""
@@ -1003,7 +1013,9 @@ class Summary:
     def write(self) -> None:
         with runs.locked(self.path.parent):
             there = self.read()
-            table = {**self.rows, **there, **self.fresh}
+            kept = {name: row for name, row in self.rows.items() if any(
+                str(value) != there.get(name, {}).get(key, "") for key, value in row.items())}
+            table = {**there, **kept, **self.fresh}
             if table and list(table.values()) != list(there.values()):
                 runs.write_table(self.path, list(table.values()))
         self.written = time.monotonic()

@@ -603,6 +603,8 @@ def write_challenge(folder: Path, linked: Linked, planes: Iterable[NDArray]) -> 
     There a track has no gap: what comes after one is a new track, the child of the one before.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("mask*.tif"):                # of a longer movie
+        old.unlink()
     frames_of: dict[int, list[int]] = defaultdict(list)
     for t, numbers in enumerate(linked.numbers):
         for k in np.unique(numbers).tolist():

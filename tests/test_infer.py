@@ -612,3 +612,27 @@ def test_a_folder_of_one_magnification_is_told_its_diameter():
     assert not hint(12.0, 33.0, 21.0, 20.0, 40.0, diameter="12um")
     assert not hint(12.0, 33.0, 21.0, 20.0, 40.0, labels="given")
     assert not hint(12.0, 33.0, 21.0, 20.0, 40.0, cells=0)
+
+
+def test_files_of_other_settings_are_not_taken_for_those_of_these(tmp_path, field):
+    """A by-product of an earlier setting is made anew; the summary has the row of the labels; what
+    stopped between two files is done again."""
+    image, out = str(write(tmp_path / "a.tif", field, "ER")), tmp_path / "out"
+    infer.main(Config(out=str(out), geojson=True, peak=0.9), [image])
+    few = len(json.loads((out / "a.geojson").read_text())["features"])
+    infer.main(Config(out=str(out), overwrite=True), [image])
+    infer.main(Config(out=str(out), geojson=True), [image])
+    count = images.read_labels(out / "a_labels.tif").max()
+    assert len(json.loads((out / "a.geojson").read_text())["features"]) == count != few
+
+    summary = (out / "summary.csv").read_text()
+    (out / "summary.csv").write_text(summary.replace(f",{count},", f",{count + 1},"))
+    infer.main(Config(out=str(out)), [image])
+    assert (out / "summary.csv").read_text() == summary
+
+    (out / "a_distance.tif").mkdir()
+    with pytest.raises(OSError):
+        infer.main(Config(out=str(out), overwrite=True, distance=True, peak=0.9), [image])
+    (out / "a_distance.tif").rmdir()
+    infer.main(Config(out=str(out)), [image])
+    assert len(rows(out / "a_cells.csv")) == images.read_labels(out / "a_labels.tif").max() == count

@@ -38,6 +38,7 @@ rule: outlines of cells.polygons come back exactly.
 """
 from __future__ import annotations
 
+import glob
 import json
 import math
 import pickle
@@ -988,7 +989,7 @@ class Config:
     stratify: Literal["dataset"] | None = None           # split: each folder in these fractions
     pattern: str | None = None              # split: regular expression, its group the donor
     out: str | None = None                  # split: folder to convert the images to
-    seed: int = 0                           # split
+    seed: runs.Whole = 0                    # split
     every: runs.Count = 4                   # planes: one of so many
 
     def __post_init__(self):
@@ -1117,10 +1118,14 @@ def planes(config: Config, source: str, target: str) -> int:
         if stack.shape != labels.shape or stack.ndim != 3:
             raise ValueError(f"{labelled}: labels {labels.shape} for a stack {stack.shape}; "
                              "expected (Z, Y, X), the same of both")
+        place = Path(target, labelled.relative_to(source).parent)    # two folders may have one name
+        place.mkdir(parents=True, exist_ok=True)
+        for old in place.glob(f"{glob.escape(name)}_z[0-9]*.tif"):   # as the stack was before
+            old.unlink()
         for z in range(0, len(stack), config.every):
             ids, plane = np.unique(np.append(labels[z], 0), return_inverse=True)  # background first
             if len(ids) > 3:
-                path = Path(target) / f"{name}_z{z:03d}.tif"
+                path = place / f"{name}_z{z:03d}.tif"
                 write_labels(path.with_name(f"{path.stem}_masks.tif"),
                              plane[:-1].reshape(labels[z].shape).astype(np.int32))
                 write_image(path, Image(stack[z][None], None, None))

@@ -857,6 +857,15 @@ def test_planes_of_stacks_become_images(tmp_path, capsys):
             == len(np.unique(labels[z])) - 1
         )
     assert {data.group_of(example.name) for example in found} == {"ovule"}
+    (tmp_path / "in" / "B").mkdir()                           # of the same name, in another folder
+    tifffile.imwrite(tmp_path / "in" / "B" / "ovule.tif", stack + 1)
+    tifffile.imwrite(tmp_path / "in" / "B" / "ovule_labels.tif", labels)
+    labels[4] = 0                                             # no cells any more
+    tifffile.imwrite(tmp_path / "in" / "ovule_labels.tif", labels)
+    data.main(data.Config(every=2), ["planes", str(tmp_path / "in"), str(tmp_path / "out")])
+    found = data.examples(tmp_path / "out")
+    assert [example.name for example in found] == ["B/ovule_z000", "B/ovule_z004", "ovule_z000"]
+    np.testing.assert_array_equal(found[0].image().pixels[0], stack[0] + 1)
     tifffile.imwrite(tmp_path / "in" / "flat_labels.tif", labels[0])
     tifffile.imwrite(tmp_path / "in" / "flat.tif", stack[0])
     with pytest.raises(ValueError, match=r"flat_labels.tif: .* expected \(Z, Y, X\)"):

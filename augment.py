@@ -118,7 +118,7 @@ class Config:
     output: str = "dat/augmented_training_data"    # folder for images/ and labels/
     copies: runs.Count = 4                  # crops of each image
     size: Annotated[int, runs.within(8, 8192)] = 256       # px, side of a crop
-    seed: int = 0                           # of everything random
+    seed: runs.Whole = 0                    # of everything random
     channels: tuple[str, ...] | None = None  # numbers from 1 or names, up to three; null: all
     diameter: runs.Positive | None = None   # px, of an image's median cell; null: as it is
     overwrite: bool = False                 # make existing crops anew

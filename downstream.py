@@ -112,10 +112,10 @@ class Config:
     categories: tuple[str, ...] = ()        # its columns of words to correct for: sex, batch
     share: runs.Share = 0.8                 # of each donor's tiles in a redraw, for stability
     resamples: runs.Count = 1000            # redraws; and of tiles or donors, for intervals
-    seed: int = 0                           # of everything random
+    seed: runs.Whole = 0                    # of everything random
     experiments: tuple[Experiment, ...] = ()  # other tables for the page: name, table, columns
     device: runs.Device = "auto"            # auto: the GPU if there is one
-    batch: int | None = None                # network tiles at once; null: 4 on the CPU, 32 on a GPU
+    batch: runs.Batch | None = None         # network tiles at once; null: 4 on the CPU, 32 on a GPU
 
     def __post_init__(self):
         names = [model.name for model in self.models]

@@ -101,7 +101,7 @@ class Config:
     init: str = "final_models/dinocell_tiny.pt"    # a network that finds cells, to begin with
     head: Literal["text", "fixed"] = "text"  # fixed: classes in place of texts, a control
     crop: runs.Side = 128                  # px, side of the training crops, and of the tiles later
-    seed: int = 0                           # of everything random
+    seed: runs.Whole = 0                    # of everything random
     steps: runs.Count = 20000               # optimiser steps
     batch: runs.Batch = 16                  # crops a step
     texts: runs.Count = 48                  # instructions a step, compared with all cells

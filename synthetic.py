@@ -562,7 +562,7 @@ class Config:
     size: str = "512"                       # px, one number or HEIGHTxWIDTH
     cells: Annotated[int, runs.within(0, 65535)] = 60    # at most, in each field
     diameter: float = 56                    # px, of the average cell
-    seed: int = 0                           # of the first field; the next has the next number
+    seed: runs.Whole = 0                    # of the first field; the next has the next number
     frames: runs.Whole = 0                  # of movies; 0: fields
 
 

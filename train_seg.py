@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 import data
@@ -81,7 +82,7 @@ class Config:
     # px, distances stop growing here (watershed.distance_map)
     cap: Annotated[float, runs.within(0.1, 1000)] | None = 4.0
     crop: runs.Side = 256                   # px, side of the training crops, and of the tiles later
-    seed: int = 0                           # of everything random
+    seed: runs.Whole = 0                    # of everything random
     # optimiser steps of a cycle: lr rises in its warm-up, then falls to lr_end
     steps: runs.Count = 20000
     cycles: runs.Count = 1                  # one more may be added to a run that is done
@@ -153,6 +154,7 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
     average, total = trainer.average, config.steps * config.cycles
     start, best, since, patience = 0, -1.0, 0, config.patience or math.inf
     if state:
+        check_same_images(run.folder, state.get("images"), hashes)
         trainer.restore(state)
         start, best, since = state["step"], state["best"], state["since"]
         if since >= patience:
@@ -189,7 +191,7 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
         stop = not finished and run.should_stop(done)
         if better or finished or stop or done % config.save_every == 0:
             run.check_finite(done, loss.item())
-            run.save(done, better, **trainer.state(), best=best, since=since)
+            run.save(done, better, **trainer.state(), best=best, since=since, images=hashes)
         if finished:
             break
         if stop:
@@ -315,6 +317,22 @@ class Trainer:
         each = torch.nn.functional.cross_entropy(logits.float(), (types - 1).clamp(min=0),
                                                  reduction="none")
         return (each * weight).sum() / weight.sum().clamp(min=1e-6)
+
+
+def check_same_images(folder: Path, before: dict | None, now: dict) -> None:
+    """Refuse to go on with more, fewer or otherwise divided images, {train, validation: {name:
+    hash}}; say where one has another content. None: a checkpoint of the version before."""
+    if before is None:
+        return
+    old, new = ({name: side for side in each for name in each[side]} for each in (before, now))
+    if old != new:
+        more, gone = len(new.keys() - old.keys()), len(old.keys() - new.keys())
+        raise ValueError(f"{folder} was begun with other images, or others held out ({more} new, "
+                         f"{gone} gone); give a new experiment= name, or remove the folder to "
+                         "begin anew")
+    other = [name for side in now for name in now[side] if now[side][name] != before[side][name]]
+    if other:
+        print(f"warning: {runs.listed(other)}: not as when {folder} was begun", file=sys.stderr)
 
 
 def type_balance(types, count: int):

@@ -604,3 +604,24 @@ def test_shipped_configurations_are_whole(name):
     assert config.experiment and (config.data.sets or config.data.fields)
     if config.init is None:
         assert train_seg.build_segmentation_net(config).settings.cap == config.cap
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path, capsys):
+    """More images would change who is held out; another content is said."""
+    labelled_folder(tmp_path / "set", 5)
+    held = tmp_path / "set" / "im4.tif"
+    path = toy(tmp_path, steps=2, val_every=2, warmup=1,
+               data={"root": str(tmp_path), "sets": [{"path": "set", "channels": [1]}]})
+
+    def train():
+        return train_seg.main(runs.load_config(train_seg.Config, path), [])
+    hidden = tmp_path / "later.tif"
+    held.rename(hidden)
+    masks = held.with_name("im4_masks.tif").rename(tmp_path / "later_masks.tif")
+    assert train() == train() == 0 and "warning" not in capsys.readouterr().err
+    (tmp_path / "set" / "im0.tif").write_bytes((tmp_path / "set" / "im1.tif").read_bytes())
+    assert train() == 0 and "im0: not as when" in capsys.readouterr().err
+    hidden.rename(held)
+    masks.rename(held.with_name("im4_masks.tif"))
+    with pytest.raises(ValueError, match=r"begun with other images.*1 new, 0 gone"):
+        train()

@@ -794,6 +794,12 @@ def segment_stack(path: Path, name: str, out: Path, net, config: Config, made: d
     with planes.open(len(planes) // 2) as source:
         check_infer_channels(path, source)
         plan = plan_of(source, path, net, config, limits=planes.limits(net))
+    flat = [images.plane_name(name, config.linked, n + 1, len(planes)) for n in range(len(planes))]
+    for file in given_files(name, config)["labels"]:
+        plane = file.name.removesuffix("_labels.tif")
+        if plane not in flat and plane.removeprefix(f"{name}_{config.linked.lower()}").isdigit():
+            raise ValueError(f"{file}: is of no plane of {path}; expected {flat[0]}_labels.tif to "
+                             f"{flat[-1]}_labels.tif")
     work = out / f".{name}_planes"
     sign = runs.digest(str(made), len(planes))
     if work.exists() and (config.overwrite or not (work / sign).exists()):
@@ -805,8 +811,7 @@ def segment_stack(path: Path, name: str, out: Path, net, config: Config, made: d
         if stop:
             raise runs.Stopped
         if not (work / f"{number}_labels.tif").exists():
-            flat = images.plane_name(name, config.linked, number + 1, len(planes))
-            given = given_files(flat, alone)["labels"]  # one file, or none
+            given = given_files(flat[number], alone)["labels"]  # one file, or none
             with planes.open(number) as source:
                 results = Results(work, str(number), source, plan, alone, clock)
                 results.fill(source, given[0] if given else None)

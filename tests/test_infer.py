@@ -636,3 +636,24 @@ def test_files_of_other_settings_are_not_taken_for_those_of_these(tmp_path, fiel
     (out / "a_distance.tif").rmdir()
     infer.main(Config(out=str(out)), [image])
     assert len(rows(out / "a_cells.csv")) == images.read_labels(out / "a_labels.tif").max() == count
+
+
+def test_labels_that_are_of_no_plane_are_refused(tmp_path, field):
+    """Of twelve planes the third is z03: labels of z3 would be passed over in silence."""
+    stack = np.stack([field.pixels[field.channels.index("ER")][:64, :64]] * 12)
+    tifffile.imwrite(tmp_path / "st.tif", stack, ome=True, metadata={"axes": "ZYX"})
+    (tmp_path / "given").mkdir()
+    labels = np.zeros((64, 64), np.int32)
+    labels[10:40, 10:40] = 1
+    config = Config(out=str(tmp_path / "out"), z="all", labels=str(tmp_path / "given"))
+    for wrong in ("st_z3", "st_z13"):
+        file = tmp_path / "given" / f"{wrong}_labels.tif"
+        images.write_labels(file, labels)
+        with pytest.raises(ValueError, match=f"{wrong}_labels.tif: is of no plane.*st_z01_labels"):
+            infer.main(config, [str(tmp_path / "st.tif")])
+        file.unlink()
+    images.write_labels(tmp_path / "given" / "st_zoo_z1_labels.tif", labels)     # of another stack
+    images.write_labels(tmp_path / "given" / "st_z03_labels.tif", labels)
+    infer.main(config, [str(tmp_path / "st.tif")])
+    with tifffile.TiffFile(tmp_path / "out" / "st_labels.tif") as tif:
+        assert np.array_equal(tif.asarray()[2] > 0, labels > 0)

@@ -209,6 +209,10 @@ class Picture:
                 "highest": [int(channel.max()) for channel in shown], "tile": TILE}
 
 
+def place_text(place: dict[str, int | None]) -> str:
+    return " ".join(f"{key}={value}" for key, value in place.items() if value) or "no plane="
+
+
 class Opened:
     """An image of the folder with its cells, its map and its thresholds."""
 
@@ -226,10 +230,17 @@ class Opened:
             raise ValueError(f"{entry.path}: {self.size[0]} x {self.size[1]} px, expected at most "
                              f"{LARGEST / 1e9:.2g} gigapixels; start with level=2 or more if it is "
                              "a slide, or cut out a part")
-        linked = project.linked_file(entry)
-        if linked and not project.labels_file(name).exists():      # as infer.py z=all found them
-            images.write_labels(project.labels_file(name), images.read_labels(
-                linked, entry.plane, entry.time), source.pixel_size)
+        labels, linked = project.labels_file(name), project.linked_file(entry)
+        place = {"plane": entry.plane, "time": entry.time, "level": self.config.level}
+        if labels.exists() and self.state.setdefault("place", place) != place:
+            self.picture.close()
+            raise ValueError(f"{labels}: cells of {place_text(self.state['place'])}, the page was "
+                             f"started with {place_text(place)}; give another out=")
+        self.state["place"] = place
+        if linked and not labels.exists():                         # as infer.py z=all found them
+            images.write_labels(labels, images.read_labels(
+                linked, *(entry.place if entry.axis == axis else None for axis in "ZT")),
+                source.pixel_size)
         self.book = edits.Book(project.out / name, self.size, source.pixel_size)
         self.seen: Any = None                           # (h, w) distances, as the network gave them
         self.distance: Any = None                       # (H, W) the same at the image's scale
@@ -497,7 +508,11 @@ class Project:
     def linked_file(self, entry: Entry) -> Path | None:
         """The labels of the whole stack, if infer.py wrote them."""
         file = self.labels_file(entry.stack)
-        return file if entry.stack and file.exists() else None
+        if entry.stack and file.exists():
+            with contextlib.suppress(ValueError, OSError):       # damaged
+                if images.stack_of(file, entry.axis).planes > 1:   # not of one plane
+                    return file
+        return None
 
     def is_to_search(self, name: str) -> bool:
         """Whether cells were not found with the weights in use; those of other programs count."""

@@ -594,6 +594,25 @@ def test_linked_cells_of_a_stack_are_there_plane_by_plane(stack):
         np.testing.assert_array_equal(opened.book.labels, labels)
 
 
+def test_cells_of_one_plane_are_not_shown_on_another(tmp_path):
+    """Nor those of a single plane as those of the stack."""
+    pixels, _ = drawn(3, (128, 128), 6)
+    tifffile.imwrite(tmp_path / "embryo.tif", np.stack([pixels, np.roll(pixels, 40, 1), pixels]),
+                     imagej=True, metadata={"axes": "ZYX"})
+    with Site(tmp_path, plane=1) as site:
+        site.find("embryo")
+        cells = len(site.project.open("embryo").book.boxes)
+        assert cells > 0
+    with Site(tmp_path, plane=1) as site:
+        assert len(site.project.open("embryo").book.boxes) == cells
+    with Site(tmp_path, plane=2) as site, pytest.raises(
+            ValueError, match="cells of plane=1, .*started with plane=2; give another out="):
+        site.project.open("embryo")
+    with Site(tmp_path) as site:
+        assert len(site.json("/news")["images"]) == 3
+        assert not site.project.open("embryo_z1").book.boxes
+
+
 @pytest.mark.parametrize("axes,keys,count", [
     ("TZYX", {}, 1), ("TZYX", {"plane": 2}, 2), ("TZYX", {"time": 1}, 3), ("ZYX", {"plane": 1}, 1),
     ("TYX", {}, 2), ("YX", {}, 1)])

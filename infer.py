@@ -801,11 +801,24 @@ def segment_stack(path: Path, name: str, out: Path, net, config: Config, made: d
             raise ValueError(f"{file}: is of no plane of {path}; expected {flat[0]}_labels.tif to "
                              f"{flat[-1]}_labels.tif")
     work = out / f".{name}_planes"
-    sign = runs.digest(str(made), len(planes))
-    if work.exists() and (config.overwrite or not (work / sign).exists()):
-        shutil.rmtree(work)  # of another image or setting
     work.mkdir(exist_ok=True)
-    (work / sign).touch()
+    with runs.locked(work, f"{path}: another run is at work on it in out={config.out}; wait for "
+                     "its end, or give another out="):
+        sign = work / runs.digest(str(made), len(planes))
+        if config.overwrite or not sign.exists():
+            for old in work.iterdir():  # of another image or setting
+                old.unlink()
+        sign.touch()
+        segment_planes(planes, flat, name, work, plan, clock, progress, stop)
+        row = link_planes(planes, work, name, out, plan, made, start)
+        shutil.rmtree(work)
+    return row
+
+
+def segment_planes(planes: Planes, flat: list[str], name: str, work: Path, plan: segment.Plan,
+                   clock: Counter, progress, stop) -> None:
+    """Write the results of planes, called `flat`, that have none yet."""
+    config = planes.config
     alone = replace(config, overlay=False, z=None, time=None)
     for number in range(len(planes)):
         if stop:
@@ -815,11 +828,8 @@ def segment_stack(path: Path, name: str, out: Path, net, config: Config, made: d
             with planes.open(number) as source:
                 results = Results(work, str(number), source, plan, alone, clock)
                 results.fill(source, given[0] if given else None)
-            results.close(None, start)
+            results.close(None, time.perf_counter())
         progress((number + 1) / (len(planes) + 1))
-    row = link_planes(planes, work, name, out, plan, made, start)
-    shutil.rmtree(work)
-    return row
 
 
 def link_planes(planes: Planes, work: Path, name: str, out: Path, plan: segment.Plan, made: dict,

@@ -103,19 +103,11 @@ def main(config: Config, files: list[str]) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def only_page(out: Path) -> Iterator[None]:
+def only_page(out: Path) -> contextlib.AbstractContextManager[None]:
     """Refuse a second page on the same folder: each would overwrite what the other remembers."""
-    with open(out / ".page.lock", "w") as file:
-        try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)       # until closed
-        except BlockingIOError:
-            raise ValueError(f"out={out}: another page.py has it open; use that one, or give "
-                             "another out=") from None
-        except (ImportError, OSError):                             # Windows; disks without locks
-            pass
-        yield
+    (out / ".page").mkdir(exist_ok=True)
+    return runs.locked(out / ".page", f"out={out}: another page.py has it open; use that one, or "
+                       "give another out=")
 
 
 # ------------------------------------------------------------------------------------------- image

@@ -968,14 +968,20 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Let one process after the other change files of a folder; where there is no lock, at once."""
+def locked(folder: Path, busy: str = "") -> Iterator[None]:
+    """Let one process after the other change files of a folder; where there is no lock, at once.
+
+    busy : what to say to a second one, which does not wait then.
+    """
     descriptor = None
-    with contextlib.suppress(ImportError, OSError):
-        import fcntl
-        descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # until closed
     try:
+        with contextlib.suppress(ImportError, OSError):  # Windows; disks without locks
+            import fcntl
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+            except BlockingIOError:
+                raise ValueError(busy) from None
         yield
     finally:
         if descriptor is not None:

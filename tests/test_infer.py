@@ -657,3 +657,18 @@ def test_labels_that_are_of_no_plane_are_refused(tmp_path, field):
     infer.main(config, [str(tmp_path / "st.tif")])
     with tifffile.TiffFile(tmp_path / "out" / "st_labels.tif") as tif:
         assert np.array_equal(tif.asarray()[2] > 0, labels > 0)
+
+
+def test_a_second_run_on_a_movie_is_refused(tmp_path, field):
+    """It would mix its frames with those of the first."""
+    movie = np.stack([field.pixels[field.channels.index("ER")][:64, :64]] * 3)
+    tifffile.imwrite(tmp_path / "mov.tif", movie, ome=True, metadata={"axes": "TYX"})
+    config = Config(out=str(tmp_path / "out"), time="all")
+    (tmp_path / "out/.mov_planes").mkdir(parents=True)
+    (tmp_path / "out/.mov_planes/0_labels.tif").write_bytes(b"of other settings")
+    with runs.locked(tmp_path / "out/.mov_planes"), pytest.raises(
+            ValueError, match="mov.tif: another run is at work on it in out="):
+        infer.main(config, [str(tmp_path / "mov.tif")])
+    assert infer.main(config, [str(tmp_path / "mov.tif")]) == 0
+    assert not (tmp_path / "out/.mov_planes").exists()
+    assert len(list((tmp_path / "out/mov_ctc/01_RES").glob("mask*.tif"))) == 3

@@ -493,7 +493,7 @@ def track_divisions(table: Sections, onward: NDArray, back: NDArray
     between = np.clip(1 - middle / (reach[mother] / 2), 0, 1)
     worth = alike * whole * between * (apart > reach[mother] / 4)
     # a piece that is gone a frame later was torn from a cell by its segmentation
-    lives = (onward >= 0) | (plane == plane.max(initial=0))
+    lives = (onward >= 0) | ~np.isin(plane + 1, plane)      # or no cell at all is there
     kept = (worth > LIKELY) & lives[one] & lives[other] & (larger < SHRUNK * area[mother])
     return mother[kept], one[kept], other[kept], worth[kept]
 

@@ -156,6 +156,17 @@ def test_a_division_ends_the_mother_and_begins_two():
     assert rows == {(0, 7, 0), (0, 3, 0), (4, 7, k)} and len(tracks) == 4
 
 
+def test_a_division_before_a_blank_frame():
+    """Where no cell is found at all, no daughter is gone."""
+    path = {1: [(40, 40, 10)] * 3 + [None] * 4,
+            2: [None] * 3 + [(33, 40, 7), None, (33, 40, 7), (33, 40, 7)],
+            3: [None] * 3 + [(48, 40, 7), None, (48, 40, 7), (48, 40, 7)]}
+    linked = link.link_frames(link.Seen(discs(path)))
+    assert linked.parent[1:].tolist() == [0, 1, 1]
+    for t, tracks in ((2, {1}), (3, {2, 3}), (5, {2, 3})):
+        assert set(linked.numbers[t].tolist()) - {0} == tracks
+
+
 def test_a_new_cell_beside_another_is_no_daughter():
     truth = discs({1: [(30, 30, 10)] * 6, 2: [None] * 3 + [(30, 52, 10)] * 3})
     found, tracks = link.track(shuffled(truth))

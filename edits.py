@@ -324,7 +324,9 @@ class Book:
             self.labels = labels
         self.revision = self.size = 0
         self.saved = True
-        file, ours, apart = self.labels.copy(), True, 0     # apart: px that differ from the file's
+        # the bands of a large file may be of many edits; apart: px that differ from the file's
+        checked = self.path.exists() and self.labels.size <= LARGE
+        file, ours, apart = self.labels.copy() if checked else self.labels, True, 0
         lines = self.journal.read_bytes().splitlines(True) if self.journal.exists() else []
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):                # cut by a crash: it was not confirmed
@@ -348,7 +350,7 @@ class Book:
             self.saved = False
         if self.path.exists() or self.done:
             self.index()
-        if self.path.exists() and not ours and self.labels.size <= LARGE:  # bands are of many edits
+        if checked and not ours:
             self.do(Edit("outside", (slice(0, self.shape[0]), slice(0, self.shape[1])),
                          self.labels.copy(), file))
 

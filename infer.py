@@ -1000,7 +1000,7 @@ def result_files(name: str, config: Config) -> list[str]:
 
 def remove_old_labels(out: Path, name: str, config: Config) -> None:
     """Before other files are replaced: an image without labels is made anew, should this stop."""
-    if config.labels is None or Path(config.labels).resolve() != out.resolve():  # those are given
+    if config.labels is None:           # those that are given may be the only ones, as in a page
         (out / f"{name}_labels.tif").unlink(missing_ok=True)
 
 

@@ -202,7 +202,7 @@ class Picture:
 
 
 def place_text(place: dict[str, int | None]) -> str:
-    return " ".join(f"{key}={value}" for key, value in place.items() if value) or "no plane="
+    return " ".join(f"{key}={value}" for key, value in place.items() if value)
 
 
 class Opened:
@@ -223,7 +223,7 @@ class Opened:
                              f"{LARGEST / 1e9:.2g} gigapixels; start with level=2 or more if it is "
                              "a slide, or cut out a part")
         labels, linked = project.labels_file(name), project.linked_file(entry)
-        place = {"plane": entry.plane, "time": entry.time, "level": self.config.level}
+        place = {"plane": entry.plane, "time": entry.time, "level": self.config.level or 1}
         if labels.exists() and self.state.setdefault("place", place) != place:
             self.picture.close()
             raise ValueError(f"{labels}: cells of {place_text(self.state['place'])}, the page was "

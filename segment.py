@@ -325,7 +325,7 @@ def pooled_vectors(pool: vectors.TokenPool | None, labels: np.ndarray, plan: Pla
     *_, scales = _whole_regions(scaled_size(labels.shape, plan.zoom), labels.shape)
     rows = pool.of(labels, ids, (0, 0), scales)
     if outlines:
-        rows = vectors.type_rows(rows, cells.cell_table(labels, near=plan.near), plan.zoom)
+        rows = vectors.type_rows(rows, cells.cell_table(labels, near=0), plan.zoom)
     return ids, rows
 
 

@@ -23,7 +23,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
 import data
@@ -154,7 +153,7 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
     average, total = trainer.average, config.steps * config.cycles
     start, best, since, patience = 0, -1.0, 0, config.patience or math.inf
     if state:
-        check_same_images(run.folder, state.get("images"), hashes)
+        check_same_images(run, state.get("images"), hashes)
         trainer.restore(state)
         start, best, since = state["step"], state["best"], state["since"]
         if since >= patience:
@@ -319,7 +318,7 @@ class Trainer:
         return (each * weight).sum() / weight.sum().clamp(min=1e-6)
 
 
-def check_same_images(folder: Path, before: dict | None, now: dict) -> None:
+def check_same_images(run: runs.Run, before: dict | None, now: dict) -> None:
     """Refuse to go on with more, fewer or otherwise divided images, {train, validation: {name:
     hash}}; say where one has another content. None: a checkpoint of the version before."""
     if before is None:
@@ -327,12 +326,12 @@ def check_same_images(folder: Path, before: dict | None, now: dict) -> None:
     old, new = ({name: side for side in each for name in each[side]} for each in (before, now))
     if old != new:
         more, gone = len(new.keys() - old.keys()), len(old.keys() - new.keys())
-        raise ValueError(f"{folder} was begun with other images, or others held out ({more} new, "
-                         f"{gone} gone); give a new experiment= name, or remove the folder to "
+        raise ValueError(f"{run.folder} was begun with other images, or others held out ({more} "
+                         f"new, {gone} gone); give a new experiment= name, or remove the folder to "
                          "begin anew")
     other = [name for side in now for name in now[side] if now[side][name] != before[side][name]]
-    if other:
-        print(f"warning: {runs.listed(other)}: not as when {folder} was begun", file=sys.stderr)
+    if other and run.rank == 0:
+        print(f"warning: {runs.listed(other)}: not as when {run.folder} was begun", file=sys.stderr)
 
 
 def type_balance(types, count: int):

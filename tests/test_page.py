@@ -606,7 +606,7 @@ def test_cells_of_one_plane_are_not_shown_on_another(tmp_path):
     with Site(tmp_path, plane=1) as site:
         assert len(site.project.open("embryo").book.boxes) == cells
     with Site(tmp_path, plane=2) as site, pytest.raises(
-            ValueError, match="cells of plane=1, .*started with plane=2; give another out="):
+            ValueError, match="cells of plane=1 level=1, .*with plane=2 level=1; give anoth"):
         site.project.open("embryo")
     with Site(tmp_path) as site:
         assert len(site.json("/news")["images"]) == 3

@@ -115,6 +115,11 @@ def test_outlines_stand_beside_vectors():
     told = dict(zip(vectors.OUTLINE, rows[:, 4:].T))
     np.testing.assert_allclose(told["area_px"][:2], np.log(np.pi * 20 ** 2), atol=0.01)
     np.testing.assert_allclose(told["major_axis_px"][2], np.log(79 * 2 / 3 ** 0.5), atol=0.01)
+    np.testing.assert_allclose(told["perimeter_px"][0], np.log(2 * np.pi * 20), atol=0.05)
+    np.testing.assert_allclose(told["minor_axis_px"][2], np.log(15 * 2 / 3 ** 0.5), atol=0.01)
+    for name, disc, bar in (("eccentricity", 0, 0.98), ("solidity", 1, 1), ("extent", np.pi / 4, 1),
+                            ("circularity", 1, 4 * np.pi * 79 * 15 / 188 ** 2)):
+        np.testing.assert_allclose(told[name][[0, 2]], (disc, bar), atol=0.1, err_msg=name)
     small = cells.cell_table(large[::2, ::2], near=15)
     again = dict(zip(vectors.OUTLINE, vectors.type_rows(np.ones((3, 4)), small, 2.0)[:, 4:].T))
     for name in vectors.OUTLINE:

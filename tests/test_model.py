@@ -454,16 +454,26 @@ def test_ready_is_the_same_network_in_the_type_of_the_hardware(monkeypatch):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("heads", [100, 4, 1])      # at a time, of the six
-def test_attention_by_products_is_attention_and_its_gradient(monkeypatch, heads):
-    monkeypatch.setattr(model, "PIECE", heads * 17 * 17 * 8)
+@pytest.mark.parametrize("amx", [True, False])
+@pytest.mark.parametrize("tokens", [17, 32])        # filled up to 32, or as they are
+def test_attention_on_a_cpu_is_attention_and_its_gradient(monkeypatch, heads, amx, tokens):
+    monkeypatch.setattr(model, "PIECE", heads * 32 * 32 * 8)
+    monkeypatch.setattr(model, "has_amx", lambda: amx)
     torch.manual_seed(0)
-    parts = [torch.randn(2, 3, 17, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    weight = torch.randn(2, 3, 17, 8, dtype=torch.float64)
+    qkv = torch.randn(2, tokens, 3, 3, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, tokens, 3, 8, dtype=torch.float64)
+    angle = torch.randn(tokens, 4, dtype=torch.float64).repeat(1, 2)
+    cos, sin = angle.cos(), angle.sin()
+
+    def plain(qkv, cos, sin):
+        q, k, v = (part.squeeze(2) for part in qkv.split(1, 2))              # (B, T, heads, head)
+        q, k = model.rotate_by_rope(q, cos, sin), model.rotate_by_rope(k, cos, sin)
+        return torch.nn.functional.scaled_dot_product_attention(
+            *(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
     found = []
-    for attend in (model.AttentionByProducts.apply,
-                   torch.nn.functional.scaled_dot_product_attention):
-        out = attend(*parts)
-        found.append((out, *torch.autograd.grad((out * weight).sum(), parts)))
+    for attend in (model.AttentionOnCPU.apply, plain):
+        out = attend(qkv, cos, sin)
+        found.append((out, *torch.autograd.grad((out * weight).sum(), qkv)))
     for ours, theirs in zip(*found):
         assert torch.allclose(ours, theirs, atol=1e-12)
 

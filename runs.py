@@ -23,6 +23,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import difflib
 import errno
@@ -121,6 +122,18 @@ def _control_groups(controller: str, cgroups: Path, process: Path) -> Iterator[P
 # and keep the core from those that they wait for: five times slower beside other processes.
 for _key, _value in (("OMP_NUM_THREADS", cores()), ("GOMP_SPINCOUNT", 1000), ("KMP_BLOCKTIME", 1)):
     os.environ.setdefault(_key, str(_value))
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what one pass of a network frees for the next: back from the kernel
+    it comes page by page, each cleared, which takes a tenth of the time on a CPU."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # elsewhere than on Linux
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 64 << 20)       # M_MMAP_THRESHOLD: larger pieces still go back at once
+        mallopt(-1, 512 << 20)      # M_TRIM_THRESHOLD: what is kept at most
+
+
+keep_freed_memory()
 
 
 # ------------------------------------------------------------------------------------------ imports

@@ -115,7 +115,7 @@ class Config:
     seed: runs.Whole = 0                    # of everything random
     experiments: tuple[Experiment, ...] = ()  # other tables for the page: name, table, columns
     device: runs.Device = "auto"            # auto: the GPU if there is one
-    batch: runs.Batch | None = None         # network tiles at once; null: 4 on the CPU, 32 on a GPU
+    batch: runs.Batch | None = None         # network tiles at once; null: 6 on the CPU, 32 on a GPU
 
     def __post_init__(self):
         names = [model.name for model in self.models]

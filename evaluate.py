@@ -84,7 +84,7 @@ class Bench:
     columns: tuple[measure.Score, ...] = ("AP@0.5", "AP@0.75", "F1", "SEG", "DET", "OP_CSB")
     markdown: str | None = None             # document for table.md, between two lines of comment
     summary: str | None = None              # document for its first table alone
-    batch: runs.Batch | None = None         # tiles at once; null: 4 on the CPU, 32 on a GPU
+    batch: runs.Batch | None = None         # tiles at once; null: 6 on the CPU, 32 on a GPU
     device: runs.Device = "auto"            # auto: the GPU if there is one
     overwrite: bool = False                 # make every prediction anew
 
@@ -241,7 +241,7 @@ class Sweep:
     scale: tuple[runs.Positive, ...] = (1.0,)  # network px per image px, on top of the diameter
     score: measure.Score = "DSB"            # what best means, mean over images
     ceiling: Encoding = field(default_factory=Encoding)  # as in bench
-    batch: runs.Batch | None = None         # tiles at once; null: 4 on the CPU, 32 on a GPU
+    batch: runs.Batch | None = None         # tiles at once; null: 6 on the CPU, 32 on a GPU
     device: runs.Device = "auto"            # auto: the GPU if there is one
 
     def __post_init__(self):

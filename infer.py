@@ -137,7 +137,7 @@ class Config:
     tile: runs.Side | None = None  # px, side of the network's tiles; null: as trained
     # px shared by tiles; null: a cell's diameter, from an eighth to half the tile
     overlap: runs.Whole | None = None
-    batch: runs.Batch | None = None  # tiles at once; null: 4 on the CPU, 32 on a GPU
+    batch: runs.Batch | None = None  # tiles at once; null: 6 on the CPU, 32 on a GPU
     block: runs.Count = 2048  # px, larger images are worked off in blocks of this side
     pattern: str = "*"  # which files of a folder, such as *_w1.tif
     device: runs.Device = "auto"  # auto: the GPU if there is one

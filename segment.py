@@ -105,7 +105,7 @@ def plan_for(image, net: DINOCell, *, diameter: float | None = None, zoom: float
     near = seen if near is None else near
     side, shared = tile_side(net, tile, overlap, scaled_size(source.shape[1:], zoom))
     return Plan(net, net.settings.setting.changed(**thresholds), zoom, limits, seen, near, side,
-                shared, batch or (32 if net.mean.device.type == "cuda" else 4),
+                shared, batch or (32 if net.mean.device.type == "cuda" else 6),
                 max(1, int(block / max(zoom, 1))),
                 halo or max(HALO, math.ceil(4 * max(near, seen))), border, tissue,
                 embed or net.types is not None)
@@ -525,9 +525,10 @@ class _Runner:
         todo = [t for t, seen in zip(tiles, spread) if seen]
         with timed(self.clock, "network"):
             answers: list[Answer] = []
-            while len(answers) < len(todo):
+            while left := len(todo) - len(answers):
+                even = math.ceil(left / math.ceil(left / self.batch))
                 try:
-                    answers += self._forward(torch.stack(todo[len(answers):][:self.batch]))
+                    answers += self._forward(torch.stack(todo[len(answers):][:even]))
                 except torch.cuda.OutOfMemoryError:
                     if self.batch == 1:
                         raise ValueError(f"out of GPU memory with one tile of {tile} px; use "

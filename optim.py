@@ -156,5 +156,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-12)     # 1.01: bfloat16 may round up
     for a, b, c in POLYNOMIALS:
         square = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        x = torch.bmm(polynomial, x)
     return x.mT if tall else x

@@ -2,7 +2,7 @@
 
     tiles, unusable, others = find_tiles("slides", r"b0c(?P<channel>\\d+)")
     values = marker_of_cells(labels, read_tile(tiles[0])[1])      # (n,) the marker over each cell
-    lines = lines_by_tile("shards", key)                          # {tile: its line}, of all shards
+    lines = lines_by_tile("shards", key, tiles)                   # {tile: its line}, of all shards
     cut = marker_threshold(lines.values(), "otsu")                # cells above it are positive
     donors = read_donors("outcomes.tsv", ["braaksc"])             # .names, .outcomes (K, D)
 
@@ -52,6 +52,11 @@ class TilePair(NamedTuple):
     name: str                    # path below the folder, without suffix, of its image of nuclei
     donor: str
     files: tuple[Path, Path]     # nuclei, marker
+
+    def stamp(self) -> list[list[int]]:
+        """Bytes and time of the last change (ns) of each file."""
+        return [[status.st_size, status.st_mtime_ns]
+                for status in (file.stat() for file in self.files)]
 
 
 def find_tiles(root: str | Path, pattern: str, nuclei: str = "0", marker: str = "1",
@@ -134,15 +139,19 @@ def read_tile_lines(path: Path) -> list[dict]:
     return lines
 
 
-def lines_by_tile(folder: str | Path, key: str) -> dict[str, dict]:
+def lines_by_tile(folder: str | Path, key: str, tiles: Iterable[TilePair]) -> dict[str, dict]:
     """{tile: its line} of all shards; `why` in a line says why there are no cells.
 
-    Lines of another key were made with other weights or settings.
+    Lines of another key were made with other weights or settings, those of another stamp from
+    other pixels (the version before wrote none).
     """
     found: dict[str, dict] = {}
+    stamps = {tile.name: tile.stamp() for tile in tiles}
     for path in sorted(Path(folder).glob("*.jsonl")):
         for line in read_tile_lines(path):
-            if line["key"] == key and ("why" not in line or line["tile"] not in found):
+            stamp = stamps.get(line["tile"])
+            if (line["key"] == key and stamp and line.get("files", stamp) == stamp
+                    and ("why" not in line or line["tile"] not in found)):
                 found[line["tile"]] = line
     return found
 

@@ -1040,8 +1040,9 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
                            f"from {Path(source).resolve()} with {chosen}\n")
     made = 0
     for example in tqdm.tqdm(found, target.name, unit="image", delay=1, leave=False):
-        path = target / f"{example.name}.tif"
-        if not path.exists():
+        path, classes = target / f"{example.name}.tif", target / f"{example.name}_types.csv"
+        newest = max(file.stat().st_mtime_ns for file in example.files)
+        if not path.exists() or path.stat().st_mtime_ns < newest:
             image, labels = example.image(), example.labels()
             if image.pixels.shape[1:] != labels.shape:
                 raise ValueError(f"{example.files[0]}: {image.pixels.shape[1:]} px, labels "
@@ -1054,8 +1055,9 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
                 print(f"{example.name}: without classes of cells; {error}", file=sys.stderr)
                 types = {}
             rows = [{"id": i, "type": types[i]} for i in np.unique(labels).tolist() if i in types]
+            classes.unlink(missing_ok=True)
             if rows:
-                runs.write_table(target / f"{example.name}_types.csv", rows)
+                runs.write_table(classes, rows)
             write_image(path, image)
             made += 1
     return made

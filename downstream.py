@@ -149,9 +149,9 @@ class Config:
                     **{name: getattr(self, name) for name in names}}
         return runs.digest(json.dumps(settings, sort_keys=True))[:16]
 
-    def lines(self, model: StudyModel) -> dict[str, dict]:
+    def lines(self, model: StudyModel, tiles: list[cohort.TilePair]) -> dict[str, dict]:
         """The line of each tile that is done with a model."""
-        return cohort.lines_by_tile(self.folder(model) / "shards", self.key(model))
+        return cohort.lines_by_tile(self.folder(model) / "shards", self.key(model), tiles)
 
     def read_counts(self) -> cohort.Counts:
         paths = [self.folder(model) / "tile_counts.tsv" for model in self.models]
@@ -169,8 +169,12 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
         raise ValueError(f"shard={config.shard} is for infer; when all are done, merge without it")
     if check:
         return print_study(config)
-    if step is None:
-        config.read_donors()                                   # a mistake there must not cost hours
+    if step is None:                                           # a mistake there must not cost hours
+        names, (tiles, *_) = config.read_donors().names, config.find_tiles()
+        if not {tile.donor for tile in tiles} & set(names):
+            raise ValueError(f"{config.outcomes}: none of its donors ({runs.listed(names)}) has a "
+                             f"tile; those of the tiles are "
+                             f"{runs.listed(sorted({tile.donor for tile in tiles}))}; see donor=")
     for run in STEPS.values() if step is None else [STEPS[step]]:
         if code := run(config):
             return code
@@ -187,7 +191,7 @@ def infer_donor_tiles(config: Config) -> int:
     print(f"{config.tiles}: {len(tiles)} tiles of {len({tile.donor for tile in tiles})} donors, "
           f"{len(mine)} in shard {config.shard}; {len(unusable)} lack a partner or a donor; "
           f"{others} other files")
-    shards = [Shard(model, config) for model in config.models]
+    shards = [Shard(model, config, tiles) for model in config.models]
     skipped = 0
     with runs.stop_signals() as stop:
         for tile in tqdm.tqdm(mine, f"shard {config.shard}", unit="tile", delay=1, file=sys.stderr):
@@ -215,15 +219,15 @@ def infer_donor_tiles(config: Config) -> int:
 class Shard:
     """A model's file of lines in this process."""
 
-    def __init__(self, model: StudyModel, config: Config):
+    def __init__(self, model: StudyModel, config: Config, tiles: list[cohort.TilePair]):
         self.model, self.config, self.key = model, config, config.key(model)
-        self.done = {name for name, line in config.lines(model).items()
-                     if "why" not in line}
+        found = config.lines(model, tiles)
+        self.done = {name for name, line in found.items() if "why" not in line}
         part = f"{config.shard.replace('/', '_of_')}.jsonl"
         self.path = config.folder(model) / "shards" / part
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole = [json.dumps(line) + "\n" for line in cohort.read_tile_lines(self.path)
-                 if line["key"] == self.key and "why" not in line]
+                 if line == found.get(line["tile"]) and "why" not in line]
         runs.write_text(self.path, "".join(whole))
 
     @cached_property
@@ -244,7 +248,7 @@ class Shard:
                     dtype=str(pixels.dtype), intensity=[float(f"{value:.6g}") for value in marker])
 
     def write(self, tile: cohort.TilePair, **found: Any) -> None:
-        line = dict(tile=tile.name, donor=tile.donor, key=self.key, **found)
+        line = dict(tile=tile.name, donor=tile.donor, key=self.key, files=tile.stamp(), **found)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -256,7 +260,7 @@ def count_positive_cells(config: Config) -> int:
     tiles, unusable, _ = config.find_tiles()
     found = []
     for model in config.models:
-        found.append(config.lines(model))
+        found.append(config.lines(model, tiles))
         if missing := [tile.name for tile in tiles if tile.name not in found[-1]]:
             raise ValueError(f"model '{model.name}': {len(missing)} of {len(tiles)} tiles are not "
                              f"done with these settings, such as {missing[0]}; run infer, or what "
@@ -551,7 +555,7 @@ def print_study(config: Config) -> int:
     for name in sorted(unusable)[:5]:
         print(f"    {name}: {unusable[name]}")
     for model in config.models:
-        lines = config.lines(model)
+        lines = config.lines(model, tiles)
         done = sum(tile.name in lines and "why" not in lines[tile.name] for tile in tiles)
         print(f"{model.name}: {model.weights} ({model.digest()}), {done} tiles done")
     donors = config.read_donors()

@@ -815,6 +815,10 @@ def test_convert_every_layout_and_go_on(tmp_path, capsys):
     (out / "pairs" / "p.tif").unlink()
     assert "1 images written, 5 were there" in command("convert", source, out, capsys=capsys)
     assert {path: path.read_bytes() for path in out.rglob("*.tif")} == bytes_before
+    save(source / "pairs" / "p_masks.png", blobs(7))             # corrected since
+    os.utime(source / "pairs" / "p_masks.png", (2**31, 2**31))
+    assert "1 images written, 5 were there" in command("convert", source, out, capsys=capsys)
+    assert np.array_equal(tifffile.imread(out / "pairs" / "p_masks.tif"), blobs(7))
     error = command("convert", source, out, "channels=1", code=1, capsys=capsys)
     assert "converted.txt: written for something else" in error
     assert not list(out.rglob(".*"))

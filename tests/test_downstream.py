@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 import re
+import shutil
 import signal
 from xml.etree import ElementTree
 
@@ -252,6 +253,28 @@ def test_four_shards_are_one_run_also_when_one_is_killed(study, whole, tmp_path,
                  for out in (whole[0], tmp_path))
         one, four = ([{**row, "seconds": ""} for row in table(file)] for file in files)
         assert one == four and len(four) == 16
+
+
+def test_a_tile_that_changed_is_found_again(study, tmp_path):
+    shutil.copytree(study / "tiles", tmp_path / "tiles")
+    path = configured(study, tmp_path, tiles=str(tmp_path / "tiles"))
+    assert step(path, "infer") == 0
+    changed = tmp_path / "tiles/donor_3/t1_b0c1.tif"
+    tifffile.imwrite(changed, tifffile.imread(changed) // 2)
+    with pytest.raises(ValueError, match="1 of 17 tiles are not done"):
+        step(path, "merge")
+    assert step(path, "infer") == 0 == step(path, "merge")
+    lines = cohort.read_tile_lines(tmp_path / "results/full_inference/base/shards/1_of_1.jsonl")
+    assert len({line["tile"] for line in lines}) == len(lines)
+
+
+def test_outcomes_of_other_donors_are_refused_before_the_network_runs(study, tmp_path):
+    table = (study / "outcomes.tsv").read_text().splitlines()
+    (tmp_path / "others.tsv").write_text("\n".join(
+        [table[0], *(f"x{line}" for line in table[1:])]))
+    with pytest.raises(ValueError, match="none of its donors .* has a tile"):
+        step(configured(study, tmp_path, outcomes=str(tmp_path / "others.tsv")))
+    assert not (tmp_path / "results").exists()
 
 
 def test_a_warned_shard_asks_to_be_queued_again(study, tmp_path, monkeypatch):

@@ -242,7 +242,7 @@ def test_geojson_of_anything_is_one_line(tmp_path, properties, geometry):
 def test_lines_of_anything_in_a_journal_are_one_line(tmp_path, line):
     (tmp_path / "1_of_1.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match="remove the line"):
-        cohort.lines_by_tile(tmp_path, "key")
+        cohort.lines_by_tile(tmp_path, "key", [])
     with pytest.raises(ValueError, match="remove it"):
         fields._read_index_journal(tmp_path / "1_of_1.jsonl", "plates")
 

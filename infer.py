@@ -849,11 +849,14 @@ def link_planes(planes: Planes, work: Path, name: str, out: Path, plan: segment.
     remove_old_labels(out, name, config)
     seen = link.Seen(map(labels, range(count)), skip=axis == "Z")
     tables = (runs.read_table(work / f"{number}_cells.csv", ["id"]) for number in range(count))
+    of_type: dict[str, int] = {}
     if axis == "Z":
         ratio = about.step / pixel_size if about.step and pixel_size else 1.0
         linked = link.link_slices(seen, ratio)
-        runs.write_table(f"{beginning}cells.csv",
-                         link.linked_solid_rows(linked, tables, pixel_size, about.step), link.SOLID)
+        solids = link.linked_solid_rows(linked, tables, pixel_size, about.step)
+        runs.write_table(f"{beginning}cells.csv", solids, link.SOLID)
+        of_type = {f"cells_{name}": sum(solid["type"] == name for solid in solids)
+                   for name in plan.net.type_names}
     else:
         gap = link.GAP if config.gap is None else config.gap
         linked = link.link_frames(seen, config.max_distance, gap)
@@ -878,7 +881,7 @@ def link_planes(planes: Planes, work: Path, name: str, out: Path, plan: segment.
         cells.write_picture(f"{beginning}overlay.png", strip)
     row = {"image": name, "height": H, "width": W, "planes": count,
            "cells": len(linked.parent) - 1, "diameter_px": round(plan.diameter, 1),
-           "scale": round(plan.zoom, 4), "seconds": round(time.perf_counter() - start, 2)}
+           "scale": round(plan.zoom, 4), "seconds": round(time.perf_counter() - start, 2)} | of_type
     step = about.step if axis == "Z" else about.interval
     images.write_label_stack(f"{beginning}labels.tif", numbered(), (count, H, W), f"{axis}YX",
                              len(linked.parent), pixel_size, step, {**made, "row": row})

@@ -16,6 +16,7 @@ images that were held out, in whole groups. Only better weights are used.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -43,6 +44,17 @@ with runs.lazy():
 TRAINER = Path(__file__).resolve().parent / "train_seg.py"
 HELD = 0.2                      # of the images that are done, in whole groups
 SEEN = 24.0                     # px, at least: as large the network sees the median cell
+
+
+def _cut_column(labels: np.ndarray) -> int:
+    """Where two thirds of the cells lie on the left, and one at least on either side."""
+    _, cell, size = np.unique(labels[labels > 0], return_inverse=True, return_counts=True)
+    x = np.sort(np.bincount(cell, np.nonzero(labels)[1]) / size)             # of their centres
+    if len(x) < 2:
+        raise ValueError(f"the one image that is done has {len(x)} cells; learning needs 2, one to "
+                         "learn from and one to compare by, or a second image")
+    first = min(max(1, round(2 / 3 * len(x))), len(x) - 1)
+    return min(max(1, math.ceil((x[first - 1] + x[first]) / 2)), labels.shape[1] - 1)
 
 
 class Learning:
@@ -120,8 +132,8 @@ class Learning:
             diameters.append(data.median_diameter(labels))
             # a single image is learnt from on the left; the right is held out, as the last frame
             # of a time-lapse would be
-            parts = {"": slice(0, W)} if len(done) > 1 else {
-                "_t1": slice(0, 2 * W // 3), "_t2": slice(2 * W // 3, W)}
+            cut = W if len(done) > 1 else _cut_column(labels)
+            parts = {"": slice(0, W)} if cut == W else {"_t1": slice(0, cut), "_t2": slice(cut, W)}
             for end, part in parts.items():
                 images.write_image(folder / f"{name}{end}.tif",
                                    images.Image(pixels[:, :, part], channels, None))

@@ -531,14 +531,16 @@ def linked_solid_rows(linked: Linked, tables: Iterable[list[dict]], pixel_size: 
                       step: float | None) -> list[dict]:
     """A row for each cell of a stack, from the table of each slice.
 
-    Means are over voxels. Volumes in µm³ and z in µm where pixel_size and step (µm) are known.
+    Means are over voxels, and so is the probability of a type, that of most voxels. Volumes in µm³
+    and z in µm where pixel_size and step (µm) are known.
     """
     solids: dict[int, dict[str, Any]] = {}
     for z, rows in enumerate(numbered_rows(linked, tables), 1):
         for number, row in rows:
             cell = solids.setdefault(number, {"area": 0.0, "largest": 0.0, "planes": set(),
                                               "sums": Counter(), "low": {}, "high": {},
-                                              "border": False})
+                                              "border": False, "types": Counter(),
+                                              "sure": Counter()})
             area = float(row["area_px"])
             cell["area"] += area
             cell["largest"] = max(cell["largest"], area)
@@ -552,6 +554,9 @@ def linked_solid_rows(linked: Linked, tables: Iterable[list[dict]], pixel_size: 
                 elif name.startswith("intensity_max_"):
                     cell["high"][name] = max(cell["high"].get(name, -math.inf), float(text))
             cell["border"] |= bool(int(row["touches_border"]))
+            if "type" in row:
+                cell["types"][row["type"]] += area
+                cell["sure"][row["type"]] += area * float(row["type_probability"])
     return [_solid_row(number, cell, len(linked.ids), pixel_size, step)
             for number, cell in sorted(solids.items())]
 
@@ -572,8 +577,12 @@ def _solid_row(number: int, cell: dict[str, Any], planes: int, pixel_size: float
         row |= {"z_um": (row["z"] - 1) * step, "volume_um3": cubic,
                 "equivalent_diameter_um": (6 * cubic / math.pi) ** (1 / 3)}
     row |= {name: mean[name] for name in mean if name.startswith("intensity_")}
-    return {**row, **cell["low"], **cell["high"],
+    row |= {**cell["low"], **cell["high"],
             "touches_border": int(cell["border"] or first == 1 or last == planes)}
+    if cell["types"]:
+        (kind, _), = cell["types"].most_common(1)
+        row |= {"type": kind, "type_probability": cell["sure"][kind] / volume}
+    return row
 
 
 def track_rows(linked: Linked, table: Sections, pixel_size: float | None = None) -> list[dict]:

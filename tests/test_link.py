@@ -8,12 +8,14 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 
 import images
 import infer
 import link
 import metrics
+import model
 import runs
 import synthetic
 
@@ -375,6 +377,32 @@ def test_a_stack_gets_volumes(tmp_path, quick, capsys):
     with tifffile.TiffFile(out / "s_labels.tif") as tif:
         assert 'PhysicalSizeZ="1.5"' in tif.ome_metadata and tif.series[0].axes == "ZYX"
     assert images.stack_of(out / "s_labels.tif", "Z").step == 1.5
+
+
+def test_a_solid_has_the_type_of_most_of_its_voxels():
+    def row(number, area, kind, sure):
+        return {"id": str(number), "area_px": str(area), "centroid_y_px": "1", "centroid_x_px": "1",
+                "touches_border": "0", "type": kind, "type_probability": str(sure)}
+    seen = link.Seen(iter([np.ones((4, 4), np.int32)] * 3), skip=True)
+    tables = [[row(1, 10, "small", 0.9)], [row(1, 30, "large", 0.5)], [row(1, 10, "small", 0.7)]]
+    solid, = link.linked_solid_rows(link.link_slices(seen), tables, None, None)
+    assert solid["type"] == "large" and solid["type_probability"] == pytest.approx(15 / 50)
+
+
+def test_a_stack_is_told_types(tmp_path, capsys):
+    net = model.load(model.find_weights("demo_synthetic"))
+    net.set_types(torch.nn.Linear(net.backbone.dim, 2), ("one", "other"))
+    model.save(net, tmp_path / "typed.pt")
+    drawn = synthetic.field(3, 96, 8, 28)
+    tifffile.imwrite(tmp_path / "s.tif", np.stack([drawn.pixels[0]] * 3), imagej=True,
+                     metadata={"axes": "ZYX"})
+    infer.main(infer.Config(out=str(tmp_path / "out"), z="all", weights=str(tmp_path / "typed.pt")),
+               [str(tmp_path / "s.tif")])
+    found = rows(tmp_path / "out/s_cells.csv")
+    summary, = rows(tmp_path / "out/summary.csv")
+    assert found and {row["type"] for row in found} <= {"one", "other"}
+    for name in ("one", "other"):
+        assert int(summary[f"cells_{name}"]) == sum(row["type"] == name for row in found)
 
 
 def test_a_run_that_is_killed_goes_on(tmp_path, movie, quick, capsys, monkeypatch):

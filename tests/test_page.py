@@ -774,7 +774,7 @@ def test_a_second_click_begins_no_second_round(site, monkeypatch):
 def test_a_round_that_could_not_begin_leaves_no_images_to_the_next(site):
     images.write_labels(site.out / "a_labels.tif", np.zeros((192, 256), np.int32))
     site.json("/done", {"image": "a", "done": True})
-    with pytest.raises(ValueError, match="have no cells"):
+    with pytest.raises(ValueError, match="the one image that is done has 0 cells"):
         site.project.learning.prepare(1)
     site.json("/done", {"image": "a", "done": False})
     images.write_labels(site.out / "more_b_labels.tif", drawn(2)[1])
@@ -795,6 +795,15 @@ def test_one_image_is_learnt_from_on_the_left(site):
     np.testing.assert_array_equal(whole, drawn(1)[1])
     config = runs.load_config(train_seg.Config, site.project.learning.of(1) / "config.yaml")
     assert config.init == WEIGHTS and config.steps == 4
+
+
+@pytest.mark.parametrize("columns", [(2, 20, 30), (200, 210, 230, 240), (100, 100), (0, 250)])
+def test_both_parts_of_one_image_have_cells(columns):
+    labels = np.zeros((64, 256), np.int32)
+    for i, x in enumerate(columns):
+        labels[12 * i:12 * i + 8, x:x + 6] = i + 1
+    cut = learning._cut_column(labels)
+    assert 0 < cut < 256 and labels[:, :cut].any() and labels[:, cut:].any()
 
 
 def test_a_score_does_not_outlive_the_weights_it_was_fitted_for(tmp_path):

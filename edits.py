@@ -126,6 +126,8 @@ def split_cells(book: Book, line: np.ndarray) -> Edit:
 
 def merge_cells(book: Book, line: np.ndarray) -> Edit:
     """Make one cell of those under the line, with the gap between them where the line crosses it.
+
+    It has a number of its own: what is known of the others' vectors and outlines is not of it.
     """
     y, x = line_pixels(line, book.shape)
     under = book.labels[y, x]
@@ -138,7 +140,7 @@ def merge_cells(book: Book, line: np.ndarray) -> Edit:
     bridge = box_mask(y[first:last + 1], x[first:last + 1], box)
     before = book.labels[box].copy()
     gap = ndimage.binary_dilation(bridge, iterations=2) & (before == 0)
-    after = np.where(np.isin(before, ids) | gap, ids[0], before)
+    after = np.where(np.isin(before, ids) | gap, book.fresh, before)
     return Edit("merge", box, before, after)
 
 

@@ -228,7 +228,12 @@ class Opened:
             self.picture.close()
             raise ValueError(f"{labels}: cells of {place_text(self.state['place'])}, the page was "
                              f"started with {place_text(place)}; give another out=")
-        self.state["place"] = place
+        pixels = runs.digest(self.picture.overview)
+        if labels.exists() and self.state.setdefault("pixels", pixels) != pixels:
+            self.picture.close()
+            raise ValueError(f"{entry.path}: another image than that of {labels}; remove its "
+                             "cells, or give another out=")
+        self.state |= {"place": place, "pixels": pixels}
         if linked and not labels.exists():                         # as infer.py z=all found them
             images.write_labels(labels, images.read_labels(
                 linked, *(entry.place if entry.axis == axis else None for axis in "ZT")),
@@ -656,6 +661,10 @@ class Project:
                  "diameter": self.state.get("diameter")}    # types and neighbours depend on it
         alone = sum(not self.names[name].stack for name in corrected)
         jobs = [given | {"pattern": self.config.pattern, "geojson": "true"}] if alone else []
+        for name in corrected:                          # again, with a diameter of its own
+            if (own := self.of(name).get("diameter")) and not self.names[name].stack:
+                jobs.append(jobs[0] | {"pattern": glob.escape(self.names[name].path.name),
+                                       "diameter": own})
         for entry in stacks.values():
             jobs.append(given | {"z" if entry.axis == "Z" else "time": "all",
                                  "pattern": glob.escape(entry.path.name)})

@@ -354,6 +354,22 @@ def test_export_is_what_infer_writes(site):
     header, row = (line.split(",") for line in (site.out / "summary.csv").read_text().splitlines())
     assert float(row[header.index("diameter_px")]) == 31
     site.edit("a", "undo")                                        # the journal goes on
+    site.project.of("a")["diameter"] = 25.0                       # of this image alone
+    assert site.json("/export", {})["written"] == 1
+    header, row = (line.split(",") for line in (site.out / "summary.csv").read_text().splitlines())
+    assert float(row[header.index("diameter_px")]) == 25
+
+
+def test_an_image_that_was_replaced_does_not_take_the_cells_of_before(folder):
+    with Site(folder) as site:
+        site.find("a")
+    with Site(folder) as site:                                    # unchanged: they are there
+        assert site.json("/image", image="a")["cells"]
+    file, = folder.glob("a.*")
+    tifffile.imwrite(file, tifffile.imread(file)[::-1])
+    with Site(folder) as site:
+        status, content = site.ask("/image", image="a")
+        assert status == 400 and "another image than that of" in json.loads(content)["error"]
 
 
 def test_an_edit_during_the_export_is_kept_on_the_disk(site, monkeypatch):

@@ -1109,6 +1109,9 @@ def split(config: Config, source: str) -> int:
 
 
 def planes(config: Config, source: str, target: str) -> int:
+    if not Path(source).is_dir():
+        raise FileNotFoundError(f"{source}: no such folder; expected one with stacks NAME.tif and "
+                                "their NAME_labels.tif")
     made, found = 0, list_files(source, ("_labels.tif",))
     if not found:
         raise ValueError(f"{source}: no NAME_labels.tif in it or below, beside stacks NAME.tif")

@@ -422,6 +422,9 @@ def check_label_keys(config: Config) -> None:
     if given:
         raise ValueError(f"labels={config.labels}: leave out {' and '.join(given)}, which labels "
                          "that are given do not have")
+    if Path(config.labels or "").resolve() == Path(config.out).resolve():
+        raise ValueError(f"labels={config.labels}: is out= as well, where results would take the "
+                         "place of what is given; choose another out=")
 
 
 def given_files(name: str, config: Config) -> dict[str, list[Path]]:
@@ -965,7 +968,11 @@ def infer_images_below(place: str, config: Config,
     else:
         paths = map(Path, sorted(glob.glob(place, recursive=True)))
         below = {p: p.name for p in paths if p.is_file()}
-    below = infer_images_among(below)
+    given, below = below, infer_images_among(below)
+    if passed := [name for path, name in given.items() if path not in below
+                  and Path(name).stem.endswith(("_cells", "_nuclei"))]:  # or images of a channel
+        print_line(f"{place}: taken for labels and passed over: {runs.listed(passed)}; what is an "
+                   "image needs another name")
     if not below:
         raise FileNotFoundError(f"{place}: no image in this folder, or of this pattern "
                                 f"({', '.join(images.IMAGE_SUFFIXES)}; pattern={config.pattern}; "

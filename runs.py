@@ -664,6 +664,8 @@ class Run:
         self.wandb, self.sent = None, dict[str, int]()  # the last step at which each was sent
         self.began = time.perf_counter()
         self._check_same_run()
+        if hasattr(config, "export_path"):                     # before the training, not after it
+            check_file_can_be_written(export_path(config))
         for folder in (self.folder / "logs", self.folder / "images", self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
             sweep_temporary(folder)
@@ -925,6 +927,17 @@ def export_path(config: Any) -> Path:
     """The file that a training writes its weights to."""
     return Path(config.export_path or Path(config.output_base_dir, "final_models",
                                            f"{config.experiment}.pt"))
+
+
+def check_file_can_be_written(path: Path) -> None:
+    """Make its folder; refuse what is a folder itself, or lies in none that may be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written, {error_sentence(error)}") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path}: cannot be written; expected a file, not a folder, in a folder "
+                         "that may be written")
 
 
 def log_history(log: Path) -> list[dict]:

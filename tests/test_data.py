@@ -842,6 +842,8 @@ def test_planes_of_stacks_become_images(tmp_path, capsys):
     labels = np.zeros((5, 30, 40), np.uint16)
     for cell, z in enumerate((0, 0, 0, 2, 2, 4, 4, 4, 4, 1, 1, 1)):
         labels[z, 2 * cell:2 * cell + 2, 5:20] = 7 * cell + 3
+    with pytest.raises(FileNotFoundError, match="no such folder; expected one with stacks"):
+        data.main(data.Config(), ["planes", str(tmp_path / "in"), str(tmp_path / "out")])
     (tmp_path / "in").mkdir()
     tifffile.imwrite(tmp_path / "in" / "ovule.tif", stack)
     tifffile.imwrite(tmp_path / "in" / "ovule_labels.tif", labels)

@@ -259,7 +259,8 @@ def test_labels_that_are_given_are_measured(tmp_path, broad, block):
                    [str(tmp_path / "b.tif")])
     for keys, said in ((dict(min_area=9, peak=0.5), "leave out peak= and min_area="),
                        (dict(distance=True), "leave out distance="),
-                       (dict(time="all", min_score=0.5), "leave out min_score=")):
+                       (dict(time="all", min_score=0.5), "leave out min_score="),
+                       (dict(out=str(tmp_path / "found")), "choose another out=")):
         with pytest.raises(ValueError, match=said):
             infer.main(Config(labels=str(tmp_path / "found"), **keys), [str(tmp_path / "a.tif")])
 
@@ -373,7 +374,7 @@ def test_folders_globs_and_patterns(tmp_path, monkeypatch):
             infer.find_images(wrong, Config())
 
 
-def test_what_is_no_image_of_a_folder_is_left_out_and_nothing_else(tmp_path):
+def test_what_is_no_image_of_a_folder_is_left_out_and_nothing_else(tmp_path, capsys):
     """Results and labels beside their images, and what a Mac leaves; a stain called nuclei is an
     image."""
     for name in ("a.tif", "a_labels.tif", "a_cp_masks.tif", "b_nuclei.tif", "b_actin.btf",
@@ -390,6 +391,12 @@ def test_what_is_no_image_of_a_folder_is_left_out_and_nothing_else(tmp_path):
                                                                              "sub_a_masks"]
     # as a shell gives them
     named = [str(tmp_path / name) for name in ("a.tif", "a_labels.tif", "b_nuclei.tif")]
+    (tmp_path / "well").mkdir()
+    for name in ("w1.tif", "w1_nuclei.tif", "w1_masks.tif"):
+        (tmp_path / "well" / name).touch()
+    assert [path.name for path in infer.find_images([str(tmp_path / "well")], Config())] == [
+        "w1.tif"]
+    assert "passed over: w1_nuclei.tif; what is an image" in capsys.readouterr().err
     assert list(infer.find_images(named, Config()).values()) == ["a", "b_nuclei"]
     # asked for by name
     assert list(infer.find_images(named[1:2], Config()).values()) == ["a_labels"]

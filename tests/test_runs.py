@@ -196,6 +196,47 @@ def test_a_signal_too_late_for_one_run_reaches_who_listens_to_all(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("place", ["folder", "file/x.pt"])
+def test_a_place_for_weights_that_cannot_be_is_refused_before_the_training(tmp_path, place):
+    @dataclass(frozen=True)
+    class Few:
+        experiment: str = "few"
+        checkpoint_name: str = "few"
+        output_base_dir: str = str(tmp_path / "out")
+        export_path: str | None = None
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot be written"):
+        runs.Run(Few(export_path=str(tmp_path / place)))
+    assert not (tmp_path / "out").exists()
+    (weights := tmp_path / "x.pt").write_text("of before")
+    runs.Run(Few(export_path=str(weights))).close()
+    assert weights.read_text() == "of before"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux' C library alone")
+def test_memory_that_a_pass_of_a_network_frees_is_there_for_the_next():
+    """24 MB are 6,000 pages; without runs every addition asks for them anew."""
+    code = """
+import resource, sys, torch
+if sys.argv[1] == "kept":
+    import runs
+x = torch.ones(6_000_000)
+def faults(n):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(n):
+        x + x
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(10)
+print(faults(20))
+"""
+    kept, given_back = (int(subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, check=True,
+                                           capture_output=True, text=True).stdout)
+                        for how in ("kept", "given back"))
+    if given_back > 50_000:                                    # glibc, as it is by default
+        assert kept < given_back / 2
+
+
 def test_a_signal_before_the_run_and_one_while_work_is_shared_stop_it(tmp_path):
     @dataclass(frozen=True)
     class Few:

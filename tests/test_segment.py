@@ -279,6 +279,20 @@ def test_cells_smaller_than_a_pixel_leave_no_gap_in_the_numbers():
                                     + 1)) and len(block.new) == block.labels.max()
 
 
+@pytest.mark.parametrize("batch,sizes", [(4, [3, 2]), (2, [2, 2, 1]), (5, [5]), (8, [5])])
+def test_batches_of_a_row_are_even(batch, sizes):
+    """One tile alone takes more than its share."""
+    seen = []
+
+    class Counted(PassOn):
+        def forward(self, x):
+            seen.append(len(x))
+            return super().forward(x)
+    segment.distances(cones(7, 32, 160, 60), Counted(), limits=UNIT, tile=32, overlap=0,
+                      batch=batch)
+    assert seen == sizes
+
+
 def test_memory_runs_out_and_the_batch_shrinks():
     class Small(PassOn):
         def forward(self, x):

@@ -224,15 +224,19 @@ class Opened:
                              "a slide, or cut out a part")
         labels, linked = project.labels_file(name), project.linked_file(entry)
         place = {"plane": entry.plane, "time": entry.time, "level": self.config.level or 1}
-        if labels.exists() and self.state.setdefault("place", place) != place:
+        there = [file for file in project.kept_files(name) if file.exists()]
+        if there and self.state.setdefault("place", place) != place:
             self.picture.close()
-            raise ValueError(f"{labels}: cells of {place_text(self.state['place'])}, the page was "
-                             f"started with {place_text(place)}; give another out=")
+            raise ValueError(f"{there[0]}: cells of {place_text(self.state['place'])}, the page "
+                             f"was started with {place_text(place)}; give another out=")
         pixels = runs.digest(self.picture.overview)
-        if labels.exists() and self.state.setdefault("pixels", pixels) != pixels:
-            self.picture.close()
-            raise ValueError(f"{entry.path}: another image than that of {labels}; remove its "
-                             "cells, or give another out=")
+        if self.state.get("pixels", pixels) != pixels:
+            if there:
+                self.picture.close()
+                raise ValueError(f"{entry.path}: another image than that of "
+                                 f"{' and '.join(map(str, there))}; remove these, or give another "
+                                 "out=")
+            self.state.clear()                          # it was of the image before
         self.state |= {"place": place, "pixels": pixels}
         if linked and not labels.exists():                         # as infer.py z=all found them
             images.write_labels(labels, images.read_labels(
@@ -348,7 +352,7 @@ class Opened:
 
     def known_vectors(self):
         """The vectors and outlines of cells that are known, in memory or on the disk; None: there
-        are none. A cell that was grown keeps its number and both, one that was split has others.
+        are none. A cell that was grown keeps its number and both; split or merged ones have others.
         """
         if self.rows is None and self.vectors_file.exists():
             with contextlib.suppress(ValueError):       # damaged: the network runs again
@@ -502,6 +506,10 @@ class Project:
     def labels_file(self, name: str) -> Path:
         return self.out / f"{name}_labels.tif"
 
+    def kept_files(self, name: str) -> tuple[Path, Path]:
+        """Where the cells of an image and its edits lie."""
+        return self.labels_file(name), self.out / f"{name}_journal.jsonl"
+
     def linked_file(self, entry: Entry) -> Path | None:
         """The labels of the whole stack, if infer.py wrote them."""
         file = self.labels_file(entry.stack)
@@ -638,40 +646,36 @@ class Project:
             return self.write_results()
 
     def write_results(self) -> dict:
+        known = [name for name in self.names
+                 if any(file.exists() for file in self.kept_files(name))]
+        for name in known:                              # it is the same image; edits before a crash
+            self.open(name).book.save()
         written = {}
-        for name in self.names:                         # edits before a crash: in no labels yet
-            files = self.out / f"{name}_journal.jsonl", self.labels_file(name)
-            changed = [file.stat().st_mtime if file.exists() else 0 for file in files]
-            if name not in self.opened and changed[0] > changed[1]:
-                self.open(name).book.save()
         for opened in list(self.opened.values()):
             opened.book.save()
             written[opened.name] = opened.book.revision
-        labels = self.out / ".page" / "export"          # a stack's own labels are not among them
-        shutil.rmtree(labels, ignore_errors=True)
-        labels.mkdir(parents=True)
-        corrected = [name for name in self.names if self.labels_file(name).exists()]
-        for name in corrected:
-            shutil.copy(self.labels_file(name), labels)
-        weights = self.types.file() or self.state["weights"]
-        stacks = {entry.stack: entry for entry in map(self.names.get, corrected)
-                  if entry and entry.stack}
+        jobs: dict[tuple, list[str]] = {}               # keys of infer.py -> images
+        for name in known:
+            entry, diameter = self.names[name], self.state.get("diameter")
+            if entry.stack:
+                what = "z" if entry.axis == "Z" else "time", "all"
+                job = what, ("pattern", glob.escape(entry.path.name)), ("diameter", diameter)
+            else:                                       # types and neighbours depend on it
+                diameter = self.of(name).get("diameter") or diameter
+                job = ("geojson", "true"), ("pattern", self.config.pattern), ("diameter", diameter)
+            jobs.setdefault(job, []).append(name)
         given = {"channels": ",".join(self.config.channels or ()), "plane": self.config.plane,
-                 "time": self.config.time, "level": self.config.level,
-                 "diameter": self.state.get("diameter")}    # types and neighbours depend on it
-        alone = sum(not self.names[name].stack for name in corrected)
-        jobs = [given | {"pattern": self.config.pattern, "geojson": "true"}] if alone else []
-        for name in corrected:                          # again, with a diameter of its own
-            if (own := self.of(name).get("diameter")) and not self.names[name].stack:
-                jobs.append(jobs[0] | {"pattern": glob.escape(self.names[name].path.name),
-                                       "diameter": own})
-        for entry in stacks.values():
-            jobs.append(given | {"z" if entry.axis == "Z" else "time": "all",
-                                 "pattern": glob.escape(entry.path.name)})
-        for more in jobs:
-            keys = {"out": self.out, "labels": labels, "weights": weights, "overwrite": "true"}
+                 "time": self.config.time, "level": self.config.level, "out": self.out,
+                 "weights": self.types.file() or self.state["weights"], "overwrite": "true"}
+        for job, names in jobs.items():
+            labels = self.out / ".page" / "export"      # a stack's own labels are not among them
+            shutil.rmtree(labels, ignore_errors=True)
+            labels.mkdir(parents=True)
+            for name in names:
+                shutil.copy(self.labels_file(name), labels)
+            keys = given | {"labels": labels} | dict(job)
             command = [sys.executable, str(ROOT / "infer.py"), str(self.folder),
-                       *(f"{key}={value}" for key, value in (keys | more).items() if value)]
+                       *(f"{key}={value}" for key, value in keys.items() if value)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise ValueError(learning.last_line(done.stderr))
@@ -679,7 +683,8 @@ class Project:
             with opened.book.lock:
                 opened.book.saved &= written.get(opened.name) == opened.book.revision
             opened.book.save()
-        return {"written": alone + len(stacks), "folder": str(self.out)}
+        whole = {self.names[name].stack or name for name in known}
+        return {"written": len(whole), "folder": str(self.out)}
 
 
 def images_of(folder: Path, out: Path, config: Config) -> dict[str, Entry]:

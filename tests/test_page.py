@@ -368,8 +368,30 @@ def test_an_image_that_was_replaced_does_not_take_the_cells_of_before(folder):
     file, = folder.glob("a.*")
     tifffile.imwrite(file, tifffile.imread(file)[::-1])
     with Site(folder) as site:
-        status, content = site.ask("/image", image="a")
-        assert status == 400 and "another image than that of" in json.loads(content)["error"]
+        for ask in (lambda: site.ask("/export", {}), lambda: site.ask("/image", image="a")):
+            status, content = ask()
+            assert status == 400 and "another image than that of" in json.loads(content)["error"]
+        kept = site.project.kept_files("a")
+        kept[0].unlink()
+        assert site.ask("/image", image="a")[0] == 400            # its edits would come back
+        kept[1].unlink()
+        site.project.of("a")["done"] = True
+        assert not site.json("/image", image="a")["cells"] and "done" not in site.project.of("a")
+        site.find("a")
+        assert site.json("/image", image="a")["cells"]
+
+
+def test_images_of_one_name_keep_their_own_diameters_in_the_export(tmp_path):
+    for name in "pq":
+        (tmp_path / name).mkdir()
+        tifffile.imwrite(tmp_path / name / "img.tif", drawn(1)[0])
+    with Site(tmp_path) as site:
+        for name in "pq":
+            site.edit(f"{name}_img", "draw", line=[[100, 5], [110, 5], [110, 15], [100, 15]])
+        site.project.state["diameter"], site.project.of("p_img")["diameter"] = 20.0, 77.0
+        assert site.json("/export", {})["written"] == 2
+        rows = {row["image"]: row for row in runs.read_table(site.out / "summary.csv")}
+        assert [float(rows[f"{name}_img"]["diameter_px"]) for name in "pq"] == [77, 20]
 
 
 def test_an_edit_during_the_export_is_kept_on_the_disk(site, monkeypatch):

@@ -53,10 +53,22 @@ class TilePair(NamedTuple):
     donor: str
     files: tuple[Path, Path]     # nuclei, marker
 
-    def stamp(self) -> list[list[int]]:
-        """Bytes and time of the last change (ns) of each file."""
-        return [[status.st_size, status.st_mtime_ns]
-                for status in (file.stat() for file in self.files)]
+    def stamp(self) -> list[list]:
+        """Bytes, time of the last change (ns) and content of each file."""
+        return [[*file_state(file), runs.digest(file)[:16]] for file in self.files]
+
+    def is_as(self, stamp: list[list]) -> bool:
+        """Whether a stamp is of these files; where one was only copied its content tells."""
+        try:
+            return all(file_state(file) == state or runs.digest(file)[:16] == content
+                       for file, (*state, content) in zip(self.files, stamp, strict=True))
+        except (OSError, ValueError, TypeError):               # gone, or a damaged line
+            return False
+
+
+def file_state(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def find_tiles(root: str | Path, pattern: str, nuclei: str = "0", marker: str = "1",
@@ -146,13 +158,13 @@ def lines_by_tile(folder: str | Path, key: str, tiles: Iterable[TilePair]) -> di
     other pixels (the version before wrote none).
     """
     found: dict[str, dict] = {}
-    stamps = {tile.name: tile.stamp() for tile in tiles}
+    named = {tile.name: tile for tile in tiles}
     for path in sorted(Path(folder).glob("*.jsonl")):
         for line in read_tile_lines(path):
-            stamp = stamps.get(line["tile"])
-            if (line["key"] == key and stamp and line.get("files", stamp) == stamp
-                    and ("why" not in line or line["tile"] not in found)):
-                found[line["tile"]] = line
+            tile, stamp = named.get(line["tile"]), line.get("files")
+            if (line["key"] == key and tile and ("why" not in line or tile.name not in found)
+                    and (stamp is None or tile.is_as(stamp))):
+                found[tile.name] = line
     return found
 
 

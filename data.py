@@ -584,17 +584,21 @@ def _labelled_types(labels: Path, image: Path) -> dict[int, str]:
         return numbered_types(
             [_geojson_part(_geojson_part(feature, "properties"), "classification").get("name")
              for feature in _geojson_cells(labels)])
-    for folder in (image.parent, labels.parent):
-        stem = folder / stem_of(image).removesuffix("_img")
-        for end in ("_types.csv", "_classes.csv", "_cells.csv"):
-            table = stem.with_name(stem.name + end)
-            if table.is_file() and (types := read_types(table, labels, image)):
-                return types
-        picture = stem.with_name(f"{stem.name}_types.png")
-        if picture.is_file():
+    for path in _type_files(labels, image):
+        if path.suffix == ".png":
             return {i: str(number) for i, number in majority_class(
-                _labels(labels, image, None), read_labels(picture), picture).items() if number}
+                _labels(labels, image, None), read_labels(path), path).items() if number}
+        if types := read_types(path, labels, image):
+            return types
     return {}
+
+
+def _type_files(labels: Path, image: Path) -> list[Path]:
+    """What may tell classes beside the image and its labels, the first first."""
+    name = stem_of(image).removesuffix("_img")
+    files = [folder / (name + end) for folder in (image.parent, labels.parent)
+             for end in ("_types.csv", "_classes.csv", "_cells.csv", "_types.png")]
+    return [path for path in files if path.is_file()]
 
 
 class OtherLabels(ValueError):
@@ -1041,7 +1045,8 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
     made = 0
     for example in tqdm.tqdm(found, target.name, unit="image", delay=1, leave=False):
         path, classes = target / f"{example.name}.tif", target / f"{example.name}_types.csv"
-        newest = max(file.stat().st_mtime_ns for file in example.files)
+        read = *example.files, *_type_files(example.files[-1], example.files[0])
+        newest = max(file.stat().st_mtime_ns for file in read)
         if not path.exists() or path.stat().st_mtime_ns < newest:
             image, labels = example.image(), example.labels()
             if image.pixels.shape[1:] != labels.shape:

@@ -201,17 +201,19 @@ def infer_donor_tiles(config: Config) -> int:
                 return runs.REQUEUE
             if not todo:
                 continue
+            stamp = None
             try:
+                stamp = tile.stamp()                           # before it could change
                 pixels = cohort.read_tile(tile)
             except (ValueError, OSError) as error:             # of this tile alone
                 why = " ".join(runs.error_sentence(error).split())
                 tqdm.tqdm.write(f"warning: {why}", file=sys.stderr)
                 skipped += 1
                 for shard in todo:
-                    shard.write(tile, why=why)
+                    shard.write(tile, stamp, why=why)
             else:
                 for shard in todo:
-                    shard.write(tile, **shard.measure(pixels))
+                    shard.write(tile, stamp, **shard.measure(pixels))
     print(f"shard {config.shard}: {len(mine) - skipped} tiles done, {skipped} skipped")
     return 0
 
@@ -226,8 +228,11 @@ class Shard:
         part = f"{config.shard.replace('/', '_of_')}.jsonl"
         self.path = config.folder(model) / "shards" / part
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        others = {line["tile"] for line in cohort.read_tile_lines(self.path)
+                  } - {tile.name for tile in tiles}            # not asked for this time
         whole = [json.dumps(line) + "\n" for line in cohort.read_tile_lines(self.path)
-                 if line == found.get(line["tile"]) and "why" not in line]
+                 if line["key"] == self.key and (line["tile"] in others or "why" not in line
+                                                 and line == found.get(line["tile"]))]
         runs.write_text(self.path, "".join(whole))
 
     @cached_property
@@ -247,8 +252,8 @@ class Shard:
         return dict(seconds=round(seconds, 3), area_px=int(np.count_nonzero(labels)),
                     dtype=str(pixels.dtype), intensity=[float(f"{value:.6g}") for value in marker])
 
-    def write(self, tile: cohort.TilePair, **found: Any) -> None:
-        line = dict(tile=tile.name, donor=tile.donor, key=self.key, files=tile.stamp(), **found)
+    def write(self, tile: cohort.TilePair, stamp: list | None, **found: Any) -> None:
+        line = dict(tile=tile.name, donor=tile.donor, key=self.key, files=stamp, **found)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -263,8 +268,8 @@ def count_positive_cells(config: Config) -> int:
         found.append(config.lines(model, tiles))
         if missing := [tile.name for tile in tiles if tile.name not in found[-1]]:
             raise ValueError(f"model '{model.name}': {len(missing)} of {len(tiles)} tiles are not "
-                             f"done with these settings, such as {missing[0]}; run infer, or what "
-                             "is left of its shards")
+                             f"done with these settings and files, such as {missing[0]}; run "
+                             "infer, or what is left of its shards")
     print(f"positive: {positive_cell_rule(config)}")
     for model, line_of in zip(config.models, found):
         lines = [{**line_of[tile.name], "donor": tile.donor} for tile in tiles]   # donor= of now

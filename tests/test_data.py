@@ -819,6 +819,11 @@ def test_convert_every_layout_and_go_on(tmp_path, capsys):
     os.utime(source / "pairs" / "p_masks.png", (2**31, 2**31))
     assert "1 images written, 5 were there" in command("convert", source, out, capsys=capsys)
     assert np.array_equal(tifffile.imread(out / "pairs" / "p_masks.tif"), blobs(7))
+    runs.write_text(source / "pairs" / "p_types.csv", "id,type\n1,round\n")
+    os.utime(source / "pairs" / "p_types.csv", (2**31 + 9, 2**31 + 9))
+    os.utime(out / "pairs" / "p.tif", (2**31 + 5, 2**31 + 5))     # newer than the masks
+    assert "1 images written, 5 were there" in command("convert", source, out, capsys=capsys)
+    assert "1,round" in (out / "pairs" / "p_types.csv").read_text()
     error = command("convert", source, out, "channels=1", code=1, capsys=capsys)
     assert "converted.txt: written for something else" in error
     assert not list(out.rglob(".*"))

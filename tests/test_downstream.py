@@ -226,8 +226,8 @@ def test_four_shards_are_one_run_also_when_one_is_killed(study, whole, tmp_path,
     path, write = configured(study, tmp_path), downstream.Shard.write
     folders = [tmp_path / "results/full_inference" / name for name in ("base", "tuned")]
 
-    def killed(self, tile, **found):
-        write(self, tile, **found)
+    def killed(self, tile, stamp, **found):
+        write(self, tile, stamp, **found)
         if self.model.name == "tuned":                         # in the middle of the next line
             with open(self.path, "a") as file:
                 file.write('{"tile": "donor_7/t1_b0')
@@ -261,9 +261,19 @@ def test_a_tile_that_changed_is_found_again(study, tmp_path):
     assert step(path, "infer") == 0
     changed = tmp_path / "tiles/donor_3/t1_b0c1.tif"
     tifffile.imwrite(changed, tifffile.imread(changed) // 2)
-    with pytest.raises(ValueError, match="1 of 17 tiles are not done"):
+    with pytest.raises(ValueError, match="1 of 17 tiles .* settings and files"):
         step(path, "merge")
     assert step(path, "infer") == 0 == step(path, "merge")
+    journal = tmp_path / "results/full_inference/base/shards/1_of_1.jsonl"
+    before = journal.read_bytes()
+    for file in (tmp_path / "tiles").rglob("*.tif"):             # as a copy has other times
+        os.utime(file, (1, 1))
+    assert step(path, "merge") == 0
+    assert step(path, "infer", "donor=(donor_1)/") == 0          # of fewer tiles: the rest stays
+    assert sorted(journal.read_bytes().splitlines()) == sorted(before.splitlines())
+    (tmp_path / "tiles/donor_5/t0_b0c0.tif").unlink()            # a link that leads nowhere now
+    (tmp_path / "tiles/donor_5/t0_b0c0.tif").symlink_to("nowhere.tif")
+    assert step(path, "infer") == 0
     lines = cohort.read_tile_lines(tmp_path / "results/full_inference/base/shards/1_of_1.jsonl")
     assert len({line["tile"] for line in lines}) == len(lines)
 

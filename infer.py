@@ -422,7 +422,7 @@ def check_label_keys(config: Config) -> None:
     if given:
         raise ValueError(f"labels={config.labels}: leave out {' and '.join(given)}, which labels "
                          "that are given do not have")
-    if Path(config.labels or "").resolve() == Path(config.out).resolve():
+    if not config.linked and Path(config.labels or "").resolve() == Path(config.out).resolve():
         raise ValueError(f"labels={config.labels}: is out= as well, where results would take the "
                          "place of what is given; choose another out=")
 
@@ -970,7 +970,8 @@ def infer_images_below(place: str, config: Config,
         below = {p: p.name for p in paths if p.is_file()}
     given, below = below, infer_images_among(below)
     if passed := [name for path, name in given.items() if path not in below
-                  and Path(name).stem.endswith(("_cells", "_nuclei"))]:  # or images of a channel
+                  and Path(name).stem.endswith(("_cells", "_nuclei"))   # or images of a channel
+                  and name.lower().endswith(images.IMAGE_SUFFIXES)]:
         print_line(f"{place}: taken for labels and passed over: {runs.listed(passed)}; what is an "
                    "image needs another name")
     if not below:

@@ -129,8 +129,9 @@ def keep_freed_memory() -> None:
     it comes page by page, each cleared, which takes a tenth of the time on a CPU."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # elsewhere than on Linux
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 64 << 20)       # M_MMAP_THRESHOLD: larger pieces still go back at once
-        mallopt(-1, 512 << 20)      # M_TRIM_THRESHOLD: what is kept at most
+        # M_MMAP_THRESHOLD: larger pieces still go back at once; older libraries take 32 MB at most
+        if mallopt(-3, 64 << 20) or mallopt(-3, 32 << 20):
+            mallopt(-1, 512 << 20)  # M_TRIM_THRESHOLD: of free memory at the end, what is kept
 
 
 keep_freed_memory()

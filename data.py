@@ -911,7 +911,10 @@ def training_images(config: TrainingData, seed: int) -> tuple[list[Pending], lis
         validation = [image._replace(zoom=config.diameter / diameter)
                       if (diameter := median_diameter(image.labels)) else image
                       for image in validation]
-    check_cells("data.validation", {image.name: int(image.labels.max()) for image in validation})
+    counts = {image.name: int(image.labels.max()) for image in validation}
+    check_cells("data.validation", counts)
+    held = {image.name: counts[image.name] for image in validation if image.held}
+    check_cells("data.validation, or what is held out of data to compare by", held)
     if not validation:
         raise ValueError("no validation images; give data.validation or a larger data.share")
     return train, validation
@@ -1068,10 +1071,17 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
     return made
 
 
-def _claim_labelled_folder(record: Path, text: str) -> None:
-    """Record how the files of a folder are made, so that no other files are mixed in."""
+def _claim_labelled_folder(record: Path, text: str, alone: bool = True) -> None:
+    """Record how the files of a folder are made, so that no other files are mixed in.
+
+    alone : there are no images yet.
+    """
     if record.exists() and record.read_text(encoding="utf-8") != text:
         raise ValueError(f"{record}: written for something else before; choose another folder")
+    if alone and not record.exists() and record.parent.is_dir() and (
+            strange := list_files(record.parent, IMAGES)):
+        raise ValueError(f"{record.parent}: has images of its own, such as {strange[0].name}; "
+                         "choose another folder")
     record.parent.mkdir(parents=True, exist_ok=True)
     runs.write_text(record, text)
 
@@ -1103,7 +1113,7 @@ def split(config: Config, source: str) -> int:
 
     table = Path(config.out or source) / "split.tsv"
     rows = [("name", "split", "group", "dataset"), *zip(names, chosen, units, datasets)]
-    _claim_labelled_folder(table, "".join("\t".join(row) + "\n" for row in rows))
+    _claim_labelled_folder(table, "".join("\t".join(row) + "\n" for row in rows), alone=False)
     for i, side in enumerate(sides):
         images = [example for example, own in zip(found, chosen) if own == side]
         if config.out:
@@ -1120,6 +1130,8 @@ def planes(config: Config, source: str, target: str) -> int:
     made, found = 0, list_files(source, ("_labels.tif",))
     if not found:
         raise ValueError(f"{source}: no NAME_labels.tif in it or below, beside stacks NAME.tif")
+    if Path(target).resolve().is_relative_to(Path(source).resolve()):
+        raise ValueError(f"{target}: would be read as stacks of {source}; choose a folder outside")
     _claim_labelled_folder(Path(target) / "converted.txt",
                            f"planes of {Path(source).resolve()}, every={config.every}\n")
     for labelled in found:
@@ -1130,9 +1142,11 @@ def planes(config: Config, source: str, target: str) -> int:
                              "expected (Z, Y, X), the same of both")
         place = Path(target, labelled.relative_to(source).parent)    # two folders may have one name
         place.mkdir(parents=True, exist_ok=True)
-        for old in place.glob(f"{glob.escape(name)}_z[0-9]*.tif"):   # as the stack was before
-            old.unlink()
+        for old in place.glob(f"{glob.escape(name)}_z*.tif"):        # as the stack was before
+            if re.fullmatch(r"_z\d{3,}(_masks)?", old.stem[len(name):]):
+                old.unlink()
         for z in range(0, len(stack), config.every):
+            check_label_image(labels[z], labelled, LARGEST)
             ids, plane = np.unique(np.append(labels[z], 0), return_inverse=True)  # background first
             if len(ids) > 3:
                 path = place / f"{name}_z{z:03d}.tif"

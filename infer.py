@@ -320,6 +320,8 @@ class Work:
             record = records.get(name)
             reason = "" if record is None else result_difference(record, path, name, self.made,
                                                                  config)
+            if name not in records and (strange := self.strange_file(names[name][1:])):
+                reason = f"{strange} beside it is there and is none of this program's"
             if reason:
                 others[reason].append(path)
             elif record and self.shelf.has(names[name]) and (
@@ -337,6 +339,15 @@ class Work:
             print_line(f"warning: {paths[0]}: {text}")
             self.failed += map(str, paths)
         return todo
+
+    def strange_file(self, names: list[str]) -> str | None:
+        """A table or outlines that somebody else made; ours have measures in px."""
+        for name in names:
+            if name.endswith(("_cells.csv", ".geojson")) and self.shelf.has([name]):
+                head = self.shelf.head(name, size=1 << 20)
+                if b"_px" not in head and not head.rstrip().endswith(b'"features":[]}'):
+                    return name
+        return None
 
     def fail(self, error: Exception, path: Path | str, file: Path | OSError, alone: bool) -> None:
         """Say why an image is not done; raise it if the image is alone."""
@@ -751,14 +762,15 @@ class Planes:
         self.about = images.stack_of(self.files[0], config.linked)
         if config.spacing:
             self.about = self.about._replace(step=config.spacing)
-        sizes: dict[tuple[int, int, int], Path] = {}
+        sizes: dict[tuple[int | str, ...], Path] = {}
         for file in self.files if path.is_dir() else ():
             with images.open_image(file, config.channels) as source:
-                sizes.setdefault(source.shape, file)
+                sizes.setdefault((*source.shape, str(source.dtype)), file)
         if len(sizes) > 1:
             (one, first), (other, second) = list(sizes.items())[:2]
-            raise ValueError(f"{second}: {' x '.join(map(str, other))} (channels, height, width), "
-                             f"but {first} has {' x '.join(map(str, one))}; expected one size")
+            raise ValueError(f"{second}: {' x '.join(map(str, other))} (channels, height, width, "
+                             f"kind), but {first} has {' x '.join(map(str, one))}; expected one "
+                             "size and kind")
 
     def __len__(self) -> int:
         return len(self.files) if self.path.is_dir() else self.about.planes
@@ -1010,7 +1022,13 @@ def result_files(name: str, config: Config) -> list[str]:
 
 
 def remove_old_labels(out: Path, name: str, config: Config) -> None:
-    """Before other files are replaced: an image without labels is made anew, should this stop."""
+    """Before other files are replaced: an image without labels is made anew, should this stop.
+    With overwrite=true so go files of the labels before that are not asked for now."""
+    if config.overwrite:
+        old = (images.label_record(out / f"{name}_labels.tif") or {}).get("files", [])
+        for file in {*old} - {*result_files(name, config)}:
+            if isinstance(file, str) and runs.flat_name(file) == file:
+                (out / file).unlink(missing_ok=True)
     if config.labels is None:           # those that are given may be the only ones, as in a page
         (out / f"{name}_labels.tif").unlink(missing_ok=True)
 

@@ -119,6 +119,9 @@ class Learning:
         done = [name for name in project.names if project.of(name).get("done")]
         if not done:
             raise ValueError("no image is marked as done yet; correct one, and press Done")
+        full = [name for name in done if project.open(name).book.boxes]
+        if len(full) < 2:                               # no other can be compared by
+            done = full or done[:1]
         folder = self.of(number) / "set"
         shutil.rmtree(folder, ignore_errors=True)       # of a round that could not begin
         folder.mkdir(parents=True)
@@ -138,12 +141,15 @@ class Learning:
                 images.write_image(folder / f"{name}{end}.tif",
                                    images.Image(pixels[:, :, part], channels, None))
                 images.write_labels(folder / f"{name}{end}_masks.tif", labels[:, part])
-        if not any(diameters):
-            raise ValueError("the images that are done have no cells")
         config = learning_config(Path(project.state["weights"]), folder.parent,
                                  project.config.learn_steps)
         runs.write_text(folder.parent / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         held = [each.name for each in data.hold_out(data.examples(folder), HELD, 0)]
+        if len(full) > 1 and not {*full} & {*held}:     # nothing to find in them
+            for name in {*done} - {*full}:
+                for end in ("", "_masks"):
+                    (folder / f"{name}{end}.tif").unlink()
+            held = [each.name for each in data.hold_out(data.examples(folder), HELD, 0)]
         self.note(number, state="stopped", before=project.state["weights"], images=done, held=held,
                   steps=config["steps"], diameter_before=project.state.get("diameter"),
                   diameter=round(float(np.median([d for d in diameters if d])), 1))

@@ -931,12 +931,9 @@ def export_path(config: Any) -> Path:
 
 
 def check_file_can_be_written(path: Path) -> None:
-    """Make its folder; refuse what is a folder itself, or lies in none that may be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written, {error_sentence(error)}") from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    """Refuse what is a folder itself, or lies below what is none or may not be written."""
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"{path}: cannot be written; expected a file, not a folder, in a folder "
                          "that may be written")
 

@@ -852,6 +852,17 @@ def test_planes_of_stacks_become_images(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     tifffile.imwrite(tmp_path / "in" / "ovule.tif", stack)
     tifffile.imwrite(tmp_path / "in" / "ovule_labels.tif", labels)
+    (tmp_path / "in" / "ovule_z3_projection.tif").touch()
+    with pytest.raises(ValueError, match="choose a folder outside"):
+        data.main(data.Config(), ["planes", str(tmp_path / "in"), str(tmp_path / "in")])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "ovule_z001.tif").touch()
+    with pytest.raises(ValueError, match="has images of its own, such as ovule_z001.tif"):
+        data.main(data.Config(), ["planes", str(tmp_path / "in"), str(tmp_path / "mine")])
+    tifffile.imwrite(tmp_path / "in" / "ovule_labels.tif", labels.astype(np.int32) - 1)
+    with pytest.raises(ValueError, match="labels from -1"):
+        data.main(data.Config(every=2), ["planes", str(tmp_path / "in"), str(tmp_path / "out")])
+    tifffile.imwrite(tmp_path / "in" / "ovule_labels.tif", labels)
     assert data.main(data.Config(every=2), ["planes", str(tmp_path / "in"),
                                             str(tmp_path / "out")]) == 0
     found = data.examples(tmp_path / "out")

@@ -285,6 +285,29 @@ def test_labels_that_changed_are_measured_anew(tmp_path, field, capsys):
     assert np.array_equal(images.read_labels(tmp_path / "given" / "a_labels.tif"), kept)
 
 
+def test_tables_and_outlines_of_others_are_not_overwritten(tmp_path, field):
+    image = str(write(tmp_path / "a.tif", field, "ER"))
+    for name, text in (("a_cells.csv", "id,type\n1,round\n"),
+                       ("a.geojson", '{"type":"FeatureCollection","features":[{"a":1}]}')):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=f"{name} beside it .* none of this program's"):
+            infer.main(Config(out=str(tmp_path), geojson=True), [image])
+        assert (tmp_path / name).read_text() == text
+        (tmp_path / name).unlink()
+    infer.main(Config(out=str(tmp_path), geojson=True), [image])
+    (tmp_path / "a_labels.tif").unlink()                        # as after a stop
+    assert infer.main(Config(out=str(tmp_path), geojson=True), [image]) == 0
+
+
+def test_what_is_made_anew_leaves_nothing_of_before_beside_it(tmp_path, field):
+    image, out = str(write(tmp_path / "a.tif", field, "ER")), tmp_path / "out"
+    infer.main(Config(out=str(out), geojson=True, rois=True), [image])
+    (out / "a_note.txt").touch()                                # the user's
+    infer.main(Config(out=str(out), geojson=True, min_area=1e6, overwrite=True), [image])
+    assert sorted(file.name for file in out.glob("a*")) == [
+        "a.geojson", "a_cells.csv", "a_labels.tif", "a_note.txt", "a_overlay.png"]
+
+
 def test_types_with_gaps_in_the_ids_of_cells(tmp_path, field):
     """Cells 3, 6, 9, ... of labels that are given keep their numbers, types and colours."""
     write(tmp_path / "a.tif", field, "ER")

@@ -835,6 +835,16 @@ def test_one_image_is_learnt_from_on_the_left(site):
     assert config.init == WEIGHTS and config.steps == 4
 
 
+@pytest.mark.parametrize("empty,full", [("a", "more_b"), ("more_b", "a")])
+def test_an_image_without_cells_is_not_what_rounds_are_compared_by(site, empty, full):
+    images.write_labels(site.out / f"{empty}_labels.tif", np.zeros((192, 256), np.int32))
+    images.write_labels(site.out / f"{full}_labels.tif", drawn(1)[1])
+    for name in (empty, full):
+        site.json("/done", {"image": name, "done": True})
+    site.project.learning.prepare(1)
+    assert site.project.learning.record(1)["held"] == [f"{full}_t2"]
+
+
 @pytest.mark.parametrize("columns", [(2, 20, 30), (200, 210, 230, 240), (100, 100), (0, 250)])
 def test_both_parts_of_one_image_have_cells(columns):
     labels = np.zeros((64, 256), np.int32)

@@ -318,12 +318,10 @@ class Book:
         self.undone: list[bytes] = []
         self.labels = np.zeros(self.shape, np.int32)
         self.boxes: dict[int, Box] = {}
+        self.disk = self.file_state()
         if self.path.exists():
-            labels = images.read_labels(self.path)
-            if labels.shape != self.shape:
-                raise ValueError(f"{self.path}: labels of {labels.shape}, but the image has "
-                                 f"{self.shape} px; move them elsewhere")
-            self.labels = labels
+            self.labels = self.labels_on_disk()
+        self.written = zlib.crc32(self.labels.data)         # of what is on the disk
         self.revision = self.size = 0
         self.saved = True
         # the bands of a large file may be of many edits; apart: px that differ from the file's
@@ -353,8 +351,41 @@ class Book:
         if self.path.exists() or self.done:
             self.index()
         if checked and not ours:
-            self.do(Edit("outside", (slice(0, self.shape[0]), slice(0, self.shape[1])),
-                         self.labels.copy(), file))
+            self.do(self.outside_edit(file))
+
+    def labels_on_disk(self) -> np.ndarray:
+        labels = images.read_labels(self.path)
+        if labels.shape != self.shape:
+            raise ValueError(f"{self.path}: labels of {labels.shape}, but the image has "
+                             f"{self.shape} px; move them elsewhere")
+        return labels
+
+    def file_state(self) -> tuple[int, int] | None:
+        """Bytes and time of the last change (ns) of the labels on the disk."""
+        if not self.path.exists():
+            return None
+        status = self.path.stat()
+        return status.st_size, status.st_mtime_ns
+
+    def look(self) -> bool:
+        """Take labels that another program has written since, as one edit; whether there are."""
+        with self.lock:
+            state = self.file_state()
+            if state in (None, self.disk):
+                return False
+            labels = self.labels_on_disk()              # if they cannot be read all stays
+            self.disk = state
+            if self.labels.size > LARGE or np.array_equal(labels, self.labels):
+                return False
+            if zlib.crc32(labels.data) == self.written:      # ours of before, such as an export's
+                self.saved = False
+                return False
+            self.do(self.outside_edit(labels))
+            return True
+
+    def outside_edit(self, labels: np.ndarray) -> Edit:
+        H, W = self.shape
+        return Edit("outside", (slice(0, H), slice(0, W)), self.labels.copy(), labels)
 
     def index(self) -> None:
         """Find the box of each cell."""
@@ -460,6 +491,9 @@ class Book:
             self.read()
             raise Stale(f"{self.journal.name} was changed by another program; its edits are shown "
                         "now")
+        if self.look():
+            raise Stale(f"{self.path.name} was changed by another program; its cells are shown; "
+                        "undo brings back those before")
         with open(self.journal, "ab") as file:
             file.write(line)
             file.flush()
@@ -470,6 +504,7 @@ class Book:
         """Write the labels, if they changed."""
         with self.saving:                               # edits go on while a file is written
             with self.lock:
+                self.look()
                 if self.saved:
                     return
                 revision = self.revision
@@ -480,12 +515,15 @@ class Book:
     def write_labels(self) -> None:
         H, W = self.shape
         rows = H if H * W <= LARGE else images.LABEL_TILE
-        writer = images.LabelWriter(self.path, self.shape, self.pixel_size)
+        writer, checksum = images.LabelWriter(self.path, self.shape, self.pixel_size), 0
         for y in range(0, H, rows):
             with self.lock:
                 band = self.labels[y:y + rows].copy()
             writer.add((slice(y, y + len(band)), slice(0, W)), band)
-        writer.close()
+            checksum = zlib.crc32(band.data, checksum)
+        with self.lock:                                 # nobody takes it for another program's
+            writer.close()
+            self.written, self.disk = checksum, self.file_state()
 
 
 def journal_line(**values: Any) -> bytes:

@@ -492,7 +492,7 @@ class Project:
             for each in opened:
                 try:
                     each.book.save()
-                except OSError as error:
+                except (OSError, ValueError) as error:  # a full disk, or labels of another program
                     self.complain(f"{each.name}: the labels could not be written, "
                                   f"{runs.error_sentence(error)}")
 

@@ -307,3 +307,25 @@ def test_labels_that_another_program_wrote_are_one_edit(book, tmp_path):
     np.testing.assert_array_equal(again.labels, states[-1])
     again.redo()
     np.testing.assert_array_equal(edits.Book(tmp_path / "a", (80, 120)).labels, foreign)
+
+
+def test_labels_of_another_program_come_into_an_open_book(book):
+    book.do(edits.remove_inside(book, circle(30, 42, 40)))
+    book.save()
+    ours, theirs = book.labels.copy(), np.zeros(book.shape, np.int32)
+    images.write_labels(book.path, ours)                       # the same: nothing happens
+    revision = book.revision
+    assert not book.look() and book.revision == revision
+    theirs[10:20, 10:20] = 7
+    images.write_labels(book.path, theirs)
+    with pytest.raises(edits.Stale, match="_labels.tif was changed by another program"):
+        book.undo()
+    assert np.array_equal(book.labels, theirs)
+    book.undo()
+    assert np.array_equal(book.labels, ours)
+    book.save()
+    assert np.array_equal(images.read_labels(book.path), ours)
+    book.path.write_bytes(b"no labels")
+    with pytest.raises(ValueError):
+        book.look()
+    assert np.array_equal(book.labels, ours)

@@ -321,7 +321,7 @@ class Book:
         self.disk = self.file_state()
         if self.path.exists():
             self.labels = self.labels_on_disk()
-        self.written = zlib.crc32(self.labels.data)         # of what is on the disk
+        self.written = {zlib.crc32(self.labels.data)}   # what was on the disk, and ours
         self.revision = self.size = 0
         self.saved = True
         # the bands of a large file may be of many edits; apart: px that differ from the file's
@@ -377,7 +377,7 @@ class Book:
             self.disk = state
             if self.labels.size > LARGE or np.array_equal(labels, self.labels):
                 return False
-            if zlib.crc32(labels.data) == self.written:      # ours of before, such as an export's
+            if zlib.crc32(labels.data) in self.written:  # ours of before, such as an export's
                 self.saved = False
                 return False
             self.do(self.outside_edit(labels))
@@ -523,7 +523,8 @@ class Book:
             checksum = zlib.crc32(band.data, checksum)
         with self.lock:                                 # nobody takes it for another program's
             writer.close()
-            self.written, self.disk = checksum, self.file_state()
+            self.written.add(checksum)
+            self.disk = self.file_state()
 
 
 def journal_line(**values: Any) -> bytes:

@@ -531,8 +531,8 @@ def linked_solid_rows(linked: Linked, tables: Iterable[list[dict]], pixel_size: 
                       step: float | None) -> list[dict]:
     """A row for each cell of a stack, from the table of each slice.
 
-    Means are over voxels, and so is the probability of a type, that of most voxels. Volumes in µm³
-    and z in µm where pixel_size and step (µm) are known.
+    Means are over voxels, and so is the probability of a type, that of most voxels. Volumes are in
+    µm³ and z in µm where pixel_size and step (µm) are known.
     """
     solids: dict[int, dict[str, Any]] = {}
     for z, rows in enumerate(numbered_rows(linked, tables), 1):

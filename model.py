@@ -91,7 +91,7 @@ class AttentionOnCPU(torch.autograd.Function):
 
     Tokens are filled up to a multiple of ROUND, with which a CPU is up to twice as fast; nobody
     attends to the filling. Plain matrix products of a few heads at a time take half the time of
-    scaled_dot_product_attention and its gradient; it is the faster one forwards where there is AMX.
+    scaled_dot_product_attention and of its gradient; with AMX torch's is faster, but for gradients.
 
     With P = softmax(Q K') and dO the gradient of the output: dV = P' dO, dS = P * (dO V' -
     rowsum(dO * O)), dQ = dS K, dK = dS' Q (Dao et al., 2022, appendix B.4). The gradient of a
@@ -161,7 +161,7 @@ def _shares(q: Tensor, k: Tensor, T: int) -> Tensor:
 def _pieces(*tensors: Tensor) -> Iterator[list[Tensor]]:
     """Cut tensors (B heads, tokens, head) along the first axis, by even numbers: two threads share
     the work."""
-    n, tokens, _ = tensors[0].shape
+    tokens = tensors[0].shape[1]
     step = PIECE // (tokens ** 2 * tensors[0].element_size()) // 2 * 2 or 1
     yield from zip(*(t.split(step) for t in tensors))
 

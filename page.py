@@ -650,6 +650,7 @@ class Project:
                  if any(file.exists() for file in self.kept_files(name))]
         for name in known:                              # it is the same image; edits before a crash
             self.open(name).book.save()
+        known = [name for name in known if self.labels_file(name).exists()]
         written = {}
         for opened in list(self.opened.values()):
             opened.book.save()

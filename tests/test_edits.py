@@ -325,6 +325,14 @@ def test_labels_of_another_program_come_into_an_open_book(book):
     assert np.array_equal(book.labels, ours)
     book.save()
     assert np.array_equal(images.read_labels(book.path), ours)
+    before, revision = book.labels.copy(), book.revision + 1
+    book.do(edits.grow_cell(book, max(book.boxes)))
+    book.save()
+    images.write_labels(book.path, before)  # as an export ends
+    assert not book.look() and book.revision == revision
+    book.save()
+    ours = book.labels.copy()
+    assert np.array_equal(images.read_labels(book.path), ours)
     book.path.write_bytes(b"no labels")
     with pytest.raises(ValueError):
         book.look()

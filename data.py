@@ -1045,18 +1045,27 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
     chosen = {name: getattr(config, name) for name in ("channels", "match", "labels")}
     _claim_labelled_folder(target / "converted.txt",
                            f"from {Path(source).resolve()} with {chosen}\n")
-    made = 0
-    for example in tqdm.tqdm(found, target.name, unit="image", delay=1, leave=False):
-        path, classes = target / f"{example.name}.tif", target / f"{example.name}_types.csv"
-        read = *example.files, *_type_files(example.files[-1], example.files[0])
-        newest = max(file.stat().st_mtime_ns for file in read)
-        if not path.exists() or path.stat().st_mtime_ns < newest:
+    record, made = target / "converted.tsv", 0
+    stamps = {row["name"]: row["stamp"] for row in runs.read_table(record, ("name", "stamp"))
+              } if record.exists() else {}
+    for name in stamps.keys() - {example.name for example in found}:   # left the source
+        for file in _labelled_files(target, name):
+            file.unlink(missing_ok=True)
+        del stamps[name]
+    try:
+        for example in tqdm.tqdm(found, target.name, unit="image", delay=1, leave=False):
+            read = *example.files, *_type_files(example.files[-1], example.files[0])
+            stamp = runs.digest(*((file.resolve(), file.stat().st_size, file.stat().st_mtime_ns)
+                                  for file in read))
+            path, masks, classes = _labelled_files(target, example.name)
+            if path.exists() and stamps.get(example.name) == stamp:
+                continue
             image, labels = example.image(), example.labels()
             if image.pixels.shape[1:] != labels.shape:
                 raise ValueError(f"{example.files[0]}: {image.pixels.shape[1:]} px, labels "
                                  f"{labels.shape}")
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_labels(target / f"{example.name}_masks.tif", labels, image.pixel_size)
+            write_labels(masks, labels, image.pixel_size)
             try:
                 types = example.types()
             except OtherLabels as error:
@@ -1067,8 +1076,17 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
             if rows:
                 runs.write_table(classes, rows)
             write_image(path, image)
+            stamps[example.name] = stamp
             made += 1
+    finally:                                            # of a stop: what is done stays done
+        runs.write_table(record, [{"name": name, "stamp": stamp} for name, stamp in stamps.items()],
+                         ("name", "stamp"))
     return made
+
+
+def _labelled_files(target: Path, name: str) -> tuple[Path, Path, Path]:
+    """Image, labels and classes of its cells, as convert writes them."""
+    return (target / f"{name}.tif", target / f"{name}_masks.tif", target / f"{name}_types.csv")
 
 
 def _claim_labelled_folder(record: Path, text: str, alone: bool = True) -> None:

@@ -1053,7 +1053,9 @@ def write_table(path: str | Path, rows: Sequence[dict], first: Iterable[str] = (
     def text(value: Any) -> str:
         if value is None or value != value:
             return ""
-        return f"{value:.10g}" if isinstance(value, float) else " ".join(str(value).split())
+        if isinstance(value, float):
+            return f"{value:.10g}"
+        return " ".join(str(value).splitlines()).replace("\t", " ").strip()
 
     columns = list(dict.fromkeys((*first, *(name for row in rows for name in row))))
     Path(path).parent.mkdir(parents=True, exist_ok=True)

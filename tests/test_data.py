@@ -821,9 +821,16 @@ def test_convert_every_layout_and_go_on(tmp_path, capsys):
     assert np.array_equal(tifffile.imread(out / "pairs" / "p_masks.tif"), blobs(7))
     runs.write_text(source / "pairs" / "p_types.csv", "id,type\n1,round\n")
     os.utime(source / "pairs" / "p_types.csv", (2**31 + 9, 2**31 + 9))
-    os.utime(out / "pairs" / "p.tif", (2**31 + 5, 2**31 + 5))     # newer than the masks
     assert "1 images written, 5 were there" in command("convert", source, out, capsys=capsys)
     assert "1,round" in (out / "pairs" / "p_types.csv").read_text()
+    save(source / "pairs" / "p_masks.png", blobs(8))             # an older file in its place
+    os.utime(source / "pairs" / "p_masks.png", (2**30, 2**30))
+    assert "1 images written, 5 were there" in command("convert", source, out, capsys=capsys)
+    assert np.array_equal(tifffile.imread(out / "pairs" / "p_masks.tif"), blobs(8))
+    for path in (source / "qupath").iterdir():                   # left out since
+        path.unlink()
+    assert "0 images written, 5 were there" in command("convert", source, out, capsys=capsys)
+    assert len(data.examples(out)) == 5 and not list((out / "qupath").iterdir())
     error = command("convert", source, out, "channels=1", code=1, capsys=capsys)
     assert "converted.txt: written for something else" in error
     assert not list(out.rglob(".*"))
@@ -834,8 +841,11 @@ def test_convert_stops_before_half_a_pair(tmp_path, capsys):
     save(tmp_path / "in" / "b_masks.png", blobs(0, (10, 10)))
     error = command("convert", tmp_path / "in", tmp_path / "out", code=1, capsys=capsys)
     assert "b.png: (24, 31) px, labels (10, 10)" in error
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.tif", "a_masks.tif",
-                                                                    "converted.txt"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "a.tif", "a_masks.tif", "converted.tsv", "converted.txt"]
+    save(tmp_path / "in" / "b_masks.png", blobs(1))
+    assert "1 images written, 1 were there" in command("convert", tmp_path / "in",
+                                                       tmp_path / "out", capsys=capsys)
     within = command("convert", tmp_path / "in", tmp_path / "in" / "x", code=1, capsys=capsys)
     assert "choose a folder outside" in within and not (tmp_path / "in" / "x").exists()
 

@@ -17,6 +17,7 @@ started again, infer goes on with the next tile. Below out= there are
     e5_spearman.tsv, e5_difference.tsv           rho, p, q; the models' difference in rho
     e5_bootstrap_stability.tsv, e5_redraws.tsv   rho of redrawn tiles: in short, and one by one
     e5_donors.tsv, report.html                   who was used and who not, and why; the page
+    settings.json                                what each step ran with; others are refused
 
 A cell is positive if the marker over its pixels lies above `threshold`. Only tiles that every model
 has done count, and only donors that no model flags, so that models are compared on the same data.
@@ -55,6 +56,12 @@ CHANGES = ("model", "against", "outcome", "n", "difference", "low", "high")
 WORDS = ("model", "against", "outcome", "p_from", "left_out", "donor", "flag", "interval")
 INTERVALS = {"rho": ("low", "high"), "difference": ("low", "high"), "median": ("q2.5", "q97.5")}
 HEADS = {"median": "median rho", "sd": "standard deviation", "q_below_0.05": "q < 0.05"}
+# keys that the tables of a step depend on, besides those of the step before
+SETTINGS = {"merge": ("models", "tiles", "pattern", "nuclei", "marker", "donor", "diameter",
+                      "border"),
+            "ratios": ("controls", "min_tiles", "min_cells", "resamples", "seed"),
+            "associate": ("controls", "min_tiles", "min_cells", "outcomes", "columns", "covariates",
+                          "categories", "share", "resamples", "seed")}
 FEW = 20             # tiles below which an interval from resampling tiles is too narrow
 
 Percent = Annotated[float, runs.within(0, 100)]
@@ -258,6 +265,46 @@ class Shard:
             file.write(json.dumps(line) + "\n")
 
 
+# ----------------------------------------------------------------------------------------- settings
+
+def step_settings(config: Config, step: str) -> dict[str, Any]:
+    """What the tables of a step depend on, as JSON gives it back."""
+    values = {name: asdict(config)[name] for name in SETTINGS[step]}
+    if step == "merge":
+        values["positive"] = positive_cell_rule(config)
+    if step == "associate":
+        values["outcomes"] = [config.outcomes, runs.digest(Path(config.outcomes))[:16]]
+    return json.loads(json.dumps(values))
+
+
+def read_settings(config: Config) -> dict[str, dict[str, Any]]:
+    path = Path(config.out) / "settings.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError:
+        raise ValueError(f"{path}: damaged, no JSON; remove it and run merge again") from None
+
+
+def record_settings(config: Config, step: str) -> None:
+    """Write down what a step ran with; after merge all others are to be run anew."""
+    known = {} if step == "merge" else read_settings(config)
+    runs.write_text(Path(config.out) / "settings.json", json.dumps(
+        known | {step: step_settings(config, step)}, indent=1))
+
+
+def check_settings(config: Config, *steps: str) -> None:
+    """Refuse tables of steps that did not run, or ran with other settings."""
+    known = read_settings(config)
+    for step in steps:
+        if step not in known:
+            raise ValueError(f"{config.out}: no tables of these settings; run `downstream.py "
+                             f"{step}` first")
+        for key, now in step_settings(config, step).items():
+            if (then := known[step].get(key)) != now:
+                raise ValueError(f"{config.out}: {step} ran with {key} {then}, now it is {now}; "
+                                 f"run `downstream.py {step}` again")
+
+
 # ------------------------------------------------------------------------------------ merge, ratios
 
 def count_positive_cells(config: Config) -> int:
@@ -271,6 +318,7 @@ def count_positive_cells(config: Config) -> int:
                              f"done with these settings and files, such as {missing[0]}; run "
                              "infer, or what is left of its shards")
     print(f"positive: {positive_cell_rule(config)}")
+    (Path(config.out) / "settings.json").unlink(missing_ok=True)
     for model, line_of in zip(config.models, found):
         lines = [{**line_of[tile.name], "donor": tile.donor} for tile in tiles]   # donor= of now
         done = [line for line in lines if "why" not in line]
@@ -291,6 +339,7 @@ def count_positive_cells(config: Config) -> int:
         cells, positive = (sum(row[name] for row in rows) for name in ("cells", "positive"))
         print(f"{model.name}: {len(done) + len(skipped)} tiles found = {len(done)} done + "
               f"{len(skipped)} skipped; {positive} of {cells} cells positive")
+    record_settings(config, "merge")
     return 0
 
 
@@ -305,6 +354,7 @@ def positive_cell_rule(config: Config) -> str:
 
 def write_ratios(config: Config) -> int:
     """Write positive cells / cells of each donor: not the mean of its tiles."""
+    check_settings(config, "merge")
     counts, rows = config.read_counts(), []
     for model, cells, positive in zip(config.models, counts.cells, counts.positive):
         for d, donor in enumerate(counts.donors):
@@ -318,6 +368,7 @@ def write_ratios(config: Config) -> int:
                          "interval": "" if n >= FEW else f"too narrow: fewer than {FEW} tiles"})
     path = Path(config.out) / "donor_marker_ratio.tsv"
     runs.write_table(path, rows)
+    record_settings(config, "ratios")
     print(f"{len(counts.donors)} donors with {len(counts.donor)} tiles that every model has done; "
           f"{sum(map(bool, counts.flags))} donors flagged -> {path}")
     return 0
@@ -327,6 +378,7 @@ def write_ratios(config: Config) -> int:
 
 def write_associations(config: Config) -> int:
     """Write rho of every model with every outcome, over the donors that have both."""
+    check_settings(config, "merge")
     counts, donors = config.read_counts(), config.read_donors()
     if not set(counts.donors) & set(donors.names):
         raise ValueError(f"{config.outcomes}: none of its donors ({runs.listed(donors.names)}) has "
@@ -369,6 +421,7 @@ def write_associations(config: Config) -> int:
         {"model": name, "redraw": b + 1, **dict(zip(config.columns, rho[b, m]))}
         for m, name in enumerate(names) for b in range(config.resamples)])
     runs.write_table(out / "e5_difference.tsv", changes, CHANGES)
+    record_settings(config, "associate")
     for row in found:
         values = "rho {rho:.3f} [{low:.3f}, {high:.3f}]  p {p:.2g}  q {q:.2g}".format(**row)
         print(f"{row['model']}  {row['outcome']}  n {row['n']}  {row['left_out'] or values}")
@@ -389,6 +442,7 @@ def outcome_stability(rho: float, redrawn: np.ndarray, q: np.ndarray) -> dict[st
 # ------------------------------------------------------------------------------------------- report
 
 def write_outcome_report(config: Config) -> int:
+    check_settings(config, "merge", "ratios", "associate")
     looks = report.page_styles(model.name for model in config.models)
     legend, found = report.legend(looks), read_outcome_rows(config, "e5_spearman.tsv")
     stable = read_outcome_rows(config, "e5_bootstrap_stability.tsv")
@@ -441,9 +495,6 @@ def read_outcome_rows(config: Config, name: str) -> list[dict[str, Any]]:
     rows = [{name: text if name in WORDS else float(text or "nan") for name, text in row.items()}
             for row in runs.read_table(path, advice="run `downstream.py associate` first")]
     if rows and "outcome" in rows[0]:
-        if unknown := {row["outcome"] for row in rows} ^ set(config.columns):
-            raise ValueError(f"{path}: {min(unknown)} is in the table or in columns= alone; run "
-                             "associate again")
         rows.sort(key=lambda row: config.columns.index(row["outcome"]))
     return rows
 

@@ -311,6 +311,7 @@ def test_a_warned_shard_asks_to_be_queued_again(study, tmp_path, monkeypatch):
 def test_left_out_donors_and_covariates(study, whole, tmp_path):
     path = configured(study, tmp_path, covariates=["age"], categories=["sex"])
     (tmp_path / "full_inference").symlink_to(whole[0] / "results/full_inference")
+    shutil.copy(whole[0] / "results/settings.json", tmp_path)
     (tmp_path / "outcomes.tsv").write_text(
         (study / "outcomes.tsv").read_text().replace("\n2\t", "\nwho\t"))
     words = (f"out={tmp_path}", f"outcomes={tmp_path / 'outcomes.tsv'}", "controls=4")
@@ -336,6 +337,32 @@ def test_left_out_donors_and_covariates(study, whole, tmp_path):
         name for name, count in cells.items() if count < limit and name != "4"}
     assert step(path, "associate", *words, "min_tiles=3") == 0
     assert {row["left_out"] for row in table(tmp_path / "e5_spearman.tsv")} == {"too few donors"}
+
+
+def test_tables_of_other_settings_are_refused(study, whole, tmp_path):
+    """The report says what counts as positive: it must be what merge counted."""
+    shutil.copytree(whole[0] / "results", tmp_path / "results")
+    path = configured(study, tmp_path)
+    steps = "merge", "ratios", "associate", "report"
+    assert [step(path, name) for name in steps] == [0, 0, 0, 0]
+    for words, said in (
+            (("report", "threshold=fixed", "value=9"), r"merge ran with positive mean .* Otsu.*"
+             r"now it is mean .* above 9.0; run `downstream.py merge` again"),
+            (("associate", "percentile=90"), "now it is 90th percentile"),
+            (("report", "share=0.5"), "associate ran with share 0.8, now it is 0.5"),
+            (("report", "min_tiles=2"), "ratios ran with min_tiles 1"),
+            (("report", "columns=nft"), "associate ran with columns")):
+        with pytest.raises(ValueError, match=said):
+            step(path, *words)
+    assert step(path, "merge", "threshold=fixed", "value=9") == 0
+    with pytest.raises(ValueError, match="run `downstream.py ratios` first"):
+        step(path, "report", "threshold=fixed", "value=9")
+    shutil.copy(study / "outcomes.tsv", tmp_path)              # the same table, then corrected
+    words = f"outcomes={tmp_path / 'outcomes.tsv'}", "threshold=fixed", "value=9"
+    assert [step(path, name, *words) for name in steps[1:]] == [0, 0, 0]
+    (tmp_path / "outcomes.tsv").write_text((tmp_path / "outcomes.tsv").read_text() + "z\t1\t1\n")
+    with pytest.raises(ValueError, match="associate ran with outcomes"):
+        step(path, "report", *words)
 
 
 # ----------------------------------------------------------------------------------------- mistakes
@@ -369,7 +396,7 @@ def test_steps_out_of_order_and_unknown_ones(study, tmp_path):
     path = configured(study, tmp_path)
     for word, said in (("merge", "17 of 17 tiles are not done"),
                        ("ratios", "run `downstream.py merge` first"),
-                       ("report", "run `downstream.py associate` first"),
+                       ("report", "run `downstream.py merge` first"),
                        ("asociate", "expected one of infer, merge")):
         with pytest.raises((ValueError, FileNotFoundError), match=said):
             step(path, word)
@@ -377,6 +404,7 @@ def test_steps_out_of_order_and_unknown_ones(study, tmp_path):
     for name in ("base", "tuned"):
         runs.write_table(tmp_path / f"results/full_inference/{name}/tile_counts.tsv",
                          [{"donor": "a", "tile": "t", "cells": 9, "positive": 1}])
+    downstream.record_settings(runs.load_config(downstream.Config, path), "merge")
     with pytest.raises(ValueError, match=r"none of its donors \(zz\) has tiles, which are of a"):
         step(path, "associate", f"outcomes={tmp_path / 'o.tsv'}")
 

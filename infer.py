@@ -1026,9 +1026,14 @@ def remove_old_labels(out: Path, name: str, config: Config) -> None:
     With overwrite=true so go files of the labels before that are not asked for now."""
     if config.overwrite:
         old = (images.label_record(out / f"{name}_labels.tif") or {}).get("files", [])
-        for file in {*old} - {*result_files(name, config)}:
-            if isinstance(file, str) and runs.flat_name(file) == file:
-                (out / file).unlink(missing_ok=True)
+        gone = {file for file in old if isinstance(file, str) and runs.flat_name(file) == file}
+        for file in gone - {*result_files(name, config)}:
+            (out / file).unlink(missing_ok=True)
+            if file == f"{name}_tracks.csv":            # a movie that is an image now
+                link.remove_challenge(out / f"{name}_ctc" / "01_RES")
+                with suppress(OSError):  # files of somebody else
+                    (out / f"{name}_ctc" / "01_RES").rmdir()
+                    (out / f"{name}_ctc").rmdir()
     if config.labels is None:           # those that are given may be the only ones, as in a page
         (out / f"{name}_labels.tif").unlink(missing_ok=True)
 

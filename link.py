@@ -606,14 +606,19 @@ def track_rows(linked: Linked, table: Sections, pixel_size: float | None = None)
     return rows
 
 
+def remove_challenge(folder: Path) -> None:
+    """Remove what write_challenge() wrote."""
+    for old in (*folder.glob("mask*.tif"), folder / "res_track.txt"):
+        old.unlink(missing_ok=True)
+
+
 def write_challenge(folder: Path, linked: Linked, planes: Iterable[NDArray]) -> None:
     """Write a folder as the Cell Tracking Challenge wants it: maskNNN.tif, then res_track.txt.
 
     There a track has no gap: what comes after one is a new track, the child of the one before.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("mask*.tif"):                # of a longer movie
-        old.unlink()
+    remove_challenge(folder)                            # of a longer movie
     frames_of: dict[int, list[int]] = defaultdict(list)
     for t, numbers in enumerate(linked.numbers):
         for k in np.unique(numbers).tolist():

@@ -702,3 +702,16 @@ def test_a_second_run_on_a_movie_is_refused(tmp_path, field):
     assert infer.main(config, [str(tmp_path / "mov.tif")]) == 0
     assert not (tmp_path / "out/.mov_planes").exists()
     assert len(list((tmp_path / "out/mov_ctc/01_RES").glob("mask*.tif"))) == 3
+
+
+def test_an_image_of_a_movie_keeps_nothing_of_the_movie(tmp_path, field):
+    movie = np.stack([field.pixels[field.channels.index("ER")][:64, :64]] * 2)
+    tifffile.imwrite(tmp_path / "m.tif", movie, ome=True, metadata={"axes": "TYX"})
+    out, image = tmp_path / "out", [str(tmp_path / "m.tif")]
+    infer.main(Config(out=str(out), time="all"), image)
+    (out / "m_ctc/01_GT").mkdir()                                # of somebody else
+    (out / "m_ctc/01_GT/man_track.txt").touch()
+    infer.main(Config(out=str(out), time=1, overwrite=True), image)
+    assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()) == [
+        "m_cells.csv", "m_ctc/01_GT/man_track.txt", "m_labels.tif", "m_overlay.png", "summary.csv"]
+    assert not (out / "m_ctc/01_RES").exists()

@@ -481,12 +481,14 @@ def result_difference(record: dict, path: Path | str, name: str, made: dict,
     if not record:
         return "is there and does not say how it was made"
     source = record["source"]
-    same = source["place"] == source_place(path)
+    same = there = source["place"] == source_place(path)
     if not s3.is_remote(path):
         size, modified = source_size(Path(path), pattern)
         same = source["bytes"] == size and (
             same and source["modified"] == modified
             or source["sha256"] == runs.digest(*source_files(Path(path), pattern)))
+    if there and not same:
+        return f"{path} has changed since"
     if not same:
         return f"comes from {source['file']}, which is another image than {path}"
     old, new = ({**one["settings"], "weights": one["weights"]["file"],

@@ -2,6 +2,7 @@
 whole run over one of each between good images."""
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -323,6 +324,9 @@ def test_results_of_another_image_are_never_taken_for_its_own(plates, weights):
     (plates / "a/A1.png").rename(plates / "moved/A1.png")          # the same image elsewhere
     assert results_of(plates / "o", "moved/A1.png", weights=weights)[0] == 0
     assert (plates / "o/A1_labels.tif").read_bytes() == before
+    shutil.copy(plates / "b/A1.png", plates / "a/A1.png")
+    code, _ = results_of(plates / "o", "a/A1.png", weights=weights)
+    assert "A1_labels.tif: a/A1.png has changed since; overwrite=true makes it anew" in code
 
 
 def test_results_of_other_settings_or_weights_are_told(plates, weights):

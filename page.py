@@ -65,6 +65,8 @@ OPEN = 8                        # images that stay open
 LARGEST = 1 << 30               # px of an image: four bytes each for its labels
 LONGEST = 1 << 20               # bytes of a request
 SAVE_EVERY = 0.3                # s, between looks for labels that are not on the disk yet
+UNDONE = 50                     # searches and thresholds of an image that undo goes back to
+FOUND = ("setting", "used", "map", "weights", "diameter")    # what cells were found with
 HUES = {1: ["#ffffff"], 2: ["#00ff00", "#ff00ff"],
         8: ["#ff4040", "#40ff40", "#5070ff", "#ffd040", "#40e0e0", "#ff50ff", "#ffffff", "#ff9040"]}
 
@@ -281,13 +283,34 @@ class Opened:
                            str(self.entry.time), str(self.config.level), str(self.diameter))[:16]
 
     def recall_map(self) -> None:
-        """Take the map of an earlier session."""
-        if self.state.get("map") == self.map_key and self.map_file.exists():
+        """Take the map on the disk, if it is that of the cells."""
+        key, self.seen = self.state.get("map"), None
+        there = self.state.get("map_on_disk", key) == key and self.map_file.exists()
+        if there and key == self.map_key:
             self.seen = torch.from_numpy(np.load(self.map_file))
 
     def can_flood(self) -> bool:
         """Whether its cells were found with these weights and this diameter."""
         there = self.large or self.seen is not None
+    def note_found(self) -> None:
+        """Keep what the cells were found with, for undo and redo."""
+        found = self.state.setdefault("found", {})
+        found[str(self.book.numbering())] = {key: self.state[key] for key in FOUND
+                                             if key in self.state}
+        for old in list(found)[:-UNDONE]:
+            del found[old]
+
+    def recall_found(self) -> None:
+        """Go back to what the cells were found with; before the first search, to nothing."""
+        number = self.book.numbering()
+        known = self.state.get("found", {}).get(str(number), None if number else {})
+        if known is not None:
+            for key in FOUND:
+                self.state.pop(key, None)
+            self.state |= known
+            self.distance = None
+            self.recall_map()
+
         return there and self.state.get("map") == self.map_key
 
     def plan(self, source, net, setting: dict | None = None, embed: bool = False):
@@ -603,11 +626,13 @@ class Project:
                                "min_area": round(plan.setting.min_area / plan.zoom ** 2)}}
             self.remember()
             if pool:
+            state["map_on_disk"] = key
                 opened.keep_vectors(pool, opened.book.labels, plan)
 
     def flood(self, name: str, setting: dict, commit: bool) -> dict:
         """Cells of the map at other thresholds: a preview, or for good. Of a large image, whose map
         is not kept, for good alone, and the network runs again."""
+            opened.note_found()
         opened, net = self.open(name), self.network()
         if not opened.can_flood():
             raise ValueError("the cells of this image were not found in this way yet; press Find")
@@ -634,6 +659,7 @@ class Project:
         return {"cells": int(np.count_nonzero(np.bincount(edit.after.ravel())[1:])),
                 "version": version_of(opened)}
 
+                opened.note_found()
     def embed(self, name: str) -> None:
         """Find the vectors of the cells of an image, for their types."""
         self.open(name).cell_vectors(self.network())
@@ -1001,14 +1027,19 @@ def post_edit(project: Project, values: dict) -> dict:
     opened.state["cells"] = count
     (top, bottom), (left, right) = ((side.start, side.stop) for side in box)
     return {"revision": revision, "version": version_of(opened), "cells": count,
-            "box": [top, left, bottom, right]}
+            "searched": searched, "box": [top, left, bottom, right]}
+        numbering = opened.book.numbering()
 
 
 def line_of(values: dict):
     """(K, 2) x y of a request."""
+        if searched := opened.book.numbering() != numbering:
+            opened.recall_found()
     line = np.array(values["line"], np.float64)
     if line.ndim != 2 or line.shape[1] != 2 or not 1 <= len(line) <= 20000 \
             or not (np.abs(line) < 1e7).all():
+    if searched:
+        project.remember()
         raise ValueError("expected a line of points x, y")
     return line
 

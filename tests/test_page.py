@@ -264,6 +264,41 @@ def test_cells_are_those_of_infer_at_every_threshold(site):
     np.testing.assert_array_equal(book.labels, segment.segment(pixels, net))
 
 
+def test_undo_brings_back_thresholds_and_diameter(site):
+    """Cells of one search beside the sliders of another would be a lie; also after a restart."""
+    def shown():
+        about = site.json("/image", image="a")
+        return about["setting"]["peak"], about["diameter"], about["can_flood"], about["cells"]
+
+    before = shown()
+    site.json("/find", {"image": "a", "diameter": 30})
+    site.wait()
+    first, setting = shown(), site.json("/image", image="a")["setting"]
+    assert first[1:3] == (30, True) and before[1:] == (None, False, 0)
+    site.json("/flood", {"image": "a", "setting": {**setting, "peak": 0.3}, "commit": True})
+    second = shown()
+    site.json("/find", {"image": "a", "diameter": 18})
+    site.wait()
+    third = shown()
+    assert (second[:2], third[:2]) == ((0.3, 30), (0.3, 18))
+    drawn_ = site.edit("a", "draw", line=[[100, 5], [110, 5], [110, 15], [100, 15]])
+    assert not drawn_["searched"] and not site.edit("a", "undo")["searched"]
+    assert site.edit("a", "undo")["searched"]
+    assert shown() == (0.3, 30, False, second[3])                 # its map is another's now
+    assert site.edit("a", "undo")["searched"] and shown()[:2] == first[:2]
+    assert site.edit("a", "undo")["searched"] and shown() == before
+    for known in (first, second, third):
+        assert site.edit("a", "redo")["searched"]
+        assert shown()[:2] == known[:2] and shown()[3] == known[3]
+    assert shown() == third
+    site.edit("a", "undo")
+    with Site(site.folder) as again:
+        site = again
+        assert shown() == (0.3, 30, False, second[3])
+        site.edit("a", "redo")
+        assert shown() == third
+
+
 def test_thresholds_of_a_large_image_are_another_search(site, monkeypatch):
     """Its map is not kept: a slider that moves changes nothing, one let go runs the network."""
     monkeypatch.setattr(edits, "LARGE", 1 << 10)

@@ -228,8 +228,9 @@ class Types:
 
     def known(self) -> list[dict]:
         """Name, colour and number of marks of each type."""
-        counts = Counter(name for state in self.project.state["images"].values()
-                         for _, _, name in state.get("marks", ()))
+        opened, known = self.project.opened, self.project.state["images"]
+        counts = Counter(type_ for name, state in known.items() for _, _, type_ in (
+            opened[name].marked().values() if name in opened else state.get("marks", ())))
         colours = cells.cell_type_colours(self.names())
         return [{"name": name, "colour": "#" + bytes(colour).hex(), "marks": counts[name]}
                 for name, colour in colours.items()]
@@ -261,7 +262,7 @@ class Types:
             for cell, row in zip(found.ids.tolist(), found.vectors):
                 if cell in marks:
                     rows.append(row)
-                    types.append(marks[cell])
+                    types.append(marks[cell][2])
         names = [name for name in self.names() if name in types]
         if len(names) < 2:
             raise ValueError(f"cells of {runs.listed(names) or 'no type'} are marked, expected two "

@@ -256,6 +256,8 @@ class Opened:
     def close(self) -> None:
         self.book.save()
         self.picture.close()
+        if "marks" in self.state:
+            self.state["marks"] = list(self.marked().values())
 
     @property
     def large(self) -> bool:
@@ -409,11 +411,11 @@ class Opened:
             self.keep_vectors(pool, labels, plan)
         return self.rows
 
-    def marked(self) -> dict[int, str]:
-        """The type of each cell that was marked: what is marked is a place, so that a cell may
-        change its number."""
-        found = {int(self.book.labels[int(y), int(x)]): name
-                 for x, y, name in self.state.get("marks", ())}
+    def marked(self) -> dict[int, list]:
+        """The mark (x, y, type) of each cell that has one: what is marked is a place, so that a
+        cell may change its number. Marks of removed cells wait for an undo."""
+        found = {int(self.book.labels[int(mark[1]), int(mark[0])]): mark
+                 for mark in self.state.get("marks", ())}
         found.pop(0, None)
         return found
 
@@ -974,7 +976,7 @@ def get_types(project: Project, query: dict[str, str]) -> dict:
             if opened.name not in (*project.untyped, project.working.get("image")):
                 project.untyped.append(opened.name)
                 project.awake.notify_all()
-    return {"types": project.types.known(), "marks": opened.state.get("marks", []),
+    return {"types": project.types.known(), "marks": list(opened.marked().values()),
             "version": project.types.version,
             "taught": {**project.state.get("types", {}), "file": Path(file).name} if file else None,
             "cells": None if told is None else [(cell, *type_) for cell, type_ in told.items()]}
@@ -1072,14 +1074,14 @@ def post_mark(project: Project, values: dict) -> dict:
     if not cell:
         raise ValueError("there is no cell here; click into one")
     with project.lock:
-        before, state = opened.marked().get(int(cell)), opened.state
+        before, state = opened.marked().get(int(cell), [0, 0, ""])[2], opened.state
         state["marks"] = [mark for mark in state.get("marks", ())
                           if opened.book.labels[int(mark[1]), int(mark[0])] != cell]
         if before != type_:
             state["marks"].append([x, y, type_])
             project.types.note(type_)
         project.remember()
-    return {"marks": state["marks"], "types": project.types.known()}
+    return {"marks": list(opened.marked().values()), "types": project.types.known()}
 
 
 def post_teach(project: Project, values: dict) -> dict:

@@ -769,6 +769,25 @@ config = yaml.safe_load(open(sys.argv[1]))
 folder = pathlib.Path(config["output_base_dir"])
 if not (folder / "met").exists():                   # the first time it waits for a signal
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))
+def test_a_mark_lives_as_long_as_its_cell(two_types):
+    """The mark of a removed cell is not shown, not counted, and back after an undo."""
+    site = two_types
+    def marks():
+        got = site.json("/types", image="a")
+        return [mark[0] for mark in got["marks"]], [each["marks"] for each in got["types"]]
+
+    for x in (32, 96, 160):
+        site.json("/mark", {"image": "a", "x": x, "y": 32, "type": "bright"})
+    site.edit("a", "remove", cell=int(site.project.open("a").book.labels[32, 96]))
+    assert marks() == ([32, 160], [2])
+    site.edit("a", "undo")
+    assert marks() == ([32, 96, 160], [3])
+    site.edit("a", "merge", line=[[32, 32], [96, 32]])            # one cell, one mark
+    assert marks()[1] == [2]
+    site.json("/mark", {"image": "a", "x": 64, "y": 32, "type": "bright"})        # taken away
+    assert marks() == ([160], [1])
+
+
     (folder / "met").touch()
     time.sleep(60)
 (folder / "runs/learn").mkdir(parents=True)

@@ -55,20 +55,15 @@ class TilePair(NamedTuple):
 
     def stamp(self) -> list[list]:
         """Bytes, time of the last change (ns) and content of each file."""
-        return [[*file_state(file), runs.digest(file)[:16]] for file in self.files]
+        return [[*runs.file_state(file), runs.digest(file)[:16]] for file in self.files]
 
     def is_as(self, stamp: list[list]) -> bool:
         """Whether a stamp is of these files; where one was only copied its content tells."""
         try:
-            return all(file_state(file) == state or runs.digest(file)[:16] == content
+            return all(runs.file_state(file) == state or runs.digest(file)[:16] == content
                        for file, (*state, content) in zip(self.files, stamp, strict=True))
         except (OSError, ValueError, TypeError):               # gone, or a damaged line
             return False
-
-
-def file_state(file: Path) -> list[int]:
-    status = file.stat()
-    return [status.st_size, status.st_mtime_ns]
 
 
 def find_tiles(root: str | Path, pattern: str, nuclei: str = "0", marker: str = "1",

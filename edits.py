@@ -29,6 +29,7 @@ import numpy as np
 from scipy import ndimage
 
 import images
+import runs
 from data import polygon_pixels
 
 WHOLE = ("find", "flood")       # edits of the whole image by the network, not by hand
@@ -318,7 +319,7 @@ class Book:
         self.undone: list[bytes] = []
         self.labels = np.zeros(self.shape, np.int32)
         self.boxes: dict[int, Box] = {}
-        self.disk = self.file_state()
+        self.disk = runs.file_state(self.path)
         if self.path.exists():
             self.labels = self.labels_on_disk()
         self.written = {zlib.crc32(self.labels.data)}   # what was on the disk, and ours
@@ -360,18 +361,11 @@ class Book:
                              f"{self.shape} px; move them elsewhere")
         return labels
 
-    def file_state(self) -> tuple[int, int] | None:
-        """Bytes and time of the last change (ns) of the labels on the disk."""
-        if not self.path.exists():
-            return None
-        status = self.path.stat()
-        return status.st_size, status.st_mtime_ns
-
     def look(self) -> bool:
         """Take labels that another program has written since, as one edit; whether there are."""
         with self.lock:
-            state = self.file_state()
-            if state in (None, self.disk):
+            state = runs.file_state(self.path)
+            if state in ([], self.disk):
                 return False
             labels = self.labels_on_disk()              # if they cannot be read all stays
             self.disk = state
@@ -524,7 +518,7 @@ class Book:
         with self.lock:                                 # nobody takes it for another program's
             writer.close()
             self.written.add(checksum)
-            self.disk = self.file_state()
+            self.disk = runs.file_state(self.path)
 
 
 def journal_line(**values: Any) -> bytes:

@@ -116,7 +116,8 @@ class Learning:
     def prepare(self, number: int) -> None:
         """Copy the images that are done, and write the configuration."""
         project = self.project
-        done = [name for name in project.names if project.of(name).get("done")]
+        done = [name for name, entry in project.names.items()
+                if project.of(name).get("done") and entry.path.exists()]
         if not done:
             raise ValueError("no image is marked as done yet; correct one, and press Done")
         full = [name for name in done if project.open(name).book.boxes]

@@ -213,6 +213,7 @@ class Opened:
     def __init__(self, entry: Entry, name: str, project: Project):
         self.entry, self.name = entry, name
         self.project, self.config = project, project.config
+        self.file = runs.file_state(entry.path)
         self.state = project.of(name)                   # to be changed in place and remembered
         self.map_file = project.out / ".page" / "maps" / f"{name}.npy"
         self.vectors_file = project.out / ".page" / "vectors" / f"{name}.npz"
@@ -255,9 +256,9 @@ class Opened:
 
     def close(self) -> None:
         self.book.save()
-        self.picture.close()
         if "marks" in self.state:
             self.state["marks"] = list(self.marked().values())
+        self.picture.close()
 
     @property
     def large(self) -> bool:
@@ -291,9 +292,6 @@ class Opened:
         if there and key == self.map_key:
             self.seen = torch.from_numpy(np.load(self.map_file))
 
-    def can_flood(self) -> bool:
-        """Whether its cells were found with these weights and this diameter."""
-        there = self.large or self.seen is not None
     def note_found(self) -> None:
         """Keep what the cells were found with, for undo and redo."""
         found = self.state.setdefault("found", {})
@@ -313,6 +311,9 @@ class Opened:
             self.distance = None
             self.recall_map()
 
+    def can_flood(self) -> bool:
+        """Whether its cells were found with these weights and this diameter."""
+        there = self.large or self.seen is not None
         return there and self.state.get("map") == self.map_key
 
     def plan(self, source, net, setting: dict | None = None, embed: bool = False):
@@ -339,15 +340,16 @@ class Opened:
         book = self.book
         if cell not in book.boxes:
             raise ValueError(f"no cell {cell}")
-        typical = math.sqrt(4 / math.pi * book.area(cell))
-        box = edits.edit_box_widened(book.boxes[cell], math.ceil(typical) + 1, self.size)
+        near = self.state.get("used", {}).get("diameter") or self.diameter or math.sqrt(
+            4 / math.pi * book.area(cell))
+        box = edits.edit_box_widened(book.boxes[cell], math.ceil(near) + 1, self.size)
         rows, columns = box
         with self.picture.lock:
             pixels = self.picture.source.region(rows.start, rows.stop, columns.start, columns.stop)
         source = self.picture.source
         table = cells.cell_table(
             book.labels[box], pixels, pixel_size=source.pixel_size,
-            channels=[str(name) for name in source.channels or source.numbers], near=typical,
+            channels=[str(name) for name in source.channels or source.numbers], near=near,
             ids=np.array([cell]), origin=(rows.start, columns.start),
             edges=(rows.start == 0, columns.start == 0, rows.stop == self.size[0],
                    columns.stop == self.size[1]))
@@ -488,9 +490,12 @@ class Project:
     def open(self, name: str) -> Opened:
         self.of(name)
         with self.lock:
-            if name in self.opened:
-                self.opened.move_to_end(name)
-                return self.opened[name]
+            if opened := self.opened.get(name):
+                if name == self.working.get("image") or (
+                        opened.file == runs.file_state(opened.entry.path)):
+                    self.opened.move_to_end(name)
+                    return opened
+                self.opened.pop(name).close()           # its file was replaced
             opened = self.opened[name] = Opened(self.names[name], name, self)
             if opened.book.path.exists() or opened.book.done:
                 opened.state["cells"] = len(opened.book.boxes)
@@ -621,20 +626,20 @@ class Project:
                 np.save(file, seen.cpu().numpy())
         with self.lock, opened.book.lock:
             opened.seen, opened.preview = seen, None
+            state["map_on_disk"] = key
             opened.distance, opened.sure = None, (-1, {})
             opened.book.do(edits.flooded_edit(opened.book, labels, "find"))
             state |= {"map": key, "cells": len(opened.book.boxes), "weights": weights,
                       "used": {**plan.setting._asdict(), "diameter": plan.diameter,
                                "min_area": round(plan.setting.min_area / plan.zoom ** 2)}}
+            opened.note_found()
             self.remember()
             if pool:
-            state["map_on_disk"] = key
                 opened.keep_vectors(pool, opened.book.labels, plan)
 
     def flood(self, name: str, setting: dict, commit: bool) -> dict:
         """Cells of the map at other thresholds: a preview, or for good. Of a large image, whose map
         is not kept, for good alone, and the network runs again."""
-            opened.note_found()
         opened, net = self.open(name), self.network()
         if not opened.can_flood():
             raise ValueError("the cells of this image were not found in this way yet; press Find")
@@ -654,6 +659,7 @@ class Project:
                 opened.state["setting"], opened.preview = setting, None
                 opened.book.do(edit)
                 opened.state["cells"] = len(opened.book.boxes)
+                opened.note_found()
                 self.remember()
             else:
                 opened.previews += 1
@@ -661,7 +667,6 @@ class Project:
         return {"cells": int(np.count_nonzero(np.bincount(edit.after.ravel())[1:])),
                 "version": version_of(opened)}
 
-                opened.note_found()
     def embed(self, name: str) -> None:
         """Find the vectors of the cells of an image, for their types."""
         self.open(name).cell_vectors(self.network())
@@ -676,6 +681,9 @@ class Project:
     def write_results(self) -> dict:
         known = [name for name in self.names
                  if any(file.exists() for file in self.kept_files(name))]
+        if gone := [name for name in known if not self.names[name].path.exists()]:
+            self.complain(f"left out: {runs.listed(gone)}; the images are gone")
+            known = [name for name in known if name not in gone]
         for name in known:                              # it is the same image; edits before a crash
             self.open(name).book.save()
         known = [name for name in known if self.labels_file(name).exists()]
@@ -1020,28 +1028,28 @@ def post_edit(project: Project, values: dict) -> dict:
         if values["revision"] != opened.book.revision:
             raise edits.Stale("another window or the network changed these cells; they are shown "
                               "as they are now, please repeat your edit")
+        numbering = opened.book.numbering()
         if what in ("undo", "redo"):
             box = getattr(opened.book, what)()
         else:
             box = opened.book.do(edit_of(opened.book, values))
+        if searched := opened.book.numbering() != numbering:
+            opened.recall_found()
         opened.preview = None
         revision, count = opened.book.revision, len(opened.book.boxes)
     opened.state["cells"] = count
+    if searched:
+        project.remember()
     (top, bottom), (left, right) = ((side.start, side.stop) for side in box)
     return {"revision": revision, "version": version_of(opened), "cells": count,
             "searched": searched, "box": [top, left, bottom, right]}
-        numbering = opened.book.numbering()
 
 
 def line_of(values: dict):
     """(K, 2) x y of a request."""
-        if searched := opened.book.numbering() != numbering:
-            opened.recall_found()
     line = np.array(values["line"], np.float64)
     if line.ndim != 2 or line.shape[1] != 2 or not 1 <= len(line) <= 20000 \
             or not (np.abs(line) < 1e7).all():
-    if searched:
-        project.remember()
         raise ValueError("expected a line of points x, y")
     return line
 

@@ -1039,6 +1039,14 @@ def flat_name(name: str) -> str:
     return flat
 
 
+def file_state(path: Path) -> list[int]:
+    """Bytes and time of the last change (ns) of a file; empty if there is none."""
+    if not path.exists():
+        return []
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with replacing(path) as temporary:

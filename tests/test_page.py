@@ -416,6 +416,24 @@ def test_an_image_that_was_replaced_does_not_take_the_cells_of_before(folder):
         assert site.json("/image", image="a")["cells"]
 
 
+def test_an_image_that_is_replaced_or_removed_while_the_page_is_open(folder):
+    with Site(folder) as site:
+        site.find("a")
+        tifffile.imwrite(folder / "more/b.tif", drawn(2)[0])
+        site.edit("more_b", "draw", line=[[100, 5], [110, 5], [110, 15], [100, 15]])
+        site.json("/done", {"image": "a", "done": True})
+        os.utime(folder / "a.tif", (1e9, 1e9))                    # the same pixels
+        assert site.json("/image", image="a")["cells"]
+        tifffile.imwrite(folder / "a.tif", tifffile.imread(folder / "a.tif")[::-1])
+        status, content = site.ask("/image", image="a")
+        assert status == 400 and "another image than that of" in json.loads(content)["error"]
+        (folder / "a.tif").unlink()
+        assert site.json("/export", {})["written"] == 1
+        assert site.json("/news")["problems"][-1] == "left out: a; the images are gone"
+        assert "no image is marked as done" in json.loads(site.ask("/learn", {"what": "start"})[1]
+                                                          )["error"]
+
+
 def test_images_of_one_name_keep_their_own_diameters_in_the_export(tmp_path):
     for name in "pq":
         (tmp_path / name).mkdir()
@@ -751,24 +769,6 @@ def test_types_from_a_few_marks(two_types, monkeypatch, tmp_path):
         assert len(taught(again, "a")["cells"]) == 13             # the network runs again
 
 
-def test_marks_that_mean_nothing(two_types):
-    for values in ({"x": 1, "y": 1, "type": "a"}, {"x": -5, "y": 9e6, "type": "a"},
-                   {"x": 32, "y": 32, "type": " "}, {"x": 32, "y": 32, "type": "a" * 61},
-                   {"x": 32, "y": 32}, {"x": "left", "y": 32, "type": "a"}):
-        assert two_types.ask("/mark", {"image": "a", **values})[0] == 400
-    two_types.json("/mark", {"image": "a", "x": 32, "y": 32, "type": "<b>one</b>"})
-    two_types.json("/teach", {})
-    problem = wait_until(lambda: two_types.json("/news")["problems"], 60)[-1]
-    assert "expected two types or more" in problem
-    assert two_types.json("/types", image="a")["taught"] is None
-
-
-TRAINER = """
-import json, pathlib, shutil, signal, sys, time, yaml
-config = yaml.safe_load(open(sys.argv[1]))
-folder = pathlib.Path(config["output_base_dir"])
-if not (folder / "met").exists():                   # the first time it waits for a signal
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))
 def test_a_mark_lives_as_long_as_its_cell(two_types):
     """The mark of a removed cell is not shown, not counted, and back after an undo."""
     site = two_types
@@ -788,6 +788,24 @@ def test_a_mark_lives_as_long_as_its_cell(two_types):
     assert marks() == ([160], [1])
 
 
+def test_marks_that_mean_nothing(two_types):
+    for values in ({"x": 1, "y": 1, "type": "a"}, {"x": -5, "y": 9e6, "type": "a"},
+                   {"x": 32, "y": 32, "type": " "}, {"x": 32, "y": 32, "type": "a" * 61},
+                   {"x": 32, "y": 32}, {"x": "left", "y": 32, "type": "a"}):
+        assert two_types.ask("/mark", {"image": "a", **values})[0] == 400
+    two_types.json("/mark", {"image": "a", "x": 32, "y": 32, "type": "<b>one</b>"})
+    two_types.json("/teach", {})
+    problem = wait_until(lambda: two_types.json("/news")["problems"], 60)[-1]
+    assert "expected two types or more" in problem
+    assert two_types.json("/types", image="a")["taught"] is None
+
+
+TRAINER = """
+import json, pathlib, shutil, signal, sys, time, yaml
+config = yaml.safe_load(open(sys.argv[1]))
+folder = pathlib.Path(config["output_base_dir"])
+if not (folder / "met").exists():                   # the first time it waits for a signal
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))
     (folder / "met").touch()
     time.sleep(60)
 (folder / "runs/learn").mkdir(parents=True)

@@ -501,7 +501,8 @@ def embed_key(source: VectorSource, typed: TypedSet, config: Embed) -> dict[str,
              for file in example.files]
     weights = source.weights if source.weights in ("pixels", "random") else Path(source.weights)
     return {"set": asdict(typed), "files": runs.digest(*files), "weights": runs.digest(weights),
-            "seed": config.seed, "outline": vectors.OUTLINE}
+            "seed": config.seed, "outline": vectors.OUTLINE,
+            "beside": True}
 
 
 def embedder(source: VectorSource, config: Embed):
@@ -583,7 +584,8 @@ def told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
     asked, truth = known_type_rows(net, test, diameter)
     head = vectors.linear_type_head(rows, types - 1, len(names))
     linear = 1 + vectors.type_probabilities(head, asked).argmax(1)
-    nearest = 1 + vectors.neighbour_types(rows, types - 1, asked)
+    nearest = 1 + vectors.neighbour_types(rows, types - 1, asked,
+                                          beside=0 if net is None else len(vectors.OUTLINE))
     scores: dict[str, Any] = {"cells": len(truth), "most": np.bincount(truth).max() / len(truth)}
     for how, answer in (("knn", nearest), ("linear", linear)):
         scores |= {f"{how}_accuracy": float((answer == truth).mean()),

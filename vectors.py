@@ -13,6 +13,7 @@ Letters: n cells, D token width, K types, B crops, N tokens of a crop, P pairs.
 """
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -222,12 +223,18 @@ def vector_directions(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def neighbour_types(known: np.ndarray, types: np.ndarray, asked: np.ndarray, k: int = VOTES
-                    ) -> np.ndarray:
+def neighbour_types(known: np.ndarray, types: np.ndarray, asked: np.ndarray, k: int = VOTES,
+                    beside: int = 0) -> np.ndarray:
     """Type (m,) of each of `asked` (m, D): that of most of its k nearest `known` (n, D), by cosine
-    of vectors standardised by the known ones."""
+    of vectors standardised by the known ones.
+
+    beside : the last columns, such as outlines, that together weigh as much as all others.
+    """
     mean, spread = known.mean(0), np.maximum(known.std(0), 1e-6)
-    known, asked = (vector_directions((part - mean) / spread) for part in (known, asked))
+    weight = np.ones(len(mean))
+    if beside:
+        weight[-beside:] = math.sqrt((len(mean) - beside) / beside)
+    known, asked = (vector_directions((part - mean) / spread * weight) for part in (known, asked))
     k, found = max(1, min(k, int(np.bincount(types).min()))), []     # the rarest can win
     for begin in range(0, len(asked), 1024):
         nearest = np.argpartition(-(asked[begin:begin + 1024] @ known.T), k - 1, axis=1)[:, :k]

@@ -1080,13 +1080,18 @@ def read_table(path: str | Path, needed: Iterable[str] = (),
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table" + f"; {advice}" * bool(advice))
+    rows: list[list[str]] = []
     try:
         text = path.read_text(encoding="utf-8-sig")  # -sig: Excel puts a mark in front
         delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-        rows = [[word.strip() for word in row]
-                for row in csv.reader(text.splitlines(), delimiter=delimiter)]
+        for row in csv.reader(io.StringIO(text), delimiter=delimiter, strict=True):
+            if "\n" in "".join(row):  # a remark that begins with a quote swallows lines
+                raise csv.Error("a cell in quotes goes on in the next line")
+            rows.append([word.strip() for word in row])
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a table of text ({error}); save it as CSV or TSV in UTF-8"
+        where = f"line {len(rows) + 1}: " * bool(rows)
+        raise ValueError(f"{path}: not a table of text ({where}{error}); save it as CSV or TSV in "
+                         "UTF-8, with quotes around whole cells only, and each row in one line"
                          ) from None
     while rows and not any(rows[-1]):  # blank lines, or empty cells below the table
         rows.pop()

@@ -12,6 +12,7 @@ from conftest import ROOT
 from scipy import stats
 
 import cohort
+import runs
 
 sys.path.insert(0, str(ROOT / "bench"))
 import simulate_cohorts  # noqa: E402
@@ -145,6 +146,26 @@ def test_outcome_tables_as_people_write_them(tmp_path):
     found = cohort.read_donors(tmp_path / "t.csv", ["y"], categories=["drug"])
     assert np.array_equal(found.covariates, [[0, np.nan, 1]], equal_nan=True)  # none is a treatment
     assert cohort.read_donors(tmp_path / "t.csv", ["y"]).covariates.shape == (0, 3)
+
+
+@pytest.mark.parametrize("rows, said", [
+    ('1\t"tall\t3\n2\t\t5\n3\tsmall\t7\n', "unexpected end"),          # 1 would get 3's outcome
+    ('1\t"tall\t3\n2\t\t5\n3\tsmall"\t7\n', "line 2: a cell in quotes goes on"),
+    ('1\t"tall" man\t3\n', "expected after"), ('1\t"two\nlines"\t3\n', "line 2: a cell"),
+    ('1\t"odd\n', "unexpected end")])
+def test_quotes_do_not_swallow_lines(tmp_path, rows, said):
+    (tmp_path / "o.tsv").write_text("donor\tremark\ty\n" + rows)
+    with pytest.raises(ValueError, match=said) as error:
+        cohort.read_donors(tmp_path / "o.tsv", ["y"])
+    assert "o.tsv: not a table of text" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_quoted_cells_are_read(tmp_path):
+    (tmp_path / "o.tsv").write_text('donor\tremark\ty\n"1"\t"a ""tall"", man"\t3\n'
+                                    '2\t5" and\x0c6"\t4\n', "utf-8")
+    assert runs.read_table(tmp_path / "o.tsv") == [
+        {"donor": "1", "remark": 'a "tall", man', "y": "3"},
+        {"donor": "2", "remark": '5" and\x0c6"', "y": "4"}]
 
 
 # --------------------------------------------------------------------------------------- statistics

@@ -23,6 +23,7 @@ import contextlib
 import itertools
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -107,7 +108,25 @@ def find_tiles(root: str | Path, pattern: str, nuclei: str = "0", marker: str = 
     if not tiles:
         name, why = next(iter(unusable.items()))
         raise ValueError(f"tiles={root}: none of {len(unusable)} tiles can be used; {name}: {why}")
+    if donor is None:
+        check_donor_folders(root, tiles)
     return tiles, unusable, others
+
+
+def check_donor_folders(root: Path, tiles: Sequence[TilePair]) -> None:
+    """Refuse folders such as donor_A-01 and donor_A-02, which by default are one donor, A."""
+    folder_of: dict[str, tuple[str, str]] = {}                 # donor: rest of its word, folder
+    for name, donor, _ in tiles:
+        found = re.search(data.DONOR, name)
+        assert found is not None                               # it gave the donor
+        before, after = name[:found.end()].rpartition("/")[2], name[found.end():]
+        if "/" in after:                                       # not in the name of a file
+            here = re.split("[/_]", after)[0], before + after.partition("/")[0]
+            rest, folder = folder_of.setdefault(donor, here)
+            if rest != here[0]:
+                raise ValueError(f"tiles={root}: folders {folder} and {here[1]} both give donor "
+                                 f"{donor}; give donor=REGEX with one group around it, such as "
+                                 "'donor_([^/]+)'")
 
 
 def read_tile(tile: TilePair) -> Array:

@@ -66,6 +66,27 @@ def test_tiles_are_pairs(tmp_path):
     assert [path.name for path in swapped.files] == ["s2b0c1x7-9.tif", "s2b0c0x7-9.tif"]
 
 
+@pytest.mark.parametrize("folders", [("donor_A-01", "donor_A-02"), ("donor_1", "donor_1.0"),
+                                     ("x/donor_1-left_2", "donor_1")])
+def test_folders_that_would_be_one_donor_by_mistake(tmp_path, folders):
+    for folder in folders:
+        touch(tmp_path, f"{folder}/t_b0c0.tif", f"{folder}/t_b0c1.tif")
+    with pytest.raises(ValueError) as error:
+        cohort.find_tiles(tmp_path, PATTERN)
+    said = str(error.value)
+    assert all(folder.rpartition("/")[2] in said for folder in folders)
+    assert "give donor=" in said and "\n" not in said
+    assert len(cohort.find_tiles(tmp_path, PATTERN, donor="donor_([^/]+)")[0]) == 2
+
+
+def test_folders_and_files_of_one_donor(tmp_path):
+    names = ("donor_7/slide_1/a-1", "donor_7/slide_2/a-2", "b/donor_7_left/a", "b/donor_7_right/a",
+             "donor_7-tile3", "donor_7-tile4", "c/donor_7.1", "donor_8-2/a", "donor_8-2_right/a")
+    touch(tmp_path, *(f"{name}_b0c{channel}.tif" for name in names for channel in "01"))
+    tiles = cohort.find_tiles(tmp_path, PATTERN)[0]
+    assert sorted(tile.donor for tile in tiles) == ["7"] * 7 + ["8"] * 2
+
+
 def test_folders_without_tiles(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         cohort.find_tiles(tmp_path / "none", PATTERN)

@@ -40,7 +40,7 @@ import metrics
 import runs
 
 MISSING = ("", "na", "n/a", "nan", "null", "none", ".", "-")   # written where there is no number
-UNNAMED = ("", "na", "n/a", "nan", "null")   # the same for categories, where none is a treatment
+UNNAMED = ("", "na", "n/a", "nan", "null", ".")  # for categories, where none is a treatment
 EXACT = 8            # donors up to which all n! orders are tried
 SMALL = 30           # donors below which p is from random orders, not from Student's t
 LEVEL = 0.95         # of intervals
@@ -264,6 +264,7 @@ class Donors(NamedTuple):
     names: list[str]
     outcomes: Array              # (K, D), NaN where missing
     covariates: Array            # (k, D); of a category 0 and 1 for each level but the first
+    columns: list[str]           # k, the column of each
 
 
 def read_donors(path: str | Path, outcomes: Sequence[str], covariates: Sequence[str] = (),
@@ -284,13 +285,14 @@ def read_donors(path: str | Path, outcomes: Sequence[str], covariates: Sequence[
         return [donor_table_number(row[column], f"{path}, line {line}, donor {name}: {column}")
                 for row, (name, line) in zip(rows, line_of.items())]
 
-    extra = [numbers(column) for column in covariates]
+    extra, columns = [numbers(column) for column in covariates], [*covariates]
     for column in categories:
         words = ["" if row[column].lower() in UNNAMED else row[column] for row in rows]
         extra += [[float(word == level) if word else math.nan for word in words]
-                  for level in sorted({*words} - {""})[1:]]
+                  for level in levels]
+        columns += [column] * len(levels)
     return Donors(list(line_of), np.array([numbers(column) for column in outcomes]),
-                  np.reshape(extra, (len(extra), len(rows))))
+                  np.reshape(extra, (len(extra), len(rows))), columns)
 
 
 def donor_table_number(text: str, where: str) -> float:

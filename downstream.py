@@ -396,6 +396,11 @@ def write_associations(config: Config) -> int:
     used = [d for d, name in enumerate(counts.donors) if status[name] == "used"]
     row_of = [donors.names.index(counts.donors[d]) for d in used]
     outcomes, z = donors.outcomes[:, row_of], donors.covariates[:, row_of]         # (K, D), (k, D)
+    for name in (*config.covariates, *config.categories):
+        rows = z[[column == name for column in donors.columns]]
+        if not any(len(np.unique(row[~np.isnan(row)])) > 1 for row in rows):
+            print(f"{config.outcomes}: column {name} has no two values among the donors used; "
+                  "nothing is corrected for it", file=sys.stderr)
     ratio = counts.sums(counts.positive)[:, used] / counts.sums(counts.cells)[:, used]     # (M, D)
     redrawn = cohort.redrawn_ratios(counts.positive, counts.cells, counts.donor, config.share,
                                     config.resamples, seed)[..., used]                  # (M, B, D)

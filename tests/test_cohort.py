@@ -163,9 +163,13 @@ def test_outcome_tables_as_people_write_them(tmp_path):
     assert found.names == ["007", "8", "9"]
     assert np.array_equal(found.outcomes, [[1.5, np.nan, -300]], equal_nan=True)
     assert np.array_equal(found.covariates, [[0, np.nan, 1]], equal_nan=True)    # of one batch
+    assert found.columns == ["sex"]
     (tmp_path / "t.csv").write_text("donor,y,drug\na,1,none\nb,2,NA\nc,3,statin\n")
     found = cohort.read_donors(tmp_path / "t.csv", ["y"], categories=["drug"])
     assert np.array_equal(found.covariates, [[0, np.nan, 1]], equal_nan=True)  # none is a treatment
+    (tmp_path / "t.csv").write_text("donor,y,drug\na,1,none\nb,2,.\nc,3,statin\n")   # as SAS has it
+    again = cohort.read_donors(tmp_path / "t.csv", ["y"], categories=["drug"])
+    assert np.array_equal(again.covariates, found.covariates, equal_nan=True)
     assert cohort.read_donors(tmp_path / "t.csv", ["y"]).covariates.shape == (0, 3)
 
 

@@ -365,6 +365,56 @@ def test_tables_of_other_settings_are_refused(study, whole, tmp_path):
         step(path, "report", *words)
 
 
+@pytest.mark.parametrize("name, last", [("ratios", "donor_marker_ratio.tsv"),
+                                        ("associate", "e5_donors.tsv"),
+                                        ("associate", "e5_redraws.tsv")])
+def test_a_step_that_stops_half_way_leaves_nothing_for_the_report(study, whole, tmp_path, name,
+                                                                  last, monkeypatch):
+    shutil.copytree(whole[0] / "results", tmp_path / "results")
+    path, write = configured(study, tmp_path), runs.write_table
+    assert [step(path, each) for each in ("merge", "ratios", "associate", "report")] == [0] * 4
+
+    def killed(file, *given):
+        write(file, *given)
+        if file.name == last:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(runs, "write_table", killed)
+        step(path, name, "seed=1")
+    with pytest.raises(ValueError, match=f"run `downstream.py {name}` first"):
+        step(path, "report")
+    assert [step(path, again) for again in (name, "report")] == [0, 0]
+
+
+def test_donors_of_one_tile_cannot_vary(study, whole, tmp_path, capsys):
+    """Nothing is redrawn then: their stability is unknown, not perfect."""
+    shutil.copytree(whole[0] / "results", tmp_path / "results")
+    path = configured(study, tmp_path, columns=["nft"], min_cells=1)
+    assert step(path, "merge") == 0
+    for name in ("base", "tuned"):
+        counts = tmp_path / f"results/full_inference/{name}/tile_counts.tsv"
+        rows = table(counts)
+        runs.write_table(counts, [row for row in rows if "/t0" in row["tile"]])
+    assert step(path, "ratios") == step(path, "associate") == step(path, "report") == 0
+    assert "8 of those used have one tile and cannot vary in redraws" in capsys.readouterr().out
+    for row in table(tmp_path / "results/e5_bootstrap_stability.tsv"):
+        assert row["rho"] and row["redraws"] == "0" and not row["same_sign"] and not row["sd"]
+    assert {row["nft"] for row in table(tmp_path / "results/e5_redraws.tsv")} == {""}
+
+
+def test_a_covariate_without_two_values_is_said(study, whole, tmp_path, capsys):
+    shutil.copytree(whole[0] / "results", tmp_path / "results")
+    lines = (study / "outcomes.tsv").read_text().splitlines()      # the donor 77 has no tiles
+    (tmp_path / "o.tsv").write_text("\n".join(
+        [f"{lines[0]}\tbatch"] + [f"{line}\tb{line.startswith('77')}" for line in lines[1:]]))
+    path = configured(study, tmp_path, outcomes=str(tmp_path / "o.tsv"), covariates=["age"],
+                      categories=["sex", "batch"])
+    assert step(path, "associate") == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "corrected" in line]
+    assert len(said) == 1 and "column batch has no two values among the donors used" in said[0]
+
+
 # ----------------------------------------------------------------------------------------- mistakes
 
 @pytest.mark.smoke

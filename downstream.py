@@ -10,7 +10,8 @@ Without a step it does all; with --check it says what is there and stops. On a c
 shard=3/16` does a sixteenth (slurm/array.sh), and `merge` follows when all are done. Stopped and
 started again, infer goes on with the next tile. Below out= there are
 
-    full_inference/MODEL/shards/3_of_16.jsonl    the marker in each cell, a line for each tile
+    full_inference/MODEL/shards/3_of_16.jsonl    the marker in each cell: a line for each tile and
+                                                 settings; those of other settings stay
     full_inference/MODEL/tile_counts.tsv         donor, tile, cells, positive, area, threshold, ...
     full_inference/MODEL/skipped.tsv             the other tiles, and why: found = done + skipped
     donor_marker_ratio.tsv                       positive / cells of each donor, with an interval
@@ -57,8 +58,7 @@ WORDS = ("model", "against", "outcome", "p_from", "left_out", "donor", "flag", "
 INTERVALS = {"rho": ("low", "high"), "difference": ("low", "high"), "median": ("q2.5", "q97.5")}
 HEADS = {"median": "median rho", "sd": "standard deviation", "q_below_0.05": "q < 0.05"}
 # keys that the tables of a step depend on, besides those of the step before
-SETTINGS = {"merge": ("models", "tiles", "pattern", "nuclei", "marker", "donor", "diameter",
-                      "border"),
+SETTINGS = {"merge": ("pattern", "nuclei", "marker", "donor", "diameter", "border"),
             "ratios": ("controls", "min_tiles", "min_cells", "resamples", "seed"),
             "associate": ("controls", "min_tiles", "min_cells", "outcomes", "columns", "covariates",
                           "categories", "share", "resamples", "seed")}
@@ -151,7 +151,7 @@ class Config:
 
     def key(self, model: StudyModel) -> str:
         """Digest of what a tile's line depends on besides the tile: weights and settings."""
-        names = ("diameter", "border", "percentile", "tiles", "pattern", "nuclei", "marker")
+        names = ("diameter", "border", "percentile", "pattern", "nuclei", "marker")
         settings = {**asdict(model), "name": None, "weights": model.digest(),
                     **{name: getattr(self, name) for name in names}}
         return runs.digest(json.dumps(settings, sort_keys=True))[:16]
@@ -238,8 +238,8 @@ class Shard:
         others = {line["tile"] for line in cohort.read_tile_lines(self.path)
                   } - {tile.name for tile in tiles}            # not asked for this time
         whole = [json.dumps(line) + "\n" for line in cohort.read_tile_lines(self.path)
-                 if line["key"] == self.key and (line["tile"] in others or "why" not in line
-                                                 and line == found.get(line["tile"]))]
+                 if line["key"] != self.key or line["tile"] in others
+                 or ("why" not in line and line == found.get(line["tile"]))]
         runs.write_text(self.path, "".join(whole))
 
     @cached_property
@@ -271,9 +271,12 @@ def step_settings(config: Config, step: str) -> dict[str, Any]:
     """What the tables of a step depend on, as JSON gives it back."""
     values = {name: asdict(config)[name] for name in SETTINGS[step]}
     if step == "merge":
+        values["names of models"] = [model.name for model in config.models]
+        values |= {f"{key} of model '{model.name}'": value for model in config.models
+                   for key, value in {**asdict(model), "weights": model.digest()}.items()}
         values["positive"] = positive_cell_rule(config)
     if step == "associate":
-        values["outcomes"] = [config.outcomes, runs.digest(Path(config.outcomes))[:16]]
+        values["outcomes"] = runs.digest(Path(config.outcomes))[:16]   # of the content
     return json.loads(json.dumps(values))
 
 
@@ -283,6 +286,13 @@ def read_settings(config: Config) -> dict[str, dict[str, Any]]:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError:
         raise ValueError(f"{path}: damaged, no JSON; remove it and run merge again") from None
+
+
+def forget_settings(config: Config, step: str) -> None:
+    """Before a step writes its tables: if it stops half-way, report refuses them."""
+    known = read_settings(config)
+    if known.pop(step, None):
+        runs.write_text(Path(config.out) / "settings.json", json.dumps(known, indent=1))
 
 
 def record_settings(config: Config, step: str) -> None:
@@ -367,6 +377,7 @@ def write_ratios(config: Config) -> int:
                          "low": low, "high": high, "flag": counts.flags[d],
                          "interval": "" if n >= FEW else f"too narrow: fewer than {FEW} tiles"})
     path = Path(config.out) / "donor_marker_ratio.tsv"
+    forget_settings(config, "ratios")
     runs.write_table(path, rows)
     record_settings(config, "ratios")
     print(f"{len(counts.donors)} donors with {len(counts.donor)} tiles that every model has done; "
@@ -388,12 +399,9 @@ def write_associations(config: Config) -> int:
     status = dict.fromkeys(donors.names, "no tiles") | {
         name: flag or ("used" if name in donors.names else f"not in {Path(config.outcomes).name}")
         for name, flag in zip(counts.donors, counts.flags)}
-    runs.write_table(out / "e5_donors.tsv",
-                     [{"donor": name, "status": status[name]} for name in sorted(status)])
+    used = [d for d, name in enumerate(counts.donors) if status[name] == "used"]
     parts = [f"{count} {what}" for what, count in Counter(status.values()).most_common()]
     print(f"{len(status)} donors: {', '.join(parts)}")
-
-    used = [d for d, name in enumerate(counts.donors) if status[name] == "used"]
     row_of = [donors.names.index(counts.donors[d]) for d in used]
     outcomes, z = donors.outcomes[:, row_of], donors.covariates[:, row_of]         # (K, D), (k, D)
     for name in (*config.covariates, *config.categories):
@@ -420,6 +428,9 @@ def write_associations(config: Config) -> int:
             change = cohort.donor_difference(ratio[0], ratio[m], outcomes[i], z, config.resamples,
                                              seed)
             changes.append(dict(zip(CHANGES, (names[m], names[0], outcome, *change))))
+    forget_settings(config, "associate")
+    runs.write_table(out / "e5_donors.tsv",
+                     [{"donor": name, "status": status[name]} for name in sorted(status)])
     runs.write_table(out / "e5_spearman.tsv", found)
     runs.write_table(out / "e5_bootstrap_stability.tsv", stable)
     runs.write_table(out / "e5_redraws.tsv", [

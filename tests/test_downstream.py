@@ -188,8 +188,8 @@ def test_another_threshold_takes_the_old_lines_another_statistic_does_not(whole)
     assert step(path, "merge") == 0
 
 
-def test_lines_of_other_channels_or_folders_are_not_taken(whole):
-    """A tile is called after its image of nuclei alone."""
+def test_lines_of_other_channels_are_not_taken(whole):
+    """A tile is called after its image of nuclei alone. Its files' stamps say which folder's."""
     path = whole[0] / "c.yaml"
     config = runs.load_config(downstream.Config, path)
 
@@ -197,11 +197,12 @@ def test_lines_of_other_channels_or_folders_are_not_taken(whole):
         return dataclasses.replace(config, **changes).key(
             dataclasses.replace(config.models[0], **dict(model)))
 
-    keys = {key(), key(marker="2"), key(nuclei="1", marker="0"), key(tiles="elsewhere"),
+    keys = {key(), key(marker="2"), key(nuclei="1", marker="0"),
             key(pattern=r"b1c(?P<channel>\d+)"), key({"depth": 0.1}), key({"peak": 0.5}),
             key({"sees": "marker"})}
-    assert len(keys) == 8
-    same = key(shard="2/3"), key(threshold="fixed", value=9), key(donor="x(.)"), key(out="o")
+    assert len(keys) == 7
+    same = (key(shard="2/3"), key(threshold="fixed", value=9), key(donor="x(.)"), key(out="o"),
+            key(tiles="elsewhere"))
     assert set(same) == {key()}
     with pytest.raises(ValueError, match="17 of 17 tiles are not done with these settings"):
         step(path, "merge", "marker=0", "nuclei=1")
@@ -214,6 +215,37 @@ def test_donors_are_those_of_now(whole):
     counts = table(whole[0] / "results/full_inference/tuned/tile_counts.tsv")
     assert {row["donor"] for row in counts} == {"t0", "t1"}
     assert step(path, "merge") == 0
+
+
+def test_a_study_that_moved_goes_on(study, whole, tmp_path, monkeypatch):
+    """Content counts, not paths: copied tiles, weights and outcomes are the same study."""
+    for folder, name in ((study, "tiles"), (study, "outcomes.tsv"), (whole[0], "results")):
+        (shutil.copytree if (folder / name).is_dir() else shutil.copy)(folder / name,
+                                                                       tmp_path / name)
+    shutil.copy(WEIGHTS, tmp_path / "w.pt")
+    monkeypatch.setattr(downstream.Shard, "measure", lambda *_: pytest.fail("a tile was redone"))
+    monkeypatch.chdir(tmp_path)
+    path = configured(study, tmp_path, tiles="./tiles/", outcomes="outcomes.tsv", models=[
+        {"name": "base", "weights": "w.pt", "peak": 0.6}, {"name": "tuned", "weights": "w.pt"}])
+    for name in ("infer", "merge", "ratios", "associate", "report"):
+        assert step(path, name) == 0
+    (tmp_path / "w.pt").write_bytes((ROOT / "final_models/dinocell_tiny.pt").read_bytes())
+    with pytest.raises(ValueError, match=r"merge ran with weights of model 'base' \w{16}, now"):
+        step(path, "report")
+
+
+def test_lines_of_other_settings_stay(whole, tmp_path, monkeypatch):
+    shutil.copytree(whole[0] / "results", tmp_path / "results")
+    journal = tmp_path / "results/full_inference/base/shards/1_of_1.jsonl"
+    before = journal.read_text().splitlines()
+    with monkeypatch.context() as patch:
+        patch.setattr(downstream.Shard, "measure", lambda *_: dict(
+            seconds=1, area_px=1, dtype="uint16", intensity=[1.0]))
+        assert step(whole[0] / "c.yaml", "infer", f"out={tmp_path / 'results'}",
+                    "percentile=75") == 0
+    after = journal.read_text().splitlines()
+    assert set(before) < set(after) and len(after) == 2 * len(before)
+    assert step(whole[0] / "c.yaml", "merge", f"out={tmp_path / 'results'}") == 0
 
 
 # ------------------------------------------------------------------------------------------- shards
@@ -354,6 +386,12 @@ def test_tables_of_other_settings_are_refused(study, whole, tmp_path):
             (("report", "columns=nft"), "associate ran with columns")):
         with pytest.raises(ValueError, match=said):
             step(path, *words)
+    models = [{"name": "base", "weights": str(WEIGHTS), "peak": 0.6},
+              {"name": "tuned", "weights": str(WEIGHTS), "peak": 0.5}]
+    (tmp_path / "other").mkdir()
+    other = configured(study, tmp_path / "other", out=str(tmp_path / "results"), models=models)
+    with pytest.raises(ValueError, match="ran with peak of model 'tuned' None, now it is 0.5; run"):
+        step(other, "report")
     assert step(path, "merge", "threshold=fixed", "value=9") == 0
     with pytest.raises(ValueError, match="run `downstream.py ratios` first"):
         step(path, "report", "threshold=fixed", "value=9")

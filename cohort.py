@@ -288,6 +288,7 @@ def read_donors(path: str | Path, outcomes: Sequence[str], covariates: Sequence[
     extra, columns = [numbers(column) for column in covariates], [*covariates]
     for column in categories:
         words = ["" if row[column].lower() in UNNAMED else row[column] for row in rows]
+        levels = sorted({*words} - {""})[1:]
         extra += [[float(word == level) if word else math.nan for word in words]
                   for level in levels]
         columns += [column] * len(levels)
@@ -497,14 +498,14 @@ def redrawn_ratios(positive: Array, cells: Array, donor: Array, share: float, re
     """Ratios (M, B, D) from a share of each donor's tiles, drawn without putting back.
 
     positive, cells : (M, N); every model sees the same draw. donor : (N,) 0..D-1.
-    NaN where the drawn tiles have no cell.
+    At least one tile is left out where there are more. NaN where the drawn tiles have no cell.
     """
     rng, D = np.random.default_rng(seed), int(donor.max(initial=-1)) + 1
     counts = np.stack([positive, cells]).astype(float)  # (2, M, N)
     sums = np.empty((*counts.shape[:2], redraws, D))
     for d in range(D):
         tiles = np.flatnonzero(donor == d)
-        keep = max(1, round(share * len(tiles)))
+        keep = max(1, min(len(tiles) - 1, round(share * len(tiles))))  # else nothing varies
         drawn = np.argpartition(rng.random((redraws, len(tiles))), keep - 1, 1)[:, :keep]
         chosen = np.zeros((redraws, len(tiles)))
         np.put_along_axis(chosen, drawn, 1, 1)

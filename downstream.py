@@ -117,7 +117,7 @@ class Config:
     columns: tuple[str, ...] = OUTCOMES     # its columns of outcomes
     covariates: tuple[str, ...] = ()        # its columns of numbers to correct for: age
     categories: tuple[str, ...] = ()        # its columns of words to correct for: sex, batch
-    share: runs.Share = 0.8                 # of each donor's tiles in a redraw, for stability
+    share: runs.Share = 0.8                 # of each donor's tiles in a redraw, at most all but one
     resamples: runs.Count = 1000            # redraws; and of tiles or donors, for intervals
     seed: runs.Whole = 0                    # of everything random
     experiments: tuple[Experiment, ...] = ()  # other tables for the page: name, table, columns
@@ -400,8 +400,10 @@ def write_associations(config: Config) -> int:
         name: flag or ("used" if name in donors.names else f"not in {Path(config.outcomes).name}")
         for name, flag in zip(counts.donors, counts.flags)}
     used = [d for d, name in enumerate(counts.donors) if status[name] == "used"]
+    varies = np.bincount(counts.donor)[used] > 1                # (D,): a tile can be left out
     parts = [f"{count} {what}" for what, count in Counter(status.values()).most_common()]
-    print(f"{len(status)} donors: {', '.join(parts)}")
+    print(f"{len(status)} donors: {', '.join(parts)}; {np.count_nonzero(~varies)} of those used "
+          "have one tile and cannot vary in redraws")
     row_of = [donors.names.index(counts.donors[d]) for d in used]
     outcomes, z = donors.outcomes[:, row_of], donors.covariates[:, row_of]         # (K, D), (k, D)
     for name in (*config.covariates, *config.categories):
@@ -415,6 +417,9 @@ def write_associations(config: Config) -> int:
     whole = [[cohort.donor_association(x, y, z, seed) for y in outcomes] for x in ratio]    # M x K
     rho, p = np.array([[cohort.redrawn_donors(x, y, z, found) for y, found in zip(outcomes, row)]
                        for x, row in zip(redrawn, whole)]).transpose(2, 3, 0, 1)   # (B, M, K) each
+    known = ~np.isnan(outcomes) & ~np.isnan(z).any(0)                              # (K, D)
+    fixed = ~(known & varies).any(1)                           # no redraw differs from all tiles
+    rho[..., fixed] = p[..., fixed] = np.nan
     q_whole = cohort.false_discovery(np.array([[each.p for each in row] for row in whole]))
     q = cohort.false_discovery(p)
     found, stable, changes = [], [], []
@@ -478,9 +483,9 @@ def write_outcome_report(config: Config) -> int:
         ("Donors", "A dot is a donor: its fraction of positive cells, over its outcome.", legend,
          report.side_by_side(*outcome_scatters(config, looks))),
         ("Stability", f"rho in {config.resamples} redraws of {config.share:.0%} of each donor's "
-         "tiles; the dashed line is rho with all tiles. Fewer tiles are noisier, so redraws tend "
-         "to lie nearer to 0. A redraw's q is taken over the same family.", legend,
-         report.side_by_side(*marker_histograms(config, found, looks)),
+         "tiles, at least one left out; the dashed line is rho with all tiles. Fewer tiles are "
+         "noisier, so redraws tend to lie nearer to 0. A redraw's q is taken over the same family.",
+         legend, report.side_by_side(*marker_histograms(config, found, looks)),
          outcome_table(stable, "outcome", "model", "median", "sd", "same_sign", "q_below_0.05"))]
     if len(config.models) > 1:
         changes = read_outcome_rows(config, "e5_difference.tsv")

@@ -343,6 +343,8 @@ def test_redrawn_tiles():
     possible = sorted((79 - positive[0, i]) / (150 - cells[0, i]) for i in range(5))
     seen, times = np.unique(found[0, :, 0], return_counts=True)
     assert seen == pytest.approx(possible) and np.abs(times - 1000).max() < 5 * math.sqrt(800)
+    two = cohort.redrawn_ratios(positive[:, :3], cells[:, :3], np.zeros(3, int), 0.9, 99)
+    assert len(np.unique(two)) == 3                            # never all three tiles
     nothing = np.array([[0]])
     assert np.isnan(cohort.redrawn_ratios(nothing, nothing, nothing[0], 1, 3)).all()
 

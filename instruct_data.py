@@ -45,6 +45,8 @@ IN_VAIN = 0.2            # share of instructions that call for a question back
 BESIDE = 0.3             # share of those about something unknown that name a trained class as well
 ELSEWHERE = 0.15         # share of the others that speak of a tissue
 
+CLASS_MARK = "\0"        # stands for the words of a class where a text is searched for denials
+
 # Outputs of the network, in this order.
 TASKS = ("segment", "count", "locate", "describe", "compare", "exclude", "presence")
 KINDS = ("known", "untrained", "invisible", "nonsense")
@@ -78,7 +80,7 @@ class Vocabulary:
     polite: tuple[str, ...]
     places: tuple[str, ...]
     articles: tuple[str, ...]
-    denials: str
+    denials: tuple[str, ...]
     singular: dict
     mass: tuple[str, ...]
     classes: dict
@@ -114,12 +116,27 @@ def classes_apart(a: str, b: str) -> bool:
 
 def words_deny(text: str) -> bool:
     """The text speaks of what is not something, in plain words; others the network has to read."""
-    text = text.lower()
-    names = (name.lower() for concept in CONCEPTS.values()
-             for name in (*concept.words, *concept.held_out))
-    for name in sorted(names, key=len, reverse=True):          # non-neoplastic cells are a class
-        text = text.replace(name, "")
-    return re.search(WORDS.denials, text) is not None
+    return bool(_denial_before(text))
+
+
+def words_contrast(text: str) -> bool:
+    """A class stands before the denial, as in "fibroblasts, not muscle": all but muscle is wrong.
+
+    Behind the class it is a denial of that class: "all nuclei, fibroblasts excepted".
+    """
+    said = _denial_before(text)
+    return CLASS_MARK in said and not said.endswith("ed")
+
+
+def _denial_before(text: str) -> str:
+    """The text up to its first denial, each class but the whole as CLASS_MARK; "" without one."""
+    text = " ".join(text.lower().split())
+    names = {word.lower().removesuffix("s") for name, concept in CONCEPTS.items() if name != WHOLE
+             for word in (*concept.words, *concept.held_out)}
+    longest = "|".join(sorted(names, key=len, reverse=True))   # non-neoplastic cells are a class
+    text = re.sub(rf"\b({longest})s?\b", CLASS_MARK, text)
+    found = re.search(rf"\b({'|'.join(WORDS.denials)})\b", text)
+    return text[:found.end()] if found else ""
 
 
 def class_is_taught(concept: str, counts: dict[str, int], least: int) -> bool:

@@ -418,11 +418,15 @@ def guardrail_readings(texts: Sequence[str], net: Instructed, encoder: SentenceE
         mine = names * trained
         order = mine.argsort(descending=True).tolist()
         job, named = TASKS[int(task.argmax())], min(2, int((mine > 0.5).sum()))
+        if job == "compare" and named < 2:            # never with a class that nobody named
+            job = "count"
         confidence = float(kind[0] * mine.max())      # the task is often open, and no reason to ask
-        if confidence >= words.known:
-            reason, unknown, wanted = "known", None, 2 if job == "compare" else max(1, named)
+        unclear = instruct_data.words_contrast(text)
+        if confidence >= words.known and not unclear:
+            reason, unknown, wanted = "known", None, max(1, named)
         else:
-            reason, other = KINDS[1 + int(kind[1:].argmax())], int((names * ~trained).argmax())
+            reason = "nonsense" if unclear else KINDS[1 + int(kind[1:].argmax())]
+            other = int((names * ~trained).argmax())
             unknown = words.names[other] if names[other] > 0.5 and not trained[other] else None
             job, wanted = ("", 0) if reason == "nonsense" else (job, named)
         targets = tuple(words.names[i] for i in order[:wanted])

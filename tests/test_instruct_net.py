@@ -417,9 +417,29 @@ def test_numbers_of_the_shipped_network_add_up(minilm, shared):
     ("outline everything except fibroblasts", True), ("how many are not inflammatory?", True),
     ("count the non-inflammatory cells", True), ("all cells without stroma", True),
     ("count the non-neoplastic epithelial cells", False), ("count the fibroblasts", False),
-    ("notable stroma", False)])
+    ("notable stroma", False), ("count cells that aren't fibroblasts", True),
+    ("the nucleus which isn\u2019t muscle", True), ("all cells that arent muscle", True),
+    ("aren't there fibroblasts?", False), ("outline all cells but the fibroblasts", True),
+    ("show all fibroblasts, but in red", False), ("every nucleus but muscle", True),
+    ("count all fibroblasts but also muscle", False), ("nuclei rather than muscle", True),
+    ("cells lacking inflammation", True), ("omit the fibroblasts", True),
+    ("outline everything save for muscle", True), ("are there fibroblasts or not?", False),
+    ("count not only fibroblasts", False), ("not just muscle", False),
+    ("highlight fibroblasts, if not too many", False), ("why not count muscle?", False)])
 def test_denials(text, denied):
     assert instruct_data.words_deny(text) is denied
+
+
+@pytest.mark.parametrize("text, contrast", [
+    ("highlight fibroblasts, not muscle", True), ("each fibroblast, but not muscle", True),
+    ("epithelial cells that are not malignant", True), ("muscle rather than stroma", True),
+    ("all fibroblasts but muscle", True), ("count cells that are not fibroblasts", False),
+    ("all nuclei, fibroblasts excepted", False), ("fibroblasts or not?", False)])
+def test_a_class_before_a_denial_is_asked_back(text, contrast):
+    """"fibroblasts, not muscle" are not all cells but muscle."""
+    assert instruct_data.words_contrast(text) is contrast
+    said = read_heads("exclude", names=[-9.0, 9.0, -9.0], text=text)
+    assert (said.kind, said.task) == (("nonsense", "") if contrast else ("known", "exclude"))
 
 
 def test_only_exclusions_deny():
@@ -499,27 +519,37 @@ def test_more_than_three_channels_are_a_question():
     assert said.status == "question" and "I see an image of 5 channels" in said.sentence
 
 
-def test_confidence_below_the_line_is_never_followed():
-    """Heads that say known but are unsure of the rest: interpret() names the next best reason."""
+def read_heads(task, kind=(9.0, 0, 0, 0), names=(-9.0, 9.0, -9.0), text="x") -> Reading:
+    """The reading of a text by a network whose heads say this."""
     net = small_net(known=0.5)
-    sure = torch.full((1, 7), -9.0).index_fill_(1, torch.tensor([1]), 9.0)
-    names = torch.tensor([[-9.0, 9.0, -9.0]])
+    sure = torch.where(torch.tensor([name == task for name in instruct_data.TASKS]), 9.0, -9.0)
     none = torch.tensor([[9.0] + [0.0] * len(instruct_data.TISSUES)])
+    net.read = lambda x: Understood(AXIS[None], sure[None], torch.tensor([kind]),
+                                    torch.tensor([names]), none)
+    return guardrail_readings([text], net, list)[text]
 
-    def read(kind, names=names):
-        net.read = lambda x: Understood(AXIS[None], sure, torch.tensor([kind]), names, none)
-        return guardrail_readings(["x"], net, list)["x"]
-    known = read([9.0, 0, 0, 0])
+
+def test_confidence_below_the_line_is_never_followed():
+    """Heads that say known but are unsure of the rest: the next best reason is named."""
+    known = read_heads("count")
     assert known.kind == "known" and known.targets == ("inflammatory",)
-    assert read([0.2, 0, 0.1, 0]).kind == "invisible"
-    assert read([0.0, 9.0, 0, 0]).kind == "untrained"
-    unnamed = read([9.0, 0, 0, 1.0], torch.tensor([[-9.0, -9.0, 9.0]]))
+    assert read_heads("count", [0.2, 0, 0.1, 0]).kind == "invisible"
+    assert read_heads("count", [0.0, 9.0, 0, 0]).kind == "untrained"
+    unnamed = read_heads("count", [9.0, 0, 0, 1.0], [-9.0, -9.0, 9.0])
     assert unnamed.kind != "known" and unnamed.targets == ()
     assert unnamed.unknown == "mitotic figures"
-    both = read([0.0, 9.0, 0, 0], torch.tensor([[-9.0, 9.0, 9.0]]))
+    both = read_heads("count", [0.0, 9.0, 0, 0], [-9.0, 9.0, 9.0])
     assert (both.kind, both.unknown) == ("untrained", "mitotic figures")
     assert both.targets == ("inflammatory",)
-    hello = read([0.0, 0, 0, 9.0], torch.full((1, 3), -9.0))
+    hello = read_heads("count", [0.0, 0, 0, 9.0], [-9.0] * 3)
     assert (hello.kind, hello.task, hello.targets, hello.unknown) == ("nonsense", "", (), None)
+
+
+def test_a_comparison_needs_two_classes_that_were_named():
+    """Such as "what percentage is inflammatory?"."""
+    one = read_heads("compare")
+    assert (one.task, one.targets) == ("count", ("inflammatory",))
+    two = read_heads("compare", names=[9.0, 8.0, -9.0])
+    assert (two.task, two.targets) == ("compare", ("nuclei", "inflammatory"))
 
 

@@ -102,6 +102,10 @@ class Learning:
             if self.process is not None:
                 raise ValueError("it is learning already")
             number = self.latest()
+            if (run := self.of(number) / "runs" / "learn").exists():
+                with runs.locked(run, "the learning of a page that was killed still goes on; wait "
+                                 "for its end"):
+                    pass
             if not number or self.record(number)["state"] != "stopped":
                 number += 1
                 self.prepare(number)

@@ -667,6 +667,12 @@ class Run:
         self._check_same_run()
         if hasattr(config, "export_path"):                     # before the training, not after it
             check_file_can_be_written(export_path(config))
+        self.lock = contextlib.ExitStack()
+        if rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock.enter_context(locked(self.folder, f"{self.folder}: another process trains "
+                                           "in this folder; wait for its end, or give another "
+                                           "experiment="))
         for folder in (self.folder / "logs", self.folder / "images", self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
             sweep_temporary(folder)
@@ -700,6 +706,7 @@ class Run:
 
     def close(self) -> None:
         """Restore the previous handlers of signals, and pass on a signal that came."""
+        self.lock.close()
         if self.wandb is not None:
             self.wandb.finish()  # else the next run of this process would go on with it
         for number, handler in self.before.items():

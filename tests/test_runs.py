@@ -214,6 +214,21 @@ def test_a_place_for_weights_that_cannot_be_is_refused_before_the_training(tmp_p
     assert weights.read_text() == "of before"
 
 
+def test_a_second_process_in_the_folder_of_a_run_is_refused(tmp_path):
+    """Two would take turns with its checkpoints."""
+    @dataclass(frozen=True)
+    class Few:
+        experiment: str = "few"
+        checkpoint_name: str = "few"
+        output_base_dir: str = str(tmp_path)
+    run = runs.Run(Few())
+    with pytest.raises(ValueError, match="few: another process trains in this folder"):
+        runs.Run(Few())
+    runs.Run(Few(), rank=1, world=2).close()                   # of the same group
+    run.close()
+    runs.Run(Few()).close()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="of Linux' C library alone")
 def test_memory_that_a_pass_of_a_network_frees_is_there_for_the_next():
     """24 MB are 6,000 pages; without runs every addition asks for them anew."""

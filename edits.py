@@ -308,6 +308,7 @@ class Book:
         self.journal = Path(f"{beginning}_journal.jsonl")
         self.pixel_size, self.lock, self.saving = pixel_size, threading.RLock(), threading.Lock()
         self.shape, self.fresh = shape, 1               # fresh: a number that no cell ever had
+        self.outside = 0                                # labels taken from another program
         self.read()
 
     def read(self) -> None:
@@ -352,7 +353,7 @@ class Book:
         if self.path.exists() or self.done:
             self.index()
         if checked and not ours:
-            self.do(self.outside_edit(file))
+            self.take_outside(file)
 
     def labels_on_disk(self) -> np.ndarray:
         labels = images.read_labels(self.path)
@@ -374,12 +375,13 @@ class Book:
             if zlib.crc32(labels.data) in self.written:  # ours of before, such as an export's
                 self.saved = False
                 return False
-            self.do(self.outside_edit(labels))
+            self.take_outside(labels)
             return True
 
-    def outside_edit(self, labels: np.ndarray) -> Edit:
+    def take_outside(self, labels: np.ndarray) -> None:
         H, W = self.shape
-        return Edit("outside", (slice(0, H), slice(0, W)), self.labels.copy(), labels)
+        self.do(Edit("outside", (slice(0, H), slice(0, W)), self.labels.copy(), labels))
+        self.outside += 1
 
     def index(self) -> None:
         """Find the box of each cell."""
@@ -392,8 +394,10 @@ class Book:
     def numbering(self) -> int:
         """Another number whenever the network or another program has numbered all cells anew."""
         with self.lock:
-            return zlib.crc32(next((line for line in reversed(self.done)
-                                    if what_of(line) in (*WHOLE, "outside")), b""))
+            for number, line in reversed([*enumerate(self.done, 1)]):
+                if what_of(line) in (*WHOLE, "outside"):
+                    return zlib.crc32(line, number)
+            return 0
 
     def at(self, point: np.ndarray) -> int:
         """The cell under a point (x, y), 0 for none."""
@@ -412,7 +416,9 @@ class Book:
         """(H, W) bool: pixels that edits by hand have changed, and what they left of a cell."""
         hand = np.zeros(self.shape, bool)
         for line in self.done:
-            if what_of(line) not in WHOLE:
+            if what_of(line) == "outside":              # all that was before is replaced
+                hand[:] = False
+            elif what_of(line) not in WHOLE:
                 edit = unpacked_edit(line)
                 changed = edit.before != edit.after
                 touched = np.unique(edit.before[changed])

@@ -96,7 +96,8 @@ def main(config: Config, files: list[str]) -> int:
               f"{server.address}\nCtrl-C ends it; every edit is on the disk", flush=True)
         if config.browser:
             webbrowser.open(server.address)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            signal.signal(number, signal.default_int_handler)      # ends as Ctrl-C does
         with project, server:
             try:
                 server.serve_forever()
@@ -228,6 +229,8 @@ class Opened:
         labels, linked = project.labels_file(name), project.linked_file(entry)
         place = {"plane": entry.plane, "time": entry.time, "level": self.config.level or 1}
         there = [file for file in project.kept_files(name) if file.exists()]
+        if there == [labels]:
+            self.state["given"] = True                  # by another program: not to be searched
         if there and self.state.setdefault("place", place) != place:
             self.picture.close()
             raise ValueError(f"{there[0]}: cells of {place_text(self.state['place'])}, the page "
@@ -253,6 +256,8 @@ class Opened:
         self.previews = 0
         self.sure: tuple[int, dict] = (-1, {})          # revision, id -> how sure
         self.rows: Any = None                           # vectors.CellVectors of the cells
+        self.outside = 0                                # labels of other programs that were noted
+        self.note_outside()
 
     def close(self) -> None:
         self.book.save()
@@ -299,6 +304,19 @@ class Opened:
                                              if key in self.state}
         for old in list(found)[:-UNDONE]:
             del found[old]
+
+    def note_outside(self) -> bool:
+        """Forget what the cells were found with, if another program has written others since."""
+        with self.book.lock:
+            if self.outside == self.book.outside:
+                return False
+            self.outside = self.book.outside
+            for key in FOUND:
+                self.state.pop(key, None)
+            self.seen = self.distance = self.preview = None
+            self.state["cells"] = len(self.book.boxes)
+            self.note_found()
+            return True
 
     def recall_found(self) -> None:
         """Go back to what the cells were found with; before the first search, to nothing."""
@@ -413,6 +431,11 @@ class Opened:
             self.keep_vectors(pool, labels, plan)
         return self.rows
 
+    def unmarked(self) -> list[list]:
+        """Marks of cells that were removed."""
+        return [mark for mark in self.state.get("marks", ())
+                if not self.book.labels[int(mark[1]), int(mark[0])]]
+
     def marked(self) -> dict[int, list]:
         """The mark (x, y, type) of each cell that has one: what is marked is a place, so that a
         cell may change its number. Marks of removed cells wait for an undo."""
@@ -445,6 +468,7 @@ class Project:
         self.exporting = threading.Lock()               # one window after the other
         self.opened: OrderedDict[str, Opened] = OrderedDict()
         self.queue: list[str] = []                      # images to search
+        self.wanted: dict[str, dict] = {}               # diameter and thresholds to search with
         self.untyped: list[str] = []                    # images whose cells want a type
         self.teaching = False                           # types are to be learnt from the marks
         self.working: dict[str, Any] = {}               # what the network does now
@@ -495,15 +519,21 @@ class Project:
                         opened.file == runs.file_state(opened.entry.path)):
                     self.opened.move_to_end(name)
                     return opened
-                self.opened.pop(name).close()           # its file was replaced
+                self.put_away(name)                     # its file was replaced
             opened = self.opened[name] = Opened(self.names[name], name, self)
             if opened.book.path.exists() or opened.book.done:
                 opened.state["cells"] = len(opened.book.boxes)
             opened.recall_map()
             busy = self.working.get("image")
             for old in [old for old in self.opened if old not in (name, busy)][:-OPEN + 1]:
-                self.opened.pop(old).close()
+                with contextlib.suppress(OSError):      # a full disk; keep() says so
+                    self.put_away(old)
             return opened
+
+    def put_away(self, name: str) -> None:
+        """Close an image, once its labels are on the disk."""
+        self.opened[name].close()
+        del self.opened[name]
 
     def network(self):
         """The network of the weights in use."""
@@ -522,6 +552,10 @@ class Project:
             for each in opened:
                 try:
                     each.book.save()
+                    if each.note_outside():
+                        self.complain(f"{each.name}: another program has written its labels; undo "
+                                      "brings back those before")
+                        self.remember()
                 except (OSError, ValueError) as error:  # a full disk, or labels of another program
                     self.complain(f"{each.name}: the labels could not be written, "
                                   f"{runs.error_sentence(error)}")
@@ -555,7 +589,9 @@ class Project:
         if state.get("done") or name in self.queue:
             return False
         if "weights" not in state:
-            return not (self.labels_file(name).exists() or self.linked_file(self.names[name]))
+            file, journal = self.kept_files(name)
+            given = state.get("given") or not journal.exists()
+            return not (file.exists() and given or self.linked_file(self.names[name]))
         return state["weights"] != self.state["weights"]
 
     def work(self) -> None:
@@ -602,11 +638,24 @@ class Project:
         self.remember()
 
     def find(self, name: str) -> None:
-        """Run the network on an image; cells made by hand stay."""
+        """Run the network on an image; cells made by hand stay. If it is stopped or fails, diameter
+        and thresholds stay those of the cells that are there."""
         opened, net = self.open(name), self.network()
+        state, before, asked = opened.state, dict(opened.state), self.wanted.pop(name, {})
+        if state.get("weights") != self.net_file:
+            asked = {"setting": {}} | asked             # thresholds of other weights mean nothing
+        state |= asked
+        try:
+            self.search_image(opened, net, {key: state.get(key) for key in ("diameter", "setting")})
+        except BaseException:
+            for key in asked:
+                state.pop(key)
+            state |= {key: before[key] for key in asked if key in before}
+            raise
+
+    def search_image(self, opened: Opened, net, how: dict) -> None:
+        """Find the cells of an image with its diameter and thresholds of now."""
         state, key, weights = opened.state, opened.map_key, self.net_file
-        if state.get("weights") != weights:
-            state.pop("setting", None)                  # thresholds of other weights mean nothing
         with opened.for_network() as source:
             if source.shape[0] > 3:
                 known = ", ".join(source.channels or map(str, source.numbers))
@@ -629,7 +678,7 @@ class Project:
             state["map_on_disk"] = key
             opened.distance, opened.sure = None, (-1, {})
             opened.book.do(edits.flooded_edit(opened.book, labels, "find"))
-            state |= {"map": key, "cells": len(opened.book.boxes), "weights": weights,
+            state |= how | {"map": key, "cells": len(opened.book.boxes), "weights": weights,
                       "used": {**plan.setting._asdict(), "diameter": plan.diameter,
                                "min_area": round(plan.setting.min_area / plan.zoom ** 2)}}
             opened.note_found()
@@ -647,7 +696,7 @@ class Project:
                    if key in setting}
         if opened.large:
             if commit:
-                opened.state["setting"] = setting
+                self.wanted.setdefault(name, {})["setting"] = setting
                 self.search([name])
             return {"cells": len(opened.book.boxes), "version": version_of(opened)}
         with opened.for_network() as source:
@@ -657,7 +706,8 @@ class Project:
             edit = edits.flooded_edit(opened.book, labels)
             if commit:
                 opened.state["setting"], opened.preview = setting, None
-                opened.book.do(edit)
+                if not np.array_equal(edit.before, edit.after):
+                    opened.book.do(edit)
                 opened.state["cells"] = len(opened.book.boxes)
                 opened.note_found()
                 self.remember()
@@ -681,11 +731,12 @@ class Project:
     def write_results(self) -> dict:
         known = [name for name in self.names
                  if any(file.exists() for file in self.kept_files(name))]
-        if gone := [name for name in known if not self.names[name].path.exists()]:
-            self.complain(f"left out: {runs.listed(gone)}; the images are gone")
-            known = [name for name in known if name not in gone]
-        for name in known:                              # it is the same image; edits before a crash
-            self.open(name).book.save()
+        for name in list(known):                        # it is the same image; edits before a crash
+            try:
+                self.open(name).book.save()
+            except (ValueError, OSError) as error:
+                self.complain(f"left out of the export: {runs.error_sentence(error)}")
+                known.remove(name)
         known = [name for name in known if self.labels_file(name).exists()]
         written = {}
         for opened in list(self.opened.values()):
@@ -720,6 +771,12 @@ class Project:
             with opened.book.lock:
                 opened.book.saved &= written.get(opened.name) == opened.book.revision
             opened.book.save()
+        for name, entry in self.names.items():          # planes that infer.py has searched
+            if (file := self.linked_file(entry)) and not self.labels_file(name).exists():
+                plane = images.read_labels(file, *(entry.place if entry.axis == axis else None
+                                                   for axis in "ZT"))
+                self.of(name)["cells"] = len(np.unique(plane[plane > 0]))
+        self.remember()
         whole = {self.names[name].stack or name for name in known}
         return {"written": len(whole), "folder": str(self.out)}
 
@@ -931,15 +988,15 @@ def get_image(project: Project, query: dict[str, str]) -> dict:
     """All that is known of an image."""
     name = query["image"]
     opened, net = project.open(name), project.network()
-    state = opened.state
+    opened.preview, state = None, opened.state          # of a slider that nobody holds
     known = state if state.get("weights") == project.state["weights"] else {}
     setting = {**net.settings.setting._asdict(), **known.get("used", {}),
                **known.get("setting", {})}
     return {**opened.picture.about(), "name": name, "version": version_of(opened),
             "revision": opened.book.revision, "cells": len(opened.book.boxes),
             "done": bool(state.get("done")), "setting": setting,
-            "diameter": state.get("diameter"), "usual_diameter": project.state.get("diameter"),
-            "can_flood": opened.can_flood()}
+            "diameter": {**state, **project.wanted.get(name, {})}.get("diameter"),
+            "usual_diameter": project.state.get("diameter"), "can_flood": opened.can_flood()}
 
 
 def get_pixels(project: Project, query: dict[str, str]) -> bytes:
@@ -1004,12 +1061,11 @@ def post_find(project: Project, values: dict) -> dict:
     names = [values["image"]] if "image" in values else [
         name for name in project.names if project.is_to_search(name)]
     for name in names:
-        state = project.of(name)
         if "diameter" in values:
             given = values["diameter"]
             if given is not None and not (type(given) in (int, float) and 1 <= given <= 10000):
                 raise ValueError(f"diameter={given}: expected 1 to 10000 px")
-            state["diameter"] = None if given is None else float(given)
+            project.wanted[name] = {"diameter": None if given is None else float(given)}
     project.search(names)
     return {"queued": len(names)}
 
@@ -1017,6 +1073,7 @@ def post_find(project: Project, values: dict) -> dict:
 def post_stop(project: Project, values: dict) -> dict:
     with project.lock:
         project.queue.clear()
+        project.wanted.clear()
         project.stopping.set()
     return {}
 
@@ -1025,19 +1082,21 @@ def post_edit(project: Project, values: dict) -> dict:
     """Change cells by hand; refused if they are not those that the page shows."""
     opened, what = project.open(values["image"]), values["what"]
     with opened.book.lock:
-        if values["revision"] != opened.book.revision:
+        if values["revision"] != opened.book.revision or opened.preview is not None:
             raise edits.Stale("another window or the network changed these cells; they are shown "
                               "as they are now, please repeat your edit")
-        numbering = opened.book.numbering()
+        numbering, waiting = opened.book.numbering(), opened.unmarked()
         if what in ("undo", "redo"):
             box = getattr(opened.book, what)()
         else:
             box = opened.book.do(edit_of(opened.book, values))
         if searched := opened.book.numbering() != numbering:
             opened.recall_found()
-        opened.preview = None
         revision, count = opened.book.revision, len(opened.book.boxes)
     opened.state["cells"] = count
+    if what == "draw" and waiting:                      # a new cell is of no type yet
+        opened.state["marks"] = [mark for mark in opened.state["marks"]
+                                 if mark not in waiting or mark in opened.unmarked()]
     if searched:
         project.remember()
     (top, bottom), (left, right) = ((side.start, side.stop) for side in box)

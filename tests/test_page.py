@@ -299,6 +299,98 @@ def test_undo_brings_back_thresholds_and_diameter(site):
         assert shown() == third
 
 
+def test_a_search_that_is_stopped_leaves_its_diameter_unused(site, monkeypatch):
+    site.find("a")
+    before = site.json("/image", image="a")
+
+    def stopped(*_, **__):
+        assert site.project.of("a")["diameter"] == 40
+        raise runs.Stopped
+
+    with monkeypatch.context() as busy:
+        busy.setattr(segment, "network_map", stopped)
+        site.json("/find", {"image": "a", "diameter": 40})
+        site.wait()
+    after = site.json("/image", image="a")
+    assert (after["diameter"], after["can_flood"], after["cells"]) == (None, True, before["cells"])
+    site.json("/find", {"image": "a", "diameter": 40})
+    site.wait()
+    assert site.json("/image", image="a")["diameter"] == 40
+    search = segment.network_map
+
+    def meanwhile(*given):                                        # a slider, while it searches
+        setting = {**before["setting"], "peak": 0.9}
+        site.json("/flood", {"image": "a", "setting": setting, "commit": True})
+        assert site.json("/image", image="a")["setting"]["peak"] == 0.9
+        return search(*given)
+
+    monkeypatch.setattr(segment, "network_map", meanwhile)
+    site.json("/find", {"image": "a"})
+    site.wait()
+    shown = site.json("/image", image="a")
+    assert shown["setting"]["peak"] == before["setting"]["peak"] and shown["diameter"] == 40
+
+
+def test_a_preview_that_nobody_holds_is_gone(site):
+    """A reload in the middle of a slide showed cells that clicks did not hit."""
+    site.find("a")
+    about = site.json("/image", image="a")
+    site.json("/flood", {"image": "a", "setting": {**about["setting"], "peak": 0.8}})
+    opened = site.project.open("a")
+    assert opened.preview is not None
+    status, content = site.ask("/edit", {"image": "a", "what": "remove", "cell": 1,
+                                         "revision": about["revision"]})
+    assert status == 409
+    assert site.json("/image", image="a")["version"] == about["version"]
+    assert opened.preview is None and opened.labels is opened.book.labels
+    site.json("/flood", {"image": "a", "setting": about["setting"], "commit": True})
+    assert site.json("/image", image="a")["revision"] == about["revision"]     # nothing changed
+
+
+def test_labels_that_infer_writes_meanwhile_bring_no_thresholds(site):
+    site.find("a")
+    found = site.project.open("a").book.labels.copy()
+    images.write_labels(site.out / "a_labels.tif", np.where(found == 1, 0, found))
+    site.project.open("a").book.saved = False
+    wait_until(lambda: site.json("/news")["problems"], 10, "the notice")
+    assert "another program has written its labels" in site.json("/news")["problems"][-1]
+    shown = site.json("/image", image="a")
+    assert not shown["can_flood"] and shown["cells"] == found.max() - 1
+    assert site.json("/news")["images"][0]["cells"] == found.max() - 1
+    site.edit("a", "undo")
+    assert site.json("/image", image="a")["can_flood"]            # as they were found
+    site.edit("a", "redo")
+    site.find("a")                                                # they are not of a hand
+    np.testing.assert_array_equal(site.project.open("a").book.labels, found)
+
+
+def test_a_full_disk_closes_no_image_with_unsaved_labels(folder, monkeypatch):
+    for i in range(9):
+        tifffile.imwrite(folder / f"z{i}.tif", drawn(1)[0][:64, :64])
+    with Site(folder) as site:
+        site.edit("a", "draw", line=[[100, 5], [110, 5], [110, 15], [100, 15]])
+        with monkeypatch.context() as full:
+            book = site.project.open("a").book
+            full.setattr(book, "write_labels", lambda: (_ for _ in ()).throw(OSError(28, "full")))
+            book.saved = False
+            for i in range(9):                                    # each of them opens
+                site.json("/image", image=f"z{i}")
+            assert "a" in site.project.opened and not site.json("/news")["saved"]
+        wait_until(lambda: site.json("/news")["saved"], 10, "the labels")
+        assert (site.out / "a_labels.tif").exists()
+
+
+def test_images_with_cells_of_a_hand_are_searched(site):
+    """With all others; labels of another program are not touched."""
+    site.edit("a", "draw", line=[[100, 5], [110, 5], [110, 15], [100, 15]])
+    images.write_labels(site.out / "more_b_labels.tif", drawn(2)[1])
+    assert site.json("/find", {})["queued"] == 1
+    site.wait()
+    assert site.project.of("a")["cells"] > 3
+    site.edit("more_b", "draw", line=[[100, 5], [110, 5], [110, 15], [100, 15]])
+    assert site.json("/find", {})["queued"] == 0
+
+
 def test_thresholds_of_a_large_image_are_another_search(site, monkeypatch):
     """Its map is not kept: a slider that moves changes nothing, one let go runs the network."""
     monkeypatch.setattr(edits, "LARGE", 1 << 10)
@@ -403,9 +495,10 @@ def test_an_image_that_was_replaced_does_not_take_the_cells_of_before(folder):
     file, = folder.glob("a.*")
     tifffile.imwrite(file, tifffile.imread(file)[::-1])
     with Site(folder) as site:
-        for ask in (lambda: site.ask("/export", {}), lambda: site.ask("/image", image="a")):
-            status, content = ask()
-            assert status == 400 and "another image than that of" in json.loads(content)["error"]
+        status, content = site.ask("/image", image="a")
+        assert status == 400 and "another image than that of" in json.loads(content)["error"]
+        assert site.json("/export", {})["written"] == 0
+        assert "left out of the export" in site.json("/news")["problems"][-1]
         kept = site.project.kept_files("a")
         kept[0].unlink()
         assert site.ask("/image", image="a")[0] == 400            # its edits would come back
@@ -429,7 +522,7 @@ def test_an_image_that_is_replaced_or_removed_while_the_page_is_open(folder):
         assert status == 400 and "another image than that of" in json.loads(content)["error"]
         (folder / "a.tif").unlink()
         assert site.json("/export", {})["written"] == 1
-        assert site.json("/news")["problems"][-1] == "left out: a; the images are gone"
+        assert "a.tif: No such file" in site.json("/news")["problems"][-1]
         assert "no image is marked as done" in json.loads(site.ask("/learn", {"what": "start"})[1]
                                                           )["error"]
 
@@ -786,6 +879,9 @@ def test_a_mark_lives_as_long_as_its_cell(two_types):
     assert marks()[1] == [2]
     site.json("/mark", {"image": "a", "x": 64, "y": 32, "type": "bright"})        # taken away
     assert marks() == ([160], [1])
+    site.edit("a", "remove", cell=int(site.project.open("a").book.labels[32, 160]))
+    site.edit("a", "draw", line=[[150, 22], [170, 22], [170, 42], [150, 42]])     # a new cell
+    assert marks() == ([], [0])
 
 
 def test_marks_that_mean_nothing(two_types):
@@ -808,7 +904,7 @@ if not (folder / "met").exists():                   # the first time it waits fo
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))
     (folder / "met").touch()
     time.sleep(60)
-(folder / "runs/learn").mkdir(parents=True)
+(folder / "runs/learn").mkdir(parents=True, exist_ok=True)
 with open(folder / "runs/learn/log.jsonl", "w") as log:
     for line in ({"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25, "val_AP@0.5": 0.7}):
         log.write(json.dumps(line) + "\\n")
@@ -836,6 +932,12 @@ def test_rounds_of_learning(folder, tmp_path, monkeypatch):
     with Site(folder) as site:                                    # the page had ended meanwhile
         monkeypatch.setattr(learning, "TRAINER", tmp_path / "code" / "train_seg.py")
         assert site.json("/news")["learning"]["state"] == "stopped"
+        run = site.out / ".page/learn/round_1/runs/learn"
+        run.mkdir(parents=True)
+        with runs.locked(run):                                    # its trainer outlived it
+            refused = site.ask("/learn", {"what": "start"})
+        assert refused[0] == 400 and b"that was killed still goes on" in refused[1]
+        run.rmdir()
         site.json("/learn", {"what": "start"})                    # the same round goes on
         state = wait_until(lambda: (now := site.json("/news")["learning"])["state"] in
                            ("done", "failed") and now)
@@ -1157,6 +1259,80 @@ def test_types_by_clicks(chrome, two_types):
     person.click("bytype")
     assert person.js("byType") is False
     assert not [line for line in chrome.get_log("browser") if line["level"] == "SEVERE"]
+
+
+def test_keys_and_clicks_hit_what_is_shown(chrome, site):
+    """The cell that U shows, not that where the mouse rests; the image that was shown when a slider
+    was let go; the type that was chosen at the click."""
+    from selenium.webdriver.common.keys import Keys
+    person, book = Person(chrome, site.server.address), site.project.open("a").book
+    person.click("all")
+    person.until("names.every(each => each.cells > 0) && image.can_flood", "the search", 120)
+    rows, columns = book.boxes[max(book.boxes)]
+    person.point((columns.start + columns.stop) / 2, (rows.start + rows.stop) / 2)
+    person.until("hovered > 0 && shownCell === hovered")
+    resting = person.js("hovered")
+    while person.js("marked") in (0, resting):
+        person.press("u")
+        person.until("shownCell === marked")
+    shown, count = person.js("marked"), len(book.boxes)
+    person.press(Keys.DELETE)
+    person.until(f"image.cells === {count - 1}")
+    assert shown not in book.boxes and resting in book.boxes
+    other, before = site.project.open("more_b").book.revision, person.js("image.setting.peak")
+    chrome.execute_script("""
+      const fetched = window.fetch;
+      window.fetch = async (path, how) => {
+        if (path === "/flood") await new Promise(later => setTimeout(later, 700));
+        return fetched(path, how);
+      };
+      $("slide-peak").value = 0.3;
+      $("slide-peak").dispatchEvent(new Event("input"));
+      $("slide-peak").dispatchEvent(new Event("change"));
+      edit("draw", {line: [[1, 1], [9, 1], [9, 9], [1, 9]]});
+      edit("remove", {cell: Math.max(...labels.get("0,0,0").values)});""")
+    person.press("n")
+    person.until("image.name === 'more_b'")
+    assert site.project.of("a")["setting"]["peak"] == pytest.approx(0.3) != before
+    assert site.project.open("more_b").book.revision == other
+    assert [edits.what_of(line) for line in book.done] == ["find", "remove", "flood", "draw"]
+
+
+def test_enter_goes_past_a_damaged_image_and_takes_nothing_back(chrome, folder):
+    from selenium.webdriver.common.keys import Keys
+    (folder / "aa.tif").write_bytes(b"damaged")
+    with Site(folder) as site:
+        person = Person(chrome, site.server.address)
+        person.until("image.name === 'a'")
+        person.press(Keys.ENTER)
+        person.until("image.name === 'more_b'", "the one after the damaged one")
+        person.press("p")
+        person.until("image.name === 'a'")
+        person.press(Keys.ENTER)
+        person.until("image.name === 'more_b'")
+        assert site.project.of("a")["done"]
+        person.click("done")
+        person.until("image.done")
+        person.click("done")
+        person.until("!image.done", "the button takes it back")
+
+
+def test_two_fingers_zoom_and_draw_nothing(chrome, discs):
+    person, book = Person(chrome, discs.server.address), discs.project.open("discs").book
+    person.press("e")
+    before = person.js("at.scale")
+    chrome.execute_script("""
+      const finger = (type, id, x, y) => view.dispatchEvent(new PointerEvent(type, {
+        pointerId: id, pointerType: "touch", isPrimary: id === 1, clientX: x, clientY: y,
+        bubbles: true, button: 0}));
+      view.setPointerCapture = () => {};
+      finger("pointerdown", 1, 300, 300), finger("pointerdown", 2, 400, 300);
+      for (let i = 1; i < 9; i++) finger("pointermove", 1, 300 - 10 * i, 300);
+      finger("pointerup", 1, 220, 300), finger("pointerup", 2, 400, 300);
+      finger("pointerdown", 1, 300, 300), finger("pointermove", 1, 340, 340);
+      finger("pointercancel", 1, 340, 340);""")
+    assert person.js("at.scale") == pytest.approx(1.8 * before, rel=1e-3)
+    assert person.js("line === null && pan === null") and book.revision == 0
 
 
 def test_two_windows_do_not_destroy_each_others_edits(chrome, discs):

@@ -309,6 +309,12 @@ def train_instructed(config: Config, files: list[str]) -> int:
                          for name in ("", *classes)], device=device)         # of the fixed head
     run = runs.Run(config, device=device)
     state = run.resume()
+    taught = runs.digest(*itertools.chain(*tiles), json.dumps(lines))
+    if state and state.get("taught", taught) != taught:        # checkpoints before have none
+        run.close()
+        raise ValueError(f"{run.folder} was begun with other images or instructions than "
+                         f"{config.data} has now; give a new experiment= name, or remove the "
+                         "folder to begin anew")
     swa = torch.optim.swa_utils
     average = swa.AveragedModel(net, multi_avg_fn=swa.get_ema_multi_avg_fn(MEMORY))
     learning = [p for p in net.parameters() if p.requires_grad]
@@ -371,7 +377,7 @@ def train_instructed(config: Config, files: list[str]) -> int:
         stop = done < config.steps and run.should_stop(done)
         if stop or done == config.steps or done % config.save_every == 0:
             run.save(done, net=net.state_dict(), average=average.state_dict(),
-                     optimiser=optimiser.state_dict())
+                     optimiser=optimiser.state_dict(), taught=taught)
         if stop:
             print(f"stopped at step {done}; the same command goes on from there", file=sys.stderr)
             return run.exit_code()
@@ -383,6 +389,7 @@ def train_instructed(config: Config, files: list[str]) -> int:
         provenance=runs.provenance(config, config.steps, scores=scores, cells=record["cells"]))
     instruct_net.save_instructed(net, runs.export_path(config))
     print(f"{json.dumps(scores)}\n-> {runs.export_path(config)}")
+    run.close()
     return 0
 
 

@@ -29,6 +29,10 @@
 set -uo pipefail
 flags=()
 while [[ "${1:-}" == --* ]]; do flags+=("$1"); shift; done
+jobs=""                                                    # as sbatch takes them, but not this script
+[[ " ${flags[*]-}" == *" --array" ]] && jobs=${1:-1-16}
+[ "${1:-}" = -a ] && jobs=${2:-1-16}
+[ -z "$jobs" ] || { echo "error: a blank where = is expected; write --array=$jobs"; exit 2; }
 usage="usage: slurm/array.sh --array=1-16 [--flag=value ...] SCRIPT.py [WORDS ...] [key=value ...]"
 [ $# -ge 2 ] || { echo "$usage"; exit 2; }
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2

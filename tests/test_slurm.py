@@ -137,6 +137,8 @@ def test_on_the_login_node_they_check_and_submit(place, script, flags, logs):
     ("train.sh gone.py toy.yaml", "error: gone.py is not in "),
     ("array.sh --array=1-4 toy.py toy.yaml note=bad", "the check says no"),
     ("array.sh toy.py toy.yaml", "error: no job array; usage: slurm/array.sh --array=1-16"),
+    ("array.sh --mem=64G --array 1-4 toy.py toy.yaml", "write --array=1-4"),
+    ("array.sh --mem=64G -a 1-4 toy.py toy.yaml", "write --array=1-4"),
     ("array.sh --array=1-4 gone.py x", "error: gone.py is not in ")])
 def test_mistakes_are_not_submitted(place, words, said):
     _, run = place
@@ -154,3 +156,10 @@ def test_a_job_is_warned_queued_again_and_has_a_log():
         assert "/" not in asked["output"]      # Slurm makes no folder: a job without one just fails
         named = re.findall(r"(?<=\.py )(?:\w+ )?(configs/\w+\.yaml)", text)
         assert named and all((ROOT / path).is_file() for path in named)
+
+
+def test_the_image_has_all_that_the_tests_read():
+    """README's second command runs in it; docs/logs was left out. Only what git ignores may be."""
+    left, ignored = ((ROOT / name).read_text().split() for name in (".dockerignore", ".gitignore"))
+    names = {line.strip("*/") for line in ignored}
+    assert ".git" in left and {line.strip("*/") for line in left} - {".git"} <= names

@@ -276,8 +276,16 @@ class Trainer:
 
     def restore(self, state: dict) -> None:
         """Go on from a checkpoint."""
-        for name in ("net", "average", "optimiser"):
-            getattr(self, name).load_state_dict(state[name])
+        self.net.load_state_dict(self.fitting(state["net"]))
+        self.average.load_state_dict(self.fitting(state["average"]))
+        self.optimiser.load_state_dict(state["optimiser"])
+
+    def fitting(self, tensors: dict) -> dict:
+        """Tensors of a checkpoint, without a size head that the version before kept."""
+        if self.net.size is not None:
+            return tensors
+        return {name: value for name, value in tensors.items()
+                if not name.removeprefix("module.").startswith("size.")}
 
     def step(self, batch: tuple, factor: float, chosen: np.ndarray, look=None) -> tuple:
         """Learn from x (B, 3, S, S), targets (B, 1, S, S) and labels (B, S, S) of the images
@@ -454,12 +462,19 @@ def build_segmentation_net(config: Config, diameter: float | None = None):
         net = model.DINOCell(backbone, shape.widths, shape.last, settings, shape.stem)
     elif model.kind(config.init) == "DINOCell" and not config.new_decoder:
         net = model.load(config.init).train()
+        known = net.settings.diameter
         net.settings = dataclasses.replace(net.settings, tile=config.crop, cap=config.cap,
                                            diameter=diameter, score={})  # fitted to what it was
         if config.size_steps:
             net.remove_size_head()                          # it is learnt anew at the end
+        elif net.size is not None and config.data.diameter and diameter and math.isclose(
+                known or 0, diameter, rel_tol=1e-3):
+            net.size.requires_grad_(False)                  # cells are as wide as it knows them
         elif net.size is not None:
-            net.size.requires_grad_(False)
+            print(f"{config.init}: its size head knows cells of {known or 0:.3g} px, not those to "
+                  "learn now, and is left out; weights without one take the image as it is, "
+                  "size_steps= teaches one", file=sys.stderr)
+            net.remove_size_head()
     elif config.few:
         raise ValueError(f"few=true, init={config.init}: a backbone alone, expected a whole "
                          "network")

@@ -389,7 +389,7 @@ def test_muon_learns_the_inner_layers_and_goes_on(tmp_path):
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def test_the_size_head_learns_how_wide_cells_are(tmp_path):
+def test_the_size_head_learns_how_wide_cells_are(tmp_path, capsys):
     """It tells small cells from large ones, nothing else of the network changes, what is learnt is
     not learnt again, and images are segmented at the scale that it asks for."""
     labelled_folder(tmp_path / "cells", 6)
@@ -418,11 +418,28 @@ def test_the_size_head_learns_how_wide_cells_are(tmp_path):
     labels = [segment.segment(seen[1], net, limits=segment.UNIT, diameter=diameter)
               for diameter in (None, wide)]
     assert np.array_equal(*labels)
-    for steps, has in ((0, True), (2, False)):                    # what goes on from such weights
+    # what goes on from such weights keeps it only for cells that are scaled to the same diameter
+    for steps, wanted, new, has in ((0, 16, 16, True), (2, 16, 16, False), (0, 30, 30, False),
+                                    (0, None, 16, False), (0, None, None, False)):
+        capsys.readouterr()
         again = train_seg.build_segmentation_net(dataclasses.replace(
-            config, init=str(tmp_path / "final_models/seg.pt"), size_steps=steps))
+            config, init=str(tmp_path / "final_models/seg.pt"), size_steps=steps,
+            data=dataclasses.replace(config.data, diameter=wanted)), new)
         assert (again.size is not None) == has == ("size" in again.architecture)
+        said = "size head knows cells of 16 px" in capsys.readouterr().err
+        assert said == (not has and not steps)
         assert not (has and any(p.requires_grad for p in again.size.parameters()))
+
+
+def test_a_checkpoint_with_a_size_head_goes_on_without(tmp_path):
+    """The version before kept the head of init."""
+    config = runs.load_config(train_seg.Config, toy(tmp_path))
+    with_head, net = (train_seg.build_segmentation_net(config) for _ in range(2))
+    with_head.add_size_head()
+    with_head.size.requires_grad_(False)
+    state = train_seg.Trainer(config, with_head, "cpu").state()
+    train_seg.Trainer(config, net, "cpu").restore(state)
+    assert torch.equal(net.decoder.head.weight, with_head.decoder.head.weight)
 
 
 def test_few_held_out_images_are_filled_up_for_settings_alone(tmp_path):

@@ -196,9 +196,9 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
         if stop:
             print(f"stopped at step {done}; the same command goes on from there", file=sys.stderr)
             return run.exit_code()
+    if not finish_export(trainer, run, validation, hashes):
+        return run.exit_code()
     if rank == 0:
-        if not learn_heads(config, run):
-            return run.exit_code()
         print(f"best validation score {best:.4f} -> {runs.export_path(config)}")
     run.close()
     return 0
@@ -613,6 +613,34 @@ def export_trained(net, config: Config, hashes: dict, scores: dict, step: int) -
     net.settings = dataclasses.replace(net.settings, provenance=story,
                                        licence=config.licence or net.settings.licence)
     model.save(net, runs.export_path(config), half=True)
+
+
+def finish_export(trainer: Trainer, run: runs.Run, validation: list[data.Labelled],
+                  hashes: dict) -> bool:
+    """See that the best weights are in their file, with their heads. False: a signal came."""
+    gone = not runs.export_path(trainer.config).exists()
+    group = run.rank, run.world
+    if runs.shared_out(lambda _: gone, range(run.world), *group)[0]:     # as the first process sees
+        try:
+            export_best_again(trainer, run, validation, hashes)
+        except runs.Stopped:
+            return False
+    return run.rank > 0 or learn_heads(trainer.config, run)
+
+
+def export_best_again(trainer: Trainer, run: runs.Run, validation: list[data.Labelled],
+                      hashes: dict) -> None:
+    """Export the best weights of a run whose file is gone: removed, or its folder moved. Their
+    thresholds are in no checkpoint, so that they are validated once more."""
+    config, net, path = trainer.config, trainer.average.module, run.checkpoints / "best.pt"
+    if not path.is_file():
+        raise ValueError(f"{runs.export_path(config)}: gone, and {path}, which it could be written "
+                         "from, too; give a new experiment= name to begin anew")
+    best = runs.load_torch(path)
+    trainer.average.load_state_dict(trainer.fitting(best["average"]))
+    scores = validate(net, validation, run, best["step"])
+    if run.rank == 0:
+        export_trained(net, config, best.get("images") or hashes, scores, best["step"])
 
 
 def print_plan(config: Config, net, images, validation: list, device: str, changes) -> int:

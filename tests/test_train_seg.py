@@ -442,6 +442,25 @@ def test_a_checkpoint_with_a_size_head_goes_on_without(tmp_path):
     assert torch.equal(net.decoder.head.weight, with_head.decoder.head.weight)
 
 
+def test_weights_that_are_gone_are_written_again(tmp_path):
+    """From best.pt, with the same thresholds; without it, in one line."""
+    path = toy(tmp_path, steps=4, warmup=1, val_every=2, save_every=2)
+    file = tmp_path / "final_models/seg.pt"
+    assert run(path).returncode == 0
+    before = model.load(file)
+    file.unlink()
+    done = run(path)
+    assert done.returncode == 0 and f"-> {file}" in done.stdout
+    after = model.load(file)
+    assert after.settings == before.settings and after.settings.provenance["scores"]["sets"]
+    assert all(torch.equal(value, after.state_dict()[name])
+               for name, value in before.state_dict().items())
+    file.unlink()
+    (tmp_path / "runs/seg/checkpoints/seg/best.pt").unlink()
+    done = run(path)
+    assert done.returncode == 1 and "seg.pt: gone, and " in done.stderr
+
+
 def test_few_held_out_images_are_filled_up_for_settings_alone(tmp_path):
     labelled_folder(tmp_path / "cells", 14)
     for share, held in ((0.2, 3), (0.6, 8)):

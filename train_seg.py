@@ -608,11 +608,33 @@ def draw_run_charts(run: runs.Run, images: list[data.Labelled], labels: list, st
 
 def export_trained(net, config: Config, hashes: dict, scores: dict, step: int) -> None:
     """Write the weights for infer.py."""
-    net = copy.deepcopy(net)
-    story = runs.provenance(config, step, scores=scores, images=hashes)
+    net, names = copy.deepcopy(net), shared_set_names(config)
+    scores = {**scores, "sets": {names.get(name, name): row
+                                 for name, row in scores["sets"].items()}}
+    images = {side: {shared_image_name(name, names): each for name, each in known.items()}
+              for side, known in hashes.items()}
+    story = runs.provenance(config, step, scores=scores, images=images)
     net.settings = dataclasses.replace(net.settings, provenance=story,
                                        licence=config.licence or net.settings.licence)
     model.save(net, runs.export_path(config), half=True)
+
+
+def shared_set_names(config: Config) -> dict[str, str]:
+    """{name of a set: as the configuration inside weights has it, without paths of this machine}"""
+    told, names = runs.parse_yaml(runs.to_yaml(config, shared=True))["data"], dict[str, str]()
+    for own, given in zip((*config.data.sets, *config.data.validation),
+                          (*told["sets"], *told["validation"])):
+        if own.name not in names:
+            names[own.name] = data.TrainingSet(**given).name
+            while [*names.values()].count(names[own.name]) > 1:    # folders of one name, elsewhere
+                names[own.name] += "_"
+    return names
+
+
+def shared_image_name(name: str, sets: dict[str, str]) -> str:
+    """Name of an image, SET/NAME, with that of its set as shared_set_names() has it."""
+    own = max((one for one in sets if name.startswith(f"{one}/")), key=len, default="")
+    return sets.get(own, "") + name[len(own):]
 
 
 def finish_export(trainer: Trainer, run: runs.Run, validation: list[data.Labelled],

@@ -461,6 +461,29 @@ def test_weights_that_are_gone_are_written_again(tmp_path):
     assert done.returncode == 1 and "seg.pt: gone, and " in done.stderr
 
 
+def test_weights_name_images_without_paths_of_this_machine(tmp_path):
+    """A set given by its absolute path: its held-out images are found again; checkpoints keep the
+    whole names."""
+    import measure
+    sets = []
+    for number, name in enumerate(("x", "y")):                   # two folders are called cells
+        (tmp_path / name).mkdir()
+        sets.append(str(labelled_folder(tmp_path / name / "cells", 5, 10 * number)))
+    path = toy(tmp_path, steps=2, val_every=2, warmup=1, data=dict(
+        sets=[{"path": one, "channels": [1]} for one in sets], share=0.2))
+    assert run(path).returncode == 0
+    net = model.load(tmp_path / "final_models/seg.pt")
+    story, whole = net.settings.provenance, checkpoint(tmp_path, 2)["images"]
+    assert str(tmp_path) not in str(story) and [*story["scores"]["sets"]] == ["cells 1", "cells 1_"]
+    for side, count in (("train", 8), ("validation", 2)):
+        assert len(story["images"][side]) == count
+        assert [*whole[side].values()] == [*story["images"][side].values()]
+        assert all(name.startswith(str(tmp_path)) for name in whole[side])
+    found = measure.bench_held_out_sets(net, str(tmp_path / "x"))[0]
+    held = {name for name in whole["validation"] if name.startswith(sets[0])}
+    assert {f"{sets[0]} 1/{each.name}" for each in found.examples} == held
+
+
 def test_few_held_out_images_are_filled_up_for_settings_alone(tmp_path):
     labelled_folder(tmp_path / "cells", 14)
     for share, held in ((0.2, 3), (0.6, 8)):
@@ -557,14 +580,14 @@ def test_mistakes_are_one_line(tmp_path, changes, said, monkeypatch):
     assert done.stderr.count("\n") == 1 and not (tmp_path / "final_models").exists()
 
 
-def labelled_folder(folder, images):
+def labelled_folder(folder, images, first=0):
     """NAME.tif of two channels with NAME_masks.tif, drawn."""
     import tifffile
 
     import synthetic
     folder.mkdir()
     for number in range(images):
-        drawn = synthetic.field(number, 96, 5, 24)
+        drawn = synthetic.field(first + number, 96, 5, 24)
         tifffile.imwrite(folder / f"im{number}.tif", drawn.pixels[1:3], photometric="minisblack",
                          metadata={"axes": "CYX"})
         data.write_labels(folder / f"im{number}_masks.tif", drawn.labels)

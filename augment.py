@@ -325,7 +325,9 @@ def load_resident(config: data.TrainingData, seed: int, device: str, cap: float 
 
 
 def content_hash(image: data.Labelled) -> str:
-    return hashlib.sha256(image.pixels.tobytes() + image.labels.tobytes()).hexdigest()[:16]
+    """Hash of pixels, labels and, where there are some, types."""
+    types = b"" if image.types is None else image.types.tobytes()
+    return hashlib.sha256(image.pixels.tobytes() + image.labels.tobytes() + types).hexdigest()[:16]
 
 
 class Pile:

@@ -469,6 +469,15 @@ def write(folder, output, **changes):
             for p in sorted(output.rglob("*.tif"))}
 
 
+def test_hashes_know_types():
+    """Without types they are those of the version before, which checkpoints hold."""
+    image = data.Labelled("x", np.zeros((3, 4, 4), np.float32), np.ones((4, 4), np.int32))
+    content = image.pixels.tobytes() + image.labels.tobytes()
+    assert augment.content_hash(image) == hashlib.sha256(content).hexdigest()[:16]
+    first, other = (augment.content_hash(image._replace(types=np.array([n]))) for n in (1, 2))
+    assert first != other != augment.content_hash(image)
+
+
 def test_an_augmented_set(folder, tmp_path):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     first, out = write(folder, tmp_path / "a"), tmp_path / "a"

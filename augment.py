@@ -25,6 +25,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -321,6 +322,7 @@ def load_resident(config: data.TrainingData, seed: int, device: str, cap: float 
     resident.weigh({chosen.name: chosen.weight for chosen in config.sets})
     data.check_cells("data.sets", cells)
     data.check_training_types(of_type, data.training_types(config.types))
+    check_trained_apart(held, hashes, bool(config.validation))
     return resident, validation, hashes
 
 
@@ -328,6 +330,30 @@ def content_hash(image: data.Labelled) -> str:
     """Hash of pixels, labels and, where there are some, types."""
     types = b"" if image.types is None else image.types.tobytes()
     return hashlib.sha256(image.pixels.tobytes() + image.labels.tobytes() + types).hexdigest()[:16]
+
+
+def check_trained_apart(held: Sequence[data.Labelled], hashes: dict[str, dict[str, str]],
+                        chosen: bool) -> None:
+    """Refuse held-out images with cells that are trained on, too, under whatever name; warn of
+    copies that data.share parted. The only image there is may choose thresholds.
+
+    hashes : {train, validation: {name: hash}}. chosen : the images to validate on were given.
+    """
+    trained = {content: name for name, content in hashes["train"].items()}
+    twins = [(trained[content], image.name) for image in held if image.labels.any()
+             and (content := hashes["validation"][image.name]) in trained]
+    if not twins:
+        return
+    one, other = twins[0]
+    if len(hashes["train"]) == len(held) == 1:
+        print(f"{other}: the only image chooses thresholds, too; scores flatter", file=sys.stderr)
+    elif chosen:
+        raise ValueError(f"{one}: trained on, and validated on as {other}; expected other images "
+                         "to validate on: give them, or leave data.validation out, so that "
+                         "data.share holds some out")
+    else:
+        print(f"warning: {one}: trained on, and held out as {other}, {len(twins)} such copies in "
+              "all; scores flatter, remove them", file=sys.stderr)
 
 
 class Pile:

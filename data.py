@@ -904,9 +904,7 @@ def training_images(config: TrainingData, seed: int) -> tuple[list[Pending], lis
         validation += draw()
     train += drawn[held_fields:]
     if not validation and config.share and len(train) == 1:
-        validation = list(train[0]())
-        print(f"{validation[0].name}: the only image chooses thresholds, too; scores flatter",
-              file=sys.stderr)
+        validation = list(train[0]())                              # augment.py says so
     if config.diameter:
         validation = [image._replace(zoom=config.diameter / diameter)
                       if (diameter := median_diameter(image.labels)) else image

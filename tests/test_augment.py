@@ -478,6 +478,40 @@ def test_hashes_know_types():
     assert first != other != augment.content_hash(image)
 
 
+def test_an_image_is_not_on_both_sides(folder, tmp_path, capsys):
+    """By content, whatever its name; but an image without cells, and the only one there is."""
+    def load(*validation, match=None, **more):
+        given = data.TrainingData(root=str(tmp_path), sets=(data.TrainingSet("set", match=match),),
+                                  validation=tuple(map(data.TrainingSet, validation)), **more)
+        return augment.load_resident(given, 0, "cpu", 4.0)
+    other = tmp_path / "other"
+    other.mkdir()
+    for end in ("", "_masks"):
+        (other / f"copy{end}.tif").write_bytes((folder / f"im1{end}.tif").read_bytes())
+    for name, twin in (("other", "other/copy"), ("set", "set/im0")):
+        with pytest.raises(ValueError, match=f"trained on, and validated on as {twin}; expected"):
+            load(name)
+    assert load("other", match="im0") and load(share=0.5)
+    assert not capsys.readouterr().err
+    for place in (tmp_path / f"copies/{number}" for number in range(3)):
+        place.mkdir(parents=True)
+        for end in ("", "_masks"):
+            (place / f"im{end}.tif").write_bytes((folder / f"im1{end}.tif").read_bytes())
+    copies = data.TrainingData(root=str(tmp_path), sets=(data.TrainingSet("copies"),), share=0.3)
+    assert len(augment.load_resident(copies, 0, "cpu", 4.0)[0]) == 2
+    assert ", 1 such copies in all; scores flatter, remove them" in capsys.readouterr().err
+    assert load("other", match="im1") and "the only image chooses" in capsys.readouterr().err
+    assert load(match="im1")
+    assert capsys.readouterr().err.count("set im1/im1: the only image chooses thresholds") == 1
+    for name in (folder / "black", other / "copy"):
+        data.write_labels(f"{name}_masks.tif", np.zeros((90, 100), np.int32))
+        tifffile.imwrite(f"{name}.tif", np.zeros((90, 100), np.uint8))
+    _, pixels, labels = entry(9, 90, 100)
+    tifffile.imwrite(other / "new.tif", (pixels[0] * 255).astype(np.uint8))
+    data.write_labels(other / "new_masks.tif", labels)
+    assert len(load("other")[1]) == 2
+
+
 def test_an_augmented_set(folder, tmp_path):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     first, out = write(folder, tmp_path / "a"), tmp_path / "a"

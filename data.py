@@ -38,12 +38,14 @@ rule: outlines of cells.polygons come back exactly.
 """
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import math
 import pickle
 import re
 import sys
+import time
 import tokenize
 import warnings
 from collections import Counter, defaultdict
@@ -1043,13 +1045,11 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
     chosen = {name: getattr(config, name) for name in ("channels", "match", "labels")}
     _claim_labelled_folder(target / "converted.txt",
                            f"from {Path(source).resolve()} with {chosen}\n")
+    _check_written_names(source, found, "", "bytes that are no UTF-8")
     record, made = target / "converted.tsv", 0
-    stamps = {row["name"]: row["stamp"] for row in runs.read_table(record, ("name", "stamp"))
-              } if record.exists() else {}
-    for name in stamps.keys() - {example.name for example in found}:   # left the source
-        for file in _labelled_files(target, name):
-            file.unlink(missing_ok=True)
-        del stamps[name]
+    stamps = _read_stamps(record)
+    _remove_left_out(target, stamps, {example.name for example in found})
+    written = time.monotonic()
     try:
         for example in tqdm.tqdm(found, target.name, unit="image", delay=1, leave=False):
             read = *example.files, *_type_files(example.files[-1], example.files[0])
@@ -1076,10 +1076,55 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
             write_image(path, image)
             stamps[example.name] = stamp
             made += 1
+            if time.monotonic() - written > NOTED:      # a kill lets nothing else be written
+                _write_stamps(record, stamps)
+                written = time.monotonic()
     finally:                                            # of a stop: what is done stays done
-        runs.write_table(record, [{"name": name, "stamp": stamp} for name, stamp in stamps.items()],
-                         ("name", "stamp"))
+        _write_stamps(record, stamps)
     return made
+
+
+def _check_written_names(source: str, found: list[Example], signs: str, what: str) -> None:
+    """Refuse names that cannot be written: with these signs, or bytes of another encoding."""
+    for example in found:
+        if re.search(rf"[{signs}\ud800-\udfff]", example.name):
+            raise ValueError(f"{source}: {example.name!r} has {what} in its name; rename the file")
+
+
+NOTED = 5.0         # seconds of converting that a kill may cost
+
+
+def _write_stamps(record: Path, stamps: dict[str, str]) -> None:
+    """Write the stamp of each image; a name is a JSON string, for it may hold a tab or a blank at
+    its end."""
+    runs.write_table(record, [{"name": json.dumps(name), "stamp": stamp}
+                              for name, stamp in stamps.items()], ("name", "stamp"))
+
+
+def _read_stamps(record: Path) -> dict[str, str]:
+    if not record.exists():
+        return {}
+    stamps = {}
+    for row in runs.read_table(record, ("name", "stamp")):
+        name = row["name"]
+        with contextlib.suppress(ValueError):           # the version before wrote plain names
+            name = json.loads(name) if name.startswith('"') else name
+        stamps[name] = row["stamp"]
+    return stamps
+
+
+def _remove_left_out(target: Path, stamps: dict[str, str], names: set[str]) -> None:
+    """Remove images that left the source: those of the record, and pairs that a killed convert did
+    not record, for all pairs in its folder are its own."""
+    end = "_masks.tif"
+    pairs = {file.relative_to(target).as_posix().removesuffix(end)
+             for file in list_files(target, (end,)) if file.name.endswith(end)
+             and file.with_name(file.name.removesuffix(end) + ".tif").is_file()}
+    kept = {file for name in names for file in _labelled_files(target, name)}
+    for name in (pairs | stamps.keys()) - names:
+        for file in set(_labelled_files(target, name)) - kept:
+            file.unlink(missing_ok=True)
+        stamps.pop(name, None)
 
 
 def _labelled_files(target: Path, name: str) -> tuple[Path, Path, Path]:
@@ -1129,6 +1174,7 @@ def split(config: Config, source: str) -> int:
 
     table = Path(config.out or source) / "split.tsv"
     rows = [("name", "split", "group", "dataset"), *zip(names, chosen, units, datasets)]
+    _check_written_names(source, found, r"\t\r\n", "a tab, a line break or bytes that are no UTF-8")
     _claim_labelled_folder(table, "".join("\t".join(row) + "\n" for row in rows), alone=False)
     for i, side in enumerate(sides):
         images = [example for example, own in zip(found, chosen) if own == side]

@@ -836,6 +836,59 @@ def test_convert_every_layout_and_go_on(tmp_path, capsys):
     assert not list(out.rglob(".*"))
 
 
+def test_convert_after_a_kill(tmp_path, capsys, monkeypatch):
+    """The record is as old as its last writing; pairs that it does not know go with their image in
+    the source, and nothing else does."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    for seed, name in enumerate(("a", "b/c", "d", "e")):
+        pair(source, name, seed)
+    monkeypatch.setattr(data, "NOTED", -1.0)
+    recorded, write_stamps = [], data._write_stamps
+    monkeypatch.setattr(data, "_write_stamps", lambda record, stamps: recorded.append(
+        sorted(stamps)) or write_stamps(record, stamps))
+    assert "4 images written" in command("convert", source, out, capsys=capsys)
+    whole = ["a", "b/c", "d", "e"]
+    assert recorded == [whole[:1], whole[:2], whole[:3], whole, whole]
+    (out / "converted.tsv").write_text("name\tstamp\n")          # of a killed convert
+    (out / "of_others.txt").write_text("")
+    (out / "alone_masks.tif").write_bytes((out / "a_masks.tif").read_bytes())
+    for name in ("a", "b/c"):
+        (source / f"{name}.png").unlink()
+        (source / f"{name}_masks.png").unlink()
+    assert "2 images written, 0 were there" in command("convert", source, out, capsys=capsys)
+    assert [example.name for example in data.examples(out)] == ["d", "e"]
+    assert {path.name for path in out.rglob("*") if path.is_file()} == {
+        "d.tif", "d_masks.tif", "e.tif", "e_masks.tif", "alone_masks.tif", "of_others.txt",
+        "converted.txt", "converted.tsv"}
+
+
+@pytest.mark.parametrize("name", ["x ", "a\tb", '"x"', "12", "a\nb"])
+def test_convert_takes_every_name(tmp_path, capsys, name):
+    """Also such as do not fit in the table of split, which says so."""
+    pair(tmp_path / "in", name, 0)
+    pair(tmp_path / "in", "y", 1)
+    for said in ("2 images written, 0 were there", "0 images written, 2 were there"):
+        assert said in command("convert", tmp_path / "in", tmp_path / "out", capsys=capsys)
+    assert {example.name for example in data.examples(tmp_path / "out")} == {name, "y"}
+    if re.search("[\t\n]", name):
+        error = command("split", tmp_path / "in", code=1, capsys=capsys)
+        assert f"{name!r} has a tab, a line break or bytes that are no UTF-8 in its name" in error
+    record = tmp_path / "out/converted.tsv"                      # as the version before wrote it
+    stamps = data._read_stamps(record)
+    runs.write_text(record, f"name\tstamp\ny\t{stamps['y']}\n")
+    assert data._read_stamps(record) == {"y": stamps["y"]}
+
+
+def test_a_name_in_no_encoding_is_said_before_anything_is_written(tmp_path, capsys):
+    pair(tmp_path / "in", "a", 0)
+    pair(tmp_path / "in", "caf\udce9", 1)
+    for end in ((tmp_path / "out",), ()):
+        error = command("split" if not end else "convert", tmp_path / "in", *end, code=1,
+                        capsys=capsys)
+        assert "bytes that are no UTF-8 in its name; rename the file" in error
+    assert not list(tmp_path.rglob("*.tif"))
+
+
 def test_convert_stops_before_half_a_pair(tmp_path, capsys):
     pair(tmp_path / "in", "a", 0), pair(tmp_path / "in", "b", 1)
     save(tmp_path / "in" / "b_masks.png", blobs(0, (10, 10)))

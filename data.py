@@ -586,7 +586,7 @@ def _labelled_types(labels: Path, image: Path) -> dict[int, str]:
         return numbered_types(
             [_geojson_part(_geojson_part(feature, "properties"), "classification").get("name")
              for feature in _geojson_cells(labels)])
-    for path in _type_files(labels, image):
+    for path in type_files(labels, image):
         if path.suffix == ".png":
             return {i: str(number) for i, number in majority_class(
                 _labels(labels, image, None), read_labels(path), path).items() if number}
@@ -595,7 +595,7 @@ def _labelled_types(labels: Path, image: Path) -> dict[int, str]:
     return {}
 
 
-def _type_files(labels: Path, image: Path) -> list[Path]:
+def type_files(labels: Path, image: Path) -> list[Path]:
     """What may tell classes beside the image and its labels, the first first."""
     name = stem_of(image).removesuffix("_img")
     files = [folder / (name + end) for folder in (image.parent, labels.parent)
@@ -1052,7 +1052,7 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
     written = time.monotonic()
     try:
         for example in tqdm.tqdm(found, target.name, unit="image", delay=1, leave=False):
-            read = *example.files, *_type_files(example.files[-1], example.files[0])
+            read = *example.files, *type_files(example.files[-1], example.files[0])
             stamp = runs.digest(*((file.resolve(), file.stat().st_size, file.stat().st_mtime_ns)
                                   for file in read))
             path, masks, classes = _labelled_files(target, example.name)

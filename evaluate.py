@@ -498,9 +498,11 @@ def embed(config: Embed) -> None:
 def embed_key(source: VectorSource, typed: TypedSet, config: Embed) -> dict[str, Any]:
     """What the scores of a source on a set are made from."""
     files = [file for example in typed_examples((*typed.train, *typed.test), config.root)
-             for file in example.files]
-    weights = source.weights if source.weights in ("pixels", "random") else Path(source.weights)
-    return {"set": asdict(typed), "files": runs.digest(*files), "weights": runs.digest(weights),
+             for file in (*example.files, *data.type_files(example.files[-1], example.files[0]))]
+    weights: list[Any] = [source.weights if source.weights == "pixels" else Path(source.weights)]
+    if source.weights == "random":
+        weights = ["random", Path(config.finder)]                  # which gives the shape
+    return {"set": asdict(typed), "files": runs.digest(*files), "weights": runs.digest(*weights),
             "seed": config.seed, "outline": vectors.OUTLINE,
             "beside": True}
 

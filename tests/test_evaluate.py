@@ -676,6 +676,26 @@ def test_calibrate_writes_the_score_into_a_copy(tmp_path, capsys):
         evaluate.calibrate(runs.from_dict(evaluate.Calibrate, {**keys, "validation": []}, "x"))
 
 
+def test_scores_of_types_are_made_anew_with_other_classes_or_another_shape(tmp_path):
+    """The key of a record: tables of classes beside the images, and the finder of `random`."""
+    a_set(tmp_path / "s", range(2))
+    classes, finder = tmp_path / "s/0_types.csv", weights(tmp_path / "net.pt")
+    classes.write_text("id,type\n1,a\n4,b\n")
+    typed = evaluate.TypedSet("t", (data.TrainingSet("s"),), (data.TrainingSet("s"),),
+                              {"a": "a", "b": "b"})
+    sources = [evaluate.VectorSource(name, name) for name in ("pixels", "random")]
+    config = evaluate.Embed(tuple(sources), (typed,), finder=str(finder), root=str(tmp_path))
+
+    def keys():
+        return [evaluate.embed_key(source, typed, config) for source in sources]
+    first = keys()
+    classes.write_text("id,type\n1,b\n4,a\n")
+    second = keys()
+    assert first == [{**one, "files": first[0]["files"]} for one in second] != second
+    weights(finder, gain=1.0)
+    assert keys()[0] == second[0] and keys()[1] != second[1]
+
+
 def test_results_stay_in_runs(tmp_path, capsys):
     place = a_set(tmp_path / "set", [0])
     for name in ("../x", str(tmp_path / "x"), "a/../../x", ""):

@@ -238,7 +238,7 @@ class Sweep:
     min_area: tuple[runs.Area | None, ...] = (None,)  # the same, px
     tile: tuple[runs.Side | None, ...] = (None,)  # px; null: as trained
     overlap: tuple[runs.Whole | None, ...] = (None,)  # px; null: a cell's diameter
-    scale: tuple[runs.Positive, ...] = (1.0,)  # network px per image px, on top of the diameter
+    scale: tuple[runs.Positive, ...] = (1.0,)  # factor on the zoom by the diameter, given or seen
     score: measure.Score = "DSB"            # what best means, mean over images
     ceiling: Encoding = field(default_factory=Encoding)  # as in bench
     batch: runs.Batch | None = None         # tiles at once; null: 6 on the CPU, 32 on a GPU
@@ -302,7 +302,8 @@ def sweep_rows(dataset: LabelledSet, network: measure.NetworkLabels, settings: l
     images = []
     for item in dataset.items("sweep"):
         key = dict(weights=network.digest, image=item.digest, truth=runs.digest(item.truth),
-                   settings=settings, diameter=dataset.config.diameter)
+                   settings=settings, diameter=dataset.config.diameter,
+                   **measure.scaled_key(setting["scale"] for setting in settings))
         images.append(measure.cached_bench_map(folder / f"{item.name}.json", key, partial(
             measure.sweep_image, item, dataset, network, settings)))
     return [{"set": dataset.name, "choice": "-", "n": len(images), **setting,

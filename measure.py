@@ -77,7 +77,7 @@ class Model:
     min_area: runs.Area | None = None       # the same, px
     tile: runs.Side | None = None           # px; null: as trained
     overlap: runs.Whole | None = None       # px; null: a cell's diameter
-    scale: runs.Positive = 1.0              # network px per image px, on top of the set's diameter
+    scale: runs.Positive = 1.0              # factor on the zoom by the diameter, given or seen
     channels: tuple[runs.Count, ...] | None = None  # of the set's, that it is shown; null: all
 
     def __post_init__(self):
@@ -323,6 +323,7 @@ class NetworkLabels:
 
     def key(self, item: Item, dataset: LabelledSet) -> dict:
         return dict(weights=self.digest, image=item.digest, diameter=dataset.config.diameter,
+                    **scaled_key([self.options["scale"]]),
                     **{name: value for name, value in self.options.items()
                        if (name, value) != ("channels", None)})      # as records of before have it
 
@@ -330,6 +331,11 @@ class NetworkLabels:
         net, start = self.net, time.perf_counter()
         labels = segment_bench_item(item, dataset, net, batch=self.batch, **self.options)
         return labels, time.perf_counter() - start
+
+
+def scaled_key(scales: Iterable[float]) -> dict[str, bool]:
+    """Part of a key that tells records of other scales from those before, which saw no size."""
+    return {"sized": True} if any(scale != 1 for scale in scales) else {}
 
 
 def segment_bench_item(item: Item, dataset: LabelledSet, net, scale: float,
@@ -341,7 +347,9 @@ def segment_bench_item(item: Item, dataset: LabelledSet, net, scale: float,
                              f"channels: {list(channels)}; they count from 1 among the set's")
         pixels = pixels[[number - 1 for number in channels]]
     try:
-        zoom = None if scale == 1 else scale * (segment.zoom_for(diameter, net) if diameter else 1)
+        zoom = None
+        if scale != 1:                      # the size head sees the image at scale 1 as well
+            zoom = scale * segment.plan_for(pixels, net, diameter=diameter).zoom
         return segment.segment(pixels, net, diameter=diameter, zoom=zoom, **wanted)
     except ValueError as error:             # segment knows no names
         raise ValueError(f"{dataset.name}/{item.name}: {error}") from None

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from test_evaluate import a_set, discs, eroded, peer, trained, weights
 
 import cells
@@ -126,6 +127,25 @@ def test_predictions_are_those_of_segment(tmp_path):
                                    zoom=0.8 * 10 / 8, **wanted)
         assert expected.max() > 1
         found = data.read_labels(tmp_path / f"net/discs/{example.name}_pred.tif")
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_scale_is_on_top_of_what_the_size_head_sees(tmp_path):
+    """A head that sees every cell twice as wide as the network knows it: half the size."""
+    folder, path = a_set(tmp_path / "set", range(1)), weights(tmp_path / "net.pt")
+    net = model.load(path)
+    net.add_size_head()
+    with torch.no_grad():
+        net.size.fc2.weight.zero_()
+        net.size.fc2.bias.copy_(torch.tensor([np.log(2), 0.0]))
+    model.save(net, path)
+    net, example, discs_ = net.ready("cpu"), data.examples(folder)[0], dataset(
+        tmp_path, name="discs", path="set")
+    item, = discs_.items("x")
+    for scale in (1.0, 1.6):
+        expected = segment.segment(example.image().pixels, net, zoom=0.5 * scale)
+        found, _ = measure.NetworkLabels(path, "cpu", scale=scale).labels(item, discs_)
+        assert expected.max() > 1
         np.testing.assert_array_equal(found, expected)
 
 

@@ -124,19 +124,27 @@ class Encoding:
         bench_threshold_grid(self)
 
 
-def bench_threshold_grid(grid: Any, *more: str) -> list[dict]:
+def bench_threshold_grid(grid: Any, *more: str,
+                         stored: watershed.Setting | None = None) -> list[dict]:
     """Combinations of `more` and the six thresholds that a configuration lists, with fill <= peak.
+
+    stored : what null stands for, once the weights are known.
     """
     names = (*more, "peak", "fill", "depth", "smooth", "shape", "min_area")
     lists = [getattr(grid, name) for name in names]
     if empty := [name for name, values in zip(names, lists) if not values]:
         raise ValueError(f"{empty[0]}: expected one value or more")
     every = [dict(zip(names, values)) for values in product(*lists)]
-    found = [one for one in every
-             if None in (one["peak"], one["fill"]) or one["fill"] <= one["peak"]]
+    found = []
+    for one in every:
+        peak, fill = (getattr(stored, name, None) if one[name] is None else one[name]
+                      for name in ("peak", "fill"))
+        if peak is None or fill is None or fill <= peak:
+            found.append(one)
     if not found:
+        null = f"; null: {stored.peak:g} and {stored.fill:g}, as in the weights" if stored else ""
         raise ValueError(f"peak={list(grid.peak)}, fill={list(grid.fill)}: no pair with "
-                         "fill <= peak")
+                         f"fill <= peak{null}; give a larger peak or a smaller fill")
     return found
 
 

@@ -564,6 +564,19 @@ def test_sweep_reports_what_bench_would(tmp_path):
                for score in ("DSB", "AP@0.5", "SEG", "F1_low", "TP"))
 
 
+def test_sweep_leaves_out_what_the_weights_do_not_allow(tmp_path, capsys):
+    """null is their peak of 0.5 and fill of 0.3."""
+    config = sweep_config(tmp_path, peak=[0.1, 0.6], fill=[None, 0.05])
+    assert run("sweep", tmp_path, **config) == 0
+    rows = [row for row in table(tmp_path / "runs/sweep/sweep.tsv") if row["set"] == "a"]
+    assert [(row["peak"], row["fill"]) for row in rows] == [("0.1", "0.05"), ("0.6", ""),
+                                                            ("0.6", "0.05")]
+    said = fails(capsys, "sweep", tmp_path, **{**config, "peak": [0.1], "fill": [None],
+                                               "experiment": "none"})
+    assert "no pair with fill <= peak; null: 0.5 and 0.3, as in the weights" in said
+    assert not (tmp_path / "runs/none").exists()
+
+
 def test_sweep_keeps_validation_and_test_apart(tmp_path, capsys):
     config = sweep_config(tmp_path)
     same = {**config, "test": [entry("x", tmp_path / "va" / ".." / "va")]}

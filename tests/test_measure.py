@@ -1,4 +1,5 @@
 """measure.py: which images, labels and rows belong together, by hand; numbers by closed forms."""
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -194,6 +195,12 @@ def test_thresholds_are_every_pair_that_can_be():
                               "min_area"] and len(found) == 6
     with pytest.raises(ValueError, match="no pair with fill <= peak"):
         measure.Encoding(peak=(0.1,), fill=(0.2,))
+    weights_ = watershed.Setting(peak=0.5, fill=0.3)               # which null stands for
+    grid = SimpleNamespace(peak=(0.05, None), fill=(None, 0.02), depth=(None,), smooth=(None,),
+                           shape=(None,), min_area=(None,))
+    found = measure.bench_threshold_grid(grid, stored=weights_)
+    assert [(one["peak"], one["fill"]) for one in found] == [(0.05, 0.02), (None, None),
+                                                             (None, 0.02)]
     with pytest.raises(ValueError, match="depth: expected one value or more"):
         measure.Encoding(depth=())
 

@@ -508,8 +508,8 @@ def _field_index(rows: list[FoundField], root: str, channels: Sequence[str] | No
 # ------------------------------------------------------------------------ folders and drawn fields
 
 def local_fields(config: FieldData, seed: int
-                 ) -> tuple[tuple[str, ...], list[Callable[[], Pixels]]]:
-    """Channels and a function for each field, first for those held out."""
+                 ) -> tuple[tuple[str, ...], list[functools.partial[Pixels]]]:
+    """Channels and a function of file or number for each field, first for those held out."""
     make = _mixed_fields if config.square else _drawn_fields if config.fields else _whole_fields
     return make(config, seed)
 

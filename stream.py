@@ -45,12 +45,13 @@ def open_pool(config: fields.FieldData, batch: int, seed: int, device: str, rank
         train, _ = fields.split_field_index(config, seed)
         return FieldPool(train, config, device, rank, world, seed, bad_fields)
     channels, makers = fields.local_fields(config, seed)
-    makers = makers[config.held:]
+    held, makers = makers[:config.held], makers[config.held:]
     if len(makers) < batch:
         raise ValueError(f"batch={batch}: {len(makers)} fields to train on beside data.held="
                          f"{config.held}, and none is taken twice; give more fields or a smaller "
                          "batch")
-    return ResidentPool((make()[:2] for make in makers), channels, device, rank, world, seed)
+    return ResidentPool((make()[:2] for make in makers), channels, device, rank, world, seed,
+                        [getattr(make.args[0], "name", str(make.args[0])) for make in held])
 
 
 # ---------------------------------------------------------------------------------------- resident
@@ -86,10 +87,12 @@ class Pool:
 
 class ResidentPool(Pool):
     """A pool filled once with (name, (C, H, W) uint16), equal on all ranks; sample() depends on
-    seed, step and the batch over all ranks alone."""
+    seed, step and the batch over all ranks alone. held : names of the fields to measure on."""
 
     def __init__(self, arrays: Iterable[tuple[str, np.ndarray]], channels: Sequence[str],
-                 device: str | torch.device, rank: int = 0, world: int = 1, seed: int = 0):
+                 device: str | torch.device, rank: int = 0, world: int = 1, seed: int = 0,
+                 held: Sequence[str] = ()):
+        self.held = held
         self.rank, self.world, self.seed = rank, world, seed
         self.channels, self.names = tuple(channels), []
         pixels, limits = [], []
@@ -108,10 +111,14 @@ class ResidentPool(Pool):
         return self._sent(slots[self.rank * batch:(self.rank + 1) * batch])
 
     def state(self) -> dict:
-        return {}
+        """State for the checkpoint: which fields there are, and which of them are held out."""
+        return {"fields": runs.digest("\n".join((*self.held, "", *map(str, self.names))))}
 
     def restore(self, states: Sequence[dict]) -> None:
-        """All fields are here."""
+        """Refuse other fields; checkpoints of the version before do not tell them."""
+        if states[0].get("fields", now := self.state()["fields"]) != now:
+            raise ValueError("the checkpoint's pool had other fields, or others held out; give "
+                             "data.folders the same files again, or begin a new experiment")
 
     def stats(self) -> dict[str, float]:
         return {}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -120,6 +121,29 @@ def test_resident_two_ranks_equal_one():
                                                         pixels)
     np.testing.assert_allclose(one.limits, [images.percentiles(p) for _, p in arrays()], rtol=1e-6)
     assert one.stats() == {}
+
+
+def test_a_resident_pool_goes_on_with_the_same_fields_alone(tmp_path):
+    """A file more, or another name, would change what is trained on and what is held out."""
+    for number in range(6):
+        tifffile.imwrite(tmp_path / f"f{number}.tif", picture(9, number, 1))
+    config = fields.FieldData(folders=(str(tmp_path),), held=2)
+
+    def opened():
+        return stream.open_pool(config, 2, 0, "cpu")
+    state = opened().state()
+    opened().restore([state, state])
+    opened().restore([{}])                                        # of the version before
+    held = next(fields.held_out_fields(config, 0)[1])[0]
+    kept = opened().names[0]
+    for stem in (held, kept):
+        (tmp_path / f"{stem}.tif").rename(tmp_path / f"{stem}_.tif")
+        with pytest.raises(ValueError, match="had other fields, or others held out; give"):
+            opened().restore([state])
+        (tmp_path / f"{stem}_.tif").rename(tmp_path / f"{stem}.tif")
+    tifffile.imwrite(tmp_path / "g.tif", picture(9, 7, 1))
+    with pytest.raises(ValueError, match="had other fields"):
+        opened().restore([state])
 
 
 @settings(max_examples=60, deadline=None)

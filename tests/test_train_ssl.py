@@ -213,6 +213,19 @@ def test_stopped_and_started_again_it_is_the_same(whole, inside, tmp_path, monke
     assert torch.equal(one["usage"], other["usage"])
 
 
+def test_it_does_not_go_on_with_other_fields(inside, tmp_path, capsys):
+    folder = tmp_path / "fields"
+    folder.mkdir()
+    for number in range(6):
+        np.save(folder / f"{number}.npy",
+                np.random.default_rng(number).integers(0, 255, (2, 64, 64)).astype(np.uint8))
+    path = toy(tmp_path, data=dict(fields=0, folders=[str(folder)], brightfield=[]), steps=3,
+               measure=dict(every=9))
+    assert inside(path) == inside(path) == 0
+    np.save(folder / "6.npy", np.zeros((2, 64, 64), np.uint8))
+    assert inside(path) == 1 and "pool had other fields" in capsys.readouterr().err
+
+
 def test_two_processes_train_to_the_weights_of_one(inside, tmp_path):
     """The same batch over all; eps keeps gradients of mere rounding from becoming steps."""
     def path(name):

@@ -30,7 +30,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from scipy.ndimage import binary_dilation, gaussian_filter
+from scipy.ndimage import binary_dilation, find_objects, gaussian_filter
 from skimage.filters import threshold_otsu
 from skimage.morphology import disk, remove_small_objects
 from torch import Tensor
@@ -356,19 +356,42 @@ def blocks_of(labels: np.ndarray, source, plan: Plan) -> Iterator[Block]:
         labels = np.where(np.isin(labels, edge), 0, labels)
     if plan.embed:
         number, given = pooled_vectors(network_map(source, plan)[1], labels, plan)
-    known = np.zeros(int(labels.max(initial=0)) + 1, bool)  # met in a block before
-    known[0] = True
-    for core, view in _block_regions(plan, *labels.shape):
-        ids, local = np.unique(labels[view], return_inverse=True)
-        local = local.reshape(labels[view].shape)
-        if ids[0] != 0:  # there is no background
-            ids, local = np.insert(ids, 0, 0), local + 1
-        new = np.unique(labels[core])
-        new = np.searchsorted(ids, new[~known[new]])
-        known[ids[new]] = True
+    regions, known = [*_block_regions(plan, *labels.shape)], {0}   # known: met in a block before
+    boxes = _label_boxes(labels, regions) if len(regions) > 1 else {}
+    for core, view in regions:
+        met = [number for number in np.unique(labels[core]).tolist() if number not in known]
+        known.update(met)
+        for number in met if boxes else ():    # large ones, and those in parts, are seen whole
+            view = _around(view, boxes[number])
+        ids, local = _dense_labels(labels[view])
+        new = np.searchsorted(ids, met)
         yield Block(core, view, local.astype(np.int32), ids.astype(np.int32), new, labels[core],
                     np.zeros(local.shape, np.float32),
                     None if given is None else given[np.searchsorted(number, ids[new])])
+
+
+def _dense_labels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ids, ascending from 0, and the place of each pixel's id among them."""
+    ids, local = np.unique(np.append(labels.ravel(), 0), return_inverse=True)
+    return ids, local[:-1].reshape(labels.shape)
+
+
+def _label_boxes(labels: np.ndarray, regions: Sequence[tuple[Region, Region]]
+                 ) -> dict[int, Region]:
+    """The box of each cell; found block by block, for numbers may be large."""
+    boxes: dict[int, Region] = {}
+    for (rows, columns), _ in regions:
+        ids, local = _dense_labels(labels[rows, columns])
+        for number, box in zip(ids[1:].tolist(), find_objects(local)):
+            y, x = (slice(part.start + side.start, part.stop + side.start)
+                    for part, side in zip(box, (rows, columns)))
+            boxes[number] = _around(boxes.get(number, (y, x)), (y, x))
+    return boxes
+
+
+def _around(one: Region, other: Region) -> Region:
+    rows, columns = (slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(one, other))
+    return rows, columns
 
 
 def network_map(source, plan: Plan, progress: Callable[[float], None] | None = None
@@ -400,8 +423,11 @@ def _block_labels(distance: Tensor, net: Region, view: Region, scales: tuple[flo
     if max(scales) <= 1:
         local = without_holes(flood(whole, plan.setting, plan.zoom))
     else:
-        local = _nearest(without_holes(flood(distance, plan.setting)), net, view, scales)
-        local = drop_small(local, 1, int(local.max()))  # of less than a pixel
+        # small cells are dropped below, by their px of the image
+        found = flood(distance, plan.setting._replace(min_area=0))
+        local = _nearest(without_holes(found), net, view, scales)
+        local = drop_small(local, max(1, round(plan.setting.min_area / plan.zoom**2)),
+                           int(local.max()))
     labels = local.cpu().numpy()
     return (_drop_cut(labels, view, size) if plan.border == "drop" else labels,
             whole.cpu().numpy())

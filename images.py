@@ -333,11 +333,11 @@ def _pick_channels(path: Path, channels: Channels, count: int, names: Sequence[s
     if channels is None:
         return list(range(count))
     known, picked = [name.lower() for name in names], []
-    if isinstance(channels, (int, str)):
-        channels = str(channels).split(",")
-    for wanted in channels:
+    if isinstance(channels, str):
+        channels = channels.split(",")
+    for wanted in [channels] if isinstance(channels, int) else channels:
         text = str(wanted).strip().lower()
-        if text in known:
+        if text in known and not isinstance(wanted, int):      # a name may be a number, too
             picked.append(known.index(text))
         elif text.isdigit() and 1 <= int(text) <= count:
             picked.append(int(text) - 1)

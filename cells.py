@@ -522,11 +522,14 @@ class GeoWriter:
     while its cells come: add(), close().
 
     QuPath takes UUIDs only as ids, so the cell's number is the detection's name.
-    names : of all types, in the order of their colours.
+    names : of all types, in the order of their colours; scale : px of the slide at full size for
+    each of the cells', down and across; plane : z and t from 0, of a stack.
     """
 
-    def __init__(self, path: str | Path, names: Sequence[str] = ()):
+    def __init__(self, path: str | Path, names: Sequence[str] = (),
+                 scale: tuple[float, float] = (1.0, 1.0), plane: tuple[int, int] | None = None):
         self.path, self.count, self.colours = Path(path), 0, cell_type_colours(names)
+        self.scale, self.plane = np.array(scale[::-1]), plane      # x, y
         self.spool = tempfile.TemporaryFile(  # noqa: SIM115  # until close()
             "w+", encoding="utf-8", dir=self.path.parent)
 
@@ -536,7 +539,8 @@ class GeoWriter:
         values = zip(*(column.tolist() for column in columns.values()))
         rows = {row["id"]: row for row in (dict(zip(columns, value)) for value in values)}
         for identity, parts in shapes:
-            coordinates = [[ring.tolist() for ring in part] for part in parts]
+            coordinates = [[(ring if (self.scale == 1).all() else ring * self.scale).tolist()
+                            for ring in part] for part in parts]
             several, row = len(parts) > 1, rows.get(identity, {})
             feature: dict[str, Any] = {
                 "type": "Feature",
@@ -547,6 +551,8 @@ class GeoWriter:
                     name: float(f"{value:.7g}") for name, value in row.items()
                     if name not in ("id", "type") and math.isfinite(value)}},
             }
+            if self.plane is not None:
+                feature["geometry"]["plane"] = {"c": -1, **dict(zip("zt", self.plane))}
             if "type" in row:
                 feature["properties"]["classification"] = {
                     "name": row["type"], "color": self.colours[row["type"]]}

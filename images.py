@@ -279,9 +279,9 @@ class Source:
     def __init__(self, path: Path, channels: Channels, read: Read,
                  shape: tuple[int, int, int], dtype: np.dtype, names: Sequence[str] | None = None,
                  pixel_size: float | None = None, notices: Sequence[str] = (), alpha: bool = False,
-                 levels: int = 1):
+                 levels: int = 1, reduced: tuple[float, float] = (1.0, 1.0)):
         """shape : with all channels of read(), of which the last may be alpha; levels : sizes that
-        are stored."""
+        are stored; reduced : px of the largest for each of this, down and across."""
         if 0 in shape or dtype.kind not in "buif" or dtype.itemsize > 8:
             raise ValueError(f"{path}: pixels of {dtype}, (C, H, W) = {shape}; expected at least "
                              "one pixel, integers or floats of at most 64 bits")
@@ -293,7 +293,7 @@ class Source:
         self.path, self.shape = path, (len(self._picked), *shape[1:])
         self.dtype = np.dtype(np.uint8) if dtype.kind == "b" else dtype.newbyteorder("=")
         self.channels = names and tuple(names[i] for i in self._picked)
-        self.pixel_size, self.levels = pixel_size, levels
+        self.pixel_size, self.levels, self.reduced = pixel_size, levels, reduced
         self.notices = (*notices, "alpha channel dropped") if alpha else tuple(notices)
 
     def region(self, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
@@ -532,7 +532,9 @@ def _open_tiff(path: Path, select: Selector, files: ExitStack, colours: bool, le
         stored = source_of_arrays([table[:, stored["read"]([0], slice(0, H), slice(0, W))[0]]],
                                   "CYX")
     alpha = stored["shape"][0] == page.samplesperpixel and page.extrasamples[-1:] in ((1,), (2,))
-    return dict(stored, alpha=alpha, levels=len(levels), **about)
+    full, own = (one.keyframe for one in (levels[0], series))
+    reduced = full.imagelength / own.imagelength, full.imagewidth / own.imagewidth
+    return dict(stored, alpha=alpha, levels=len(levels), reduced=reduced, **about)
 
 
 def _level(path: Path, levels: Sequence[Any], pixel_size: float | None, wanted: Level

@@ -577,8 +577,10 @@ class Results:
         self.all = np.zeros((H, W), np.int32) if config.each and config.embed else None
         self.nesting = cells.Nesting()
         self.polygons: list[tuple] = []  # for rois
-        self.geojson = (cells.GeoWriter(out / f"{name}.geojson", plan.net.type_names)
-                        if config.geojson else None)
+        place = (config.plane or 1) - 1, (config.frame or 1) - 1
+        self.geojson = cells.GeoWriter(
+            out / f"{name}.geojson", plan.net.type_names, source.reduced,
+            place if any(place) else None) if config.geojson else None
         self.labelled = 0  # px
         self.unlikely: set[int] = set()  # cells below min_score
 

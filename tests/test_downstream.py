@@ -387,8 +387,11 @@ def test_tables_of_other_settings_are_refused(study, whole, tmp_path):
         with pytest.raises(ValueError, match=said):
             step(path, *words)
     models = [{"name": "base", "weights": str(WEIGHTS), "peak": 0.6},
-              {"name": "tuned", "weights": str(WEIGHTS), "peak": 0.5}]
+              {"name": "tuned", "weights": "elsewhere.pt"}]
     (tmp_path / "other").mkdir()
+    other = configured(study, tmp_path / "other", out=str(tmp_path / "results"), models=models)
+    assert step(other, "report") == 0                          # a machine without the weights
+    models[1] = {"name": "tuned", "weights": str(WEIGHTS), "peak": 0.5}
     other = configured(study, tmp_path / "other", out=str(tmp_path / "results"), models=models)
     with pytest.raises(ValueError, match="ran with peak of model 'tuned' None, now it is 0.5; run"):
         step(other, "report")

@@ -335,9 +335,10 @@ def _pick_channels(path: Path, channels: Channels, count: int, names: Sequence[s
     known, picked = [name.lower() for name in names], []
     if isinstance(channels, str):
         channels = channels.split(",")
+    alone = isinstance(channels, int)                   # a number; in a list it may be a name
     for wanted in [channels] if isinstance(channels, int) else channels:
         text = str(wanted).strip().lower()
-        if text in known and not isinstance(wanted, int):      # a name may be a number, too
+        if text in known and not alone:
             picked.append(known.index(text))
         elif text.isdigit() and 1 <= int(text) <= count:
             picked.append(int(text) - 1)

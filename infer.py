@@ -158,6 +158,9 @@ class Config:
             raise ValueError(f"z={self.z}: expected all; for one plane give plane={self.z}")
         if self.z and self.time == "all":
             raise ValueError("z=all and time=all: choose one plane=3 or one time=3")
+        if self.z and self.border == "drop":
+            raise ValueError("z=all and border=drop: slices would be dropped, not cells; leave it "
+                             "out, and drop what touches_border in NAME_cells.csv")
         if self.z and self.plane:
             raise ValueError(f"z=all and plane={self.plane}: expected one of the two")
         for key in ("geojson", "rois", "distance", "embed", "within"):
@@ -318,8 +321,12 @@ class Work:
         others: dict[str, list[Path | str]] = defaultdict(list)  # reason -> images
         for path, name in found.items():
             record = records.get(name)
-            reason = "" if record is None else result_difference(record, path, name, self.made,
-                                                                 config)
+            try:
+                reason = "" if record is None else result_difference(record, path, name, self.made,
+                                                                     config)
+            except OSError as error:                    # a link that leads nowhere
+                self.fail(error, path, error, len(found) == 1)
+                continue
             if name not in records and (strange := self.strange_file(names[name][1:])):
                 reason = f"{strange} beside it is there and is none of this program's"
             if reason:
@@ -384,7 +391,8 @@ class Work:
                     self.summary.add(row)
                 except runs.Stopped:
                     bar.clear()
-                    print("stopped; the same command goes on from here", file=sys.stderr)
+                    lead = "without overwrite=true " * (config.overwrite and not config.linked)
+                    print(f"stopped; {lead}the same command goes on from here", file=sys.stderr)
                     return runs.REQUEUE
                 except (ValueError, OSError, MemoryError, RuntimeError) as error:
                     if isinstance(error, RuntimeError) and not runs.is_out_of_memory(error):
@@ -676,6 +684,8 @@ class Results:
         likely = score["score"] >= self.config.min_score
         self.unlikely |= set(block.ids[block.new[~likely]].tolist())
         drop = np.isin(block.ids, list(self.unlikely))
+        others = np.setdiff1d(np.arange(1, len(drop)), block.new)  # a later block may drop them
+        drop[others] |= self.scores(replace(block, new=others))["score"] < self.config.min_score
         local = np.where(drop[block.local], 0, block.local)
         labels = np.where(np.isin(block.labels, list(self.unlikely)), 0, block.labels)
         vectors = None if block.vectors is None else block.vectors[likely]
@@ -743,6 +753,9 @@ def around_of(name: str, config: Config, source) -> Path | None:
     path = around_file(name, config)
     if path is None:
         return None
+    if path.resolve() == (Path(config.out) / f"{name}_labels.tif").resolve():
+        raise ValueError(f"within={config.within}: {path} would be replaced by the cells of this "
+                         "run; choose another out=")
     if path.resolve() == Path(source.path).resolve():
         raise ValueError(f"within={config.within}: is the image itself; expected labels of cells")
     if not path.is_file():
@@ -767,14 +780,32 @@ class Planes:
         if config.spacing:
             self.about = self.about._replace(step=config.spacing)
         sizes: dict[tuple[int | str, ...], Path] = {}
-        for file in self.files if path.is_dir() else ():
-            with images.open_image(file, config.channels) as source:
+        if path.is_dir():
+            self.check_frames()
+        elif self.about.planes == 1 and config.linked not in self.about.axes:
+            print_line(f"{path}: no axis {config.linked} (axes {self.about.axes}), taken as one "
+                       f"{'plane' if config.z else 'frame'}")
+        for number, file in enumerate(self.files if path.is_dir() else ()):
+            with self.open(number) as source:
                 sizes.setdefault((*source.shape, str(source.dtype)), file)
         if len(sizes) > 1:
             (one, first), (other, second) = list(sizes.items())[:2]
             raise ValueError(f"{second}: {' x '.join(map(str, other))} (channels, height, width, "
                              f"kind), but {first} has {' x '.join(map(str, one))}; expected one "
                              "size and kind")
+
+    def check_frames(self) -> None:
+        """Refuse frames of several folders, say which numbers are missing among their names."""
+        folders = sorted({file.parent for file in self.files})
+        if len(folders) > 1:
+            raise ValueError(f"{self.path}: images in {len(folders)} folders, such as {folders[0]} "
+                             f"and {folders[1]}, would be linked; give one folder after the other")
+        numbers = [int((re.findall(r"\d+", file.stem) or [0])[-1]) for file in self.files]
+        steps = np.diff(numbers)
+        if len(steps) and (steps > 0).all() and (steps != steps.min()).any():
+            after = numbers[int(np.argmax(steps != steps.min()))]
+            print_line(f"warning: {self.path}: the numbers of its images have a gap after {after}; "
+                       "neighbours in the list count as neighbours")
 
     def __len__(self) -> int:
         return len(self.files) if self.path.is_dir() else self.about.planes
@@ -783,7 +814,7 @@ class Planes:
         """A plane, counted from 0."""
         config, file, plane, frame = self.config, self.path, self.config.plane, self.config.frame
         if file.is_dir():
-            file, plane, frame = self.files[number], None, None
+            file = self.files[number]
         elif config.linked == "Z":
             plane = number + 1
         else:
@@ -824,7 +855,7 @@ def segment_stack(path: Path, name: str, out: Path, net, config: Config, made: d
     with runs.locked(work, f"{path}: another run is at work on it in out={config.out}; wait for "
                      "its end, or give another out="):
         sign = work / runs.digest(str(made), len(planes))
-        if config.overwrite or not sign.exists():
+        if not sign.exists():
             for old in work.iterdir():  # of another image or setting
                 old.unlink()
         sign.touch()

@@ -715,3 +715,125 @@ def test_an_image_of_a_movie_keeps_nothing_of_the_movie(tmp_path, field):
     assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()) == [
         "m_cells.csv", "m_ctc/01_GT/man_track.txt", "m_labels.tif", "m_overlay.png", "summary.csv"]
     assert not (out / "m_ctc/01_RES").exists()
+
+
+def test_given_cells_larger_than_a_block_and_in_parts_are_measured_whole(tmp_path):
+    labels = np.zeros((700, 700), np.uint32)
+    labels[50:650, 50:650], labels[5:15, 5:15], labels[680:690, 680:690] = 2_000_000_000, 7, 7
+    pixels = np.random.default_rng(0).integers(0, 1000, labels.shape).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "big.tif", pixels)
+    (tmp_path / "given").mkdir()
+    tifffile.imwrite(tmp_path / "given/big_labels.tif", np.where(labels > 9, 9, labels))
+    infer.main(Config(out=str(tmp_path / "out"), labels=str(tmp_path / "given"), geojson=True,
+                      block=100, diameter="20"), [str(tmp_path / "big.tif")])
+    table = {int(row["id"]): row for row in rows(tmp_path / "out/big_cells.csv")}
+    assert {i: float(row["area_px"]) for i, row in table.items()} == {9: 360_000, 7: 200}
+    assert float(table[9]["intensity_mean_1"]) == pytest.approx(pixels[labels > 9].mean())
+    net = model.load(infer.model.find_weights("tiny")).ready("cpu")
+    plan = segment.plan_for(pixels, net, block=100, diameter=20)
+    met = [block.ids[block.new].tolist() for block in segment.blocks_of(labels, pixels, plan)]
+    assert sorted(sum(met, [])) == [7, 2_000_000_000]
+
+
+def test_min_area_counts_px_of_the_image(tmp_path, field):
+    image = field.pixels[[field.channels.index("ER")]][:, ::3, ::3]
+    net = model.load(infer.model.find_weights("tiny")).ready("cpu")
+    everything = segment.segment(image, net, diameter=8)
+    areas = np.bincount(everything.ravel())[1:]
+    least = int(np.median(areas))
+    kept = np.bincount(segment.segment(image, net, diameter=8, min_area=least).ravel())[1:]
+    assert sorted(kept) == sorted(areas[areas >= least]) and len(kept) < len(areas)
+
+
+def test_outlines_are_in_px_of_the_slide_and_on_their_plane(tmp_path):
+    """Where QuPath expects them, whichever size the network saw."""
+    y, x = np.mgrid[:256, :256]
+    pixels = ((np.sin(x / 12) * np.sin(y / 12) > 0.4) * 200).astype(np.uint8)
+    with tifffile.TiffWriter(tmp_path / "s.ome.tif") as tif:
+        tif.write(pixels, subifds=1, tile=(64, 64))
+        tif.write(pixels[::2, ::2], subfiletype=1, tile=(64, 64))
+    tifffile.imwrite(tmp_path / "z.tif", np.stack([pixels] * 4), ome=True,
+                     metadata={"axes": "ZYX"})
+    ends = {}
+    for name, keys in (("s.ome", {}), ("s.ome", {"level": 2}), ("z", {"plane": 3})):
+        (tmp_path / "given").mkdir(exist_ok=True)
+        small = pixels[::2, ::2] if keys.get("level") else pixels
+        images.write_labels(tmp_path / f"given/{name}_labels.tif",
+                            np.int32(images_label(small > 0)))
+        infer.main(Config(out=str(tmp_path / "out"), labels=str(tmp_path / "given"), geojson=True,
+                          overwrite=True, diameter="20", **keys), [str(tmp_path / f"{name}.tif")])
+        features = json.loads((tmp_path / f"out/{name}.geojson").read_text())["features"]
+        shapes = [feature["geometry"] for feature in features]
+        assert {json.dumps(shape.get("plane")) for shape in shapes} == {
+            '{"c": -1, "z": 2, "t": 0}' if "plane" in keys else "null"}
+        ends[str(keys)] = np.max([np.max(shape["coordinates"][0], 0) for shape in shapes
+                                  if shape["type"] == "Polygon"], 0)
+    np.testing.assert_allclose(ends["{'level': 2}"], ends["{}"], atol=2)
+    np.testing.assert_array_equal(ends["{'plane': 3}"], ends["{}"])
+
+
+def images_label(mask):
+    from scipy import ndimage
+    return ndimage.label(mask)[0]
+
+
+def test_keys_and_folders_that_would_mix_cells_are_refused(tmp_path, field, capsys):
+    frame = field.pixels[field.channels.index("ER")][:64, :64]
+    with pytest.raises(ValueError, match="slices would be dropped, not cells"):
+        Config(z="all", border="drop")
+    for name in ("two/A/z0", "two/A/z1", "two/B/z0", "gap/t_001", "gap/t_002", "gap/t_005"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(tmp_path / f"{name}.tif", frame)
+    with pytest.raises(ValueError, match="images in 2 folders, such as .*A and .*B"):
+        infer.main(Config(out=str(tmp_path / "o"), z="all"), [str(tmp_path / "two")])
+    infer.main(Config(out=str(tmp_path / "o"), time="all"), [str(tmp_path / "gap")])
+    assert "have a gap after 2" in capsys.readouterr().err
+    tifffile.imwrite(tmp_path / "c.tif", np.stack([frame] * 3), imagej=True,
+                     metadata={"axes": "CYX"})
+    infer.main(Config(out=str(tmp_path / "o"), z="all"), [str(tmp_path / "c.tif")])
+    assert "c.tif: no axis Z (axes CYX), taken as one plane" in capsys.readouterr().err
+    tifffile.imwrite(tmp_path / "n.tif", frame)
+    infer.main(Config(out=str(tmp_path / "o")), [str(tmp_path / "n.tif")])
+    before = (tmp_path / "o/n_labels.tif").read_bytes()
+    with pytest.raises(ValueError, match="n_labels.tif would be replaced by the cells of this run"):
+        infer.main(Config(out=str(tmp_path / "o"), within=str(tmp_path / "o"), overwrite=True,
+                          peak=0.9), [str(tmp_path / "n.tif")])
+    assert (tmp_path / "o/n_labels.tif").read_bytes() == before
+
+
+def test_frames_that_are_stacks_take_the_plane_that_is_asked_for(tmp_path, field):
+    frame = field.pixels[field.channels.index("ER")][:64, :64]
+    for t in range(2):
+        tifffile.imwrite(tmp_path / f"in_t{t}.tif", np.stack([frame * 0, frame, frame * 0]),
+                         ome=True, metadata={"axes": "ZYX"})
+    infer.main(Config(out=str(tmp_path / "o"), time="all", plane=2), [str(tmp_path)])
+    table, = (tmp_path / "o").glob("*_tracks.csv")
+    assert len(rows(table))
+
+
+def test_channels_named_by_numbers_are_taken_by_their_places(tmp_path):
+    pixels = np.arange(3 * 32 * 32, dtype=np.uint16).reshape(3, 32, 32)
+    tifffile.imwrite(tmp_path / "n.ome.tif", pixels, metadata={
+        "axes": "CYX", "Channel": {"Name": ["0", "1", "2"]}})
+    with images.open_image(tmp_path / "n.ome.tif") as source:
+        assert source.channels == ("0", "1", "2") and source.numbers == (1, 2, 3)
+    for number in (1, 2, 3):
+        with images.open_image(tmp_path / "n.ome.tif", number) as source:
+            np.testing.assert_array_equal(source.whole().pixels[0], pixels[number - 1])
+    with images.open_image(tmp_path / "n.ome.tif", "1") as source:              # its name
+        np.testing.assert_array_equal(source.whole().pixels[0], pixels[1])
+
+
+def test_a_link_that_leads_nowhere_stops_no_other_image(tmp_path, field, capsys):
+    frame = field.pixels[field.channels.index("ER")][:64, :64]
+    (tmp_path / "in").mkdir()
+    for name in ("real", "other"):
+        tifffile.imwrite(tmp_path / f"{name}.tif", frame)
+    (tmp_path / "in/a.tif").symlink_to(tmp_path / "real.tif")
+    infer.main(Config(out=str(tmp_path / "o")), [str(tmp_path / "in")])
+    (tmp_path / "real.tif").unlink()
+    (tmp_path / "other.tif").rename(tmp_path / "in/b.tif")
+    with pytest.raises(ValueError, match="1 of 2 images could not be done"):
+        infer.main(Config(out=str(tmp_path / "o")), [str(tmp_path / "in")])
+    assert "in/a.tif: No such file" in capsys.readouterr().err
+    assert (tmp_path / "o/b_labels.tif").exists()

@@ -168,10 +168,14 @@ class _LazyLoader(importlib.abc.Loader):
 
 
 class _LazyFinder:
-    """Finds the modules of a `with lazy():` block."""
+    """Finds the modules of a `with lazy():` block, which other threads import as ever."""
 
-    @staticmethod
-    def find_spec(name: str, path=None, target=None):
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+
+    def find_spec(self, name: str, path=None, target=None):
+        if threading.get_ident() != self.thread:
+            return None
         if "." in name:
             raise ImportError(f"import {name}: in lazy() only whole packages, for this would run "
                               f"{name.partition('.')[0]}")
@@ -187,11 +191,12 @@ def lazy() -> Iterator[None]:
 
     Whole packages only: `from torch import Tensor` and `import torch.nn` would run torch at once.
     """
-    sys.meta_path.insert(0, _LazyFinder)
+    finder: Any = _LazyFinder()
+    sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
-        sys.meta_path.remove(_LazyFinder)
+        sys.meta_path.remove(finder)
 
 
 def is_loaded(name: str) -> bool:
@@ -893,7 +898,9 @@ class Run:
         return state
 
     def exit_code(self) -> int:
-        """Exit code after a stop: Slurm's signals ask to be queued again, Ctrl-C does not."""
+        """Exit code after a stop: Slurm's signals ask to be queued again, Ctrl-C does not. The
+        folder is free from now on."""
+        self.lock.close()
         return 130 if self.signal == signal.SIGINT else REQUEUE
 
 

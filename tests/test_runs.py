@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import types
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -384,6 +386,21 @@ def test_scripts_take_the_threads_of_their_cores():
 
 
 # ------------------------------------------------------------------- imports, bounds, files, tables
+
+def test_other_threads_import_as_ever_while_one_is_lazy():
+    """A page's network imports parts of packages while a request loads its modules."""
+    found = []
+
+    def other():
+        import wsgiref.simple_server  # a part: in lazy() it is refused
+        found.append(type(wsgiref.simple_server))
+
+    with runs.lazy():
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert found == [types.ModuleType]
+
 
 def test_lazy_modules_run_at_their_first_use(tmp_path):
     (tmp_path / "slow.py").write_text("print('ran')\nVALUE = 3\n")

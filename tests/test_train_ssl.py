@@ -205,9 +205,6 @@ def test_stopped_and_started_again_it_is_the_same(whole, inside, tmp_path, monke
             signal.raise_signal(signal.SIGTERM)
         return update(*arguments)
     monkeypatch.setattr(ssl_, "update_teacher", interrupted)
-    code = runs.Run.exit_code
-    monkeypatch.setattr(runs.Run, "exit_code",              # a process that ends frees the folder
-                        lambda run: run.lock.close() or code(run))
     assert inside(path) == 85 and checkpoint(tmp_path)["step"] == 3
     assert inside(path) == 0 and len(calls) == 8
     one, other = checkpoint(whole), checkpoint(tmp_path)

@@ -597,18 +597,15 @@ def told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
                        metrics.type_f1(truth, answer, range(1, 1 + len(names))))}
     if net is None or net.origin is None:      # none that finds cells
         return scores
-    own = net.type_names == names            # trained to tell these: with its own head
-    setting = None if own else finding_setting(net, train, typed.reach, diameter)
     if config.export:
         whole = networks.load(net.origin)
         whole.set_types(head, names)
-        for name, value in setting._asdict().items() if setting else ():
-            setattr(whole.settings, name, value)
         networks.save(whole, config.export, half=True)
         print(f"{', '.join(names)} -> {config.export}" + (f"; infer.py wants diameter={diameter:g} "
               "with it, for images of the same magnification" if diameter else ""))
+    own = net.type_names == names            # trained to tell these: with its own head
     return scores | {"diameter": diameter or np.nan} | found_types(
-        net, None if own else head, test, names, typed.reach, diameter, setting)
+        net, None if own else head, test, names, typed.reach, diameter)
 
 
 def cell_centres(table: dict[str, np.ndarray]) -> np.ndarray:
@@ -616,38 +613,12 @@ def cell_centres(table: dict[str, np.ndarray]) -> np.ndarray:
     return np.stack([table["centroid_y_px"], table["centroid_x_px"]], 1)
 
 
-def finding_setting(net, known: Sequence[TypedImage], reach: float, diameter: float | None
-                    ) -> watershed.Setting:
-    """The thresholds that find the cells of images best, by F_d: these are of other cells than
-    those that the network was trained on, and which types they are of is lost with them."""
-    seen = []
-    for image in known:
-        plan = segment.plan_for(image.pixels, net, diameter=diameter)
-        seen.append((cell_centres(cells.cell_table(image.labels)), image.labels.shape, plan,
-                     segment.network_map(segment.as_source(image.pixels), plan)[0]))
-
-    def detection(setting: watershed.Setting) -> float:
-        pairs = total = 0
-        for true, shape, plan, rows in seen:
-            found, _ = segment.cells_in_map(rows, plan._replace(setting=setting), shape)
-            at = cell_centres(cells.cell_table(found))
-            pairs += len(metrics.match_centres(true, at, reach))
-            total += len(true) + len(at)
-        return 2 * pairs / max(1, total)
-
-    stored = net.settings.setting
-    return watershed.tune(detection, smooth=(stored.smooth,), shape=(stored.shape,),
-                          min_area=(stored.min_area,))
-
-
 def found_types(net, head, asked: Sequence[TypedImage], names: tuple[str, ...], reach: float,
-                diameter: float | None, setting: watershed.Setting | None) -> dict[str, float]:
-    """F_d and F_c of the cells that the network finds, with a setting or its own; `head`: None, if
-    it tells types itself."""
+                diameter: float | None) -> dict[str, float]:
+    """F_d and F_c of the cells that the network finds; `head`: None, if it tells types itself."""
     pairs, missed, extra = [], [], []
     for pixels, labels, types in asked:
         plan = segment.plan_for(pixels, net, diameter=diameter, embed=True)
-        plan = plan._replace(setting=setting or plan.setting)
         distance, pool = segment.network_map(segment.as_source(pixels), plan)
         found, _ = segment.cells_in_map(distance, plan, labels.shape)
         _, rows = segment.pooled_vectors(pool, found, plan, outlines=True)

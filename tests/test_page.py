@@ -1296,6 +1296,11 @@ def test_keys_and_clicks_hit_what_is_shown(chrome, site):
     assert site.project.of("a")["setting"]["peak"] == pytest.approx(0.3) != before
     assert site.project.open("more_b").book.revision == other
     assert [edits.what_of(line) for line in book.done] == ["find", "remove", "flood", "draw"]
+    person.press("p")
+    person.until("image.name === 'a'")
+    chrome.execute_script("edit('undo'); edit('undo'); step(1)")  # the slider's: all anew, then on
+    person.until("image.name === 'more_b'", "the next image after an undo")
+    assert len(book.done) == 2
 
 
 def test_enter_goes_past_a_damaged_image_and_takes_nothing_back(chrome, folder):

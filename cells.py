@@ -352,7 +352,8 @@ class Nesting:
 
     def tables(self) -> tuple[dict[int, int], dict[str, np.ndarray]]:
         """The large cell {small: large} that has most pixels of a small one, 0 where that is the
-        background; and columns of the large ones: id, area, number, area and ids of the small."""
+        background; and columns of the large ones: id, area, number of the small, their area, the
+        share of the large one that they take, their ids."""
         most: dict[int, int] = {}
         owner: dict[int, int] = {}
         area: Counter[int] = Counter()
@@ -369,10 +370,12 @@ class Nesting:
         inside = np.array([sum(small_area[small] for small in held[large]) for large in ids],
                           np.int64)
         whole = np.array([area[large] for large in ids], np.int64)
+        # a nucleus may reach out of its cell
+        shared = np.array([sum(most[small] for small in held[large]) for large in ids], np.int64)
         return owner, {
             "id": np.array(ids, np.int64), "area_px": whole,
             "nuclei": np.array([len(held[large]) for large in ids], np.int64),
-            "nuclei_area_px": inside, "nuclei_share": inside / np.maximum(whole, 1),
+            "nuclei_area_px": inside, "nuclei_share": shared / np.maximum(whole, 1),
             "nuclei_ids": np.array([" ".join(map(str, held[large])) for large in ids], str)}
 
 

@@ -332,14 +332,16 @@ def _coco(path: Path, by_name: dict[str, list[Path]], choice: Choice) -> Iterato
 
 
 def unread(root: Path, found: list[Example]) -> list[str]:
-    """Problems: images and labels below root without a partner, but for frames of tracking."""
+    """Problems: images and labels below root without a partner, but for frames of tracking and
+    the masks of a movie that infer.py writes."""
     used = {file for example in found for file in example.files}
     keys = {file.with_name(file_pair_key(stem_of(file))) for file in used}
     lonely = []
     for folder, files in layout_folders(root):
         if any(re.fullmatch(r"\d\d(_.*)?", at.name)
                and any(at.parent.glob(f"{at.name[:2]}_[GS]T/SEG"))
-               for at in (folder, *folder.parents)):
+               for at in (folder, *folder.parents)) or (
+                   folder.name == "01_RES" and folder.parent.name.endswith("_ctc")):
             continue
         for file in layout_files(files, {*IMAGES, ".geojson"}):
             ends = [end for end in LABEL_ENDS if stem_of(file).endswith(end)]

@@ -430,14 +430,15 @@ def test_nuclei_in_cells_by_hand():
     small[1, 1], small[2, 3:5] = 1, 2
     small[3:6, 5] = 3                                        # 1 px in cell 5, 2 outside
     small[8, 10] = 4
+    small[2:5, 2] = 6                                        # 2 px in cell 5, 1 outside
     nesting = cells.Nesting()
     nesting.add(small[:5], large[:5])
     nesting.add(small[5:], large[5:])
     owner, table = nesting.tables()
-    assert owner == {1: 5, 2: 5, 3: 0, 4: 0}
-    assert {k: v.tolist() for k, v in table.items() if k != "nuclei_share"} == {
-        "id": [5, 9], "area_px": [24, 16], "nuclei": [2, 0], "nuclei_area_px": [3, 0],
-        "nuclei_ids": ["1 2", ""]}
+    assert owner == {1: 5, 2: 5, 3: 0, 4: 0, 6: 5}
+    assert {name: values.tolist() for name, values in table.items()} == {
+        "id": [5, 9], "area_px": [24, 16], "nuclei": [3, 0], "nuclei_area_px": [6, 0],
+        "nuclei_share": [5 / 24, 0], "nuclei_ids": ["1 2 6", ""]}
 
 
 @pytest.mark.parametrize("block", [2048, 64])

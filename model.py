@@ -626,16 +626,6 @@ def load(path: str | Path) -> DINOCell:
         raise ValueError(f"{path}: {what.get(str(content.get('kind')), 'no DINOCell file')}; "
                          f"expected weights exported by train_seg.py")
     shape, settings = content["architecture"], weights_settings(content, path)
-    if heads := shape.get("decoders"):
-        print(f"{path}: weights of the format before, with decoders for {', '.join(heads)}; the "
-              "one for all is used", file=sys.stderr)
-        content["state_dict"] = {k: v for k, v in content["state_dict"].items()
-                                 if not k.startswith("decoders.")}
-    if shape.get("size", "cells") != "cells":
-        print(f"{path}: weights of the format before, whose size head is not used; give diameter=",
-              file=sys.stderr)
-        content["state_dict"] = {k: v for k, v in content["state_dict"].items()
-                                 if not k.startswith("size.")}
     with building_network(path), torch.device("meta"):
         net = DINOCell(built_backbone(shape["backbone"], content["state_dict"]),
                        tuple(shape["widths"]), shape["last"], settings, shape["stem"])
@@ -656,9 +646,10 @@ def _is_our_weights_file(content: dict) -> bool:
 
 
 def weights_settings(content: dict, path: str | Path) -> Settings:
-    """Settings of a weights file; those that OLD_FORMAT alone had are passed over."""
-    gone = ("kinds", "zoom", "pixel_size") if content["format"] == OLD_FORMAT else ()
-    given = {k: v for k, v in content["settings"].items() if k not in gone}
+    """Settings of a weights file; one that OLD_FORMAT alone had is passed over."""
+    given = dict(content["settings"])
+    if content["format"] == OLD_FORMAT:
+        given.pop("pixel_size", None)
     if surplus := given.keys() - {f.name for f in fields(Settings)}:
         raise ValueError(f"{path}: unknown settings {sorted(surplus, key=str)}; the file is newer "
                          "than this code: update it")

@@ -565,17 +565,6 @@ def test_a_size_head_is_kept_and_rests_in_float32(tmp_path):
         assert torch.equal(back.ready("cpu").size(seen), net.size(seen))
 
 
-def test_a_size_head_of_before_is_left_out(tmp_path, capsys):
-    net = small_net().eval()
-    net.add_size_head()
-    net.architecture["size"] = "maps"
-    net.size.fc1 = torch.nn.Linear(90, 32)
-    model.save(net, tmp_path / "net.pt")
-    back = model.load(tmp_path / "net.pt")
-    assert back.size is None and "size" not in back.architecture
-    assert "size head is not used; give diameter=" in capsys.readouterr().err
-
-
 def test_the_size_head_judges_each_zoom_in_the_same_way():
     """An image enlarged by one step shows at each zoom what the one before showed: the diameter is
     larger by a step, whatever the head has learnt."""

@@ -346,14 +346,15 @@ def check_trained_apart(held: Sequence[data.Labelled], hashes: dict[str, dict[st
         return
     one, other = twins[0]
     if len(hashes["train"]) == len(held) == 1:
-        print(f"{other}: the only image chooses thresholds, too; scores flatter", file=sys.stderr)
+        print(f"{other}: the only image chooses thresholds, too; its scores are too good",
+              file=sys.stderr)
     elif chosen:
         raise ValueError(f"{one}: trained on, and validated on as {other}; expected other images "
                          "to validate on: give them, or leave data.validation out, so that "
                          "data.share holds some out")
     else:
         print(f"warning: {one}: trained on, and held out as {other}, {len(twins)} such copies in "
-              "all; scores flatter, remove them", file=sys.stderr)
+              "all; scores are too good, remove the copies", file=sys.stderr)
 
 
 class Pile:

@@ -2,7 +2,7 @@
 
     tiles, unusable, others = find_tiles("slides", r"b0c(?P<channel>\\d+)")
     values = marker_of_cells(labels, read_tile(tiles[0])[1])      # (n,) the marker over each cell
-    lines = lines_by_tile("shards", key, tiles)                   # {tile: its line}, of all shards
+    lines = lines_by_tile("shards", [key], tiles)                 # {tile: its line}, of all shards
     cut = marker_threshold(lines.values(), "otsu")                # cells above it are positive
     donors = read_donors("outcomes.tsv", ["braaksc"])             # .names, .outcomes (K, D)
 
@@ -25,7 +25,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
@@ -126,7 +126,7 @@ def check_donor_folders(root: Path, tiles: Sequence[TilePair]) -> None:
             if rest != here[0]:
                 raise ValueError(f"tiles={root}: folders {folder} and {here[1]} both give donor "
                                  f"{donor}; give donor=REGEX with one group around it, such as "
-                                 "'donor_([^/]+)'")
+                                 "'donor_([^/]+)', or 'donor_([a-zA-Z0-9]+)' if they are one")
 
 
 def read_tile(tile: TilePair) -> Array:
@@ -165,10 +165,11 @@ def read_tile_lines(path: Path) -> list[dict]:
     return lines
 
 
-def lines_by_tile(folder: str | Path, key: str, tiles: Iterable[TilePair]) -> dict[str, dict]:
+def lines_by_tile(folder: str | Path, keys: Collection[str], tiles: Iterable[TilePair]
+                  ) -> dict[str, dict]:
     """{tile: its line} of all shards; `why` in a line says why there are no cells.
 
-    Lines of another key were made with other weights or settings, those of another stamp from
+    Lines of other keys were made with other weights or settings, those of another stamp from
     other pixels (the version before wrote none).
     """
     found: dict[str, dict] = {}
@@ -176,7 +177,7 @@ def lines_by_tile(folder: str | Path, key: str, tiles: Iterable[TilePair]) -> di
     for path in sorted(Path(folder).glob("*.jsonl")):
         for line in read_tile_lines(path):
             tile, stamp = named.get(line["tile"]), line.get("files")
-            if (line["key"] == key and tile and ("why" not in line or tile.name not in found)
+            if (line["key"] in keys and tile and ("why" not in line or tile.name not in found)
                     and (stamp is None or tile.is_as(stamp))):
                 found[tile.name] = line
     return found

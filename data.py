@@ -1049,8 +1049,12 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
                            f"from {Path(source).resolve()} with {chosen}\n")
     _check_written_names(source, found, "", "bytes that are no UTF-8")
     record, made = target / "converted.tsv", 0
-    stamps = _read_stamps(record)
-    _remove_left_out(target, stamps, {example.name for example in found})
+    stamps, unstamped = _read_stamps(record), not record.exists()
+    for name in stamps.keys() - {example.name for example in found}:
+        print(f"{target}: {name} removed, it left {source}", file=sys.stderr)
+        for file in _labelled_files(target, name):
+            file.unlink(missing_ok=True)
+        del stamps[name]
     written = time.monotonic()
     try:
         for example in tqdm.tqdm(found, target.name, unit="image", delay=1, leave=False):
@@ -1058,6 +1062,9 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
             stamp = runs.digest(*((file.resolve(), file.stat().st_size, file.stat().st_mtime_ns)
                                   for file in read))
             path, masks, classes = _labelled_files(target, example.name)
+            if unstamped and path.exists() and path.stat().st_mtime_ns >= max(
+                    file.stat().st_mtime_ns for file in read):     # of the version before
+                stamps[example.name] = stamp
             if path.exists() and stamps.get(example.name) == stamp:
                 continue
             image, labels = example.image(), example.labels()
@@ -1113,20 +1120,6 @@ def _read_stamps(record: Path) -> dict[str, str]:
             name = json.loads(name) if name.startswith('"') else name
         stamps[name] = row["stamp"]
     return stamps
-
-
-def _remove_left_out(target: Path, stamps: dict[str, str], names: set[str]) -> None:
-    """Remove images that left the source: those of the record, and pairs that a killed convert did
-    not record, for all pairs in its folder are its own."""
-    end = "_masks.tif"
-    pairs = {file.relative_to(target).as_posix().removesuffix(end)
-             for file in list_files(target, (end,)) if file.name.endswith(end)
-             and file.with_name(file.name.removesuffix(end) + ".tif").is_file()}
-    kept = {file for name in names for file in _labelled_files(target, name)}
-    for name in (pairs | stamps.keys()) - names:
-        for file in set(_labelled_files(target, name)) - kept:
-            file.unlink(missing_ok=True)
-        stamps.pop(name, None)
 
 
 def _labelled_files(target: Path, name: str) -> tuple[Path, Path, Path]:

@@ -391,8 +391,8 @@ class Work:
                     self.summary.add(row)
                 except runs.Stopped:
                     bar.clear()
-                    lead = "without overwrite=true " * (config.overwrite and not config.linked)
-                    print(f"stopped; {lead}the same command goes on from here", file=sys.stderr)
+                    way = "; without overwrite=true" * (config.overwrite and not config.linked)
+                    print(f"stopped; the same command goes on from here{way}", file=sys.stderr)
                     return runs.REQUEUE
                 except (ValueError, OSError, MemoryError, RuntimeError) as error:
                     if isinstance(error, RuntimeError) and not runs.is_out_of_memory(error):
@@ -796,10 +796,12 @@ class Planes:
 
     def check_frames(self) -> None:
         """Refuse frames of several folders, say which numbers are missing among their names."""
-        folders = sorted({file.parent for file in self.files})
-        if len(folders) > 1:
-            raise ValueError(f"{self.path}: images in {len(folders)} folders, such as {folders[0]} "
-                             f"and {folders[1]}, would be linked; give one folder after the other")
+        folders = Counter(file.parent for file in self.files)
+        if len(folders) > 1 and max(folders.values()) > 1:
+            one, other, *_ = folders
+            raise ValueError(f"{self.path}: images in {len(folders)} folders, such as {one} and "
+                             f"{other}, would be linked; choose the frames with pattern=, or give "
+                             "each folder by itself")
         numbers = [int((re.findall(r"\d+", file.stem) or [0])[-1]) for file in self.files]
         steps = np.diff(numbers)
         if len(steps) and (steps > 0).all() and (steps != steps.min()).any():

@@ -97,7 +97,8 @@ def main(config: Config, files: list[str]) -> int:
         if config.browser:
             webbrowser.open(server.address)
         for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            signal.signal(number, signal.default_int_handler)      # ends as Ctrl-C does
+            if signal.getsignal(number) is not signal.SIG_IGN:     # nohup
+                signal.signal(number, signal.default_int_handler)  # ends as Ctrl-C does
         with project, server:
             try:
                 server.serve_forever()
@@ -261,8 +262,6 @@ class Opened:
 
     def close(self) -> None:
         self.book.save()
-        if "marks" in self.state:
-            self.state["marks"] = list(self.marked().values())
         self.picture.close()
 
     @property
@@ -313,6 +312,7 @@ class Opened:
             self.outside = self.book.outside
             for key in FOUND:
                 self.state.pop(key, None)
+            self.state["given"] = True
             self.seen = self.distance = self.preview = None
             self.state["cells"] = len(self.book.boxes)
             self.note_found()
@@ -496,7 +496,10 @@ class Project:
         for thread in self.threads:
             thread.join(30)
         for opened in self.opened.values():
-            opened.close()
+            try:
+                opened.close()
+            except (OSError, ValueError) as error:      # the others are closed nevertheless
+                print(f"{opened.name}: {runs.error_sentence(error)}", file=sys.stderr)
         self.remember()
 
     # --------------------------------------------------------------------------------------- state
@@ -525,8 +528,10 @@ class Project:
                 opened.state["cells"] = len(opened.book.boxes)
             opened.recall_map()
             busy = self.working.get("image")
-            for old in [old for old in self.opened if old not in (name, busy)][:-OPEN + 1]:
-                with contextlib.suppress(OSError):      # a full disk; keep() says so
+            for old in [old for old in self.opened if old not in (name, busy)]:
+                if len(self.opened) <= OPEN:
+                    break
+                with contextlib.suppress(OSError, ValueError):     # keep() says so
                     self.put_away(old)
             return opened
 
@@ -645,12 +650,14 @@ class Project:
         if state.get("weights") != self.net_file:
             asked = {"setting": {}} | asked             # thresholds of other weights mean nothing
         state |= asked
+        number = opened.book.numbering()
         try:
             self.search_image(opened, net, {key: state.get(key) for key in ("diameter", "setting")})
         except BaseException:
-            for key in asked:
-                state.pop(key)
-            state |= {key: before[key] for key in asked if key in before}
+            if opened.book.numbering() == number:       # else an undo has brought others
+                for key in asked:
+                    state.pop(key, None)
+                state |= {key: before[key] for key in asked if key in before}
             raise
 
     def search_image(self, opened: Opened, net, how: dict) -> None:
@@ -990,12 +997,13 @@ def get_image(project: Project, query: dict[str, str]) -> dict:
     opened, net = project.open(name), project.network()
     opened.preview, state = None, opened.state          # of a slider that nobody holds
     known = state if state.get("weights") == project.state["weights"] else {}
+    wanted = project.wanted.get(name, {})
     setting = {**net.settings.setting._asdict(), **known.get("used", {}),
-               **known.get("setting", {})}
+               **known.get("setting", {}), **wanted.get("setting", {})}
     return {**opened.picture.about(), "name": name, "version": version_of(opened),
             "revision": opened.book.revision, "cells": len(opened.book.boxes),
             "done": bool(state.get("done")), "setting": setting,
-            "diameter": {**state, **project.wanted.get(name, {})}.get("diameter"),
+            "diameter": {**state, **wanted}.get("diameter"),
             "usual_diameter": project.state.get("diameter"), "can_flood": opened.can_flood()}
 
 
@@ -1065,7 +1073,8 @@ def post_find(project: Project, values: dict) -> dict:
             given = values["diameter"]
             if given is not None and not (type(given) in (int, float) and 1 <= given <= 10000):
                 raise ValueError(f"diameter={given}: expected 1 to 10000 px")
-            project.wanted[name] = {"diameter": None if given is None else float(given)}
+            project.wanted.setdefault(name, {})["diameter"] = (
+                None if given is None else float(given))
     project.search(names)
     return {"queued": len(names)}
 
@@ -1082,7 +1091,10 @@ def post_edit(project: Project, values: dict) -> dict:
     """Change cells by hand; refused if they are not those that the page shows."""
     opened, what = project.open(values["image"]), values["what"]
     with opened.book.lock:
-        if values["revision"] != opened.book.revision or opened.preview is not None:
+        if opened.preview is not None:
+            raise edits.Stale("cells of other thresholds were shown, which nobody kept; please "
+                              "repeat your edit")
+        if values["revision"] != opened.book.revision:
             raise edits.Stale("another window or the network changed these cells; they are shown "
                               "as they are now, please repeat your edit")
         numbering, waiting = opened.book.numbering(), opened.unmarked()

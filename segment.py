@@ -41,6 +41,7 @@ import vectors
 from model import SIZE_ZOOMS, DINOCell
 from watershed import Setting, drop_small, flood, without_holes
 
+WIDEST = 4              # blocks that a given cell may reach over
 GROWN = 1.6             # tiles are at most so much larger than the crops of training
 GLASS = 0.03            # optical density that glass may have
 HALO = 256              # px around a block, at least
@@ -363,6 +364,10 @@ def blocks_of(labels: np.ndarray, source, plan: Plan) -> Iterator[Block]:
         known.update(met)
         for number in met if boxes else ():    # large ones, and those in parts, are seen whole
             view = _around(view, boxes[number])
+            if (side := max(part.stop - part.start for part in view)) > WIDEST * plan.block:
+                raise ValueError(f"label {number} reaches over {side} px, expected cells of at "
+                                 f"most {WIDEST * plan.block}; is its number used twice? Give "
+                                 f"block={side} if it is one cell")
         ids, local = _dense_labels(labels[view])
         new = np.searchsorted(ids, met)
         yield Block(core, view, local.astype(np.int32), ids.astype(np.int32), new, labels[core],

@@ -837,8 +837,8 @@ def test_convert_every_layout_and_go_on(tmp_path, capsys):
 
 
 def test_convert_after_a_kill(tmp_path, capsys, monkeypatch):
-    """The record is as old as its last writing; pairs that it does not know go with their image in
-    the source, and nothing else does."""
+    """The record is as old as its last writing; what it does not know is written again, or stays,
+    for it may be somebody's."""
     source, out = tmp_path / "in", tmp_path / "out"
     for seed, name in enumerate(("a", "b/c", "d", "e")):
         pair(source, name, seed)
@@ -849,17 +849,24 @@ def test_convert_after_a_kill(tmp_path, capsys, monkeypatch):
     assert "4 images written" in command("convert", source, out, capsys=capsys)
     whole = ["a", "b/c", "d", "e"]
     assert recorded == [whole[:1], whole[:2], whole[:3], whole, whole]
-    (out / "converted.tsv").write_text("name\tstamp\n")          # of a killed convert
-    (out / "of_others.txt").write_text("")
-    (out / "alone_masks.tif").write_bytes((out / "a_masks.tif").read_bytes())
+    stamps = data._read_stamps(out / "converted.tsv")
+    write_stamps(out / "converted.tsv", {"a": stamps["a"], "d": stamps["d"]})   # killed
     for name in ("a", "b/c"):
         (source / f"{name}.png").unlink()
         (source / f"{name}_masks.png").unlink()
-    assert "2 images written, 0 were there" in command("convert", source, out, capsys=capsys)
-    assert [example.name for example in data.examples(out)] == ["d", "e"]
-    assert {path.name for path in out.rglob("*") if path.is_file()} == {
-        "d.tif", "d_masks.tif", "e.tif", "e_masks.tif", "alone_masks.tif", "of_others.txt",
-        "converted.txt", "converted.tsv"}
+    assert "1 images written, 1 were there" in command("convert", source, out, capsys=capsys)
+    assert [example.name for example in data.examples(out)] == ["b/c", "d", "e"]
+
+
+def test_convert_keeps_corrections_in_a_folder_of_the_version_before(tmp_path, capsys):
+    """It wrote no stamps; times told."""
+    pair(tmp_path / "in", "a", 0)
+    command("convert", tmp_path / "in", tmp_path / "out", capsys=capsys)
+    (tmp_path / "out/converted.tsv").unlink()
+    data.write_labels(tmp_path / "out/a_masks.tif", blobs(5).astype(np.int32))
+    assert "0 images written, 1 were there" in command("convert", tmp_path / "in",
+                                                       tmp_path / "out", capsys=capsys)
+    assert np.array_equal(tifffile.imread(tmp_path / "out/a_masks.tif"), blobs(5))
 
 
 @pytest.mark.parametrize("name", ["x ", "a\tb", '"x"', "12", "a\nb"])

@@ -725,14 +725,16 @@ def test_given_cells_larger_than_a_block_and_in_parts_are_measured_whole(tmp_pat
     (tmp_path / "given").mkdir()
     tifffile.imwrite(tmp_path / "given/big_labels.tif", np.where(labels > 9, 9, labels))
     infer.main(Config(out=str(tmp_path / "out"), labels=str(tmp_path / "given"), geojson=True,
-                      block=100, diameter="20"), [str(tmp_path / "big.tif")])
+                      block=300, diameter="20"), [str(tmp_path / "big.tif")])
     table = {int(row["id"]): row for row in rows(tmp_path / "out/big_cells.csv")}
     assert {i: float(row["area_px"]) for i, row in table.items()} == {9: 360_000, 7: 200}
     assert float(table[9]["intensity_mean_1"]) == pytest.approx(pixels[labels > 9].mean())
     net = model.load(infer.model.find_weights("tiny")).ready("cpu")
-    plan = segment.plan_for(pixels, net, block=100, diameter=20)
+    plan = segment.plan_for(pixels, net, block=300, diameter=20)
     met = [block.ids[block.new].tolist() for block in segment.blocks_of(labels, pixels, plan)]
     assert sorted(sum(met, [])) == [7, 2_000_000_000]
+    with pytest.raises(ValueError, match="label 7 reaches over 6.. px, .*used twice"):
+        list(segment.blocks_of(labels, pixels, plan._replace(block=100)))
 
 
 def test_min_area_counts_px_of_the_image(tmp_path, field):
@@ -786,6 +788,10 @@ def test_keys_and_folders_that_would_mix_cells_are_refused(tmp_path, field, caps
         tifffile.imwrite(tmp_path / f"{name}.tif", frame)
     with pytest.raises(ValueError, match="images in 2 folders, such as .*A and .*B"):
         infer.main(Config(out=str(tmp_path / "o"), z="all"), [str(tmp_path / "two")])
+    for t in range(2):                                           # a folder for each frame
+        (tmp_path / f"each/t{t}").mkdir(parents=True)
+        tifffile.imwrite(tmp_path / f"each/t{t}/img.tif", frame)
+    infer.main(Config(out=str(tmp_path / "o"), time="all"), [str(tmp_path / "each")])
     infer.main(Config(out=str(tmp_path / "o"), time="all"), [str(tmp_path / "gap")])
     assert "have a gap after 2" in capsys.readouterr().err
     tifffile.imwrite(tmp_path / "c.tif", np.stack([frame] * 3), imagej=True,

@@ -316,6 +316,17 @@ def test_a_search_that_is_stopped_leaves_its_diameter_unused(site, monkeypatch):
     site.json("/find", {"image": "a", "diameter": 40})
     site.wait()
     assert site.json("/image", image="a")["diameter"] == 40
+
+    def undone(*_, **__):                                         # while it searches
+        site.edit("a", "undo")
+        raise runs.Stopped
+
+    with monkeypatch.context() as busy:
+        busy.setattr(segment, "network_map", undone)
+        site.json("/find", {"image": "a", "diameter": 60})
+        site.wait()
+    assert site.json("/image", image="a")["diameter"] is None and not site.project.problems
+    site.edit("a", "redo")
     search = segment.network_map
 
     def meanwhile(*given):                                        # a slider, while it searches
@@ -325,7 +336,8 @@ def test_a_search_that_is_stopped_leaves_its_diameter_unused(site, monkeypatch):
         return search(*given)
 
     monkeypatch.setattr(segment, "network_map", meanwhile)
-    site.json("/find", {"image": "a"})
+    site.project.wanted["a"] = {"setting": before["setting"]}     # of a large image, it waits
+    site.json("/find", {"image": "a", "diameter": 40})
     site.wait()
     shown = site.json("/image", image="a")
     assert shown["setting"]["peak"] == before["setting"]["peak"] and shown["diameter"] == 40
@@ -378,6 +390,10 @@ def test_a_full_disk_closes_no_image_with_unsaved_labels(folder, monkeypatch):
             assert "a" in site.project.opened and not site.json("/news")["saved"]
         wait_until(lambda: site.json("/news")["saved"], 10, "the labels")
         assert (site.out / "a_labels.tif").exists()
+        images.write_labels(site.out / "z8_labels.tif", np.ones((32, 32), np.int32))   # too small
+        for i in range(9):
+            site.json("/image", image=f"z{i}" if i < 8 else "a")
+        assert len(site.project.opened) <= page.OPEN + 1
 
 
 def test_images_with_cells_of_a_hand_are_searched(site):
@@ -388,6 +404,10 @@ def test_images_with_cells_of_a_hand_are_searched(site):
     site.wait()
     assert site.project.of("a")["cells"] > 3
     site.edit("more_b", "draw", line=[[100, 5], [110, 5], [110, 15], [100, 15]])
+    assert site.json("/find", {})["queued"] == 0
+    images.write_labels(site.out / "a_labels.tif", drawn(1)[1])   # since it was searched
+    site.project.open("a").book.saved = False
+    wait_until(lambda: "weights" not in site.project.of("a"), 10)
     assert site.json("/find", {})["queued"] == 0
 
 
@@ -873,6 +893,7 @@ def test_a_mark_lives_as_long_as_its_cell(two_types):
         site.json("/mark", {"image": "a", "x": x, "y": 32, "type": "bright"})
     site.edit("a", "remove", cell=int(site.project.open("a").book.labels[32, 96]))
     assert marks() == ([32, 160], [2])
+    site.project.put_away("a")                                    # as when others are opened
     site.edit("a", "undo")
     assert marks() == ([32, 96, 160], [3])
     site.edit("a", "merge", line=[[32, 32], [96, 32]])            # one cell, one mark
@@ -1324,20 +1345,32 @@ def test_enter_goes_past_a_damaged_image_and_takes_nothing_back(chrome, folder):
 
 def test_two_fingers_zoom_and_draw_nothing(chrome, discs):
     person, book = Person(chrome, discs.server.address), discs.project.open("discs").book
-    person.press("e")
+    person.press("x")
     before = person.js("at.scale")
     chrome.execute_script("""
       const finger = (type, id, x, y) => view.dispatchEvent(new PointerEvent(type, {
         pointerId: id, pointerType: "touch", isPrimary: id === 1, clientX: x, clientY: y,
         bubbles: true, button: 0}));
       view.setPointerCapture = () => {};
+      const box = view.getBoundingClientRect(),
+        round = (id, ends) => {                    // a finger around all cells
+          for (let i = 0; i <= 20; i++)
+            finger("pointermove", id, box.x + box.width * (0.5 + 0.48 * Math.cos(i / 3.2)),
+                   box.y + box.height * (0.5 + 0.48 * Math.sin(i / 3.2)));
+        };
       finger("pointerdown", 1, 300, 300), finger("pointerdown", 2, 400, 300);
       for (let i = 1; i < 9; i++) finger("pointermove", 1, 300 - 10 * i, 300);
+      window.scaled = at.scale;
+      round(1);
       finger("pointerup", 1, 220, 300), finger("pointerup", 2, 400, 300);
-      finger("pointerdown", 1, 300, 300), finger("pointermove", 1, 340, 340);
-      finger("pointercancel", 1, 340, 340);""")
-    assert person.js("at.scale") == pytest.approx(1.8 * before, rel=1e-3)
-    assert person.js("line === null && pan === null") and book.revision == 0
+      fit();
+      finger("pointerdown", 1, box.x + box.width * 0.98, box.y + box.height / 2), round(1);
+      finger("pointercancel", 1, 340, 340);
+      finger("pointerup", 1, 340, 340);""")
+    assert person.js("scaled") == pytest.approx(1.8 * before, rel=1e-3)
+    assert person.js("line === null && pan === null")
+    time.sleep(0.5)
+    assert book.revision == 0
 
 
 def test_two_windows_do_not_destroy_each_others_edits(chrome, discs):

@@ -781,7 +781,7 @@ class Planes:
             self.about = self.about._replace(step=config.spacing)
         sizes: dict[tuple[int | str, ...], Path] = {}
         if path.is_dir():
-            self.check_frames()
+            self.check_folders()
         elif self.about.planes == 1 and config.linked not in self.about.axes:
             print_line(f"{path}: no axis {config.linked} (axes {self.about.axes}), taken as one "
                        f"{'plane' if config.z else 'frame'}")
@@ -793,15 +793,19 @@ class Planes:
             raise ValueError(f"{second}: {' x '.join(map(str, other))} (channels, height, width, "
                              f"kind), but {first} has {' x '.join(map(str, one))}; expected one "
                              "size and kind")
+        self.warn_of_gaps()
 
-    def check_frames(self) -> None:
-        """Refuse frames of several folders, say which numbers are missing among their names."""
+    def check_folders(self) -> None:
+        """Refuse frames of several folders; a folder for each is a movie."""
         folders = Counter(file.parent for file in self.files)
         if len(folders) > 1 and max(folders.values()) > 1:
             one, other, *_ = folders
             raise ValueError(f"{self.path}: images in {len(folders)} folders, such as {one} and "
                              f"{other}, would be linked; choose the frames with pattern=, or give "
                              "each folder by itself")
+
+    def warn_of_gaps(self) -> None:
+        """Say which numbers are missing among the names of frames."""
         numbers = [int((re.findall(r"\d+", file.stem) or [0])[-1]) for file in self.files]
         steps = np.diff(numbers)
         if len(steps) and (steps > 0).all() and (steps != steps.min()).any():

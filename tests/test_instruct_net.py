@@ -273,7 +273,7 @@ def test_weights_round_trip(tmp_path):
     content = torch.load(tmp_path / "x.pt", weights_only=True)
     content["architecture"]["words"] |= dict(regions=(), pixel=0.5)          # as files before have
     content["format"] = model.OLD_FORMAT
-    content["settings"] |= dict(kinds={}, zoom=1.0)
+    content["settings"] |= dict(pixel_size=0.5)
     torch.save(content, tmp_path / "old.pt")
     assert load_instructed(tmp_path / "old.pt").words == back.words
     content["architecture"]["words"]["regions"] = ("necrosis",)

@@ -38,7 +38,6 @@ rule: outlines of cells.polygons come back exactly.
 """
 from __future__ import annotations
 
-import contextlib
 import glob
 import json
 import math
@@ -1113,13 +1112,12 @@ def _write_stamps(record: Path, stamps: dict[str, str]) -> None:
 def _read_stamps(record: Path) -> dict[str, str]:
     if not record.exists():
         return {}
-    stamps = {}
-    for row in runs.read_table(record, ("name", "stamp")):
-        name = row["name"]
-        with contextlib.suppress(ValueError):           # the version before wrote plain names
-            name = json.loads(name) if name.startswith('"') else name
-        stamps[name] = row["stamp"]
-    return stamps
+    try:
+        return {json.loads(row["name"]): row["stamp"]
+                for row in runs.read_table(record, ("name", "stamp"))}
+    except ValueError as error:
+        raise ValueError(f"{record}: damaged ({error}); remove it, images that are newer than "
+                         "their source are kept") from None
 
 
 def _labelled_files(target: Path, name: str) -> tuple[Path, Path, Path]:

@@ -284,10 +284,7 @@ def step_settings(config: Config, step: str) -> dict[str, Any]:
 
 def read_settings(config: Config) -> dict[str, dict[str, Any]]:
     path = Path(config.out) / "settings.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError:
-        raise ValueError(f"{path}: damaged, no JSON; remove it and run merge again") from None
+    return runs.read_json(path, "remove it and run merge again") if path.exists() else {}
 
 
 def forget_settings(config: Config, step: str) -> None:

@@ -42,6 +42,7 @@ with runs.lazy():
     import vectors
 
 TRAINER = Path(__file__).resolve().parent / "train_seg.py"
+DAMAGED = "remove it, the labels stay"
 HELD = 0.2                      # of the images that are done, in whole groups
 SEEN = 24.0                     # px, at least: as large the network sees the median cell
 
@@ -78,11 +79,11 @@ class Learning:
         return self.folder / f"round_{number}"
 
     def record(self, number: int) -> dict:
-        return read_json(self.of(number) / "round.json")
+        return runs.read_json(self.of(number) / "round.json", DAMAGED)
 
     def note(self, number: int, **values: Any) -> None:
         path = self.of(number) / "round.json"
-        before = read_json(path) if path.exists() else {}
+        before = runs.read_json(path, DAMAGED) if path.exists() else {}
         runs.write_text(path, json.dumps(before | values, indent=1))
 
     def status(self) -> dict:
@@ -325,13 +326,6 @@ def held_out_scores(weights: str, held: list, diameter: float | None,
         example.labels(), segment.segment(example.image().pixels, net, diameter=diameter))
         for example in held])
     return {"AP@0.5": float(precision[:, 0].mean()), "AP": float(precision.mean())}
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{path}: damaged, no JSON; remove it, the labels stay") from None
 
 
 def last_line(text: str) -> str:

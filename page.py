@@ -304,14 +304,17 @@ class Opened:
         for old in list(found)[:-UNDONE]:
             del found[old]
 
+    def forget_found(self) -> None:
+        for key in FOUND:
+            self.state.pop(key, None)
+
     def note_outside(self) -> bool:
         """Forget what the cells were found with, if another program has written others since."""
         with self.book.lock:
             if self.outside == self.book.outside:
                 return False
             self.outside = self.book.outside
-            for key in FOUND:
-                self.state.pop(key, None)
+            self.forget_found()
             self.state["given"] = True
             self.seen = self.distance = self.preview = None
             self.state["cells"] = len(self.book.boxes)
@@ -323,8 +326,7 @@ class Opened:
         number = self.book.numbering()
         known = self.state.get("found", {}).get(str(number), None if number else {})
         if known is not None:
-            for key in FOUND:
-                self.state.pop(key, None)
+            self.forget_found()
             self.state |= known
             self.distance = None
             self.recall_map()
@@ -431,7 +433,7 @@ class Opened:
             self.keep_vectors(pool, labels, plan)
         return self.rows
 
-    def unmarked(self) -> list[list]:
+    def marks_without_cell(self) -> list[list]:
         """Marks of cells that were removed."""
         return [mark for mark in self.state.get("marks", ())
                 if not self.book.labels[int(mark[1]), int(mark[0])]]
@@ -461,7 +463,7 @@ class Project:
         self.out.mkdir(parents=True, exist_ok=True)
         self.state: dict[str, Any] = {"images": {}, "weights": str(weights_file(config))}
         if (self.out / "page.json").exists():
-            self.state |= learning.read_json(self.out / "page.json")
+            self.state |= runs.read_json(self.out / "page.json", learning.DAMAGED)
         if config.weights != "auto" or not Path(self.state["weights"]).is_file():
             self.state["weights"] = str(weights_file(config))
         self.lock, self.loading = threading.RLock(), threading.Lock()
@@ -1097,7 +1099,7 @@ def post_edit(project: Project, values: dict) -> dict:
         if values["revision"] != opened.book.revision:
             raise edits.Stale("another window or the network changed these cells; they are shown "
                               "as they are now, please repeat your edit")
-        numbering, waiting = opened.book.numbering(), opened.unmarked()
+        numbering, waiting = opened.book.numbering(), opened.marks_without_cell()
         if what in ("undo", "redo"):
             box = getattr(opened.book, what)()
         else:
@@ -1107,8 +1109,9 @@ def post_edit(project: Project, values: dict) -> dict:
         revision, count = opened.book.revision, len(opened.book.boxes)
     opened.state["cells"] = count
     if what == "draw" and waiting:                      # a new cell is of no type yet
+        still = opened.marks_without_cell()
         opened.state["marks"] = [mark for mark in opened.state["marks"]
-                                 if mark not in waiting or mark in opened.unmarked()]
+                                 if mark not in waiting or mark in still]
     if searched:
         project.remember()
     (top, bottom), (left, right) = ((side.start, side.stop) for side in box)

@@ -1067,6 +1067,14 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def read_json(path: Path, advice: str) -> dict:
+    """The values of a JSON file that a script of ours wrote; `advice`: what to do if it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path}: damaged, no JSON; {advice}") from None
+
+
 def write_table(path: str | Path, rows: Sequence[dict], first: Iterable[str] = ()) -> None:
     """Write rows as CSV or, to a file .tsv, as TSV: columns `first`, then all others of the rows.
 

@@ -175,25 +175,28 @@ def test_help_into_a_closed_pipe_is_no_traceback():
     assert script.stderr.read() == b"" and script.wait() == 0
 
 
+@dataclass(frozen=True)
+class Few:
+    """What runs.Run asks of a configuration."""
+    output_base_dir: str
+    experiment: str = "few"
+    checkpoint_name: str = "few"
+
+
 def test_a_signal_too_late_for_one_run_reaches_who_listens_to_all(tmp_path):
     """A run hears signals until it is closed; then those hear them who did before, of one that came
     meanwhile too."""
-    @dataclass(frozen=True)
-    class Few:
-        experiment: str = "few"
-        checkpoint_name: str = "few"
-        output_base_dir: str = str(tmp_path)
     before = signal.getsignal(signal.SIGTERM)
     with runs.stop_signals() as heard:
         for times in (1, 2):
-            run = runs.Run(Few())
+            run = runs.Run(Few(str(tmp_path)))
             signal.raise_signal(signal.SIGTERM)
             assert run.stopping and len(heard) == times - 1
             run.close()
             assert heard == [signal.SIGTERM] * times
         signal.raise_signal(signal.SIGTERM)
         assert len(heard) == 3
-        runs.Run(Few()).close()
+        runs.Run(Few(str(tmp_path))).close()
         assert len(heard) == 3  # none came: none is told
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -201,34 +204,27 @@ def test_a_signal_too_late_for_one_run_reaches_who_listens_to_all(tmp_path):
 @pytest.mark.parametrize("place", ["folder", "file/x.pt"])
 def test_a_place_for_weights_that_cannot_be_is_refused_before_the_training(tmp_path, place):
     @dataclass(frozen=True)
-    class Few:
-        experiment: str = "few"
-        checkpoint_name: str = "few"
+    class Exported(Few):
         output_base_dir: str = str(tmp_path / "out")
         export_path: str | None = None
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot be written"):
-        runs.Run(Few(export_path=str(tmp_path / place)))
+        runs.Run(Exported(export_path=str(tmp_path / place)))
     assert not (tmp_path / "out").exists()
     (weights := tmp_path / "x.pt").write_text("of before")
-    runs.Run(Few(export_path=str(weights))).close()
+    runs.Run(Exported(export_path=str(weights))).close()
     assert weights.read_text() == "of before"
 
 
 def test_a_second_process_in_the_folder_of_a_run_is_refused(tmp_path):
     """Two would take turns with its checkpoints."""
-    @dataclass(frozen=True)
-    class Few:
-        experiment: str = "few"
-        checkpoint_name: str = "few"
-        output_base_dir: str = str(tmp_path)
-    run = runs.Run(Few())
+    run = runs.Run(Few(str(tmp_path)))
     with pytest.raises(ValueError, match="few: another process trains in this folder"):
-        runs.Run(Few())
-    runs.Run(Few(), rank=1, world=2).close()                   # of the same group
+        runs.Run(Few(str(tmp_path)))
+    runs.Run(Few(str(tmp_path)), rank=1, world=2).close()                   # of the same group
     run.close()
-    runs.Run(Few()).close()
+    runs.Run(Few(str(tmp_path))).close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of Linux' C library alone")
@@ -255,13 +251,8 @@ print(faults(20))
 
 
 def test_a_signal_before_the_run_and_one_while_work_is_shared_stop_it(tmp_path):
-    @dataclass(frozen=True)
-    class Few:
-        experiment: str = "few"
-        checkpoint_name: str = "few"
-        output_base_dir: str = str(tmp_path)
     with runs.stop_signals() as heard:
-        run = runs.Run(Few())
+        run = runs.Run(Few(str(tmp_path)))
         assert run.each(lambda x: 2 * x, [1, 2, 3]) == [2, 4, 6]
         done = []
         with pytest.raises(runs.Stopped):
@@ -270,11 +261,11 @@ def test_a_signal_before_the_run_and_one_while_work_is_shared_stop_it(tmp_path):
         assert done == [1, 2] and run.exit_code() == runs.REQUEUE
         run.close()
         assert heard == [signal.SIGUSR1]
-        late = runs.Run(Few())
+        late = runs.Run(Few(str(tmp_path)))
         assert late.stopping and late.should_stop(1) and late.exit_code() == runs.REQUEUE
         late.close()
         assert heard == [signal.SIGUSR1]                                     # it was told once
-    fresh = runs.Run(Few())
+    fresh = runs.Run(Few(str(tmp_path)))
     assert not fresh.stopping
     fresh.close()
 

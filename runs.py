@@ -651,9 +651,9 @@ class WandbOptions:
 
 
 REQUEUE = 85  # exit code: saved, not finished; slurm/train.sh queues the job again
-# Keys that may change when a run goes on: they change no result; cycles makes it longer.
+# Keys that may change when a run goes on: they change no result.
 FREE = ("output_base_dir", "data.root", "device", "log_every", "save_every", "keep", "wandb",
-        "compile", "data.signed", "data.cache", "data.cache_gb", "data.threads", "cycles",
+        "compile", "data.signed", "data.cache", "data.cache_gb", "data.threads",
         *(f"wandb_options.{option.name}" for option in dataclasses.fields(WandbOptions)))
 
 

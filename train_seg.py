@@ -13,11 +13,11 @@ the batch out between four GPUs, with the same result.
 """
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import math
-import resource
 import sys
 import time
 from collections import Counter
@@ -82,9 +82,7 @@ class Config:
     cap: Annotated[float, runs.within(0.1, 1000)] | None = 4.0
     crop: runs.Side = 256                   # px, side of the training crops, and of the tiles later
     seed: runs.Whole = 0                    # of everything random
-    # optimiser steps of a cycle: lr rises in its warm-up, then falls to lr_end
-    steps: runs.Count = 20000
-    cycles: runs.Count = 1                  # one more may be added to a run that is done
+    steps: runs.Count = 20000               # optimiser steps
     batch: runs.Batch = 16                  # crops a step, over all processes
     lr: runs.Positive = 3e-4                # at its highest
     lr_end: runs.NotNegative = 1e-6         # at the last step
@@ -123,9 +121,6 @@ class Config:
                              "leave new_decoder and train_blocks out")
         if self.warmup >= self.steps:
             raise ValueError(f"warmup={self.warmup}: expected fewer than steps={self.steps}")
-        if self.cycles > 1 and self.patience is not None:
-            raise ValueError(f"cycles={self.cycles}: expected patience=null, for it would end a "
-                             f"cycle before its lr has fallen")
 
 
 def main(config: Config, files: list[str], check: bool = False) -> int:
@@ -150,18 +145,18 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
     run = runs.Run(config, rank, world, device)
     state = run.resume()
     trainer = Trainer(config, net, device, world, images)
-    average, total = trainer.average, config.steps * config.cycles
+    average = trainer.average
     start, best, since, patience = 0, -1.0, 0, config.patience or math.inf
     if state:
-        check_same_images(run, state.get("images"), hashes)
+        check_same_images(run, state["images"], hashes)
         trainer.restore(state)
         start, best, since = state["step"], state["best"], state["since"]
         if since >= patience:
-            start = total                                     # it had come to its end
+            start = config.steps                              # it had come to its end
     share = slice(rank * config.batch // world, (rank + 1) * config.batch // world)
 
     meter = Meter(config, run)
-    for step in range(start, total):
+    for step in range(start, config.steps):
         factor, done = segmentation_rate(config, step), step + 1
         sample = np.arange(config.batch)[share] + step * config.batch  # no other sample's numbers
         begin = time.perf_counter()
@@ -173,7 +168,7 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
         if done % config.log_every == 0:
             meter.log(done, factor, norm)
         better = False
-        if done % config.val_every == 0 or done % config.steps == 0:
+        if done % config.val_every == 0 or done == config.steps:
             try:
                 begin = time.perf_counter()
                 scores = validate(average.module, validation, run, done)
@@ -186,7 +181,7 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
             best, since = max(best, scores["score"]), 0 if better else since + 1
             if better and rank == 0:
                 export_trained(average.module, config, hashes, scores, done)
-        finished = done == total or since >= patience
+        finished = done == config.steps or since >= patience
         stop = not finished and run.should_stop(done)
         if better or finished or stop or done % config.save_every == 0:
             run.check_finite(done, loss.item())
@@ -196,7 +191,7 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
         if stop:
             print(f"stopped at step {done}; the same command goes on from there", file=sys.stderr)
             return run.exit_code()
-    if not finish_export(trainer, run, validation, hashes):
+    if not finish_export(trainer, run, validation):
         return run.exit_code()
     if rank == 0:
         print(f"best validation score {best:.4f} -> {runs.export_path(config)}")
@@ -238,7 +233,7 @@ class Meter:
 
 def segmentation_rate(config: Config, step: int) -> float:
     """The learning rate of a step, as a factor on its highest."""
-    step, end = step % config.steps, config.lr_end / config.lr
+    end = config.lr_end / config.lr
     if config.schedule == "constant":
         return optim.constant(step, config.steps, end, config.warmup)
     return optim.cosine(step, config.steps, 1.0, end, config.warmup)
@@ -276,16 +271,9 @@ class Trainer:
 
     def restore(self, state: dict) -> None:
         """Go on from a checkpoint."""
-        self.net.load_state_dict(self.fitting(state["net"]))
-        self.average.load_state_dict(self.fitting(state["average"]))
+        self.net.load_state_dict(state["net"])
+        self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
-
-    def fitting(self, tensors: dict) -> dict:
-        """Tensors of a checkpoint, without a size head that the version before kept."""
-        if self.net.size is not None:
-            return tensors
-        return {name: value for name, value in tensors.items()
-                if not name.removeprefix("module.").startswith("size.")}
 
     def step(self, batch: tuple, factor: float, chosen: np.ndarray, look=None) -> tuple:
         """Learn from x (B, 3, S, S), targets (B, 1, S, S) and labels (B, S, S) of the images
@@ -326,11 +314,9 @@ class Trainer:
         return (each * weight).sum() / weight.sum().clamp(min=1e-6)
 
 
-def check_same_images(run: runs.Run, before: dict | None, now: dict) -> None:
+def check_same_images(run: runs.Run, before: dict, now: dict) -> None:
     """Refuse to go on with more, fewer or otherwise divided images, {train, validation: {name:
-    hash}}; say where one has another content. None: a checkpoint of the version before."""
-    if before is None:
-        return
+    hash}}; say where one has another content."""
     old, new = ({name: side for side in each for name in each[side]} for each in (before, now))
     if old != new:
         more, gone = len(new.keys() - old.keys()), len(old.keys() - new.keys())
@@ -391,7 +377,7 @@ def train_size_head(config: Config, run: runs.Run) -> bool:
     losses = fit_size_head(net.size, torch.stack(seen), torch.stack(logs),
                            torch.from_numpy(weights / weights.mean()).float(), config)
     for done in range(config.log_every, len(losses) + 1, config.log_every):
-        run.log(config.steps * config.cycles + done,
+        run.log(config.steps + done,
                 size_loss=float(np.mean(losses[done - config.log_every:done])))
     model.save(net, runs.export_path(config), half=True)
     return True
@@ -637,21 +623,19 @@ def shared_image_name(name: str, sets: dict[str, str]) -> str:
     return sets.get(own, "") + name[len(own):]
 
 
-def finish_export(trainer: Trainer, run: runs.Run, validation: list[data.Labelled],
-                  hashes: dict) -> bool:
+def finish_export(trainer: Trainer, run: runs.Run, validation: list[data.Labelled]) -> bool:
     """See that the best weights are in their file, with their heads. False: a signal came."""
     gone = not runs.export_path(trainer.config).exists()
     group = run.rank, run.world
     if runs.shared_out(lambda _: gone, range(run.world), *group)[0]:     # as the first process sees
         try:
-            export_best_again(trainer, run, validation, hashes)
+            export_best_again(trainer, run, validation)
         except runs.Stopped:
             return False
     return run.rank > 0 or learn_heads(trainer.config, run)
 
 
-def export_best_again(trainer: Trainer, run: runs.Run, validation: list[data.Labelled],
-                      hashes: dict) -> None:
+def export_best_again(trainer: Trainer, run: runs.Run, validation: list[data.Labelled]) -> None:
     """Export the best weights of a run whose file is gone: removed, or its folder moved. Their
     thresholds are in no checkpoint, so that they are validated once more."""
     config, net, path = trainer.config, trainer.average.module, run.checkpoints / "best.pt"
@@ -659,10 +643,10 @@ def export_best_again(trainer: Trainer, run: runs.Run, validation: list[data.Lab
         raise ValueError(f"{runs.export_path(config)}: gone, and {path}, which it could be written "
                          "from, too; give a new experiment= name to begin anew")
     best = runs.load_torch(path)
-    trainer.average.load_state_dict(trainer.fitting(best["average"]))
+    trainer.average.load_state_dict(best["average"])
     scores = validate(net, validation, run, best["step"])
     if run.rank == 0:
-        export_trained(net, config, best.get("images") or hashes, scores, best["step"])
+        export_trained(net, config, best["images"], scores, best["step"])
 
 
 def print_plan(config: Config, net, images, validation: list, device: str, changes) -> int:
@@ -684,16 +668,18 @@ def print_plan(config: Config, net, images, validation: list, device: str, chang
             torch.cuda.synchronize()
         times.append((time.perf_counter() - begin, prepared - begin))
     took, prepared = np.median(times[2:], 0)
-    total = config.steps * config.cycles
     print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, "
           f"{trainable / 1e6:.1f} M of them learn; {flops / 1e9:.0f} GFLOPs a step")
     print(f"{took:.3f} s a step on {device}{', compiled' * compiled} ({prepared / took:.0%} of it "
-          f"crops): {total} steps take about {total * took / 3600:.1f} h, validation aside")
+          f"crops): {config.steps} steps take about {config.steps * took / 3600:.1f} h, "
+          "validation aside")
     if "cuda" in device:
         print(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory at most")
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    print(f"{peak / 2**30:.1f} GiB of memory at most")
+    with contextlib.suppress(ImportError):
+        import resource  # not on Windows
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        print(f"{peak / 2**30:.1f} GiB of memory at most")
     return 0
 
 

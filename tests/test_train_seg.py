@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,26 +181,6 @@ def test_a_signal_while_it_validates_is_heard(tmp_path, monkeypatch):
                              / "runs/seg/checkpoints/seg").iterdir()] == ["step_00000002.pt"]
     assert train_seg.train_network(config, 0, 1, "cpu") == 0 and (tmp_path
                                                                   / "final_models/seg.pt").exists()
-
-
-def test_a_cycle_can_be_added_to_a_run_that_is_done(tmp_path):
-    """The same weights as two cycles from the start, and the learning rate of the first once more.
-    """
-    shape = dict(steps=4, val_every=100, log_every=1, save_every=100)
-    for name, ways in dict(once=["cycles=2"], later=["cycles=1", "cycles=2"]).items():
-        (tmp_path / name).mkdir()
-        for cycles in ways:
-            done = run(toy(tmp_path / name, **shape), cycles)
-            assert done.returncode == 0, done.stderr
-    assert "cycles: 1 -> 2" in done.stderr and "going on from step 4" in done.stderr
-    log = [json.loads(line)
-           for line in (tmp_path / "once/runs/seg/log.jsonl").read_text().splitlines()]
-    rates = [line["lr"] for line in log if "lr" in line]
-    assert len(rates) == 8 and rates[:4] == rates[4:] and rates[3] < 0.01 * rates[1]
-    # the end of each may be the last
-    assert [line["step"] for line in log if "score" in line] == [4, 8]
-    once, later = (checkpoint(tmp_path / name, 8)["net"] for name in ("once", "later"))
-    assert all(torch.equal(value, later[name]) for name, value in once.items())
 
 
 def test_two_processes_train_as_one(tmp_path, monkeypatch):
@@ -379,14 +360,15 @@ def test_muon_learns_the_inner_layers_and_goes_on(tmp_path):
         asked = runs.load_config(train_seg.Config, toy(tmp_path),
                                  ["optimiser=muon", f"precision={precision}"])
         assert train_seg.segmentation_optimiser(net, asked, "cpu").products == products
-    found = []
-    for place, more in (("once", []), ("twice", ["cycles=1"])):
-        path = toy(tmp_path, output_base_dir=str(tmp_path / place), optimiser="muon", steps=4,
-                   val_every=4, warmup=1, cycles=2)
-        assert not more or run(path, *more).returncode == 0
-        assert run(path).returncode == 0
-        found.append(weights(tmp_path / place))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    once, again = tmp_path / "once", tmp_path / "again"
+    shape = dict(optimiser="muon", steps=8, val_every=4, save_every=4, warmup=1)
+    assert run(toy(tmp_path, output_base_dir=str(once), **shape)).returncode == 0
+    shutil.copytree(once, again)                        # as if it had been killed after step 4
+    (again / "runs/seg/checkpoints/seg/step_00000008.pt").unlink()
+    done = run(toy(tmp_path, output_base_dir=str(again), **shape))
+    assert done.returncode == 0 and "going on from step 4" in done.stderr
+    first, second = weights(once), weights(again)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_size_head_learns_how_wide_cells_are(tmp_path, capsys):
@@ -429,17 +411,6 @@ def test_the_size_head_learns_how_wide_cells_are(tmp_path, capsys):
         said = "size head knows cells of 16 px" in capsys.readouterr().err
         assert said == (not has and not steps)
         assert not (has and any(p.requires_grad for p in again.size.parameters()))
-
-
-def test_a_checkpoint_with_a_size_head_goes_on_without(tmp_path):
-    """The version before kept the head of init."""
-    config = runs.load_config(train_seg.Config, toy(tmp_path))
-    with_head, net = (train_seg.build_segmentation_net(config) for _ in range(2))
-    with_head.add_size_head()
-    with_head.size.requires_grad_(False)
-    state = train_seg.Trainer(config, with_head, "cpu").state()
-    train_seg.Trainer(config, net, "cpu").restore(state)
-    assert torch.equal(net.decoder.head.weight, with_head.decoder.head.weight)
 
 
 def test_weights_that_are_gone_are_written_again(tmp_path):
@@ -570,7 +541,6 @@ def test_wandb_means_the_same_in_every_script(script, example, word, mode, tmp_p
     (["steps=.inf"], "steps=.inf: expected a whole number"),
     (["network.heads=0"], "heads=0: expected a whole number"),
     (["few=true"], "few=true chooses what learns of a whole network"),
-    (["cycles=2", "patience=3"], "cycles=2: expected patience=null"),
     (["wandb=on"], "pip install wandb"), (["wandb=yes"], "expected off or on or online or offline"),
     (["data.fields=1"], "no images to")])
 def test_mistakes_are_one_line(tmp_path, changes, said, monkeypatch):

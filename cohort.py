@@ -2,7 +2,7 @@
 
     tiles, unusable, others = find_tiles("slides", r"b0c(?P<channel>\\d+)")
     values = marker_of_cells(labels, read_tile(tiles[0])[1])      # (n,) the marker over each cell
-    lines = lines_by_tile("shards", [key], tiles)                 # {tile: its line}, of all shards
+    lines = lines_by_tile("shards", key, tiles)                   # {tile: its line}, of all shards
     cut = marker_threshold(lines.values(), "otsu")                # cells above it are positive
     donors = read_donors("outcomes.tsv", ["braaksc"])             # .names, .outcomes (K, D)
 
@@ -25,7 +25,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
@@ -165,19 +165,18 @@ def read_tile_lines(path: Path) -> list[dict]:
     return lines
 
 
-def lines_by_tile(folder: str | Path, keys: Collection[str], tiles: Iterable[TilePair]
-                  ) -> dict[str, dict]:
+def lines_by_tile(folder: str | Path, key: str, tiles: Iterable[TilePair]) -> dict[str, dict]:
     """{tile: its line} of all shards; `why` in a line says why there are no cells.
 
     Lines of other keys were made with other weights or settings, those of another stamp from
-    other pixels (the version before wrote none).
+    other pixels; files that cannot be read have none.
     """
     found: dict[str, dict] = {}
     named = {tile.name: tile for tile in tiles}
     for path in sorted(Path(folder).glob("*.jsonl")):
         for line in read_tile_lines(path):
             tile, stamp = named.get(line["tile"]), line.get("files")
-            if (line["key"] in keys and tile and ("why" not in line or tile.name not in found)
+            if (line["key"] == key and tile and ("why" not in line or tile.name not in found)
                     and (stamp is None or tile.is_as(stamp))):
                 found[tile.name] = line
     return found

@@ -149,17 +149,16 @@ class Config:
         """Where the counts of a model lie."""
         return Path(self.out) / "full_inference" / model.name
 
-    def key(self, model: StudyModel, *more: str) -> str:
+    def key(self, model: StudyModel) -> str:
         """Digest of what a tile's line depends on besides the tile: weights and settings."""
-        names = ("diameter", "border", "percentile", "pattern", "nuclei", "marker", *more)
+        names = ("diameter", "border", "percentile", "pattern", "nuclei", "marker")
         settings = {**asdict(model), "name": None, "weights": model.digest(),
                     **{name: getattr(self, name) for name in names}}
         return runs.digest(json.dumps(settings, sort_keys=True))[:16]
 
     def lines(self, model: StudyModel, tiles: list[cohort.TilePair]) -> dict[str, dict]:
         """The line of each tile that is done with a model."""
-        keys = self.key(model), self.key(model, "tiles")       # that of the version before
-        return cohort.lines_by_tile(self.folder(model) / "shards", keys, tiles)
+        return cohort.lines_by_tile(self.folder(model) / "shards", self.key(model), tiles)
 
     def read_counts(self) -> cohort.Counts:
         paths = [self.folder(model) / "tile_counts.tsv" for model in self.models]

@@ -303,8 +303,7 @@ def sweep_rows(dataset: LabelledSet, network: measure.NetworkLabels, settings: l
     images = []
     for item in dataset.items("sweep"):
         key = dict(weights=network.digest, image=item.digest, truth=runs.digest(item.truth),
-                   settings=settings, diameter=dataset.config.diameter,
-                   **measure.scaled_key(setting["scale"] for setting in settings))
+                   settings=settings, diameter=dataset.config.diameter)
         images.append(measure.cached_bench_map(folder / f"{item.name}.json", key, partial(
             measure.sweep_image, item, dataset, network, settings)))
     return [{"set": dataset.name, "choice": "-", "n": len(images), **setting,
@@ -505,8 +504,7 @@ def embed_key(source: VectorSource, typed: TypedSet, config: Embed) -> dict[str,
     if source.weights == "random":
         weights = ["random", Path(config.finder)]                  # which gives the shape
     return {"set": asdict(typed), "files": runs.digest(*files), "weights": runs.digest(*weights),
-            "seed": config.seed, "outline": vectors.OUTLINE,
-            "how": 2}                       # of these scores; another for another way
+            "seed": config.seed, "outline": vectors.OUTLINE}
 
 
 def embedder(source: VectorSource, config: Embed):

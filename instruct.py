@@ -310,7 +310,7 @@ def train_instructed(config: Config, files: list[str]) -> int:
     run = runs.Run(config, device=device)
     state = run.resume()
     taught = runs.digest(*itertools.chain(*tiles), json.dumps(lines))
-    if state and state.get("taught", taught) != taught:        # checkpoints before have none
+    if state and state["taught"] != taught:
         run.close()
         raise ValueError(f"{run.folder} was begun with other images or instructions than "
                          f"{config.data} has now; give a new experiment= name, or remove the "

@@ -288,10 +288,8 @@ def load_instructed(path: str | Path) -> Instructed:
         raise ValueError(f"{path}: weights of another kind, expected those of instruct.py train")
     content = runs.load_torch(Path(path))
     shape = content["architecture"]
-    words = dict(shape["words"])
-    if words.pop("regions", ()):            # files of the version before have this and `pixel`
-        raise ValueError(f"{path}: weights for areas, which this version does not know; train anew")
-    words.pop("pixel", None)
+    words = {name: value for name, value in shape["words"].items()
+             if name not in ("regions", "pixel")}            # which instruct_tiny.pt still has
     if strange := words.keys() ^ {f.name for f in fields(Words)}:
         raise ValueError(f"{path}: of another version ({', '.join(sorted(strange))}); train anew")
     with model.building_network(path):

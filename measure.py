@@ -331,19 +331,12 @@ class NetworkLabels:
 
     def key(self, item: Item, dataset: LabelledSet) -> dict:
         return dict(weights=self.digest, image=item.digest, diameter=dataset.config.diameter,
-                    **scaled_key([self.options["scale"]]),
-                    **{name: value for name, value in self.options.items()
-                       if (name, value) != ("channels", None)})      # as records of before have it
+                    **self.options)
 
     def labels(self, item: Item, dataset: LabelledSet) -> tuple[np.ndarray, float]:
         net, start = self.net, time.perf_counter()
         labels = segment_bench_item(item, dataset, net, batch=self.batch, **self.options)
         return labels, time.perf_counter() - start
-
-
-def scaled_key(scales: Iterable[float]) -> dict[str, bool]:
-    """Part of a key that tells records of other scales from those before, which saw no size."""
-    return {"sized": True} if any(scale != 1 for scale in scales) else {}
 
 
 def segment_bench_item(item: Item, dataset: LabelledSet, net, scale: float,
@@ -710,7 +703,7 @@ def encoding_rows(dataset: LabelledSet, grid: Encoding, folder: Path) -> list[di
                 for chosen, found in zip(settings, tables)]
         return runs.without_nan(sorted(rows, key=lambda row: -row["DSB"]))
 
-    key = dict(settings=settings, score="DSB",        # as records of before have it
+    key = dict(settings=settings,
                truths=[runs.digest(example.labels()) for example in dataset.examples])
     rows = cached_bench_map(folder / CEILING / dataset.name / "encodings.json", key, measure)
     return [{"set": dataset.name, **row} for row in rows]   # the content counts, not the name

@@ -237,18 +237,12 @@ def test_training_lowers_every_loss_and_resumes(toy):
 
 def test_training_does_not_go_on_with_other_images(toy, tmp_path, capsys):
     folder, run = toy
-    pairs, last = (folder / "set/pairs_train.jsonl",
-                   folder / "runs/toy/checkpoints/instruct/step_00000080.pt")
-    before, whole = pairs.read_text(), last.read_bytes()
+    pairs = folder / "set/pairs_train.jsonl"
+    before = pairs.read_text()
     pairs.write_text("".join(before.splitlines(True)[:-1]))
     assert run("train") == 1
     assert "was begun with other images or instructions" in capsys.readouterr().err
-    state = torch.load(last, weights_only=True)
-    del state["taught"]                                        # as checkpoints before were
-    torch.save(state, last)
-    assert run("train") == 0
     pairs.write_text(before)
-    last.write_bytes(whole)
     image = next(folder.glob("set/train/tissue_10.png"))
     before = image.read_bytes()
     skimage.io.imsave(image, 255 - skimage.io.imread(image), check_contrast=False)

@@ -32,7 +32,6 @@ import runs
 from report import chart_mean, shown_value
 
 with runs.lazy():                       # evaluate.py --help does not wait for these
-    import torch
     import tqdm
     import yaml
 
@@ -334,26 +333,23 @@ class NetworkLabels:
                     **self.options)
 
     def labels(self, item: Item, dataset: LabelledSet) -> tuple[np.ndarray, float]:
-        net, start = self.net, time.perf_counter()
-        labels = segment_bench_item(item, dataset, net, batch=self.batch, **self.options)
+        net, wanted, pixels = self.net, dict(self.options), item.pixels
+        start = time.perf_counter()
+        if channels := wanted.pop("channels", None):
+            if max(channels) > len(pixels):
+                raise ValueError(f"{dataset.name}/{item.name}: {len(pixels)} channels, but a model "
+                                 f"has channels: {list(channels)}; they count from 1 among the "
+                                 "set's")
+            pixels = pixels[[number - 1 for number in channels]]
+        scale, wanted["diameter"] = wanted.pop("scale"), dataset.config.diameter
+        try:
+            if scale != 1:                  # the size head sees the image at scale 1 as well
+                plan = segment.plan_for(pixels, net, diameter=wanted["diameter"])
+                wanted["zoom"] = scale * plan.zoom
+            labels = segment.segment(pixels, net, batch=self.batch, **wanted)
+        except ValueError as error:         # segment knows no names
+            raise ValueError(f"{dataset.name}/{item.name}: {error}") from None
         return labels, time.perf_counter() - start
-
-
-def segment_bench_item(item: Item, dataset: LabelledSet, net, scale: float,
-                       channels: tuple[int, ...] | None = None, **wanted) -> np.ndarray:
-    pixels, diameter = item.pixels, dataset.config.diameter
-    if channels:
-        if max(channels) > len(pixels):
-            raise ValueError(f"{dataset.name}/{item.name}: {len(pixels)} channels, but a model has "
-                             f"channels: {list(channels)}; they count from 1 among the set's")
-        pixels = pixels[[number - 1 for number in channels]]
-    try:
-        zoom = None
-        if scale != 1:                      # the size head sees the image at scale 1 as well
-            zoom = scale * segment.plan_for(pixels, net, diameter=diameter).zoom
-        return segment.segment(pixels, net, diameter=diameter, zoom=zoom, **wanted)
-    except ValueError as error:             # segment knows no names
-        raise ValueError(f"{dataset.name}/{item.name}: {error}") from None
 
 
 class PeerLabels:
@@ -718,31 +714,21 @@ def ceiling_row(dataset: LabelledSet, grid: Encoding, folder: Path, **first: str
 def sweep_image(item: Item, dataset: LabelledSet, network: NetworkLabels,
                 settings: Sequence[dict]) -> list[dict]:
     """Scores of an image with each setting; the network runs once per tile, overlap and scale."""
-    nets: dict[tuple, Any] = defaultdict(lambda: ReplayedNetwork(network.net))
+    seen = segment.plan_for(item.pixels, network.net, diameter=dataset.config.diameter)
+    maps: dict[tuple, Any] = {}             # (h, w) of each view
     rows = []
     for setting in settings:
-        net = nets[setting["tile"], setting["overlap"], setting["scale"]]
-        net.at = 0
-        labels = segment_bench_item(item, dataset, net, batch=network.batch, **setting)
+        wanted = dict(setting)
+        plan = segment.plan_for(item.pixels, network.net, zoom=seen.zoom * wanted.pop("scale"),
+                                limits=seen.limits, batch=network.batch, **wanted)
+        view = plan.zoom, plan.tile, plan.overlap
+        if view not in maps:
+            maps[view], _ = segment.network_map(segment.as_source(item.pixels),
+                                                plan._replace(embed=False))
+        labels, _ = segment.cells_in_map(maps[view], plan, item.truth.shape)
         scores = metrics.scores(item.truth, labels)
         rows.append({name: scores[name] for name in COMPARED})
     return rows
-
-
-class ReplayedNetwork:
-    """A network that is asked for the same tiles in the same order again, and runs only once."""
-
-    def __init__(self, net):
-        self.net, self.tiles, self.at = net, [], 0
-
-    def __getattr__(self, name: str):                         # in all else it is the network
-        return getattr(self.net, name)
-
-    def __call__(self, x):                                    # (B, 3, T, T) -> (B, 1, T, T)
-        if self.at == len(self.tiles):
-            self.tiles += self.net(x)
-        self.at += len(x)
-        return torch.stack(self.tiles[self.at - len(x):self.at])
 
 
 def measured_best_setting(rows: Sequence[dict], settings: Sequence[dict], score: str) -> dict:

@@ -26,6 +26,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
@@ -33,7 +34,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray as Array
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import ndimage, stats
 
 import data
 import metrics
@@ -144,12 +145,11 @@ def read_tile(tile: TilePair) -> Array:
 
 def marker_of_cells(labels: Array, marker: Array, percentile: float | None = None) -> Array:
     """Mean, or a percentile, of the marker (H, W) over each cell 1..n of labels (H, W): (n,)."""
-    size = np.bincount(labels.ravel())[1:]
-    if percentile is None:
-        return np.bincount(labels.ravel(), marker.ravel())[1:] / size
-    order = np.argsort(labels, None, "stable")[np.count_nonzero(labels == 0):]  # cell after cell
-    parts = np.split(marker.ravel()[order].astype(float), np.cumsum(size))[:-1]
-    return np.array([np.percentile(part, percentile) for part in parts])
+    cells = np.arange(1, labels.max(initial=0) + 1)
+    if percentile is None or not len(cells):
+        return ndimage.mean(marker, labels, cells)
+    return ndimage.labeled_comprehension(marker.astype(float), labels, cells, partial(
+        np.percentile, q=percentile), float, math.nan)
 
 
 def read_tile_lines(path: Path) -> list[dict]:

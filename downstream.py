@@ -481,11 +481,11 @@ def write_outcome_report(config: Config) -> int:
          "Hochberg over the outcomes of a model.", legend, forest,
          outcome_table(found, "outcome", "model", "n", "rho", "p", "q", "p_from", "left_out")),
         ("Donors", "A dot is a donor: its fraction of positive cells, over its outcome.", legend,
-         report.side_by_side(*outcome_scatters(config, looks))),
+         report.side_by_side(outcome_scatters(config, looks))),
         ("Stability", f"rho in {config.resamples} redraws of {config.share:.0%} of each donor's "
          "tiles, at least one left out; the dashed line is rho with all tiles. Fewer tiles are "
          "noisier, so redraws tend to lie nearer to 0. A redraw's q is taken over the same family.",
-         legend, report.side_by_side(*marker_histograms(config, found, looks)),
+         legend, report.side_by_side(marker_histograms(config, found, looks)),
          outcome_table(stable, "outcome", "model", "median", "sd", "same_sign", "q_below_0.05"))]
     if len(config.models) > 1:
         changes = read_outcome_rows(config, "e5_difference.tsv")
@@ -571,26 +571,24 @@ def outcome_tables_used(config: Config) -> list[str]:
     return tables + ([report.html_table(("skipped tile", "why"), shown, 2)] if shown else [])
 
 
-def outcome_scatters(config: Config, looks: dict) -> list[str]:
+def outcome_scatters(config: Config, looks: dict) -> dict[str, str]:
     donors = config.read_donors()
     ratio = {(row["model"], row["donor"]): row["ratio"]
              for row in read_outcome_rows(config, "donor_marker_ratio.tsv") if not row["flag"]}
-    charts = []
+    charts = {}
     for name, outcome in zip(config.columns, donors.outcomes):
         points = {model: [(x, ratio[model, donor]) for donor, x in zip(donors.names, outcome)
                           if (model, donor) in ratio] for model in looks}
-        charts.append(report.titled_picture(name, report.dot_chart(points, looks, name,
-                                                                   "positive fraction")))
+        charts[name] = report.dot_chart(points, looks, name, "positive fraction")
     return charts
 
 
-def marker_histograms(config: Config, found: list[dict], looks: dict) -> list[str]:
-    redraws, charts = read_outcome_rows(config, "e5_redraws.tsv"), []
+def marker_histograms(config: Config, found: list[dict], looks: dict) -> dict[str, str]:
+    redraws, charts = read_outcome_rows(config, "e5_redraws.tsv"), {}
     for name in config.columns:
         values = {model: [row[name] for row in redraws if row["model"] == model] for model in looks}
         rho = {row["model"]: row["rho"] for row in found if row["outcome"] == name}
-        charts.append(report.titled_picture(name, report.histogram_chart(values, rho, looks, "rho",
-                                                                         "redraws")))
+        charts[name] = report.histogram_chart(values, rho, looks, "rho", "redraws")
     return charts
 
 

@@ -32,6 +32,7 @@ import runs
 from report import chart_mean, shown_value
 
 with runs.lazy():                       # evaluate.py --help does not wait for these
+    import scipy
     import tqdm
     import yaml
 
@@ -756,9 +757,7 @@ def read_prediction(item: Item, folder: Path) -> Prediction:
                                 "and give predictions=runs/EXPERIMENT/MODEL")
     labels = of_same_size(data.read_labels(path), item, path)
     table = metrics.overlap(item.truth, labels)
-    ids, cell = np.unique(labels, return_inverse=True)
-    cell = cell.ravel()
-    marker = (np.bincount(cell, item.pixels[0].ravel()) / np.bincount(cell))[ids > 0]
+    marker = scipy.ndimage.mean(item.pixels[0], labels, table.pred_ids)
     return Prediction(item.name, table, marker,
                       np.isin(table.pred_ids, bench_cells_at_edge(labels)),
                       np.isin(table.truth_ids, bench_cells_at_edge(item.truth)))
@@ -866,7 +865,7 @@ def bench_row_cells(row: TableRow, result: Result | None, scores: Sequence[str],
 def measured_efficiency(sets: Sequence[LabelledSet], rows: Sequence[TableRow],
                         results: BenchResults) -> str:
     """AP@0.5 over the number of training images, a dot for each seed."""
-    charts, rows = [], [row for row in rows if row.images]
+    charts, rows = {}, [row for row in rows if row.images]
     styles = report.page_styles(dict.fromkeys(row.curve or row.name for row in rows))
     for dataset in sets:
         points: dict[str, list[tuple[float, float]]] = defaultdict(list)
@@ -874,22 +873,21 @@ def measured_efficiency(sets: Sequence[LabelledSet], rows: Sequence[TableRow],
             if result := results[dataset.name].get(row.name):
                 points[row.curve or row.name] += [(row.images, seed.scores.mean["AP@0.5"])
                                                   for seed in result.runs]
-        charts.append(report.titled_picture(dataset.name, report.dot_chart(
-            points, styles, "training images", "AP@0.5", log=True, means=True)))
+        charts[dataset.name] = report.dot_chart(points, styles, "training images", "AP@0.5",
+                                                log=True, means=True)
     return report.report_section(
         "AP@0.5 over training images", "A dot for each seed, a line through their means.",
-        report.legend(styles), report.side_by_side(*charts))
+        report.legend(styles), report.side_by_side(charts))
 
 
 def bench_score_charts(there: dict[str, Result], styles: dict[str, report.Style]) -> str:
     curves = {model: [(t, result.scores.mean[f"AP@{t:g}"]) for t in metrics.THRESHOLDS]
               for model, result in there.items()}
-    return report.legend({name: styles[name] for name in there}) + report.side_by_side(
-        report.titled_picture("AP over the threshold", report.line_chart(
-            curves, styles, "IoU threshold", "mean AP")),
-        report.titled_picture("Cells found over their size", report.line_chart(
+    return report.legend({name: styles[name] for name in there}) + report.side_by_side({
+        "AP over the threshold": report.line_chart(curves, styles, "IoU threshold", "mean AP"),
+        "Cells found over their size": report.line_chart(
             scores_by_size(there), styles, "equivalent diameter (px)", "share found at IoU 0.5",
-            log=True)))
+            log=True)})
 
 
 def scores_by_size(there: dict[str, Result]) -> dict[str, list[tuple[float, float]]]:

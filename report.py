@@ -405,12 +405,10 @@ def picture_strip(title: str, figures: Iterable[str]) -> str:
             "</div>")
 
 
-def side_by_side(*blocks: str) -> str:
-    return f'<div class="charts">{"".join(f"<div>{block}</div>" for block in blocks)}</div>'
-
-
-def titled_picture(title: str, block: str) -> str:
-    return f"<h3>{escape(title)}</h3>{block}"
+def side_by_side(charts: Mapping[str, str]) -> str:
+    """Charts by their titles."""
+    blocks = (f"<div><h3>{escape(title)}</h3>{chart}</div>" for title, chart in charts.items())
+    return f'<div class="charts">{"".join(blocks)}</div>'
 
 
 def report_section(title: str, note: str, *blocks: str) -> str:

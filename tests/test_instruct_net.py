@@ -271,7 +271,7 @@ def test_weights_round_trip(tmp_path):
         load_instructed(tmp_path / "y.pt")
     model.save(model.DINOCell(model.ViT(32, 4, 1, 8, 2), (16, 8, 8), 8), tmp_path / "z.pt")
     content = torch.load(tmp_path / "x.pt", weights_only=True)
-    content["architecture"]["words"] |= dict(regions=(), pixel=0.5)          # as the shipped file has
+    content["architecture"]["words"] |= dict(regions=(), pixel=0.5)     # as the shipped file has
     content["format"] = model.OLD_FORMAT
     content["settings"] |= dict(pixel_size=0.5)
     torch.save(content, tmp_path / "old.pt")

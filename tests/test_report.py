@@ -100,7 +100,7 @@ def sample():
     pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     return report.page("Title & more", "note", [report.report_section(
         "set", "its note", report.legend(styles),
-        report.side_by_side(report.titled_picture("curve", chart)),
+        report.side_by_side({"curve": chart}),
         report.html_table(["model", "AP"], [["a", report.Cell("0.5", "0.4–0.6", True)],
                                             ["b <&>", "-"]]),
         report.picture_strip("best", [report.picture(pixels, "truth: 3 cells")]))], "made by <me>")

@@ -62,13 +62,6 @@ with runs.lazy():
     import watershed
 
 
-def run_folder(config) -> Path:
-    folder = Path(config.output_base_dir) / "runs" / config.experiment
-    folder.mkdir(parents=True, exist_ok=True)
-    runs.write_text(folder / f"{type(config).__name__.lower()}.yaml", runs.to_yaml(config))
-    return folder
-
-
 # ------------------------------------------------------------------------------------------- bench
 
 @dataclass(frozen=True)
@@ -107,7 +100,7 @@ def bench(config: Bench) -> None:
     if unknown := set(config.against) - {row.name for row in rows}:
         raise ValueError(f"against: '{min(unknown)}', expected some of "
                          f"{runs.listed([row.name for row in rows], 12)}")
-    folder = run_folder(config)
+    folder = runs.run_folder(config)
     if config.ceiling.cap:
         best = {dataset.name: (measure.EncodedLabels(measure.encoding_rows(
             dataset, config.ceiling, folder)[0]),) for dataset in sets}
@@ -197,7 +190,7 @@ def gating(config: Gating) -> None:
     predictions = {dataset.name: [
         measure.read_prediction(item, Path(config.predictions) / dataset.name)
         for item in dataset.items("gating")] for dataset in sets}
-    folder, rows = run_folder(config), []
+    folder, rows = runs.run_folder(config), []
     for dataset in sets:
         images = predictions[dataset.name]
         rows += measure.ceiling_row(dataset, config.ceiling, folder, what=CEILING)
@@ -264,7 +257,7 @@ def sweep(config: Sweep) -> None:
     check_apart(validation, test)
     network = measure.NetworkLabels(config.weights, config.device, config.batch)
     settings = config.settings(network.net.settings.setting)
-    folder = run_folder(config)
+    folder = runs.run_folder(config)
     rows, table = [], []
     for dataset in validation:
         found = sweep_rows(dataset, network, settings, folder / "validation" / dataset.name)
@@ -345,7 +338,7 @@ class Ceiling(Encoding):
 def ceiling(config: Ceiling) -> None:
     """What the encoding can reach: true labels -> distance map -> watershed -> scores."""
     sets = [LabelledSet(dataset, config.root) for dataset in config.sets]
-    folder = run_folder(config)
+    folder = runs.run_folder(config)
     tables = [measure.encoding_rows(dataset, config, folder) for dataset in sets]
     runs.write_table(folder / "ceiling.tsv", [row for table in tables for row in table])
     report.print_report_table([table[0] for table in tables],
@@ -407,13 +400,6 @@ def score_row(place: str, name: str, found: list[measure.JudgedCells], score: di
     return {"place": place, "set": name, "cells": len(right), "right": right.mean(),
             "score": given.mean(), "ECE": metrics.calibration_error(right, given),
             "AUROC": metrics.roc_area(right, given)}
-
-
-# ----------------------------------------------------------------------------------------- channels
-
-def channels(config: probe.Channels) -> None:
-    """Does a backbone see the same field in each of its channels? Features, and where it looks."""
-    probe.compare_channels(config, run_folder)
 
 
 # ------------------------------------------------------------------------------------------- embed
@@ -479,7 +465,7 @@ def embed(config: Embed) -> None:
     Fields: mean vector of a field's cells in each channel; is the nearest one of another channel
     that of the same field?
     """
-    folder, rows, found = run_folder(config), [], []
+    folder, rows, found = runs.run_folder(config), [], []
     for source in config.sources:
         net = embedder(source, config)
         for typed in config.sets:
@@ -638,8 +624,7 @@ def told_fields(net, config: Embed) -> dict[str, float]:
     """Retrieval of fields across channels, and of fields of the same well, by mean vectors."""
     finder = networks.load(config.finder).ready(runs.pick_device(config.device))
     fields, names = [], []
-    for name, _, pixels in probe.probe_field_files(Path(str(config.fields)), config.size,
-                                                   config.channels, config.limit):
+    for name, _, pixels in probe.probe_field_files(config):
         labels = segment.segment(pixels[-1], finder)
         if labels.any():
             # shapes are those of the same cells in all channels
@@ -670,7 +655,7 @@ def told_fields(net, config: Embed) -> dict[str, float]:
 VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "bench": (Bench, bench), "gating": (Gating, gating), "sweep": (Sweep, sweep),
     "ceiling": (Ceiling, ceiling), "calibrate": (Calibrate, calibrate),
-    "channels": (probe.Channels, channels), "embed": (Embed, embed)}
+    "channels": (probe.Channels, probe.compare_channels), "embed": (Embed, embed)}
 
 
 def main(arguments: list[str]) -> int:

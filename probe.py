@@ -27,7 +27,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -238,23 +238,19 @@ class Channels:
             raise ValueError(f"channels={', '.join(self.channels)}: expected two or more")
 
 
-def compare_channels(config: Channels, make_folder: Callable[[Channels], Path]) -> None:
-    """Write numbers, tables and pictures of how the channels of fields agree.
-
-    make_folder : makes the folder for the results, once all fields could be read.
-    """
+def compare_channels(config: Channels) -> None:
+    """Does a backbone see the same field in each of its channels? Features, and where it looks."""
     vit, features, maps = probe_backbone(config), [], []
     shown: list[tuple[str, np.ndarray, Look]] = []
-    fields = probe_synthetic_fields(config) if config.fields is None else probe_field_files(
-        Path(config.fields), config.size, config.channels, config.limit)
-    for name, known, pixels in fields:
+    read = probe_synthetic_fields if config.fields is None else probe_field_files
+    for name, known, pixels in read(config):
         channels = known                                                # of all fields
         look = look_at_field(vit, data.normalise(pixels, data.percentiles(pixels)))
         features.append(look.cls if config.feature == "cls" else look.patches.mean(1))   # (C, D)
         maps.append(look.attention.mean(1))                             # (C, h, w)
         if len(shown) < config.shown:
             shown.append((name, pixels, look))
-    folder, (names, pictured, looks) = make_folder(config), zip(*shown, strict=True)
+    folder, (names, pictured, looks) = runs.run_folder(config), zip(*shown, strict=True)
     numbers, found, seen = compare_backbones(features, maps)
     chance = 1 / len(features)
     content = {"weights": config.weights or "random", "feature": config.feature,
@@ -286,19 +282,19 @@ def probe_backbone(config: Channels):
     return vit.eval().to(runs.pick_device(config.device))
 
 
-def probe_field_files(folder: Path, size: int, channels: Sequence[str] | None, limit: int | None
-                      ) -> Iterator[tuple[str, list[str], np.ndarray]]:
-    """The square of size x size px in the middle of each image below a folder.
+def probe_field_files(config) -> Iterator[tuple[str, list[str], np.ndarray]]:
+    """Name, channels and the square in the middle of each image below the folder `fields`.
 
     Too few images, other channels than before or an empty channel are an error.
     """
+    folder, size, channels = Path(config.fields), config.size, config.channels
     files = data.list_files(folder, data.TIFF + data.NPY) if folder.is_dir() else []
     if not files:
         raise FileNotFoundError(f"{folder}: no such folder, or no TIFF or .npy in it")
     if len(files) == 1:
         raise ValueError("1 field with several channels, expected two or more to compare")
     before: list[str] | None = None
-    for path in files[:limit]:
+    for path in files[:config.limit]:
         pixels, known, _ = data.read_image(path, channels)
         C, H, W = pixels.shape
         if C < 2 or min(H, W) < size:

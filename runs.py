@@ -952,6 +952,14 @@ def check_file_can_be_written(path: Path) -> None:
                          "that may be written")
 
 
+def run_folder(config: Any) -> Path:
+    """runs/<experiment>/ of a configuration, which is written into it under its class's name."""
+    folder = Path(config.output_base_dir) / "runs" / config.experiment
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / f"{type(config).__name__.lower()}.yaml", to_yaml(config))
+    return folder
+
+
 def log_history(log: Path) -> list[dict]:
     """Lines of a log.jsonl, but for one cut by a crash; of a step logged twice the later one."""
     lines: dict[tuple, dict] = {}

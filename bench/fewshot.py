@@ -295,7 +295,7 @@ def main(config: Config, files: list[str]) -> int:
     """Write a table and a figure: AP of each way after each number of shots."""
     if files:
         raise ValueError(f"{files[0]}: fewshot.py takes a configuration and key=value")
-    folder = evaluate.run_folder(config)
+    folder = runs.run_folder(config)
     first = next(start.weights for start in config.starts if start.weights)
     rows: list[dict[str, Any]] = []
     for start in config.starts:

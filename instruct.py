@@ -426,9 +426,8 @@ def instruct_class_loss(logits, kind):
     """Cross-entropy, every class that occurs weighing the same."""
     if not len(kind):
         return logits.sum()                                                  # 0, with a gradient
-    each = torch.nn.functional.cross_entropy(logits, kind, reduction="none")
     count = torch.bincount(kind, minlength=logits.shape[1]).clamp(min=1)
-    return (each / count[kind]).sum() / len(kind.unique())
+    return torch.nn.functional.cross_entropy(logits, kind, 1 / count)
 
 
 def instruct_text_loss(net, lessons: Lessons, rows):
@@ -805,8 +804,7 @@ def instruct_foreign_images(folder: str) -> list[np.ndarray]:
 
 
 def exam_in_words(result: dict) -> str:
-    def shown(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
+    shown = report.shown_value
     columns = [(key, how) for key in ("AP@0.5", "Dice") for how in HOW]
     rows = [[name, str(scores["text"]["true"]),
              *(shown(scores.get(how, {}).get(key)) for key, how in columns)]

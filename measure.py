@@ -834,7 +834,7 @@ def bench_score_cell(result: Result | None, name: str, best: float | None = None
     if result is None:
         return report.Cell("-")
     value, ends = bench_headline(result.scores)[name], score_intervals(result.scores).get(name, ())
-    return report.Cell(shown_value(value, 3), "–".join(shown_value(end, 3) for end in ends),
+    return report.Cell(shown_value(value), "–".join(shown_value(end) for end in ends),
                        value == best)
 
 
@@ -1014,7 +1014,7 @@ def bench_markdown(sets: Sequence[LabelledSet], rows: Sequence[TableRow], result
         there = [results[dataset.name].get(name) for name in ran]
         n = max((len(result.names) for result in there if result), default=0)
         lines.append((marked(dataset.name, dataset.note, notes), str(n), *(
-            " / ".join(shown_value(result.scores.mean[name], 3) for name in BRIEF)
+            " / ".join(shown_value(result.scores.mean[name]) for name in BRIEF)
             if result else "not run" for result in there)))
     brief = (f"{' / '.join(BRIEF).replace('/ AP@', '/ ')}, mean over the images of each set.\n\n"
              + report.markdown(("set", "images", *ran), lines) + footnotes(notes))

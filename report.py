@@ -319,7 +319,7 @@ def heat_colours(values: np.ndarray) -> np.ndarray:
 
 # ------------------------------------------------------------------------------ tables, documents
 
-def shown_value(value: Any, digits: int = 4) -> str:
+def shown_value(value: Any, digits: int = 3) -> str:
     """A number for people, '-' where there is none."""
     if value is None or isinstance(value, float) and math.isnan(value):
         return "-"
@@ -334,7 +334,7 @@ def chart_mean(values: Iterable[float]) -> float:
 
 def print_report_table(rows: Sequence[dict], columns: Iterable[str]) -> None:
     columns = list(columns)
-    cells = [columns, *([shown_value(row.get(name), 3) for name in columns] for row in rows)]
+    cells = [columns, *([shown_value(row.get(name)) for name in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())

@@ -314,7 +314,7 @@ def main(config: Config, files: list[str]) -> int:
                                                                        first, seed)
                         rows.append(measure.cached_bench_map(where, key, partial(
                             one_way, begin, start, episode, new, shots, way, config, seed)))
-                        print(" ".join(f"{k} {report.shown_value(v)}" for k, v in rows[-1].items()),
+                        print(*(f"{k} {report.shown_value(v, 4)}" for k, v in rows[-1].items()),
                               flush=True)
     runs.write_table(folder / "fewshot.tsv", rows)
     table = summary(rows)

@@ -317,10 +317,8 @@ def train_instructed(config: Config, files: list[str]) -> int:
                          "folder to begin anew")
     swa = torch.optim.swa_utils
     average = swa.AveragedModel(net, multi_avg_fn=swa.get_ema_multi_avg_fn(MEMORY))
-    learning = [p for p in net.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW([
-        dict(params=[p for p in learning if p.ndim > 1], weight_decay=WEIGHT_DECAY),
-        dict(params=[p for p in learning if p.ndim < 2], weight_decay=0.0)])
+    optimiser = torch.optim.AdamW(optim.parameter_groups(
+        net, config.lr, lambda _, p: dict(weight_decay=WEIGHT_DECAY if p.ndim > 1 else 0.0)))
     start = 0
     if state:
         net.load_state_dict(state["net"])

@@ -31,6 +31,7 @@ import re
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -164,8 +165,14 @@ class Config:
         paths = [self.folder(model) / "tile_counts.tsv" for model in self.models]
         return cohort.read_donor_counts(paths, self.controls, self.min_tiles, self.min_cells)
 
-    def read_donors(self) -> cohort.Donors:
-        return cohort.read_donors(self.outcomes, self.columns, self.covariates, self.categories)
+    def read_donors(self, with_tiles: Collection[str] | None = None) -> cohort.Donors:
+        """All donors of the table; an error if none is among those that have tiles."""
+        donors = cohort.read_donors(self.outcomes, self.columns, self.covariates, self.categories)
+        if with_tiles is not None and not set(with_tiles) & set(donors.names):
+            raise ValueError(f"{self.outcomes}: none of its donors ({runs.listed(donors.names)}) "
+                             f"has tiles, which are of {runs.listed(sorted(with_tiles))}; name "
+                             "them alike, or give donor=")
+        return donors
 
 
 def main(config: Config, files: list[str], check: bool = False) -> int:
@@ -177,11 +184,7 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
     if check:
         return print_study(config)
     if step is None:                                           # a mistake there must not cost hours
-        names, (tiles, *_) = config.read_donors().names, config.find_tiles()
-        if not {tile.donor for tile in tiles} & set(names):
-            raise ValueError(f"{config.outcomes}: none of its donors ({runs.listed(names)}) has a "
-                             f"tile; those of the tiles are "
-                             f"{runs.listed(sorted({tile.donor for tile in tiles}))}; see donor=")
+        config.read_donors({tile.donor for tile in config.find_tiles()[0]})
     for run in STEPS.values() if step is None else [STEPS[step]]:
         if code := run(config):
             return code
@@ -390,11 +393,8 @@ def write_ratios(config: Config) -> int:
 def write_associations(config: Config) -> int:
     """Write rho of every model with every outcome, over the donors that have both."""
     check_settings(config, "merge")
-    counts, donors = config.read_counts(), config.read_donors()
-    if not set(counts.donors) & set(donors.names):
-        raise ValueError(f"{config.outcomes}: none of its donors ({runs.listed(donors.names)}) has "
-                         f"tiles, which are of {runs.listed(counts.donors)}; name them alike, or "
-                         "give donor=")
+    counts = config.read_counts()
+    donors = config.read_donors(counts.donors)
     out, names, seed = Path(config.out), [model.name for model in config.models], config.seed
     status = dict.fromkeys(donors.names, "no tiles") | {
         name: flag or ("used" if name in donors.names else f"not in {Path(config.outcomes).name}")

@@ -314,7 +314,7 @@ def test_outcomes_of_other_donors_are_refused_before_the_network_runs(study, tmp
     table = (study / "outcomes.tsv").read_text().splitlines()
     (tmp_path / "others.tsv").write_text("\n".join(
         [table[0], *(f"x{line}" for line in table[1:])]))
-    with pytest.raises(ValueError, match="none of its donors .* has a tile"):
+    with pytest.raises(ValueError, match="none of its donors .* has tiles, which are of 0, 1"):
         step(configured(study, tmp_path, outcomes=str(tmp_path / "others.tsv")))
     assert not (tmp_path / "results").exists()
 

@@ -360,9 +360,7 @@ def answer_view(pixels: np.ndarray, net: Instructed, labels: np.ndarray | None =
 
 
 def answer_planes_resized(planes: Tensor, size: tuple[int, int]) -> Tensor:
-    """(C, h, w) -> (C, *size)."""
-    if planes.shape[1:] == size:
-        return planes
+    """(C, h, w) -> (C, *size); of the same size as they are."""
     return F.interpolate(planes[None], size=size, mode="bilinear", antialias=True)[0]
 
 

@@ -201,8 +201,8 @@ def write_probe_pictures(folder: Path, names: Sequence[str], fields: Sequence[np
         colours += [shot, list(token_colours(look.patches, mean.shape[1]))]
         titles += [name, f"attention, r {r:.2f}"]
     report.mosaic(paths[0], maps, titles, channels)
-    report.mosaic(paths[1], colours, [names[i // 2] if i % 2 == 0 else "components"
-                                      for i in range(len(titles))], channels)
+    report.mosaic(paths[1], colours, [title for name in names for title in (name, "components")],
+                  channels)
     heads = [[shot, *map(report.heat_colours, one)]
              for shot, one in zip(shots[0], looks[0].attention, strict=True)]
     titles = [names[0], *(f"head {k}" for k in range(1, len(heads[0])))]
@@ -556,8 +556,7 @@ def probe_run_rows(folder: Path) -> list[list[str]]:
         raise ValueError(f"{log}: no evaluation in it yet")
     settings = runs.read_yaml(folder / "config.yaml")
     about = [folder.name, settings["views"]["strategy"], str(settings["seed"])]
-    return [[*about, str(step), *(f"{found[step][name]:.3f}" if name in found[step] else "-"
-                                  for name in LOGGED)]
+    return [[*about, str(step), *(report.shown_value(found[step].get(name)) for name in LOGGED)]
             for step in sorted({min(found), max(found)})]
 
 

@@ -41,7 +41,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import data
 import measure
@@ -427,7 +427,7 @@ class Embed:
     fields: str | None = None
     channels: tuple[str, ...] | None = None  # of the fields: names or numbers; null: all
     size: runs.Count = 512                  # px, side of the square in the middle of a field
-    limit: Annotated[int, runs.at_least(2)] = 24   # fields
+    limit: probe.AtLeastTwo = 24            # fields
     wells: str | None = None                # CSV with columns image, well: fields to find by well
     # weights that find the cells of the fields, in their last channel; `random` has their shape
     finder: str = "final_models/dinocell_tiny.pt"
@@ -603,7 +603,7 @@ def found_types(net, head, asked: Sequence[TypedImage], names: tuple[str, ...], 
     pairs, missed, extra = [], [], []
     for pixels, labels, types in asked:
         plan = segment.plan_for(pixels, net, diameter=diameter, embed=True)
-        distance, pool = segment.network_map(segment.as_source(pixels), plan)
+        distance, pool = segment.network_map(pixels, plan)
         found, _ = segment.cells_in_map(distance, plan, labels.shape)
         _, rows = segment.pooled_vectors(pool, found, plan, outlines=True)
         told = 1 + (vectors.type_probabilities(head, rows) if head
@@ -672,7 +672,7 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"{files[0]}: evaluate.py {verb} takes a configuration and key=value")
         VERBS[verb][1](config)
 
-    runs.script(usage(verb) if {"--help", "-h"} & set(rest) else "", VERBS[verb][0], run, rest)
+    runs.script(usage(verb), VERBS[verb][0], run, rest)
     return 0
 
 

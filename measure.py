@@ -432,7 +432,7 @@ def bench_judged_cells(dataset: LabelledSet, net) -> JudgedCells:
     right = []
     for item in dataset.items("cells"):
         plan = segment.plan_for(item.pixels, net, diameter=dataset.config.diameter)
-        seen, _ = segment.network_map(segment.as_source(item.pixels), plan)
+        seen, _ = segment.network_map(item.pixels, plan)
         labels, distance = segment.cells_in_map(seen, plan, item.truth.shape)
         ids = np.arange(1, int(labels.max(initial=0)) + 1)
         for name, values in cells.cell_map_features(labels, distance, plan.diameter, ids).items():
@@ -513,7 +513,7 @@ def rows_of(model: Model, sets: Sequence[LabelledSet], device: str,
     sources: dict[str, tuple] = {}
     try:
         if model.weights:
-            return network_rows(model, model.weights, [each.name for each in sets], device, batch)
+            return network_rows(model, model.weights, sets, device, batch)
         if model.labels:
             for dataset in sets:
                 sources[dataset.name] = (PeerLabels(Path(model.labels), dataset),)
@@ -524,7 +524,7 @@ def rows_of(model: Model, sets: Sequence[LabelledSet], device: str,
     return [TableRow(model.name, model.note, sources)]
 
 
-def network_rows(model: Model, weights: str, sets: Sequence[str], device: str,
+def network_rows(model: Model, weights: str, sets: Sequence[LabelledSet], device: str,
                  batch: int | None) -> list[TableRow]:
     options = {name: getattr(model, name)
                for name in (*watershed.Setting._fields, "tile", "overlap", "scale", "channels")}
@@ -539,7 +539,8 @@ def network_rows(model: Model, weights: str, sets: Sequence[str], device: str,
         trained_on[network.images].append(network)
     several = len(trained_on) > 1
     return [TableRow(f"{model.name}_{images}" if several else model.name, model.note,
-                     dict.fromkeys(sets, tuple(seeds)), images, model.name if several else "")
+                     {each.name: tuple(seeds) for each in sets}, images,
+                     model.name if several else "")
             for images, seeds in sorted(trained_on.items())]
 
 
@@ -709,7 +710,7 @@ def encoding_rows(dataset: LabelledSet, grid: Encoding, folder: Path) -> list[di
 def ceiling_row(dataset: LabelledSet, grid: Encoding, folder: Path, **first: str) -> list[dict]:
     """Best row of the encoding, to stand before the rows of a set; none without cap."""
     rows = encoding_rows(dataset, grid, folder)[:1] if grid.cap else []
-    return [{"set": best["set"], **first, "n": best["n"], **best} for best in rows]
+    return [{**best, **first} for best in rows]
 
 
 def sweep_image(item: Item, dataset: LabelledSet, network: NetworkLabels,
@@ -724,8 +725,7 @@ def sweep_image(item: Item, dataset: LabelledSet, network: NetworkLabels,
                                 limits=seen.limits, batch=network.batch, **wanted)
         view = plan.zoom, plan.tile, plan.overlap
         if view not in maps:
-            maps[view], _ = segment.network_map(segment.as_source(item.pixels),
-                                                plan._replace(embed=False))
+            maps[view], _ = segment.network_map(item.pixels, plan._replace(embed=False))
         labels, _ = segment.cells_in_map(maps[view], plan, item.truth.shape)
         scores = metrics.scores(item.truth, labels)
         rows.append({name: scores[name] for name in COMPARED})
@@ -788,8 +788,7 @@ def gated_scores(predictions: Sequence[Prediction], min_area: int, window: tuple
 
 
 def bench_labels_without(table, keep: np.ndarray, keep_true: np.ndarray):
-    """Table of overlaps without some cells; keep (S,), keep_true (R,) or one for all."""
-    keep_true = np.broadcast_to(keep_true, table.truth_ids.shape)
+    """Table of overlaps without some cells: keep (S,), keep_true (R,)."""
     pairs = keep_true[table.rows] & keep[table.cols]
     return metrics.Overlap(
         table.truth_ids[keep_true], table.pred_ids[keep],

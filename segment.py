@@ -399,10 +399,10 @@ def _around(one: Region, other: Region) -> Region:
     return rows, columns
 
 
-def network_map(source, plan: Plan, progress: Callable[[float], None] | None = None
+def network_map(image, plan: Plan, progress: Callable[[float], None] | None = None
                 ) -> tuple[Tensor, vectors.TokenPool | None]:
     """The network's answer at its own scale: (h, w) distances, and tokens where plan.embed."""
-    pool = _token_pool(plan)
+    pool, source = _token_pool(plan), as_source(image)
     return torch.cat(list(_tile_distances(source, plan, Counter(), progress, pool))), pool
 
 

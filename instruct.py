@@ -279,17 +279,17 @@ class Crops:
         self.column = torch.tensor([columns.index(name) for tile in tiles for name in
                                     ("", *(tile.classes[i] for i in sorted(tile.classes)))],
                                    device=device)                            # in Resident's order
-        self.batch, self.device = config.batch, device
-        self.options: dict[str, Any] = dict(config=augment.Augment(**STAINED), size=config.crop,
-                                            seed=config.seed, cap=cap)
+        self.config = config
 
     def sample(self, step: int):
         """x (B, 3, S, S), distances (B, 1, S, S), labels (B, S, S), first (B,): `column` of a label
         is at first + label."""
-        numbers = np.arange(self.batch) + step * self.batch
-        shown = self.images.draw(self.options["seed"], numbers)
-        first = torch.from_numpy(self.images.cell[shown]).to(self.device)
-        x, target, labels = augment.sample(self.images, shown, numbers, **self.options)
+        config, images = self.config, self.images
+        numbers = np.arange(config.batch) + step * config.batch
+        shown = images.draw(config.seed, numbers)
+        first = torch.from_numpy(images.cell[shown]).to(images.device)
+        x, target, labels = augment.sample(images, shown, numbers, augment.Augment(**STAINED),
+                                           config.crop, config.seed, images.cap)
         return x, target, labels.long(), first.long()
 
 

@@ -296,7 +296,7 @@ def load_instructed(path: str | Path) -> Instructed:
         net = Instructed(model.built_backbone(shape["backbone"], content["state_dict"]),
                          tuple(shape["widths"]), shape["last"],
                          model.weights_settings(content, path), Words(**words), shape["stem"])
-    net.load_state_dict({name: tensor.float() for name, tensor in content["state_dict"].items()})
+    model.fill_network(net, content["state_dict"], path)
     return net.eval()
 
 

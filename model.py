@@ -636,7 +636,7 @@ def load(path: str | Path) -> DINOCell:
             if width not in (net.backbone.dim, net.backbone.dim + len(OUTLINE)):
                 raise ValueError(f"a type head that reads {width} numbers")
             net.set_types(nn.Linear(width, len(names)), names)
-    _fill_network(net, content["state_dict"], path)
+    fill_network(net, content["state_dict"], path)
     net.origin = Path(path)
     return net.eval()
 
@@ -701,7 +701,7 @@ def load_backbone(path: str | Path, patch: int = 8) -> ViT:
               len(tensors["register_tokens"]))
     if kernel.shape[-1] != patch:
         tensors["patch_embed.weight"] = shrink_patch(kernel.float(), patch)
-    _fill_network(vit, tensors, path)
+    fill_network(vit, tensors, path)
     return vit
 
 
@@ -847,7 +847,7 @@ DINOV3_NAMES = [                    # official or Hugging Face's name -> ours, i
 
 
 def _from_dinov3(content: dict, path: str | Path) -> dict[str, Tensor]:
-    """Rename official or Hugging Face tensors; what has no counterpart is named by _fill."""
+    """Rename official or Hugging Face tensors; fill_network() names others."""
     if isinstance(content.get("teacher"), dict):     # a training checkpoint: heads are not ours
         content = {str(k).removeprefix("backbone."): v for k, v in content["teacher"].items()
                    if str(k).startswith("backbone.")}
@@ -886,11 +886,13 @@ def _refuse_key_bias(bias: Tensor, name: str, path: str | Path) -> None:
                          "has not; its features would be wrong: give a checkpoint of DINOv3")
 
 
-def _fill_network(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
+def fill_network(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
     """Put copies of a file's tensors into a network, float16 ones as float32, if they fit."""
-    if strange := [k for k, v in tensors.items() if not isinstance(v, Tensor)]:
+    if strange := [k for k, v in tensors.items() if not (
+            isinstance(v, Tensor) and v.dtype in SAFETENSORS.values()      # not complex, not packed
+            and v.layout == torch.strided and v.device.type != "meta")]:
         raise ValueError(f"{path}: damaged weights, {runs.listed(sorted(map(str, strange)))} no "
-                         "tensors")
+                         "tensors of plain numbers")
     wanted = module.state_dict()
     missing, surplus = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
     wrong = [f"{k} {tuple(tensors[k].shape)} instead of {tuple(v.shape)}" for k, v in wanted.items()

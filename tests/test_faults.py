@@ -129,6 +129,12 @@ WRONG_WEIGHTS = {
     "a number for a tensor": lambda c: c["state_dict"].update({"backbone.cls_token": 3}),
     "a tensor of another shape": lambda c: c["state_dict"].update(
         {"backbone.cls_token": torch.zeros(3)}),
+    "a sparse tensor": lambda c: c["state_dict"].update(
+        {"backbone.cls_token": c["state_dict"]["backbone.cls_token"].float().to_sparse()}),
+    "complex numbers": lambda c: c["state_dict"].update(
+        {"backbone.cls_token": c["state_dict"]["backbone.cls_token"].to(torch.complex64)}),
+    "a tensor without numbers": lambda c: c["state_dict"].update(
+        {"backbone.cls_token": c["state_dict"]["backbone.cls_token"].to("meta")}),
     "a tensor too many": lambda c: c["state_dict"].update(extra=torch.zeros(1)),
     "a tensor too few": lambda c: c["state_dict"].pop("backbone.cls_token"),
     "a tensor that claims 4 TB": lambda c: c["state_dict"].update(

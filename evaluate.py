@@ -404,6 +404,9 @@ def score_row(place: str, name: str, found: list[measure.JudgedCells], score: di
 
 # ------------------------------------------------------------------------------------------- embed
 
+NONE = "none"               # type of what a network finds where no cell is
+
+
 @dataclass(frozen=True)
 class VectorSource:
     name: runs.Name                         # its folder and row
@@ -443,7 +446,9 @@ class Embed:
         if self.sets:
             measure.check_bench_names("set", self.sets)
         for typed in self.sets:
-            data.training_types(typed.types)
+            if NONE in data.training_types(typed.types):
+                raise ValueError(f"set '{typed.name}': a type is called {NONE}, as what is found "
+                                 "where no cell is; choose another name")
         if self.export and (len(self.sources), len(self.sets)) != (1, 1):
             raise ValueError(f"export={self.export}: expected one source and one set, got "
                              f"{len(self.sources)} and {len(self.sets)}")
@@ -460,7 +465,9 @@ def embed(config: Embed) -> None:
     k-NN and a linear head learn the types of the cells in `train` and tell those of the true cells
     in `test`, from vectors and outlines: accuracy, and mean F1 over the types. A network that knows
     a diameter sees all images at the median one of `train`, others as they are. F_d and F_c
-    (metrics.type_scores) are those of the cells that the source itself finds, with the linear head.
+    (metrics.type_scores) are those of the cells that the source itself finds, with a linear head
+    that knows one more type, `none`: what the source finds in `train` where no cell is. Cells that
+    are told so count as not found; infer.py keeps them, with their type.
 
     Fields: mean vector of a field's cells in each channel; is the nearest one of another channel
     that of the same field?
@@ -581,37 +588,62 @@ def told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
                        metrics.type_f1(truth, answer, range(1, 1 + len(names))))}
     if net is None or net.origin is None:      # none that finds cells
         return scores
+    false = false_find_rows(net, train, diameter, typed.reach)
+    if len(false):
+        head = vectors.linear_type_head(
+            np.concatenate((rows, false)),
+            np.append(types - 1, np.full(len(false), len(names))), 1 + len(names))
     if config.export:
-        whole = networks.load(net.origin)
-        whole.set_types(head, names)
+        whole, told = networks.load(net.origin), (*names, *([NONE] if len(false) else ()))
+        whole.set_types(head, told)
         networks.save(whole, config.export, half=True)
-        print(f"{', '.join(names)} -> {config.export}" + (f"; infer.py wants diameter={diameter:g} "
+        print(f"{', '.join(told)} -> {config.export}" + (f"; infer.py wants diameter={diameter:g} "
               "with it, for images of the same magnification" if diameter else ""))
-    own = net.type_names == names            # trained to tell these: with its own head
+    # trained to tell these: with its own head
+    own = tuple(name for name in net.type_names if name != NONE) == names
     return scores | {"diameter": diameter or np.nan} | found_types(
         net, None if own else head, test, names, typed.reach, diameter)
 
 
-def cell_centres(table: dict[str, np.ndarray]) -> np.ndarray:
-    """(n, 2) of a cells.cell_table, in px."""
+def found_cells(net, image: TypedImage, diameter: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Centres (n, 2) of the cells that a network finds, and what types are told from (n, D + 8)."""
+    plan = segment.plan_for(image.pixels, net, diameter=diameter, embed=True)
+    distance, pool = segment.network_map(image.pixels, plan)
+    labels, _ = segment.cells_in_map(distance, plan, image.labels.shape)
+    _, rows = segment.pooled_vectors(pool, labels, plan, outlines=True)
+    return cell_centres(labels), rows
+
+
+def false_find_rows(net, images: Sequence[TypedImage], diameter: float | None, reach: float
+                    ) -> np.ndarray:
+    """What types are told from (n, D + 8), of all that a network finds where no cell is."""
+    rows = []
+    for image in images:
+        at, found = found_cells(net, image, diameter)
+        pairs = metrics.match_centres(cell_centres(image.labels), at, reach)
+        rows.append(np.delete(found, pairs[:, 1], 0))
+    return np.concatenate(rows)
+
+
+def cell_centres(labels: np.ndarray) -> np.ndarray:
+    """(n, 2) of the cells, in px."""
+    table = cells.cell_table(labels, near=0)
     return np.stack([table["centroid_y_px"], table["centroid_x_px"]], 1)
 
 
 def found_types(net, head, asked: Sequence[TypedImage], names: tuple[str, ...], reach: float,
                 diameter: float | None) -> dict[str, float]:
-    """F_d and F_c of the cells that the network finds; `head`: None, if it tells types itself."""
+    """F_d and F_c of the cells that the network finds, without those told to be none; `head`: None,
+    if it tells types itself."""
     pairs, missed, extra = [], [], []
-    for pixels, labels, types in asked:
-        plan = segment.plan_for(pixels, net, diameter=diameter, embed=True)
-        distance, pool = segment.network_map(pixels, plan)
-        found, _ = segment.cells_in_map(distance, plan, labels.shape)
-        _, rows = segment.pooled_vectors(pool, found, plan, outlines=True)
+    for image in asked:
+        at, rows = found_cells(net, image, diameter)
         told = 1 + (vectors.type_probabilities(head, rows) if head
                     else net.type_probabilities(rows)).argmax(1)
-        true, at = (cell_centres(cells.cell_table(each)) for each in (labels, found))
-        i, j = metrics.match_centres(true, at, reach).T
-        pairs.append(np.stack((types[i], told[j])))
-        missed.append(np.delete(types, i))
+        at, told = at[told <= len(names)], told[told <= len(names)]
+        i, j = metrics.match_centres(cell_centres(image.labels), at, reach).T
+        pairs.append(np.stack((image.types[i], told[j])))
+        missed.append(np.delete(image.types, i))
         extra.append(np.delete(told, j))
     both = np.concatenate(pairs, 1)
     detection, by_type = metrics.type_scores(both[0], both[1], np.concatenate(missed),

@@ -491,6 +491,35 @@ def embed_config(tmp_path, **more):
                              "finder": str(tmp_path / "n.pt"), **more})
 
 
+def test_false_finds_are_a_type_of_their_own(tmp_path, monkeypatch):
+    """Cells that are found beside the true ones teach `none`, and count no more."""
+    network = model.load(embed_config(tmp_path).finder)
+    images = []
+    for name in ("one", "two"):
+        labels, kinds = labelled(tmp_path / "s", name, (1, 2))
+        types = np.array([kinds[int(i)] for i in np.unique(labels[labels > 0])])
+        images.append(evaluate.TypedImage(np.zeros((1, *labels.shape)), labels, types))
+
+    def found(net, image, diameter):
+        """All true cells and five others far away, each with a number for its type."""
+        true, type_of = evaluate.cell_centres(image.labels), image.types
+        rows = np.zeros((len(true) + 5, network.backbone.dim + len(vectors.OUTLINE)))
+        rows[np.arange(len(rows)), np.append(type_of, [0] * 5)] = 1
+        return np.concatenate((true, true.max() + 20 * np.arange(1, 11).reshape(5, 2))), rows
+
+    monkeypatch.setattr(evaluate, "found_cells", found)
+    false = evaluate.false_find_rows(network, images, None, 5.0)
+    assert len(false) == 10 and (false[:, 0] == 1).all()
+    rows = np.concatenate([found(network, image, None)[1][:-5] for image in images])
+    types = np.concatenate([image.types for image in images])
+    plain = vectors.linear_type_head(rows, types - 1, 2)
+    head = vectors.linear_type_head(np.concatenate((rows, false)),
+                                    np.append(types - 1, [2] * len(false)), 3)
+    scores = {one: evaluate.found_types(network, one, images, ("bright", "dim"), 5.0, None)["F_d"]
+              for one in (plain, head)}
+    assert scores[plain] == 2 * len(types) / (2 * len(types) + 10) and scores[head] == 1
+
+
 def test_what_vectors_are_worth(tmp_path, capsys):
     """Bright and dim disks are told apart by pixels and tokens; the head is exported and read."""
     for seed, name in enumerate(("one", "two", "three")):
@@ -510,7 +539,7 @@ def test_what_vectors_are_worth(tmp_path, capsys):
         dataclasses.replace(one, sources=one.sources[:1], export="x.pt")
     evaluate.embed(dataclasses.replace(one, sources=one.sources[2:],
                                        export=str(tmp_path / "typed.pt")))
-    assert model.load(tmp_path / "typed.pt").type_names == ("bright", "dim")
+    assert model.load(tmp_path / "typed.pt").type_names[:2] == ("bright", "dim")
     assert "diameter=" not in capsys.readouterr().out           # n.pt knows no size
     sized = tiny()
     sized.settings = dataclasses.replace(sized.settings, diameter=20.0)
@@ -523,6 +552,9 @@ def test_what_vectors_are_worth(tmp_path, capsys):
         dataclasses.replace(one, export="x.pt")
     with pytest.raises(ValueError, match="two sets are called"):
         dataclasses.replace(one, sets=one.sets * 2)
+    taken = dataclasses.replace(one.sets[0], types={"none": 1, "dim": 2})
+    with pytest.raises(ValueError, match="a type is called none"):
+        dataclasses.replace(one, sets=(taken,))
     lost = dataclasses.replace(one.sets[0], types={"bright": 1, "dim": 7})
     with pytest.raises(ValueError, match=r"no cell is 'dim' \(7\) in"):
         evaluate.embed(dataclasses.replace(one, sets=(lost,)))

@@ -1048,7 +1048,7 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
                            f"from {Path(source).resolve()} with {chosen}\n")
     _check_written_names(source, found, "", "bytes that are no UTF-8")
     record, made = target / "converted.tsv", 0
-    stamps, unstamped = _read_stamps(record), not record.exists()
+    stamps = _read_stamps(record)
     for name in stamps.keys() - {example.name for example in found}:
         print(f"{target}: {name} removed, it left {source}", file=sys.stderr)
         for file in _labelled_files(target, name):
@@ -1061,9 +1061,6 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
             stamp = runs.digest(*((file.resolve(), file.stat().st_size, file.stat().st_mtime_ns)
                                   for file in read))
             path, masks, classes = _labelled_files(target, example.name)
-            if unstamped and path.exists() and path.stat().st_mtime_ns >= max(
-                    file.stat().st_mtime_ns for file in read):     # of the version before
-                stamps[example.name] = stamp
             if path.exists() and stamps.get(example.name) == stamp:
                 continue
             image, labels = example.image(), example.labels()
@@ -1116,8 +1113,8 @@ def _read_stamps(record: Path) -> dict[str, str]:
         return {json.loads(row["name"]): row["stamp"]
                 for row in runs.read_table(record, ("name", "stamp"))}
     except ValueError as error:
-        raise ValueError(f"{record}: damaged ({error}); remove it, images that are newer than "
-                         "their source are kept") from None
+        raise ValueError(f"{record}: damaged ({error}); remove it, and all images are written "
+                         "anew") from None
 
 
 def _labelled_files(target: Path, name: str) -> tuple[Path, Path, Path]:

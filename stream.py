@@ -115,8 +115,8 @@ class ResidentPool(Pool):
         return {"fields": runs.digest("\n".join((*self.held, "", *map(str, self.names))))}
 
     def restore(self, states: Sequence[dict]) -> None:
-        """Refuse other fields; checkpoints of the version before do not tell them."""
-        if states[0].get("fields", now := self.state()["fields"]) != now:
+        """Refuse other fields."""
+        if states[0] != self.state():
             raise ValueError("the checkpoint's pool had other fields, or others held out; give "
                              "data.folders the same files again, or begin a new experiment")
 

@@ -858,17 +858,6 @@ def test_convert_after_a_kill(tmp_path, capsys, monkeypatch):
     assert [example.name for example in data.examples(out)] == ["b/c", "d", "e"]
 
 
-def test_convert_keeps_corrections_in_a_folder_of_the_version_before(tmp_path, capsys):
-    """It wrote no stamps; times told."""
-    pair(tmp_path / "in", "a", 0)
-    command("convert", tmp_path / "in", tmp_path / "out", capsys=capsys)
-    (tmp_path / "out/converted.tsv").unlink()
-    data.write_labels(tmp_path / "out/a_masks.tif", blobs(5).astype(np.int32))
-    assert "0 images written, 1 were there" in command("convert", tmp_path / "in",
-                                                       tmp_path / "out", capsys=capsys)
-    assert np.array_equal(tifffile.imread(tmp_path / "out/a_masks.tif"), blobs(5))
-
-
 @pytest.mark.parametrize("name", ["x ", "a\tb", '"x"', "12", "a\nb"])
 def test_convert_takes_every_name(tmp_path, capsys, name):
     """Also such as do not fit in the table of split, which says so."""

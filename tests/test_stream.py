@@ -133,7 +133,6 @@ def test_a_resident_pool_goes_on_with_the_same_fields_alone(tmp_path):
         return stream.open_pool(config, 2, 0, "cpu")
     state = opened().state()
     opened().restore([state, state])
-    opened().restore([{}])                                        # of the version before
     held = next(fields.held_out_fields(config, 0)[1])[0]
     kept = opened().names[0]
     for stem in (held, kept):

@@ -438,15 +438,11 @@ class FieldPool(Pool):
         """State for the checkpoint: fields visited in the pass, and residents."""
         with self._changed:
             here = np.flatnonzero(self._ready)
-            rows, uses = self._rows[here].tolist(), self._uses[here].tolist()
-            returning = [(job.row, job.uses) for job in self._flight.values() if not job.visit]
-            for row, used in [*self._refill, *returning]:
-                rows.append(row)
-                uses.append(used)
+            residents = [*zip(self._rows[here].tolist(), self._uses[here].tolist()), *self._refill,
+                         *((job.row, job.uses) for job in self._flight.values() if not job.visit)]
             return {"index": self.index.digest, "seed": self.seed, "pass": self._pass,
-                    "consumed": torch.from_numpy(np.packbits(self._consumed)),
-                    "rows": torch.tensor(rows, dtype=torch.int64),
-                    "uses": torch.tensor(uses, dtype=torch.int64), "bytes": self._bytes()}
+                    "consumed": torch.from_numpy(self._consumed.copy()), "residents": residents,
+                    "bytes": self._bytes()}
 
     def restore(self, states: Sequence[dict]) -> None:
         """Go on in the pass, from the states of all ranks, whose number may have changed.
@@ -459,7 +455,7 @@ class FieldPool(Pool):
                              "them, or begin a new experiment")
         if same:
             states = [states[self.rank]]
-            self._pass, consumed = states[0]["pass"], self._unpacked(states[0])
+            self._pass, consumed = states[0]["pass"], states[0]["consumed"].numpy().copy()
             left = [row for row in self._order_of(self._pass) if not consumed[row]]
         else:                                                      # new shares of what is left
             self._pass = min(one["pass"] for one in states)
@@ -467,21 +463,17 @@ class FieldPool(Pool):
             for rank, one in enumerate(states):
                 ahead = one["pass"] > self._pass                   # it has visited all of its shard
                 old = pool_shard(len(self.index), self.seed, rank, len(states))
-                consumed[old if ahead else self._unpacked(one)] = True
+                consumed[old if ahead else one["consumed"].numpy()] = True
             rng = np.random.default_rng((self.seed, 2, self._pass))
             left = rng.permutation(np.flatnonzero(~consumed))
             left = left[self.rank::self.world].tolist()
         self._consumed, self._whole, self._order = consumed, False, deque(left)
-        rows, uses = (np.concatenate([one[key].numpy() for one in states])
-                      for key in ("rows", "uses"))
+        residents: dict[int, int] = {}                     # two old ranks may have had the same one
+        for row, uses in (resident for one in states for resident in one["residents"]):
+            residents.setdefault(row, uses)
         share = slice(None) if same else slice(self.rank, None, self.world)
-        _, first = np.unique(rows, return_index=True)      # two old ranks may have had the same one
-        chosen = np.sort(first)[share][:self._fields]
-        self._refill = deque(zip(rows[chosen].tolist(), uses[chosen].tolist(), strict=True))
+        self._refill = deque([*residents.items()][share][:self._fields])
         self._base = sum(one["bytes"] for one in states) // (1 if same else self.world)
-
-    def _unpacked(self, state: dict) -> np.ndarray:
-        return np.unpackbits(state["consumed"].numpy(), count=len(self.index)).astype(bool)
 
     def _bytes(self) -> int:
         return self._base + self._store.counts["bytes"]

@@ -90,8 +90,7 @@ def draw(pool, until, batch=4, seconds=40.0, pause=0.002) -> set[str]:
 
 
 def consumed(index, state) -> set[str]:
-    return {index[int(i)].name
-            for i in np.flatnonzero(np.unpackbits(state["consumed"].numpy(), count=len(index)))}
+    return {index[int(i)].name for i in np.flatnonzero(state["consumed"])}
 
 
 # ----------------------------------------------------------------------------------- resident pool
@@ -197,7 +196,7 @@ def test_faults_kill_and_resume_every_good_field_exactly_once(server, index, tmp
             assert pool.stats()["retries"] > 5
         state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
         before = consumed(bad, state)
-        resident = {bad[i].name for i in state["rows"].tolist()}
+        resident = {bad[i].name for i, _ in state["residents"]}
         with pool_of(bad, 10, **options) as pool:
             pool.restore([state])
             drawn = draw(pool, lambda: len(before) + len(pool.seen[0]) >= 26)

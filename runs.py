@@ -546,8 +546,7 @@ def script(doc: str, cls: type, main: Callable[..., int | None],
 def leave(code: int) -> None:
     """End this process; in a group without the interpreter's teardown, in which gloo's threads may
     abort a run that is done (PyTorch's issue 190489)."""
-    group = sys.modules["torch"].distributed if is_loaded("torch") else None
-    if group and group.is_available() and group.is_initialized():
+    if in_group():
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -756,7 +755,7 @@ class Run:
         if "steps" in changed and getattr(self.config, "schedule", "") == "constant":
             from optim import DECAY  # imports torch, which no --help waits for
             free, least = (*FREE, "steps"), min(old["steps"], new["steps"])
-            if newest and int(newest.stem[5:]) > (1 - DECAY) * least:
+            if int(newest.stem[5:]) > (1 - DECAY) * least:
                 raise ValueError(f"steps={self.config.steps}: {newest} lies in the last fifth of "
                                  f"{least} steps, where lr falls; steps may only change before "
                                  "that")
@@ -1217,6 +1216,12 @@ def join_group(device: str) -> tuple[int, int, str]:
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return torch.distributed.get_rank(), world, device
+
+
+def in_group() -> bool:
+    """This process is one of several, which torchrun started."""
+    group = sys.modules["torch"].distributed if is_loaded("torch") else None
+    return bool(group and group.is_available() and group.is_initialized())
 
 
 def commit() -> str:

@@ -289,15 +289,9 @@ def block_masks(seed: int, numbers: np.ndarray, h: int, w: int,
 # Each is a mean over this process's share of the batch, in float32. Sinkhorn-Knopp and KoLeo look
 # across all processes of the group, so that n processes learn what one with the whole batch learns.
 
-def in_group() -> bool:
-    """This process is one of several."""
-    group = distributed.is_available() and distributed.is_initialized()
-    return group and distributed.get_world_size() > 1
-
-
 def of_all_ranks(x: Tensor) -> Tensor:
     """(B, ...) of this process -> (all B, ...); gradients go back to the process of their rows."""
-    return torch.cat(all_gather(x.contiguous())) if in_group() else x
+    return torch.cat(all_gather(x.contiguous())) if runs.in_group() else x
 
 
 @torch.no_grad()
@@ -378,7 +372,7 @@ def koleo_loss(x: Tensor) -> Tensor:
         x = F.normalize(x.float(), dim=-1)
         everyone = of_all_ranks(x)                         # (all B, D)
         row = torch.arange(len(x), device=x.device)
-        itself = row + (distributed.get_rank() * len(x) if in_group() else 0)
+        itself = row + (distributed.get_rank() * len(x) if runs.in_group() else 0)
         with torch.no_grad():                              # the choice of neighbour has no gradient
             cosines = x @ everyone.T
             cosines[row, itself] = -2                      # below any cosine

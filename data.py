@@ -357,6 +357,7 @@ def unread(root: Path, found: list[Example]) -> list[str]:
 # ------------------------------------------------------------------- label images of other programs
 
 LARGEST = np.iinfo(np.int32).max
+EXPORT = "truncated? export it again"
 OBJECTS = {"PathCellObject": "cell", "PathDetectionObject": "detection"}      # of QuPath 0.2
 
 
@@ -455,7 +456,7 @@ def read_coco(path: Path) -> list[Listed]:
     Every annotation is a cell, iscrowd too, which exporters set on all RLE. Some files of LIVECell
     have annotations in a dictionary, and images twice under two ids, for two annotators.
     """
-    parsed = _json(path, _annotation)
+    parsed = runs.read_json(path, EXPORT, _annotation)
     if not isinstance(parsed, dict) or not {"images", "annotations"} <= parsed.keys():
         return []
     images, annotations = parsed["images"], parsed["annotations"]
@@ -516,14 +517,6 @@ def _annotation(entry: dict) -> Any:
     return str(entry["image_id"]), cell, entry.get("category_id")
 
 
-def _json(path: Path, hook: Callable[[dict], Any] | None = None) -> Any:
-    try:
-        return json.loads(path.read_bytes(), object_hook=hook)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: no JSON that can be read ({error}); truncated? export it again"
-                         ) from None
-
-
 # -------------------------------------------------------------------------- GeoJSON, masks in files
 
 def read_geojson(path: Path, shape: tuple[int, int]) -> np.ndarray:
@@ -546,7 +539,7 @@ def read_geojson(path: Path, shape: tuple[int, int]) -> np.ndarray:
 
 def _geojson_cells(path: Path) -> list[dict]:
     """QuPath's objects; with cells or detections, annotations are only regions."""
-    parsed = _json(path)
+    parsed = runs.read_json(path, EXPORT)
     features = parsed.get("features", [parsed]) if isinstance(parsed, dict) else parsed
     if not isinstance(features, list) or not all(isinstance(feature, dict) for feature in features):
         raise ValueError(f"{path}: expected GeoJSON features, as QuPath exports them")

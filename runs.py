@@ -1074,12 +1074,12 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path, advice: str) -> dict:
-    """The values of a JSON file that a script of ours wrote; `advice`: what to do if it is none."""
+def read_json(path: Path, advice: str, hook: Callable[[dict], Any] | None = None) -> Any:
+    """The content of a JSON file. advice : what to do if it is none; hook : makes objects."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{path}: damaged, no JSON; {advice}") from None
+        return json.loads(path.read_bytes(), object_hook=hook)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged, no JSON that can be read ({error}); {advice}") from None
 
 
 def write_table(path: str | Path, rows: Sequence[dict], first: Iterable[str] = ()) -> None:

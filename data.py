@@ -1034,11 +1034,8 @@ def convert(config: Config, source: str, target: str) -> int:
 def _write_labelled(found: list[Example], source: str, target: Path, config: Config) -> int:
     """Write NAME.tif, NAME_masks.tif and the classes in NAME_types.csv; the image last, so that it
     stands for all."""
-    if target.resolve().is_relative_to(Path(source).resolve()):
-        raise ValueError(f"{target}: would be read as data of {source}; choose a folder outside")
     chosen = {name: getattr(config, name) for name in ("channels", "match", "labels")}
-    _claim_labelled_folder(target / "converted.txt",
-                           f"from {Path(source).resolve()} with {chosen}\n")
+    _claim_new_folder(target, source, f"from {Path(source).resolve()} with {chosen}\n")
     _check_written_names(source, found, "", "bytes that are no UTF-8")
     record, made = target / "converted.tsv", 0
     stamps = _read_stamps(record)
@@ -1115,17 +1112,21 @@ def _labelled_files(target: Path, name: str) -> tuple[Path, Path, Path]:
     return (target / f"{name}.tif", target / f"{name}_masks.tif", target / f"{name}_types.csv")
 
 
-def _claim_labelled_folder(record: Path, text: str, alone: bool = True) -> None:
-    """Record how the files of a folder are made, so that no other files are mixed in.
+def _claim_new_folder(target: Path, source: str, text: str) -> None:
+    """Record how the images of a folder outside of the source are made; it has no others yet."""
+    record = target / "converted.txt"
+    if target.resolve().is_relative_to(Path(source).resolve()):
+        raise ValueError(f"{target}: would be read as data of {source}; choose a folder outside")
+    if not record.exists() and target.is_dir() and (strange := list_files(target, IMAGES)):
+        raise ValueError(f"{target}: has images of its own, such as {strange[0].name}; choose "
+                         "another folder")
+    _claim_labelled_folder(record, text)
 
-    alone : there are no images yet.
-    """
+
+def _claim_labelled_folder(record: Path, text: str) -> None:
+    """Record how the files of a folder are made, so that no other files are mixed in."""
     if record.exists() and record.read_text(encoding="utf-8") != text:
         raise ValueError(f"{record}: written for something else before; choose another folder")
-    if alone and not record.exists() and record.parent.is_dir() and (
-            strange := list_files(record.parent, IMAGES)):
-        raise ValueError(f"{record.parent}: has images of its own, such as {strange[0].name}; "
-                         "choose another folder")
     record.parent.mkdir(parents=True, exist_ok=True)
     runs.write_text(record, text)
 
@@ -1158,7 +1159,7 @@ def split(config: Config, source: str) -> int:
     table = Path(config.out or source) / "split.tsv"
     rows = [("name", "split", "group", "dataset"), *zip(names, chosen, units, datasets)]
     _check_written_names(source, found, r"\t\r\n", "a tab, a line break or bytes that are no UTF-8")
-    _claim_labelled_folder(table, "".join("\t".join(row) + "\n" for row in rows), alone=False)
+    _claim_labelled_folder(table, "".join("\t".join(row) + "\n" for row in rows))
     for i, side in enumerate(sides):
         images = [example for example, own in zip(found, chosen) if own == side]
         if config.out:
@@ -1175,10 +1176,8 @@ def planes(config: Config, source: str, target: str) -> int:
     made, found = 0, list_files(source, ("_labels.tif",))
     if not found:
         raise ValueError(f"{source}: no NAME_labels.tif in it or below, beside stacks NAME.tif")
-    if Path(target).resolve().is_relative_to(Path(source).resolve()):
-        raise ValueError(f"{target}: would be read as stacks of {source}; choose a folder outside")
-    _claim_labelled_folder(Path(target) / "converted.txt",
-                           f"planes of {Path(source).resolve()}, every={config.every}\n")
+    _claim_new_folder(Path(target), source,
+                      f"planes of {Path(source).resolve()}, every={config.every}\n")
     for labelled in found:
         name = labelled.name.removesuffix("_labels.tif")
         stack, labels = map(_read_stack, (labelled.with_name(f"{name}.tif"), labelled))

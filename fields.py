@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,17 +207,10 @@ def hold_out_plates(index: Index, share: float, seed: int = 0) -> tuple[Index, I
 
 def index_channels(index: Index, channels: Sequence[str]) -> tuple[str, ...]:
     """The channels asked for, or all, as the index writes them."""
-    known = {name.lower(): name for name in index.channels}
-    for name in channels:
-        if name.lower() not in known:
-            near = get_close_matches(name.lower(), known, 1)
-            hint = f", did you mean '{known[near[0]]}'?" if near else ""
-            raise ValueError(f"no channel '{name}' in the index of {index.root}{hint}; there are "
-                             f"{', '.join(index.channels)}")
-    found = tuple(known[name.lower()] for name in channels) or index.channels
-    if len(set(found)) < len(found):
+    numbers = images.pick_channels(f"index of {index.root}", channels or None, index.channels)
+    if len(set(numbers)) < len(numbers):
         raise ValueError(f"channels={','.join(channels)}: expected each once")
-    return found
+    return tuple(index.channels[i] for i in numbers)
 
 
 class FieldReader:
@@ -515,13 +507,8 @@ def local_fields(config: FieldData, seed: int
 
 
 def synthetic_channels(channels: Sequence[str]) -> list[int]:
-    """Numbers of the channels of synthetic.py that have these names; of all for none."""
-    known = [name.lower() for name in synthetic.CHANNELS]
-    wanted = channels or synthetic.CHANNELS
-    if unknown := [name for name in wanted if name.lower() not in known]:
-        raise ValueError(f"channels: '{unknown[0]}', expected some of "
-                         f"{', '.join(synthetic.CHANNELS)}")
-    return [known.index(name.lower()) for name in wanted]
+    """Numbers from 0 of the channels of synthetic.py that are asked for; of all for none."""
+    return images.pick_channels("synthetic fields", channels or None, synthetic.CHANNELS)
 
 
 def _drawn_fields(config: FieldData, seed: int):

@@ -286,7 +286,7 @@ class Source:
             raise ValueError(f"{path}: pixels of {dtype}, (C, H, W) = {shape}; expected at least "
                              "one pixel, integers or floats of at most 64 bits")
         names = tuple(names) if names and len(names) == shape[0] else None
-        self._picked = _pick_channels(path, channels, shape[0] - alpha, names or ())
+        self._picked = pick_channels(path, channels, names or (), shape[0] - alpha)
         self._read = read
         self._alpha = [shape[0] - 1] if alpha else []
         self.numbers = tuple(i + 1 for i in self._picked)          # of the file's channels, from 1
@@ -328,8 +328,10 @@ class Source:
         self.close()
 
 
-def _pick_channels(path: Path, channels: Channels, count: int, names: Sequence[str]) -> list[int]:
-    """Channel numbers from 0."""
+def pick_channels(path: str | Path, channels: Channels, names: Sequence[str],
+                  count: int | None = None) -> list[int]:
+    """Channel numbers from 0; path : what has them; count : of them, where some have no name."""
+    count = len(names) if count is None else count
     if channels is None:
         return list(range(count))
     known, picked = [name.lower() for name in names], []

@@ -141,7 +141,7 @@ def test_plates_are_told_apart_and_incomplete_fields_counted(tmp_path, capsys):
                                  capsys=capsys)
     said = command("stats", out, capsys=capsys)
     assert "2 plates, 5 fields, 1 channels (Mito), 21 bytes" in said and "b\tP2\t1 fields" in said
-    assert "no channel 'DMA' in the index of" in command(
+    assert "no channel 'DMA', did you mean 'DNA'" in command(
         "index", tmp_path / "src", f"out={out}", "channels=dna,DMA", code=1, capsys=capsys)
 
 

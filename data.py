@@ -1048,8 +1048,7 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
     try:
         for example in tqdm.tqdm(found, target.name, unit="image", delay=1, leave=False):
             read = *example.files, *type_files(example.files[-1], example.files[0])
-            stamp = runs.digest(*((file.resolve(), file.stat().st_size, file.stat().st_mtime_ns)
-                                  for file in read))
+            stamp = runs.digest(*((file.resolve(), *runs.file_state(file)) for file in read))
             path, masks, classes = _labelled_files(target, example.name)
             if path.exists() and stamps.get(example.name) == stamp:
                 continue

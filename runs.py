@@ -298,17 +298,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_yaml(text: str) -> Any:
     """A value of YAML; yaml.YAMLError for a key that stands twice, and for aliases (&, *) that hold
     themselves or grow beyond NODES values."""
-    loader = yaml.SafeLoader(text)
     try:
-        node = loader.get_single_node()
+        node = yaml.compose(text, yaml.SafeLoader)
         if node is None:
             return None
         _count_yaml_nodes(node, (), {})
-        return loader.construct_document(node)
+        return yaml.SafeLoader("").construct_document(node)
     except ValueError as error:  # 2024-13-45 as a date, say
         raise yaml.MarkedYAMLError(problem=str(error)) from None
-    finally:
-        loader.dispose()
 
 
 def _count_yaml_nodes(node: yaml.Node, above: tuple[yaml.Node, ...], known: dict[int, int]) -> int:
@@ -641,7 +638,6 @@ class WandbOptions:
     entity: str | None = None               # team or user; null: the account's own
     name: str | None = None                 # of the run there; null: the experiment
     every: Whole = 0                        # steps between losses and gradients; 0: as logged
-    pictures_every: Whole = 0               # steps between pictures; 0: at every evaluation
     attention: bool = True                  # pictures of attention
     pca: bool = True                        # pictures of the features' main components
     gradient_norms: bool = False            # of each block
@@ -798,7 +794,7 @@ class Run:
             return
         options = self.config.wandb_options
         wanted = {"attention": options.attention, "heads": options.attention, "pca": options.pca}
-        if wanted.get(name, True) and self._is_due(name, step, options.pictures_every):
+        if wanted.get(name, True):
             import wandb
             self.wandb.log({f"pictures/{name}": wandb.Image(rgb)}, step=step)  # not a number's name
 

@@ -11,7 +11,6 @@ line for each field. make_index() makes it from a listing or from load_data tabl
 """
 from __future__ import annotations
 
-import contextlib
 import csv
 import functools
 import gzip
@@ -296,11 +295,10 @@ def make_index(source: str, channels: Sequence[str] | None = None, signed: bool 
     by_table = "load_data" in source
     is_table = source.endswith((".csv", ".csv.gz"))
     start, first = source.rpartition("/")[::2] if is_table else (source, "")
-    root, kind = start.rstrip("/") + "/", "load_data" if by_table else "listing"
+    root = start.rstrip("/") + "/"
     with closing(s3.open_store(root, CONNECTIONS, signed)) as store:
         visit = functools.partial(_visit_tables if by_table else _visit_files, store, root)
-        what = f"{source} {kind} {','.join(JUMP_CHANNELS)}"
-        rows, counts = _visit_all(visit, store.stop, first, what, journal)
+        rows, counts = _visit_all(visit, store.stop, first, source, journal)
     if not rows:
         if journal is not None:
             Path(journal).unlink()
@@ -314,11 +312,11 @@ def make_index(source: str, channels: Sequence[str] | None = None, signed: bool 
     return _field_index(rows, common, channels, counts), counts
 
 
-def _visit_all(visit: Callable, stop: Callable, first: str, what: str, journal: str | Path | None
-               ) -> tuple[list[FoundField], Counter]:
+def _visit_all(visit: Callable, stop: Callable, first: str, source: str,
+               journal: str | Path | None) -> tuple[list[FoundField], Counter]:
     """All rows below `first`; each folder that a thread finished is a line of the journal."""
     from tqdm import tqdm
-    done = {} if journal is None else _read_index_journal(Path(journal), what)
+    done = {} if journal is None else _read_index_journal(Path(journal), source)
     rows: list[FoundField] = []
     counts, running = Counter[str](), dict[Future, str]()
     begin: dict[str, Any] = {"rows": [], "counts": {"keys": 0}, "places": [first]}
@@ -327,7 +325,7 @@ def _visit_all(visit: Callable, stop: Callable, first: str, what: str, journal: 
           open(journal or os.devnull, "a", encoding="utf-8") as log,
           ThreadPoolExecutor(CONNECTIONS) as threads):
         if journal is not None and log.tell() == 0:
-            log.write(json.dumps({"what": what}) + "\n")
+            log.write(json.dumps({"source": source}) + "\n")
         try:
             while visited:
                 for result in visited:
@@ -347,21 +345,21 @@ def _visit_all(visit: Callable, stop: Callable, first: str, what: str, journal: 
     return rows, counts
 
 
-def _read_index_journal(path: Path, what: str) -> dict[str, dict]:
+def _read_index_journal(path: Path, source: str) -> dict[str, dict]:
     """Finished folders; a last line that was cut off is removed."""
     if not path.exists():
         return {}
     whole = path.read_bytes()
     whole = whole[:whole.rfind(b"\n") + 1]
-    lines: list[Any] = [None]
-    with contextlib.suppress(ValueError):
-        lines = [json.loads(line) for line in whole.splitlines()]
-    if not all(isinstance(line, dict) and ("place" in line or line is lines[0]) for line in lines):
-        raise ValueError(f"{path}: damaged; remove it, and the index is made anew")
-    if lines and lines[0] != {"what": what}:
-        raise ValueError(f"{path}: begun for {lines[0].get('what')}; remove it or change out=")
+    try:
+        head, *lines = map(json.loads, whole.splitlines()) if whole else [{"source": source}]
+        begun, done = head["source"], {line["place"]: line for line in lines}
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{path}: damaged; remove it, and the index is made anew") from None
+    if begun != source:
+        raise ValueError(f"{path}: begun for {begun}; remove it or change out=")
     os.truncate(path, len(whole))
-    return {line["place"]: line for line in lines[1:]}
+    return done
 
 
 def _visit_files(store, root: str, place: str) -> dict:

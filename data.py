@@ -52,7 +52,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tifffile
@@ -825,7 +825,7 @@ class TrainingData:
     sets: tuple[TrainingSet, ...] = ()      # labelled sets, drawn equally often but for weights
     root: str = "."                         # folder of the sets; may change for a resumed run
     validation: tuple[TrainingSet, ...] = ()  # sets; empty: a share of each set is held out
-    share: Annotated[float, runs.from_to_below(0, 1)] = 0.1    # held out, in whole groups
+    share: runs.Part = 0.1                  # held out, in whole groups
     channels: tuple[str, ...] | None = None  # of sets that choose none
     limit: runs.Count | None = None         # images of each set, by lot; 20 include those of 10
     diameter: runs.Positive | None = None   # px, scale median cells to it; null: as they are

@@ -224,10 +224,6 @@ def within(low: float, high: float) -> Bound:
     return Bound(f"from {low:g} to {high:g}", lambda value: low <= value <= high)
 
 
-def from_to_below(low: float, high: float) -> Bound:
-    return Bound(f"from {low:g} to below {high:g}", lambda value: low <= value < high)
-
-
 Name = Annotated[str, Bound("the name of a folder", lambda name: bool(name) and not
                             {"", ".", ".."} & set(re.split(r"[/\\]", name)))]
 Count = Annotated[int, at_least(1)]
@@ -242,7 +238,8 @@ Patch = Annotated[int, within(1, 64)]                 # px
 Positive = Annotated[float, above(0)]
 NotNegative = Annotated[float, at_least(0)]
 Share = Annotated[float, within(0, 1)]           # or a probability
-Distance = Annotated[float, from_to_below(0, 1)]          # to the cell's edge, as predicted
+Part = Annotated[float, Bound("from 0 to below 1", lambda value: 0 <= value < 1)]   # never all
+Distance = Part                                  # to the cell's edge, as predicted
 
 
 # ------------------------------------------------------------------------------------------ reading

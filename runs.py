@@ -779,8 +779,7 @@ class Run:
 
     def _is_due(self, what: str, step: int, every: int) -> bool:
         """Whether to send it at this step; then it counts as sent."""
-        last = self.sent.get(what)
-        due = last is None or step in (last, 0) or step - last >= every
+        due = step - self.sent.get(what, -math.inf) >= every
         if due:
             self.sent[what] = step
         return due

@@ -382,12 +382,13 @@ class Cache:
         beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
         try:
             beside.write_bytes(body)
-            with open(self.folder / "bytes.lock", "a+", encoding="ascii") as file:
+            with open(self.folder / "bytes.lock", "a+", encoding="ascii",
+                      errors="replace") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)         # until closed
                 if path.exists():
                     return
                 file.seek(0)
-                total = int(file.read() or -1)
+                total = int(text) if (text := file.read()).isdigit() else -1   # zeros after a crash
                 if total < 0 or total + len(body) > self.limit:
                     total = self._make_room(len(body))
                 file.truncate(0)

@@ -84,6 +84,15 @@ def test_cache_stays_within_its_limit_least_recently_used_out_first(tmp_path):
     assert cache.get("huge") is None and cache.get("k0")
 
 
+def test_a_count_that_a_crash_left_damaged_is_taken_anew(tmp_path):
+    cache = s3.Cache(tmp_path / "c", 1000)
+    cache.put("a", b"a" * 100)
+    (tmp_path / "c/bytes.lock").write_bytes(b"\0\xff")
+    cache.put("b", b"b" * 100)
+    assert cache.get("a") and cache.get("b")
+    assert (tmp_path / "c/bytes.lock").read_text() == "200"
+
+
 def test_without_locks_nothing_is_cached(tmp_path, monkeypatch):
     monkeypatch.setattr(s3, "fcntl", None)                                   # as on Windows
     cache = s3.Cache(tmp_path / "c", 1000)

@@ -366,11 +366,11 @@ def train_instructed(config: Config, files: list[str]) -> int:
         average.update_parameters(net)
         logged.update({f"loss_{name}": value.detach() for name, value in loss.items()})
         if done % config.log_every == 0:
-            means = {name: float(value) / config.log_every for name, value in logged.items()}
+            steps = min(config.log_every, done - start)        # since the last line
+            means = {name: float(value) / steps for name, value in logged.items()}
             run.check_finite(done, sum(means.values()))
-            seen = config.batch * config.log_every
             run.log(done, loss=sum(means.values()), **means, lr=lr,
-                    images_per_s=seen / (time.perf_counter() - clock))
+                    images_per_s=config.batch * steps / (time.perf_counter() - clock))
             logged, clock = Counter(), time.perf_counter()
         stop = done < config.steps and run.should_stop(done)
         if stop or done == config.steps or done % config.save_every == 0:
@@ -830,9 +830,15 @@ def start_instruct(arguments: list[str]) -> None:
     """VERB and what follows; ask where none is named."""
     if not arguments or arguments[0] not in VERBS:
         arguments = ["ask", *arguments]
-    config, run = VERBS[arguments[0]]
-    sources = f"\nEach of sources:\n{runs.config_help(AnnotatedSet)}" if config is Config else ""
-    runs.script(__doc__ + sources, config, run, arguments[1:])
+    verb, (cls, function) = arguments[0], VERBS[arguments[0]]
+
+    def run(config: Any, files: list[str]) -> int:
+        if files and verb != "ask":
+            raise ValueError(f"{files[0]}: instruct.py {verb} takes a configuration and key=value")
+        return function(config, files)
+
+    sources = f"\nEach of sources:\n{runs.config_help(AnnotatedSet)}" if cls is Config else ""
+    runs.script(__doc__ + sources, cls, run, arguments[1:])
 
 
 if __name__ == "__main__":

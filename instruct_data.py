@@ -553,6 +553,7 @@ def write_class_tile(folder: Path, tile: TissueTile) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"id": number, "class": name} for number, name in sorted(tile.classes.items())]
     runs.write_table(folder / f"{tile.name}_classes.csv", rows, ("id", "class"))
+    (folder / f"{tile.name}_tissue.txt").unlink(missing_ok=True)
     if tile.tissue:
         runs.write_text(folder / f"{tile.name}_tissue.txt", tile.tissue + "\n")
     rgb = np.ascontiguousarray(tile.pixels.transpose(1, 2, 0))

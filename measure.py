@@ -508,19 +508,24 @@ def rows_of(model: Model, sets: Sequence[LabelledSet], device: str,
             batch: int | None) -> list[TableRow]:
     """Row of a model; several, where its weights differ in the number of training images.
 
-    Missing files are an error, or with `optional` a row without sources.
+    Missing files are an error, or with `optional` a set without a source.
     """
-    sources: dict[str, tuple] = {}
-    try:
-        if model.weights:
-            return network_rows(model, model.weights, sets, device, batch)
-        if model.labels:
-            for dataset in sets:
-                sources[dataset.name] = (PeerLabels(Path(model.labels), dataset),)
-    except FileNotFoundError as error:
+    def said(error: FileNotFoundError) -> None:
         if not model.optional:
-            raise
+            raise error
         print(f"{model.name}: not run; {error}", file=sys.stderr)
+
+    sources: dict[str, tuple] = {}
+    if model.weights:
+        try:
+            return network_rows(model, model.weights, sets, device, batch)
+        except FileNotFoundError as error:
+            said(error)
+    for dataset in sets if model.labels else ():
+        try:
+            sources[dataset.name] = (PeerLabels(Path(str(model.labels)), dataset),)
+        except FileNotFoundError as error:
+            said(error)
     return [TableRow(model.name, model.note, sources)]
 
 

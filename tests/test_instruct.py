@@ -151,6 +151,12 @@ def start(*arguments: str) -> int:
     return stop.value.code
 
 
+@pytest.mark.parametrize("verb", ["make", "train", "evaluate"])
+def test_a_verb_refuses_what_it_does_not_take(verb, capsys):
+    assert start(verb, "x.png") == 1
+    assert f"error: x.png: instruct.py {verb} takes a configuration" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """Made and trained once; returns (folder, run(verb, *arguments))."""

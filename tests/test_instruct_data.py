@@ -265,6 +265,13 @@ def test_real_consep(shared):
         "other": 9, "inflammatory": 94, "malignant epithelial": 289, "fibroblast": 449}
 
 
+def test_a_tissue_that_was_withdrawn_is_forgotten(tmp_path):
+    for tissue_ in ("colon", ""):
+        write_class_tile(tmp_path / "train", tissue(1, size=64, count=9)._replace(tissue=tissue_))
+        tile, = instruct_data.read_class_tiles(tmp_path, "train")
+        assert tile.tissue == tissue_
+
+
 def test_own_labels_round_trip_and_mistakes(tmp_path):
     tile = tissue(1, size=64, count=9)
     write_class_tile(tmp_path, tile)

@@ -168,6 +168,13 @@ def test_rows_of_seeds_and_of_numbers_of_images(tmp_path):
     assert rows("b_*.pt", optional=True) == [("a", 0, "", [])]
     with pytest.raises(FileNotFoundError, match="no weights fit .*b_.*, of model 'a'"):
         rows("b_*.pt")
+    a_set(tmp_path / "more", range(2))
+    sets = [dataset(tmp_path, name="more", path="more"), *sets]      # a peer that has one of two
+    (tmp_path / "peer/discs").mkdir(parents=True)
+    for example in data.examples(tmp_path / "set"):
+        data.write_labels(tmp_path / f"peer/discs/{example.name}.tif", example.labels())
+    other = measure.Model("p", labels=str(tmp_path / "peer"), optional=True)
+    assert [*measure.rows_of(other, sets, "cpu", None)[0].sources] == ["discs"]
 
 
 @pytest.mark.smoke

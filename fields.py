@@ -99,6 +99,14 @@ def field_extent(config: FieldData, seed: int) -> tuple[int, tuple[str, ...], tu
     return len(makers) - config.held, channels, makers[config.held]()[1].shape[1:]
 
 
+def check_field_count(count: int, batch: int, config: FieldData) -> None:
+    """Refuse fewer fields to train on than a batch has."""
+    if count < batch:
+        raise ValueError(f"batch={batch}: {count} fields to train on beside data.held="
+                         f"{config.held}, and none is taken twice; give more fields or a smaller "
+                         "batch")
+
+
 # ------------------------------------------------------------------------------------------ index
 
 class IndexedField(NamedTuple):
@@ -402,7 +410,10 @@ def _plate_acquisition(folder: str) -> tuple[str, str, str]:
 def _visit_tables(store, root: str, place: str) -> dict:
     """Fields of a load_data table, or the tables and folders in a folder."""
     if place.endswith((".csv", ".csv.gz")):
-        rows = list(_plate_table_rows(store.read(place), root + place))
+        try:
+            rows = list(_plate_table_rows(store.read(place), root + place))
+        except csv.Error as error:
+            raise ValueError(f"{root + place}: damaged or no table ({error})") from None
         keys = sum(len(files) for *_, files in rows)
         return {"rows": rows, "places": [], "counts": {"keys": keys}}
     places, tables = [], []
@@ -431,7 +442,8 @@ def _plate_table_rows(body: bytes, where: str) -> Iterator[tuple]:
                  if (address := _field_address(line, label)) and address.isprintable()}
         folder = _index_common_folder(address.rpartition("/")[0] for address in found.values())
         files = {label: (address.removeprefix(folder), 0) for label, address in found.items()}
-        batch = line.get("Metadata_Batch") or where.split("/")[-3]   # .../batch/plate/load_data.csv
+        above = where.split("/")                        # .../batch/plate/load_data.csv
+        batch = line.get("Metadata_Batch") or (above[-3] if len(above) > 2 else "")
         try:
             site = _plate_site(line)
         except (KeyError, TypeError, ValueError):
@@ -528,7 +540,7 @@ def _synthetic_field(config: FieldData, seed: int, number: int, size: int):
 
 def _whole_fields(config: FieldData, seed: int):
     """Images of one size, as they are."""
-    found = [path for folder in config.folders for path in _field_files(config, folder)]
+    found = sum(_files_of_folders(config), [])
     channels, shape, order = _by_lot(found, config, seed)
 
     def read(path: Path) -> Pixels:
@@ -547,7 +559,7 @@ def _mixed_fields(config: FieldData, seed: int):
     repeated. Random whole images of the first folder are held out.
     """
     assert config.square
-    home, *others = [_field_files(config, folder) for folder in config.folders]
+    home, *others = _files_of_folders(config)
     channels, (C, *_), order = _by_lot(home, config, seed)
     side, read = config.square, functools.lru_cache(maxsize=1)(_field_pixels)  # squares in a row
 
@@ -579,6 +591,18 @@ def _mixed_fields(config: FieldData, seed: int):
                    for y in segment.tile_starts(H, side, 0)
                    for x in segment.tile_starts(W, side, 0)]
     return channels, makers + [functools.partial(draw, number) for number in range(config.fields)]
+
+
+def _files_of_folders(config: FieldData) -> list[list[Path]]:
+    """Images below each folder; none below two, where one could be held out and trained on."""
+    found = [_field_files(config, folder) for folder in config.folders]
+    seen: dict[Path, str] = {}
+    for folder, files in zip(config.folders, found):
+        for path in files:
+            if (other := seen.setdefault(path.resolve(), folder)) != folder:
+                raise ValueError(f"data.folders: {path} lies in {other} and in {folder}; expected "
+                                 "folders without common images")
+    return found
 
 
 def _field_files(config: FieldData, folder: str) -> list[Path]:

@@ -504,7 +504,8 @@ class Looker:
         self.run.log(step, windows=len(self.windows.names), **numbers)
         if step:
             told = runs.provenance(self.config, step, scores=numbers)
-            model.save(vit, self.export, provenance=told)
+            model.save(vit, self.export, provenance=told,
+                       licence=model.licence_of(self.config.init))
         self.draw(step, looks)
 
     def labelled_images(self, device: str):

@@ -43,13 +43,11 @@ def open_pool(config: fields.FieldData, batch: int, seed: int, device: str, rank
     """The fields to train on."""
     if config.index:
         train, _ = fields.split_field_index(config, seed)
+        fields.check_field_count(len(train), batch, config)
         return FieldPool(train, config, device, rank, world, seed, bad_fields)
     channels, makers = fields.local_fields(config, seed)
     held, makers = makers[:config.held], makers[config.held:]
-    if len(makers) < batch:
-        raise ValueError(f"batch={batch}: {len(makers)} fields to train on beside data.held="
-                         f"{config.held}, and none is taken twice; give more fields or a smaller "
-                         "batch")
+    fields.check_field_count(len(makers), batch, config)
     return ResidentPool((make()[:2] for make in makers), channels, device, rank, world, seed,
                         [getattr(make.args[0], "name", str(make.args[0])) for make in held])
 

@@ -243,6 +243,8 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
                 print(f"stopped at step {done}; the same command goes on from there",
                       file=sys.stderr)
                 return run.exit_code()
+    if not runs.export_path(config).exists():           # removed, or its folder was moved
+        looker.look(teacher.encoder.vit, config.steps)
     if rank == 0:
         print(f"-> {runs.export_path(config)}")
     run.close()
@@ -419,6 +421,7 @@ def print_ssl_plan(config: Config, student, teacher, light, device: str) -> int:
     """Print memory, work and time of a step, tried on noise; write and fetch nothing."""
     print(runs.to_yaml(config))
     train, channels, extent = fields.field_extent(config.data, config.seed)
+    fields.check_field_count(train, config.batch, config.data)
     count = min(train, config.data.pool) if config.data.index else train
     on_gpu = "cuda" in device
     print(f"{train} fields to train on, {count} on the device at a time, {config.data.held} to "

@@ -211,6 +211,12 @@ def test_stopped_and_started_again_it_is_the_same(whole, inside, tmp_path, monke
     for part in ("student", "teacher"):
         assert all(torch.equal(value, other[part][name]) for name, value in one[part].items())
     assert torch.equal(one["usage"], other["usage"])
+    weights = tmp_path / "final_models/ssl.pt"
+    before = model.load_backbone(weights).state_dict()
+    weights.unlink()
+    assert inside(path) == 0                             # it is done; its file is written again
+    assert all(torch.equal(value, before[name])
+               for name, value in model.load_backbone(weights).state_dict().items())
 
 
 def test_it_does_not_go_on_with_other_fields(inside, tmp_path, capsys):

@@ -286,7 +286,7 @@ def step_settings(config: Config, step: str) -> dict[str, Any]:
 
 def read_settings(config: Config) -> dict[str, dict[str, Any]]:
     path = Path(config.out) / "settings.json"
-    return runs.read_json(path, "remove it and run merge again") if path.exists() else {}
+    return runs.read_record(path, "remove it and run merge again") if path.exists() else {}
 
 
 def forget_settings(config: Config, step: str) -> None:

@@ -587,23 +587,20 @@ def distance_loss(predicted: Tensor, target: Tensor, labels: Tensor, edge_weight
 # --------------------------------------------------------------------------------- weights: writing
 
 def save(model: DINOCell | ViT, path: str | Path, half: bool = False,
-         provenance: dict | None = None) -> None:
+         provenance: dict | None = None, licence: str = "MIT") -> None:
     """Write architecture, settings and tensors, whole or not at all; half=True stores float16.
 
-    A backbone has no settings: what it was trained on comes with `provenance`.
+    A backbone has no settings: what it was trained on and its licence are given.
     """
-    path = Path(path)
     tensors = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     if half:  # periods stay exact: angles multiply their error by the image's extent
         tensors = {k: v.half() if v.is_floating_point() and not k.endswith("periods") else v
                    for k, v in tensors.items()}
     content = dict(format=FORMAT, kind=type(model).__name__, architecture=model.architecture,
                    settings=asdict(model.settings) if isinstance(model, DINOCell)
-                   else {"provenance": provenance or {}},
+                   else {"provenance": provenance or {}, "licence": licence},
                    state_dict=tensors)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with runs.replacing(path) as temporary:
-        torch.save(content, temporary)
+    runs.save_torch(content, path)
 
 
 def change_weights_settings(path: str | Path, out: str | Path, **changes: Any) -> None:
@@ -611,8 +608,7 @@ def change_weights_settings(path: str | Path, out: str | Path, **changes: Any) -
     load(path)                                                # says what is wrong with it
     content = _read_weights(path)
     content["settings"] = {**content["settings"], **changes}
-    with runs.replacing(out) as temporary:
-        torch.save(content, temporary)
+    runs.save_torch(content, out)
 
 
 # --------------------------------------------------------------------------------- weights: reading
@@ -813,6 +809,15 @@ def find_weights(name: str) -> Path:
                             "weights=FILE")
 
 
+def licence_of(path: str | Path | None) -> str:
+    """Licence of a file of weights, as SPDX names it, and of what begins with it; None: from
+    scratch."""
+    content = {} if path is None else _read_weights(path)
+    if path is not None and not _is_our_weights_file(content):
+        return "LicenseRef-DINOv3"
+    return content.get("settings", {}).get("licence", "MIT")
+
+
 def kind(path: str | Path) -> str:
     """Kind of network in a file of weights: "DINOCell" (with decoder), "ViT" or "Instructed"."""
     content = _read_weights(path)
@@ -990,8 +995,11 @@ def cost(net: DINOCell, size: int) -> list[tuple[str, int, float]]:
     rows = [(label, sum(p.numel() for m in modules for p in m.parameters()),
              sum((work[m] for m in modules), 0.0)) for label, modules in parts.items()]
     total = sum(p.numel() for p in net.parameters())
-    rows.insert(2, ("backbone: class, register tokens, norm", total - sum(row[1] for row in rows),
-                    0.0))
+    heads = sum(p.numel() for head in (net.size, net.types) if head for p in head.parameters())
+    rows.insert(2, ("backbone: class, register tokens, norm",
+                    total - heads - sum(row[1] for row in rows), 0.0))
+    if heads:
+        rows.append(("heads: size, types", heads, 0.0))
     return rows
 
 

@@ -269,11 +269,7 @@ def load_config(cls: type[Config], path: str | Path | None = None,
             if not isinstance(below, dict):
                 raise ValueError(f"{text}: '{section}' is a value in {origin}, no section")
             inner[section] = inner = dict(below)  # a section that YAML names twice (&, *) is two
-        try:
-            inner[last] = parse_yaml(value) if value else ""
-        except yaml.YAMLError:
-            inner[last] = value  # 'a: b' and the like: meant as text
-        inner[last] = _Given(inner[last], text)
+        inner[last] = _Given(_typed_value(value), text)
     return from_dict(cls, values, origin)
 
 
@@ -323,6 +319,14 @@ def _count_yaml_nodes(node: yaml.Node, above: tuple[yaml.Node, ...], known: dict
             raise yaml.MarkedYAMLError(problem=f"aliases (*) that grow beyond {NODES} values",
                                        problem_mark=node.start_mark)
     return known[id(node)]
+
+
+def _typed_value(text: str) -> Any:
+    """What is typed behind key=, as YAML has it; 'a: b', '@405' and the like are meant as text."""
+    try:
+        return parse_yaml(text) if text else ""
+    except yaml.YAMLError:
+        return text
 
 
 class _Given:
@@ -395,7 +399,7 @@ def _config_fit(value: Any, typed: str | None, hint: Any, key: str, origin: str)
                 return _config_fit(value, typed, choice, key, origin)
     elif kind is tuple and value is not None:
         if isinstance(value, str) and typed is not None:
-            value = [parse_yaml(part) for part in value.split(",")]
+            value = [_typed_value(part) for part in value.split(",")]
         parts = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_config_value(part, inner[0], key, origin) for part in parts)
     elif kind is typing.Literal:
@@ -646,6 +650,7 @@ REQUEUE = 85  # exit code: saved, not finished; slurm/train.sh queues the job ag
 # Keys that may change when a run goes on: they change no result.
 FREE = ("output_base_dir", "data.root", "device", "log_every", "save_every", "keep", "wandb",
         "compile", "data.signed", "data.cache", "data.cache_gb", "data.threads",
+        "data.memory_gb",
         *(f"wandb_options.{option.name}" for option in dataclasses.fields(WandbOptions)))
 
 
@@ -674,6 +679,8 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             sweep_temporary(folder)
         if rank == 0:
+            if self.newest() is None:           # of a run that was killed before its first
+                (self.folder / "log.jsonl").unlink(missing_ok=True)
             write_text(self.folder / "config.yaml", to_yaml(config))
             self._begin_screen()
             if getattr(config, "wandb", "off") != "off":
@@ -733,11 +740,14 @@ class Run:
     def _check_same_run(self) -> None:
         """Refuse another configuration in the same folder; changes of FREE keys are printed."""
         before, newest = self.folder / "config.yaml", self.newest()
-        if not before.exists() or newest is None:
+        saved = self.checkpoints.parent.glob("*/step_*.pt")       # under another name as well
+        if not before.exists() or not any(saved):
             return
         try:
             values = read_yaml(before)
         except ValueError as error:  # the checkpoint has it as well
+            if newest is None:
+                raise
             print(f"warning: {error}; taken from {newest}", file=sys.stderr)
             values = parse_yaml(load_torch(newest)["config"])
         old, new = (lasting_config(flat_config(each))
@@ -748,7 +758,7 @@ class Run:
         if "steps" in changed and getattr(self.config, "schedule", "") == "constant":
             from optim import DECAY  # imports torch, which no --help waits for
             free, least = (*FREE, "steps"), min(old["steps"], new["steps"])
-            if int(newest.stem[5:]) > (1 - DECAY) * least:
+            if newest and int(newest.stem[5:]) > (1 - DECAY) * least:
                 raise ValueError(f"steps={self.config.steps}: {newest} lies in the last fifth of "
                                  f"{least} steps, where lr falls; steps may only change before "
                                  "that")
@@ -860,10 +870,7 @@ class Run:
         state |= dict(step=step, config=to_yaml(self.config), torch=torch.get_rng_state(),
                       cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
         path = self.checkpoints / f"step_{step:08d}.pt"
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        save_torch(state, path)
         self.whole.append(path)
         if is_best:
             with replacing(self.checkpoints / "best.pt") as copy:
@@ -893,6 +900,19 @@ class Run:
         folder is free from now on."""
         self.lock.close()
         return 130 if self.signal == signal.SIGINT else REQUEUE
+
+
+def save_torch(content: dict, path: str | Path) -> None:
+    """Write what load_torch() reads, whole or not at all, and wait until it is on the disk."""
+    import torch
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:           # of PyTorch, where a disk is full
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_torch(path: Path) -> dict:
@@ -1045,7 +1065,7 @@ def flat_name(name: str) -> str:
     It has no separator, so it stays in its folder; it is UTF-8 and at most LONGEST bytes long.
     """
     parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..")]
-    flat = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "_", "_".join(parts))
+    flat = re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]", "_", "_".join(parts).strip())
     flat = re.sub(r"^[-=+@]", "_", flat)  # in a table no formula, on a command line no option
     if flat != "_".join(parts) or not flat or len(flat.encode()) > LONGEST:  # may meet another
         flat = (flat.encode()[:LONGEST - 9].decode(errors="ignore") + "_" + digest(name)[:8])
@@ -1064,6 +1084,13 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_record(path: Path, advice: str) -> dict[str, Any]:
+    """The keys of a JSON file that a script of ours wrote."""
+    if not isinstance(record := read_json(path, advice), dict):
+        raise ValueError(f"{path}: damaged, holds {record!r:.40} in place of keys; {advice}")
+    return record
 
 
 def read_json(path: Path, advice: str, hook: Callable[[dict], Any] | None = None) -> Any:

@@ -438,7 +438,8 @@ def build_segmentation_net(config: Config, diameter: float | None = None):
     """Network to train: a whole one, a backbone under a new decoder, or all from scratch; diameter:
     px, of the cells that it will learn."""
     shape = config.network
-    settings = model.Settings(tile=config.crop, cap=config.cap, diameter=diameter)
+    settings = model.Settings(tile=config.crop, cap=config.cap, diameter=diameter,
+                              licence=model.licence_of(config.init))
     if config.init is None:
         if shape.arch == "unet":
             backbone = model.ConvNet(shape.dim, shape.depth, shape.patch)

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
+import torch
 from conftest import ROOT
 
+import infer
 import runs
 
 
@@ -53,6 +55,13 @@ def test_yaml_and_overrides_and_back(tmp_path):
     assert config == Demo(1000, 3e-4, "auto", 4.0, True, "7", Inner("/x", (3,)))
     assert isinstance(config.lr, float) and isinstance(config.steps, int)
     assert runs.load_config(Demo, write(tmp_path, runs.to_yaml(config))) == config
+
+
+def test_what_is_no_yaml_is_meant_as_text():
+    config = runs.load_config(Demo, None, ["steps=1", "name=a: b", "data.root=@405"])
+    assert config.name == "a: b" and config.data.root == "@405"
+    assert runs.load_config(infer.Config, None, ["channels=%DAPI,@405"]).channels == (
+        "%DAPI", "@405")
 
 
 def test_lists_and_null_on_the_command_line():
@@ -183,6 +192,12 @@ class Few:
     checkpoint_name: str = "few"
 
 
+@dataclass(frozen=True)
+class Saved(Few):
+    keep: int = 2
+    log_every: int = 1
+
+
 def test_a_signal_too_late_for_one_run_reaches_who_listens_to_all(tmp_path):
     """A run hears signals until it is closed; then those hear them who did before, of one that came
     meanwhile too."""
@@ -225,6 +240,45 @@ def test_a_second_process_in_the_folder_of_a_run_is_refused(tmp_path):
     runs.Run(Few(str(tmp_path)), rank=1, world=2).close()                   # of the same group
     run.close()
     runs.Run(Few(str(tmp_path))).close()
+
+
+def test_another_name_for_checkpoints_is_another_configuration(tmp_path):
+    """Else it would write over the weights of a run that is done."""
+    run = runs.Run(Saved(str(tmp_path)))
+    run.save(1, x=1)
+    run.close()
+    with pytest.raises(ValueError, match="another configuration .checkpoint_name: few -> more"):
+        runs.Run(Saved(str(tmp_path), checkpoint_name="more"))
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_leaves_no_log(tmp_path):
+    for _ in range(2):
+        run = runs.Run(Saved(str(tmp_path)))
+        assert run.history() == []
+        run.log(1, loss=2.0)
+        run.close()
+    run.save(1, x=1)
+    assert [line["step"] for line in runs.Run(Saved(str(tmp_path))).history()] == [1]
+
+
+def test_a_full_disk_is_said_as_such(tmp_path):
+    """PyTorch says something else."""
+    import resource
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10000, before[1]))
+        with pytest.raises(OSError, match="File too large: .*x.pt"):
+            runs.save_torch({"x": torch.zeros(100000)}, tmp_path / "x.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["null", "5", "[1]", "{"])
+def test_a_record_without_keys_is_damaged(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match="x.json: damaged, .*; remove it"):
+        runs.read_record(tmp_path / "x.json", "remove it")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of Linux' C library alone")

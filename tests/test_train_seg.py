@@ -285,6 +285,16 @@ def test_it_starts_from_weights(whole, tmp_path):
         "network.stem=2"]))
     assert torch.equal(new.backbone.blocks[0].fc1.weight,
                        old.backbone.blocks[0].fc1.weight) and new.decoder.grain == 2
+    old.settings.licence = "CC-BY-NC-4.0"                        # holds for what begins with it
+    model.save(old, tmp_path / "bound.pt")
+    model.save(old.backbone, tmp_path / "vit.pt", licence="CC-BY-4.0")
+    for name, changes, licence in (("bound", ["new_decoder=true"], "CC-BY-NC-4.0"),
+                                   ("bound", [], "CC-BY-NC-4.0"), ("vit", [], "CC-BY-4.0")):
+        config = runs.load_config(train_seg.Config, toy(tmp_path), [
+            f"init={tmp_path / name}.pt", *changes])
+        assert train_seg.build_segmentation_net(config).settings.licence == licence
+    torch.save({"teacher": {}}, tmp_path / "dinov3.pth")
+    assert model.licence_of(tmp_path / "dinov3.pth") == "LicenseRef-DINOv3"
 
 
 def test_few_images_teach_the_decoder_alone(whole, tmp_path):

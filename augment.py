@@ -4,7 +4,7 @@
 
 writes `copies` augmented crops of each image in `data` to output/images and output/labels (16-bit
 and label TIFF of the same name), with the configuration beside them. Existing crops are kept: the
-same command goes on where it stopped.
+same command goes on where it stopped, and makes anew what an image that changed had.
 
 In training nothing is decoded, resized or drawn per pixel on the CPU:
 
@@ -23,8 +23,10 @@ images, whose three channels are equal, noise included.
 from __future__ import annotations
 
 import functools
+import glob
 import hashlib
 import math
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -309,20 +311,22 @@ def load_resident(config: data.TrainingData, seed: int, device: str, cap: float 
     hashes = {"train": {}, "validation": {image.name: content_hash(image) for image in held}}
     of_type = {image.name: image.types for image in held}
     cells: dict[str, int] = {}
+    trained: dict[str, str] = {}                # hash of pixels or labels -> name of the image
 
     def read() -> Iterator[data.Labelled]:
         for part in pending:
             for image in part():
                 hashes["train"][image.name] = content_hash(image)
                 cells[image.name], of_type[image.name] = int(image.labels.max()), image.types
+                trained.update(dict.fromkeys(data.contents(image.pixels, image.labels), image.name))
                 yield image
 
     limit = config.memory_gb * 1e9 if config.memory_gb else runs.free_memory() / 2
     resident = Resident(read(), device, cap, config.diameter, limit / 2)
     resident.weigh({chosen.name: chosen.weight for chosen in config.sets})
     data.check_cells("data.sets", cells)
-    data.check_training_types(of_type, data.training_types(config.types))
-    check_trained_apart(held, hashes, bool(config.validation))
+    data.check_training_types(of_type, data.training_types(config.types), cells)
+    check_trained_apart(held, trained, bool(config.validation), len(cells) == len(held) == 1)
     return resident, validation, hashes
 
 
@@ -332,20 +336,20 @@ def content_hash(image: data.Labelled) -> str:
     return hashlib.sha256(image.pixels.tobytes() + image.labels.tobytes() + types).hexdigest()[:16]
 
 
-def check_trained_apart(held: Sequence[data.Labelled], hashes: dict[str, dict[str, str]],
-                        chosen: bool) -> None:
+def check_trained_apart(held: Sequence[data.Labelled], trained: dict[str, str], chosen: bool,
+                        alone: bool) -> None:
     """Refuse held-out images with cells that are trained on, too, under whatever name; warn of
     copies that data.share parted. The only image there is may choose thresholds.
 
-    hashes : {train, validation: {name: hash}}. chosen : the images to validate on were given.
+    trained : {data.contents(): name}. chosen : the images to validate on were given. alone : there
+    is one image on each side.
     """
-    trained = {content: name for name, content in hashes["train"].items()}
     twins = [(trained[content], image.name) for image in held if image.labels.any()
-             and (content := hashes["validation"][image.name]) in trained]
+             for content in data.contents(image.pixels, image.labels) if content in trained]
     if not twins:
         return
     one, other = twins[0]
-    if len(hashes["train"]) == len(held) == 1:
+    if alone:
         print(f"{other}: the only image chooses thresholds, too; its scores are too good",
               file=sys.stderr)
     elif chosen:
@@ -353,8 +357,9 @@ def check_trained_apart(held: Sequence[data.Labelled], hashes: dict[str, dict[st
                          "to validate on: give them, or leave data.validation out, so that "
                          "data.share holds some out")
     else:
-        print(f"warning: {one}: trained on, and held out as {other}, {len(twins)} such copies in "
-              "all; scores are too good, remove the copies", file=sys.stderr)
+        count = len({name for _, name in twins})
+        print(f"warning: {one}: trained on, and held out as {other}, {count} such copies in all; "
+              "scores are too good, remove the copies", file=sys.stderr)
 
 
 class Pile:
@@ -909,7 +914,11 @@ def main(config: Config, files: list[str]) -> None:
     for name in ("images", "labels"):
         (output / name).mkdir(parents=True, exist_ok=True)
     runs.write_text(record, runs.to_yaml(config))
-    made = 0
+    made, stamps = 0, data.read_stamps(output / "augmented.tsv")
+    now = {stem: data.stamp_of(example) for stem, example in found.items()}
+    for stem in [stem for stem, stamp in stamps.items() if now.get(stem) != stamp]:
+        remove_augmented_crops(output, stem)            # of an image that changed, or left the data
+    data.write_stamps(output / "augmented.tsv", now)
     for stem, example in tqdm.tqdm(found.items(), unit="image"):
         names = [f"{stem}_crop{copy:03d}" for copy in range(config.copies)]
         names = [name for name in names if config.overwrite
@@ -928,6 +937,14 @@ def main(config: Config, files: list[str]) -> None:
             write_augmented_crop(output / "images" / f"{name}.tif", x[0].numpy())
         made += len(names)
     print(f"{output}: {made} crops made, {config.copies * len(found) - made} were there")
+
+
+def remove_augmented_crops(output: Path, stem: str) -> None:
+    """Remove the crops of an image."""
+    for folder in ("images", "labels"):
+        for file in (output / folder).glob(f"{glob.escape(stem)}_crop*.tif"):
+            if re.fullmatch(r"_crop\d{3,}", file.stem.removeprefix(stem)):
+                file.unlink()
 
 
 def examples_to_augment(folders: Iterable[str], channels: Sequence[str] | None = None

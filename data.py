@@ -540,13 +540,33 @@ def read_geojson(path: Path, shape: tuple[int, int]) -> np.ndarray:
 def _geojson_cells(path: Path) -> list[dict]:
     """QuPath's objects; with cells or detections, annotations are only regions."""
     parsed = runs.read_json(path, EXPORT)
-    features = parsed.get("features", [parsed]) if isinstance(parsed, dict) else parsed
-    if not isinstance(features, list) or not all(isinstance(feature, dict) for feature in features):
-        raise ValueError(f"{path}: expected GeoJSON features, as QuPath exports them")
+    given = parsed.get("features", [parsed]) if isinstance(parsed, dict) else parsed
+    features: list[dict] = []
+    for feature in given if isinstance(given, list) else [None]:
+        if not isinstance(feature, dict):
+            raise ValueError(f"{path}: expected GeoJSON features, as QuPath exports them")
+        features += [feature, *_geojson_below(feature)]
     kinds = [_geojson_part(feature, "properties").get("objectType")
              or OBJECTS.get(str(feature.get("id"))) for feature in features]
     return [feature for feature, kind in zip(features, kinds)
             if kind in ("cell", "detection")] or features
+
+
+def _geojson_below(feature: dict) -> Iterator[dict]:
+    """Objects inside an object, where they were not exported one by one."""
+    below = _geojson_part(feature, "properties").get("childObjects")
+    for child in below if isinstance(below, list) else ():
+        if isinstance(child, dict):
+            yield from (child, *_geojson_below(child))
+
+
+def _geojson_class(feature: dict) -> str:
+    """QuPath's class of an object: a name, or several as in Tumor: Positive."""
+    given = _geojson_part(feature, "properties").get("classification")
+    if not isinstance(given, dict):
+        return str(given or "")
+    names = given.get("names")
+    return ": ".join(map(str, names)) if isinstance(names, list) else str(given.get("name") or "")
 
 
 def _geojson_part(feature: dict, key: str) -> dict:
@@ -576,10 +596,9 @@ def read_masks(paths: Sequence[Path]) -> np.ndarray:
 
 def _labelled_types(labels: Path, image: Path) -> dict[int, str]:
     """Class of each cell that has one: of GeoJSON, a table or a picture beside labels or image."""
-    if labels.suffix.lower() == ".geojson":
-        return numbered_types(
-            [_geojson_part(_geojson_part(feature, "properties"), "classification").get("name")
-             for feature in _geojson_cells(labels)])
+    if labels.suffix.lower() == ".geojson" and (
+            types := numbered_types([*map(_geojson_class, _geojson_cells(labels))])):
+        return types
     for path in type_files(labels, image):
         if path.suffix == ".png":
             return {i: str(number) for i, number in majority_class(
@@ -659,8 +678,10 @@ def training_types(types: dict) -> dict[str, list[str]]:
     return wanted
 
 
-def check_training_types(types: dict[str, np.ndarray | None], wanted: dict[str, list[str]]) -> None:
-    """Refuse a type without cells, or with cells in one image alone; types: those of each image."""
+def check_training_types(types: dict[str, np.ndarray | None], wanted: dict[str, list[str]],
+                         trained: Collection[str]) -> None:
+    """Refuse a type without cells, or with cells in one image alone, or in none that is trained on;
+    types: those of each image."""
     for i, (name, classes) in enumerate(wanted.items(), 1):
         images = [image for image, numbers in types.items() if np.any(numbers == i)]
         if not images:
@@ -669,6 +690,9 @@ def check_training_types(types: dict[str, np.ndarray | None], wanted: dict[str, 
         if len(images) == 1 and len(types) > 1:
             raise ValueError(f"types: all cells of '{name}' are in {images[0]}; to learn and "
                              "validate it takes two images: label another or leave the type out")
+        if not set(images) & set(trained):
+            raise ValueError(f"types: all cells of '{name}' are in images that are held out "
+                             f"({runs.listed(images, 3)}); label another or leave the type out")
 
 
 # ----------------------------------------------------------------------------------------- Cellpose
@@ -724,7 +748,7 @@ class _Unpickler(pickle.Unpickler):
 
 # -------------------------------------------------------------------------------- groups and splits
 
-DONOR = r"(?i).*(?<![a-z])(?:donor|patient|subject|case)(?:[-_ ]|(?=\d))([a-z0-9]+)"
+DONOR = r"(?i)(?<![^\W\d_])(?:donor|patient|subject|case)(?:[-_ ]|(?=\d))([^\W_]+)"
 MOMENT = re.compile(r"(?i)[-_. ]?\d+d\d+h\d+m.*")      # 01d04h00m_2 of LIVECell: time, quarter
 FRAME = re.compile(r"(?i)(?<![a-z0-9])(?:t|tp|time|frame|copy|crop|z|slice|plane|w|ch|channel)"
                    r"[-_]?\d+(?=xy|[^a-z0-9]|$)")
@@ -751,11 +775,15 @@ def donor_of(name: str, pattern: str | None = None, key: str = "pattern") -> str
     key : how the script calls the pattern.
     """
     expression = labelled_name_pattern(key, pattern or DONOR)
-    found = expression.search(name)
-    if expression.groups != 1 or not found or not found[1]:
-        raise ValueError(f"no donor in the name {name}; give {key}=REGEX with one group around "
+    matches = [match[1] for match in expression.finditer(name)] if expression.groups == 1 else []
+    found = set(filter(None, matches[:1] if pattern else matches))
+    if len(found) > 1:                                          # case_control/donor_7
+        found = {one for one in found if re.search(r"\d", one)}
+    if len(found) != 1:
+        problem = f"donors {' and '.join(sorted(found))}" if found else "no donor"
+        raise ValueError(f"{problem} in the name {name}; give {key}=REGEX with one group around "
                          "it, such as '^([^_]+)_' for 1234_tile7")
-    return found[1]
+    return found.pop()
 
 
 def hold_out(examples: list[Example], share: float, seed: int) -> list[Example]:
@@ -944,6 +972,12 @@ def read_labelled(example: Example, set_name: str, wanted: dict[str, list[str]])
                     types=training_type_numbers(example, labels, wanted) if wanted else None)
 
 
+def contents(pixels: np.ndarray, labels: np.ndarray) -> list[str]:
+    """Hashes of pixels and, where there are cells, of labels: the same cells in another channel, or
+    the same pixels with other labels, are no other image."""
+    return [runs.digest(pixels), *([runs.digest(labels)] if labels.any() else [])]
+
+
 def median_diameter(labels: np.ndarray) -> float:
     """px, of a disc of the median cell's area; 0 without cells."""
     return disc_diameter(np.unique(labels[labels > 0], return_counts=True)[1])
@@ -1037,8 +1071,14 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
     chosen = {name: getattr(config, name) for name in ("channels", "match", "labels")}
     _claim_new_folder(target, source, f"from {Path(source).resolve()} with {chosen}\n")
     _check_written_names(source, found, "", "bytes that are no UTF-8")
+    owner: dict[Path, str] = {}
+    for example in found:
+        for file in _labelled_files(target, example.name):
+            if (other := owner.setdefault(file, example.name)) != example.name:
+                raise ValueError(f"{source}: {other} and {example.name} would both be written as "
+                                 f"{file.name}; rename one of them")
     record, made = target / "converted.tsv", 0
-    stamps = _read_stamps(record)
+    stamps = read_stamps(record)
     for name in stamps.keys() - {example.name for example in found}:
         print(f"{target}: {name} removed, it left {source}", file=sys.stderr)
         for file in _labelled_files(target, name):
@@ -1047,8 +1087,7 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
     written = time.monotonic()
     try:
         for example in tqdm.tqdm(found, target.name, unit="image", delay=1, leave=False):
-            read = *example.files, *type_files(example.files[-1], example.files[0])
-            stamp = runs.digest(*((file.resolve(), *runs.file_state(file)) for file in read))
+            stamp = stamp_of(example)
             path, masks, classes = _labelled_files(target, example.name)
             if path.exists() and stamps.get(example.name) == stamp:
                 continue
@@ -1071,10 +1110,10 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
             stamps[example.name] = stamp
             made += 1
             if time.monotonic() - written > NOTED:      # a kill lets nothing else be written
-                _write_stamps(record, stamps)
+                write_stamps(record, stamps)
                 written = time.monotonic()
     finally:                                            # of a stop: what is done stays done
-        _write_stamps(record, stamps)
+        write_stamps(record, stamps)
     return made
 
 
@@ -1088,14 +1127,21 @@ def _check_written_names(source: str, found: list[Example], signs: str, what: st
 NOTED = 5.0         # seconds of converting that a kill may cost
 
 
-def _write_stamps(record: Path, stamps: dict[str, str]) -> None:
+def stamp_of(example: Example) -> str:
+    """Where the files of a labelled image lie, and their state."""
+    files = *example.files, *type_files(example.files[-1], example.files[0])
+    return runs.digest(*((file.resolve(), *runs.file_state(file)) for file in files))
+
+
+def write_stamps(record: Path, stamps: dict[str, str]) -> None:
     """Write the stamp of each image; a name is a JSON string, for it may hold a tab or a blank at
     its end."""
     runs.write_table(record, [{"name": json.dumps(name), "stamp": stamp}
                               for name, stamp in stamps.items()], ("name", "stamp"))
 
 
-def _read_stamps(record: Path) -> dict[str, str]:
+def read_stamps(record: Path) -> dict[str, str]:
+    """What write_stamps() wrote; {} without."""
     if not record.exists():
         return {}
     try:

@@ -306,9 +306,8 @@ def sweep_rows(dataset: LabelledSet, network: measure.NetworkLabels, settings: l
 
 def check_apart(validation: list[LabelledSet], test: list[LabelledSet]) -> None:
     """Refuse an image that is on both sides, whatever its name."""
-    def contents(example) -> list[str]:     # its cells show it in another channel, too
-        pixels, truth = example.image().pixels, example.labels()
-        return [runs.digest(pixels), *([runs.digest(truth)] if truth.any() else [])]
+    def contents(example) -> list[str]:
+        return data.contents(example.image().pixels, example.labels())
 
     seen = {content: f"{dataset.name}/{example.name}" for dataset in validation
             for example in dataset.examples for content in contents(example)}
@@ -370,7 +369,9 @@ def calibrate(config: Calibrate) -> None:
     """Fit the score of a cell, the probability that it has IoU >= .5 with a true cell, and write it
     into a copy of the weights; or report on the one that they have."""
     net = networks.load(config.weights).ready(runs.pick_device(config.device))
-    if config.out is None and not net.settings.score:
+    if config.out is not None:
+        runs.check_file_can_be_written(Path(config.out))
+    elif not net.settings.score:
         raise ValueError(f"{config.weights}: has no score to report on; out=FILE fits one")
     tested = {place: [LabelledSet(dataset, config.root) for dataset in sets]
               for place, sets in (("home", config.home), ("abroad", config.abroad))}
@@ -472,6 +473,8 @@ def embed(config: Embed) -> None:
     Fields: mean vector of a field's cells in each channel; is the nearest one of another channel
     that of the same field?
     """
+    if config.export is not None:
+        runs.check_file_can_be_written(Path(config.export))
     folder, rows, found = runs.run_folder(config), [], []
     for source in config.sources:
         net = embedder(source, config)

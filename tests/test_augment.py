@@ -478,6 +478,34 @@ def test_hashes_know_types():
     assert first != other != augment.content_hash(image)
 
 
+@pytest.mark.parametrize("change", ["pixels", "labels"])
+def test_the_same_cells_or_pixels_are_the_same_image(folder, tmp_path, change):
+    """In another channel, and with labels that differ by one pixel."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for end in ("", "_masks"):
+        (other / f"copy{end}.tif").write_bytes((folder / f"im1{end}.tif").read_bytes())
+    if change == "pixels":
+        tifffile.imwrite(other / "copy.tif", tifffile.imread(other / "copy.tif")[..., ::-1].copy(),
+                         photometric="minisblack")
+    else:
+        labels = data.read_labels(other / "copy_masks.tif")
+        labels[tuple(np.argwhere(labels)[0])] = 0
+        data.write_labels(other / "copy_masks.tif", labels)
+    given = data.TrainingData(root=str(tmp_path), sets=(data.TrainingSet("set"),),
+                              validation=(data.TrainingSet("other"),))
+    with pytest.raises(ValueError, match="set/im1: trained on, and validated on as other/copy"):
+        augment.load_resident(given, 0, "cpu", 4.0)
+
+
+def test_a_type_that_held_out_images_alone_have_is_refused_before_training():
+    types = {"a": np.array([1, 2]), "b": np.array([1]), "c": np.array([2]), "d": np.array([2])}
+    wanted = {"one": ["1"], "two": ["2"]}
+    data.check_training_types(types, wanted, ["a", "b", "c"])
+    with pytest.raises(ValueError, match="cells of 'one' are in images that are held out .a, b"):
+        data.check_training_types(types, wanted, ["c", "d"])
+
+
 def test_an_image_is_not_on_both_sides(folder, tmp_path, capsys):
     """By content, whatever its name; but an image without cells, and the only one there is."""
     def load(*validation, match=None, **more):
@@ -543,6 +571,12 @@ def test_it_goes_on_and_does_not_mix(folder, tmp_path):
     second = write(folder, out)
     assert second["images/im1_crop001.tif"] == first["images/im1_crop001.tif"]
     assert kept.read_bytes() == b"mine"
+    image = folder / "im0.tif"
+    tifffile.imwrite(image, 255 - tifffile.imread(image))
+    third = write(folder, out)                                   # of another image: made anew
+    assert third["images/im0_crop000.tif"] not in (b"mine", first["images/im0_crop000.tif"])
+    assert third["images/im1_crop000.tif"] == first["images/im1_crop000.tif"]
+    tifffile.imwrite(image, 255 - tifffile.imread(image))
     with pytest.raises(ValueError, match="augmented.yaml: its crops were made otherwise"):
         write(folder, out, seed=1)
     assert write(folder, out, overwrite=True) == first

@@ -468,6 +468,31 @@ def test_neighbours_share_a_side_without_gap_or_overlap(corners):
     assert np.array_equal(np.sort(around), np.setxor1d(one, other))    # also where they cross
 
 
+def test_qupath_classes_of_several_parts_and_cells_inside_of_others(tmp_path):
+    def feature(left, given, *below):
+        ring = [[left, 1], [left + 3, 1], [left + 3, 5], [left, 5], [left, 1]]
+        return {"geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": {
+            "objectType": "detection" if not below else "annotation", "classification": given,
+            "childObjects": list(below)}}
+    save(tmp_path / "x.tif", picture(0))
+    cells = feature(1, {"names": ["Tumor", "Positive"]}), feature(9, "Stroma"), feature(16, None)
+    (tmp_path / "x.geojson").write_text(json.dumps(feature(0, None, *cells)))
+    example = only(tmp_path)
+    assert example.types() == {1: "Tumor: Positive", 2: "Stroma"}
+    assert np.bincount(example.labels().ravel())[1:].tolist() == [12, 12, 12]
+    (tmp_path / "x.geojson").write_text(json.dumps([feature(1, None), feature(9, None)]))
+    (tmp_path / "x_types.csv").write_text("id,type\n2,Stroma\n")
+    assert only(tmp_path).types() == {2: "Stroma"}
+
+
+def test_images_that_would_be_written_over_each_other_are_refused(tmp_path):
+    for name in ("x", "x_masks"):
+        save(tmp_path / f"c/{name}.tif", picture(0))
+    coco(tmp_path / "c", {name: [uncompressed(blobs(0) == 1)] for name in ("x.tif", "x_masks.tif")})
+    with pytest.raises(ValueError, match="x and set/x_masks|x_masks.tif; rename one of them"):
+        data.main(data.Config(), ["convert", str(tmp_path / "c"), str(tmp_path / "out")])
+
+
 def test_qupath_regions_are_no_cells(tmp_path):
     def feature(kind, left, shape="Polygon"):
         ring = [[left, 1], [left + 3, 1], [left + 3, 5], [left, 5], [left, 1]]
@@ -614,7 +639,9 @@ def test_group_of(name, group):
 @pytest.mark.parametrize("name, donor", [
     ("donor_7/t1", "7"), ("cases/donor_12/tile_b0c0x1", "12"), ("case_control/donor_7/x", "7"),
     ("patients/patient_3/a", "3"),
-    ("patient7/a", "7"), ("Subject AB12/a", "AB12"), ("showcase_1/donor_2", "2")])
+    ("patient7/a", "7"), ("Subject AB12/a", "AB12"), ("showcase_1/donor_2", "2"),
+    ("donor_Müller_t1", "Müller"), ("donor_Mörk_t1", "Mörk"), ("donor_1/case_control_t1", "1"),
+    ("donor_7/donor_7_t1", "7")])
 def test_donor_of(name, donor):
     assert data.donor_of(name) == donor
 
@@ -623,6 +650,12 @@ def test_donor_of(name, donor):
 def test_no_donor_in_the_name(name):
     with pytest.raises(ValueError, match="no donor in the name"):
         data.donor_of(name)
+
+
+def test_two_donors_in_a_name_are_refused():
+    with pytest.raises(ValueError, match="donors 1 and 2 in the name donor_1/patient_2"):
+        data.donor_of("donor_1/patient_2")
+    assert data.donor_of("donor_1/patient_2", "patient_([0-9]+)") == "2"
 
 
 def test_copies_of_an_image_stay_on_one_side(tmp_path):

@@ -227,7 +227,7 @@ def convex_area(r: Runs) -> np.ndarray:
 def cell_intensities(r: Runs, image: np.ndarray, channels: list[str] | None
                      ) -> dict[str, np.ndarray]:
     """Columns intensity_{mean,min,max,sd}_CHANNEL."""
-    names = [str(c) for c in channels or range(1, len(image) + 1)]
+    names = [str(c).strip() for c in channels or range(1, len(image) + 1)]
     if len(names) != len(image):
         raise ValueError(f"{len(names)} channel names, expected {len(image)} as in the image")
     if len(set(names)) < len(names):  # two channels of one name are two columns

@@ -72,14 +72,17 @@ def draw_cell(book: Book, outline: np.ndarray) -> Edit:
 
 
 def cut_away(book: Book, outline: np.ndarray) -> Edit:
-    """What lies inside the outline becomes background; the parts of a cell become cells."""
+    """What lies inside the outline becomes background; the parts of a cell become cells, of which
+    one that is more than half of it keeps its number."""
     box, inside = enclosed(outline, book.shape)
     touched = np.unique(book.labels[box][inside])
     box, inside = widened_edit(box, inside, book.box_of(touched[touched > 0]))
     before = book.labels[box].copy()
     after, fresh = np.where(inside, 0, before), book.fresh
     for cell in touched[touched > 0]:
-        fresh = renumber_parts(after, ndimage.label(after == cell)[0], fresh)
+        rest, whole = after == cell, np.count_nonzero(before == cell)
+        same = int(2 * np.count_nonzero(largest_piece(rest)) > whole)   # most of it is left
+        fresh = renumber_parts(after, ndimage.label(rest)[0], fresh, same)
     return checked_edit(Edit("erase", box, before, after), "there is no cell inside the outline")
 
 
@@ -104,7 +107,8 @@ def remove_inside(book: Book, outline: np.ndarray) -> Edit:
 
 
 def split_cells(book: Book, line: np.ndarray) -> Edit:
-    """Part every cell that the line crosses from edge to edge."""
+    """Part every cell that the line crosses from edge to edge; the parts have new numbers, for what
+    is known of the whole is not of them."""
     y, x = line_pixels(lengthened_line(line), book.shape)
     ids = np.unique(book.labels[y, x])
     box = book.box_of(ids[ids > 0])
@@ -120,7 +124,7 @@ def split_cells(book: Book, line: np.ndarray) -> Edit:
         nearest = ndimage.distance_transform_edt(parts == 0, return_distances=False,
                                                  return_indices=True)
         parts = np.where(mask, parts[tuple(nearest)], 0)           # the cut goes to the nearer part
-        fresh = renumber_parts(after, parts, fresh)
+        fresh = renumber_parts(after, parts, fresh, 0)
     return checked_edit(Edit("split", box, before, after),
                         "the line crosses no cell from edge to edge")
 
@@ -287,10 +291,10 @@ def largest_piece(mask: np.ndarray) -> np.ndarray:
     return parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
 
 
-def renumber_parts(labels: np.ndarray, parts: np.ndarray, fresh: int) -> int:
-    """Make a cell of each part 1, 2, ... but the largest, which keeps its number, from the number
-    `fresh` on; the next number."""
-    for part in np.argsort(-np.bincount(parts.ravel())[1:])[1:]:
+def renumber_parts(labels: np.ndarray, parts: np.ndarray, fresh: int, kept: int) -> int:
+    """Make a cell of each part 1, 2, ... but the `kept` largest, which keep their number, from the
+    number `fresh` on; the next number."""
+    for part in np.argsort(-np.bincount(parts.ravel())[1:])[kept:]:
         labels[parts == part + 1] = fresh
         fresh += 1
     return fresh

@@ -131,6 +131,11 @@ def list_files(folder: str | Path, suffixes: tuple[str, ...], pattern: str = "*"
                   if path.name.lower().endswith(suffixes) and fnmatch(path.name, pattern))
 
 
+def is_challenge_mask(name: str) -> bool:
+    """Whether a path is that of a mask of a movie, as infer.py writes them."""
+    return re.search(r"_ctc[/\\]01_RES[/\\]", name) is not None
+
+
 def without_labels(stems: Iterable[str]) -> set[str]:
     """Names of images, without suffix, less what is beside another: a_cp_masks of a, a.ome, a_img.
     """
@@ -236,7 +241,7 @@ def stack_of(path: str | Path, letter: str) -> Stack:
     unknown = [n for a, n in lengths.items() if a not in "CSYXZT" and n > 1]
     count = lengths.get(letter, unknown[0] if len(unknown) == 1 else 1)
     if pixels is None:
-        step = _in_unit(imagej.get("spacing"), imagej.get("unit"))
+        step = _in_unit(imagej.get("spacing"), imagej.get("zunit", imagej.get("unit")))
         interval = _in_unit(imagej.get("finterval"), imagej.get("tunit", "s"))
     else:
         step, interval = _ome_size(pixels, "PhysicalSizeZ"), _ome_size(pixels, "TimeIncrement", "s")
@@ -378,8 +383,9 @@ def _select(path: Path, plane: int | None, time: int | None, by_channel: bool,
         index.append(slice(None) if letter in "CSYX" else (given or 1) - 1)
     if missing:
         found, keys = (" and ".join(texts) for texts in zip(*missing, strict=True))
-        raise ValueError(f"{path}: a stack with {found}; choose with {keys}; infer.py links "
-                         f"all with {'z=all' if 'Z' in found else 'time=all'}")
+        linked = "; infer.py links all with " + ("z=all" if "Z" in found else "time=all")
+        alone = plane is time is None           # else the other axis is linked, or chosen from
+        raise ValueError(f"{path}: a stack with {found}; choose with {keys}{linked * alone}")
     for letter, key, given in (("Z", "plane", plane), ("T", "time", time)):
         if letter not in letters and given not in (None, 1):
             raise ValueError(f"{path}: {key}={given}, but the image has no axis {letter}; leave "
@@ -584,12 +590,14 @@ def _tiff_metadata(tif: tifffile.TiffFile, page: Any) -> dict[str, Any]:
             names = None                                         # titles of slices, each file's own
         if "unit" in imagej:
             unit = _in_unit(1, imagej["unit"])
+            down = _in_unit(1, imagej.get("yunit", imagej["unit"]))
             largest = CALIBRATED if unit >= 1e4 else math.inf     # cm and inch are a printer's, too
         else:
-            unit, largest = {2: 25400.0, 3: 1e4}.get(int(page.tags.valueof(296, 2)), 0), CALIBRATED
-        for tag in (282, 283):                                # XResolution, YResolution: a fraction
+            unit = down = {2: 25400.0, 3: 1e4}.get(int(page.tags.valueof(296, 2)), 0)
+            largest = CALIBRATED
+        for tag, each in ((282, unit), (283, down)):          # XResolution, YResolution: a fraction
             across, units = page.tags.valueof(tag, (0, 1))
-            sizes.append(unit * units / across if across else 0)
+            sizes.append(each * units / across if across else 0)
         if aperio := re.search(r"\bMPP = ([0-9.]+)", page.description if tif.is_svs else ""):
             sizes = [float(aperio[1])] * 2
     x, y = sizes

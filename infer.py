@@ -472,10 +472,11 @@ def source_files(path: Path, pattern: str) -> list[Path]:
     return [file for file in files if file in kept]
 
 
-def source_size(file: Path, pattern: str) -> tuple[int, int]:
-    """Bytes and time of the last change (ns)."""
-    status = [each.stat() for each in source_files(file, pattern)]
-    return sum(one.st_size for one in status), max(one.st_mtime_ns for one in status)
+def source_size(path: Path, pattern: str) -> tuple[int, int | str]:
+    """Bytes, and time of the last change (ns); of a folder a digest of names and states."""
+    states = {file.name: runs.file_state(file) for file in source_files(path, pattern)}
+    size = sum(size for size, _ in states.values())
+    return size, runs.digest(*states.items()) if path.is_dir() else states[path.name][1]
 
 
 def source_place(path: Path | str) -> str:
@@ -1035,16 +1036,17 @@ def infer_images_below(place: str, config: Config,
 
 
 def is_series_to_infer(folder: Path, config: Config) -> bool:
-    """Whether the images of a folder are the planes of one stack, or each a stack."""
+    """Whether the images of a folder are the planes of one stack, or some are stacks."""
     frames = source_files(folder, config.pattern)
-    return bool(frames) and images.stack_of(frames[0], config.linked).planes == 1
+    return bool(frames) and all(images.stack_of(frame, config.linked).planes == 1
+                                for frame in frames)
 
 
 def infer_images_among(files: Images) -> Images:
     """Drop hidden files, results, and labels of an image that is there."""
     files = {p: name for p, name in files.items()
              if name.lower().endswith(images.IMAGE_SUFFIXES) and not Path(name).stem.endswith(OURS)
-             and not re.search(r"_ctc[/\\]01_RES[/\\]", name)  # masks of a movie
+             and not images.is_challenge_mask(name)
              and not any(part.startswith(".") and part not in (".", "..")
                          for part in re.split(r"[/\\]", name))}
     alone = images.without_labels(Path(name).stem for name in files.values())

@@ -79,11 +79,11 @@ class Learning:
         return self.folder / f"round_{number}"
 
     def record(self, number: int) -> dict:
-        return runs.read_json(self.of(number) / "round.json", DAMAGED)
+        return runs.read_record(self.of(number) / "round.json", DAMAGED)
 
     def note(self, number: int, **values: Any) -> None:
         path = self.of(number) / "round.json"
-        before = runs.read_json(path, DAMAGED) if path.exists() else {}
+        before = runs.read_record(path, DAMAGED) if path.exists() else {}
         runs.write_text(path, json.dumps(before | values, indent=1))
 
     def status(self) -> dict:
@@ -128,6 +128,7 @@ class Learning:
         full = [name for name in done if project.open(name).book.boxes]
         if len(full) < 2:                               # no other can be compared by
             done = full or done[:1]
+        known_as = {name: data.stem_of(Path(f"{name}.tif")).removesuffix("_img") for name in done}
         folder = self.of(number) / "set"
         shutil.rmtree(folder, ignore_errors=True)       # of a round that could not begin
         folder.mkdir(parents=True)
@@ -144,17 +145,18 @@ class Learning:
             cut = W if len(done) > 1 else _cut_column(labels)
             parts = {"": slice(0, W)} if cut == W else {"_t1": slice(0, cut), "_t2": slice(cut, W)}
             for end, part in parts.items():
-                images.write_image(folder / f"{name}{end}.tif",
+                images.write_image(folder / f"{known_as[name]}{end}.tif",
                                    images.Image(pixels[:, :, part], channels, None))
-                images.write_labels(folder / f"{name}{end}_masks.tif", labels[:, part])
+                images.write_labels(folder / f"{known_as[name]}{end}_masks.tif", labels[:, part])
         config = learning_config(Path(project.state["weights"]), folder.parent,
                                  project.config.learn_steps)
         runs.write_text(folder.parent / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         held = [each.name for each in data.hold_out(data.examples(folder), HELD, 0)]
-        if len(full) > 1 and not {*full} & {*held}:     # nothing to find in them
+        if len(full) > 1 and not {known_as[name] for name in full} & {*held}:   # none to find there
             for name in {*done} - {*full}:
                 for end in ("", "_masks"):
-                    (folder / f"{name}{end}.tif").unlink()
+                    (folder / f"{known_as[name]}{end}.tif").unlink()
+            done = full
             held = [each.name for each in data.hold_out(data.examples(folder), HELD, 0)]
         self.note(number, state="stopped", before=project.state["weights"], images=done, held=held,
                   steps=config["steps"], diameter_before=project.state.get("diameter"),
@@ -235,8 +237,8 @@ class Types:
     def known(self) -> list[dict]:
         """Name, colour and number of marks of each type."""
         opened, known = self.project.opened, self.project.state["images"]
-        counts = Counter(type_ for name, state in known.items() for _, _, type_ in (
-            opened[name].marked().values() if name in opened else state.get("marks", ())))
+        counts = Counter(type_ for name, state in known.items() for type_ in (
+            opened[name].marked_types() if name in opened else state.get("marked", ())))
         colours = cells.cell_type_colours(self.names())
         return [{"name": name, "colour": "#" + bytes(colour).hex(), "marks": counts[name]}
                 for name, colour in colours.items()]

@@ -537,14 +537,12 @@ def linked_solid_rows(linked: Linked, tables: Iterable[list[dict]], pixel_size: 
     solids: dict[int, dict[str, Any]] = {}
     for z, rows in enumerate(numbered_rows(linked, tables), 1):
         for number, row in rows:
-            cell = solids.setdefault(number, {"area": 0.0, "largest": 0.0, "planes": set(),
+            cell = solids.setdefault(number, {"areas": Counter(),
                                               "sums": Counter(), "low": {}, "high": {},
                                               "border": False, "types": Counter(),
                                               "sure": Counter()})
             area = float(row["area_px"])
-            cell["area"] += area
-            cell["largest"] = max(cell["largest"], area)
-            cell["planes"].add(z)
+            cell["areas"][z] += area
             cell["sums"]["z"] += area * z
             for name, text in row.items():
                 if name.startswith(("intensity_mean_", "centroid_")):
@@ -563,12 +561,13 @@ def linked_solid_rows(linked: Linked, tables: Iterable[list[dict]], pixel_size: 
 
 def _solid_row(number: int, cell: dict[str, Any], planes: int, pixel_size: float | None,
                step: float | None) -> dict:
-    volume, first, last = cell["area"], min(cell["planes"]), max(cell["planes"])
+    areas = cell["areas"]                               # {plane: px of its sections there}
+    volume, first, last = areas.total(), min(areas), max(areas)
     mean = {name: total / volume for name, total in cell["sums"].items()}
     row = {"id": number, "z": mean["z"], "centroid_y_px": mean["centroid_y_px"],
            "centroid_x_px": mean["centroid_x_px"], "first_z": first, "last_z": last,
-           "planes": len(cell["planes"]), "volume_px": int(volume),
-           "largest_area_px": int(cell["largest"])}
+           "planes": len(areas), "volume_px": int(volume),
+           "largest_area_px": int(max(areas.values()))}
     if pixel_size:
         row |= {"centroid_y_um": row["centroid_y_px"] * pixel_size,
                 "centroid_x_um": row["centroid_x_px"] * pixel_size}

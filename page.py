@@ -245,7 +245,8 @@ class Opened:
                                  "out=")
             self.state.clear()                          # it was of the image before
         self.state |= {"place": place, "pixels": pixels}
-        if linked and not labels.exists():                         # as infer.py z=all found them
+        if linked and not labels.exists() or (         # as infer.py z=all found them, perhaps anew
+                linked and linked.stat().st_mtime_ns > labels.stat().st_mtime_ns):
             images.write_labels(labels, images.read_labels(
                 linked, *(entry.place if entry.axis == axis else None for axis in "ZT")),
                 source.pixel_size)
@@ -262,6 +263,7 @@ class Opened:
 
     def close(self) -> None:
         self.book.save()
+        self.state["marked"] = self.marked_types()      # to be counted while it is not open
         self.picture.close()
 
     @property
@@ -446,6 +448,9 @@ class Opened:
         found.pop(0, None)
         return found
 
+    def marked_types(self) -> list[str]:
+        return [type_ for _, _, type_ in self.marked().values()]
+
 
 # ----------------------------------------------------------------------------------------- project
 
@@ -463,7 +468,11 @@ class Project:
         self.out.mkdir(parents=True, exist_ok=True)
         self.state: dict[str, Any] = {"images": {}, "weights": str(weights_file(config))}
         if (self.out / "page.json").exists():
-            self.state |= runs.read_json(self.out / "page.json", learning.DAMAGED)
+            self.state |= runs.read_record(self.out / "page.json", learning.DAMAGED)
+            known = self.state["images"]
+            if not isinstance(known, dict) or not all(isinstance(v, dict) for v in known.values()):
+                raise ValueError(f"{self.out / 'page.json'}: damaged, what it knows of images is "
+                                 f"no list of keys; {learning.DAMAGED}")
         if config.weights != "auto" or not Path(self.state["weights"]).is_file():
             self.state["weights"] = str(weights_file(config))
         self.lock, self.loading = threading.RLock(), threading.Lock()
@@ -569,7 +578,7 @@ class Project:
 
     def complain(self, text: str) -> None:
         with self.lock:
-            if not self.problems or self.problems[-1] != text:
+            if text not in self.problems[-OPEN:]:       # several images may say theirs in turns
                 self.problems.append(text)
 
     # --------------------------------------------------------------------------------- the network
@@ -771,11 +780,14 @@ class Project:
             for name in names:
                 shutil.copy(self.labels_file(name), labels)
             keys = given | {"labels": labels} | dict(job)
-            command = [sys.executable, str(ROOT / "infer.py"), str(self.folder),
+            command = [sys.executable, str(ROOT / "infer.py"), str(self.folder.resolve()),
                        *(f"{key}={value}" for key, value in keys.items() if value)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise ValueError(learning.last_line(done.stderr))
+        for name in known:                              # and of stacks what it has from these
+            if self.names[name].stack:
+                self.labels_file(name).touch()
         for opened in list(self.opened.values()):       # infer.py has written those of before
             with opened.book.lock:
                 opened.book.saved &= written.get(opened.name) == opened.book.revision
@@ -796,19 +808,24 @@ def images_of(folder: Path, out: Path, config: Config) -> dict[str, Entry]:
     pattern = config.pattern
     inside, results = folder.resolve(), out.resolve()
     found = [path for path in images.image_files(folder, pattern)
-             if inside in path.resolve().parents and results not in path.resolve().parents]
+             if inside in path.resolve().parents and results not in path.resolve().parents
+             and not images.is_challenge_mask(path.relative_to(folder).as_posix())]
     alone = images.without_labels(path.stem for path in found)
     names: dict[str, Entry] = {}
     for path in (path for path in found if path.stem in alone):
         name = runs.flat_name(path.relative_to(folder).with_suffix("").as_posix())
         for one, entry in entries_of(path, name, config):
             if one in names:
-                raise ValueError(f"{names[one].path} and {path} would both have the labels "
-                                 f"{one}_labels.tif; choose with pattern=*{path.suffix}")
+                other = names[one].path
+                advice = (f"choose with pattern=*{path.suffix}" if other.suffix != path.suffix
+                          else "rename one of them")
+                raise ValueError(f"{other} and {path} would both have the labels "
+                                 f"{one}_labels.tif; {advice}")
             names[one] = entry
     if not names:
         raise FileNotFoundError(f"{folder}: no image in this folder "
-                                f"({', '.join(images.IMAGE_SUFFIXES)}; pattern={pattern})")
+                                f"({', '.join(images.IMAGE_SUFFIXES)}; pattern={pattern}; links "
+                                "that lead out of it are passed over)")
     return names
 
 

@@ -60,8 +60,8 @@ def test_draw_begun_in_a_cell_adds_to_it(book):
 def test_split_across_and_refusal_of_a_line_that_ends_inside(book):
     area = (book.labels == 5).sum()
     book.do(edits.split_cells(book, np.array([[95.5, 45.], [95.5, 75.]])))
-    assert len(cells_of(book)) == 4 and (np.isin(book.labels, (5, 6))).sum() == area
-    sizes = [(book.labels == i).sum() for i in (5, 6)]
+    assert cells_of(book) == {1, 2, 6, 7} and (np.isin(book.labels, (6, 7))).sum() == area
+    sizes = [(book.labels == i).sum() for i in (6, 7)]
     assert min(sizes) > 0.4 * area
     consistent(book)
     with pytest.raises(edits.Refused, match="from edge to edge"):
@@ -100,8 +100,14 @@ def test_remove_and_lasso(book):
 
 
 def test_erase_makes_cells_of_the_parts(book):
+    """One of more than half of the cell is still that cell."""
+    area = (book.labels == 5).sum()
     book.do(edits.cut_away(book, np.array([[93., 40], [97, 40], [97, 80], [93, 80]])))
-    assert cells_of(book) == {1, 2, 5, 6} and (book.labels[:, 93:97] == 0).all()
+    assert cells_of(book) == {1, 2, 6, 7} and (book.labels[:, 93:97] == 0).all()
+    consistent(book)
+    book.undo()
+    book.do(edits.cut_away(book, np.array([[85., 40], [88, 40], [88, 80], [85, 80]])))
+    assert cells_of(book) == {1, 2, 5} and area / 2 < (book.labels == 5).sum() < area
     consistent(book)
 
 

@@ -205,6 +205,14 @@ def test_axis_z_of_one_needs_no_choice_and_absent_axes_allow_none(tmp_path):
             open_image(tmp_path / name, plane=2)
 
 
+def test_units_of_each_axis_in_imagej(tmp_path):
+    tifffile.imwrite(tmp_path / "x.tif", noise(3, 20, 30), imagej=True, resolution=(1 / 250, 4.0),
+                     metadata={"axes": "ZYX", "spacing": 0.5, "unit": "nm", "yunit": "micron",
+                               "zunit": "micron"})
+    assert images.stack_of(tmp_path / "x.tif", "Z").step == 0.5
+    assert read_image(tmp_path / "x.tif", plane=1).pixel_size == pytest.approx(0.25)
+
+
 @pytest.mark.parametrize("options", [{}, dict(metadata=None), dict(compression="zlib"),
                                      dict(metadata=None, tile=(16, 16))])
 def test_unexplained_pages_are_never_guessed(tmp_path, options):

@@ -389,6 +389,29 @@ def test_a_solid_has_the_type_of_most_of_its_voxels():
     assert solid["type"] == "large" and solid["type_probability"] == pytest.approx(15 / 50)
 
 
+def test_the_largest_area_is_that_of_a_plane(tmp_path):
+    """In which a cell may have two sections."""
+    planes = np.zeros((3, 20, 30), np.int32)
+    planes[:, 5:15, 2:28] = 1
+    planes[1, 8:12, 20:28] = 2                                   # a part of it, for one plane
+    seen = link.Seen(iter(planes), skip=True)
+    tables = [[{key: str(value) for key, value in (
+        ("id", number), ("area_px", (plane == number).sum()), ("centroid_y_px", 9),
+        ("centroid_x_px", 9), ("touches_border", 0))} for number in np.unique(plane[plane > 0])]
+        for plane in planes]
+    solid, = link.linked_solid_rows(link.link_slices(seen), tables, None, None)
+    assert solid["largest_area_px"] == 260 and solid["volume_px"] == 780 and solid["planes"] == 3
+
+
+def test_a_folder_with_an_image_and_a_stack_of_one_name_holds_no_series(tmp_path):
+    for name, shape in (("w1", (20, 30)), ("w2", (3, 20, 30))):
+        (tmp_path / name).mkdir()
+        tifffile.imwrite(tmp_path / name / "i.tif", np.zeros(shape, np.uint16), imagej=True,
+                         metadata={"axes": "ZYX"[-len(shape):]})
+    config = infer.Config(z="all", pattern="i.tif")
+    assert sorted(infer.find_images([str(tmp_path)], config).values()) == ["w1_i", "w2_i"]
+
+
 def test_a_stack_is_told_types(tmp_path, capsys):
     net = model.load(model.find_weights("demo_synthetic"))
     net.set_types(torch.nn.Linear(net.backbone.dim, 2), ("one", "other"))
@@ -432,6 +455,9 @@ def test_a_folder_of_frames_is_a_movie(tmp_path, movie, quick, capsys):
     found = tifffile.imread(out / "frames_labels.tif")
     assert np.array_equal(found, link.track(movie.labels)[0])
     assert "already" in go(capsys, folder, "time=all", f"out={out}")[1]
+    for one, other in (("t8", "x"), ("t9", "t8"), ("x", "t9")):             # in another order
+        (folder / f"{one}.tif").rename(folder / f"{other}.tif")
+    assert "frames has changed since" in go(capsys, folder, "time=all", f"out={out}")[2]
     results = infer.find_images([str(tmp_path)], infer.Config())
     assert sorted(results.values()) == [f"frames_t{t}" for t in (10, 11, 12, 8, 9)]  # no mask
     tifffile.imwrite(folder / "t99.tif", movie.labels[0, :50].astype(np.uint16))

@@ -790,12 +790,35 @@ def test_planes_of_a_stack_are_images_and_one_result(stack):
 
 
 def test_linked_cells_of_a_stack_are_there_plane_by_plane(stack):
-    images.write_label_stack(stack.out / "embryo_labels.tif", iter(stack.truth), (3, 128, 128),
-                             "ZYX", 6)
+    """Also where they were found anew after a plane was looked at; of the page's own export none
+    are taken."""
+    def write(truth):
+        images.write_label_stack(stack.out / "embryo_labels.tif", iter(truth), (3, 128, 128),
+                                 "ZYX", 6)
+
+    write(stack.truth)
     assert stack.json("/find", {})["queued"] == 1                 # the flat one alone
     for z, labels in enumerate(stack.truth):
         opened = stack.project.open(f"embryo_z{z + 1}")
         np.testing.assert_array_equal(opened.book.labels, labels)
+    stack.project.put_away("embryo_z1")
+    others = [np.where(labels == 3, 0, labels) for labels in stack.truth]
+    write(others)
+    np.testing.assert_array_equal(stack.project.open("embryo_z1").book.labels, others[0])
+    stack.edit("embryo_z1", "remove", cell=1)
+    assert stack.json("/export", {})["written"] == 1
+    stack.project.put_away("embryo_z1")
+    book = stack.project.open("embryo_z1").book
+    assert not book.outside and book.at(np.argwhere(others[0] == 2)[0][::-1]) == 2
+
+
+def test_masks_of_a_movie_are_no_images(tmp_path):
+    pixels, labels = drawn(3, (128, 128), 6)
+    tifffile.imwrite(tmp_path / "a.tif", pixels)
+    (tmp_path / "results/m_ctc/01_RES").mkdir(parents=True)
+    tifffile.imwrite(tmp_path / "results/m_ctc/01_RES/mask000.tif", labels.astype(np.uint16))
+    with Site(tmp_path) as site:
+        assert [each["name"] for each in site.json("/news")["images"]] == ["a"]
 
 
 def test_cells_of_one_plane_are_not_shown_on_another(tmp_path):
@@ -898,6 +921,8 @@ def test_a_mark_lives_as_long_as_its_cell(two_types):
     assert marks() == ([32, 96, 160], [3])
     site.edit("a", "merge", line=[[32, 32], [96, 32]])            # one cell, one mark
     assert marks()[1] == [2]
+    site.project.put_away("a")                                    # counted as it was then
+    assert [each["marks"] for each in site.project.types.known()] == [2]
     site.json("/mark", {"image": "a", "x": 64, "y": 32, "type": "bright"})        # taken away
     assert marks() == ([160], [1])
     site.edit("a", "remove", cell=int(site.project.open("a").book.labels[32, 160]))
@@ -1028,6 +1053,22 @@ def test_one_image_is_learnt_from_on_the_left(site):
     np.testing.assert_array_equal(whole, drawn(1)[1])
     config = runs.load_config(train_seg.Config, site.project.learning.of(1) / "config.yaml")
     assert config.init == WEIGHTS and config.steps == 4
+
+
+def test_images_of_ome_are_learnt_from_as_others(tmp_path):
+    """An image without cells stays if others can be compared by, and is told of if not."""
+    for name in ("a", "b", "c", "empty"):
+        pixels, labels = drawn(1, (128, 128), 6)
+        tifffile.imwrite(tmp_path / f"{name}.ome.tif", pixels)
+    with Site(tmp_path) as site:
+        for name in ("a", "b", "c", "empty"):
+            images.write_labels(site.out / f"{name}.ome_labels.tif", labels * (name != "empty"))
+            site.json("/done", {"image": f"{name}.ome", "done": True})
+        site.project.learning.prepare(1)
+        record = site.project.learning.record(1)
+        there = [each.name for each in data.examples(site.project.learning.of(1) / "set")]
+        assert there == [name.removesuffix(".ome") for name in record["images"]]
+        assert record["held"] and {"a", "b", "c"} <= {*there}
 
 
 @pytest.mark.parametrize("empty,full", [("a", "more_b"), ("more_b", "a")])

@@ -21,7 +21,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,17 +31,17 @@ from scipy import ndimage
 import images
 import runs
 from data import polygon_pixels
+from images import Region
 
 WHOLE = ("find", "flood")       # edits of the whole image by the network, not by hand
 LARGE = 1 << 26                 # px; above, labels are copied and written band by band
 CLOSED = 0.35                   # of a line's length: ends nearer than this close it
-Box = tuple[slice, slice]       # rows and columns
 
 
 class Edit(NamedTuple):
     """What an edit changes."""
     what: str                           # draw, split, ..., outside, or one of WHOLE
-    box: Box
+    box: Region
     before: np.ndarray                  # (h, w) int32
     after: np.ndarray                   # (h, w) int32
 
@@ -216,7 +216,7 @@ def checked_edit(edit: Edit, reason: str) -> Edit:
 
 # ---------------------------------------------------------------------------------------- geometry
 
-def enclosed(outline: np.ndarray, shape: tuple[int, int]) -> tuple[Box, np.ndarray]:
+def enclosed(outline: np.ndarray, shape: tuple[int, int]) -> tuple[Region, np.ndarray]:
     """Box and mask (h, w) of the pixels with their centre inside an outline, within the image."""
     ends = np.floor(outline.min(0)), np.ceil(outline.max(0))
     (left, top), (right, bottom) = np.clip(ends, 0, shape[::-1]).astype(int).tolist()
@@ -228,23 +228,17 @@ def enclosed(outline: np.ndarray, shape: tuple[int, int]) -> tuple[Box, np.ndarr
     return (slice(top, bottom), slice(left, right)), mask
 
 
-def widened_edit(box: Box, mask: np.ndarray, other: Box | None) -> tuple[Box, np.ndarray]:
+def widened_edit(box: Region, mask: np.ndarray, other: Region | None) -> tuple[Region, np.ndarray]:
     """A box that holds another, too, and its mask."""
-    whole = box_around([box, other] if other else [box])
+    whole = images.region_around([box, other] if other else [box])
     return whole, np.pad(mask, [(a.start - w.start, w.stop - a.stop) for a, w in zip(box, whole)])
 
 
-def edit_box_widened(box: Box | None, margin: int, shape: tuple[int, int]) -> Box:
+def edit_box_widened(box: Region | None, margin: int, shape: tuple[int, int]) -> Region:
     if box is None:
         raise Refused("there is no cell here")
     rows, columns = (slice(max(0, side.start - margin), min(n, side.stop + margin))
                      for side, n in zip(box, shape))
-    return rows, columns
-
-
-def box_around(boxes: Sequence[Box]) -> Box:
-    rows, columns = (slice(min(box[k].start for box in boxes), max(box[k].stop for box in boxes))
-                     for k in (0, 1))
     return rows, columns
 
 
@@ -274,7 +268,7 @@ def line_pixels(line: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, n
     return y[fresh], x[fresh]
 
 
-def box_mask(y: np.ndarray, x: np.ndarray, box: Box) -> np.ndarray:
+def box_mask(y: np.ndarray, x: np.ndarray, box: Region) -> np.ndarray:
     """(h, w) bool of a box: its pixels among some (y, x) of the image."""
     y, x = y - box[0].start, x - box[1].start
     mask = np.zeros([side.stop - side.start for side in box], bool)
@@ -323,7 +317,7 @@ class Book:
         self.done: list[bytes] = []                     # packed edits
         self.undone: list[bytes] = []
         self.labels = np.zeros(self.shape, np.int32)
-        self.boxes: dict[int, Box] = {}
+        self.boxes: dict[int, Region] = {}
         self.disk = runs.file_state(self.path)
         if self.path.exists():
             self.labels = self.labels_on_disk()
@@ -409,9 +403,9 @@ class Book:
         inside = 0 <= y < self.shape[0] and 0 <= x < self.shape[1]
         return int(self.labels[y, x]) if inside else 0
 
-    def box_of(self, ids: Iterable[int]) -> Box | None:
+    def box_of(self, ids: Iterable[int]) -> Region | None:
         boxes = [self.boxes[int(i)] for i in ids if int(i) in self.boxes]
-        return box_around(boxes) if boxes else None
+        return images.region_around(boxes) if boxes else None
 
     def area(self, cell: int) -> int:
         return int(np.count_nonzero(self.labels[self.boxes[cell]] == cell))
@@ -431,22 +425,22 @@ class Book:
 
     # --------------------------------------------------------------------------------------- edits
 
-    def do(self, edit: Edit) -> Box:
+    def do(self, edit: Edit) -> Region:
         return self.take(packed_edit(edit), edit)
 
-    def undo(self) -> Box:
+    def undo(self) -> Region:
         with self.lock:
             if not self.done:
                 raise Refused("nothing to undo")
             return self.take(journal_line(what="undo"))
 
-    def redo(self) -> Box:
+    def redo(self) -> Region:
         with self.lock:
             if not self.undone:
                 raise Refused("nothing to do again")
             return self.take(journal_line(what="redo"))
 
-    def take(self, line: bytes, edit: Edit | None = None) -> Box:
+    def take(self, line: bytes, edit: Edit | None = None) -> Region:
         """Take an edit over: first into the journal, then into the labels."""
         with self.lock:
             self.write(line)
@@ -470,7 +464,7 @@ class Book:
         edit = edit or unpacked_edit(line)
         return edit, edit.after
 
-    def change(self, box: Box, labels: np.ndarray) -> None:
+    def change(self, box: Region, labels: np.ndarray) -> None:
         whole = labels.shape == self.shape
         ids = np.zeros(0, int) if whole else np.union1d(self.labels[box], labels)
         self.labels[box] = labels
@@ -480,7 +474,7 @@ class Book:
             return self.index()
         for cell in map(int, ids[ids > 0]):
             old = self.boxes.pop(cell, None)
-            search = box_around([box, old]) if old else box
+            search = images.region_around([box, old]) if old else box
             y, x = np.nonzero(self.labels[search] == cell)
             if len(y):
                 y, x = y + search[0].start, x + search[1].start

@@ -93,6 +93,7 @@ Channels = Sequence[int | str] | None                           # numbers from 1
 Read = Callable[[Sequence[int], slice, slice], np.ndarray]         # channels from 0, rows, columns
 Sizes = list[tuple[int, int, float | None]]                 # of a slide: H, W, µm of a pixel
 Level = int | Callable[[Sizes], int]                       # of them, from 1; or what chooses one
+Region = tuple[slice, slice]                               # rows and columns
 Selector = Callable[[str, Sequence[int]], tuple[str, tuple[int | slice, ...]]]   # see _select
 
 
@@ -105,6 +106,13 @@ class Image(NamedTuple):
 def is_measurable(pixels: np.ndarray) -> np.ndarray:
     """Where floats are neither NaN nor so large that their squares have no sum."""
     return np.isfinite(pixels) if pixels.dtype.itemsize == 2 else np.abs(pixels) <= HUGE
+
+
+def region_around(regions: Iterable[Region]) -> Region:
+    """The smallest region that holds all of these."""
+    rows, columns = (slice(min(part.start for part in parts), max(part.stop for part in parts))
+                     for parts in zip(*regions))
+    return rows, columns
 
 
 class Damaged(ValueError):

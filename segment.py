@@ -38,6 +38,7 @@ from torch import Tensor
 import cells
 import images
 import vectors
+from images import Region
 from model import SIZE_ZOOMS, DINOCell
 from watershed import Setting, drop_small, flood, without_holes
 
@@ -48,8 +49,6 @@ HALO = 256              # px around a block, at least
 UNKNOWN = 40.0          # px, taken as the diameter of cells by networks that do not know it
 CLEAR = 0.6             # distance that the map of a clear cell reaches
 UNIT = np.array([[0.0, 1.0]] * 3)      # limits of an image (3, H, W) that is normalised already
-
-Region = tuple[slice, slice]    # rows and columns
 
 
 # --------------------------------------------------------------------------------------------- plan
@@ -363,7 +362,7 @@ def blocks_of(labels: np.ndarray, source, plan: Plan) -> Iterator[Block]:
         met = [number for number in np.unique(labels[core]).tolist() if number not in known]
         known.update(met)
         for number in met if boxes else ():    # large ones, and those in parts, are seen whole
-            view = _around(view, boxes[number])
+            view = images.region_around((view, boxes[number]))
             if (side := max(part.stop - part.start for part in view)) > WIDEST * plan.block:
                 raise ValueError(f"label {number} reaches over {side} px, expected cells of at "
                                  f"most {WIDEST * plan.block}; is its number used twice? Give "
@@ -390,13 +389,8 @@ def _label_boxes(labels: np.ndarray, regions: Sequence[tuple[Region, Region]]
         for number, box in zip(ids[1:].tolist(), find_objects(local)):
             y, x = (slice(part.start + side.start, part.stop + side.start)
                     for part, side in zip(box, (rows, columns)))
-            boxes[number] = _around(boxes.get(number, (y, x)), (y, x))
+            boxes[number] = images.region_around((boxes.get(number, (y, x)), (y, x)))
     return boxes
-
-
-def _around(one: Region, other: Region) -> Region:
-    rows, columns = (slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(one, other))
-    return rows, columns
 
 
 def network_map(image, plan: Plan, progress: Callable[[float], None] | None = None

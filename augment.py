@@ -380,8 +380,12 @@ class Pile:
         if self.file is None and self.bytes > self.limit:
             self.file = tempfile.TemporaryFile(prefix="dinocell-")  # noqa: SIM115  # kept
         if self.file is not None:
-            while self.parts:
-                self.parts.pop(0).tofile(self.file)
+            try:
+                while self.parts:
+                    self.parts.pop(0).tofile(self.file)
+            except OSError:                     # NumPy counts bytes instead
+                raise OSError(f"{tempfile.gettempdir()}: no space for images beyond the memory; "
+                              "set TMPDIR to a larger disk") from None
 
     def offsets(self) -> np.ndarray:
         """Starts of the parts."""

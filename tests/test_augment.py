@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -155,6 +156,17 @@ def test_images_in_a_file_give_the_same_crops(monkeypatch, cap):
 
 
 # ----------------------------------------------------------------------------------------- geometry
+
+def test_a_disk_that_is_too_small_for_images_is_named():
+    import resource
+    before, pile = resource.getrlimit(resource.RLIMIT_FSIZE), augment.Pile(np.int64, 100)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10000, before[1]))
+        with pytest.raises(OSError, match=f"{tempfile.gettempdir()}: no space for images"):
+            pile.add(np.zeros(100000, np.int64))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
 
 def test_untouched_crops_are_copies():
     """All off: somewhere in the image, exactly these pixels and labels, to 16 bits."""

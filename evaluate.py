@@ -561,25 +561,61 @@ def typed_images(sets: Sequence[data.TrainingSet], typed: TypedSet, root: str) -
     return found
 
 
-def known_type_rows(net, found: Sequence[TypedImage], diameter: float | None
-                    ) -> tuple[np.ndarray, np.ndarray]:
-    """What types are told from (n, D + 8), and types (n,), of the true cells of known type."""
-    rows = [vectors_of(None, image.pixels, image.labels) if net is None else
-            segment.cell_vectors(image.pixels, image.labels, net, outlines=True,
-                                 diameter=diameter)[1] for image in found]
-    types = np.concatenate([image.types for image in found])
-    return np.concatenate(rows)[types > 0], types[types > 0]
+class SeenCells(typing.NamedTuple):
+    """True and found cells of an image; rows are what types are told from, D + 8 numbers each."""
+    types: np.ndarray                       # (n,) of the true cells, from 1; 0 unknown
+    centres: np.ndarray                     # (n, 2) px
+    rows: np.ndarray                        # (n, D + 8)
+    found_centres: np.ndarray               # (m, 2) of the cells that the network finds
+    found_rows: np.ndarray                  # (m, D + 8)
+
+
+def cell_centres(labels: np.ndarray) -> np.ndarray:
+    """(n, 2) of the cells, in px."""
+    table = cells.cell_table(labels, near=0)
+    return np.stack([table["centroid_y_px"], table["centroid_x_px"]], 1)
+
+
+def seen_cells(net, image: TypedImage, diameter: float | None) -> SeenCells:
+    """The cells of an image as a network sees and finds them; None, the pixels, and a backbone find
+    none."""
+    labels = np.zeros_like(image.labels)
+    if net is None:
+        rows = vectors_of(None, image.pixels, image.labels)
+        found = rows[:0]
+    else:
+        plan = segment.plan_for(image.pixels, net, diameter=diameter, embed=True)
+        distance, pool = segment.network_map(image.pixels, plan)
+        if net.origin is not None:
+            labels, _ = segment.cells_in_map(distance, plan, image.labels.shape)
+        rows, found = (segment.pooled_vectors(pool, each, plan, outlines=True)[1]
+                       for each in (image.labels, labels))
+    return SeenCells(image.types, cell_centres(image.labels), rows, cell_centres(labels), found)
+
+
+def known_type_rows(seen: Sequence[SeenCells]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (n, D + 8) and types (n,) of the true cells of known type."""
+    rows, types = (np.concatenate(parts) for parts in
+                   ([each.rows for each in seen], [each.types for each in seen]))
+    return rows[types > 0], types[types > 0]
+
+
+def false_find_rows(seen: Sequence[SeenCells], reach: float) -> np.ndarray:
+    """Rows (n, D + 8) of what a network finds where no cell is."""
+    return np.concatenate([np.delete(
+        each.found_rows, metrics.match_centres(each.centres, each.found_centres, reach)[:, 1], 0)
+        for each in seen])
 
 
 def told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
     """Scores of the types of a set's test images."""
     names = tuple(data.training_types(typed.types))
-    train, test = (typed_images(part, typed, config.root) for part in (typed.train, typed.test))
-    wide = [data.median_diameter(image.labels) for image in train if image.labels.any()]
+    images = [typed_images(part, typed, config.root) for part in (typed.train, typed.test)]
+    wide = [data.median_diameter(image.labels) for image in images[0] if image.labels.any()]
     sized = net is not None and net.settings.diameter
     diameter = round(float(np.median(wide)), 1) if sized else None
-    rows, types = known_type_rows(net, train, diameter)
-    asked, truth = known_type_rows(net, test, diameter)
+    train, test = ([seen_cells(net, image, diameter) for image in part] for part in images)
+    (rows, types), (asked, truth) = map(known_type_rows, (train, test))
     head = vectors.linear_type_head(rows, types - 1, len(names))
     linear = 1 + vectors.type_probabilities(head, asked).argmax(1)
     nearest = 1 + vectors.neighbour_types(rows, types - 1, asked,
@@ -591,7 +627,7 @@ def told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
                        metrics.type_f1(truth, answer, range(1, 1 + len(names))))}
     if net is None or net.origin is None:      # none that finds cells
         return scores
-    false = false_find_rows(net, train, diameter, typed.reach)
+    false = false_find_rows(train, typed.reach)
     if len(false):
         head = vectors.linear_type_head(
             np.concatenate((rows, false)),
@@ -603,50 +639,22 @@ def told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
         print(f"{', '.join(told)} -> {config.export}" + (f"; infer.py wants diameter={diameter:g} "
               "with it, for images of the same magnification" if diameter else ""))
     # trained to tell these: with its own head
-    own = tuple(name for name in net.type_names if name != NONE) == names
-    return scores | {"diameter": diameter or np.nan} | found_types(
-        net, None if own else head, test, names, typed.reach, diameter)
+    own = net.type_names in (names, (*names, NONE))
+    tell = net.type_probabilities if own else partial(vectors.type_probabilities, head)
+    return scores | {"diameter": diameter or np.nan} | found_types(test, tell, names, typed.reach)
 
 
-def found_cells(net, image: TypedImage, diameter: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """Centres (n, 2) of the cells that a network finds, and what types are told from (n, D + 8)."""
-    plan = segment.plan_for(image.pixels, net, diameter=diameter, embed=True)
-    distance, pool = segment.network_map(image.pixels, plan)
-    labels, _ = segment.cells_in_map(distance, plan, image.labels.shape)
-    _, rows = segment.pooled_vectors(pool, labels, plan, outlines=True)
-    return cell_centres(labels), rows
-
-
-def false_find_rows(net, images: Sequence[TypedImage], diameter: float | None, reach: float
-                    ) -> np.ndarray:
-    """What types are told from (n, D + 8), of all that a network finds where no cell is."""
-    rows = []
-    for image in images:
-        at, found = found_cells(net, image, diameter)
-        pairs = metrics.match_centres(cell_centres(image.labels), at, reach)
-        rows.append(np.delete(found, pairs[:, 1], 0))
-    return np.concatenate(rows)
-
-
-def cell_centres(labels: np.ndarray) -> np.ndarray:
-    """(n, 2) of the cells, in px."""
-    table = cells.cell_table(labels, near=0)
-    return np.stack([table["centroid_y_px"], table["centroid_x_px"]], 1)
-
-
-def found_types(net, head, asked: Sequence[TypedImage], names: tuple[str, ...], reach: float,
-                diameter: float | None) -> dict[str, float]:
-    """F_d and F_c of the cells that the network finds, without those told to be none; `head`: None,
-    if it tells types itself."""
+def found_types(seen: Sequence[SeenCells], tell: Callable[[np.ndarray], np.ndarray],
+                names: tuple[str, ...], reach: float) -> dict[str, float]:
+    """F_d and F_c of the cells that a network finds, without those told to be none; `tell`: rows
+    (n, D + 8) -> probabilities of the types, and perhaps of none."""
     pairs, missed, extra = [], [], []
-    for image in asked:
-        at, rows = found_cells(net, image, diameter)
-        told = 1 + (vectors.type_probabilities(head, rows) if head
-                    else net.type_probabilities(rows)).argmax(1)
-        at, told = at[told <= len(names)], told[told <= len(names)]
-        i, j = metrics.match_centres(cell_centres(image.labels), at, reach).T
-        pairs.append(np.stack((image.types[i], told[j])))
-        missed.append(np.delete(image.types, i))
+    for each in seen:
+        told = 1 + tell(each.found_rows).argmax(1)
+        at, told = each.found_centres[told <= len(names)], told[told <= len(names)]
+        i, j = metrics.match_centres(each.centres, at, reach).T
+        pairs.append(np.stack((each.types[i], told[j])))
+        missed.append(np.delete(each.types, i))
         extra.append(np.delete(told, j))
     both = np.concatenate(pairs, 1)
     detection, by_type = metrics.type_scores(both[0], both[1], np.concatenate(missed),

@@ -1,5 +1,6 @@
 """vectors.py and what hangs on it: pooling, files, linear heads, retrieval, types end to end."""
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -491,33 +492,22 @@ def embed_config(tmp_path, **more):
                              "finder": str(tmp_path / "n.pt"), **more})
 
 
-def test_false_finds_are_a_type_of_their_own(tmp_path, monkeypatch):
+def test_false_finds_are_a_type_of_their_own():
     """Cells that are found beside the true ones teach `none`, and count no more."""
-    network = model.load(embed_config(tmp_path).finder)
-    images = []
-    for name in ("one", "two"):
-        labels, kinds = labelled(tmp_path / "s", name, (1, 2))
-        types = np.array([kinds[int(i)] for i in np.unique(labels[labels > 0])])
-        images.append(evaluate.TypedImage(np.zeros((1, *labels.shape)), labels, types))
-
-    def found(net, image, diameter):
-        """All true cells and five others far away, each with a number for its type."""
-        true, type_of = evaluate.cell_centres(image.labels), image.types
-        rows = np.zeros((len(true) + 5, network.backbone.dim + len(vectors.OUTLINE)))
-        rows[np.arange(len(rows)), np.append(type_of, [0] * 5)] = 1
-        return np.concatenate((true, true.max() + 20 * np.arange(1, 11).reshape(5, 2))), rows
-
-    monkeypatch.setattr(evaluate, "found_cells", found)
-    false = evaluate.false_find_rows(network, images, None, 5.0)
-    assert len(false) == 10 and (false[:, 0] == 1).all()
-    rows = np.concatenate([found(network, image, None)[1][:-5] for image in images])
-    types = np.concatenate([image.types for image in images])
-    plain = vectors.linear_type_head(rows, types - 1, 2)
-    head = vectors.linear_type_head(np.concatenate((rows, false)),
-                                    np.append(types - 1, [2] * len(false)), 3)
-    scores = {one: evaluate.found_types(network, one, images, ("bright", "dim"), 5.0, None)["F_d"]
-              for one in (plain, head)}
-    assert scores[plain] == 2 * len(types) / (2 * len(types) + 10) and scores[head] == 1
+    types, rng = np.array([1, 2, 1, 2]), np.random.default_rng(0)
+    told = np.append(types, [3] * 5)                              # five more, far from any cell
+    centres = np.stack([np.arange(9) * 50.0, rng.random(9)], 1)
+    rows = np.eye(4)[told]
+    seen = [evaluate.SeenCells(types, centres[:4], rows[:4], centres, rows)] * 2
+    false = evaluate.false_find_rows(seen, 5.0)
+    np.testing.assert_array_equal(false, np.eye(4)[[3] * 10])
+    known, numbers = evaluate.known_type_rows(seen)
+    plain = vectors.linear_type_head(known, numbers - 1, 2)
+    head = vectors.linear_type_head(np.concatenate((known, false)),
+                                    np.append(numbers - 1, [2] * 10), 3)
+    for each, detection in ((plain, 2 * 8 / (2 * 8 + 10)), (head, 1.0)):
+        tell = functools.partial(vectors.type_probabilities, each)
+        assert evaluate.found_types(seen, tell, ("a", "b"), 5.0)["F_d"] == detection
 
 
 def test_what_vectors_are_worth(tmp_path, capsys):

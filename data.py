@@ -778,7 +778,7 @@ def donor_of(name: str, pattern: str | None = None, key: str = "pattern") -> str
     matches = [match[1] for match in expression.finditer(name)] if expression.groups == 1 else []
     found = set(filter(None, matches[:1] if pattern else matches))
     if len(found) > 1:                                          # case_control/donor_7
-        found = {one for one in found if re.search(r"\d", one)}
+        found = {one for one in found if re.search(r"\d", one)} or found
     if len(found) != 1:
         problem = f"donors {' and '.join(sorted(found))}" if found else "no donor"
         raise ValueError(f"{problem} in the name {name}; give {key}=REGEX with one group around "
@@ -973,9 +973,9 @@ def read_labelled(example: Example, set_name: str, wanted: dict[str, list[str]])
 
 
 def contents(pixels: np.ndarray, labels: np.ndarray) -> list[str]:
-    """Hashes of pixels and, where there are cells, of labels: the same cells in another channel, or
+    """Hashes of pixels and, from three cells on, of labels: the same cells in another channel, or
     the same pixels with other labels, are no other image."""
-    return [runs.digest(pixels), *([runs.digest(labels)] if labels.any() else [])]
+    return [runs.digest(pixels), *([runs.digest(labels)] if labels.max(initial=0) > 2 else [])]
 
 
 def median_diameter(labels: np.ndarray) -> float:
@@ -1078,7 +1078,7 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
                 raise ValueError(f"{source}: {other} and {example.name} would both be written as "
                                  f"{file.name}; rename one of them")
     record, made = target / "converted.tsv", 0
-    stamps = read_stamps(record)
+    stamps = read_stamps(record, "all images are written anew")
     for name in stamps.keys() - {example.name for example in found}:
         print(f"{target}: {name} removed, it left {source}", file=sys.stderr)
         for file in _labelled_files(target, name):
@@ -1140,16 +1140,16 @@ def write_stamps(record: Path, stamps: dict[str, str]) -> None:
                               for name, stamp in stamps.items()], ("name", "stamp"))
 
 
-def read_stamps(record: Path) -> dict[str, str]:
-    """What write_stamps() wrote; {} without."""
+def read_stamps(record: Path, then: str) -> dict[str, str]:
+    """What write_stamps() wrote; {} without. then : what follows where it is damaged and removed.
+    """
     if not record.exists():
         return {}
     try:
         return {json.loads(row["name"]): row["stamp"]
                 for row in runs.read_table(record, ("name", "stamp"))}
     except ValueError as error:
-        raise ValueError(f"{record}: damaged ({error}); remove it, and all images are written "
-                         "anew") from None
+        raise ValueError(f"{record}: damaged ({error}); remove it, and {then}") from None
 
 
 def _labelled_files(target: Path, name: str) -> tuple[Path, Path, Path]:

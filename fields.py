@@ -101,10 +101,10 @@ def field_extent(config: FieldData, seed: int) -> tuple[int, tuple[str, ...], tu
 
 def check_field_count(count: int, batch: int, config: FieldData) -> None:
     """Refuse fewer fields to train on than a batch has."""
+    held = f"data.held_share={config.held_share:g}" if config.index else f"data.held={config.held}"
     if count < batch:
-        raise ValueError(f"batch={batch}: {count} fields to train on beside data.held="
-                         f"{config.held}, and none is taken twice; give more fields or a smaller "
-                         "batch")
+        raise ValueError(f"batch={batch}: {count} fields to train on beside {held}, and none is "
+                         "taken twice; give more fields or a smaller batch")
 
 
 # ------------------------------------------------------------------------------------------ index
@@ -596,12 +596,13 @@ def _mixed_fields(config: FieldData, seed: int):
 def _files_of_folders(config: FieldData) -> list[list[Path]]:
     """Images below each folder; none below two, where one could be held out and trained on."""
     found = [_field_files(config, folder) for folder in config.folders]
-    seen: dict[Path, str] = {}
-    for folder, files in zip(config.folders, found):
+    seen: dict[Path, int] = {}
+    for number, files in enumerate(found):
         for path in files:
-            if (other := seen.setdefault(path.resolve(), folder)) != folder:
-                raise ValueError(f"data.folders: {path} lies in {other} and in {folder}; expected "
-                                 "folders without common images")
+            if (other := seen.setdefault(path.resolve(), number)) != number:
+                raise ValueError(f"data.folders: {path} lies in {config.folders[other]} and in "
+                                 f"{config.folders[number]}; expected folders without common "
+                                 "images")
     return found
 
 

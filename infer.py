@@ -1036,10 +1036,14 @@ def infer_images_below(place: str, config: Config,
 
 
 def is_series_to_infer(folder: Path, config: Config) -> bool:
-    """Whether the images of a folder are the planes of one stack, or some are stacks."""
+    """Whether the images of a folder are the planes of one stack, or some are stacks; those of one
+    folder are alike."""
     frames = source_files(folder, config.pattern)
-    return bool(frames) and all(images.stack_of(frame, config.linked).planes == 1
-                                for frame in frames)
+    first = {frame.parent: frame for frame in reversed(frames)}
+    with suppress(ValueError, OSError):                 # a damaged one: it is said for this folder
+        return bool(frames) and all(images.stack_of(frame, config.linked).planes == 1
+                                    for frame in first.values())
+    return True
 
 
 def infer_images_among(files: Images) -> Images:

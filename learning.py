@@ -15,6 +15,7 @@ images that were held out, in whole groups. Only better weights are used.
 """
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -129,6 +130,10 @@ class Learning:
         if len(full) < 2:                               # no other can be compared by
             done = full or done[:1]
         known_as = {name: data.stem_of(Path(f"{name}.tif")).removesuffix("_img") for name in done}
+        for name, other in itertools.combinations(done, 2):
+            if known_as[name] == known_as[other]:
+                raise ValueError(f"{name} and {other} would both be learnt from as "
+                                 f"{known_as[name]}; rename one of them")
         folder = self.of(number) / "set"
         shutil.rmtree(folder, ignore_errors=True)       # of a round that could not begin
         folder.mkdir(parents=True)
@@ -236,9 +241,10 @@ class Types:
 
     def known(self) -> list[dict]:
         """Name, colour and number of marks of each type."""
-        opened, known = self.project.opened, self.project.state["images"]
-        counts = Counter(type_ for name, state in known.items() for type_ in (
-            opened[name].marked_types() if name in opened else state.get("marked", ())))
+        opened, counts = self.project.opened, Counter[str]()
+        for name, state in self.project.state["images"].items():
+            counts.update(opened[name].marked_types() if name in opened else state.get(
+                "marked", [type_ for _, _, type_ in state.get("marks", ())]))
         colours = cells.cell_type_colours(self.names())
         return [{"name": name, "colour": "#" + bytes(colour).hex(), "marks": counts[name]}
                 for name, colour in colours.items()]

@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from glob import glob
@@ -343,14 +344,21 @@ class NetworkLabels:
                                  "set's")
             pixels = pixels[[number - 1 for number in channels]]
         scale, wanted["diameter"] = wanted.pop("scale"), dataset.config.diameter
-        try:
+        with naming_bench_item(item, dataset):
             if scale != 1:                  # the size head sees the image at scale 1 as well
                 plan = segment.plan_for(pixels, net, diameter=wanted["diameter"])
                 wanted["zoom"] = scale * plan.zoom
             labels = segment.segment(pixels, net, batch=self.batch, **wanted)
-        except ValueError as error:         # segment knows no names
-            raise ValueError(f"{dataset.name}/{item.name}: {error}") from None
         return labels, time.perf_counter() - start
+
+
+@contextmanager
+def naming_bench_item(item: Item, dataset: LabelledSet) -> Iterator[None]:
+    """Name the image in errors of segment.py, which knows none."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{dataset.name}/{item.name}: {error}") from None
 
 
 class PeerLabels:
@@ -721,16 +729,18 @@ def ceiling_row(dataset: LabelledSet, grid: Encoding, folder: Path, **first: str
 def sweep_image(item: Item, dataset: LabelledSet, network: NetworkLabels,
                 settings: Sequence[dict]) -> list[dict]:
     """Scores of an image with each setting; the network runs once per tile, overlap and scale."""
-    seen = segment.plan_for(item.pixels, network.net, diameter=dataset.config.diameter)
     maps: dict[tuple, Any] = {}             # (h, w) of each view
-    rows = []
+    rows: list[dict] = []
     for setting in settings:
         wanted = dict(setting)
-        plan = segment.plan_for(item.pixels, network.net, zoom=seen.zoom * wanted.pop("scale"),
-                                limits=seen.limits, batch=network.batch, **wanted)
-        view = plan.zoom, plan.tile, plan.overlap
-        if view not in maps:
-            maps[view], _ = segment.network_map(item.pixels, plan._replace(embed=False))
+        with naming_bench_item(item, dataset):
+            if not rows:
+                seen = segment.plan_for(item.pixels, network.net, diameter=dataset.config.diameter)
+            plan = segment.plan_for(item.pixels, network.net, zoom=seen.zoom * wanted.pop("scale"),
+                                    limits=seen.limits, batch=network.batch, **wanted)
+            view = plan.zoom, plan.tile, plan.overlap
+            if view not in maps:
+                maps[view], _ = segment.network_map(item.pixels, plan._replace(embed=False))
         labels, _ = segment.cells_in_map(maps[view], plan, item.truth.shape)
         scores = metrics.scores(item.truth, labels)
         rows.append({name: scores[name] for name in COMPARED})

@@ -245,8 +245,12 @@ class Opened:
                                  "out=")
             self.state.clear()                          # it was of the image before
         self.state |= {"place": place, "pixels": pixels}
-        if linked and not labels.exists() or (         # as infer.py z=all found them, perhaps anew
-                linked and linked.stat().st_mtime_ns > labels.stat().st_mtime_ns):
+        newer = linked and labels.exists() and (
+            linked.stat().st_mtime_ns > labels.stat().st_mtime_ns)
+        if newer and project.kept_files(name)[1].exists():
+            project.complain(f"{name}: infer.py has written the labels of its stack since; those "
+                             "found or corrected here stay")
+        elif linked and (newer or not labels.exists()):            # as infer.py z=all found them
             images.write_labels(labels, images.read_labels(
                 linked, *(entry.place if entry.axis == axis else None for axis in "ZT")),
                 source.pixel_size)
@@ -263,7 +267,7 @@ class Opened:
 
     def close(self) -> None:
         self.book.save()
-        self.state["marked"] = self.marked_types()      # to be counted while it is not open
+        self.state["marked"] = self.marked_types()      # those that count while it is not open
         self.picture.close()
 
     @property
@@ -449,6 +453,7 @@ class Opened:
         return found
 
     def marked_types(self) -> list[str]:
+        """Those of the marks that count."""
         return [type_ for _, _, type_ in self.marked().values()]
 
 

@@ -484,6 +484,7 @@ class Looker:
 
     def __init__(self, config, run: runs.Run, export: Path):
         self.config, self.run, self.export = config, run, export
+        self.licence = model.licence_of(config.init)    # now: it may be gone later
         if run.rank == 0:
             self.windows = probe_held_windows(config)
         self.labelled: Any = None           # images for the decoder, read or drawn when needed
@@ -505,7 +506,7 @@ class Looker:
         if step:
             told = runs.provenance(self.config, step, scores=numbers)
             model.save(vit, self.export, provenance=told,
-                       licence=model.licence_of(self.config.init))
+                       licence=self.licence)
         self.draw(step, looks)
 
     def labelled_images(self, device: str):

@@ -399,7 +399,7 @@ def _config_fit(value: Any, typed: str | None, hint: Any, key: str, origin: str)
                 return _config_fit(value, typed, choice, key, origin)
     elif kind is tuple and value is not None:
         if isinstance(value, str) and typed is not None:
-            value = [_typed_value(part) for part in value.split(",")]
+            value = [_typed_value(part) if part else None for part in value.split(",")]
         parts = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_config_value(part, inner[0], key, origin) for part in parts)
     elif kind is typing.Literal:
@@ -740,7 +740,7 @@ class Run:
     def _check_same_run(self) -> None:
         """Refuse another configuration in the same folder; changes of FREE keys are printed."""
         before, newest = self.folder / "config.yaml", self.newest()
-        saved = self.checkpoints.parent.glob("*/step_*.pt")       # under another name as well
+        saved = (self.folder / "checkpoints").rglob("step_*.pt")  # under another name as well
         if not before.exists() or not any(saved):
             return
         try:

@@ -498,8 +498,8 @@ def test_the_same_cells_or_pixels_are_the_same_image(folder, tmp_path, change):
     for end in ("", "_masks"):
         (other / f"copy{end}.tif").write_bytes((folder / f"im1{end}.tif").read_bytes())
     if change == "pixels":
-        tifffile.imwrite(other / "copy.tif", tifffile.imread(other / "copy.tif")[..., ::-1].copy(),
-                         photometric="minisblack")
+        tifffile.imwrite(other / "copy.tif", tifffile.imread(other / "copy.tif") // 2,
+                         photometric="rgb", planarconfig="separate")
     else:
         labels = data.read_labels(other / "copy_masks.tif")
         labels[tuple(np.argwhere(labels)[0])] = 0
@@ -589,6 +589,12 @@ def test_it_goes_on_and_does_not_mix(folder, tmp_path):
     assert third["images/im0_crop000.tif"] not in (b"mine", first["images/im0_crop000.tif"])
     assert third["images/im1_crop000.tif"] == first["images/im1_crop000.tif"]
     tifffile.imwrite(image, 255 - tifffile.imread(image))
+    (tmp_path / "more").mkdir()
+    for end in ("", "_masks"):
+        (folder / f"im1{end}.tif").rename(tmp_path / f"more/im1{end}.tif")
+    assert write(folder, out)["images/im1_crop000.tif"] == first["images/im1_crop000.tif"]  # stays
+    for end in ("", "_masks"):
+        (tmp_path / f"more/im1{end}.tif").rename(folder / f"im1{end}.tif")
     with pytest.raises(ValueError, match="augmented.yaml: its crops were made otherwise"):
         write(folder, out, seed=1)
     assert write(folder, out, overwrite=True) == first

@@ -353,6 +353,7 @@ def test_pool_holds_what_is_not_held_out(folders):
     (dict(square=None, fields=3), "folders and fields given"),
     (dict(folders=[]), "nothing given"),
     (dict(folders=["more", "more/below"]), "one.tif lies in more and in more/below"),
+    (dict(folders=["more", "more"]), "lies in more and in more"),
     (dict(folders=["more", "more/below"], square=None), "one.tif lies in more and in more/below"),
 ])
 def test_wrong_data_are_said(folders, change, said):

@@ -476,6 +476,7 @@ def embed(config: Embed) -> None:
     if config.export is not None:
         runs.check_file_can_be_written(Path(config.export))
     folder, rows, found = runs.run_folder(config), [], []
+    seen = [] if config.fields is None else cells_of_fields(config)
     for source in config.sources:
         net = embedder(source, config)
         for typed in config.sets:
@@ -484,7 +485,7 @@ def embed(config: Embed) -> None:
                 folder / source.name / f"{typed.name}.json", embed_key(source, typed, config), tell)
             rows.append({"set": typed.name, "source": source.name, **scores})
         if config.fields is not None:
-            found.append({"source": source.name, **told_fields(net, config)})
+            found.append({"source": source.name, **told_fields(net, seen, config)})
     for name, table in (("embed", rows), ("fields", found)):
         if table:
             runs.write_table(folder / f"{name}.tsv", table)
@@ -663,25 +664,29 @@ def found_types(seen: Sequence[SeenCells], tell: Callable[[np.ndarray], np.ndarr
             **{f"F_c {name}": by_type[i] for i, name in enumerate(names, 1)}}
 
 
-def told_fields(net, config: Embed) -> dict[str, float]:
-    """Retrieval of fields across channels, and of fields of the same well, by mean vectors."""
+def cells_of_fields(config: Embed) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Name, pixels (C, H, W) and labels (H, W) of the fields in which cells are found."""
     finder = networks.load(config.finder).ready(runs.pick_device(config.device))
-    fields, names = [], []
-    for name, _, pixels in probe.probe_field_files(config):
-        labels = segment.segment(pixels[-1], finder)
-        if labels.any():
-            # shapes are those of the same cells in all channels
-            fields.append([vectors_of(net, channel[None], labels, "intensity").mean(0)
-                           for channel in pixels])
-            names.append(name)
+    read = ((name, pixels, segment.segment(pixels[-1], finder))
+            for name, _, pixels in probe.probe_field_files(config))
+    return [field for field in read if field[2].any()]
+
+
+def told_fields(net, seen: Sequence[tuple[str, np.ndarray, np.ndarray]], config: Embed
+                ) -> dict[str, float]:
+    """Retrieval of fields across channels, and of fields of the same well, by mean vectors."""
+    # shapes are those of the same cells in all channels
+    fields = [[vectors_of(net, channel[None], labels, "intensity").mean(0) for channel in pixels]
+              for _, pixels, labels in seen]
     x = np.array(fields)                                                     # (F, C, D)
     x = (x - x.mean(0)) / np.maximum(x.std(0), 1e-6)         # a channel has its own mean
-    seen = probe.channel_consistency(x)
-    scores = {"fields": len(x), "retrieval": seen.retrieval, "chance": 1 / len(x),
-              "cosine": seen.consistency, "control": seen.control}
+    agree = probe.channel_consistency(x)
+    scores = {"fields": len(x), "retrieval": agree.retrieval, "chance": 1 / len(x),
+              "cosine": agree.consistency, "control": agree.control}
     if config.wells:
         wells = {row["image"]: row["well"]
                  for row in runs.read_table(Path(config.wells), ["image", "well"])}
+        names = [name for name, _, _ in seen]
         if missing := [name for name in names if name not in wells]:
             raise ValueError(f"{config.wells}: no row for {missing[0]}; expected a row per image, "
                              "columns image (without suffix) and well")

@@ -467,8 +467,9 @@ def embed(config: Embed) -> None:
     in `test`, from vectors and outlines: accuracy, and mean F1 over the types. A network that knows
     a diameter sees all images at the median one of `train`, others as they are. F_d and F_c
     (metrics.type_scores) are those of the cells that the source itself finds, with a linear head
-    that knows one more type, `none`: what the source finds in `train` where no cell is. Cells that
-    are told so count as not found; infer.py keeps them, with their type.
+    that learns from those it finds in `train`, too, and knows one more type, `none`: what is found
+    where no cell is. Cells that are told so count as not found; infer.py keeps them, with their
+    type.
 
     Fields: mean vector of a field's cells in each channel; is the nearest one of another channel
     that of the same field?
@@ -601,11 +602,18 @@ def known_type_rows(seen: Sequence[SeenCells]) -> tuple[np.ndarray, np.ndarray]:
     return rows[types > 0], types[types > 0]
 
 
-def false_find_rows(seen: Sequence[SeenCells], reach: float) -> np.ndarray:
-    """Rows (n, D + 8) of what a network finds where no cell is."""
-    return np.concatenate([np.delete(
-        each.found_rows, metrics.match_centres(each.centres, each.found_centres, reach)[:, 1], 0)
-        for each in seen])
+def found_type_rows(seen: Sequence[SeenCells], reach: float, none: int
+                    ) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (n, D + 8) and types (n,) of the cells that a network finds: those of the true cells
+    there, `none` where there are none."""
+    types = []
+    for each in seen:
+        i, j = metrics.match_centres(each.centres, each.found_centres, reach).T
+        own = np.full(len(each.found_rows), none)
+        own[j] = each.types[i]
+        types.append(own)
+    rows, numbers = np.concatenate([each.found_rows for each in seen]), np.concatenate(types)
+    return rows[numbers > 0], numbers[numbers > 0]
 
 
 def told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
@@ -628,13 +636,12 @@ def told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
                        metrics.type_f1(truth, answer, range(1, 1 + len(names))))}
     if net is None or net.origin is None:      # none that finds cells
         return scores
-    false = false_find_rows(train, typed.reach)
-    if len(false):
-        head = vectors.linear_type_head(
-            np.concatenate((rows, false)),
-            np.append(types - 1, np.full(len(false), len(names))), 1 + len(names))
+    found, numbers = found_type_rows(train, typed.reach, 1 + len(names))
+    told = (*names, NONE)[:max(len(names), numbers.max(initial=0))]
+    head = vectors.linear_type_head(np.concatenate((rows, found)),
+                                    np.concatenate((types, numbers)) - 1, len(told))
     if config.export:
-        whole, told = networks.load(net.origin), (*names, *([NONE] if len(false) else ()))
+        whole = networks.load(net.origin)
         whole.set_types(head, told)
         networks.save(whole, config.export, half=True)
         print(f"{', '.join(told)} -> {config.export}" + (f"; infer.py wants diameter={diameter:g} "

@@ -492,22 +492,25 @@ def embed_config(tmp_path, **more):
                              "finder": str(tmp_path / "n.pt"), **more})
 
 
-def test_false_finds_are_a_type_of_their_own():
-    """Cells that are found beside the true ones teach `none`, and count no more."""
-    types, rng = np.array([1, 2, 1, 2]), np.random.default_rng(0)
+def test_found_cells_teach_their_types_and_false_ones_none():
+    """And what is told to be none counts no more."""
+    types, rng = np.array([1, 2, 1, 2, 0]), np.random.default_rng(0)
     told = np.append(types, [3] * 5)                              # five more, far from any cell
-    centres = np.stack([np.arange(9) * 50.0, rng.random(9)], 1)
+    centres = np.stack([np.arange(10) * 50.0, rng.random(10)], 1)
     rows = np.eye(4)[told]
-    seen = [evaluate.SeenCells(types, centres[:4], rows[:4], centres, rows)] * 2
-    false = evaluate.false_find_rows(seen, 5.0)
-    np.testing.assert_array_equal(false, np.eye(4)[[3] * 10])
+    seen = [evaluate.SeenCells(types, centres[:5], rows[:5], centres, rows)] * 2
     known, numbers = evaluate.known_type_rows(seen)
-    plain = vectors.linear_type_head(known, numbers - 1, 2)
-    head = vectors.linear_type_head(np.concatenate((known, false)),
-                                    np.append(numbers - 1, [2] * 10), 3)
-    for each, detection in ((plain, 2 * 8 / (2 * 8 + 10)), (head, 1.0)):
-        tell = functools.partial(vectors.type_probabilities, each)
-        assert evaluate.found_types(seen, tell, ("a", "b"), 5.0)["F_d"] == detection
+    found, every = evaluate.found_type_rows(seen, 5.0, 3)
+    assert numbers.tolist() == [1, 2, 1, 2] * 2 and every.tolist() == ([1, 2, 1, 2] + [3] * 5) * 2
+    np.testing.assert_array_equal(found, np.eye(4)[every])
+    sure = [evaluate.SeenCells(types[:4], centres[:4], rows[:4], *(
+        np.delete(each, 4, 0) for each in (centres, rows)))] * 2
+    for count, detection in ((2, 2 * 8 / (2 * 8 + 10)), (3, 1.0)):
+        some = every <= count
+        head = vectors.linear_type_head(np.concatenate((known, found[some])),
+                                        np.concatenate((numbers, every[some])) - 1, count)
+        tell = functools.partial(vectors.type_probabilities, head)
+        assert evaluate.found_types(sure, tell, ("a", "b"), 5.0)["F_d"] == detection
 
 
 def test_what_vectors_are_worth(tmp_path, capsys):

@@ -38,7 +38,8 @@ With --check it says what there is to do, and stops.
 Results of the same image, settings and weights are kept unless overwrite=true: the same command
 goes on where it stopped. NAME_labels.tif says inside how it was made. Channels, planes and time
 points are counted from 1. Reading from S3 is anonymous unless signed=true; writing uses your AWS
-credentials. A shard writes summary_3_of_16.csv.
+credentials. A shard writes summary_3_of_16.csv; on S3 only shards may write into one folder at
+once, and an image is known by its address, so that one that was replaced needs overwrite=true.
 """
 from __future__ import annotations
 
@@ -387,10 +388,14 @@ class Work:
                     job = (file, todo[path], self.shelf.folder, net, config, how,
                            partial(show, count))
                     row = segment_stack(*job, stop) if config.linked else segment_file(*job)
+                    self.shelf.withdraw(self.old_files(todo[path], config))
                     self.shelf.deliver()
                     self.summary.add(row)
                 except runs.Stopped:
                     bar.clear()
+                    if config.linked and s3.is_remote(config.out):
+                        raise ValueError(f"{path}: stopped; its planes are not kept on S3, and it "
+                                         "begins anew: give more time, or out= on a disk") from None
                     way = "; without overwrite=true" * (config.overwrite and not config.linked)
                     print(f"stopped; the same command goes on from here{way}", file=sys.stderr)
                     return runs.REQUEUE
@@ -403,6 +408,14 @@ class Work:
                 show(count, 1.0)
             bar.clear()  # a warning draws it before its second; close() then leaves it
         return 0
+
+    def old_files(self, name: str, config: Config) -> list[str]:
+        """With overwrite=true what an image has from before, the labels first."""
+        labels, *_ = result_files(name, config)
+        if not config.overwrite or not self.shelf.has([labels]):
+            return []
+        record = images.label_record(self.shelf.head(labels, images.RECORD)) or {}
+        return [labels, *(file for file in record.get("files", ()) if isinstance(file, str))]
 
     def full(self, error: OSError, left: int) -> OSError:
         """An error that says where a disk is full, and how much the images left will need."""
@@ -982,7 +995,7 @@ def find_images(arguments: list[str], config: Config,
         path, remote = Path(argument), s3.is_remote(argument)
         if not argument:
             raise ValueError("an empty file name among the images; is a shell variable empty?")
-        if remote and glob.has_magic(argument):
+        if remote and re.search("[*?]", argument):       # [ may be in a name
             raise ValueError(f"{argument}: on S3 give the folder, and pattern={path.name}")
         if remote and path.suffix.lower() in images.IMAGE_SUFFIXES:
             found[argument] = runs.flat_name(path.stem)

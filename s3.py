@@ -247,7 +247,7 @@ class Bucket:
             return self.client.list_objects_v2(Bucket=self.bucket, Prefix=where, **more)
 
         page: dict[str, Any] = {"IsTruncated": True}
-        while page["IsTruncated"]:
+        while page.get("IsTruncated"):
             try:
                 page = self._retried(ask)
             except Absent as error:
@@ -483,6 +483,9 @@ class OutputFolder:
         with open(self.folder / name, "rb") as file:
             return file.read(size)
 
+    def withdraw(self, names: Sequence[str]) -> None:
+        """Before others are delivered in their place; on a disk they were replaced already."""
+
     def deliver(self) -> None:
         """Say that the files are finished."""
 
@@ -503,8 +506,16 @@ class OutputBucket(OutputFolder):
     def head(self, name: str, size: int) -> bytes:
         return self.store.head(name, size)
 
+    def withdraw(self, names: Sequence[str]) -> None:
+        """Make the labels empty first, so that what is stopped here is begun anew."""
+        for name in filter(self.there.__contains__, names):
+            self.store.write(name, Path(os.devnull))
+            self.there.discard(name)
+
     def deliver(self) -> None:
-        for file in sorted(self.folder.rglob("*")):
+        """Upload the labels last, for they stand for all files of an image."""
+        for file in sorted(self.folder.rglob("*"),
+                           key=lambda file: (file.name.endswith("_labels.tif"), file)):
             name = file.relative_to(self.folder).as_posix()
             if file.is_file() and name not in self.growing and not name.startswith("."):
                 self.store.write(name, file)

@@ -218,6 +218,8 @@ def cosine(folder: Path, weights: str = "tiny") -> None:
 if __name__ == "__main__":
     words = [word for word in sys.argv[1:] if word not in ("network", "cosine")]
     shared = Path(words[0] if words else "../shared/volumes")
+    if words and not shared.is_dir():
+        sys.exit(__doc__)
     print(f"{hardware()}; {versions()}")
     if "network" in sys.argv:
         network(shared)

@@ -201,4 +201,6 @@ def main(cohorts=1000, seed=0):
 
 
 if __name__ == "__main__":
+    if any(not word.isdigit() for word in sys.argv[1:]):
+        sys.exit(__doc__)
     main(*map(int, sys.argv[1:]))

@@ -37,10 +37,14 @@ usage="usage: slurm/array.sh --array=1-16 [--flag=value ...] SCRIPT.py [WORDS ..
 [ $# -ge 2 ] || { echo "$usage"; exit 2; }
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2
 [ -f "$1" ] || { echo "error: $1 is not in $PWD; submit from the repository's folder"; exit 2; }
-[ -n "${VENV:-}" ] && . "$VENV/bin/activate"
+[ -z "${VENV:-}" ] || . "$VENV/bin/activate" || exit 2
 
 if [ -z "${SLURM_JOB_ID:-}${SLURM_ARRAY_TASK_ID:-}" ]; then          # on the login node
     [[ " ${flags[*]-} " == *" --array="* ]] || { echo "error: no job array; $usage"; exit 2; }
+    [[ -n "${SHARDS:-}" || " ${flags[*]} " =~ \ --array=1-[0-9]+(%[0-9]+)?\  ]] || {
+        echo "error: --array does not run from 1 to n; say --array=1-n, or SHARDS=n before the command"; exit 2; }
+    [[ " $* " != *" overwrite=true "* ]] || {
+        echo "error: overwrite=true would begin anew whenever the job is queued again; give another out="; exit 2; }
     python "$@" --check || exit 1
     logs="runs/$(basename "$1" .py)/logs"
     mkdir -p "$logs" || exit 1

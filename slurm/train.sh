@@ -33,7 +33,7 @@ while [[ "${1:-}" == --* ]]; do flags+=("$1"); shift; done
 [ $# -ge 2 ] || { echo "usage: slurm/train.sh [--flag=value ...] SCRIPT.py CONFIG.yaml [key=value ...]"; exit 2; }
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2
 [ -f "$1" ] || { echo "error: $1 is not in $PWD; submit from the repository's folder"; exit 2; }
-[ -n "${VENV:-}" ] && . "$VENV/bin/activate"
+[ -z "${VENV:-}" ] || . "$VENV/bin/activate" || exit 2
 
 # where this configuration's run folder is; a mistake in the configuration ends here
 logs=$(python - "$@" <<'PYTHON'

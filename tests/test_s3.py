@@ -1,4 +1,5 @@
 """s3.py: stores, the cache, and infer.py on S3 (a server on loopback with faults) and in shards."""
+import contextlib
 import csv
 import functools
 import io
@@ -65,6 +66,43 @@ def test_no_network_and_no_bucket_are_one_line(server, monkeypatch):
     with pytest.raises(ConnectionError,
                        match="no answer in 0.5 s .* from http://127.0.0.1:9, last: .*AWS_ENDP"):
         fields.make_index(ADDRESS)
+
+
+# ----------------------------------------------------------------------------------------- results
+
+class Shelf:
+    """A bucket in memory, which stops after some uploads."""
+    def __init__(self, **files: bytes):
+        self.files, self.written, self.left = dict(files), [], 99
+
+    def pages(self, folder):
+        yield [], [(name, len(body)) for name, body in self.files.items()]
+
+    def write(self, name, file):
+        if not self.left:
+            raise ConnectionError
+        self.left -= 1
+        self.files[name] = Path(file).read_bytes()
+        self.written.append(name)
+
+
+def test_new_results_take_the_place_of_old_ones_labels_last(tmp_path):
+    """Stopped half-way there are no labels, and the image is made anew."""
+    old = {f"a_{end}": b"old" for end in ("cells.csv", "labels.tif", "overlay.png", "rois.zip")}
+    for left in range(1, 6):
+        store, folder = Shelf(**old), tmp_path / str(left)
+        folder.mkdir()
+        output = s3.OutputBucket(folder, store, ())
+        for end in ("cells.csv", "labels.tif", "overlay.png"):
+            (folder / f"a_{end}").write_bytes(b"new")
+        store.left = left
+        with contextlib.suppress(ConnectionError):
+            output.withdraw(["a_labels.tif", "a_rois.zip"])
+            output.deliver()
+        after = s3.OutputBucket(folder, store, ())
+        assert after.has(["a_labels.tif"]) == (left == 5)        # two emptied, three uploaded
+        assert store.written[-1] != "a_labels.tif" or left in (1, 5)
+    assert not after.has(["a_rois.zip"]) and store.files["a_cells.csv"] == b"new"
 
 
 # ------------------------------------------------------------------------------------------- cache

@@ -139,7 +139,9 @@ def test_on_the_login_node_they_check_and_submit(place, script, flags, logs):
     ("array.sh toy.py toy.yaml", "error: no job array; usage: slurm/array.sh --array=1-16"),
     ("array.sh --mem=64G --array 1-4 toy.py toy.yaml", "write --array=1-4"),
     ("array.sh --mem=64G -a 1-4 toy.py toy.yaml", "write --array=1-4"),
-    ("array.sh --array=1-4 gone.py x", "error: gone.py is not in ")])
+    ("array.sh --array=1-4 gone.py x", "error: gone.py is not in "),
+    ("array.sh --array=0-15 toy.py toy.yaml", "error: --array does not run from 1 to n"),
+    ("array.sh --array=1-4 toy.py toy.yaml overwrite=true", "error: overwrite=true would begin")])
 def test_mistakes_are_not_submitted(place, words, said):
     _, run = place
     done, calls = run(*words.split())

@@ -878,13 +878,13 @@ def test_convert_after_a_kill(tmp_path, capsys, monkeypatch):
     for seed, name in enumerate(("a", "b/c", "d", "e")):
         pair(source, name, seed)
     monkeypatch.setattr(data, "NOTED", -1.0)
-    recorded, write_stamps = [], data._write_stamps
-    monkeypatch.setattr(data, "_write_stamps", lambda record, stamps: recorded.append(
+    recorded, write_stamps = [], data.write_stamps
+    monkeypatch.setattr(data, "write_stamps", lambda record, stamps: recorded.append(
         sorted(stamps)) or write_stamps(record, stamps))
     assert "4 images written" in command("convert", source, out, capsys=capsys)
     whole = ["a", "b/c", "d", "e"]
     assert recorded == [whole[:1], whole[:2], whole[:3], whole, whole]
-    stamps = data._read_stamps(out / "converted.tsv")
+    stamps = data.read_stamps(out / "converted.tsv", "")
     write_stamps(out / "converted.tsv", {"a": stamps["a"], "d": stamps["d"]})   # killed
     for name in ("a", "b/c"):
         (source / f"{name}.png").unlink()

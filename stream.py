@@ -270,15 +270,19 @@ class FieldPool(Pool):
     # ------------------------------------------------------------------------------ background
 
     def _work(self) -> None:
-        """Fetch files until the pool is closed; sample() raises what goes wrong."""
+        """Fetch files until the pool is closed."""
+        problem: Exception | None = RuntimeError("a download thread failed; its traceback is above")
         try:
             while (task := self._next()) is not None:
                 self._fetch(*task)
+            problem = None
         except Closed:
-            pass
-        except Exception as error:               # no answer, say, or bad_fields is not writable
+            problem = None
+        except OSError as error:                          # no answer, or bad_fields is not writable
+            problem = error
+        finally:
             with self._changed:
-                self._error = self._error or error
+                self._error = self._error or problem
                 self._changed.notify_all()
 
     def _next(self) -> tuple[Job, int] | None:

@@ -518,7 +518,7 @@ def local_fields(config: FieldData, seed: int
 
 def synthetic_channels(channels: Sequence[str]) -> list[int]:
     """Numbers from 0 of the channels of synthetic.py that are asked for; of all for none."""
-    return images.pick_channels("synthetic fields", channels or None, synthetic.CHANNELS)
+    return images.pick_channels("channels", channels or None, synthetic.CHANNELS)
 
 
 def _drawn_fields(config: FieldData, seed: int):

@@ -97,7 +97,7 @@ def test_channels_of_synthetic_fields(tmp_path, capsys):
     assert "Actin" not in synthetic.CHANNELS
     config["experiment"] = "refused"
     unknown = {**config, "channels": ["DNA", "Actin"]}
-    assert "channels: 'Actin'" in fails(capsys, "channels", tmp_path, **unknown)
+    assert "channels: no channel 'Actin'" in fails(capsys, "channels", tmp_path, **unknown)
     assert "expected a multiple of the patch" in fails(
         capsys, "channels", tmp_path, **{**config, "size": 60}
     )

@@ -347,7 +347,8 @@ def test_types_that_cannot_be_learnt(tmp_path, types, words):
 def test_types_from_training_to_files(tmp_path, capsys):
     """Trained with types for a few steps, inferred: CSV, GeoJSON, overlay and vectors agree."""
     for seed, name in enumerate(("one", "two", "four")):
-        labels, kinds = labelled(tmp_path / "s", name, (1, 2), seed=seed)
+        down = disks(64, [(y + seed, x) for y in (14, 46) for x in (14, 46)], 8)
+        labels, kinds = labelled(tmp_path / "s", name, (1, 2), down, seed=seed)
         number = np.array([0, *kinds.values()])[labels].astype(np.uint8)
         cells.write_picture(tmp_path / "s" / f"{name}_types.png", number)
     config = config_of(tmp_path, types={"bright": 1, "dim": "2"},

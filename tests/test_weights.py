@@ -83,11 +83,12 @@ FALSE_CELLS = dict(s8=dict(poisson=1, gaussian=1, smoothed=2),
 
 @pytest.mark.parametrize("kind", FALSE_CELLS["s8"])
 def test_noise_is_no_cell(net, name, kind):
-    """25 seeds, .64 megapixels of each kind; and the network is not blind: discs on such noise are
-    cells."""
+    """25 seeds, .64 megapixels of each kind, or 5 where the large network is slow; and the network
+    is not blind: discs on such noise are cells."""
     assert 12 <= segment.segment((noise(kind, 0).astype(int) + 20000
                                   * discs(160)).clip(0, 65535).astype(np.uint16), net).max() <= 20
-    found = sum(int(segment.segment(noise(kind, seed), net).max()) for seed in range(25))
+    seeds = range(25 if name == "tiny" or model.has_bf16("cpu") else 5)
+    found = sum(int(segment.segment(noise(kind, seed), net).max()) for seed in seeds)
     assert found <= FALSE_CELLS[name][kind]
 
 

@@ -487,10 +487,10 @@ def source_files(path: Path, pattern: str) -> list[Path]:
 
 def source_size(path: Path, pattern: str) -> tuple[int, int | str]:
     """Bytes, and time of the last change (ns); of a folder a digest of names and states."""
-    states = {file.name: file.stat() for file in source_files(path, pattern)}
-    size, times = (sum(one.st_size for one in states.values()),
-                   [(name, one.st_size, one.st_mtime_ns) for name, one in states.items()])
-    return size, runs.digest(*times) if path.is_dir() else times[0][2]
+    states = [(file.relative_to(path).as_posix(), status.st_size, status.st_mtime_ns)
+              for file in source_files(path, pattern) for status in [file.stat()]]
+    size = sum(size for _, size, _ in states)
+    return size, runs.digest(*states) if path.is_dir() else states[0][2]
 
 
 def source_place(path: Path | str) -> str:

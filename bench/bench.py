@@ -257,7 +257,7 @@ def seams(size: int = 4096) -> None:
     import model
     import segment
     from metrics import average_precision
-    weights = model.find_weights("tiny")
+    weights = model.find_weights("demo_synthetic")
     net = model.load(weights)
     with (
         tempfile.TemporaryDirectory() as folder,

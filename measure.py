@@ -315,8 +315,14 @@ class NetworkLabels:
         if not self.path.is_file():
             raise FileNotFoundError(f"no weights at {self.path}; train with train_seg.py, or say "
                                     "optional: true")
-        trained = networks.load(self.path).settings.provenance.get("images", {}).get("train", {})
-        self.images = len(trained)          # labelled images it was trained on; 0: not known
+        settings = networks.load(self.path).settings
+        try:                                # now, not at the first image
+            settings.setting.changed(**{name: options.get(name)
+                                        for name in watershed.Setting._fields})
+        except ValueError as error:
+            raise ValueError(f"{self.path}: with thresholds given and its own {error}") from None
+        # labelled images it was trained on; 0: not known
+        self.images = len(settings.provenance.get("images", {}).get("train", {}))
         self.digest = runs.digest(self.path)
         self.options = {"scale": 1.0, **options}
 

@@ -166,6 +166,8 @@ def test_rows_of_seeds_and_of_numbers_of_images(tmp_path):
     assert rows("a_*.pt") == [("a_2", 2, "a", ["a_2_0", "a_2_1"]), ("a_10", 10, "a", ["a_10_0"])]
     assert rows("a_10_0.pt") == [("a", 10, "", ["a_10_0"])]
     assert rows("b_*.pt", optional=True) == [("a", 0, "", [])]
+    with pytest.raises(ValueError, match="a_10_0.pt: with thresholds .* expected 0 <= fill <= pea"):
+        rows("a_10_0.pt", peak=0.01)
     with pytest.raises(FileNotFoundError, match="no weights fit .*b_.*, of model 'a'"):
         rows("b_*.pt")
     a_set(tmp_path / "more", range(2))

@@ -357,7 +357,7 @@ def unread(root: Path, found: list[Example]) -> list[str]:
 # ------------------------------------------------------------------- label images of other programs
 
 LARGEST = np.iinfo(np.int32).max
-EXPORT = "truncated? export it again"
+EXPORT_AGAIN = "truncated? export it again"
 OBJECTS = {"PathCellObject": "cell", "PathDetectionObject": "detection"}      # of QuPath 0.2
 
 
@@ -456,7 +456,7 @@ def read_coco(path: Path) -> list[Listed]:
     Every annotation is a cell, iscrowd too, which exporters set on all RLE. Some files of LIVECell
     have annotations in a dictionary, and images twice under two ids, for two annotators.
     """
-    parsed = runs.read_json(path, EXPORT, _annotation)
+    parsed = runs.read_json(path, EXPORT_AGAIN, _annotation)
     if not isinstance(parsed, dict) or not {"images", "annotations"} <= parsed.keys():
         return []
     images, annotations = parsed["images"], parsed["annotations"]
@@ -539,7 +539,7 @@ def read_geojson(path: Path, shape: tuple[int, int]) -> np.ndarray:
 
 def _geojson_cells(path: Path) -> list[dict]:
     """QuPath's objects; with cells or detections, annotations are only regions."""
-    parsed = runs.read_json(path, EXPORT)
+    parsed = runs.read_json(path, EXPORT_AGAIN)
     given = parsed.get("features", [parsed]) if isinstance(parsed, dict) else parsed
     features: list[dict] = []
     for feature in given if isinstance(given, list) else [None]:

@@ -487,8 +487,8 @@ def source_files(path: Path, pattern: str) -> list[Path]:
 
 def source_size(path: Path, pattern: str) -> tuple[int, int | str]:
     """Bytes, and time of the last change (ns); of a folder a digest of names and states."""
-    states = [(file.relative_to(path).as_posix(), status.st_size, status.st_mtime_ns)
-              for file in source_files(path, pattern) for status in [file.stat()]]
+    states = [(file.relative_to(path).as_posix(), (status := file.stat()).st_size,
+               status.st_mtime_ns) for file in source_files(path, pattern)]
     size = sum(size for _, size, _ in states)
     return size, runs.digest(*states) if path.is_dir() else states[0][2]
 

@@ -812,10 +812,11 @@ def find_weights(name: str) -> Path:
 def licence_of(path: str | Path | None) -> str:
     """Licence of a file of weights, as SPDX names it, and of what begins with it; None: from
     scratch."""
-    content = {} if path is None else _read_weights(path)
-    if path is not None and not _is_our_weights_file(content):
-        return "LicenseRef-DINOv3"
-    return content.get("settings", {}).get("licence", "MIT")
+    if path is None:
+        return "MIT"
+    content = _read_weights(path)
+    ours = _is_our_weights_file(content)
+    return content["settings"].get("licence", "MIT") if ours else "LicenseRef-DINOv3"
 
 
 def kind(path: str | Path) -> str:

@@ -505,8 +505,7 @@ class Looker:
         self.run.log(step, windows=len(self.windows.names), **numbers)
         if step:
             told = runs.provenance(self.config, step, scores=numbers)
-            model.save(vit, self.export, provenance=told,
-                       licence=self.licence)
+            model.save(vit, self.export, provenance=told, licence=self.licence)
         self.draw(step, looks)
 
     def labelled_images(self, device: str):

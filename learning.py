@@ -309,13 +309,14 @@ class Types:
 
 
 def learning_config(weights: Path, folder: Path, steps: int) -> dict:
-    """Configuration of train_seg.py for a few corrected images.
+    """Configuration of train_seg.py for a few corrected images: the decoder learns, types stay.
 
     Their cells are scaled to the size that the network knows; two validations, for each searches
     the best thresholds, which takes as long as a hundred steps.
     """
     net = model.load(weights)
     return {"experiment": "learn", "output_base_dir": str(folder), "init": str(weights),
+            "few": True,
             "data": {"root": str(folder), "sets": [{"path": "set"}], "share": HELD,
                      "diameter": max(SEEN, net.settings.diameter or 0)},
             "augment": {"scale": [0.5, 1.67]}, "cap": net.settings.cap, "crop": net.settings.tile,

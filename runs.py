@@ -1010,7 +1010,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder; create it for {path.name}")
-    temporary = path.with_name(f".{digest(path.name)[:16]}.{HOST}.{os.getpid()}.part")
+    name = f"{digest(path.name)[:16]}-{threading.get_ident():x}"    # two threads may write one file
+    temporary = path.with_name(f".{name}.{HOST}.{os.getpid()}.part")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -405,6 +405,7 @@ def test_images_with_cells_of_a_hand_are_searched(site):
     assert site.project.of("a")["cells"] > 3
     site.edit("more_b", "draw", line=[[100, 5], [110, 5], [110, 15], [100, 15]])
     assert site.json("/find", {})["queued"] == 0
+    wait_until(lambda: site.json("/news")["saved"], 10, "the labels")
     images.write_labels(site.out / "a_labels.tif", drawn(1)[1])   # since it was searched
     site.project.open("a").book.saved = False
     wait_until(lambda: "weights" not in site.project.of("a"), 10)

@@ -512,6 +512,19 @@ def test_what_fails_leaves_the_file_as_it_was(tmp_path):
         raise OSError("s3://b: lost")
 
 
+@pytest.mark.smoke
+def test_two_threads_may_replace_one_file(tmp_path):
+    """As the page does when it saves what another part of it has just written."""
+    path = tmp_path / "a.txt"
+    with runs.replacing(path) as temporary:
+        temporary.write_text("later")
+        other = threading.Thread(target=runs.write_text, args=(path, "earlier"))
+        other.start()
+        other.join()
+        assert path.read_text() == "earlier"
+    assert path.read_text() == "later" and list(tmp_path.iterdir()) == [path]
+
+
 def test_lazy_modules_are_left_alone_by_who_looks_at_all(tmp_path):
     """As inspect does while torch is loading: what it looks at must not run another half of the
     program."""

@@ -66,6 +66,8 @@ RECORD = 1 << 14                        # bytes
 LABEL_TILE = 512                        # px, side of the tiles of a label file that comes in parts
 CLASSIC = 1 << 31                       # bytes; beyond, a TIFF must be a BigTIFF
 OVERVIEW = 1 << 24      # pixels of the size of a slide that says how bright it is and where tissue
+STEPS = 4                               # of whole numbers: the least contrast that is looked at
+FLAT = f"has less contrast than {STEPS} grey levels, in which no cell is told from noise"
 COUNTED = 1 << 22                       # pixels of a channel that percentiles() counts together
 DENSEST = {"PNG": 1032, "JPEG": 64 * 8}    # pixels of a channel that a byte can hold, at most
 SMALL = 64 << 20                    # bytes that are asked for without a look at the memory
@@ -867,7 +869,9 @@ def percentiles(image: Source | np.ndarray, low: float = 1.0, high: float = 99.8
     """The low and high percentile of each channel over the whole image, (C, 2) float64.
 
     As numpy.percentile, but integers of 8 and 16 bits are counted band by band. Where the two are
-    equal, as in a black image with few cells, the high one is the channel's largest value.
+    equal, as in a black image with few cells, the high one is the channel's largest value. Whole
+    numbers need STEPS between them: smooth noise of a few grey levels is islands with sharp
+    edges, like cells. A channel that has less is flat, and both are the low one.
     """
     pixels = math.prod(image.shape[1:])
     at = np.array([low, high]) / 100 * (pixels - 1)                # ranks, between two values
@@ -877,8 +881,17 @@ def percentiles(image: Source | np.ndarray, low: float = 1.0, high: float = 99.8
     values = _ranked_by_counting(image, ranks) if small else _ranked_by_sorting(image, ranks)
     a, b, t = values[:, :2], values[:, 2:4], at - below            # values: (C, 5) float64
     limits = np.where(t < 0.5, a + (b - a) * t, b - (b - a) * (1 - t))       # rounded as NumPy does
-    limits[:, 1] = np.where(limits[:, 0] < limits[:, 1], limits[:, 1], values[:, 4])
+    low, high, most = limits[:, 0], limits[:, 1], values[:, 4]
+    high[:] = np.where(low < high, high, most)
+    if image.dtype.kind in "ui":
+        high[:] = np.maximum(high, np.minimum(most, low + STEPS))
+        high[:] = np.where(high - low < STEPS, low, high)
     return limits
+
+
+def is_flat(limits: np.ndarray) -> bool:
+    """Whether no channel has contrast; limits (C, 2)."""
+    return bool((limits[:, 0] == limits[:, 1]).all())
 
 
 def _ranked_by_counting(image: Source | np.ndarray, ranks: Sequence[int]) -> np.ndarray:

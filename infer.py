@@ -547,7 +547,8 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, made: di
                     pixels = small.whole().pixels
                 tissue = segment.tissue_map(pixels)
             limits = images.percentiles(pixels, net.settings.low, net.settings.high)
-        for notice in source.notices:  # now, for all pixels have been seen
+        flat = images.FLAT if images.is_flat(limits) else ""
+        for notice in filter(None, (*source.notices, flat)):  # now, for all pixels have been seen
             if said := images.image_notice(path, notice):
                 print_line(said)
         seen = segment.MeanOfChannels(source, limits) if config.each else source

@@ -94,7 +94,7 @@ def plan_for(image, net: DINOCell, *, diameter: float | None = None, zoom: float
         limits = images.percentiles(getattr(source, "pixels", source), net.settings.low,
                                     net.settings.high)
     if zoom is None:
-        if diameter is None and net.size is not None:
+        if diameter is None and net.size is not None and not images.is_flat(limits):
             diameter = seen_diameter(source, net, limits)
         zoom = 1.0 if diameter is None else zoom_for(diameter, net)
     else:

@@ -175,6 +175,14 @@ def test_flat_tiles_are_not_shown_to_the_network():
     assert segment.segment(np.full((50, 40), 7, np.uint16), net).sum() == 0
 
 
+def test_nothing_is_judged_by_an_image_without_contrast(monkeypatch):
+    net = PassOn(diameter=20)
+    net.size = "a head"
+    monkeypatch.setattr(segment, "seen_diameter", lambda *_: 60.0)
+    assert segment.plan_for(np.arange(2500).reshape(50, 50), net).zoom == 1 / 3
+    assert segment.plan_for(np.arange(2500).reshape(50, 50) % 3, net).zoom == 1
+
+
 @pytest.mark.smoke
 def test_border_cells_are_dropped_when_asked():
     image = cones(5, 300, 300, 120)

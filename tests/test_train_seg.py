@@ -53,7 +53,8 @@ def command(path, start=()):
     """The script as a process of its own, with the settings to choose from that this one has."""
     script = path.parent / "few.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport runs, train_seg\n"
-                      f"import watershed; watershed.GRID = {watershed.GRID}\n"
+                      f"import watershed; watershed.GRID  # a lazy module runs now, not later\n"
+                      f"watershed.GRID = {watershed.GRID}\n"
                       f"runs.script(train_seg.__doc__, train_seg.Config, train_seg.main)\n")
     return [sys.executable, *start, str(script), str(path)]
 
@@ -183,12 +184,11 @@ def test_a_signal_while_it_validates_is_heard(tmp_path, monkeypatch):
                                                                   / "final_models/seg.pt").exists()
 
 
-def test_two_processes_train_as_one(tmp_path, monkeypatch):
+def test_two_processes_train_as_one(tmp_path):
     """Weights after 10 steps. No even ground, in crops without cells or where a change clips it to
     black: there every feature lies exactly on the kink of a ReLU, where the rounding of a sum
     decides which side counts, otherwise on each processor. And an eps that keeps Adam from dividing
     gradients that are nothing but rounding by themselves."""
-    monkeypatch.setattr(watershed, "GRID", GRID)
     uneven = dict(negative=0, dim=0, drop=0, brightness=0, contrast=0, noise=1)
     nets, norms, scores = [], [], []
     for processes in (0, 2):

@@ -147,6 +147,15 @@ class _LazyModule(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name not in ("__version__", "__path__"):
             raise AttributeError(name)
+        self._run()
+        return types.ModuleType.__getattribute__(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("__"):               # or running would set it back
+            self._run()
+        types.ModuleType.__setattr__(self, name, value)
+
+    def _run(self) -> None:
         with self.lock:
             spec: Any = self.__spec__
             if isinstance(spec.loader, _LazyLoader):
@@ -155,7 +164,6 @@ class _LazyModule(types.ModuleType):
                     self.__path__ = spec.submodule_search_locations
                 spec.loader.exec_module(self)
                 self.__class__ = types.ModuleType  # type: ignore[assignment]  # now a usual one
-        return types.ModuleType.__getattribute__(self, name)
 
 
 class _LazyLoader(importlib.abc.Loader):

@@ -540,6 +540,14 @@ def test_lazy_modules_are_left_alone_by_who_looks_at_all(tmp_path):
     assert done.stdout.split() == ["quiet", "package", "4"]
 
 
+def test_what_a_lazy_module_is_given_stays(tmp_path):
+    (tmp_path / "slow.py").write_text("VALUE = 3\n")
+    code = "import runs\nwith runs.lazy():\n    import slow\nslow.VALUE = 4\nprint(slow.VALUE)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    assert done.stdout.split() == ["4"]
+
+
 @pytest.mark.smoke
 def test_devices_are_picked_by_what_is_there(monkeypatch):
     """Apple's mps beside cuda and cpu; it has no bfloat16 here, so that autocast stays off."""

@@ -53,8 +53,7 @@ def command(path, start=()):
     """The script as a process of its own, with the settings to choose from that this one has."""
     script = path.parent / "few.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport runs, train_seg\n"
-                      f"import watershed; watershed.GRID  # a lazy module runs now, not later\n"
-                      f"watershed.GRID = {watershed.GRID}\n"
+                      f"import watershed; watershed.GRID = {watershed.GRID}\n"
                       f"runs.script(train_seg.__doc__, train_seg.Config, train_seg.main)\n")
     return [sys.executable, *start, str(script), str(path)]
 

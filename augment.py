@@ -918,12 +918,12 @@ def main(config: Config, files: list[str]) -> None:
     for name in ("images", "labels"):
         (output / name).mkdir(parents=True, exist_ok=True)
     runs.write_text(record, runs.to_yaml(config))
-    made, stamps = 0, data.read_stamps(output / "augmented.tsv", "give overwrite=true")
-    now = {stem: data.stamp_of(example) for stem, example in found.items()}
+    made, stamps = 0, data.read_data_stamps(output / "augmented.tsv", "give overwrite=true")
+    now = {stem: data.data_stamp_of(example) for stem, example in found.items()}
     for stem in now.keys() & stamps.keys():
         if now[stem] != stamps[stem]:                            # its image is another one
             remove_augmented_crops(output, stem)
-    data.write_stamps(output / "augmented.tsv", stamps | now)
+    data.write_data_stamps(output / "augmented.tsv", stamps | now)
     for stem, example in tqdm.tqdm(found.items(), unit="image"):
         names = [f"{stem}_crop{copy:03d}" for copy in range(config.copies)]
         names = [name for name in names if config.overwrite

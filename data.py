@@ -1078,7 +1078,7 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
                 raise ValueError(f"{source}: {other} and {example.name} would both be written as "
                                  f"{file.name}; rename one of them")
     record, made = target / "converted.tsv", 0
-    stamps = read_stamps(record, "all images are written anew")
+    stamps = read_data_stamps(record, "all images are written anew")
     for name in stamps.keys() - {example.name for example in found}:
         print(f"{target}: {name} removed, it left {source}", file=sys.stderr)
         for file in _labelled_files(target, name):
@@ -1087,7 +1087,7 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
     written = time.monotonic()
     try:
         for example in tqdm.tqdm(found, target.name, unit="image", delay=1, leave=False):
-            stamp = stamp_of(example)
+            stamp = data_stamp_of(example)
             path, masks, classes = _labelled_files(target, example.name)
             if path.exists() and stamps.get(example.name) == stamp:
                 continue
@@ -1110,10 +1110,10 @@ def _write_labelled(found: list[Example], source: str, target: Path, config: Con
             stamps[example.name] = stamp
             made += 1
             if time.monotonic() - written > NOTED:      # a kill lets nothing else be written
-                write_stamps(record, stamps)
+                write_data_stamps(record, stamps)
                 written = time.monotonic()
     finally:                                            # of a stop: what is done stays done
-        write_stamps(record, stamps)
+        write_data_stamps(record, stamps)
     return made
 
 
@@ -1127,22 +1127,21 @@ def _check_written_names(source: str, found: list[Example], signs: str, what: st
 NOTED = 5.0         # seconds of converting that a kill may cost
 
 
-def stamp_of(example: Example) -> str:
+def data_stamp_of(example: Example) -> str:
     """Where the files of a labelled image lie, and their state."""
     files = *example.files, *type_files(example.files[-1], example.files[0])
     return runs.digest(*((file.resolve(), *runs.file_state(file)) for file in files))
 
 
-def write_stamps(record: Path, stamps: dict[str, str]) -> None:
+def write_data_stamps(record: Path, stamps: dict[str, str]) -> None:
     """Write the stamp of each image; a name is a JSON string, for it may hold a tab or a blank at
     its end."""
     runs.write_table(record, [{"name": json.dumps(name), "stamp": stamp}
                               for name, stamp in stamps.items()], ("name", "stamp"))
 
 
-def read_stamps(record: Path, then: str) -> dict[str, str]:
-    """What write_stamps() wrote; {} without. then : what follows where it is damaged and removed.
-    """
+def read_data_stamps(record: Path, then: str) -> dict[str, str]:
+    """What write_data_stamps() wrote; {} without. then : what follows where it is damaged."""
     if not record.exists():
         return {}
     try:

@@ -270,7 +270,7 @@ class Shard:
 
 # ----------------------------------------------------------------------------------------- settings
 
-def step_settings(config: Config, step: str) -> dict[str, Any]:
+def downstream_step_settings(config: Config, step: str) -> dict[str, Any]:
     """What the tables of a step depend on, as JSON gives it back."""
     values = {name: asdict(config)[name] for name in SETTINGS[step]}
     if step == "merge":
@@ -278,39 +278,39 @@ def step_settings(config: Config, step: str) -> dict[str, Any]:
         values |= {f"{key} of model '{model.name}'": value for model in config.models
                    for key, value in {**asdict(model), "weights": model.digest() if Path(
                        model.weights).is_file() else None}.items()}
-        values["positive"] = positive_cell_rule(config)
+        values["positive"] = downstream_positive_rule(config)
     if step == "associate":
         values["outcomes"] = runs.digest(Path(config.outcomes))[:16]   # of the content
     return json.loads(json.dumps(values))
 
 
-def read_settings(config: Config) -> dict[str, dict[str, Any]]:
+def read_downstream_settings(config: Config) -> dict[str, dict[str, Any]]:
     path = Path(config.out) / "settings.json"
     return runs.read_record(path, "remove it and run merge again") if path.exists() else {}
 
 
-def forget_settings(config: Config, step: str) -> None:
+def forget_downstream_settings(config: Config, step: str) -> None:
     """Before a step writes its tables: if it stops half-way, report refuses them."""
-    known = read_settings(config)
+    known = read_downstream_settings(config)
     if known.pop(step, None):
         runs.write_text(Path(config.out) / "settings.json", json.dumps(known, indent=1))
 
 
-def record_settings(config: Config, step: str) -> None:
+def record_downstream_settings(config: Config, step: str) -> None:
     """Write down what a step ran with; after merge all others are to be run anew."""
-    known = {} if step == "merge" else read_settings(config)
+    known = {} if step == "merge" else read_downstream_settings(config)
     runs.write_text(Path(config.out) / "settings.json", json.dumps(
-        known | {step: step_settings(config, step)}, indent=1))
+        known | {step: downstream_step_settings(config, step)}, indent=1))
 
 
-def check_settings(config: Config, *steps: str) -> None:
+def check_downstream_settings(config: Config, *steps: str) -> None:
     """Refuse tables of steps that did not run, or ran with other settings."""
-    known = read_settings(config)
+    known = read_downstream_settings(config)
     for step in steps:
         if step not in known:
             raise ValueError(f"{config.out}: no tables of these settings; run `downstream.py "
                              f"{step}` first")
-        for key, now in step_settings(config, step).items():
+        for key, now in downstream_step_settings(config, step).items():
             if now is None and key.startswith("weights of"):
                 continue                                # report on a machine without them
             if (then := known[step].get(key)) != now:
@@ -330,7 +330,7 @@ def count_positive_cells(config: Config) -> int:
             raise ValueError(f"model '{model.name}': {len(missing)} of {len(tiles)} tiles are not "
                              f"done with these settings and files, such as {missing[0]}; run "
                              "infer, or what is left of its shards")
-    print(f"positive: {positive_cell_rule(config)}")
+    print(f"positive: {downstream_positive_rule(config)}")
     (Path(config.out) / "settings.json").unlink(missing_ok=True)
     for model, line_of in zip(config.models, found):
         lines = [{**line_of[tile.name], "donor": tile.donor} for tile in tiles]   # donor= of now
@@ -352,11 +352,11 @@ def count_positive_cells(config: Config) -> int:
         cells, positive = (sum(row[name] for row in rows) for name in ("cells", "positive"))
         print(f"{model.name}: {len(done) + len(skipped)} tiles found = {len(done)} done + "
               f"{len(skipped)} skipped; {positive} of {cells} cells positive")
-    record_settings(config, "merge")
+    record_downstream_settings(config, "merge")
     return 0
 
 
-def positive_cell_rule(config: Config) -> str:
+def downstream_positive_rule(config: Config) -> str:
     """When a cell is positive, in words."""
     what = "mean" if config.percentile is None else f"{config.percentile:g}th percentile"
     return f"{what} of the marker over the cell above " + {
@@ -367,7 +367,7 @@ def positive_cell_rule(config: Config) -> str:
 
 def write_ratios(config: Config) -> int:
     """Write positive cells / cells of each donor: not the mean of its tiles."""
-    check_settings(config, "merge")
+    check_downstream_settings(config, "merge")
     counts, rows = config.read_counts(), []
     for model, cells, positive in zip(config.models, counts.cells, counts.positive):
         for d, donor in enumerate(counts.donors):
@@ -380,9 +380,9 @@ def write_ratios(config: Config) -> int:
                          "low": low, "high": high, "flag": counts.flags[d],
                          "interval": "" if n >= FEW else f"too narrow: fewer than {FEW} tiles"})
     path = Path(config.out) / "donor_marker_ratio.tsv"
-    forget_settings(config, "ratios")
+    forget_downstream_settings(config, "ratios")
     runs.write_table(path, rows)
-    record_settings(config, "ratios")
+    record_downstream_settings(config, "ratios")
     print(f"{len(counts.donors)} donors with {len(counts.donor)} tiles that every model has done; "
           f"{sum(map(bool, counts.flags))} donors flagged -> {path}")
     return 0
@@ -392,7 +392,7 @@ def write_ratios(config: Config) -> int:
 
 def write_associations(config: Config) -> int:
     """Write rho of every model with every outcome, over the donors that have both."""
-    check_settings(config, "merge")
+    check_downstream_settings(config, "merge")
     counts = config.read_counts()
     donors = config.read_donors(counts.donors)
     out, names, seed = Path(config.out), [model.name for model in config.models], config.seed
@@ -433,7 +433,7 @@ def write_associations(config: Config) -> int:
             change = cohort.donor_difference(ratio[0], ratio[m], outcomes[i], z, config.resamples,
                                              seed)
             changes.append(dict(zip(CHANGES, (names[m], names[0], outcome, *change))))
-    forget_settings(config, "associate")
+    forget_downstream_settings(config, "associate")
     runs.write_table(out / "e5_donors.tsv",
                      [{"donor": name, "status": status[name]} for name in sorted(status)])
     runs.write_table(out / "e5_spearman.tsv", found)
@@ -442,7 +442,7 @@ def write_associations(config: Config) -> int:
         {"model": name, "redraw": b + 1, **dict(zip(config.columns, rho[b, m]))}
         for m, name in enumerate(names) for b in range(config.resamples)])
     runs.write_table(out / "e5_difference.tsv", changes, CHANGES)
-    record_settings(config, "associate")
+    record_downstream_settings(config, "associate")
     for row in found:
         values = "rho {rho:.3f} [{low:.3f}, {high:.3f}]  p {p:.2g}  q {q:.2g}".format(**row)
         print(f"{row['model']}  {row['outcome']}  n {row['n']}  {row['left_out'] or values}")
@@ -463,7 +463,7 @@ def outcome_stability(rho: float, redrawn: np.ndarray, q: np.ndarray) -> dict[st
 # ------------------------------------------------------------------------------------------- report
 
 def write_outcome_report(config: Config) -> int:
-    check_settings(config, "merge", "ratios", "associate")
+    check_downstream_settings(config, "merge", "ratios", "associate")
     looks = report.page_styles(model.name for model in config.models)
     legend, found = report.legend(looks), read_outcome_rows(config, "e5_spearman.tsv")
     stable = read_outcome_rows(config, "e5_bootstrap_stability.tsv")
@@ -473,27 +473,27 @@ def write_outcome_report(config: Config) -> int:
     corrected = ", ".join((*config.covariates, *config.categories))
     corrected = f", corrected for {corrected}" if corrected else ""
     sections = [
-        ("What was used", f"Positive: {positive_cell_rule(config)}.\nOnly tiles that every model "
-         "has done count, and only donors that no model flags. A donor without an outcome is left "
-         "out of that one.", *outcome_tables_used(config)),
+        ("What was used", f"Positive: {downstream_positive_rule(config)}.\nOnly tiles that every "
+         "model has done count, and only donors that no model flags. A donor without an outcome is "
+         "left out of that one.", *outcome_tables_used(config)),
         ("Association", "Spearman's rho of the positive fraction with each outcome, and its 95 % "
          f"interval (Bonett and Wright){corrected}. Filled marks: q below 0.05, Benjamini and "
          "Hochberg over the outcomes of a model.", legend, forest,
-         outcome_table(found, "outcome", "model", "n", "rho", "p", "q", "p_from", "left_out")),
+         downstream_table(found, "outcome", "model", "n", "rho", "p", "q", "p_from", "left_out")),
         ("Donors", "A dot is a donor: its fraction of positive cells, over its outcome.", legend,
          report.side_by_side(outcome_scatters(config, looks))),
         ("Stability", f"rho in {config.resamples} redraws of {config.share:.0%} of each donor's "
          "tiles, at least one left out; the dashed line is rho with all tiles. Fewer tiles are "
          "noisier, so redraws tend to lie nearer to 0. A redraw's q is taken over the same family.",
          legend, report.side_by_side(marker_histograms(config, found, looks)),
-         outcome_table(stable, "outcome", "model", "median", "sd", "same_sign", "q_below_0.05"))]
+         downstream_table(stable, "outcome", "model", "median", "sd", "same_sign", "q_below_0.05"))]
     if len(config.models) > 1:
         changes = read_outcome_rows(config, "e5_difference.tsv")
         sections.append((
             "Between models", f"rho less that of {config.models[0].name}, of the same donors; 95 % "
             f"interval from {config.resamples} resamples of the donors with all their values. "
             "Where rho is negative, a negative difference is the stronger association.",
-            outcome_table(changes, "outcome", "model", "n", "difference")))
+            downstream_table(changes, "outcome", "model", "n", "difference")))
     if config.experiments:
         sections.append((
             "All experiments", "Means over a model's rows of the tables given. E5 is this page: "
@@ -520,7 +520,7 @@ def read_outcome_rows(config: Config, name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def outcome_table(rows: list[dict[str, Any]], *columns: str) -> str:
+def downstream_table(rows: list[dict[str, Any]], *columns: str) -> str:
     """Columns of read_outcome_rows for the page, those of INTERVALS with their interval below."""
     def cell(row: dict[str, Any], name: str) -> str | report.Cell:
         if name in WORDS:

@@ -102,7 +102,7 @@ def bench(config: Bench) -> None:
                          f"{runs.listed([row.name for row in rows], 12)}")
     folder = runs.run_folder(config)
     if config.ceiling.cap:
-        best = {dataset.name: (measure.EncodedLabels(measure.encoding_rows(
+        best = {dataset.name: (measure.EncodedLabels(measure.bench_encoding_rows(
             dataset, config.ceiling, folder)[0]),) for dataset in sets}
         rows.insert(0, TableRow(CEILING, "of the encoding", best))
     results: measure.BenchResults = {dataset.name: {} for dataset in sets}
@@ -338,7 +338,7 @@ def ceiling(config: Ceiling) -> None:
     """What the encoding can reach: true labels -> distance map -> watershed -> scores."""
     sets = [LabelledSet(dataset, config.root) for dataset in config.sets]
     folder = runs.run_folder(config)
-    tables = [measure.encoding_rows(dataset, config, folder) for dataset in sets]
+    tables = [measure.bench_encoding_rows(dataset, config, folder) for dataset in sets]
     runs.write_table(folder / "ceiling.tsv", [row for table in tables for row in table])
     report.print_report_table([table[0] for table in tables],
                               ("set", "n", "cap", "peak", "fill", "DSB", *measure.PAGE_SCORES))
@@ -477,16 +477,16 @@ def embed(config: Embed) -> None:
     if config.export is not None:
         runs.check_file_can_be_written(Path(config.export))
     folder, rows, found = runs.run_folder(config), [], []
-    seen = [] if config.fields is None else cells_of_fields(config)
+    seen = [] if config.fields is None else embed_cells_of_fields(config)
     for source in config.sources:
-        net = embedder(source, config)
+        net = embed_net(source, config)
         for typed in config.sets:
-            tell = partial(told_types, net, typed, config)
+            tell = partial(embed_told_types, net, typed, config)
             scores = tell() if config.export else measure.cached_bench_map(
                 folder / source.name / f"{typed.name}.json", embed_key(source, typed, config), tell)
             rows.append({"set": typed.name, "source": source.name, **scores})
         if config.fields is not None:
-            found.append({"source": source.name, **told_fields(net, seen, config)})
+            found.append({"source": source.name, **embed_told_fields(net, seen, config)})
     for name, table in (("embed", rows), ("fields", found)):
         if table:
             runs.write_table(folder / f"{name}.tsv", table)
@@ -496,7 +496,7 @@ def embed(config: Embed) -> None:
 
 def embed_key(source: VectorSource, typed: TypedSet, config: Embed) -> dict[str, Any]:
     """What the scores of a source on a set are made from."""
-    files = [file for example in typed_examples((*typed.train, *typed.test), config.root)
+    files = [file for example in embed_examples((*typed.train, *typed.test), config.root)
              for file in (*example.files, *data.type_files(example.files[-1], example.files[0]))]
     weights: list[Any] = [source.weights if source.weights == "pixels" else Path(source.weights)]
     if source.weights == "random":
@@ -505,7 +505,7 @@ def embed_key(source: VectorSource, typed: TypedSet, config: Embed) -> dict[str,
             "seed": config.seed, "outline": vectors.OUTLINE}
 
 
-def embedder(source: VectorSource, config: Embed):
+def embed_net(source: VectorSource, config: Embed):
     """The network whose tokens are the vectors; None: the pixels' own statistics."""
     if source.weights == "pixels":
         return None
@@ -518,7 +518,7 @@ def embedder(source: VectorSource, config: Embed):
     return networks.DINOCell(networks.load_backbone(source.weights)).ready(device)
 
 
-def vectors_of(net, pixels: np.ndarray, labels: np.ndarray, only: str = "") -> np.ndarray:
+def embed_vectors_of(net, pixels: np.ndarray, labels: np.ndarray, only: str = "") -> np.ndarray:
     """(n, D) of the cells, ascending; without a network columns of cell_table but for places.
 
     only : how the names of these columns begin.
@@ -539,15 +539,15 @@ class TypedImage(typing.NamedTuple):
     types: np.ndarray                       # (n,) of its cells, from 1; 0 unknown
 
 
-def typed_examples(sets: Sequence[data.TrainingSet], root: str) -> list[data.Example]:
+def embed_examples(sets: Sequence[data.TrainingSet], root: str) -> list[data.Example]:
     return [example for chosen in sets for example in data.examples(
         Path(root) / chosen.path, chosen.channels, chosen.match, chosen.labels)]
 
 
-def typed_images(sets: Sequence[data.TrainingSet], typed: TypedSet, root: str) -> list[TypedImage]:
+def embed_images(sets: Sequence[data.TrainingSet], typed: TypedSet, root: str) -> list[TypedImage]:
     """A set's images, with each type in one or more."""
     wanted, found = data.training_types(typed.types), []
-    examples = typed_examples(sets, root)
+    examples = embed_examples(sets, root)
     for example in examples:
         labels = example.labels()
         found.append(TypedImage(example.image().pixels, labels,
@@ -572,18 +572,18 @@ class SeenCells(typing.NamedTuple):
     found_rows: np.ndarray                  # (m, D + 8)
 
 
-def cell_centres(labels: np.ndarray) -> np.ndarray:
+def embed_cell_centres(labels: np.ndarray) -> np.ndarray:
     """(n, 2) of the cells, in px."""
     table = cells.cell_table(labels, near=0)
     return np.stack([table["centroid_y_px"], table["centroid_x_px"]], 1)
 
 
-def seen_cells(net, image: TypedImage, diameter: float | None) -> SeenCells:
+def embed_seen_cells(net, image: TypedImage, diameter: float | None) -> SeenCells:
     """The cells of an image as a network sees and finds them; None, the pixels, and a backbone find
     none."""
     labels = np.zeros_like(image.labels)
     if net is None:
-        rows = vectors_of(None, image.pixels, image.labels)
+        rows = embed_vectors_of(None, image.pixels, image.labels)
         found = rows[:0]
     else:
         plan = segment.plan_for(image.pixels, net, diameter=diameter, embed=True)
@@ -592,18 +592,19 @@ def seen_cells(net, image: TypedImage, diameter: float | None) -> SeenCells:
             labels, _ = segment.cells_in_map(distance, plan, image.labels.shape)
         rows, found = (segment.pooled_vectors(pool, each, plan, outlines=True)[1]
                        for each in (image.labels, labels))
-    return SeenCells(image.types, cell_centres(image.labels), rows, cell_centres(labels), found)
+    return SeenCells(image.types, embed_cell_centres(image.labels), rows,
+                     embed_cell_centres(labels), found)
 
 
-def known_type_rows(seen: Sequence[SeenCells]) -> tuple[np.ndarray, np.ndarray]:
+def embed_known_type_rows(seen: Sequence[SeenCells]) -> tuple[np.ndarray, np.ndarray]:
     """Rows (n, D + 8) and types (n,) of the true cells of known type."""
     rows, types = (np.concatenate(parts) for parts in
                    ([each.rows for each in seen], [each.types for each in seen]))
     return rows[types > 0], types[types > 0]
 
 
-def found_type_rows(seen: Sequence[SeenCells], reach: float, none: int
-                    ) -> tuple[np.ndarray, np.ndarray]:
+def embed_found_type_rows(seen: Sequence[SeenCells], reach: float, none: int
+                          ) -> tuple[np.ndarray, np.ndarray]:
     """Rows (n, D + 8) and types (n,) of the cells that a network finds: those of the true cells
     there, `none` where there are none."""
     types = []
@@ -616,15 +617,15 @@ def found_type_rows(seen: Sequence[SeenCells], reach: float, none: int
     return rows[numbers > 0], numbers[numbers > 0]
 
 
-def told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
+def embed_told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
     """Scores of the types of a set's test images."""
     names = tuple(data.training_types(typed.types))
-    images = [typed_images(part, typed, config.root) for part in (typed.train, typed.test)]
+    images = [embed_images(part, typed, config.root) for part in (typed.train, typed.test)]
     wide = [data.median_diameter(image.labels) for image in images[0] if image.labels.any()]
     sized = net is not None and net.settings.diameter
     diameter = round(float(np.median(wide)), 1) if sized else None
-    train, test = ([seen_cells(net, image, diameter) for image in part] for part in images)
-    (rows, types), (asked, truth) = map(known_type_rows, (train, test))
+    train, test = ([embed_seen_cells(net, image, diameter) for image in part] for part in images)
+    (rows, types), (asked, truth) = map(embed_known_type_rows, (train, test))
     head = vectors.linear_type_head(rows, types - 1, len(names))
     linear = 1 + vectors.type_probabilities(head, asked).argmax(1)
     nearest = 1 + vectors.neighbour_types(rows, types - 1, asked,
@@ -636,7 +637,7 @@ def told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
                        metrics.type_f1(truth, answer, range(1, 1 + len(names))))}
     if net is None or net.origin is None:      # none that finds cells
         return scores
-    found, numbers = found_type_rows(train, typed.reach, 1 + len(names))
+    found, numbers = embed_found_type_rows(train, typed.reach, 1 + len(names))
     told = (*names, NONE)[:max(len(names), numbers.max(initial=0))]
     head = vectors.linear_type_head(np.concatenate((rows, found)),
                                     np.concatenate((types, numbers)) - 1, len(told))
@@ -649,11 +650,12 @@ def told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
     # trained to tell these: with its own head
     own = net.type_names in (names, (*names, NONE))
     tell = net.type_probabilities if own else partial(vectors.type_probabilities, head)
-    return scores | {"diameter": diameter or np.nan} | found_types(test, tell, names, typed.reach)
+    return (scores | {"diameter": diameter or np.nan}
+            | embed_found_types(test, tell, names, typed.reach))
 
 
-def found_types(seen: Sequence[SeenCells], tell: Callable[[np.ndarray], np.ndarray],
-                names: tuple[str, ...], reach: float) -> dict[str, float]:
+def embed_found_types(seen: Sequence[SeenCells], tell: Callable[[np.ndarray], np.ndarray],
+                      names: tuple[str, ...], reach: float) -> dict[str, float]:
     """F_d and F_c of the cells that a network finds, without those told to be none; `tell`: rows
     (n, D + 8) -> probabilities of the types, and perhaps of none."""
     pairs, missed, extra = [], [], []
@@ -671,7 +673,7 @@ def found_types(seen: Sequence[SeenCells], tell: Callable[[np.ndarray], np.ndarr
             **{f"F_c {name}": by_type[i] for i, name in enumerate(names, 1)}}
 
 
-def cells_of_fields(config: Embed) -> list[tuple[str, np.ndarray, np.ndarray]]:
+def embed_cells_of_fields(config: Embed) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Name, pixels (C, H, W) and labels (H, W) of the fields in which cells are found."""
     finder = networks.load(config.finder).ready(runs.pick_device(config.device))
     read = ((name, pixels, segment.segment(pixels[-1], finder))
@@ -679,12 +681,12 @@ def cells_of_fields(config: Embed) -> list[tuple[str, np.ndarray, np.ndarray]]:
     return [field for field in read if field[2].any()]
 
 
-def told_fields(net, seen: Sequence[tuple[str, np.ndarray, np.ndarray]], config: Embed
-                ) -> dict[str, float]:
+def embed_told_fields(net, seen: Sequence[tuple[str, np.ndarray, np.ndarray]], config: Embed
+                      ) -> dict[str, float]:
     """Retrieval of fields across channels, and of fields of the same well, by mean vectors."""
     # shapes are those of the same cells in all channels
-    fields = [[vectors_of(net, channel[None], labels, "intensity").mean(0) for channel in pixels]
-              for _, pixels, labels in seen]
+    fields = [[embed_vectors_of(net, channel[None], labels, "intensity").mean(0)
+               for channel in pixels] for _, pixels, labels in seen]
     x = np.array(fields)                                                     # (F, C, D)
     x = (x - x.mean(0)) / np.maximum(x.std(0), 1e-6)         # a channel has its own mean
     agree = probe.channel_consistency(x)

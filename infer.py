@@ -231,18 +231,18 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
                           ) from None
         runs.sweep_temporary(out)
         try:
-            code = segment_all(mine, s3.OutputFolder(out), table, weights, config)
+            code = infer_all(mine, s3.OutputFolder(out), table, weights, config)
         finally:
             if new and parts == 1 and not any(out.iterdir()):  # nothing came of it
                 out.rmdir()
     else:
         with s3.open_s3_output(config.out, [table]) as shelf:
-            code = segment_all(mine, shelf, table, weights, config)
+            code = infer_all(mine, shelf, table, weights, config)
     return code or int(bool(unreadable))
 
 
-def segment_all(found: Images, shelf: s3.OutputFolder, table: str, weights: Path,
-                config: Config) -> int:
+def infer_all(found: Images, shelf: s3.OutputFolder, table: str, weights: Path,
+              config: Config) -> int:
     """Segment the images that have no results yet; one that fails does not stop the others."""
     work, code = Work(shelf, Summary(shelf.folder / table), made_with(weights, config)), 0
     if todo := work.without_results(found, config):
@@ -387,7 +387,7 @@ class Work:
                            "files": result_files(todo[path], config)[1:]}
                     job = (file, todo[path], self.shelf.folder, net, config, how,
                            partial(show, count))
-                    row = segment_stack(*job, stop) if config.linked else segment_file(*job)
+                    row = infer_stack(*job, stop) if config.linked else segment_file(*job)
                     self.shelf.withdraw(self.old_files(todo[path], config))
                     self.shelf.deliver()
                     self.summary.add(row)
@@ -855,8 +855,8 @@ class Planes:
         return images.percentiles(np.concatenate(parts, 1), net.settings.low, net.settings.high)
 
 
-def segment_stack(path: Path, name: str, out: Path, net, config: Config, made: dict, progress,
-                  stop) -> dict:
+def infer_stack(path: Path, name: str, out: Path, net, config: Config, made: dict, progress,
+                stop) -> dict:
     """As segment_file(), of planes: each is an image of its own, then their cells are linked.
 
     Planes that are done lie in a hidden folder until all is written: a run that is killed goes on.
@@ -881,14 +881,14 @@ def segment_stack(path: Path, name: str, out: Path, net, config: Config, made: d
             for old in work.iterdir():  # of another image or setting
                 old.unlink()
         sign.touch()
-        segment_planes(planes, flat, name, work, plan, clock, progress, stop)
+        infer_planes(planes, flat, name, work, plan, clock, progress, stop)
         row = link_planes(planes, work, name, out, plan, made, start)
         shutil.rmtree(work)
     return row
 
 
-def segment_planes(planes: Planes, flat: list[str], name: str, work: Path, plan: segment.Plan,
-                   clock: Counter, progress, stop) -> None:
+def infer_planes(planes: Planes, flat: list[str], name: str, work: Path, plan: segment.Plan,
+                 clock: Counter, progress, stop) -> None:
     """Write the results of planes, called `flat`, that have none yet."""
     config = planes.config
     alone = replace(config, overlay=False, z=None, time=None)

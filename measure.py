@@ -281,8 +281,8 @@ def cached_bench_map(path: Path, key: dict, make: Callable[[], Any]) -> Any:
     return value
 
 
-def load_or_predict(path: Path, key: dict, predict: Callable, overwrite: bool
-                    ) -> tuple[np.ndarray, float | None]:
+def bench_load_or_predict(path: Path, key: dict, predict: Callable, overwrite: bool
+                          ) -> tuple[np.ndarray, float | None]:
     """Labels and their seconds, from NAME_pred.tif if NAME_pred.json has the same key."""
     beside = path.with_suffix(".json")
     if path.exists() and not overwrite and (record := load_bench_record(beside, key)):
@@ -411,7 +411,7 @@ def setting_of(row: dict) -> watershed.Setting:
 
 
 class EncodedLabels:
-    """True labels, made a distance map and found again in it: a row of encoding_rows()."""
+    """True labels, made a distance map and found again in it: a row of bench_encoding_rows()."""
 
     def __init__(self, row: dict):
         self.cap, self.setting = row["cap"], setting_of(row)
@@ -532,7 +532,7 @@ def rows_of(model: Model, sets: Sequence[LabelledSet], device: str,
     sources: dict[str, tuple] = {}
     if model.weights:
         try:
-            return network_rows(model, model.weights, sets, device, batch)
+            return bench_network_rows(model, model.weights, sets, device, batch)
         except FileNotFoundError as error:
             said(error)
     for dataset in sets if model.labels else ():
@@ -543,8 +543,8 @@ def rows_of(model: Model, sets: Sequence[LabelledSet], device: str,
     return [TableRow(model.name, model.note, sources)]
 
 
-def network_rows(model: Model, weights: str, sets: Sequence[LabelledSet], device: str,
-                 batch: int | None) -> list[TableRow]:
+def bench_network_rows(model: Model, weights: str, sets: Sequence[LabelledSet], device: str,
+                       batch: int | None) -> list[TableRow]:
     options = {name: getattr(model, name)
                for name in (*watershed.Setting._fields, "tile", "overlap", "scale", "channels")}
     pattern = any(letter in weights for letter in "*?[")
@@ -603,7 +603,8 @@ def measure_model(model: str, dataset: LabelledSet,
             missing.append(item.name)
             continue
         path = folder / f"{item.name}_pred.tif"
-        labels, took = load_or_predict(path, key, partial(source.labels, item, dataset), overwrite)
+        labels, took = bench_load_or_predict(path, key, partial(source.labels, item, dataset),
+                                             overwrite)
         names.append(item.name)
         tables.append(metrics.overlap(item.truth, of_same_size(labels, item, path)))
         seconds.append(took)
@@ -704,7 +705,7 @@ def model_rows(dataset: LabelledSet, rows: Sequence[TableRow],
 
 # ----------------------------------------------------------------------- ceiling, sweep of settings
 
-def encoding_rows(dataset: LabelledSet, grid: Encoding, folder: Path) -> list[dict]:
+def bench_encoding_rows(dataset: LabelledSet, grid: Encoding, folder: Path) -> list[dict]:
     """Scores of true labels after distance map and watershed: a row per setting, best DSB first."""
     settings = bench_threshold_grid(grid, "cap")
 
@@ -728,7 +729,7 @@ def encoding_rows(dataset: LabelledSet, grid: Encoding, folder: Path) -> list[di
 
 def ceiling_row(dataset: LabelledSet, grid: Encoding, folder: Path, **first: str) -> list[dict]:
     """Best row of the encoding, to stand before the rows of a set; none without cap."""
-    rows = encoding_rows(dataset, grid, folder)[:1] if grid.cap else []
+    rows = bench_encoding_rows(dataset, grid, folder)[:1] if grid.cap else []
     return [{**best, **first} for best in rows]
 
 
@@ -840,8 +841,9 @@ def bench_page(title: str, sets: Sequence[LabelledSet], rows: Sequence[TableRow]
         measured = [result for name, result in there.items() if name != CEILING]
         strips = [report.picture_strip(text, [report.picture(*panel) for panel in panels])
                   for text, panels in bench_example_strips(dataset, measured[:models])]
-        sections.append(report.report_section(dataset.name, dataset.note, score_table(rows, there),
-                                              bench_score_charts(there, styles), *strips))
+        sections.append(report.report_section(
+            dataset.name, dataset.note, bench_score_table(rows, there),
+            bench_score_charts(there, styles), *strips))
     note = ("AP, PQ and AJI (AJI+) are means over images; F1, SEG, DET and OP_CSB count the cells "
             "of all images together. Small: 95 % bootstrap intervals over images, from "
             f"{ENOUGH} images on. Bold: the best model. The ceiling is the score of true labels "
@@ -858,7 +860,7 @@ def bench_score_cell(result: Result | None, name: str, best: float | None = None
                        value == best)
 
 
-def score_table(rows: Sequence[TableRow], there: dict[str, Result]) -> str:
+def bench_score_table(rows: Sequence[TableRow], there: dict[str, Result]) -> str:
     models = [bench_headline(result.scores) for name, result in there.items() if name != CEILING]
     best = {name: max((model[name] for model in models), default=None) for name in PAGE_SCORES}
     lines: list[list[report.Cell | str]] = []
@@ -906,11 +908,11 @@ def bench_score_charts(there: dict[str, Result], styles: dict[str, report.Style]
     return report.legend({name: styles[name] for name in there}) + report.side_by_side({
         "AP over the threshold": report.line_chart(curves, styles, "IoU threshold", "mean AP"),
         "Cells found over their size": report.line_chart(
-            scores_by_size(there), styles, "equivalent diameter (px)", "share found at IoU 0.5",
-            log=True)})
+            bench_scores_by_size(there), styles, "equivalent diameter (px)",
+            "share found at IoU 0.5", log=True)})
 
 
-def scores_by_size(there: dict[str, Result]) -> dict[str, list[tuple[float, float]]]:
+def bench_scores_by_size(there: dict[str, Result]) -> dict[str, list[tuple[float, float]]]:
     """Share of true cells found at IoU 0.5, in up to eight classes of size with equal counts."""
     tables = {model: [table for run in result.runs for table in run.tables]
               for model, result in there.items()}
@@ -1016,7 +1018,7 @@ def marked(name: str, note: str, notes: dict[str, int]) -> str:
     return f"{name} ({notes.setdefault(note, len(notes) + 1)})" if note else name
 
 
-def footnotes(notes: dict[str, int], printed: int = 0) -> str:
+def bench_footnotes(notes: dict[str, int], printed: int = 0) -> str:
     """A line under a table: all notes but for the first so many, which stand under one before."""
     new = " ".join(f"({i}) {note}." for note, i in notes.items() if i > printed)
     return f"\n{new}\n" if new else ""
@@ -1037,7 +1039,7 @@ def bench_markdown(sets: Sequence[LabelledSet], rows: Sequence[TableRow], result
             " / ".join(shown_value(result.scores.mean[name]) for name in BRIEF)
             if result else "not run" for result in there)))
     brief = (f"{' / '.join(BRIEF).replace('/ AP@', '/ ')}, mean over the images of each set.\n\n"
-             + report.markdown(("set", "images", *ran), lines) + footnotes(notes))
+             + report.markdown(("set", "images", *ran), lines) + bench_footnotes(notes))
     printed = len(notes)
     if missing := [row.name for row in rows if row.name not in ran]:
         brief += f"\nNot run: {', '.join(missing)}.\n"
@@ -1050,7 +1052,7 @@ def bench_markdown(sets: Sequence[LabelledSet], rows: Sequence[TableRow], result
     whole = report.markdown(("set", "model", "images", *columns), lines, words=2)
     return brief, "\n".join([made + "\n", brief,
                              *([bench_difference_table(compared)] if compared else []),
-                             whole + footnotes(notes, printed)])
+                             whole + bench_footnotes(notes, printed)])
 
 
 def bench_difference_table(compared: Sequence[dict]) -> str:

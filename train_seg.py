@@ -139,9 +139,9 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
         changes = changes.still()
     torch.manual_seed(config.seed)
     images, validation, hashes = augment.load_resident(config.data, config.seed, device, config.cap)
-    net = build_segmentation_net(config, images.diameter)
+    net = build_train_seg_net(config, images.diameter)
     if check:
-        return print_plan(config, net, images, validation, device, changes)
+        return print_train_seg_plan(config, net, images, validation, device, changes)
     run = runs.Run(config, rank, world, device)
     state = run.resume()
     trainer = Trainer(config, net, device, world, images)
@@ -157,7 +157,7 @@ def train_network(config: Config, rank: int, world: int, device: str, check: boo
 
     meter = Meter(config, run)
     for step in range(start, config.steps):
-        factor, done = segmentation_rate(config, step), step + 1
+        factor, done = train_seg_rate(config, step), step + 1
         sample = np.arange(config.batch)[share] + step * config.batch  # no other sample's numbers
         begin = time.perf_counter()
         chosen, batch = training_crops(config, images, changes, sample)
@@ -231,7 +231,7 @@ class Meter:
         self.begin()
 
 
-def segmentation_rate(config: Config, step: int) -> float:
+def train_seg_rate(config: Config, step: int) -> float:
     """The learning rate of a step, as a factor on its highest."""
     end = config.lr_end / config.lr
     if config.schedule == "constant":
@@ -245,7 +245,7 @@ class Trainer:
     """A network, its optimiser and its running average, and the step that changes all three."""
 
     def __init__(self, config: Config, net, device: str, world: int = 1, images=None):
-        bf16 = segmentation_uses_bf16(config, device)
+        bf16 = train_seg_uses_bf16(config, device)
         self.config, self.net, self.images = config, net, images
         self.balance: torch.Tensor | None = None               # (1 + K,) weight of each type
         if config.data.types:
@@ -256,7 +256,7 @@ class Trainer:
         net.to(device, memory_format=self.layout)
         mean = torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema)
         self.average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=mean)
-        self.optimiser = segmentation_optimiser(net, config, device)
+        self.optimiser = train_seg_optimiser(net, config, device)
         self.wrapped = net
         if world > 1:
             self.wrapped = torch.nn.parallel.DistributedDataParallel(
@@ -434,7 +434,7 @@ def typed_vectors(images: Iterable[data.Labelled], net) -> tuple[np.ndarray, np.
     return np.concatenate(rows), np.concatenate(types)
 
 
-def build_segmentation_net(config: Config, diameter: float | None = None):
+def build_train_seg_net(config: Config, diameter: float | None = None):
     """Network to train: a whole one, a backbone under a new decoder, or all from scratch; diameter:
     px, of the cells that it will learn."""
     shape = config.network
@@ -488,16 +488,16 @@ def build_segmentation_net(config: Config, diameter: float | None = None):
     return net
 
 
-def segmentation_optimiser(net, config: Config, device: str):
-    groups = optim.parameter_groups(net, config.lr, lambda name, parameter: segmentation_traits(
+def train_seg_optimiser(net, config: Config, device: str):
+    groups = optim.parameter_groups(net, config.lr, lambda name, parameter: train_seg_traits(
         name, parameter, net.backbone.depth, config))
     if config.optimiser == "muon":
-        products = torch.bfloat16 if segmentation_uses_bf16(config, device) else torch.float32
+        products = torch.bfloat16 if train_seg_uses_bf16(config, device) else torch.float32
         return optim.Muon(groups, config.lr, eps=config.eps, products=products)
     return torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.999), eps=config.eps, fused=True)
 
 
-def segmentation_traits(name: str, parameter, depth: int, config: Config) -> dict:
+def train_seg_traits(name: str, parameter, depth: int, config: Config) -> dict:
     """Traits of a parameter's group: lr falls with depth by layer_decay; Muon takes the matrices
     between the patch embedding and the head."""
     above = optim.parameter_blocks_above(name, "backbone.", depth)
@@ -507,7 +507,7 @@ def segmentation_traits(name: str, parameter, depth: int, config: Config) -> dic
                 weight_decay=config.weight_decay * decays, scale=config.layer_decay ** above)
 
 
-def segmentation_uses_bf16(config: Config, device: str) -> bool:
+def train_seg_uses_bf16(config: Config, device: str) -> bool:
     return config.precision == "bf16" or (config.precision == "auto" and model.has_bf16(device))
 
 
@@ -650,7 +650,8 @@ def export_best_again(trainer: Trainer, run: runs.Run, validation: list[data.Lab
         export_trained(net, config, best["images"], scores, best["step"])
 
 
-def print_plan(config: Config, net, images, validation: list, device: str, changes) -> int:
+def print_train_seg_plan(config: Config, net, images, validation: list, device: str, changes
+                         ) -> int:
     """Print a summary without training."""
     print(runs.to_yaml(config))
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)

@@ -150,9 +150,9 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
         raise ValueError(f"batch={config.batch}: expected a multiple of {world} processes")
     light = ssl_.view_light(config.augment)
     if files:
-        return measure_pretraining(config, files, device)
+        return measure_train_ssl(config, files, device)
     torch.manual_seed(config.seed)
-    student, teacher = build_pretrained_student(config)
+    student, teacher = build_train_ssl_student(config)
     config = dataclasses.replace(              # the shape as it came from init
         config, lr=config.lr or (5e-4 if config.init is None else 5e-5),
         network=dataclasses.replace(config.network, **teacher.encoder.vit.architecture))
@@ -169,7 +169,7 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
     pool = stream.open_pool(config.data, config.batch, config.seed, device, rank, world,
                             run.folder / "bad_fields.tsv")
     kinds = ssl_.view_stains(pool.channels, config.data.brightfield)
-    optimiser = student_optimiser(student, config)
+    optimiser = train_ssl_optimiser(student, config)
     usage = torch.zeros(config.network.prototypes, device=device)
     learning = dict(student=student, teacher=teacher, optimiser=optimiser)
     if state:
@@ -186,7 +186,7 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
         student.encoder.compile()
         teacher.encoder.compile()
     share = slice(rank * config.batch // world, (rank + 1) * config.batch // world)
-    autocast = autocast_of(config, device)
+    autocast = train_ssl_autocast(config, device)
     pool.stopped = lambda: run.stopping
     looker = probe.Looker(config, run, runs.export_path(config))
     with pool:
@@ -195,13 +195,13 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
         since = Since(device)
         for step in range(start, config.steps):
             done = step + 1
-            rates = pretraining_schedules(config, step)
-            set_pretraining_rates(optimiser, rates, frozen=step < config.freeze)
+            rates = train_ssl_schedules(config, step)
+            set_train_ssl_rates(optimiser, rates, frozen=step < config.freeze)
             sample = np.arange(config.batch)[share] + step * config.batch    # its own numbers
             try:
                 with since.cutting:
                     slots = pool.sample(config.batch // world, step)
-                    batch = make_pretraining_batch(config, pool, slots, sample, step, light, kinds)
+                    batch = make_train_ssl_batch(config, pool, slots, sample, step, light, kinds)
             except runs.Stopped:                    # while the pool was being filled
                 print(f"stopped at step {step}, waiting for fields; the same command goes on from "
                       "there", file=sys.stderr)
@@ -251,14 +251,14 @@ def pretrain(config: Config, student, teacher, light, rank: int, world: int, dev
     return 0
 
 
-def set_pretraining_rates(optimiser, rates: dict[str, float], frozen: bool) -> None:
+def set_train_ssl_rates(optimiser, rates: dict[str, float], frozen: bool) -> None:
     """Set learning rates and weight decay; prototypes may be frozen."""
     for group in optimiser.param_groups:
         group["lr"] = 0.0 if frozen and group["prototypes"] else rates["lr"] * group["scale"]
         group["weight_decay"] = rates["weight_decay"] if group["decays"] else 0.0
 
 
-def pretraining_schedules(config: Config, step: int) -> dict[str, float]:
+def train_ssl_schedules(config: Config, step: int) -> dict[str, float]:
     """Everything that changes with the step."""
     assert config.lr                                                         # main() sets it
     steps, end, decay = config.steps, config.lr_end / config.lr, config.weight_decay
@@ -270,7 +270,7 @@ def pretraining_schedules(config: Config, step: int) -> dict[str, float]:
 
 # ----------------------------------------------------------------------------------------- network
 
-def build_pretrained_student(config: Config):
+def build_train_ssl_student(config: Config):
     """Student and teacher, equal at the start."""
     shape, std = config.network, config.network.init_std
     if config.init is None:
@@ -285,7 +285,7 @@ def build_pretrained_student(config: Config):
     return student, copy.deepcopy(student).requires_grad_(False)
 
 
-def student_optimiser(student, config: Config):
+def train_ssl_optimiser(student, config: Config):
     """AdamW, with lower rates for shallower blocks and the patch embedding, prototypes apart."""
     depth = student.encoder.vit.depth
 
@@ -298,13 +298,13 @@ def student_optimiser(student, config: Config):
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=config.eps, fused=True)
 
 
-def autocast_of(config: Config, device: str):
+def train_ssl_autocast(config: Config, device: str):
     bf16 = config.precision == "bf16" or (config.precision == "auto" and model.has_bf16(device))
     return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16)
 
 
-def make_pretraining_batch(config: Config, pool, slots, numbers: np.ndarray, step: int, light,
-                           kinds):
+def make_train_ssl_batch(config: Config, pool, slots, numbers: np.ndarray, step: int, light,
+                         kinds):
     """Views, masks and jitter of the samples `numbers`, whose fields are in `slots` of the pool."""
     large, small = ssl_.draw_views(pool, slots, numbers, step, config.seed, config.views, light,
                                    kinds)
@@ -406,7 +406,7 @@ def warn_of_collapse(config: Config, run: runs.Run, step: int, health: dict, sha
                                    "lower loss.teacher")
 
 
-def measure_pretraining(config: Config, files: list[str], device: str) -> int:
+def measure_train_ssl(config: Config, files: list[str], device: str) -> int:
     """Measure backbones from files on the fields held out."""
     windows = probe.probe_held_windows(config)
     for path in files:
@@ -432,7 +432,7 @@ def print_ssl_plan(config: Config, student, teacher, light, device: str) -> int:
              for i in range(tried))
     pool = stream.ResidentPool(noise, channels, device, seed=config.seed)
     kinds = ssl_.view_stains(channels, config.data.brightfield)
-    optimiser, autocast = student_optimiser(student, config), autocast_of(config, device)
+    optimiser, autocast = train_ssl_optimiser(student, config), train_ssl_autocast(config, device)
     kept, times = [], []                                      # bytes, (seconds, of them cutting)
 
     def count_bytes(tensor):
@@ -447,7 +447,7 @@ def print_ssl_plan(config: Config, student, teacher, light, device: str) -> int:
             teacher.encoder.compile()
         begin = time.perf_counter()
         slots = pool.sample(tried, step)
-        batch = make_pretraining_batch(config, pool, slots, np.arange(tried), step, light, kinds)
+        batch = make_train_ssl_batch(config, pool, slots, np.arange(tried), step, light, kinds)
         prepared = time.perf_counter()
         with counting if step == 0 else contextlib.nullcontext(), autocast:
             found = student(teacher, batch, config.loss.teacher[0], config.loss)

@@ -108,7 +108,7 @@ def supervised(device: str) -> list[list[str]]:
     config = runs.load_config(script.Config, ROOT / "configs" / "dinocell_s8.yaml")
     images, *_ = augment.load_resident(data.TrainingData(fields=20, field_size=384), 0, device,
                                        config.cap)
-    trainer = script.Trainer(config, script.build_segmentation_net(config), device)
+    trainer = script.Trainer(config, script.build_train_seg_net(config), device)
     changes = runs.from_dict(augment.Augment, config.augment, "augment")
     flops = 3 * config.batch * sum(part[2] for part in model.cost(trainer.net, config.crop))
     number = 0

@@ -51,7 +51,7 @@ class Step:
         torch.manual_seed(0)
         self.config, self.pool, self.device, self.number = config, pool, device, 0
         self.student, self.teacher = (part.to(device)
-                                      for part in train_ssl.build_pretrained_student(config))
+                                      for part in train_ssl.build_train_ssl_student(config))
         if plain:
             for part in (self.student, self.teacher):
                 part.encoder = one_by_one(part.encoder.vit)
@@ -59,7 +59,7 @@ class Step:
         elif config.compile:
             self.student.encoder.compile()
             self.teacher.encoder.compile()
-        self.optimiser = train_ssl.student_optimiser(self.student, config)
+        self.optimiser = train_ssl.train_ssl_optimiser(self.student, config)
         self.light, self.kinds = ssl_.view_light(), ssl_.view_stains(pool.channels,
                                                                  config.data.brightfield)
         self.numbers = np.arange(config.batch)
@@ -76,8 +76,8 @@ class Step:
                 self.pool.sample(config.batch, self.number),
                 self.numbers + self.number * config.batch,
             )
-            batch = train_ssl.make_pretraining_batch(config, self.pool, slots, numbers, self.number,
-                                                     self.light,
+            batch = train_ssl.make_train_ssl_batch(config, self.pool, slots, numbers, self.number,
+                                                   self.light,
                                          self.kinds)
         with torch.autocast(self.device, torch.bfloat16, enabled=config.precision == "bf16"):
             found = self.student(self.teacher, batch, 0.05, config.loss)
@@ -200,10 +200,10 @@ def operations(config, pool, device: str, rate: float, bandwidth: float) -> list
     ones, light = torch.ones(D, device=device, dtype=kind), ssl_.view_light()
     kinds, numbers = ssl_.view_stains(pool.channels, config.data.brightfield), np.arange(B)
     slots = pool.sample(B, 0)
-    student, teacher = (part.to(device) for part in train_ssl.build_pretrained_student(config))
+    student, teacher = (part.to(device) for part in train_ssl.build_train_ssl_student(config))
     for p in student.parameters():
         p.grad = torch.zeros_like(p)
-    optimiser = train_ssl.student_optimiser(student, config)
+    optimiser = train_ssl.train_ssl_optimiser(student, config)
     P = sum(p.numel() for p in student.parameters())
     pixels = B * (2 * shown.size**2 + shown.locals * shown.local_size**2)
     cases = [

@@ -197,7 +197,7 @@ def meta_learned(start: Start, first: str, config: Config, seed: int):
     lead: first-order, by hand."""
     net = starting_network(start, first, seed)
     known = [[scaled(data.read_labelled(example, chosen.name, {}), net.settings.diameter)
-              for example in evaluate.typed_examples([chosen], config.root)[:8]]
+              for example in evaluate.embed_examples([chosen], config.root)[:8]]
              for chosen in config.known]
     batches = [Batches(images, config, seed, net.settings.cap) for images in known]
     decoder = net.decoder
@@ -280,7 +280,7 @@ class Episode(NamedTuple):
 
 def episode_of(new: NewSet, root: str, diameter: float | None, seed: int) -> Episode:
     """Support and query of a set, drawn by file."""
-    found = evaluate.typed_examples([new.set], root)
+    found = evaluate.embed_examples([new.set], root)
     if len(found) < max(new.shots) + new.query:
         raise ValueError(f"set '{new.name}': {len(found)} images, expected {max(new.shots)} shots "
                          f"and {new.query} to ask; give smaller shots or query")

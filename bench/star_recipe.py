@@ -197,7 +197,7 @@ def taught_star(config: train_seg.Config, images, held: list, minutes: float
     net = star.net.eval()
     thresholds = star_thresholds(net, held)
     print(f"  centre above {thresholds[0]:.2f}, overlap {thresholds[1]}")
-    scale = train_seg.build_segmentation_net(config, images.diameter)   # as for ours
+    scale = train_seg.build_train_seg_net(config, images.diameter)   # as for ours
 
     def cells(pixels: np.ndarray, diameter: float | None) -> np.ndarray:
         source = segment.as_source(pixels)
@@ -213,7 +213,7 @@ def taught_star(config: train_seg.Config, images, held: list, minutes: float
 def taught_own(config: train_seg.Config, images, held: list, minutes: float
                ) -> tuple[int, Callable]:
     """The same of this project's small network."""
-    net = train_seg.build_segmentation_net(config, images.diameter)
+    net = train_seg.build_train_seg_net(config, images.diameter)
     trainer = train_seg.Trainer(config, net, "cpu")
     steps = learn(trainer.step, config, images, minutes)
     average: Any = trainer.average.module

@@ -122,14 +122,14 @@ def left_out(config: Config, run: Run, out: Path) -> dict[str, Any]:
     images.weigh({chosen.name: 0.0 if chosen.name in strange else chosen.weight
                   for chosen in one.data.sets})
     torch.manual_seed(run.seed)
-    net = train_seg.build_segmentation_net(one, images.diameter)
+    net = train_seg.build_train_seg_net(one, images.diameter)
     trainer = train_seg.Trainer(one, net, "cpu")
     changes = runs.from_dict(augment.Augment, one.augment, "augment")
     losses = []
     for step in range(one.steps):
         sample = np.arange(one.batch) + step * one.batch
         chosen, batch = train_seg.training_crops(one, images, changes, sample)
-        factor = train_seg.segmentation_rate(one, step)
+        factor = train_seg.train_seg_rate(one, step)
         losses.append(trainer.step(batch, factor, chosen)[0].item())
     average: Any = trainer.average.module
     home, abroad, setting = scored(average.ready("cpu"),

@@ -878,14 +878,14 @@ def test_convert_after_a_kill(tmp_path, capsys, monkeypatch):
     for seed, name in enumerate(("a", "b/c", "d", "e")):
         pair(source, name, seed)
     monkeypatch.setattr(data, "NOTED", -1.0)
-    recorded, write_stamps = [], data.write_stamps
-    monkeypatch.setattr(data, "write_stamps", lambda record, stamps: recorded.append(
-        sorted(stamps)) or write_stamps(record, stamps))
+    recorded, write_data_stamps = [], data.write_data_stamps
+    monkeypatch.setattr(data, "write_data_stamps", lambda record, stamps: recorded.append(
+        sorted(stamps)) or write_data_stamps(record, stamps))
     assert "4 images written" in command("convert", source, out, capsys=capsys)
     whole = ["a", "b/c", "d", "e"]
     assert recorded == [whole[:1], whole[:2], whole[:3], whole, whole]
-    stamps = data.read_stamps(out / "converted.tsv", "")
-    write_stamps(out / "converted.tsv", {"a": stamps["a"], "d": stamps["d"]})   # killed
+    stamps = data.read_data_stamps(out / "converted.tsv", "")
+    write_data_stamps(out / "converted.tsv", {"a": stamps["a"], "d": stamps["d"]})   # killed
     for name in ("a", "b/c"):
         (source / f"{name}.png").unlink()
         (source / f"{name}_masks.png").unlink()

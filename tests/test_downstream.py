@@ -495,7 +495,7 @@ def test_steps_out_of_order_and_unknown_ones(study, tmp_path):
     for name in ("base", "tuned"):
         runs.write_table(tmp_path / f"results/full_inference/{name}/tile_counts.tsv",
                          [{"donor": "a", "tile": "t", "cells": 9, "positive": 1}])
-    downstream.record_settings(runs.load_config(downstream.Config, path), "merge")
+    downstream.record_downstream_settings(runs.load_config(downstream.Config, path), "merge")
     with pytest.raises(ValueError, match=r"none of its donors \(zz\) has tiles, which are of a"):
         step(path, "associate", f"outcomes={tmp_path / 'o.tsv'}")
 

@@ -189,7 +189,8 @@ def test_the_mean_of_seeds():
     result = measure.bench_mean_of_seeds("s", seeds)
     assert result.scores.mean["AP@0.5"] == 0.5
     assert result.runs == tuple(seeds) and result.note == "2 seeds"
-    assert np.mean([y for _, y in measure.scores_by_size({"s": result})["s"]]) == pytest.approx(0.5)
+    shares = [y for _, y in measure.bench_scores_by_size({"s": result})["s"]]
+    assert np.mean(shares) == pytest.approx(0.5)
 
 
 # ------------------------------------------------------------------------------- thresholds, gating
@@ -218,7 +219,7 @@ def test_the_encoding_knows_all_thresholds(tmp_path):
     """Rows are true labels encoded and decoded by hand, best first."""
     folder = a_set(tmp_path / "set", range(3))
     grid = measure.Encoding((None, 3.0), (0.4,), (0.1,), (0.0, 0.1), (0.0, 1.0), (0.05,), (0, 40))
-    rows = measure.encoding_rows(dataset(tmp_path, name="discs", path="set"), grid, tmp_path)
+    rows = measure.bench_encoding_rows(dataset(tmp_path, name="discs", path="set"), grid, tmp_path)
     assert len(rows) == 16 and [row["DSB"] for row in rows] == sorted((row["DSB"] for row in rows),
                                                                       reverse=True)
     assert rows[0]["DSB"] > rows[-1]["DSB"]
@@ -275,7 +276,7 @@ def test_found_by_size():
         truth[5:5 + side, 20 * k:20 * k + side] = k + 1
     tables = [metrics.overlap(truth, np.where(truth > 10, truth, 0))]
     result = measure.Result("a", "", None, ["x"], tables, metrics.set_scores(tables), [], None)
-    (small, missed), (large, hit) = measure.scores_by_size({"a": result})["a"]
+    (small, missed), (large, hit) = measure.bench_scores_by_size({"a": result})["a"]
     assert (missed, hit) == (0, 1) and small == pytest.approx(2 * (16 / np.pi) ** 0.5)
     assert large == pytest.approx(2 * (144 / np.pi) ** 0.5)
 

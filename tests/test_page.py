@@ -1095,7 +1095,7 @@ def test_a_score_does_not_outlive_the_weights_it_was_fitted_for(tmp_path):
     model.change_weights_settings(WEIGHTS, tmp_path / "s.pt", score={"constant": 1.0})
     config = runs.from_dict(train_seg.Config, {"init": str(tmp_path / "s.pt"), "data": {
         "fields": 2}}, "x")
-    assert model.load(tmp_path / "s.pt").settings.score and not train_seg.build_segmentation_net(
+    assert model.load(tmp_path / "s.pt").settings.score and not train_seg.build_train_seg_net(
         config).settings.score
 
 

@@ -265,21 +265,21 @@ def test_edges_and_seams_count_more_when_asked():
 def test_it_starts_from_weights(whole, tmp_path):
     path = whole / "final_models/seg.pt"
     config = runs.load_config(train_seg.Config, toy(tmp_path), [f"init={path}", "train_blocks=1"])
-    net = train_seg.build_segmentation_net(config)
+    net = train_seg.build_train_seg_net(config)
     assert torch.equal(net.backbone.norm.weight, model.load(path).backbone.norm.weight)
     learns = {name.split(".")[1]
               for name, p in net.backbone.blocks.named_parameters(prefix="blocks")
               if p.requires_grad}
     assert learns == {"3"} and not net.backbone.patch_embed.weight.requires_grad
     assert all(p.requires_grad for p in net.decoder.parameters())
-    groups = train_seg.segmentation_optimiser(net, runs.load_config(train_seg.Config, toy(tmp_path),
-                                                                    ["layer_decay=0.5"]),
+    groups = train_seg.train_seg_optimiser(net, runs.load_config(train_seg.Config, toy(tmp_path),
+                                                                 ["layer_decay=0.5"]),
                                               "cpu").param_groups
     assert {group["scale"] for group in groups} >= {1.0, 0.5}
     listed = [id(p) for group in groups for p in group["params"]]
     assert len(listed) == len(set(listed)) == sum(p.requires_grad for p in net.parameters())
-    old, new = model.load(path), train_seg.build_segmentation_net(runs.load_config(train_seg.Config,
-                                                                                   toy(tmp_path), [
+    old, new = model.load(path), train_seg.build_train_seg_net(runs.load_config(train_seg.Config,
+                                                                                toy(tmp_path), [
         f"init={path}", "new_decoder=true", "network.widths=[8, 8]", "network.last=0",
         "network.stem=2"]))
     assert torch.equal(new.backbone.blocks[0].fc1.weight,
@@ -291,7 +291,7 @@ def test_it_starts_from_weights(whole, tmp_path):
                                    ("bound", [], "CC-BY-NC-4.0"), ("vit", [], "CC-BY-4.0")):
         config = runs.load_config(train_seg.Config, toy(tmp_path), [
             f"init={tmp_path / name}.pt", *changes])
-        assert train_seg.build_segmentation_net(config).settings.licence == licence
+        assert train_seg.build_train_seg_net(config).settings.licence == licence
     torch.save({"teacher": {}}, tmp_path / "dinov3.pth")
     assert model.licence_of(tmp_path / "dinov3.pth") == "LicenseRef-DINOv3"
 
@@ -351,9 +351,9 @@ def test_muon_learns_the_inner_layers_and_goes_on(tmp_path):
     """Not those that meet pixels or answer, nor vectors; a run that is stopped reaches the same
     weights."""
     config = runs.load_config(train_seg.Config, toy(tmp_path), ["optimiser=muon"])
-    net = train_seg.build_segmentation_net(config)
+    net = train_seg.build_train_seg_net(config)
     optimiser, names = (
-        train_seg.segmentation_optimiser(net, config, "cpu"),
+        train_seg.train_seg_optimiser(net, config, "cpu"),
         {id(p): name for name, p in net.named_parameters()},
     )
     inner = {names[id(p)] for group in optimiser.param_groups if group["matrix"]
@@ -362,13 +362,13 @@ def test_muon_learns_the_inner_layers_and_goes_on(tmp_path):
                                                   "decoder.ups.0.weight"} <= inner, sorted(inner)
     assert not [name for name in inner if "bias" in name or "norm" in name or "patch_embed" in name
                 or "head" in name or "token" in name]
-    assert isinstance(train_seg.segmentation_optimiser(net, runs.load_config(train_seg.Config,
-                                                                             toy(tmp_path)), "cpu"),
+    assert isinstance(train_seg.train_seg_optimiser(net, runs.load_config(train_seg.Config,
+                                                                          toy(tmp_path)), "cpu"),
                       torch.optim.AdamW)
     for precision, products in (("float32", torch.float32), ("bf16", torch.bfloat16)):
         asked = runs.load_config(train_seg.Config, toy(tmp_path),
                                  ["optimiser=muon", f"precision={precision}"])
-        assert train_seg.segmentation_optimiser(net, asked, "cpu").products == products
+        assert train_seg.train_seg_optimiser(net, asked, "cpu").products == products
     once, again = tmp_path / "once", tmp_path / "again"
     shape = dict(optimiser="muon", steps=8, val_every=4, save_every=4, warmup=1)
     assert run(toy(tmp_path, output_base_dir=str(once), **shape)).returncode == 0
@@ -413,7 +413,7 @@ def test_the_size_head_learns_how_wide_cells_are(tmp_path, capsys):
     for steps, wanted, new, has in ((0, 16, 16, True), (2, 16, 16, False), (0, 30, 30, False),
                                     (0, None, 16, False), (0, None, None, False)):
         capsys.readouterr()
-        again = train_seg.build_segmentation_net(dataclasses.replace(
+        again = train_seg.build_train_seg_net(dataclasses.replace(
             config, init=str(tmp_path / "final_models/seg.pt"), size_steps=steps,
             data=dataclasses.replace(config.data, diameter=wanted)), new)
         assert (again.size is not None) == has == ("size" in again.architecture)
@@ -497,8 +497,8 @@ def test_parts_can_be_left_out(tmp_path):
     """The keys of configs/ablation.yaml: other weights are trained than those of the whole network.
     """
     def built(*changes):
-        return train_seg.build_segmentation_net(runs.load_config(train_seg.Config, toy(tmp_path),
-                                                                 list(changes)))
+        return train_seg.build_train_seg_net(runs.load_config(train_seg.Config, toy(tmp_path),
+                                                              list(changes)))
     assert isinstance(built("network.arch=unet").backbone,
                       model.ConvNet) and len(built().decoder.stem) == 1
     assert len(built("network.stem=0").decoder.stem) == 0 and built("cap=null").settings.cap is None
@@ -641,7 +641,7 @@ def test_shipped_configurations_are_whole(name):
     config = runs.load_config(train_seg.Config, ROOT / "configs" / f"{name}.yaml")
     assert config.experiment and (config.data.sets or config.data.fields)
     if config.init is None:
-        assert train_seg.build_segmentation_net(config).settings.cap == config.cap
+        assert train_seg.build_train_seg_net(config).settings.cap == config.cap
 
 
 def test_a_run_does_not_go_on_with_other_images(tmp_path, capsys):

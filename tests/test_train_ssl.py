@@ -244,7 +244,7 @@ def test_two_processes_train_to_the_weights_of_one(inside, tmp_path):
     for part in ("student", "teacher"):
         a, b = (torch.cat([v.flatten() for v in state[part].values()]) for state in (one, two))
         assert ((a - b).norm() / a.norm()).item() < 1e-5
-    before = train_ssl.build_pretrained_student(
+    before = train_ssl.build_train_ssl_student(
         runs.load_config(train_ssl.Config, tmp_path / "toy.yaml")
     )[0].state_dict()
     moved, length = (torch.cat([(x - y).flatten() for x, y in pairs]).norm() for pairs in (
@@ -344,7 +344,7 @@ def test_collapse_is_said(tmp_path):
 
 def test_first_weights(tmp_path):
     config = runs.load_config(train_ssl.Config, toy(tmp_path, network=dict(dim=96, init_std=0.15)))
-    student, teacher = train_ssl.build_pretrained_student(config)
+    student, teacher = train_ssl.build_train_ssl_student(config)
     weights = [m.weight for m in student.encoder.modules() if isinstance(m, torch.nn.Linear)]
     assert len(weights) == 16
     assert all(0.12 < w.std() < 0.14 and w.abs().max() <= 0.3 for w in weights)      # cut at 2 std
@@ -355,8 +355,8 @@ def test_first_weights(tmp_path):
 @pytest.mark.smoke
 def test_parameter_groups(tmp_path):
     config = runs.load_config(train_ssl.Config, toy(tmp_path, layer_decay=0.5, patch_lr=0.1))
-    student, _ = train_ssl.build_pretrained_student(config)
-    groups = train_ssl.student_optimiser(student, config).param_groups
+    student, _ = train_ssl.build_train_ssl_student(config)
+    groups = train_ssl.train_ssl_optimiser(student, config).param_groups
     of = {id(p): group for group in groups for p in group["params"]}
     assert len(of) == len(list(student.parameters()))
     named = {name: of[id(p)] for name, p in student.named_parameters()}

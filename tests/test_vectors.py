@@ -500,8 +500,8 @@ def test_found_cells_teach_their_types_and_false_ones_none():
     centres = np.stack([np.arange(10) * 50.0, rng.random(10)], 1)
     rows = np.eye(4)[told]
     seen = [evaluate.SeenCells(types, centres[:5], rows[:5], centres, rows)] * 2
-    known, numbers = evaluate.known_type_rows(seen)
-    found, every = evaluate.found_type_rows(seen, 5.0, 3)
+    known, numbers = evaluate.embed_known_type_rows(seen)
+    found, every = evaluate.embed_found_type_rows(seen, 5.0, 3)
     assert numbers.tolist() == [1, 2, 1, 2] * 2 and every.tolist() == ([1, 2, 1, 2] + [3] * 5) * 2
     np.testing.assert_array_equal(found, np.eye(4)[every])
     sure = [evaluate.SeenCells(types[:4], centres[:4], rows[:4], *(
@@ -511,7 +511,7 @@ def test_found_cells_teach_their_types_and_false_ones_none():
         head = vectors.linear_type_head(np.concatenate((known, found[some])),
                                         np.concatenate((numbers, every[some])) - 1, count)
         tell = functools.partial(vectors.type_probabilities, head)
-        assert evaluate.found_types(sure, tell, ("a", "b"), 5.0)["F_d"] == detection
+        assert evaluate.embed_found_types(sure, tell, ("a", "b"), 5.0)["F_d"] == detection
 
 
 def test_what_vectors_are_worth(tmp_path, capsys):

@@ -118,8 +118,7 @@ def check_donor_folders(root: Path, tiles: Sequence[TilePair]) -> None:
     """Refuse folders such as donor_A-01 and donor_A-02, which by default are one donor, A."""
     folder_of: dict[str, tuple[str, str]] = {}                 # donor: rest of its word, folder
     for name, donor, _ in tiles:
-        found = re.search(data.DONOR, name)
-        assert found is not None                               # it gave the donor
+        found = [one for one in re.finditer(data.DONOR, name) if one[1] == donor][-1]
         before, after = name[:found.end()].rpartition("/")[2], name[found.end():]
         if "/" in after:                                       # not in the name of a file
             here = re.split("[/_]", after)[0], before + after.partition("/")[0]

@@ -553,7 +553,10 @@ def _geojson_cells(path: Path) -> list[dict]:
 
 
 def _geojson_below(feature: dict) -> Iterator[dict]:
-    """Objects inside an object, where they were not exported one by one."""
+    """Objects inside an object, where they were not exported one by one; in a cell they are spots.
+    """
+    if _geojson_part(feature, "properties").get("objectType") == "cell":
+        return
     below = _geojson_part(feature, "properties").get("childObjects")
     for child in below if isinstance(below, list) else ():
         if isinstance(child, dict):
@@ -749,6 +752,7 @@ class _Unpickler(pickle.Unpickler):
 # -------------------------------------------------------------------------------- groups and splits
 
 DONOR = r"(?i)(?<![^\W\d_])(?:donor|patient|subject|case)(?:[-_ ]|(?=\d))([^\W_]+)"
+NO_DONOR = ("control", "controls", "data", "image", "images", "report", "series", "study")
 MOMENT = re.compile(r"(?i)[-_. ]?\d+d\d+h\d+m.*")      # 01d04h00m_2 of LIVECell: time, quarter
 FRAME = re.compile(r"(?i)(?<![a-z0-9])(?:t|tp|time|frame|copy|crop|z|slice|plane|w|ch|channel)"
                    r"[-_]?\d+(?=xy|[^a-z0-9]|$)")
@@ -778,7 +782,7 @@ def donor_of(name: str, pattern: str | None = None, key: str = "pattern") -> str
     matches = [match[1] for match in expression.finditer(name)] if expression.groups == 1 else []
     found = set(filter(None, matches[:1] if pattern else matches))
     if len(found) > 1:                                          # case_control/donor_7
-        found = {one for one in found if re.search(r"\d", one)} or found
+        found = {one for one in found if one.lower() not in NO_DONOR} or found
     if len(found) != 1:
         problem = f"donors {' and '.join(sorted(found))}" if found else "no donor"
         raise ValueError(f"{problem} in the name {name}; give {key}=REGEX with one group around "

@@ -678,7 +678,11 @@ def embed_cells_of_fields(config: Embed) -> list[tuple[str, np.ndarray, np.ndarr
     finder = networks.load(config.finder).ready(runs.pick_device(config.device))
     read = ((name, pixels, segment.segment(pixels[-1], finder))
             for name, _, pixels in probe.probe_field_files(config))
-    return [field for field in read if field[2].any()]
+    found = [field for field in read if field[2].any()]
+    if len(found) < 2:
+        raise ValueError(f"fields={config.fields}: cells were found in {len(found)} fields, "
+                         "expected two or more; give other weights as finder=")
+    return found
 
 
 def embed_told_fields(net, seen: Sequence[tuple[str, np.ndarray, np.ndarray]], config: Embed

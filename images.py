@@ -67,7 +67,9 @@ LABEL_TILE = 512                        # px, side of the tiles of a label file 
 CLASSIC = 1 << 31                       # bytes; beyond, a TIFF must be a BigTIFF
 OVERVIEW = 1 << 24      # pixels of the size of a slide that says how bright it is and where tissue
 STEPS = 4                               # of whole numbers: the least contrast that is looked at
-FLAT = f"has less contrast than {STEPS} grey levels, in which no cell is told from noise"
+HOT = 0.9999                            # share of pixels as bright or less; the rest may be hot
+FLAT = (f"has no contrast, or less than {STEPS} grey levels, in which no cell is told from noise; "
+        "a mask of 0 and 1 is seen when saved as 0 and 255")
 COUNTED = 1 << 22                       # pixels of a channel that percentiles() counts together
 DENSEST = {"PNG": 1032, "JPEG": 64 * 8}    # pixels of a channel that a byte can hold, at most
 SMALL = 64 << 20                    # bytes that are asked for without a look at the memory
@@ -876,22 +878,23 @@ def percentiles(image: Source | np.ndarray, low: float = 1.0, high: float = 99.8
     pixels = math.prod(image.shape[1:])
     at = np.array([low, high]) / 100 * (pixels - 1)                # ranks, between two values
     below = at.astype(np.int64)
-    ranks = [*below, *np.minimum(below + 1, pixels - 1), pixels - 1]
+    ranks = [*below, *np.minimum(below + 1, pixels - 1), int(HOT * (pixels - 1)), pixels - 1]
     small = image.dtype.kind in "ui" and image.dtype.itemsize <= 2
     values = _ranked_by_counting(image, ranks) if small else _ranked_by_sorting(image, ranks)
-    a, b, t = values[:, :2], values[:, 2:4], at - below            # values: (C, 5) float64
+    a, b, t = values[:, :2], values[:, 2:4], at - below            # values: (C, 6) float64
     limits = np.where(t < 0.5, a + (b - a) * t, b - (b - a) * (1 - t))       # rounded as NumPy does
-    low, high, most = limits[:, 0], limits[:, 1], values[:, 4]
+    low, high, bright, most = limits[:, 0], limits[:, 1], values[:, 4], values[:, 5]
     high[:] = np.where(low < high, high, most)
     if image.dtype.kind in "ui":
-        high[:] = np.maximum(high, np.minimum(most, low + STEPS))
+        high[:] = np.maximum(high, np.minimum(bright, low + STEPS))
         high[:] = np.where(high - low < STEPS, low, high)
     return limits
 
 
 def is_flat(limits: np.ndarray) -> bool:
     """Whether no channel has contrast; limits (C, 2)."""
-    return bool((limits[:, 0] == limits[:, 1]).all())
+    low, high = np.asarray(limits).T
+    return bool((low == high).all())
 
 
 def _ranked_by_counting(image: Source | np.ndarray, ranks: Sequence[int]) -> np.ndarray:

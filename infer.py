@@ -393,7 +393,7 @@ class Work:
                     self.summary.add(row)
                 except runs.Stopped:
                     bar.clear()
-                    if config.linked and s3.is_remote(config.out):
+                    if config.linked and s3.is_remote(config.out) and not self.summary.fresh:
                         raise ValueError(f"{path}: stopped; its planes are not kept on S3, and it "
                                          "begins anew: give more time, or out= on a disk") from None
                     way = "; without overwrite=true" * (config.overwrite and not config.linked)
@@ -547,10 +547,7 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, made: di
                     pixels = small.whole().pixels
                 tissue = segment.tissue_map(pixels)
             limits = images.percentiles(pixels, net.settings.low, net.settings.high)
-        flat = images.FLAT if images.is_flat(limits) else ""
-        for notice in filter(None, (*source.notices, flat)):  # now, for all pixels have been seen
-            if said := images.image_notice(path, notice):
-                print_line(said)
+        print_notices(path, source, limits)  # now, for all pixels have been seen
         seen = segment.MeanOfChannels(source, limits) if config.each else source
         with segment.timed(clock, "network"):
             plan = plan_of(seen, path, net, config, tissue=tissue,
@@ -564,6 +561,14 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, made: di
             with segment.timed(clock, "network"):
                 results.add_vectors_of_channels(limits)
     return results.close(made, start)
+
+
+def print_notices(path: Path, source: images.Source, limits: np.ndarray) -> None:
+    """Print what was noticed of an image."""
+    flat = (images.FLAT,) if images.is_flat(limits) else ()
+    for notice in (*source.notices, *flat):
+        if said := images.image_notice(path, notice):
+            print_line(said)
 
 
 def check_infer_channels(path: Path, source: images.Source) -> None:
@@ -866,6 +871,7 @@ def infer_stack(path: Path, name: str, out: Path, net, config: Config, made: dic
     with planes.open(len(planes) // 2) as source:
         check_infer_channels(path, source)
         plan = plan_of(source, path, net, config, limits=planes.limits(net))
+        print_notices(path, source, plan.limits)
     flat = [images.plane_name(name, config.linked, n + 1, len(planes)) for n in range(len(planes))]
     for file in given_files(name, config)["labels"]:
         plane = file.name.removesuffix("_labels.tif")

@@ -247,13 +247,15 @@ class Opened:
         self.state |= {"place": place, "pixels": pixels}
         newer = linked and labels.exists() and (
             linked.stat().st_mtime_ns > labels.stat().st_mtime_ns)
-        if newer and project.kept_files(name)[1].exists():
+        if newer and (project.kept_files(name)[1].exists()
+                      or self.state.get("linked") != runs.digest(labels)):
             project.complain(f"{name}: infer.py has written the labels of its stack since; those "
-                             "found or corrected here stay")
+                             "found or corrected here or in another program stay")
         elif linked and (newer or not labels.exists()):            # as infer.py z=all found them
             images.write_labels(labels, images.read_labels(
                 linked, *(entry.place if entry.axis == axis else None for axis in "ZT")),
                 source.pixel_size)
+            self.state["linked"] = runs.digest(labels)             # as long as nobody changes them
         self.book = edits.Book(project.out / name, self.size, source.pixel_size)
         self.seen: Any = None                           # (h, w) distances, as the network gave them
         self.distance: Any = None                       # (H, W) the same at the image's scale
@@ -264,6 +266,7 @@ class Opened:
         self.rows: Any = None                           # vectors.CellVectors of the cells
         self.outside = 0                                # labels of other programs that were noted
         self.note_outside()
+        self.state.pop("marked", None)                  # of the time while it is not open
 
     def close(self) -> None:
         self.book.save()

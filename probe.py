@@ -46,6 +46,7 @@ with runs.lazy():
     import cells
     import data
     import fields
+    import images
     import metrics
     import model
     import optim
@@ -308,8 +309,8 @@ def probe_field_files(config) -> Iterator[tuple[str, list[str], np.ndarray]]:
             raise ValueError(f"{name}: channels {', '.join(names)}, the fields before have "
                              f"{', '.join(before or ())}; choose the same of all by channels=")
         for channel, image in zip(names, pixels, strict=True):
-            if image.min() == image.max():
-                raise ValueError(f"{name}: channel {channel} is {image[0, 0]} in every pixel seen; "
+            if images.is_flat(images.percentiles(image[None])):
+                raise ValueError(f"{name}: channel {channel} has no contrast in the pixels seen; "
                                  "leave it or the field out")
         before = names
         yield name, names, pixels

@@ -67,7 +67,8 @@ def test_tiles_are_pairs(tmp_path):
 
 
 @pytest.mark.parametrize("folders", [("donor_A-01", "donor_A-02"), ("donor_1", "donor_1.0"),
-                                     ("x/donor_1-left_2", "donor_1")])
+                                     ("x/donor_1-left_2", "donor_1"),
+                                     ("case_control/donor_7-01", "case_control/donor_7-02")])
 def test_folders_that_would_be_one_donor_by_mistake(tmp_path, folders):
     for folder in folders:
         touch(tmp_path, f"{folder}/t_b0c0.tif", f"{folder}/t_b0c1.tif")

@@ -469,13 +469,14 @@ def test_neighbours_share_a_side_without_gap_or_overlap(corners):
 
 
 def test_qupath_classes_of_several_parts_and_cells_inside_of_others(tmp_path):
-    def feature(left, given, *below):
+    def feature(left, given, *below, kind="annotation"):
         ring = [[left, 1], [left + 3, 1], [left + 3, 5], [left, 5], [left, 1]]
         return {"geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": {
-            "objectType": "detection" if not below else "annotation", "classification": given,
+            "objectType": kind if below else "detection", "classification": given,
             "childObjects": list(below)}}
     save(tmp_path / "x.tif", picture(0))
-    cells = feature(1, {"names": ["Tumor", "Positive"]}), feature(9, "Stroma"), feature(16, None)
+    cells = (feature(1, {"names": ["Tumor", "Positive"]}), feature(9, "Stroma"),
+             feature(16, None, feature(17, "a spot in the cell"), kind="cell"))
     (tmp_path / "x.geojson").write_text(json.dumps(feature(0, None, *cells)))
     example = only(tmp_path)
     assert example.types() == {1: "Tumor: Positive", 2: "Stroma"}
@@ -655,8 +656,11 @@ def test_no_donor_in_the_name(name):
 def test_two_donors_in_a_name_are_refused():
     with pytest.raises(ValueError, match="donors 1 and 2 in the name donor_1/patient_2"):
         data.donor_of("donor_1/patient_2")
-    with pytest.raises(ValueError, match="donors Smith and study in the name"):
-        data.donor_of("case_study/donor_Smith")
+    with pytest.raises(ValueError, match="donors Smith and review in the name"):
+        data.donor_of("case_review/donor_Smith")
+    with pytest.raises(ValueError, match="donors 1 and A in the name"):
+        data.donor_of("patient_A/case_1/t")
+    assert data.donor_of("case_study/donor_Smith") == "Smith"
     assert data.donor_of("donor_1/patient_2", "patient_([0-9]+)") == "2"
 
 

@@ -509,7 +509,7 @@ def test_a_constant_image_has_no_cells(tmp_path, capsys):
     constant(tmp_path)
     code, out, err = run_here(tmp_path / "x.tif", f"out={tmp_path / 'out'}", capsys=capsys)
     assert code == 0 and tifffile.imread(tmp_path / "out/x_labels.tif").max() == 0
-    assert "x.tif: has less contrast than 4 grey levels" in err
+    assert "x.tif: has no contrast, or less than 4 grey levels" in err
     assert rows(tmp_path / "out/x_cells.csv") == [] and rows(tmp_path
                                                              / "out/summary.csv")[0]["cells"] == "0"
 

@@ -421,7 +421,9 @@ def test_numbers_of_the_shipped_network_add_up(minilm, shared):
     ("cells lacking inflammation", True), ("omit the fibroblasts", True),
     ("outline everything save for muscle", True), ("are there fibroblasts or not?", False),
     ("don't count the fibroblasts", True), ("ignore the fibroblasts", True),
-    ("skip all muscle", True), ("don't you see fibroblasts?", False),
+    ("skip all muscle", True), ("skip the background and outline the fibroblasts", False),
+    ("ignoring debris, count the fibroblasts", False), ("don't ignore the fibroblasts", False),
+    ("don't you see fibroblasts?", False),
     ("count not only fibroblasts", False), ("not just muscle", False),
     ("highlight fibroblasts, if not too many", False), ("why not count muscle?", False)])
 def test_denials(text, denied):

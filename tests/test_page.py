@@ -810,6 +810,11 @@ def test_linked_cells_of_a_stack_are_there_plane_by_plane(stack):
     write(stack.truth)
     book = stack.project.open("embryo_z1").book
     np.testing.assert_array_equal(book.labels, np.where(others[0] == 1, 0, others[0]))
+    other = np.where(others[1] == 2, 0, others[1])                # as do those of another program
+    stack.project.put_away("embryo_z2")
+    images.write_labels(stack.out / "embryo_z2_labels.tif", other)
+    write(stack.truth)
+    np.testing.assert_array_equal(stack.project.open("embryo_z2").book.labels, other)
     assert "has written the labels of its stack since" in stack.json("/news")["problems"][-1]
 
 
@@ -926,6 +931,7 @@ def test_a_mark_lives_as_long_as_its_cell(two_types):
     assert [each["marks"] for each in site.project.types.known()] == [2]
     site.json("/mark", {"image": "a", "x": 64, "y": 32, "type": "bright"})        # taken away
     assert marks() == ([160], [1])
+    assert "marked" not in site.project.of("a")                   # a killed page would go by it
     site.edit("a", "remove", cell=int(site.project.open("a").book.labels[32, 160]))
     site.edit("a", "draw", line=[[150, 22], [170, 22], [170, 42], [150, 42]])     # a new cell
     assert marks() == ([], [0])

@@ -12,6 +12,7 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tifffile
 from jump_fields import ABOVE, ADDRESS, BATCH, key, picture, tiff
@@ -440,6 +441,29 @@ def test_the_next_image_comes_while_this_one_is_worked_on(cells):
         assert not any(before.exists() for before in seen[:-1])
     assert not seen[-1].exists() and [file.name for file in seen] == ["0.tif", "1.tif", "2.tif",
                                                                       "3.tif"]
+
+
+@pytest.mark.parametrize("done, code", [(0, None), (1, runs.REQUEUE)])
+def test_stacks_for_s3_are_queued_again_while_some_get_done(tmp_path, monkeypatch, done, code):
+    """One alone that is stopped would begin anew each time, for ever."""
+    def stopped(file, name, *rest):
+        if len(rows) == done:
+            raise runs.Stopped
+        rows.append({"image": name})
+        return rows[-1]
+
+    rows: list[dict] = []
+    monkeypatch.setattr(infer, "infer_stack", stopped)
+    todo = {tmp_path / f"{name}.tif": name for name in "ab"}
+    for path in todo:
+        tifffile.imwrite(path, np.zeros((3, 8, 8), np.uint8))
+    work = infer.Work(s3.OutputFolder(tmp_path / "out"), infer.Summary(tmp_path / "s.csv"), {})
+    config = Config(z="all", out="s3://cells/out")
+    if code is None:
+        with pytest.raises(ValueError, match="it begins anew: give more time"):
+            work.do(todo, None, config, False)
+    else:
+        assert work.do(todo, None, config, False) == code
 
 
 def test_an_interruption_leaves_whole_images_and_the_table(cells, monkeypatch):

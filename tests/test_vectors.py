@@ -580,3 +580,7 @@ def test_fields_across_channels_and_wells(tmp_path, capsys):
     (tmp_path / "wells.csv").write_text("image,well\nf0,A\n")
     with pytest.raises(ValueError, match="no row for f1"):
         evaluate.embed(config)
+    net.settings = dataclasses.replace(net.settings, peak=0.999)
+    model.save(net, tmp_path / "n.pt")
+    with pytest.raises(ValueError, match="cells were found in 0 fields, expected two or more"):
+        evaluate.embed(config)

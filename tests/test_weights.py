@@ -68,6 +68,7 @@ def noise(kind: str, seed: int, side: int = SIDE) -> np.ndarray:
         plain = ndimage.gaussian_filter(plain, rng.uniform(0.5, 2))
         plain /= plain.std()
     if kind == "coarse":
+        plain[7, 7] += 2000 * (seed % 2)                          # a hot pixel
         return np.round(20 + rng.random() + 0.1 * 2 ** seed * plain).astype(np.uint16)
     return np.clip(level * (1 + 10 ** rng.uniform(-2, -0.6) * plain), 0, 65535).astype(np.uint16)
 

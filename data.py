@@ -345,7 +345,7 @@ def unread(root: Path, found: list[Example]) -> list[str]:
         for file in layout_files(files, {*IMAGES, ".geojson"}):
             ends = [end for end in LABEL_ENDS if stem_of(file).endswith(end)]
             other = any(folder / file_pair_key(stem_of(file).removesuffix(end)) in keys
-                        for end in ends)
+                        for end in ends or [""] * (file.suffix == ".geojson"))
             if file not in used and not other and not stem_of(file).endswith(BYPRODUCTS):
                 kind = ("a tile that lacks a channel or labels" if TILE.search(file.stem)
                         else "labels without image" if ends or file.suffix == ".geojson"

@@ -67,6 +67,7 @@ LABEL_TILE = 512                        # px, side of the tiles of a label file 
 CLASSIC = 1 << 31                       # bytes; beyond, a TIFF must be a BigTIFF
 OVERVIEW = 1 << 24      # pixels of the size of a slide that says how bright it is and where tissue
 STEPS = 4                               # of whole numbers: the least contrast that is looked at
+BLEED = 0.1                             # of the contrast of one colour, in others of a JPEG
 HOT = 0.9999                            # share of pixels as bright or less; the rest may be hot
 FLAT = (f"has no contrast, or less than {STEPS} grey levels, in which no cell is told from noise; "
         "a mask of 0 and 1 is seen when saved as 0 and 255")
@@ -229,6 +230,8 @@ def open_image(path: str | Path, channels: Channels = None, plane: int | None = 
         else:
             parts = _open_npy(path, select) if suffix in NPY else \
                 _open_png_jpeg(path, select, colours)
+            if callable(level):                                    # it may ask how large a pixel is
+                level([(*parts["shape"][1:], None)])
         source = Source(path, channels, **parts)
         source.close = files.pop_all().close
         return source
@@ -296,9 +299,10 @@ class Source:
     def __init__(self, path: Path, channels: Channels, read: Read,
                  shape: tuple[int, int, int], dtype: np.dtype, names: Sequence[str] | None = None,
                  pixel_size: float | None = None, notices: Sequence[str] = (), alpha: bool = False,
-                 levels: int = 1, reduced: tuple[float, float] = (1.0, 1.0)):
+                 levels: int = 1, reduced: tuple[float, float] = (1.0, 1.0), lossy: bool = False):
         """shape : with all channels of read(), of which the last may be alpha; levels : sizes that
-        are stored; reduced : px of the largest for each of this, down and across."""
+        are stored; reduced : px of the largest for each of this, down and across; lossy : colours
+        of a JPEG, which are mixed up a little."""
         if 0 in shape or dtype.kind not in "buif" or dtype.itemsize > 8:
             raise ValueError(f"{path}: pixels of {dtype}, (C, H, W) = {shape}; expected at least "
                              "one pixel, integers or floats of at most 64 bits")
@@ -311,6 +315,7 @@ class Source:
         self.dtype = np.dtype(np.uint8) if dtype.kind == "b" else dtype.newbyteorder("=")
         self.channels = names and tuple(names[i] for i in self._picked)
         self.pixel_size, self.levels, self.reduced = pixel_size, levels, reduced
+        self.lossy = lossy
         self.notices = (*notices, "alpha channel dropped") if alpha else tuple(notices)
 
     def region(self, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
@@ -465,13 +470,14 @@ def _open_png_jpeg(path: Path, select: Selector, colours: bool) -> dict[str, Any
         array = _sixteen_bits(path, image) if raw.endswith(";16B") else np.asarray(image)
         array = array // np.uint8(few) if few > 1 else array
         turned = image.getexif().get(ORIENTATION, 1)
+        lossy = image.format == "JPEG" and image.mode == "RGB"
     if image.mode not in ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"):
         raise ValueError(f"{path}: colours are {image.mode}, expected gray or RGB; save it as RGB")
     select("YX", array.shape[:2])
     notices = [f"EXIF says that the camera was turned (orientation {turned}); pixels and results "
                "are as stored"] * (turned in range(2, 9))
     return source_of_arrays([array], "YXC"[:array.ndim], alpha=array.shape[2:] in ((2,), (4,)),
-                            notices=notices)
+                            notices=notices, lossy=lossy)
 
 
 def _sixteen_bits(path: Path, image: Any) -> np.ndarray:
@@ -574,8 +580,11 @@ def level_of(pixel_size: float) -> Level:
     """The coarsest size of a slide whose pixels (µm) are no larger."""
     def choose(sizes: Sizes) -> int:
         if sizes[0][2] is None:
+            advice = f"give level=1..{len(sizes)}" if len(sizes) > 1 else (
+                "pixel_size= chooses among the sizes of a slide, and here is one; leave it out, "
+                "and give diameter= in px")
             raise ValueError(f"pixel_size={pixel_size:g}: the file does not say how large a pixel "
-                             f"is; give level=1..{len(sizes)}")
+                             f"is; {advice}")
         return max((number for number, (_, _, size) in enumerate(sizes, 1)
                     if size and size <= 1.05 * pixel_size), default=1)
     return choose
@@ -888,6 +897,8 @@ def percentiles(image: Source | np.ndarray, low: float = 1.0, high: float = 99.8
     if image.dtype.kind in "ui":
         high[:] = np.maximum(high, np.minimum(bright, low + STEPS))
         high[:] = np.where(high - low < STEPS, low, high)
+    if isinstance(image, Source) and image.lossy:      # what JPEG puts into channels that are dark
+        high[:] = np.where(high - low < BLEED * (high - low).max(), low, high)
     return limits
 
 
@@ -996,13 +1007,11 @@ def label_record(file: str | Path | bytes) -> dict | None:
     none, None if the file is damaged."""
     with suppress(*DAMAGE), tifffile.TiffFile(
             io.BytesIO(file) if isinstance(file, bytes) else file) as tif:
-        text = tif.pages.first.description
-        with suppress(ValueError):
-            if text.startswith("<?xml"):                         # of a stack, inside OME's words
-                inside = ElementTree.fromstring(text).find(".//{*}Description")
-                text = "" if inside is None else inside.text or ""
-            record = json.loads(text)
-            return record if isinstance(record, dict) and "source" in record else {}
+        for tag in ("Software", "ImageDescription"):             # of a stack, of a single image
+            with suppress(ValueError, AttributeError):
+                record = json.loads(tif.pages.first.tags.valueof(tag, ""))
+                if isinstance(record, dict) and "source" in record:
+                    return record
         return {}
     return None
 
@@ -1072,12 +1081,11 @@ def write_label_stack(path: str | Path, planes: Iterable[np.ndarray], shape: tup
     if step:
         words |= {"PhysicalSizeZ": step, "PhysicalSizeZUnit": "µm"} if axes[0] == "Z" else \
             {"TimeIncrement": step, "TimeIncrementUnit": "s"}
-    if record:
-        words["Description"] = json.dumps(record)
+    # OME's words, which have the description, come last in the file: a head would not show them
+    options = _label_options() | ({"software": json.dumps(record)} if record else {})
     words["UUID"] = uuid.uuid5(uuid.NAMESPACE_URL, Path(path).name).urn
     write_tiff(path, (plane.astype(dtype) for plane in planes), shape=shape, dtype=dtype, ome=True,
-               metadata=words, bigtiff=math.prod(shape) * dtype().itemsize > CLASSIC,
-               **_label_options())
+               metadata=words, bigtiff=math.prod(shape) * dtype().itemsize > CLASSIC, **options)
 
 
 def _label_tile(labels: np.ndarray) -> bytes:

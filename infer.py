@@ -1,7 +1,8 @@
 """Find the cells in images: python infer.py img.tif [more files, folders, globs] [key=value ...]
 
     python infer.py                                   the demo images
-    python infer.py plate1/ "scans/*.tif" out=cells   folders (every image in them) and globs
+    python infer.py plate1/ "scans/*.tif" out=cells   folders (every image in them, but not in
+                                                      folders that are links) and globs
     python infer.py img.tif channels=DNA,AGP diameter=auto geojson=true
     python infer.py slide.svs pixel_size=0.5 geojson=true      a slide, at the size that suits
     python infer.py s3://bucket/plate out=s3://bucket/cells shard=3/16     the third of 16 parts
@@ -170,6 +171,10 @@ class Config:
         if self.linked and self.each:
             raise ValueError("channels=each is for single planes; with z=all, time=all name up to "
                              "three, as channels=1,2")
+        for key, value, axis in (("spacing", "z=all", "Z"), ("max_distance", "time=all", "T"),
+                                 ("gap", "time=all", "T")):
+            if getattr(self, key) is not None and self.linked != axis:
+                raise ValueError(f"{key}={getattr(self, key):g}: goes with {value}; leave it out")
         runs.shard_of(self.shard)
         if self.within is not None and s3.is_remote(self.within):
             raise ValueError(f"within={self.within}: expected a file or folder here; copy it first")
@@ -206,7 +211,11 @@ def main(config: Config, files: list[str], check: bool = False) -> int:
         mine = {path: found[path] for path in sorted(found, key=str)[part - 1::parts]}
     if config.labels is not None:
         check_label_keys(config)
+        whole = len(mine)
         mine = {path: name for path, name in mine.items() if given_files(name, config)["labels"]}
+        if 0 < len(mine) < whole:
+            print_line(f"labels={config.labels}: {whole - len(mine)} of {whole} images have no "
+                       "NAME_labels.tif there and are left out")
         if not mine:
             end = f"_{config.linked.lower()}*" if config.linked else ""
             raise FileNotFoundError(f"labels={config.labels}: no NAME{end}_labels.tif for any of "
@@ -384,7 +393,7 @@ class Work:
                         raise file
                     how = {**self.made, "source": result_source(path, file, config.pattern),
                            "given": given_labels(todo[path], config),
-                           "files": result_files(todo[path], config)[1:]}
+                           "files": self.files_beside(todo[path], config)}
                     job = (file, todo[path], self.shelf.folder, net, config, how,
                            partial(show, count))
                     row = infer_stack(*job, stop) if config.linked else segment_file(*job)
@@ -409,13 +418,25 @@ class Work:
             bar.clear()  # a warning draws it before its second; close() then leaves it
         return 0
 
+    def recorded_files(self, labels: str) -> list[str]:
+        """What an image has beside its labels from before."""
+        head = self.shelf.head(labels, images.RECORD) if self.shelf.has([labels]) else b""
+        record = images.label_record(head) or {} if head else {}
+        return [file for file in record.get("files", ())
+                if isinstance(file, str) and runs.flat_name(file) == file]
+
+    def files_beside(self, name: str, config: Config) -> list[str]:
+        """What lies beside the labels in the end: what is asked for and, where the same labels are
+        made again, what was there."""
+        labels, *asked = result_files(name, config)
+        before = [] if config.overwrite else self.recorded_files(labels)
+        return list(dict.fromkeys([*asked, *(file for file in before if self.shelf.has([file]))]))
+
     def old_files(self, name: str, config: Config) -> list[str]:
         """With overwrite=true what an image has from before, the labels first."""
         labels, *_ = result_files(name, config)
-        if not config.overwrite or not self.shelf.has([labels]):
-            return []
-        record = images.label_record(self.shelf.head(labels, images.RECORD)) or {}
-        return [labels, *(file for file in record.get("files", ()) if isinstance(file, str))]
+        there = config.overwrite and self.shelf.has([labels])
+        return [labels, *self.recorded_files(labels)] if there else []
 
     def full(self, error: OSError, left: int) -> OSError:
         """An error that says where a disk is full, and how much the images left will need."""
@@ -437,6 +458,14 @@ def made_with(weights: Path, config: Config) -> dict:
     return {"settings": {key: list(value) if isinstance(value, tuple) else value
                          for key, value in given.items() if value is not None},
             "weights": {"file": weights.name, "sha256": runs.digest(weights)[:16]}}
+
+
+def _diameter_said(text: str | None) -> str:
+    """20, 20.0 and 20px are one."""
+    if text in (None, "auto"):
+        return "auto"
+    number, unit = re.fullmatch(r"([\d.]+)\s*(\D*)", text or "").groups()  # type: ignore[union-attr]
+    return f"{float(number):g}" + "um" * (unit not in ("", "px"))
 
 
 def result_source(path: Path | str, file: Path, pattern: str) -> dict:
@@ -516,6 +545,9 @@ def result_difference(record: dict, path: Path | str, name: str, made: dict,
         return f"comes from {source['file']}, which is another image than {path}"
     old, new = ({**one["settings"], "weights": one["weights"]["file"],
                  "their content": one["weights"]["sha256"]} for one in (record, made))
+    for settings in (old, new):         # spelt in several ways; of labels the content is compared
+        settings["diameter"] = _diameter_said(settings.get("diameter"))
+        settings |= {key: True for key in ("labels", "within") if key in settings}
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     if "their content" not in changed:
         changed = [key for key in changed if key != "weights"]  # a new name alone is nothing
@@ -565,7 +597,11 @@ def segment_file(path: Path, name: str, out: Path, net, config: Config, made: di
 
 def print_notices(path: Path, source: images.Source, limits: np.ndarray) -> None:
     """Print what was noticed of an image."""
-    flat = (images.FLAT,) if images.is_flat(limits) else ()
+    flat = [images.FLAT] if images.is_flat(limits) else []
+    dark = [str(n) for n, (low, high) in zip(source.numbers, limits) if low == high]
+    if source.lossy and dark and not flat:
+        flat = [f"channel {' and '.join(dark)}: hardly any contrast beside the others, taken as "
+                "none, for a JPEG mixes its colours"]
     for notice in (*source.notices, *flat):
         if said := images.image_notice(path, notice):
             print_line(said)
@@ -1042,7 +1078,7 @@ def infer_images_below(place: str, config: Config,
                  for p in images.image_files(place, config.pattern, unreadable)}
     else:
         paths = map(Path, sorted(glob.glob(place, recursive=True)))
-        below = {p: p.name for p in paths if p.is_file()}
+        below = {p: p.name for p in paths if p.is_file() and fnmatch(p.name, config.pattern)}
     given, below = below, infer_images_among(below)
     if passed := [name for path, name in given.items() if path not in below
                   and Path(name).stem.endswith(("_cells", "_nuclei"))   # or images of a channel
@@ -1057,13 +1093,11 @@ def infer_images_below(place: str, config: Config,
 
 
 def is_series_to_infer(folder: Path, config: Config) -> bool:
-    """Whether the images of a folder are the planes of one stack, or some are stacks; those of one
-    folder are alike."""
+    """Whether the images of a folder are the planes of one stack, or some are stacks."""
     frames = source_files(folder, config.pattern)
-    first = {frame.parent: frame for frame in reversed(frames)}
     with suppress(ValueError, OSError):                 # a damaged one: it is said for this folder
         return bool(frames) and all(images.stack_of(frame, config.linked).planes == 1
-                                    for frame in first.values())
+                                    for frame in frames)
     return True
 
 
@@ -1102,8 +1136,8 @@ def remove_old_labels(out: Path, name: str, config: Config) -> None:
                 with suppress(OSError):  # files of somebody else
                     (out / f"{name}_ctc" / "01_RES").rmdir()
                     (out / f"{name}_ctc").rmdir()
-    if config.labels is None:           # those that are given may be the only ones, as in a page
-        (out / f"{name}_labels.tif").unlink(missing_ok=True)
+    if config.labels is None or Path(config.labels).resolve() != out.resolve():
+        (out / f"{name}_labels.tif").unlink(missing_ok=True)    # given ones may be the only ones
 
 
 class Summary:

@@ -355,7 +355,7 @@ def blocks_of(labels: np.ndarray, source, plan: Plan) -> Iterator[Block]:
         edge = np.concatenate((labels[0], labels[-1], labels[:, 0], labels[:, -1]))
         labels = np.where(np.isin(labels, edge), 0, labels)
     if plan.embed:
-        number, given = pooled_vectors(network_map(source, plan)[1], labels, plan)
+        numbers, given = pooled_vectors(network_map(source, plan)[1], labels, plan)
     regions, known = [*_block_regions(plan, *labels.shape)], {0}   # known: met in a block before
     boxes = _label_boxes(labels, regions) if len(regions) > 1 else {}
     for core, view in regions:
@@ -371,7 +371,7 @@ def blocks_of(labels: np.ndarray, source, plan: Plan) -> Iterator[Block]:
         new = np.searchsorted(ids, met)
         yield Block(core, view, local.astype(np.int32), ids.astype(np.int32), new, labels[core],
                     np.zeros(local.shape, np.float32),
-                    None if given is None else given[np.searchsorted(number, ids[new])])
+                    None if given is None else given[np.searchsorted(numbers, ids[new])])
 
 
 def _dense_labels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1005,6 +1005,7 @@ def test_check_lists_everything(tmp_path, capsys):
     assert command("check", one, two, capsys=capsys).strip() == f"6 images, {n} cells: clean"
 
     save(one / "m_ctc/01_RES/mask000.tif", blobs(0))               # of a movie, by infer.py
+    (one / "fine0.geojson").write_text("[]")                       # beside it, by infer.py
     save(one / "alone.png", picture(90)), save(one / "nobody_masks.png", blobs(0))
     save(one / "fine0_masks.png", np.eye(10, dtype=np.uint8))
     pieces = np.zeros((24, 31), np.uint8)

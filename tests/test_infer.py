@@ -10,11 +10,13 @@ import importlib.util
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import zipfile
 
 import numpy as np
+import PIL.Image
 import pytest
 import test_images
 import test_model
@@ -240,7 +242,7 @@ def test_score_and_min_score(tmp_path, broad):
 
 
 @pytest.mark.parametrize("block", [2048, 64])
-def test_labels_that_are_given_are_measured(tmp_path, broad, block):
+def test_labels_that_are_given_are_measured(tmp_path, broad, block, capsys):
     """As those that were found, whatever the blocks."""
     write(tmp_path / "a.tif", broad, "AGP")
     write(tmp_path / "b.tif", broad, "AGP")                     # has no labels: left out
@@ -248,6 +250,7 @@ def test_labels_that_are_given_are_measured(tmp_path, broad, block):
     infer.main(Config(out=str(tmp_path / "given"), geojson=True, block=block,
                       labels=str(tmp_path / "found")), [str(tmp_path / name) for name in
                                                         ("a.tif", "b.tif")])
+    assert "1 of 2 images have no NAME_labels.tif there and are left out" in capsys.readouterr().err
     found, given = ([list(csv.DictReader(open(tmp_path / folder / "a_cells.csv")))  # noqa: SIM115
                      for folder in ("found", "given")])
     assert sorted(given, key=lambda row: int(row["id"])) == found and len(found) > 20
@@ -265,7 +268,7 @@ def test_labels_that_are_given_are_measured(tmp_path, broad, block):
             infer.main(Config(labels=str(tmp_path / "found"), **keys), [str(tmp_path / "a.tif")])
 
 
-def test_labels_that_changed_are_measured_anew(tmp_path, field, capsys):
+def test_labels_that_changed_are_measured_anew(tmp_path, field, monkeypatch):
     write(tmp_path / "a.tif", field, "ER")
     infer.main(Config(out=str(tmp_path / "found")), [str(tmp_path / "a.tif")])
     labels = images.read_labels(tmp_path / "found" / "a_labels.tif")
@@ -276,6 +279,10 @@ def test_labels_that_changed_are_measured_anew(tmp_path, field, capsys):
                         np.where(labels == labels.max(), 0, labels))
     with pytest.raises(ValueError, match="with other labels than now in labels=.*found; overwrit"):
         infer.main(given, [str(tmp_path / "a.tif")])
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):  # tables of new cells
+        killed.setattr(infer.cells, "write_picture", lambda *_, **__: signal.raise_signal(2))
+        infer.main(dataclasses.replace(given, overwrite=True), [str(tmp_path / "a.tif")])
+    assert not (tmp_path / "given" / "a_labels.tif").exists()    # beside labels of before
     infer.main(dataclasses.replace(given, overwrite=True), [str(tmp_path / "a.tif")])
     assert len(rows(tmp_path / "given" / "a_cells.csv")) == labels.max() - 1
     infer.main(dataclasses.replace(given, overwrite=True, border="drop"), [str(tmp_path / "a.tif")])
@@ -302,6 +309,8 @@ def test_tables_and_outlines_of_others_are_not_overwritten(tmp_path, field):
 def test_what_is_made_anew_leaves_nothing_of_before_beside_it(tmp_path, field):
     image, out = str(write(tmp_path / "a.tif", field, "ER")), tmp_path / "out"
     infer.main(Config(out=str(out), geojson=True, rois=True), [image])
+    infer.main(Config(out=str(out), embed=True), [image])       # more of the same cells
+    assert (out / "a_rois.zip").exists()
     (out / "a_note.txt").touch()                                # the user's
     infer.main(Config(out=str(out), geojson=True, min_area=1e6, overwrite=True), [image])
     assert sorted(file.name for file in out.glob("a*")) == [
@@ -354,6 +363,9 @@ def test_results_are_kept_unless_overwritten(tmp_path, field, capsys):
     assert (out / "a_labels.tif").stat().st_mtime_ns == first and (out / "b_labels.tif").exists()
     assert "1 of 2 images have their results" in capsys.readouterr().out
     assert [row["image"] for row in rows(out / "summary.csv")] == ["a", "b"]
+    for one, other in (("20", "20.0px"), (None, "auto"), ("5um", "5.0µm")):    # said otherwise
+        assert infer._diameter_said(one) == infer._diameter_said(other)
+    assert infer._diameter_said("20") != infer._diameter_said("20um")
     infer.main(Config(out=str(out), overwrite=True), [str(images[0])])
     assert (out / "a_labels.tif").stat().st_mtime_ns > first
 
@@ -389,6 +401,8 @@ def test_folders_globs_and_patterns(tmp_path, monkeypatch):
                                   Config(pattern="*_w1.*")).values()) == ["p1_x_w1", "p2_deep_x_w1"]
     assert list(infer.find_images([str(tmp_path / "p1" / "*_w?.tif")],
                                   Config()).values()) == ["x_w1", "x_w2"]
+    assert list(infer.find_images([str(tmp_path / "p1" / "*_w?.tif")],
+                                  Config(pattern="*w2*")).values()) == ["x_w2"]
     monkeypatch.chdir(tmp_path)                # the second of a name keeps its folder and suffix
     assert list(infer.find_images(["p1/x_w1.tif", "p2/deep/x_w1.png"], Config()).values()) == [
         "x_w1", "p2_deep_x_w1.png"]
@@ -702,7 +716,39 @@ def test_a_second_run_on_a_movie_is_refused(tmp_path, field):
         infer.main(config, [str(tmp_path / "mov.tif")])
     assert infer.main(config, [str(tmp_path / "mov.tif")]) == 0
     assert not (tmp_path / "out/.mov_planes").exists()
+    labels = tmp_path / "out/mov_labels.tif"                     # its record lies at its front
+    assert images.label_record(labels.read_bytes()[:-300])["source"]["file"].endswith("mov.tif")
+    before = labels.stat().st_mtime_ns
+    assert infer.main(config, [str(tmp_path / "mov.tif")]) == 0
+    assert labels.stat().st_mtime_ns == before                   # kept
     assert len(list((tmp_path / "out/mov_ctc/01_RES").glob("mask*.tif"))) == 3
+
+
+def test_a_picture_beside_stacks_does_not_make_them_frames(tmp_path, field):
+    plane = field.pixels[field.channels.index("ER")][:64, :64]
+    tifffile.imwrite(tmp_path / "b.tif", np.stack([plane] * 3), ome=True, metadata={"axes": "ZYX"})
+    tifffile.imwrite(tmp_path / "a.tif", plane)
+    found = infer.find_images([str(tmp_path)], Config(z="all"))
+    assert sorted(found.values()) == ["a", "b"]
+
+
+def test_colours_of_a_jpeg_do_not_make_cells_in_channels_that_are_dark(tmp_path, capsys):
+    gray = imread(ROOT / "demo/nuclei_fluorescence.png")[:160, :160]
+    blue = np.stack([0 * gray, 0 * gray, gray], -1)
+    PIL.Image.fromarray(blue).save(tmp_path / "a.jpg", quality=75)
+    with images.open_image(tmp_path / "a.jpg") as source:
+        low, high = images.percentiles(source).T
+    assert (low < high).tolist() == [False, False, True]
+    infer.main(Config(out=str(tmp_path / "out"), diameter="20"), [str(tmp_path / "a.jpg")])
+    assert "channel 1 and 2: hardly any contrast" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="chooses among the sizes of a slide, and here is one"):
+        infer.main(Config(out=str(tmp_path / "o2"), pixel_size=0.5), [str(tmp_path / "a.jpg")])
+
+
+def test_keys_of_stacks_are_refused_for_single_images():
+    for key in ("spacing", "max_distance", "gap"):
+        with pytest.raises(ValueError, match=f"{key}=2: goes with"):
+            Config(**{key: 2})
 
 
 def test_an_image_of_a_movie_keeps_nothing_of_the_movie(tmp_path, field):
@@ -732,8 +778,14 @@ def test_given_cells_larger_than_a_block_and_in_parts_are_measured_whole(tmp_pat
     assert float(table[9]["intensity_mean_1"]) == pytest.approx(pixels[labels > 9].mean())
     net = model.load(infer.model.find_weights("tiny")).ready("cpu")
     plan = segment.plan_for(pixels, net, block=300, diameter=20)
-    met = [block.ids[block.new].tolist() for block in segment.blocks_of(labels, pixels, plan)]
+    blocks = [*segment.blocks_of(labels, pixels, plan._replace(embed=True))]
+    met = [block.ids[block.new].tolist() for block in blocks]
     assert sorted(sum(met, [])) == [7, 2_000_000_000]
+    whole, = segment.blocks_of(labels, pixels, plan._replace(embed=True, block=2048))
+    for block in blocks:                                          # each cell has its own vector
+        for number, vector in zip(block.ids[block.new], block.vectors, strict=True):
+            np.testing.assert_allclose(vector, whole.vectors[[7, 2_000_000_000].index(number)],
+                                       atol=1e-5)
     with pytest.raises(ValueError, match="label 7 reaches over 6.. px, .*used twice"):
         list(segment.blocks_of(labels, pixels, plan._replace(block=100)))
 

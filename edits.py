@@ -373,8 +373,23 @@ class Book:
             if zlib.crc32(labels.data) in self.written:  # ours of before, such as an export's
                 self.saved = False
                 return False
+            if self.has_been(labels):                   # before this book was opened
+                self.saved = False
+                return False
             self.take_outside(labels)
             return True
+
+    def has_been(self, labels: np.ndarray) -> bool:
+        """Whether the labels were these before some of the edits, or after some that were undone.
+        """
+        for lines, side in ((self.done, "before"), (self.undone, "after")):
+            state = self.labels.copy()
+            for line in reversed(lines):
+                edit = unpacked_edit(line)
+                state[edit.box] = getattr(edit, side)
+                if np.array_equal(state, labels):
+                    return True
+        return False
 
     def take_outside(self, labels: np.ndarray) -> None:
         H, W = self.shape

@@ -35,6 +35,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.parse
 import webbrowser
 import zlib
@@ -387,22 +388,25 @@ class Opened:
     def certainty(self, net) -> dict[int, float]:
         """How sure the map is of each cell: the calibrated probability that it is right, or its
         mean in the cell where the weights have none; 1 for cells made by hand."""
-        revision, known = self.sure
-        if revision == self.book.revision or self.seen is None:
-            return known
         with self.book.lock:
+            (revision, known), seen, distance = self.sure, self.seen, self.distance
+            if revision == self.book.revision or seen is None:
+                return known
             labels, revision = self.book.labels.copy(), self.book.revision
             ids, hand = np.array(sorted(self.book.boxes), int), self.book.by_hand()
         with self.for_network() as source:
             plan = self.plan(source, net)
-        if self.distance is None:
-            self.distance = segment.cells_in_map(self.seen, plan, self.size)[1]
-        features = cells.cell_map_features(labels, self.distance, plan.diameter, ids)
+        if distance is None:
+            distance = segment.cells_in_map(seen, plan, self.size)[1]
+            with self.book.lock:
+                self.distance = distance if self.seen is seen else self.distance
+        features = cells.cell_map_features(labels, distance, plan.diameter, ids)
         score = net.settings.score
         sure = cells.cell_probability(features, score) if score else features["mean"]
         sure = np.where(np.isin(ids, labels[hand]), 1.0, sure)
-        self.sure = revision, dict(zip(ids.tolist(), sure.tolist()))
-        return self.sure[1]
+        known = dict(zip(ids.tolist(), sure.tolist()))
+        self.sure = revision, known
+        return known
 
     # --------------------------------------------------------------------------------------- types
 
@@ -455,6 +459,18 @@ class Opened:
         found.pop(0, None)
         return found
 
+    def keep_marks_inside(self, before: dict[int, list]) -> None:
+        """Move a mark that no longer lies in its cell, which was grown, shrunk or cut, to the
+        nearest place that does. before : cell -> mark."""
+        for cell, mark in before.items():
+            box = self.book.boxes.get(cell)
+            if box is not None and self.book.labels[int(mark[1]), int(mark[0])] != cell:
+                rows, columns = np.nonzero(self.book.labels[box] == cell)
+                y, x = rows + box[0].start + 0.5, columns + box[1].start + 0.5
+                nearest = np.argmin((x - mark[0])**2 + (y - mark[1])**2)
+                self.state["marks"] = [[float(x[nearest]), float(y[nearest]), mark[2]]
+                                       if each is mark else each for each in self.state["marks"]]
+
     def marked_types(self) -> list[str]:
         """Those of the marks that count."""
         return [type_ for _, _, type_ in self.marked().values()]
@@ -492,6 +508,7 @@ class Project:
         self.teaching = False                           # types are to be learnt from the marks
         self.working: dict[str, Any] = {}               # what the network does now
         self.problems: list[str] = []                   # the latest last
+        self.marks = 0                                  # how often one was set or taken away
         self.stopping = threading.Event()               # what the network does
         self.ending = threading.Event()                 # everything
         self.awake = threading.Condition(self.lock)
@@ -584,9 +601,11 @@ class Project:
                     self.complain(f"{each.name}: the labels could not be written, "
                                   f"{runs.error_sentence(error)}")
 
-    def complain(self, text: str) -> None:
+    def complain(self, text: str, asked: bool = False) -> None:
+        """Say what is wrong; asked : of something that a person has just asked for, not of what is
+        tried each second, where several images may say theirs in turns."""
         with self.lock:
-            if text not in self.problems[-OPEN:]:       # several images may say theirs in turns
+            if asked or text not in self.problems[-OPEN:]:
                 self.problems.append(text)
 
     # --------------------------------------------------------------------------------- the network
@@ -644,7 +663,7 @@ class Project:
             except runs.Stopped:
                 pass
             except runs.FAILURES as error:              # the next image is searched
-                self.complain(f"{name}: {runs.error_sentence(error)}")
+                self.complain(f"{name}: {runs.error_sentence(error)}", asked=True)
             finally:
                 with self.lock:
                     self.working = {}
@@ -755,13 +774,14 @@ class Project:
             return self.write_results()
 
     def write_results(self) -> dict:
+        began = time.time()
         known = [name for name in self.names
                  if any(file.exists() for file in self.kept_files(name))]
         for name in list(known):                        # it is the same image; edits before a crash
             try:
                 self.open(name).book.save()
             except (ValueError, OSError) as error:
-                self.complain(f"left out of the export: {runs.error_sentence(error)}")
+                self.complain(f"left out of the export: {runs.error_sentence(error)}", asked=True)
                 known.remove(name)
         known = [name for name in known if self.labels_file(name).exists()]
         written = {}
@@ -793,6 +813,14 @@ class Project:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise ValueError(learning.last_line(done.stderr))
+        self.save_after_export(known, written, began)
+        self.remember()
+        whole = {self.names[name].stack or name for name in known}
+        return {"written": len(whole), "folder": str(self.out)}
+
+    def save_after_export(self, known: list[str], written: dict[str, int], began: float) -> None:
+        """Write edits that were made while infer.py wrote the labels of before, and show what it
+        has found. written : revisions that it was given; began : when, s."""
         for name in known:                              # and of stacks what it has from these
             if self.names[name].stack:
                 self.labels_file(name).touch()
@@ -800,14 +828,19 @@ class Project:
             with opened.book.lock:
                 opened.book.saved &= written.get(opened.name) == opened.book.revision
             opened.book.save()
+        for name in known:                              # and images edited meanwhile, closed again
+            journal = self.kept_files(name)[1]
+            with contextlib.suppress(OSError, ValueError):
+                if name not in self.opened and journal.stat().st_mtime > began - 2:
+                    self.open(name).book.save()
         for name, entry in self.names.items():          # planes that infer.py has searched
             if (file := self.linked_file(entry)) and not self.labels_file(name).exists():
                 plane = images.read_labels(file, *(entry.place if entry.axis == axis else None
                                                    for axis in "ZT"))
                 self.of(name)["cells"] = len(np.unique(plane[plane > 0]))
-        self.remember()
-        whole = {self.names[name].stack or name for name in known}
-        return {"written": len(whole), "folder": str(self.out)}
+                if opened := self.opened.get(name):     # it was looked at before there were any
+                    opened.book.take_outside(plane.astype(np.int32))
+                    opened.note_outside()
 
 
 def images_of(folder: Path, out: Path, config: Config) -> dict[str, Entry]:
@@ -1015,6 +1048,7 @@ def get_news(project: Project, query: dict[str, str]) -> dict:
                 "saved": all(opened.book.saved for opened in project.opened.values()),
                 "problems": project.problems[-3:], "problem_count": len(project.problems),
                 "learning": project.learning.status(), "types": project.types.version,
+                "marks": project.marks,
                 "weights": Path(project.state["weights"]).stem}
 
 
@@ -1077,7 +1111,7 @@ def get_types(project: Project, query: dict[str, str]) -> dict:
                 project.untyped.append(opened.name)
                 project.awake.notify_all()
     return {"types": project.types.known(), "marks": list(opened.marked().values()),
-            "version": project.types.version,
+            "version": project.types.version, "marked": project.marks,
             "taught": {**project.state.get("types", {}), "file": Path(file).name} if file else None,
             "cells": None if told is None else [(cell, *type_) for cell, type_ in told.items()]}
 
@@ -1125,12 +1159,15 @@ def post_edit(project: Project, values: dict) -> dict:
             raise edits.Stale("another window or the network changed these cells; they are shown "
                               "as they are now, please repeat your edit")
         numbering, waiting = opened.book.numbering(), opened.marks_without_cell()
+        marked = opened.marked()
         if what in ("undo", "redo"):
             box = getattr(opened.book, what)()
         else:
             box = opened.book.do(edit_of(opened.book, values))
         if searched := opened.book.numbering() != numbering:
             opened.recall_found()
+        else:
+            opened.keep_marks_inside(marked)
         revision, count = opened.book.revision, len(opened.book.boxes)
     opened.state["cells"] = count
     if what == "draw" and waiting:                      # a new cell is of no type yet
@@ -1187,8 +1224,10 @@ def post_mark(project: Project, values: dict) -> dict:
         if before != type_:
             state["marks"].append([x, y, type_])
             project.types.note(type_)
+        project.marks += 1
         project.remember()
-    return {"marks": list(opened.marked().values()), "types": project.types.known()}
+    return {"marks": list(opened.marked().values()), "types": project.types.known(),
+            "marked": project.marks}
 
 
 def post_teach(project: Project, values: dict) -> dict:

@@ -9,6 +9,28 @@ import edits
 import images
 
 
+def test_an_export_of_before_takes_no_edit_away(tmp_path):
+    """Made while infer.py wrote the tables, in an image that was closed and opened again."""
+    labels = np.zeros((40, 40), np.int32)
+    labels[5:15, 5:15], labels[20:30, 20:30] = 1, 2
+    first = edits.Book(tmp_path / "a", (40, 40))
+    first.do(edits.Edit("draw", (slice(0, 40), slice(0, 40)), first.labels.copy(), labels))
+    first.save()
+    first.do(edits.remove_cells(first, [1]))
+    first.save()
+    book = edits.Book(tmp_path / "a", (40, 40))
+    images.write_labels(tmp_path / "a_labels.tif", np.asarray(labels))       # as it was exported
+    assert not book.look() and book.outside == 0 and set(np.unique(book.labels)) == {0, 2}
+    book.save()
+    assert set(np.unique(images.read_labels(tmp_path / "a_labels.tif"))) == {0, 2}
+    for theirs in (labels[::-1].copy(), np.where(book.labels, 3, 0)):        # another program's
+        images.write_labels(tmp_path / "a_labels.tif", theirs)
+        assert book.look() and np.array_equal(book.labels, theirs)
+    fresh = edits.Book(tmp_path / "b", (40, 40))                             # nothing was edited
+    images.write_labels(tmp_path / "b_labels.tif", labels)
+    assert fresh.look() and np.array_equal(fresh.labels, labels)
+
+
 def circle(y, x, r, n=40):
     t = np.linspace(0, 2 * np.pi, n)
     return np.stack((x + r * np.cos(t), y + r * np.sin(t)), 1)

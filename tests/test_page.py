@@ -937,6 +937,37 @@ def test_a_mark_lives_as_long_as_its_cell(two_types):
     assert marks() == ([], [0])
 
 
+def test_a_mark_goes_with_its_cell(two_types):
+    """Whose outline no longer holds the place that was clicked."""
+    site = two_types
+    seen = site.json("/news")["marks"]
+    site.json("/mark", {"image": "a", "x": 48, "y": 32, "type": "bright"})    # near the edge
+    assert site.json("/news")["marks"] == seen + 1                # another window asks for it
+    cell = int(site.project.open("a").book.labels[32, 48])
+    for _ in range(3):
+        site.edit("a", "shrink", cell=cell)
+    opened = site.project.open("a")
+    assert not opened.book.labels[32, 48] and list(opened.marked()) == [cell]
+    site.edit("a", "undo")
+    assert list(opened.marked()) == [cell]
+
+
+def test_planes_that_an_export_finds_are_shown_where_they_were_looked_at_before(stack):
+    stack.json("/image", image="embryo_z1")
+    images.write_labels(stack.out / "embryo_z3_labels.tif", stack.truth[2])
+    stack.json("/export", {})
+    linked = tifffile.imread(stack.out / "embryo_labels.tif")
+    assert linked[0].any()
+    np.testing.assert_array_equal(stack.project.open("embryo_z1").book.labels > 0, linked[0] > 0)
+    assert not stack.json("/news")["problems"]
+
+
+def test_what_is_asked_for_again_is_told_again(site):
+    for text, asked in (("a: x", True), ("b: y", False), ("b: y", False), ("a: x", True)):
+        site.project.complain(text, asked)
+    assert site.json("/news")["problems"] == ["a: x", "b: y", "a: x"]
+
+
 def test_marks_that_mean_nothing(two_types):
     for values in ({"x": 1, "y": 1, "type": "a"}, {"x": -5, "y": 9e6, "type": "a"},
                    {"x": 32, "y": 32, "type": " "}, {"x": 32, "y": 32, "type": "a" * 61},

@@ -920,6 +920,9 @@ def main(config: Config, files: list[str]) -> None:
     runs.write_text(record, runs.to_yaml(config))
     made, stamps = 0, data.read_data_stamps(output / "augmented.tsv", "give overwrite=true")
     now = {stem: data.data_stamp_of(example) for stem, example in found.items()}
+    for stem in stamps.keys() - now.keys() if config.overwrite else ():
+        remove_augmented_crops(output, stem)                     # its image is gone
+        del stamps[stem]
     for stem in now.keys() & stamps.keys():
         if now[stem] != stamps[stem]:                            # its image is another one
             remove_augmented_crops(output, stem)

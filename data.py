@@ -971,8 +971,11 @@ def split_training_examples(found: list[Example], config: TrainingData, seed: in
 
 
 def read_labelled(example: Example, set_name: str, wanted: dict[str, list[str]]) -> Labelled:
-    labels = example.labels()
-    return Labelled(f"{set_name}/{example.name}", network_input(example), labels, set_name,
+    labels, pixels = example.labels(), network_input(example)
+    if labels.shape != pixels.shape[1:]:
+        raise ValueError(f"{example.files[0]}: image of {pixels.shape[1:]} px, labels of "
+                         f"{labels.shape}")
+    return Labelled(f"{set_name}/{example.name}", pixels, labels, set_name,
                     types=training_type_numbers(example, labels, wanted) if wanted else None)
 
 

@@ -621,6 +621,10 @@ def embed_told_types(net, typed: TypedSet, config: Embed) -> dict[str, Any]:
     """Scores of the types of a set's test images."""
     names = tuple(data.training_types(typed.types))
     images = [embed_images(part, typed, config.root) for part in (typed.train, typed.test)]
+    learnt, asked = ({runs.digest(image.pixels) for image in part} for part in images)
+    if learnt & asked:
+        raise ValueError(f"set '{typed.name}': {len(learnt & asked)} images of train are in test "
+                         "as well; keep them apart")
     wide = [data.median_diameter(image.labels) for image in images[0] if image.labels.any()]
     sized = net is not None and net.settings.diameter
     diameter = round(float(np.median(wide)), 1) if sized else None

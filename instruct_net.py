@@ -123,7 +123,8 @@ class SentenceEncoder:
     @torch.inference_mode()
     def __call__(self, sentences: Sequence[str], batch: int = 64) -> Tensor:
         """(S, D) float32, each of length 1: a dot product is the likeness of two."""
-        texts = sorted(set(sentences), key=len)                              # little padding
+        # of like length, for little padding; sets have another order in each process
+        texts = sorted(set(sentences), key=lambda text: (len(text), text))
         parts = [self._encode(texts[i:i + batch]) for i in range(0, len(texts), batch)]
         vectors = torch.cat(parts) if parts else torch.zeros(0, self.dim)
         place = {text: i for i, text in enumerate(texts)}

@@ -178,7 +178,7 @@ def compare_backbones(features: Sequence[np.ndarray], maps: Sequence[np.ndarray]
 def stain_agreement(maps: np.ndarray) -> float:
     """Mean correlation between the attention maps (C, h, w) of a field, over pairs of channels."""
     correlations = np.corrcoef(np.reshape(maps, (len(maps), -1)))       # (C, C)
-    return float(correlations[np.triu_indices(len(maps), 1)].mean())
+    return float(correlations[np.triu_indices(len(maps), 1)].mean()) if len(maps) > 1 else 1.0
 
 
 def attention_entropy(maps: np.ndarray) -> float:
@@ -428,7 +428,8 @@ def measure_backbone(vit, windows: Windows, size: int) -> tuple[dict[str, float]
     """All numbers that need no labels, and looks of the first two windows."""
     vectors, maps, looks = look_at_fields(vit, resampled_pairs(windows, size))
     flat = torch.from_numpy(vectors).flatten(0, 1)                      # (F C, D)
-    return {**compare_backbones(list(vectors), list(maps.mean(2)))[0],
+    several = vectors.shape[1] > 1                                      # channels to compare
+    return {**(compare_backbones(list(vectors), list(maps.mean(2)))[0] if several else {}),
             "feature_std": ssl_.student_feature_std(flat),
             "effective_rank": ssl_.student_effective_rank(flat),
             "attention_entropy": attention_entropy(maps)}, looks
@@ -436,7 +437,7 @@ def measure_backbone(vit, windows: Windows, size: int) -> tuple[dict[str, float]
 
 def metadata_leaks(vit, windows: Windows, size: int) -> dict[str, float]:
     """Retrieval from the background alone, by the network and by pixels, where cells are known."""
-    if windows.labels is None:
+    if windows.labels is None or len(windows.channels) < 2:
         return {}
     shown = tiles_without_cells(windows, size)
     pixels = shown[:, :, ::8, ::8].reshape(*shown.shape[:2], -1)
@@ -552,7 +553,7 @@ def probe_run_rows(folder: Path) -> list[list[str]]:
         raise FileNotFoundError(f"no {log}; expected the folder of a run of train_ssl.py")
     found: dict[int, dict] = {}
     for line in runs.log_history(log):
-        if "retrieval" in line or "probe_AP@0.5" in line:
+        if {"retrieval", "attention_entropy", "probe_AP@0.5"} & line.keys():
             found.setdefault(line["step"], {}).update(line)
     if not found:
         raise ValueError(f"{log}: no evaluation in it yet")

@@ -265,13 +265,16 @@ def load_config(cls: type[Config], path: str | Path | None = None,
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such configuration; configs/ has some")
         values = read_yaml(Path(path))
-    for text in overrides:
+    # a section before its keys, whichever was typed first
+    for text in sorted(overrides, key=lambda text: text.partition("=")[0].count(".")):
         key, _, value = text.partition("=")
         *sections, last = key.split(".")
         inner = values
         for section in sections:
             below = inner.get(section, {})
             hint = typing.get_type_hints(cls).get(section) if inner is values else None
+            if isinstance(below, _Given) and isinstance(below.value, dict):    # data={b: c}
+                below = below.value
             if isinstance(below, _Given) and dataclasses.is_dataclass(hint):   # data=a data.b=c
                 below = {dataclasses.fields(hint)[0].name: below}
             if not isinstance(below, dict):

@@ -246,7 +246,7 @@ class Trainer:
 
     def __init__(self, config: Config, net, device: str, world: int = 1, images=None):
         bf16 = train_seg_uses_bf16(config, device)
-        self.config, self.net, self.images = config, net, images
+        self.config, self.net, self.images, self.world = config, net, images, world
         self.balance: torch.Tensor | None = None               # (1 + K,) weight of each type
         if config.data.types:
             self.balance = type_balance(images.types, len(net.type_names))
@@ -311,7 +311,11 @@ class Trainer:
         weight = self.balance[types]
         each = torch.nn.functional.cross_entropy(logits.float(), (types - 1).clamp(min=0),
                                                  reduction="none")
-        return (each * weight).sum() / weight.sum().clamp(min=1e-6)
+        whole = weight.sum()                            # of all processes, whose means are averaged
+        if self.world > 1:
+            torch.distributed.all_reduce(whole)
+            whole = whole / self.world
+        return (each * weight).sum() / whole.clamp(min=1e-6)
 
 
 def check_same_images(run: runs.Run, before: dict, now: dict) -> None:

@@ -64,10 +64,13 @@ def main(config: Config, files: list[str]) -> int:
     out = Path(config.output_base_dir) / "runs" / config.experiment / "results.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     part, parts = runs.shard_of(config.shard)
+    key = runs.digest(dataclasses.replace(config, shard="1/1", seeds=(0,), output_base_dir=""))[:16]
+    if any(line.get("config", key) != key for line in lines(out)):
+        raise ValueError(f"{out}: has runs of another configuration; give another experiment=")
     done = {Run(line["fold"], line["row"], line["seed"]) for line in lines(out)}
     for run in [run for run in planned(config)[part - 1::parts] if run not in done]:
         begin = time.perf_counter()
-        line: dict = dict(run._asdict(), without=missing(config, run))
+        line: dict = dict(run._asdict(), without=missing(config, run), config=key)
         line |= left_out(config, run, out.parent)
         line["minutes"] = round((time.perf_counter() - begin) / 60, 2)
         with open(out, "a", encoding="utf-8") as file:

@@ -340,6 +340,10 @@ def test_windows_are_measured_as_fields_are():
         5,
         ("a", "b", "c"),
     )
+    alone = windows._replace(pixels=windows.pixels[:, :1].copy(), limits=windows.limits[:, :1],
+                             channels=("a",))
+    numbers, _ = probe.measure_backbone(vit, alone, 32)                 # nothing to compare
+    assert "retrieval" not in numbers and numbers["effective_rank"] >= 1
     numbers, looks = probe.measure_backbone(vit, windows, 32)
     seen = [probe.look_at_field(vit, field) for field in probe.resampled_pairs(windows, 32)]
     expected, *_ = probe.compare_backbones(

@@ -83,6 +83,8 @@ def test_a_free_section_takes_values_at_any_depth(tmp_path):
 def test_a_section_given_by_its_first_key_takes_others():
     config = runs.load_config(Demo, None, ["steps=3", "data=a", "data.root=b"])
     assert config.data == dataclasses.replace(config.data, root="b") != Demo(3).data
+    for arguments in (["data.channels=5", "data=a"], ["data={root: a}", "data.channels=5"]):
+        assert runs.load_config(Demo, None, ["steps=3", *arguments]).data == Inner("a", (5,))
     assert runs.load_config(Demo, None, ["steps=3", "other=a"]).other == Inner("a")
     assert runs.load_config(Demo, None, ["steps=3", "other=null"]).other is None
 

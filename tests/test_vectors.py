@@ -549,6 +549,9 @@ def test_what_vectors_are_worth(tmp_path, capsys):
     taken = dataclasses.replace(one.sets[0], types={"none": 1, "dim": 2})
     with pytest.raises(ValueError, match="a type is called none"):
         dataclasses.replace(one, sets=(taken,))
+    with pytest.raises(ValueError, match="images of train are in test as well; keep them apart"):
+        evaluate.embed(dataclasses.replace(one, sets=(
+            dataclasses.replace(one.sets[0], test=one.sets[0].train),)))
     lost = dataclasses.replace(one.sets[0], types={"bright": 1, "dim": 7})
     with pytest.raises(ValueError, match=r"no cell is 'dim' \(7\) in"):
         evaluate.embed(dataclasses.replace(one, sets=(lost,)))

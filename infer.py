@@ -460,12 +460,17 @@ def made_with(weights: Path, config: Config) -> dict:
             "weights": {"file": weights.name, "sha256": runs.digest(weights)[:16]}}
 
 
-def _diameter_said(text: str | None) -> str:
+def _comparable(settings: dict) -> dict:
+    """Settings that are spelt in one way; of labels the content is compared elsewhere."""
+    return {key: _diameter_said(value) if key == "diameter" else
+            True if key in ("labels", "within") else value
+            for key, value in settings.items() if (key, value) != ("diameter", "auto")}
+
+
+def _diameter_said(text: str) -> str:
     """20, 20.0 and 20px are one."""
-    if text in (None, "auto"):
-        return "auto"
-    number, unit = re.fullmatch(r"([\d.]+)\s*(\D*)", text or "").groups()  # type: ignore[union-attr]
-    return f"{float(number):g}" + "um" * (unit not in ("", "px"))
+    number = re.sub(r"[^\d.]", "", text)
+    return f"{float(number):g}" + "um" * (not re.fullmatch(r"[\d.]+\s*(px)?", text))
 
 
 def result_source(path: Path | str, file: Path, pattern: str) -> dict:
@@ -543,11 +548,8 @@ def result_difference(record: dict, path: Path | str, name: str, made: dict,
         return f"{path} has changed since"
     if not same:
         return f"comes from {source['file']}, which is another image than {path}"
-    old, new = ({**one["settings"], "weights": one["weights"]["file"],
+    old, new = ({**_comparable(one["settings"]), "weights": one["weights"]["file"],
                  "their content": one["weights"]["sha256"]} for one in (record, made))
-    for settings in (old, new):         # spelt in several ways; of labels the content is compared
-        settings["diameter"] = _diameter_said(settings.get("diameter"))
-        settings |= {key: True for key in ("labels", "within") if key in settings}
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     if "their content" not in changed:
         changed = [key for key in changed if key != "weights"]  # a new name alone is nothing

@@ -420,10 +420,8 @@ class Work:
 
     def recorded_files(self, labels: str) -> list[str]:
         """What an image has beside its labels from before."""
-        head = self.shelf.head(labels, images.RECORD) if self.shelf.has([labels]) else b""
-        record = images.label_record(head) or {} if head else {}
-        return [file for file in record.get("files", ())
-                if isinstance(file, str) and runs.flat_name(file) == file]
+        there = self.shelf.has([labels])
+        return files_in_record(self.shelf.head(labels, images.RECORD)) if there else []
 
     def files_beside(self, name: str, config: Config) -> list[str]:
         """What lies beside the labels in the end: what is asked for and, where the same labels are
@@ -602,8 +600,8 @@ def print_notices(path: Path, source: images.Source, limits: np.ndarray) -> None
     flat = [images.FLAT] if images.is_flat(limits) else []
     dark = [str(n) for n, (low, high) in zip(source.numbers, limits) if low == high]
     if source.lossy and dark and not flat:
-        flat = [f"channel {' and '.join(dark)}: hardly any contrast beside the others, taken as "
-                "none, for a JPEG mixes its colours"]
+        flat = [f"channel{'s' * (len(dark) > 1)} {' and '.join(dark)}: hardly any contrast beside "
+                "the others, taken as none, for a JPEG mixes its colours"]
     for notice in (*source.notices, *flat):
         if said := images.image_notice(path, notice):
             print_line(said)
@@ -1125,13 +1123,18 @@ def result_files(name: str, config: Config) -> list[str]:
             *(name + end for end, asked in wanted.items() if asked)]
 
 
+def files_in_record(labels: Path | bytes) -> list[str]:
+    """Names of the files beside labels, as their record has them; no paths out of the folder."""
+    named = (images.label_record(labels) or {}).get("files", [])
+    return [file for file in named if isinstance(file, str) and runs.flat_name(file) == file]
+
+
 def remove_old_labels(out: Path, name: str, config: Config) -> None:
     """Before other files are replaced: an image without labels is made anew, should this stop.
     With overwrite=true so go files of the labels before that are not asked for now."""
     if config.overwrite:
-        old = (images.label_record(out / f"{name}_labels.tif") or {}).get("files", [])
-        gone = {file for file in old if isinstance(file, str) and runs.flat_name(file) == file}
-        for file in gone - {*result_files(name, config)}:
+        old = files_in_record(out / f"{name}_labels.tif")
+        for file in {*old} - {*result_files(name, config)}:
             (out / file).unlink(missing_ok=True)
             if file == f"{name}_tracks.csv":            # a movie that is an image now
                 link.remove_challenge(out / f"{name}_ctc" / "01_RES")

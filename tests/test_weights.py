@@ -128,11 +128,16 @@ def test_faint_cells_are_found(net, nuclei, cells_of_nuclei):
     assert metrics.set_scores([table]).pooled["F1"] > 0.9
 
 
-@pytest.mark.parametrize("file, diameter, least", [("he_tile", None, 20), ("cells_phase", 60, 18)])
-def test_demo_images_give_cells(net, file, diameter, least):
+@pytest.mark.parametrize("file, diameter, least, most", [("he_tile", None, 20, 60),
+                                                         ("cells_phase", 60, 18, 35)])
+def test_demo_images_give_cells(net, file, diameter, least, most):
+    """About as many as there are, each of a cell's size: no labels that are always the same."""
     image = imread(ROOT / f"demo/{file}.png")
     image = np.moveaxis(image, -1, 0) if image.ndim == 3 else image
-    assert segment.segment(image, net, diameter=diameter).max() >= least
+    labels = segment.segment(image, net, diameter=diameter)
+    assert least <= labels.max() <= most
+    wide = np.sqrt(4 / np.pi * np.bincount(labels.ravel())[1:])
+    assert 0.5 < np.median(wide) / (diameter or 20) < 1.5
 
 
 def test_halves_and_wholes_agree(net, nuclei, cells_of_nuclei):
